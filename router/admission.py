@@ -1,0 +1,58 @@
+"""How much an engine is given before it has asked for more.
+
+Filters before the policy chooses. What no engine admits waits in the hold
+queue, where it can still go to whichever engine frees up first.
+"""
+
+from router.replica import Replica
+from router.types import Request
+
+# Time in which the gateway must be expected to miss a change in the engine:
+# snapshots are coalesced to 10 ms and arrive within 9 ms at p99 (FACTS.md).
+_REACTION_S = 0.02
+
+# Room beside the prompt for each sequence. Covers rounding up to whole blocks
+# (16 tokens on CUDA, 128 on CPU by vLLM's defaults) and the start of an answer.
+_FIRST_OUTPUT_TOKENS = 128
+
+
+def window_tokens(replica: Replica) -> int:
+    """Prefill tokens below which an engine gets more, tokens.
+
+    Pending tokens count until the step that computes them has ended, so up to
+    one step's budget of them is already being worked on. To begin the next
+    step without waiting for us, the engine needs what it can prefill in the
+    time we take to react on top, though no more than one further step: hence
+    between one and two budgets. More would only make a later, shorter request
+    wait inside the engine, where nothing can be changed any more.
+    """
+    budget = replica.info.max_num_batched_tokens
+    return budget + min(budget, int(replica.prefill_tokens_per_s * _REACTION_S))
+
+
+def takes_work(replica: Replica) -> bool:
+    """Whether anything at all may be sent to the engine."""
+    return not (replica.is_draining or replica.is_unreachable)
+
+
+def is_open(replica: Replica) -> bool:
+    """Whether the engine should get more work now, KV blocks aside.
+
+    An engine with nothing to prefill is always below its window. A hung engine
+    closes by itself: its snapshots stop while its bookings add up.
+    """
+    return (
+        takes_work(replica)
+        and replica.num_sequences < replica.info.max_num_seqs
+        and replica.num_pending_prefill_tokens < window_tokens(replica)
+    )
+
+
+def kv_need_tokens(request: Request) -> int:
+    """KV room the request takes by the time its first tokens are out, tokens.
+
+    Growth beyond that is not predicted here yet. May exceed the capacity of
+    every engine: such a prompt is vLLM's to refuse, with the right message,
+    and an empty engine takes it.
+    """
+    return request.num_prompt_tokens + request.num_sequences * _FIRST_OUTPUT_TOKENS

@@ -1,0 +1,252 @@
+"""The router: events and `now_s` in, decisions out.
+
+A request's states, and who moves it:
+
+    (new) --on_arrival--> held --room (any event)--> placed --on_finish--> COMPLETED
+      |                     |  \\                     |   \\--on_fail--> FAILED
+      |                     |   \\--deadline--> EXPIRED    \\--on_send_failed--> as if new
+      |                     \\--on_cancel--> RENEGED <--on_cancel--/
+      \\--queue full, unknown model--> REJECTED
+
+New requests are placed at once where possible. Every request ends in exactly
+one Outcome, and its booking with it. An id that ended, or never was, is not
+known any more: events about it change nothing, so a shell may report an end
+twice, or late. An id must not be used again while its request is open.
+
+What never happens: a decision about a request that has ended; a dispatch to a
+replica that is draining, lost or unreachable; a queue past its bounds.
+"""
+
+import random
+from collections import Counter
+
+from router.accuracy import Accuracy
+from router.fleet import Fleet
+from router.hold import HoldQueue
+from router.placement import Placer
+from router.policies import POLICIES, Policy
+from router.replica import Replica
+from router.settings import RouterSettings
+from router.types import (
+    Decision,
+    EngineInfo,
+    EngineSnapshot,
+    Hold,
+    Outcome,
+    Reject,
+    RejectReason,
+    Request,
+    Usage,
+)
+
+
+class Router:
+    """Decides for every request which engine, when, and whether to wait.
+
+    Pure and synchronous; not thread-safe. After each call the shell carries
+    out the decisions in their order, and calls `on_tick` at `next_wake_s()`.
+    Without `rng` it draws from a generator seeded by the settings.
+    """
+
+    def __init__(self, settings: RouterSettings, rng: random.Random | None = None) -> None:
+        self.settings = settings
+        self.outcomes: Counter[Outcome] = Counter()
+        self._rng = rng if rng is not None else random.Random(settings.seed)
+        self._fleet = Fleet()
+        self._queue = HoldQueue(settings)
+        self._accuracy = Accuracy()
+        self._policy_name: str = settings.policy
+        policy = self._make_policy(settings.policy)
+        self._placer = Placer(self._fleet, self._queue, policy, holds=self._holds(policy))
+
+    # Requests
+
+    def on_arrival(self, request: Request, now_s: float) -> list[Decision]:
+        """Place, hold or reject a new request; one whose id is open is ignored."""
+        if request.id in self._placer or request.id in self._queue:
+            return []
+        # While no engine is there at all, any of them may be the one that is starting.
+        if len(self._fleet) and not self._fleet.knows(request.model):
+            return [self._reject(request, RejectReason.UNKNOWN_MODEL, None)]
+        return self._enter(request, now_s)
+
+    def on_first_token(self, request_id: str, now_s: float) -> list[Decision]:
+        """Learn from a first token: compare it with what was predicted."""
+        placement = self._placer.start(request_id)
+        if placement is not None:
+            ttft_s = max(0.0, now_s - placement.placed_s)
+            self._accuracy.add(placement.predicted_ttft_s, ttft_s)
+            self._placer.policy.observe(placement.replica, ttft_s, now_s)
+        return []
+
+    def on_finish(self, request_id: str, usage: Usage | None, now_s: float) -> list[Decision]:
+        """End a request that its engine has answered: COMPLETED."""
+        placement = self._placer.start(request_id)
+        if placement is not None:  # the whole response came at once
+            latency_s = max(0.0, now_s - placement.placed_s)
+            self._placer.policy.observe(placement.replica, latency_s, now_s)
+        return self._end(request_id, Outcome.COMPLETED, now_s)
+
+    def on_fail(self, request_id: str, now_s: float) -> list[Decision]:
+        """End a request that its engine could not answer: FAILED."""
+        return self._end(request_id, Outcome.FAILED, now_s)
+
+    def on_send_failed(self, request_id: str, now_s: float) -> list[Decision]:
+        """Undo a dispatch that did not reach its engine, and place the request again.
+
+        As if new, but with its first arrival, so it has not lost its turn. The
+        engine gets nothing more until a snapshot proves that it is there.
+        """
+        placement = self._placer.release(request_id)
+        if placement is None:
+            return []
+        placement.replica.is_unreachable = True
+        self._fleet.refresh(placement.replica)
+        return self._enter(placement.request, now_s)
+
+    def on_cancel(self, request_id: str, now_s: float) -> list[Decision]:
+        """End a request whose client has left, held or placed: RENEGED."""
+        if self._queue.remove(request_id) is None:
+            return self._end(request_id, Outcome.RENEGED, now_s)
+        self.outcomes[Outcome.RENEGED] += 1
+        return self._place_held(now_s)
+
+    # Replicas
+
+    def on_replica_up(self, replica_id: str, info: EngineInfo, now_s: float) -> list[Decision]:
+        """Take in an engine to which there is a connection now.
+
+        A known id means a new connection: the old one, and all that was booked
+        on it, is lost.
+        """
+        self._fleet.remove(replica_id)
+        self._fleet.add(Replica(replica_id, info, now_s))
+        return self._place_held(now_s)
+
+    def on_snapshot(
+        self, replica_id: str, snapshot: EngineSnapshot, now_s: float
+    ) -> list[Decision]:
+        """Take in an engine's state; old, repeated or from an unknown engine, ignore it."""
+        replica = self._fleet.get(replica_id)
+        if replica is None or not replica.receive(snapshot, now_s):
+            return []
+        self._fleet.refresh(replica)
+        return self._place_held(now_s)
+
+    def on_replica_draining(self, replica_id: str, now_s: float) -> list[Decision]:
+        """Send an engine no new work; what it has may finish."""
+        replica = self._fleet.get(replica_id)
+        if replica is not None:
+            replica.is_draining = True
+            self._fleet.refresh(replica)
+        return self._place_held(now_s)
+
+    def on_replica_down(self, replica_id: str, now_s: float) -> list[Decision]:
+        """Forget an engine and all bookings on it.
+
+        Requests placed there stay open: only the shell knows how far each one
+        got, and so reports each by `on_send_failed` (place it again) or
+        `on_fail`. If neither, they would stay open for ever.
+        """
+        self._fleet.remove(replica_id)
+        return self._place_held(now_s)
+
+    # Time and people
+
+    def on_tick(self, now_s: float) -> list[Decision]:
+        """Reject what has been held too long; place what can be."""
+        return self._place_held(now_s)
+
+    def next_wake_s(self) -> float | None:
+        """When to call `on_tick`, whatever happens; None while nothing is held."""
+        return self._queue.next_expiry_s()
+
+    def set_policy(self, name: str, now_s: float) -> list[Decision]:
+        """Choose by another policy from now on; it may hold less than the former.
+
+        Raises `ValueError` for a name that is not in `POLICIES`.
+        """
+        policy = self._make_policy(name)
+        self._policy_name = name
+        self._placer.policy, self._placer.holds = policy, self._holds(policy)
+        return self._place_held(now_s)
+
+    def state(self, now_s: float) -> dict[str, object]:
+        """Everything worth knowing about the router now; JSON-able."""
+        return {
+            "policy": self._policy_name,
+            "holds": self._placer.holds,
+            "replicas": {replica.id: replica.state(now_s) for replica in self._fleet},
+            "held": {
+                "num_requests": len(self._queue),
+                "num_tokens": self._queue.num_tokens,
+                "num_bytes": self._queue.num_bytes,
+                "num_tokens_by_model": dict(self._queue.num_tokens_by_model),
+            },
+            "num_placed": len(self._placer),
+            "outcomes": {outcome.value: self.outcomes[outcome] for outcome in Outcome},
+            "ttft_accuracy": self._accuracy.state(),
+        }
+
+    # Steps that several events share
+
+    def _enter(self, request: Request, now_s: float) -> list[Decision]:
+        """Place, hold or reject a request that is neither placed nor held."""
+        # Whoever waits for the same model may have the better claim: the queue decides then.
+        if request.model not in self._queue.num_tokens_by_model:
+            dispatch = self._placer.place(request, now_s)
+            if dispatch is not None:
+                return [dispatch]
+        decisions = self._expire(now_s)
+        if self._queue.expires_s(request) <= now_s:
+            decisions.append(self._reject(request, RejectReason.EXPIRED, None))
+        elif not self._queue.push(request):
+            retry_after_s = self._drain_s(request.model)
+            decisions.append(self._reject(request, RejectReason.QUEUE_FULL, retry_after_s))
+        decisions += self._placer.place_held(now_s)
+        if request.id in self._queue:
+            decisions.append(Hold(request.id))
+        return decisions
+
+    def _end(self, request_id: str, outcome: Outcome, now_s: float) -> list[Decision]:
+        """End a placed request; its room may let others go."""
+        if self._placer.release(request_id) is None:
+            return []
+        self.outcomes[outcome] += 1
+        return self._place_held(now_s)
+
+    def _place_held(self, now_s: float) -> list[Decision]:
+        """Reject what has been held too long, place what can be."""
+        return [*self._expire(now_s), *self._placer.place_held(now_s)]
+
+    def _expire(self, now_s: float) -> list[Decision]:
+        return [
+            self._reject(request, RejectReason.EXPIRED, None)
+            for request in self._queue.expire(now_s)
+        ]
+
+    def _reject(
+        self, request: Request, reason: RejectReason, retry_after_s: float | None
+    ) -> Reject:
+        """The decision, counted."""
+        expired = reason is RejectReason.EXPIRED
+        self.outcomes[Outcome.EXPIRED if expired else Outcome.REJECTED] += 1
+        return Reject(request.id, reason, retry_after_s)
+
+    def _drain_s(self, model: str) -> float | None:
+        """Predicted seconds until the queue is empty; None if no engine empties it.
+
+        Models drain side by side, so the slowest counts. By prefill rates
+        alone: true while prefill is what engines are short of.
+        """
+        held = {model: 0} | self._queue.num_tokens_by_model
+        drains_s = [self._fleet.drain_s(name, num_tokens) for name, num_tokens in held.items()]
+        return max((drain_s for drain_s in drains_s if drain_s is not None), default=None)
+
+    def _make_policy(self, name: str) -> Policy:
+        if name not in POLICIES:
+            raise ValueError(f"unknown policy {name!r}: one of {', '.join(POLICIES)}")
+        return POLICIES[name](self._rng)
+
+    def _holds(self, policy: Policy) -> bool:
+        return policy.holds if self.settings.hold is None else self.settings.hold

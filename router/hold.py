@@ -1,0 +1,119 @@
+"""Requests that wait in the gateway for an engine to have room."""
+
+from collections.abc import Collection, Iterator
+
+from router.lazy_heap import Key, LazyHeap
+from router.settings import RouterSettings
+from router.types import Request
+
+
+class HoldQueue:
+    """Bounded; by promised first token, then arrival; one lane per model name.
+
+    The promise grows with the prompt: whoever sends a long document expects to
+    wait, so a short question passes it, and as promises only age nothing
+    starves (earliest deadline first, Liu and Layland 1973). Lanes, because a
+    model that has no room must not hide another that has. A request is in no
+    lane or in exactly one, and leaves it by `remove` or `expire` alone.
+    """
+
+    __slots__ = (
+        "_expiry",
+        "_held",
+        "_lanes",
+        "_settings",
+        "num_bytes",
+        "num_tokens",
+        "num_tokens_by_model",
+    )
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self._settings = settings
+        self._held: dict[str, Request] = {}
+        self._lanes: dict[str, LazyHeap] = {}  # only those that are not empty
+        self._expiry = LazyHeap()
+        self.num_tokens = 0  # prompt tokens held
+        self.num_tokens_by_model: dict[str, int] = {}
+        self.num_bytes = 0  # bytes of bodies held
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._held
+
+    def key(self, request: Request) -> Key:
+        """Place in the order: (promised first token, arrival), seconds."""
+        settings = self._settings
+        promise_s = (
+            settings.promise_base_s + settings.promise_s_per_token * request.num_prompt_tokens
+        )
+        return (request.arrival_s + promise_s, request.arrival_s)
+
+    def expires_s(self, request: Request) -> float:
+        """When the request may be held no longer: its own deadline or our bound."""
+        return min(request.deadline_s, request.arrival_s + self._settings.max_hold_s)
+
+    def push(self, request: Request) -> bool:
+        """Whether the request is held now; False if a bound leaves no room for it.
+
+        Raises `ValueError` if a request of this id is held already.
+        """
+        if request.id in self._held:
+            raise ValueError(f"request {request.id} is held already")
+        settings = self._settings
+        if (
+            len(self._held) >= settings.max_held_requests
+            or self.num_tokens + request.num_prompt_tokens > settings.max_held_tokens
+            or self.num_bytes + request.num_bytes > settings.max_held_bytes
+        ):
+            return False
+        self._held[request.id] = request
+        self.num_tokens += request.num_prompt_tokens
+        self.num_bytes += request.num_bytes
+        lane = self._lanes.get(request.model)
+        if lane is None:
+            lane = self._lanes[request.model] = LazyHeap()
+            self.num_tokens_by_model[request.model] = 0
+        self.num_tokens_by_model[request.model] += request.num_prompt_tokens
+        lane.push(request.id, self.key(request))
+        self._expiry.push(request.id, (self.expires_s(request),))
+        return True
+
+    def remove(self, request_id: str) -> Request | None:
+        """The request, held no longer; None if it was not."""
+        request = self._held.pop(request_id, None)
+        if request is None:
+            return None
+        self.num_tokens -= request.num_prompt_tokens
+        self.num_bytes -= request.num_bytes
+        self.num_tokens_by_model[request.model] -= request.num_prompt_tokens
+        lane = self._lanes[request.model]
+        lane.remove(request_id)
+        if not lane:
+            del self._lanes[request.model], self.num_tokens_by_model[request.model]
+        self._expiry.remove(request_id)
+        return request
+
+    def head(self, skipped: Collection[str] = ()) -> Request | None:
+        """The most urgent request, lanes of the skipped models aside; None if there is none."""
+        heads = [lane.head() for model, lane in self._lanes.items() if model not in skipped]
+        return self._held[min(heads)[1]] if heads else None
+
+    def in_order(self, model: str) -> Iterator[Request]:
+        """The requests waiting for a model, most urgent first, found one by one."""
+        lane = self._lanes.get(model)
+        return map(self._held.__getitem__, lane.in_order()) if lane is not None else iter(())
+
+    def next_expiry_s(self) -> float | None:
+        """When the first request will have been held too long; None if none is held."""
+        return self._expiry.head()[0][0] if self._held else None
+
+    def expire(self, now_s: float) -> list[Request]:
+        """The requests held too long by now, taken out, the longest due first."""
+        expired = []
+        while self._held and (head := self._expiry.head())[0][0] <= now_s:
+            request = self.remove(head[1])
+            assert request is not None  # the heaps and `_held` name the same ids
+            expired.append(request)
+        return expired

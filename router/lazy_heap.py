@@ -1,0 +1,67 @@
+"""Ids in the order of a key, any of which may leave at any time."""
+
+import heapq
+from collections.abc import Iterator
+
+Key = tuple[float, ...]
+_Entry = tuple[Key, int, str]  # equal keys: first come, first served
+
+
+class LazyHeap:
+    """A binary heap that leaves the removed in place until they surface.
+
+    `push` O(log n); `remove` and `head` the same, amortised; k ids `in_order`
+    O(k log k). The heap is rebuilt when more than half of it is dead, so it
+    never holds more than twice the living (and a handful).
+    """
+
+    __slots__ = ("_entries", "_live", "_num_pushed")
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry] = []
+        self._live: dict[str, _Entry] = {}
+        self._num_pushed = 0
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def push(self, id_: str, key: Key) -> None:
+        """Add an id that is not in here yet."""
+        self._num_pushed += 1
+        entry = (key, self._num_pushed, id_)
+        self._live[id_] = entry
+        heapq.heappush(self._entries, entry)
+
+    def remove(self, id_: str) -> None:
+        """Take out an id; one that is not in here changes nothing."""
+        if self._live.pop(id_, None) is not None and len(self._entries) > 2 * len(self._live) + 16:
+            self._entries = list(self._live.values())
+            heapq.heapify(self._entries)
+
+    def head(self) -> tuple[Key, str]:
+        """Lowest key and its id. Raises `IndexError` if nothing is in here."""
+        entries = self._entries
+        while not self._is_live(entries[0]):
+            heapq.heappop(entries)
+        return entries[0][0], entries[0][2]
+
+    def in_order(self) -> Iterator[str]:
+        """Ids by ascending key, found one by one; do not change the heap meanwhile.
+
+        Walks the heap as a tree, always to the lowest entry seen whose parent
+        was taken: k ids cost O(k log k), however many there are (Frederickson
+        1993 has the bound without the logarithm).
+        """
+        entries = self._entries
+        frontier = [(entries[0], 0)] if entries else []
+        while frontier:
+            entry, index = heapq.heappop(frontier)
+            for child in (2 * index + 1, 2 * index + 2):
+                if child < len(entries):
+                    heapq.heappush(frontier, (entries[child], child))
+            if self._is_live(entry):
+                yield entry[2]
+
+    def _is_live(self, entry: _Entry) -> bool:
+        # Identity, not equality: an id may have left and come back.
+        return self._live.get(entry[2]) is entry

@@ -1,0 +1,114 @@
+"""What this gateway has sent to one engine since the engine's last snapshot.
+
+A booking has two lives, told apart here because each is counted elsewhere:
+
+- *unacknowledged*: booked, but not yet contained in a snapshot. Only the
+  ledger knows of its tokens, so the sums below count it. Ends with the first
+  snapshot whose `last_booking` is not below its number, or with `release`.
+- *open*: booked and not ended. Outlives the acknowledgement; ends with
+  `release` alone. When the load is gone, nothing is open.
+
+Bookings travel over one ordered connection, so a snapshot that has seen one
+number has seen all lower ones. Nothing is ever counted twice: what a snapshot
+contains leaves the sums in the same call that installs the snapshot.
+"""
+
+import msgspec
+
+
+class Booking(msgspec.Struct, frozen=True, gc=False):
+    """Room taken on one engine for one request."""
+
+    number: int
+    request_id: str
+    num_prefill_tokens: int
+    num_kv_tokens: int
+    num_sequences: int
+    booked_s: float
+
+
+class Ledger:
+    """Bookings on one replica. Sums are kept, not computed: reading is O(1)."""
+
+    __slots__ = (
+        "_last_number",
+        "_open",
+        "_unacknowledged",
+        "num_kv_tokens",
+        "num_prefill_tokens",
+        "num_sequences",
+    )
+
+    def __init__(self) -> None:
+        self.num_prefill_tokens = 0  # these three: over unacknowledged bookings
+        self.num_kv_tokens = 0
+        self.num_sequences = 0
+        self._last_number = 0
+        self._open: dict[str, Booking] = {}  # by request id
+        self._unacknowledged: dict[int, Booking] = {}  # by number, and so in its order
+
+    @property
+    def num_open(self) -> int:
+        """Requests booked and not ended, acknowledged or not."""
+        return len(self._open)
+
+    @property
+    def num_unacknowledged(self) -> int:
+        """Requests that no snapshot contains yet."""
+        return len(self._unacknowledged)
+
+    @property
+    def oldest_unacknowledged(self) -> Booking | None:
+        """The first booking that no snapshot contains yet, None if there is none."""
+        return next(iter(self._unacknowledged.values()), None)
+
+    def book(
+        self,
+        request_id: str,
+        *,
+        num_prefill_tokens: int,
+        num_kv_tokens: int,
+        num_sequences: int,
+        now_s: float,
+    ) -> int:
+        """Return the number of a new booking: 1 for the first, then one more each.
+
+        Raises `ValueError` if the request is booked here already: two bookings
+        under one id could not be told apart when they end.
+        """
+        if request_id in self._open:
+            raise ValueError(f"request {request_id} is booked already")
+        self._last_number += 1
+        booking = Booking(
+            self._last_number, request_id, num_prefill_tokens, num_kv_tokens, num_sequences, now_s
+        )
+        self._open[request_id] = booking
+        self._unacknowledged[booking.number] = booking
+        self.num_prefill_tokens += num_prefill_tokens
+        self.num_kv_tokens += num_kv_tokens
+        self.num_sequences += num_sequences
+        return booking.number
+
+    def acknowledge(self, last_booking: int) -> None:
+        """Stop counting bookings up to this number: a snapshot contains them now."""
+        for number in list(self._unacknowledged):
+            if number > last_booking:
+                break
+            self._forget(number)
+
+    def release(self, request_id: str) -> None:
+        """End a request's booking, however it ended; an unknown id changes nothing.
+
+        Sent and finished, failed, cancelled, or never sent (rolled back): the
+        ledger needs no difference. If a snapshot contains the request, the
+        next one no longer will.
+        """
+        booking = self._open.pop(request_id, None)
+        if booking is not None and booking.number in self._unacknowledged:
+            self._forget(booking.number)
+
+    def _forget(self, number: int) -> None:
+        booking = self._unacknowledged.pop(number)
+        self.num_prefill_tokens -= booking.num_prefill_tokens
+        self.num_kv_tokens -= booking.num_kv_tokens
+        self.num_sequences -= booking.num_sequences

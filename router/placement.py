@@ -1,0 +1,183 @@
+"""Choosing and booking, in one synchronous call.
+
+Were they two, two requests would see the same idle engine between them.
+"""
+
+from itertools import islice
+
+import msgspec
+
+from router.admission import kv_need_tokens, takes_work
+from router.fleet import Fleet
+from router.hold import HoldQueue
+from router.lazy_heap import Key
+from router.policies import Policy
+from router.replica import Replica
+from router.types import Dispatch, Request
+
+# Followers of a blocked head that are tried elsewhere: bounds the work per event
+# (about 1 µs each). Engines are fed in the order of promises in any case; one
+# that none of the first 32 fits has little room to fill.
+_BACKFILL_DEPTH = 32
+
+
+class Placement(msgspec.Struct):
+    """A request that was sent to an engine and has not ended."""
+
+    request: Request
+    replica: Replica
+    placed_s: float
+    predicted_ttft_s: float
+    has_started: bool = False  # its first token has come
+
+
+class Placer:
+    """Gives requests to replicas: at once, or as their turn comes.
+
+    With `holds`, an engine gets work only while it is open and has KV room, and
+    the head of a lane that no open engine has room for is given a reservation
+    (EASY back-filling, Lifka 1995): one engine takes nobody promised later
+    until the head fits there. It empties at the latest when all it runs has
+    ended, and an empty engine has room for anything, so nobody starves.
+    Followers may go to the other engines meanwhile; none of that delays the
+    head on its own. Which engine is kept does not change while the head waits,
+    or two could take turns at filling up.
+
+    Seam: the engine kept is the one that lacks the fewest tokens now, and it
+    runs down entirely. With predicted output lengths it would be the one that
+    has room first, and short work could still be fitted in before that.
+    """
+
+    def __init__(self, fleet: Fleet, queue: HoldQueue, policy: Policy, *, holds: bool) -> None:
+        self.policy = policy
+        self.holds = holds
+        self._fleet = fleet
+        self._queue = queue
+        self._placed: dict[str, Placement] = {}
+        self._kept: dict[str, tuple[Key, str]] = {}  # replica id: who it is kept for
+
+    def __len__(self) -> int:
+        return len(self._placed)
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._placed
+
+    def start(self, request_id: str) -> Placement | None:
+        """The placement whose first token has just come; None if it had, or is unknown."""
+        placement = self._placed.get(request_id)
+        if placement is None or placement.has_started:
+            return None
+        placement.has_started = True
+        return placement
+
+    def place(self, request: Request, now_s: float) -> Dispatch | None:
+        """Choose and book an engine for the request; None if it has to wait."""
+        if not self.holds:
+            replicas = self._fleet.working(request.model)
+        else:
+            need_tokens = kv_need_tokens(request)
+            replicas = [
+                replica
+                for replica in self._fleet.open(request.model)
+                if need_tokens <= replica.room_tokens
+            ]
+            if self._kept:
+                replicas = self._not_kept_from(request, replicas)
+        if not replicas:
+            return None
+        replica = self.policy.choose(request, replicas, now_s)
+        predicted_ttft_s = replica.ttft_s(replica.num_new_tokens(request), now_s)
+        booking = replica.book(request, kv_need_tokens(request), now_s)
+        self._fleet.refresh(replica)
+        self._placed[request.id] = Placement(request, replica, now_s, predicted_ttft_s)
+        return Dispatch(request.id, replica.id, booking)
+
+    def release(self, request_id: str) -> Placement | None:
+        """End a placement and its booking; None if there is none of this id."""
+        placement = self._placed.pop(request_id, None)
+        if placement is not None:
+            placement.replica.release(request_id)
+            self._fleet.refresh(placement.replica)
+        return placement
+
+    def place_held(self, now_s: float) -> list[Dispatch]:
+        """Place what is held until nothing more is admissible, the most urgent first.
+
+        Looks at the heads of the lanes and a few behind a blocked one, never at
+        the whole queue.
+        """
+        dispatches: list[Dispatch] = []
+        blocked: set[str] = set()
+        self._drop_lapsed()
+        while (head := self._queue.head(blocked)) is not None:
+            dispatch = self.place(head, now_s)
+            if dispatch is None:
+                blocked.add(head.model)
+                dispatches += self._backfill(head, now_s)
+            else:
+                dispatches.append(dispatch)
+                self._queue.remove(head.id)
+                self._drop_lapsed()
+        return dispatches
+
+    def _backfill(self, head: Request, now_s: float) -> list[Dispatch]:
+        """Keep an engine for a blocked head; place followers on the others."""
+        if not self._fleet.open(head.model):
+            return []  # nobody is to be given anything, so nobody needs to be kept
+        self._keep_replica_for(head)
+        dispatches = []
+        roomiest = self._most_room(head)
+        for request in list(islice(self._queue.in_order(head.model), 1, 1 + _BACKFILL_DEPTH)):
+            if kv_need_tokens(request) > roomiest:
+                continue
+            dispatch = self.place(request, now_s)
+            if dispatch is not None:
+                dispatches.append(dispatch)
+                self._queue.remove(request.id)
+                roomiest = self._most_room(head)
+        return dispatches
+
+    def _most_room(self, head: Request) -> float:
+        """Most KV room among open engines that are not kept for `head`, tokens; -1 if none."""
+        return max(
+            (
+                replica.room_tokens
+                for replica in self._fleet.open(head.model)
+                if self._kept.get(replica.id, (None, None))[1] != head.id
+            ),
+            default=-1,
+        )
+
+    def _keep_replica_for(self, head: Request) -> None:
+        """Reserve the engine that lacks the least for `head`, unless one is kept already."""
+        for replica_id, (_, holder_id) in self._kept.items():
+            if holder_id == head.id:
+                kept = self._fleet.get(replica_id)
+                if kept is not None and takes_work(kept):
+                    return
+                del self._kept[replica_id]
+                break
+        replicas = self._not_kept_from(head, self._fleet.working(head.model))
+        if replicas:
+            roomiest = max(replicas, key=lambda replica: replica.num_free_kv_tokens)
+            self._kept[roomiest.id] = (self._queue.key(head), head.id)
+
+    def _not_kept_from(self, request: Request, replicas: list[Replica]) -> list[Replica]:
+        """The replicas not kept for a request that is more urgent than this one."""
+        key = self._queue.key(request)
+        return [
+            replica
+            for replica in replicas
+            if (kept := self._kept.get(replica.id)) is None
+            or kept[1] == request.id
+            or key < kept[0]
+        ]
+
+    def _drop_lapsed(self) -> None:
+        """Drop reservations whose holder is held no longer."""
+        if self._kept:
+            self._kept = {
+                replica_id: kept
+                for replica_id, kept in self._kept.items()
+                if kept[1] in self._queue
+            }

@@ -1,0 +1,22 @@
+"""Fewest outstanding requests."""
+
+from collections.abc import Sequence
+
+from router.policies.base import Policy
+from router.replica import Replica
+from router.types import Request
+
+
+class LeastRequests(Policy):
+    """The replica with the fewest requests this gateway has open there.
+
+    nginx `least_conn`, HAProxy `leastconn`, vllm-router without a cache:
+    requests are counted alike, whatever their size. Equals are drawn at
+    random, as Envoy does, or an idle fleet would send all to its first engine.
+    """
+
+    def choose(self, request: Request, replicas: Sequence[Replica], now_s: float) -> Replica:
+        """Return a replica with the fewest open requests."""
+        fewest = min(replica.ledger.num_open for replica in replicas)
+        equals = [replica for replica in replicas if replica.ledger.num_open == fewest]
+        return equals[int(self.rng.random() * len(equals))]

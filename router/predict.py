@@ -1,0 +1,194 @@
+"""How long one engine's scheduler steps take, learned from its own snapshots.
+
+    step_s = step_base_s + token_s * num_prefill_tokens + decode_s * num_decode_reqs
+
+Base and decode terms are what a step costs to run at all and per sequence in
+it; `token_s` is the inverse of the prefill rate. Attention makes both grow with
+context, which the linear form leaves to forgetting: it follows the contexts of
+the moment (R² of TTFT predicted this way on SmolLM2: 0.97, FACTS.md).
+"""
+
+from router.types import EngineInfo, EngineSnapshot
+
+# Guesses for an engine that has not reported a step: the middle, on a log scale,
+# between a small model on one CPU core (40 ms, 1.7 ms/token) and an 8B model on
+# an H100 (8 ms, 40 µs/token). They decide nothing but the first few requests.
+_COLD_STEP_BASE_S = 0.02
+_COLD_TOKEN_S = 2.5e-4
+_COLD_DECODE_S = 1e-4
+
+# Steps scatter by about 10 %, the guess may be wrong tenfold: (0.1 / 10)² of one
+# step. It settles only what the steps seen so far leave open (say base against
+# token time, when all were equal).
+_PRIOR_WEIGHT = 1e-4
+
+# A step counts 1/e after so many later ones of its kind: averages out noise of
+# 10 % to 0.5 %, and follows a change within seconds on a GPU.
+_MEMORY_STEPS = 512
+_KEEP = 1.0 - 1.0 / _MEMORY_STEPS
+
+# Errors beyond three times the usual absolute error are cut to that. For normal
+# noise (mean absolute error 0.8 sigma) this touches 2 % of the steps; a step
+# that was stretched tenfold by a neighbour then moves nothing much.
+_CLIP = 3.0
+_ERROR_MEMORY_STEPS = 64  # its average is then sure to about a tenth
+_COLD_ERROR = 1.0 / 3.0  # cuts at twice the prediction until errors are known
+_MIN_ERROR = 0.01  # so that a stretch of perfect steps cannot lock out all change
+_WARM_UP_STEPS = 16  # five per coefficient; before, every error is the guess's
+
+_Six = tuple[float, float, float, float, float, float]  # upper triangle: 00 01 02 11 12 22
+_Three = tuple[float, float, float]
+
+
+class StepModel:
+    """Online estimate of the three coefficients of one engine's step time.
+
+    Exponentially weighted least squares (Ljung, *System Identification*, 2nd
+    ed., 11.2) of the *relative* error, so that a 2 ms decode step teaches as
+    much as a 900 ms prefill step; errors clipped after Huber (1964); ridge
+    prior at the cold-start guess (Hoerl and Kennard 1970); coefficients never
+    negative. Kept as sums, not as a recursive covariance: the same estimate,
+    and it cannot wind up while the engine is not excited. Steps with and
+    without prefill forget separately, so that minutes of mere decoding do not
+    wipe out what prefill costs.
+    """
+
+    __slots__ = (
+        "_cold",
+        "_error",
+        "_last_step",
+        "_sums_decode",
+        "_sums_prefill",
+        "decode_s",
+        "num_steps",
+        "step_base_s",
+        "token_s",
+    )
+
+    def __init__(self) -> None:
+        self._cold: _Three = (_COLD_STEP_BASE_S, _COLD_TOKEN_S, _COLD_DECODE_S)
+        self.step_base_s, self.token_s, self.decode_s = self._cold
+        self.num_steps = 0  # learned from
+        self._sums_prefill = _Sums()
+        self._sums_decode = _Sums()
+        self._error = _COLD_ERROR  # usual absolute relative error of one step
+        self._last_step = 0
+
+    def step_s(self, num_prefill_tokens: int, num_decode_reqs: int) -> float:
+        """Predicted duration of one such step, seconds."""
+        return (
+            self.step_base_s + self.token_s * num_prefill_tokens + self.decode_s * num_decode_reqs
+        )
+
+    def prefill_tokens_per_s(self, info: EngineInfo, num_decode_reqs: int) -> float:
+        """Prefill rate in full steps beside so many decoding requests, tokens/s."""
+        num_tokens = max(1, info.max_num_batched_tokens - num_decode_reqs)
+        return num_tokens / max(1e-9, self.step_s(num_tokens, num_decode_reqs))
+
+    def learn(self, snapshot: EngineSnapshot) -> None:
+        """Take in the snapshot's last step, unless it was learned from already."""
+        if not self.num_steps and snapshot.prefill_tokens_per_s > 0.0:
+            # An engine that ran before we met it knows its own rate better than we can guess.
+            self._cold = (self._cold[0], 1.0 / snapshot.prefill_tokens_per_s, self._cold[2])
+            self.token_s = self._cold[1]
+        num_tokens, num_decodes = snapshot.step_num_prefill_tokens, snapshot.step_num_decode_reqs
+        is_new = snapshot.num_steps_total != self._last_step
+        self._last_step = snapshot.num_steps_total
+        if not is_new or snapshot.step_s <= 0.0 or num_tokens + num_decodes <= 0:
+            return
+
+        if self.num_steps < _WARM_UP_STEPS:
+            reference_s = snapshot.step_s
+            ratio = 1.0
+        else:
+            # Weights from the prediction: from the noisy step itself they would favour fast ones.
+            reference_s = max(1e-9, self.step_s(num_tokens, num_decodes))
+            limit = _CLIP * self._error
+            error = min(limit, max(-limit, snapshot.step_s / reference_s - 1.0))
+            self._error += (max(abs(error), _MIN_ERROR) - self._error) / _ERROR_MEMORY_STEPS
+            ratio = 1.0 + error
+        base, token, decode = self._cold
+        sums = self._sums_prefill if num_tokens else self._sums_decode
+        sums.add(
+            base / reference_s,
+            token * num_tokens / reference_s,
+            decode * num_decodes / reference_s,
+            ratio,
+        )
+        self.num_steps += 1
+        self._solve()
+
+    def _solve(self) -> None:
+        """Set the coefficients to the minimum of the weighted squares."""
+        p, d = self._sums_prefill, self._sums_decode
+        k = _PRIOR_WEIGHT
+        a = (
+            p.a00 + d.a00 + k,
+            p.a01 + d.a01,
+            p.a02 + d.a02,
+            p.a11 + d.a11 + k,
+            p.a12 + d.a12,
+            p.a22 + d.a22 + k,
+        )
+        b = (p.b0 + d.b0 + k, p.b1 + d.b1 + k, p.b2 + d.b2 + k)
+        x0, x1, x2 = _solve_non_negative(a, b)
+        base, token, decode = self._cold
+        self.step_base_s, self.token_s, self.decode_s = x0 * base, x1 * token, x2 * decode
+
+
+class _Sums:
+    """Decaying sums of products of (base, token, decode) shares and of the target."""
+
+    __slots__ = ("a00", "a01", "a02", "a11", "a12", "a22", "b0", "b1", "b2")
+
+    def __init__(self) -> None:
+        self.a00 = self.a01 = self.a02 = self.a11 = self.a12 = self.a22 = 0.0
+        self.b0 = self.b1 = self.b2 = 0.0
+
+    def add(self, z0: float, z1: float, z2: float, target: float) -> None:
+        """Add one step; everything before counts a little less."""
+        self.a00 = _KEEP * self.a00 + z0 * z0
+        self.a01 = _KEEP * self.a01 + z0 * z1
+        self.a02 = _KEEP * self.a02 + z0 * z2
+        self.a11 = _KEEP * self.a11 + z1 * z1
+        self.a12 = _KEEP * self.a12 + z1 * z2
+        self.a22 = _KEEP * self.a22 + z2 * z2
+        self.b0 = _KEEP * self.b0 + z0 * target
+        self.b1 = _KEEP * self.b1 + z1 * target
+        self.b2 = _KEEP * self.b2 + z2 * target
+
+
+def _solve_non_negative(a: _Six, b: _Three) -> _Three:
+    """Solution of `a x = b` (positive definite), [3], negative entries held at 0.
+
+    Active set, dropping the most negative unknown and solving again (after
+    Lawson and Hanson 1974, chapter 23): at most three rounds.
+    """
+    for _ in range(2):
+        x = _solve(a, b)
+        lowest = min(x)
+        if lowest >= 0.0:
+            return x
+        a00, a01, a02, a11, a12, a22 = a
+        if lowest == x[0]:
+            a, b = (1.0, 0.0, 0.0, a11, a12, a22), (0.0, b[1], b[2])
+        elif lowest == x[1]:
+            a, b = (a00, 0.0, a02, 1.0, 0.0, a22), (b[0], 0.0, b[2])
+        else:
+            a, b = (a00, a01, 0.0, a11, 0.0, 1.0), (b[0], b[1], 0.0)
+    x = _solve(a, b)
+    return (max(0.0, x[0]), max(0.0, x[1]), max(0.0, x[2]))
+
+
+def _solve(a: _Six, b: _Three) -> _Three:
+    """Solution of `a x = b`, [3], by elimination; stable as `a` is positive definite."""
+    a00, a01, a02, a11, a12, a22 = a
+    b0, b1, b2 = b
+    f1, f2 = a01 / a00, a02 / a00
+    c11, c12, c22 = a11 - f1 * a01, a12 - f1 * a02, a22 - f2 * a02
+    d1, d2 = b1 - f1 * b0, b2 - f2 * b0
+    f3 = c12 / c11
+    x2 = (d2 - f3 * d1) / (c22 - f3 * c12)
+    x1 = (d1 - c12 * x2) / c11
+    x0 = (b0 - a01 * x1 - a02 * x2) / a00
+    return x0, x1, x2

@@ -1,0 +1,179 @@
+"""One engine as this gateway knows it: the policies' whole view."""
+
+import math
+
+from router.ledger import Ledger
+from router.predict import StepModel
+from router.types import EngineInfo, EngineSnapshot, Request
+
+
+class Replica:
+    """Last snapshot, bookings since, and what both predict.
+
+    The attributes from `num_pending_prefill_tokens` on are derived. They are
+    computed once per change (`receive`, `book`, `release`), because a decision
+    reads them for every engine while a change touches one.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_rest_tokens",
+        "_step_end_s",
+        "chunk_overhead_s",
+        "chunk_tokens",
+        "id",
+        "info",
+        "is_draining",
+        "is_unreachable",
+        "ledger",
+        "names",
+        "num_free_kv_tokens",
+        "num_pending_prefill_tokens",
+        "num_sequences",
+        "predictor",
+        "prefill_tokens_per_s",
+        "room_tokens",
+        "snapshot",
+        "snapshot_s",
+        "token_s",
+    )
+
+    def __init__(self, replica_id: str, info: EngineInfo, now_s: float) -> None:
+        self.id = replica_id
+        self.info = info
+        self.names = frozenset((info.model, *info.aliases))
+        # Until it reports, an engine is taken to be empty: it has just been started,
+        # or its first snapshot is already on its way.
+        self.snapshot = EngineSnapshot(seq=-1, num_free_kv_tokens=info.num_kv_tokens)
+        self.snapshot_s = now_s  # when received
+        self.ledger = Ledger()
+        self.predictor = StepModel()
+        self.is_draining = False  # finishes what it has, takes nothing new
+        self.is_unreachable = False  # a send failed and no snapshot has come since
+
+        self.num_pending_prefill_tokens = 0  # in the engine and on their way to it
+        self.num_free_kv_tokens = 0  # left when all that is pending is prefilled; may be < 0
+        self.room_tokens = math.inf  # the same, but without limit while the engine is empty
+        self.num_sequences = 0  # in the scheduler and on their way to it
+        self.chunk_tokens = 1  # prefilled in one full step
+        self.chunk_overhead_s = 0.0  # what a step costs besides prefill
+        self.token_s = 0.0  # what each prefilled token adds to it
+        self.prefill_tokens_per_s = 0.0  # in full steps
+        self._rest_tokens = 0  # pending after the current step
+        self._step_end_s = 0.0  # when the current step should end
+        self._derive()
+
+    def num_new_tokens(self, request: Request) -> int:
+        """Prompt tokens the engine would have to prefill for this request, ≥ 1.
+
+        All of them: what the engine's prefix cache holds is not known here yet.
+        """
+        return max(1, request.num_prompt_tokens)
+
+    def ttft_s(self, num_new_tokens: int, now_s: float) -> float:
+        """Predicted seconds until a prompt of so many new tokens is prefilled here.
+
+        The rest of the current step, which a newcomer cannot join, then whole
+        steps until the pending tokens and its own are prefilled, first come
+        first served (formula and fit: FACTS.md, "Live statistics"). A wait for
+        KV blocks is not in it: admission does not send where they lack.
+        """
+        num_tokens = self._rest_tokens + num_new_tokens
+        num_steps = -(-num_tokens // self.chunk_tokens)
+        ttft_s = num_steps * self.chunk_overhead_s + num_tokens * self.token_s
+        rest_s = self._step_end_s - now_s
+        return ttft_s + rest_s if rest_s > 0.0 else ttft_s
+
+    def receive(self, snapshot: EngineSnapshot, now_s: float) -> bool:
+        """Whether the snapshot was news; an old or repeated one changes nothing."""
+        if snapshot.seq <= self.snapshot.seq:
+            return False
+        self.snapshot = snapshot
+        self.snapshot_s = now_s
+        self.is_unreachable = False
+        self.ledger.acknowledge(snapshot.last_booking)
+        self.predictor.learn(snapshot)
+        self._derive()
+        return True
+
+    def book(self, request: Request, num_kv_tokens: int, now_s: float) -> int:
+        """Booking number under which the request is counted here from now on."""
+        number = self.ledger.book(
+            request.id,
+            num_prefill_tokens=self.num_new_tokens(request),
+            num_kv_tokens=num_kv_tokens,
+            num_sequences=request.num_sequences,
+            now_s=now_s,
+        )
+        self._derive()
+        return number
+
+    def release(self, request_id: str) -> None:
+        """Count the request no longer; an unknown id changes nothing."""
+        self.ledger.release(request_id)
+        self._derive()
+
+    def state(self, now_s: float) -> dict[str, object]:
+        """What is known and predicted, for people to read; JSON-able."""
+        snapshot = self.snapshot
+        return {
+            "info": _fields(self.info),
+            "snapshot": _fields(snapshot) if snapshot.seq >= 0 else None,
+            "age_s": max(0.0, now_s - self.snapshot_s),
+            "is_draining": self.is_draining,
+            "is_unreachable": self.is_unreachable,
+            "ledger": {
+                "num_open": self.ledger.num_open,
+                "num_unacknowledged": self.ledger.num_unacknowledged,
+                "num_prefill_tokens": self.ledger.num_prefill_tokens,
+                "num_kv_tokens": self.ledger.num_kv_tokens,
+            },
+            "num_pending_prefill_tokens": self.num_pending_prefill_tokens,
+            "num_free_kv_tokens": self.num_free_kv_tokens,
+            "step_model": {
+                "num_steps": self.predictor.num_steps,
+                "step_base_s": self.predictor.step_base_s,
+                "token_s": self.predictor.token_s,
+                "decode_s": self.predictor.decode_s,
+            },
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "ttft_s": self.ttft_s(1, now_s),  # of the shortest prompt
+        }
+
+    def _derive(self) -> None:
+        snapshot, ledger, predictor = self.snapshot, self.ledger, self.predictor
+        num_pending = snapshot.num_pending_prefill_tokens
+        num_decoding = snapshot.num_decoding_reqs
+        num_scheduled = snapshot.num_running_reqs + snapshot.num_waiting_reqs
+        self.num_pending_prefill_tokens = num_pending + ledger.num_prefill_tokens
+        # vLLM allocates blocks chunk by chunk: what is pending has yet to take its own.
+        self.num_free_kv_tokens = snapshot.num_free_kv_tokens - num_pending - ledger.num_kv_tokens
+        self.num_sequences = num_scheduled + ledger.num_sequences
+        # Whatever does not fit an empty engine never will: nothing is gained by holding it.
+        is_empty = not (self.num_sequences or self.num_pending_prefill_tokens)
+        self.room_tokens = math.inf if is_empty else self.num_free_kv_tokens
+
+        budget = self.info.max_num_batched_tokens
+        self.chunk_tokens = chunk_tokens = max(1, budget - num_decoding)
+        overhead_s = predictor.step_s(0, num_decoding)
+        self.chunk_overhead_s = overhead_s
+        self.token_s = predictor.token_s
+        self.prefill_tokens_per_s = predictor.prefill_tokens_per_s(self.info, num_decoding)
+
+        # The current step began when the last one ended, about when the snapshot came.
+        # An engine that was idle then began with the first request it got since.
+        step_tokens, step_start_s = min(num_pending, chunk_tokens), self.snapshot_s
+        if not (num_pending or num_scheduled):
+            first = ledger.oldest_unacknowledged
+            if first is None:
+                self._rest_tokens, self._step_end_s = 0, -math.inf
+                return
+            step_tokens = min(first.num_prefill_tokens, chunk_tokens)
+            step_start_s = first.booked_s
+        self._rest_tokens = self.num_pending_prefill_tokens - step_tokens
+        self._step_end_s = step_start_s + overhead_s + step_tokens * self.token_s
+
+
+def _fields(struct: EngineInfo | EngineSnapshot) -> dict[str, object]:
+    """The struct as a dict."""
+    return {name: getattr(struct, name) for name in struct.__struct_fields__}

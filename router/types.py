@@ -1,0 +1,123 @@
+"""The nouns of the router: frozen values, no logic.
+
+Times are seconds of the caller's monotonic clock and always passed in. Token
+counts are the model's own tokens. Structs rather than dataclasses because
+`EngineInfo` and `EngineSnapshot` also travel on the wire as they are.
+"""
+
+import enum
+
+import msgspec
+
+
+class Outcome(enum.Enum):
+    """How a request ended. Every request ends in exactly one of these."""
+
+    COMPLETED = "completed"
+    REJECTED = "rejected"  # never held: the queue was full or nothing can serve it
+    EXPIRED = "expired"  # its deadline passed while it was held
+    RENEGED = "reneged"  # the client left
+    FAILED = "failed"  # an engine or the connection to it failed
+
+
+class RejectReason(enum.Enum):
+    """Why the router refuses a request; the gateway maps it to a status code."""
+
+    QUEUE_FULL = "queue_full"
+    TOO_LARGE = "too_large"  # can never fit into the KV cache of any engine
+    EXPIRED = "expired"
+    UNKNOWN_MODEL = "unknown_model"
+    NO_ENGINE = "no_engine"
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One request as the router sees it: sizes and times, never its text."""
+
+    id: str
+    model: str
+    num_prompt_tokens: int  # estimated before dispatch unless the body bore token ids
+    max_output_tokens: int | None = None  # the client's own limit
+    num_sequences: int = 1  # OpenAI's `n`
+    num_bytes: int = 0  # body size, for the queue's byte bound
+    tenant: str = ""
+    arrival_s: float = 0.0
+    deadline_s: float = float("inf")  # held past this, it expires
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What does not change while an engine lives; sent once per connection."""
+
+    model: str  # the name clients ask for
+    tasks: tuple[str, ...]  # vLLM's supported tasks, e.g. ("generate",)
+    max_model_len: int  # tokens, prompt and output together
+    max_num_seqs: int  # sequences in one scheduler step
+    max_num_batched_tokens: int  # token budget of one scheduler step
+    num_kv_tokens: int  # capacity of the KV cache, tokens
+    block_size: int  # tokens per KV block
+    aliases: tuple[str, ...] = ()  # further names of the model, LoRA adapters among them
+    device: str = ""  # hardware, in words
+    engine: str = ""  # engine and version; says "simulated" where it is
+
+
+class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine's live scheduler state.
+
+    Dated by the receiver's clock on receipt: monotonic clocks of different
+    processes do not compare. Counters (`…_total`) grow from the engine's
+    start; everything else is the state at the end of the last scheduler step,
+    with submissions counted as soon as the replica has read them.
+    """
+
+    seq: int  # grows by one per snapshot of this engine
+    last_booking: int = 0  # this and every lower booking of the receiver is contained
+    num_running_reqs: int = 0  # vLLM's scheduler: in the batch
+    num_waiting_reqs: int = 0  # vLLM's scheduler: waiting, deferred ones included
+    num_inflight_reqs: int = 0  # all that the replica has taken and not ended
+    kv_cache_usage: float = 0.0  # 0-1, cached but free blocks not counted
+    num_free_kv_tokens: int = 0
+    num_pending_prefill_tokens: int = 0  # submitted minus computed, exact per request
+    num_decoding_reqs: int = 0
+    num_decode_context_tokens: int = 0  # prompt + generated, over decoding requests
+    prefill_tokens_per_s: float = 0.0  # measured over recent steps; 0 = not known yet
+    step_s: float = 0.0  # duration of the last step
+    step_num_prefill_tokens: int = 0  # what that step computed
+    step_num_decode_reqs: int = 0
+    num_prefill_tokens_total: int = 0  # computed by prefill, recomputation included
+    num_prefix_queries_total: int = 0  # tokens looked up in the prefix cache
+    num_prefix_hits_total: int = 0  # tokens found there
+    num_preemptions_total: int = 0
+    num_output_tokens_total: int = 0
+    num_steps_total: int = 0
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens a finished request really took, as vLLM counted them."""
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+
+
+class Dispatch(msgspec.Struct, frozen=True):
+    """Send the request to this replica under this booking number."""
+
+    request_id: str
+    replica_id: str
+    booking: int
+
+
+class Hold(msgspec.Struct, frozen=True):
+    """Keep the request; a later event dispatches or rejects it."""
+
+    request_id: str
+
+
+class Reject(msgspec.Struct, frozen=True):
+    """Refuse the request. `retry_after_s` is when trying again makes sense."""
+
+    request_id: str
+    reason: RejectReason
+    retry_after_s: float | None = None
+
+
+Decision = Dispatch | Hold | Reject

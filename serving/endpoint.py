@@ -1,0 +1,52 @@
+"""The address that clients connect to: free before the start, answering after it."""
+
+import contextlib
+import socket
+import time
+import urllib.request
+
+import psutil
+
+_ANSWER_TIMEOUT_S = 30.0  # from running gateways to the first answer on the port
+
+
+class StartError(RuntimeError):
+    """The start failed; the message is for the user."""
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise `StartError` unless `host:port` is free: engines would load for nothing."""
+    try:
+        family, kind, proto, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(target)
+            probe.listen()
+    except OSError as error:
+        raise StartError(
+            f"cannot listen on {host}:{port}: {error.strerror}{_holder(port)}; "
+            "choose another with --port or --host"
+        ) from None
+
+
+def _holder(port: int) -> str:
+    """Which process listens on `port`, as far as we are allowed to see."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == "LISTEN" and connection.laddr.port == port and connection.pid:
+                return f" (by {psutil.Process(connection.pid).name()}, pid {connection.pid})"
+    return ""
+
+
+def wait_for_answer(url: str) -> None:
+    """Return once `/health` is answered with 200; raise `StartError` if it never is."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline_s = time.monotonic() + _ANSWER_TIMEOUT_S
+    while True:
+        try:
+            with opener.open(f"{url}/health", timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline_s:
+                raise StartError(f"{url}/health does not answer: {error}") from None
+        time.sleep(0.1)

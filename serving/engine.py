@@ -1,0 +1,167 @@
+"""One vLLM engine: its OpenAI application and its live state.
+
+The application is vLLM's own FastAPI app, called in-process as ASGI: chat
+templates, tools, structured output, logprobs, `n`, parsers and error replies
+are vLLM's, whatever the version brings.
+"""
+
+import asyncio
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any, Protocol, Self
+
+from starlette.types import ASGIApp
+
+from router.types import EngineInfo, EngineSnapshot
+from serving.account import Account
+from serving.config import Config, ConfigError
+from serving.plan import Plan
+
+
+class Engine(Protocol):
+    """What a replica puts behind the stream; `engine.factory` names the class."""
+
+    info: EngineInfo
+    app: ASGIApp
+
+    @classmethod
+    async def start(cls, config: Config, plan: Plan, local_rank: int) -> Self:
+        """Return a ready engine. `local_rank` counts the engines on this node from 0."""
+        ...
+
+    def subscribe(self, on_step: Callable[[], None]) -> None:
+        """Have `on_step()` called on the event loop after every engine step."""
+        ...
+
+    def snapshot(self, seq: int, accounts: list[Account]) -> EngineSnapshot:
+        """The state now; cheap. `accounts` are all requests that the replica has."""
+        ...
+
+    def forget(self, account: Account) -> None:
+        """This request has ended, whichever way."""
+        ...
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine can serve no more."""
+        ...
+
+    async def shutdown(self) -> None: ...
+
+
+class VllmEngine:
+    """vLLM's `AsyncLLM` in this process, its EngineCore in a child process."""
+
+    def __init__(self, llm: Any, app: ASGIApp, monitor: Any, info: EngineInfo) -> None:
+        self.app = app
+        self.info = info
+        self._llm = llm
+        self._monitor = monitor
+        self.subscribe = monitor.subscribe
+        self.snapshot = monitor.snapshot
+        self.forget = monitor.forget
+
+    @classmethod
+    async def start(cls, config: Config, plan: Plan, local_rank: int) -> "VllmEngine":
+        """Load the model; takes from seconds to minutes.
+
+        Raises `ConfigError` for an unknown key in `engine.args`; vLLM's own
+        errors pass through.
+        """
+        cores = os.sched_getaffinity(0)
+        if plan.device == "cpu":
+            # The engine core inherits affinity and thread count when spawned;
+            # OpenMP threads that share a core stretch steps up to 15-fold.
+            os.environ.update(OMP_NUM_THREADS="1", VLLM_ENABLE_V1_MULTIPROCESSING="1")
+            os.sched_setaffinity(0, {sorted(cores)[local_rank % len(cores)]})
+        try:
+            return await cls._start(plan)
+        finally:
+            os.sched_setaffinity(0, cores)  # the API layer beside it may float
+
+    @classmethod
+    async def _start(cls, plan: Plan) -> "VllmEngine":
+        # vLLM is imported late: it reads the environment set above.
+        import vllm
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from serving.monitor import EngineMonitor
+
+        args = _vllm_arguments(plan)
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+        vllm_config = engine_args.create_engine_config()
+        scheduler = vllm_config.scheduler_config
+        scheduler.scheduler_cls = "serving.scheduler." + (
+            "HeadwayAsyncScheduler" if scheduler.async_scheduling else "HeadwayScheduler"
+        )
+        monitors: list[EngineMonitor] = []
+
+        def make_monitor(*arguments: Any) -> EngineMonitor:
+            monitors.append(EngineMonitor(*arguments))
+            return monitors[-1]
+
+        llm = AsyncLLM.from_vllm_config(
+            vllm_config, stat_loggers=[make_monitor], disable_log_stats=True
+        )
+        (monitor,) = monitors
+        monitor.attach(llm.output_processor)
+        tasks = await llm.get_supported_tasks()
+        app = build_app(args, tasks, llm.model_config)
+        await init_app_state(llm, app.state, args, tasks)
+        names = args.served_model_name or [args.model]
+        loras = [module.name for module in args.lora_modules or ()]
+        info = EngineInfo(
+            model=names[0],
+            aliases=(*names[1:], *loras),
+            tasks=tuple(tasks),
+            max_model_len=llm.model_config.max_model_len,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            num_kv_tokens=monitor.num_kv_tokens,
+            block_size=vllm_config.cache_config.block_size,
+            device=plan.device_name,
+            engine=f"vllm {vllm.__version__}",
+        )
+        return cls(llm, app, monitor, info)
+
+    @property
+    def dead(self) -> bool:
+        return self._llm.errored
+
+    async def shutdown(self) -> None:
+        # Nothing runs any more; the core may take its leave a second.
+        await asyncio.to_thread(self._llm.shutdown, 1.0)
+
+
+def _vllm_arguments(plan: Plan) -> Any:
+    """vLLM's own argument namespace: its defaults, then the plan's, the user's among them."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    known = {
+        field.name for cls in (AsyncEngineArgs, FrontendArgs) for field in dataclasses.fields(cls)
+    }
+    settings = {
+        # Per-step token counts feed the monitor.
+        "enable_logging_iteration_details": True,
+        "enable_log_requests": False,
+        "disable_fastapi_docs": True,
+        **plan.engine_args,
+    }
+    if plan.device == "cpu":
+        # The multiprocess executor's worker spins on a core even when idle.
+        settings.setdefault("distributed_executor_backend", UniProcExecutor)
+    for key, value in settings.items():
+        if key not in known:
+            raise ConfigError(f"engine.args.{key}: vLLM has no such engine argument")
+        setattr(args, key, value)
+    args.model = args.model_tag = str(plan.model)
+    args.served_model_name = [plan.served_model_name]
+    return args

@@ -1,0 +1,63 @@
+"""Errors as OpenAI's API words them."""
+
+import math
+
+import msgspec
+
+from router.types import RejectReason
+from serving.wire import Headers
+
+
+class ApiError(Exception):
+    """An error reply: `status` is the HTTP status, the rest OpenAI's error object."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "BadRequestError",
+        param: str | None = None,
+        code: str | int | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code if code is not None else status
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> bytes:
+        return msgspec.json.encode(
+            {
+                "error": {
+                    "message": str(self),
+                    "type": self.kind,
+                    "param": self.param,
+                    "code": self.code,
+                }
+            }
+        )
+
+    def headers(self) -> Headers:
+        headers = [(b"content-type", b"application/json")]
+        if self.retry_after_s is not None:
+            # Whole seconds, rounded up: earlier would be too early.
+            headers.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s))))
+        return headers
+
+
+def from_rejection(reason: RejectReason, retry_after_s: float | None) -> ApiError:
+    """The reply to a request that the router refused."""
+    status, message = {
+        RejectReason.QUEUE_FULL: (429, "All engines are busy and the queue is full."),
+        RejectReason.EXPIRED: (503, "No engine became free within router.max_hold_s."),
+        RejectReason.NO_ENGINE: (503, "No engine is running."),
+        RejectReason.UNKNOWN_MODEL: (404, "No engine serves this model."),
+        RejectReason.TOO_LARGE: (400, "The request does not fit into any engine's KV cache."),
+    }[reason]
+    kind = {404: "NotFoundError", 429: "RateLimitError", 503: "ServiceUnavailableError"}.get(
+        status, "BadRequestError"
+    )
+    return ApiError(status, message, kind=kind, code=reason.value, retry_after_s=retry_after_s)

@@ -1,0 +1,104 @@
+"""One client's request and its response, inside the gateway."""
+
+import asyncio
+
+from router.types import RejectReason, Request, Usage
+from serving.wire import Headers
+
+
+class Rejected(Exception):
+    """The router refused the request."""
+
+    def __init__(self, reason: RejectReason, retry_after_s: float | None) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class EngineFailed(Exception):
+    """The engine broke the response off, and no other took the request over."""
+
+
+class Exchange:
+    """Collects what the engine sends until the client's connection takes it.
+
+    Holds at most the stream's window of bytes: the engine waits for the
+    acknowledgement of what the client has taken.
+    """
+
+    __slots__ = (
+        "_chunks",
+        "_error",
+        "_waiter",
+        "body",
+        "booking",
+        "ended",
+        "headers",
+        "method",
+        "num_attempts",
+        "num_taken_bytes",
+        "path",
+        "replica_id",
+        "request",
+        "response_headers",
+        "started",
+        "status",
+        "usage",
+    )
+
+    def __init__(
+        self, request: Request, method: str, path: str, headers: Headers, body: bytes
+    ) -> None:
+        self.request = request
+        self.method = method
+        self.path = path
+        self.headers = headers
+        self.body = body
+        self.replica_id: str | None = None  # set while an engine has it
+        self.booking = 0
+        self.num_attempts = 0
+        self.status = 0
+        self.response_headers: Headers = []
+        self.started = False  # the first byte of the response's body is here
+        self.ended = False
+        self.usage: Usage | None = None  # as vLLM counted, once it has ended
+        self.num_taken_bytes = 0  # taken by the client, not yet acknowledged
+        self._chunks: list[bytes] = []
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def on_head(self, status: int, headers: Headers) -> None:
+        # Not passed on before the first byte of the body: until then the
+        # request can still move to another engine without the client's notice.
+        self.status, self.response_headers = status, headers
+
+    def on_data(self, body: bytes) -> None:
+        self.started = True
+        self._chunks.append(body)
+        self._wake()
+
+    def on_end(self, error: Exception | None = None) -> None:
+        self.ended = True
+        self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if (waiter := self._waiter) is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def next_chunk(self) -> bytes:
+        """Return all body bytes that have come, b"" at the end.
+
+        Raises `Rejected` or `EngineFailed` when that is how it ends.
+        """
+        while not self._chunks:
+            if self.ended:
+                if self._error is not None:
+                    raise self._error
+                return b""
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        chunks, self._chunks = self._chunks, []
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)

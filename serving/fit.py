@@ -1,0 +1,134 @@
+"""Whether engines fit into memory; pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serving.config import Config, ConfigError
+from serving.hardware import Gpu
+from serving.model_size import ModelSize
+
+_MIB = 1 << 20
+_GIB = 1 << 30
+
+# Per engine on a CPU, without weights and KV cache: two Python processes with
+# torch and vLLM. Measured with SmolLM2-135M on one core (vLLM 0.32): 2.65 GiB in all
+# with 1 GiB of KV cache and twice the weights' 0.25 GiB, 1.2 GiB the rest; the
+# API layer and the Ray worker around them and a margin make the difference.
+_CPU_ENGINE_BYTES = int(1.8 * _GIB)
+_WEIGHT_COPIES = 2  # the file's pages and the tensors, while loading
+_CONTROL_BYTES = int(1.2 * _GIB)  # Ray's own processes, Serve's controller, one gateway
+_KV_BYTES = _GIB  # per engine: 46,000 tokens of SmolLM2
+_MIN_KV_BYTES = 64 * _MIB
+_KV_STEP_BYTES = 64 * _MIB
+_MAX_WEIGHTS_SHARE = 0.95  # of what vLLM may take of a GPU; activations and KV need the rest
+
+
+@dataclass(frozen=True, slots=True)
+class CpuFit:
+    """How many engines fit, and with how much."""
+
+    num_replicas: int
+    kv_bytes: int  # per engine
+    engine_bytes: int  # per engine, all told
+    why: tuple[str, ...]
+
+
+def cpu_memory(
+    config: Config,
+    engine_args: dict[str, Any],
+    num_free_bytes: int,
+    replicas: int,
+    size: ModelSize | None,
+) -> CpuFit:
+    """Return what fits into `num_free_bytes` of RAM; raise `ConfigError` if nothing does.
+
+    The KV cache shrinks first, down to one request of full length; then, with
+    replicas on auto, the number of engines.
+    """
+    base = _CPU_ENGINE_BYTES + _WEIGHT_COPIES * (size.num_weight_bytes if size else 0)
+    wanted = engine_args.get("kv_cache_memory_bytes")
+    if wanted is not None and (not isinstance(wanted, int) or wanted <= 0):
+        raise ConfigError(f"engine.args.kv_cache_memory_bytes: {wanted!r} is not a count of bytes")
+    smallest = wanted or _smallest_kv(engine_args["max_model_len"], size)
+    room = num_free_bytes - _CONTROL_BYTES
+    counts = [replicas, 1] if config.replicas == "auto" else [replicas]
+    for count in counts:
+        kv = wanted or min(max(_KV_BYTES, smallest), room // count - base)
+        if kv >= smallest and count * (base + kv) <= room:
+            break
+    else:
+        raise _no_memory(config, count, base, smallest, num_free_bytes, bool(wanted))
+    if not wanted:
+        kv = max(smallest, kv // _KV_STEP_BYTES * _KV_STEP_BYTES)
+    why = [
+        f"Each engine takes about {_gib(base + kv)}, {_gib(kv)} of it KV cache"
+        + ("" if size else " (the model's size is not known yet: not counted)")
+        + f"; {_gib(num_free_bytes)} of RAM are free."
+    ]
+    if count < replicas:
+        why.append(f"Memory holds {count} of {replicas} engines.")
+    if not wanted and kv < _KV_BYTES:
+        why.append(f"The KV cache is below {_gib(_KV_BYTES)} because memory is short.")
+    return CpuFit(count, kv, base + kv, tuple(why))
+
+
+def _smallest_kv(max_model_len: Any, size: ModelSize | None) -> int:
+    """Bytes of KV cache that one request of full length needs: vLLM insists on these."""
+    if size is None or size.num_kv_bytes_per_token is None or not isinstance(max_model_len, int):
+        return _MIN_KV_BYTES
+    return max(_MIN_KV_BYTES, max_model_len * size.num_kv_bytes_per_token)
+
+
+def _no_memory(
+    config: Config, replicas: int, base: int, kv: int, num_free_bytes: int, kv_is_set: bool
+) -> ConfigError:
+    needed = replicas * (base + kv) + _CONTROL_BYTES
+    if kv_is_set:
+        key, advice = "engine.args.kv_cache_memory_bytes", "lower it"
+    elif replicas > 1:
+        key, advice = "replicas", "lower it"
+    else:
+        key, advice = "model", "choose a smaller one" if config.model else "this is the smallest"
+    return ConfigError(
+        f"{key}: not enough memory: {replicas} × {_gib(base + kv)} "
+        f"(KV cache {_gib(kv)} of it) and {_gib(_CONTROL_BYTES)} for Ray are "
+        f"{_gib(needed)}, {_gib(num_free_bytes)} are free: {advice}, or free memory"
+    )
+
+
+def gpu_memory(
+    engine_args: dict[str, Any], gpus: Sequence[Gpu], per_replica: int, size: ModelSize | None
+) -> list[str]:
+    """Return sentences on GPU memory; raise `ConfigError` where an engine cannot start."""
+    share = engine_args["gpu_memory_utilization"]
+    if not isinstance(share, int | float) or not 0 < share <= 1:
+        raise ConfigError(f"engine.args.gpu_memory_utilization: {share!r} is not between 0 and 1")
+    explicit_kv = "kv_cache_memory_bytes" in engine_args  # then vLLM ignores the share
+    for gpu in gpus:
+        if not explicit_kv and gpu.num_free_bytes < share * gpu.num_bytes:
+            raise ConfigError(
+                f"engine.args.gpu_memory_utilization: GPU {gpu.index} has "
+                f"{_gib(gpu.num_free_bytes)} of {_gib(gpu.num_bytes)} free, {share} of it are "
+                "asked for: lower it, or end what else runs on that GPU"
+            )
+    budget = min(gpu.num_bytes for gpu in gpus) * (1 if explicit_kv else share)
+    if size is None or not size.num_weight_bytes:
+        return [f"vLLM fills {share:.0%} of each GPU; the model's size is not known yet."]
+    weights = size.num_weight_bytes / per_replica
+    if weights > _MAX_WEIGHTS_SHARE * budget:
+        raise ConfigError(
+            f"tensor_parallel_size: the weights are {_gib(size.num_weight_bytes)}, "
+            f"{_gib(weights)} on each of {per_replica} GPU{'s' if per_replica > 1 else ''}, of "
+            f"which vLLM may use {_gib(budget)}: raise tensor_parallel_size"
+        )
+    return [
+        f"Weights take {_gib(weights)} of each GPU, and of the {_gib(budget)} that vLLM may "
+        "use the rest goes to activations and KV cache."
+    ]
+
+
+def _gib(num_bytes: float) -> str:
+    if num_bytes < _GIB:
+        return f"{num_bytes / _MIB:.0f} MiB"
+    return f"{num_bytes / _GIB:.1f} GiB"

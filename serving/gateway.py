@@ -1,0 +1,264 @@
+"""The OpenAI-compatible front: HTTP in, exchanges through the driver, HTTP out."""
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+import uuid
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from router.core import Router
+from serving.config import Config
+from serving.driver import Driver
+from serving.errors import ApiError, from_rejection
+from serving.exchange import EngineFailed, Exchange, Rejected
+from serving.intake import ENDPOINTS, Intake
+from serving.metrics import Metrics
+from serving.wire import Headers
+
+logger = logging.getLogger(__name__)
+
+# What vLLM's API layer reads of a request's headers.
+_FORWARDED = re.compile(rb"content-type|traceparent|tracestate|x-session-id|x-data-parallel-rank")
+_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
+# An oversized body is read to its end before the refusal, or many clients
+# would see a reset connection and never the reply; past this it is cut.
+_DISCARD_FACTOR = 8
+
+
+class Gateway:
+    """One gateway: the ASGI application and all behind it, on one event loop."""
+
+    def __init__(self, config: Config, gateway_id: str) -> None:
+        self.config = config
+        self.gateway_id = gateway_id
+        self.metrics = Metrics()
+        self.router = Router(config.router)
+        self.driver = Driver(
+            self.router, gateway_id, config.gateway.stream_window_bytes, self.metrics
+        )
+        self.intake = Intake()
+        self.started_s = int(time.time())
+        self.metrics.watch(self.state)
+        self.app = self._build()
+
+    def _build(self) -> FastAPI:
+        app = FastAPI(title="Headway", openapi_url=None)
+        for path in ENDPOINTS:
+            # A plain ASGI endpoint: tokens pass through no response object.
+            app.router.routes.append(Route(path, _Endpoint(self), methods=["POST"]))
+        app.get("/v1/models")(self.models)
+        app.get("/health")(self.health)
+        app.get("/metrics")(self.prometheus)
+        app.get("/headway/state")(self.get_state)
+        app.post("/headway/policy")(self.set_policy)
+        app.add_exception_handler(ApiError, _reply_error)
+        app.add_exception_handler(404, _no_such_route)
+        app.add_exception_handler(405, _no_such_route)
+        return app
+
+    # --- the small endpoints ----------------------------------------------
+
+    def state(self) -> dict:
+        """Return every engine's snapshot and ledger, the hold queue and the outcomes."""
+        return {
+            "gateway_id": self.gateway_id,
+            "num_open_requests": len(self.driver.exchanges),
+            "tokens_per_byte": self.intake.tokens_per_byte,
+            **self.router.state(time.monotonic()),
+        }
+
+    async def get_state(self) -> JSONResponse:
+        return JSONResponse(self.state())
+
+    async def models(self) -> JSONResponse:
+        cards = {
+            name: info
+            for info in self.driver.engines.values()
+            for name in (info.model, *info.aliases)
+        }
+        return JSONResponse(
+            {
+                "object": "list",
+                "data": [
+                    {
+                        "id": name,
+                        "object": "model",
+                        "created": self.started_s,
+                        "owned_by": "headway",
+                        "root": info.model,
+                        "max_model_len": info.max_model_len,
+                    }
+                    for name, info in sorted(cards.items())
+                ],
+            }
+        )
+
+    async def health(self) -> JSONResponse:
+        """200 while at least one engine is connected."""
+        num_engines = len(self.driver.engines)
+        return JSONResponse(
+            {"status": "ok" if num_engines else "no engine", "num_engines": num_engines},
+            status_code=200 if num_engines else 503,
+        )
+
+    async def prometheus(self) -> Response:
+        return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
+
+    async def set_policy(self, request: Request) -> JSONResponse:
+        """Switch the policy without a restart: `{"policy": "round_robin"}`."""
+        try:
+            name = (await request.json())["policy"]
+            self.driver.set_policy(name)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ApiError(400, f"'policy': {error}", param="policy") from None
+        return JSONResponse({"policy": name})
+
+    # --- the token path ---------------------------------------------------
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request to one of `ENDPOINTS`."""
+        try:
+            body = await self._read_body(scope, receive)
+            if body is None:
+                return  # the client left before it had sent its request
+            exchange, num_text_bytes = self._admit(scope, body)
+            self.driver.open(exchange)
+            leaving = asyncio.ensure_future(self._cancel_when_left(receive, exchange))
+            try:
+                await self._relay(exchange, send)
+            finally:
+                leaving.cancel()
+                self.driver.cancel(exchange)
+            self.intake.learn(num_text_bytes, exchange.usage)
+        except ApiError as error:
+            await _send_error(send, error)
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
+        limit = self.config.gateway.max_body_bytes
+        headers = dict(scope["headers"])
+        too_large = int(headers.get(b"content-length", b"0") or 0) > limit
+        if not (too_large and b"expect" in headers):
+            chunks: list[bytes] = []
+            num_bytes = 0
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                chunk = message.get("body", b"")
+                num_bytes += len(chunk)
+                if num_bytes > limit:
+                    too_large = True
+                    chunks.clear()
+                    if num_bytes > _DISCARD_FACTOR * limit:
+                        break
+                else:
+                    chunks.append(chunk)
+                if not message.get("more_body", False):
+                    break
+            if not too_large:
+                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        raise ApiError(
+            413,
+            f"The request body is larger than gateway.max_body_bytes ({limit} bytes).",
+            code="request_too_large",
+        )
+
+    def _admit(self, scope: Scope, body: bytes) -> tuple[Exchange, int]:
+        forwarded: Headers = []
+        request_id = ""
+        for name, value in scope["headers"]:
+            if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+                request_id = value.decode()
+            elif _FORWARDED.fullmatch(name):
+                forwarded.append((name, value))
+        if not request_id or request_id in self.driver.exchanges:
+            request_id = uuid.uuid4().hex
+        forwarded.append((b"x-request-id", request_id.encode()))
+        path = scope["path"]
+        request, num_text_bytes = self.intake.parse(
+            path,
+            body,
+            request_id,
+            self.driver.engines,
+            time.monotonic(),
+            self.config.router.max_hold_s,
+        )
+        return Exchange(request, "POST", path, forwarded, body), num_text_bytes
+
+    async def _cancel_when_left(self, receive: Receive, exchange: Exchange) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.driver.cancel(exchange)
+
+    async def _relay(self, exchange: Exchange, send: Send) -> None:
+        """Pass the response on as it comes; raises `ApiError` while it can still be one."""
+        started = False
+        try:
+            while True:
+                chunk = await exchange.next_chunk()
+                if not started:
+                    started = True
+                    await send(_start(exchange.status, exchange.response_headers))
+                await send({"type": "http.response.body", "body": chunk, "more_body": bool(chunk)})
+                if not chunk:
+                    return
+                self.driver.taken(exchange, len(chunk))
+        except Rejected as rejected:
+            raise from_rejection(rejected.reason, rejected.retry_after_s) from None
+        except EngineFailed as failed:
+            error = ApiError(502, f"The engine failed: {failed}", kind="InternalServerError")
+            if not started:
+                raise error from None
+            # An SSE client reads this as an error; without [DONE] the reply is
+            # visibly incomplete. Other clients see the connection break.
+            event = b"data: " + error.body() + b"\n\n"
+            with contextlib.suppress(RuntimeError):
+                await send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+class _Endpoint:
+    """Starlette runs a class instance as a bare ASGI application."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._gateway.serve(scope, receive, send)
+
+
+def _start(status: int, headers: Headers) -> Message:
+    return {"type": "http.response.start", "status": status, "headers": headers}
+
+
+async def _send_error(send: Send, error: ApiError) -> None:
+    body = error.body()
+    headers = [*error.headers(), (b"content-length", b"%d" % len(body))]
+    if error.status == 413:
+        headers.append((b"connection", b"close"))
+    await send(_start(error.status, headers))
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _reply_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return Response(
+        error.body(), error.status, {name.decode(): v.decode() for name, v in error.headers()}
+    )
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    return await _reply_error(
+        request,
+        ApiError(
+            status,
+            f"{request.method} {request.url.path} is not served here.",
+            kind="NotFoundError" if status == 404 else "BadRequestError",
+        ),
+    )

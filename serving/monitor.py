@@ -1,0 +1,165 @@
+"""The live state of one vLLM engine, from its own statistics (vLLM 0.32)."""
+
+import time
+from collections.abc import Callable
+
+from vllm.config import VllmConfig
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
+
+from router.types import EngineSnapshot
+from serving.account import Account, current_account
+from serving.scheduler import PENDING
+
+# Share of the measured prefill rate's memory that one prefill step replaces:
+# about the last 20 steps count, a few seconds of a busy engine.
+_RATE_FORGETTING = 0.05
+# Two records further apart than this are not one step: the engine slept between.
+_LONGEST_STEP_S = 60.0
+
+
+class EngineMonitor(StatLoggerBase):
+    """Keeps what an `EngineSnapshot` needs; reading it costs one pass over live requests.
+
+    `record` runs on the event loop after every engine step, after the step's
+    outputs were handed to their requests, and never while the engine is idle.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+        self._config = vllm_config
+        self._scheduler = SchedulerStats()
+        self._pending: dict[str, int] = {}
+        self._live: dict[str, RequestState] = {}
+        self._accounts: dict[str, Account] = {}
+        self._on_step: Callable[[], None] = lambda: None
+        self._last_record_s: float | None = None
+        self._prefill_step_tokens = 0.0
+        self._prefill_step_s = 0.0
+        self.step_s = 0.0
+        self.step_num_prefill_tokens = 0
+        self.step_num_decode_reqs = 0
+        self.num_prefill_tokens_total = 0
+        self.num_prefix_queries_total = 0
+        self.num_prefix_hits_total = 0
+        self.num_preemptions_total = 0
+        self.num_output_tokens_total = 0
+        self.num_steps_total = 0
+
+    def attach(self, output_processor: OutputProcessor) -> None:
+        """Watch the requests of this engine, from the moment vLLM registers them."""
+        self._live = output_processor.request_states
+        register = output_processor.add_request
+
+        def add_request(request: EngineCoreRequest, *args: object, **kwargs: object) -> None:
+            register(request, *args, **kwargs)
+            if (account := current_account.get()) is not None:
+                if not account.entered:
+                    account.entered, account.num_prompt_tokens = True, 0
+                if request.external_req_id not in self._accounts:  # n > 1 shares one prompt
+                    account.num_prompt_tokens += len(request.prompt_token_ids or ())
+                self._accounts[request.external_req_id] = account
+
+        output_processor.add_request = add_request
+
+    def forget(self, account: Account) -> None:
+        """The request has ended, whichever way."""
+        for request_id in [key for key, value in self._accounts.items() if value is account]:
+            del self._accounts[request_id]
+
+    def subscribe(self, on_step: Callable[[], None]) -> None:
+        """`on_step()` is called on the event loop after every engine step."""
+        self._on_step = on_step
+
+    def log_engine_initialized(self) -> None:
+        """Part of vLLM's interface; there is nothing to log."""
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: IterationStats | None,
+        mm_cache_stats: MultiModalCacheStats | None = None,
+        engine_idx: int = 0,
+    ) -> None:
+        if scheduler_stats is not None:
+            self._record_step(scheduler_stats)
+        if iteration_stats is not None:
+            self.num_output_tokens_total += iteration_stats.num_generation_tokens
+            self.num_preemptions_total += iteration_stats.num_preempted_reqs
+            for finished in iteration_stats.finished_requests:
+                if (account := self._accounts.get(finished.request_id or "")) is not None:
+                    account.num_output_tokens += finished.num_generation_tokens
+                    account.num_cached_tokens += finished.num_cached_tokens
+        self._on_step()
+
+    def _record_step(self, stats: SchedulerStats) -> None:
+        now_s = time.monotonic()
+        self._scheduler = stats
+        self._pending = (stats.kv_connector_stats or {}).get(PENDING, {})
+        self.num_prefix_queries_total += stats.prefix_cache_stats.queries
+        self.num_prefix_hits_total += stats.prefix_cache_stats.hits
+        if (details := stats.iteration_details) is None:
+            return
+        self.num_steps_total += 1
+        self.num_prefill_tokens_total += details.num_ctx_tokens
+        # vLLM's own elapsed_ms means nothing under the in-process executor: the
+        # gap between two records of a busy engine is the step.
+        if self._last_record_s is not None:
+            step_s = now_s - self._last_record_s
+            if step_s < _LONGEST_STEP_S:
+                self.step_s = step_s
+                self.step_num_prefill_tokens = details.num_ctx_tokens
+                self.step_num_decode_reqs = details.num_generation_requests
+                if details.num_ctx_tokens:
+                    keep = 1.0 - _RATE_FORGETTING
+                    self._prefill_step_tokens = (
+                        keep * self._prefill_step_tokens + details.num_ctx_tokens
+                    )
+                    self._prefill_step_s = keep * self._prefill_step_s + step_s
+        busy = stats.num_running_reqs or stats.num_waiting_reqs or stats.num_skipped_waiting_reqs
+        self._last_record_s = now_s if busy else None
+
+    def snapshot(self, seq: int, accounts: list[Account]) -> EngineSnapshot:
+        """The state now; `accounts` are all requests that the replica has."""
+        stats = self._scheduler
+        num_pending = sum(account.num_prompt_tokens for account in accounts if not account.entered)
+        num_decoding = num_context = 0
+        for request_id, state in self._live.items():
+            num_left = self._pending.get(request_id)
+            if num_left is not None:  # in the middle of its prefill, or preempted
+                num_pending += num_left
+            elif state.is_prefilling:  # not yet scheduled: all of it is to come
+                num_pending += state.prompt_len
+            else:
+                num_decoding += 1
+                num_context += state.prompt_len + state.stats.num_generation_tokens
+        return EngineSnapshot(
+            seq=seq,
+            num_running_reqs=stats.num_running_reqs,
+            num_waiting_reqs=stats.num_waiting_reqs + stats.num_skipped_waiting_reqs,
+            num_inflight_reqs=len(accounts),
+            kv_cache_usage=stats.kv_cache_usage,
+            num_free_kv_tokens=round((1.0 - stats.kv_cache_usage) * self.num_kv_tokens),
+            num_pending_prefill_tokens=num_pending,
+            num_decoding_reqs=num_decoding,
+            num_decode_context_tokens=num_context,
+            prefill_tokens_per_s=(
+                self._prefill_step_tokens / self._prefill_step_s if self._prefill_step_s else 0.0
+            ),
+            step_s=self.step_s,
+            step_num_prefill_tokens=self.step_num_prefill_tokens,
+            step_num_decode_reqs=self.step_num_decode_reqs,
+            num_prefill_tokens_total=self.num_prefill_tokens_total,
+            num_prefix_queries_total=self.num_prefix_queries_total,
+            num_prefix_hits_total=self.num_prefix_hits_total,
+            num_preemptions_total=self.num_preemptions_total,
+            num_output_tokens_total=self.num_output_tokens_total,
+            num_steps_total=self.num_steps_total,
+        )
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Capacity of the KV cache, tokens; vLLM keeps one block for itself."""
+        cache = self._config.cache_config
+        return max(0, (cache.num_gpu_blocks or 0) - 1) * cache.block_size

@@ -1,0 +1,262 @@
+"""Which engines run where: pure, from configuration and hardware to a `Plan`.
+
+One node. A cluster of several would give its own `Hardware` per node, or one
+that sums them up: nothing here asks the machine, except for the size of a
+model that lies in a local folder.
+
+An engine is one Ray actor. With tensor parallelism it holds all its GPUs and
+vLLM's own processes share them out; since Ray never splits one actor's
+resources over nodes, the GPUs of an engine are always on one node and no
+placement group is needed.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from serving.config import Config, ConfigError, EngineConfig
+from serving.fit import cpu_memory, gpu_memory
+from serving.hardware import Hardware
+from serving.model_size import ON_BOARD, ModelSize, measure
+from serving.onboard import SERVED_MODEL_NAME
+
+_MAX_CPU_MODEL_LEN = 4096  # tokens; prefilling these takes one core about 15 s (SmolLM2)
+_GATEWAY_CPUS = 0.1  # logical, for placement only; a gateway uses what it needs
+_OURS = {  # engine.args that Headway has keys of its own for
+    "model": "model",
+    "served_model_name": "served_model_name",
+    "tensor_parallel_size": "tensor_parallel_size",
+    "data_parallel_size": "replicas",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What starts where, and why."""
+
+    device: Literal["cuda", "cpu"]
+    device_name: str  # in words, of one engine
+    model: str | None  # None: the model on board, or a stand-in engine without one
+    served_model_name: str
+    num_replicas: int
+    num_gpus_per_replica: int
+    num_cores_per_replica: int  # cores that an engine is pinned to; 0 = not pinned
+    engine_actor_options: dict[str, Any]  # Ray's, of each engine
+    gateway_actor_options: dict[str, Any]
+    engine_args: dict[str, Any]  # vLLM's, those of the user among them
+    num_kv_bytes: int | None  # KV cache per engine; None: vLLM fills the GPU's share
+    num_engine_bytes: int | None  # memory per engine, all told; None: not known
+    uses_model_on_board: bool
+    why: tuple[str, ...]  # sentences
+    warnings: tuple[str, ...] = ()  # sentences
+
+
+def plan(config: Config, hardware: Hardware, size: ModelSize | None = None) -> Plan:
+    """Return where the engines go; raise `ConfigError`, naming the key, if they cannot.
+
+    `size` is read from the model's folder where not given.
+    """
+    for key, ours in _OURS.items():
+        if key in config.engine.args:
+            raise ConfigError(f"engine.args.{key}: set `{ours}` instead")
+    if config.replicas != "auto" and config.replicas < 1:
+        raise ConfigError(
+            f"replicas: {config.replicas} engines cannot serve; set 1 or more, or auto"
+        )
+    if size is None:
+        size = measure(config.model) if config.model else ON_BOARD if _is_vllm(config) else None
+    on_gpu = _device(config, hardware) == "cuda"
+    return (_plan_gpus if on_gpu else _plan_cores)(config, hardware, size)
+
+
+def _is_vllm(config: Config) -> bool:
+    """Whether the engine is vLLM: stand-ins need neither a model nor memory for it."""
+    return config.engine.factory == EngineConfig().factory
+
+
+def _device(config: Config, hardware: Hardware) -> str:
+    if config.device == "cpu" or (config.device == "auto" and not _is_vllm(config)):
+        device = "cpu"
+    elif hardware.gpu_error:
+        raise ConfigError(
+            f"device: the NVIDIA driver does not work ({hardware.gpu_error}); "
+            "repair it, or set device to cpu"
+        )
+    elif hardware.gpus:
+        device = "cuda"
+    elif config.device == "cuda":
+        raise ConfigError(
+            "device: no NVIDIA GPU is visible here (driver? CUDA_VISIBLE_DEVICES?); "
+            "set device to cpu or auto"
+        )
+    else:
+        device = "cpu"
+    if _is_vllm(config) and hardware.vllm_build not in ("", device):
+        raise ConfigError(
+            f"device: {device} it would be, but the vLLM installed here is built for "
+            f"{hardware.vllm_build}; install the other one, or set device to {hardware.vllm_build}"
+        )
+    return device
+
+
+def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Plan:
+    if config.model is None and _is_vllm(config):
+        raise ConfigError(
+            f"model: name the model to serve, as there are GPUs here ({_gpu_names(hardware)}); "
+            "for the small model on board set device to cpu"
+        )
+    num_gpus = len(hardware.gpus)
+    tensor, pipeline = config.tensor_parallel_size, _pipeline(config)
+    per_replica = tensor * pipeline
+    sizes = f"tensor_parallel_size {tensor}" + (
+        f" × pipeline_parallel_size {pipeline}" if pipeline > 1 else ""
+    )
+    if per_replica > num_gpus:
+        raise ConfigError(
+            f"tensor_parallel_size: one engine with {sizes} needs {_n(per_replica, 'GPU')}, "
+            f"this node has {num_gpus}: lower tensor_parallel_size"
+        )
+    if config.replicas == "auto":
+        replicas = num_gpus // per_replica
+        because = f"{_n(num_gpus, 'GPU')} here, {per_replica} per engine"
+    else:
+        replicas = config.replicas
+        because = "replicas is set"
+    if replicas * per_replica > num_gpus:
+        raise ConfigError(
+            f"replicas: {replicas} × {sizes} need {_n(replicas * per_replica, 'GPU')}, "
+            f"this node has {num_gpus}: lower replicas or tensor_parallel_size"
+        )
+    heads = size.num_attention_heads if size else None
+    if heads and heads % tensor:
+        raise ConfigError(
+            f"tensor_parallel_size: the model's {heads} attention heads do not divide by {tensor}"
+        )
+    engine_args = {
+        "tensor_parallel_size": tensor,
+        "gpu_memory_utilization": 0.9,
+        **config.engine.args,
+    }
+    used = hardware.gpus[: replicas * per_replica]
+    why = [f"{_n(replicas, 'engine')} of {_n(per_replica, 'GPU')}: {because}."]
+    why += gpu_memory(engine_args, used, per_replica, size)
+    if idle := num_gpus - len(used):
+        why.append(f"{_n(idle, 'GPU')} stay{'s' if idle == 1 else ''} idle.")
+    if tensor > 1 and not all(gpu.num_nvlinks for gpu in used):
+        why.append("No NVLink found: tensor parallelism goes over PCIe.")
+    warnings = []
+    if len({gpu.name for gpu in used}) > 1:
+        warnings.append("The GPUs differ; set CUDA_DEVICE_ORDER=PCI_BUS_ID for a stable order.")
+    if any(gpu.mig for gpu in used):
+        warnings.append("A GPU is split by MIG: name the instance in CUDA_VISIBLE_DEVICES.")
+    engine_cpus, gateway_cpus = _logical_cpus(len(hardware.cores), replicas, config)
+    return Plan(
+        device="cuda",
+        device_name=(f"{per_replica} × " if per_replica > 1 else "") + used[0].name,
+        model=config.model,
+        served_model_name=config.served_model_name or config.model or "stand-in",
+        num_replicas=replicas,
+        num_gpus_per_replica=per_replica,
+        num_cores_per_replica=0,
+        engine_actor_options={"num_cpus": engine_cpus, "num_gpus": per_replica},
+        gateway_actor_options={"num_cpus": gateway_cpus},
+        engine_args=engine_args,
+        num_kv_bytes=config.engine.args.get("kv_cache_memory_bytes"),
+        num_engine_bytes=None,
+        uses_model_on_board=False,
+        why=tuple(why),
+        warnings=tuple(warnings),
+    )
+
+
+def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> Plan:
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"tensor_parallel_size: {config.tensor_parallel_size} needs GPUs; "
+            "leave it at 1 on a CPU, where each engine has one core"
+        )
+    num_cores = len(hardware.cores)
+    replicas = min(2, num_cores) if config.replicas == "auto" else config.replicas
+    engine_args: dict[str, Any] = {"dtype": "bfloat16", "block_size": 32}
+    # Small steps keep decoding smooth beside long prompts and are easier to predict.
+    engine_args["max_num_batched_tokens"] = 512
+    trained_len = size.max_model_len if size else None
+    # -1 lets vLLM take the longest that the KV cache holds.
+    unknown_len = -1 if _is_vllm(config) else _MAX_CPU_MODEL_LEN
+    engine_args["max_model_len"] = min(_MAX_CPU_MODEL_LEN, trained_len or unknown_len)
+    engine_args |= config.engine.args
+    num_engine_bytes = num_kv_bytes = None
+    why = []
+    if _is_vllm(config):
+        fit = cpu_memory(config, engine_args, hardware.num_free_ram_bytes, replicas, size)
+        replicas, num_kv_bytes, num_engine_bytes = fit.num_replicas, fit.kv_bytes, fit.engine_bytes
+        engine_args["kv_cache_memory_bytes"] = num_kv_bytes
+        why += fit.why
+    why.insert(
+        0,
+        f"{_n(replicas, 'engine')} of one core: "
+        + (
+            f"{_n(num_cores, 'core')} here, and two engines suffice to show routing."
+            if config.replicas == "auto"
+            else "replicas is set."
+        ),
+    )
+    if trained_len and engine_args["max_model_len"] == _MAX_CPU_MODEL_LEN < trained_len:
+        why.append(
+            f"Contexts of {_MAX_CPU_MODEL_LEN} tokens of the model's {trained_len}: a longer "
+            "prompt would hold its engine for half a minute and more (engine.args.max_model_len)."
+        )
+    warnings = []
+    if _is_vllm(config) and replicas > num_cores:
+        warnings.append(
+            f"{_n(replicas, 'engine')} share {_n(num_cores, 'core')}: steps will stretch "
+            "many times over; lower replicas."
+        )
+    engine_cpus, gateway_cpus = _logical_cpus(num_cores, replicas, config)
+    on_board = config.model is None and _is_vllm(config)
+    return Plan(
+        device="cpu",
+        device_name=f"{hardware.cpu_name or 'CPU'}, 1 core",
+        model=config.model,
+        served_model_name=config.served_model_name
+        or config.model
+        or (SERVED_MODEL_NAME if on_board else "stand-in"),
+        num_replicas=replicas,
+        num_gpus_per_replica=0,
+        num_cores_per_replica=1,
+        engine_actor_options={"num_cpus": engine_cpus, "num_gpus": 0},
+        gateway_actor_options={"num_cpus": gateway_cpus},
+        engine_args=engine_args,
+        num_kv_bytes=num_kv_bytes,
+        num_engine_bytes=num_engine_bytes,
+        uses_model_on_board=on_board,
+        why=tuple(why),
+        warnings=tuple(warnings),
+    )
+
+
+def _pipeline(config: Config) -> int:
+    value = config.engine.args.get("pipeline_parallel_size", 1)
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"engine.args.pipeline_parallel_size: {value!r} is not a count")
+    return value
+
+
+def _logical_cpus(num_cores: int, replicas: int, config: Config) -> tuple[float, float]:
+    """Logical CPUs of an engine and of a gateway, for Ray's placement.
+
+    Chosen so that all fit a Ray that counts just the real cores, which is what
+    plain `serve run` starts; Ray's controller and proxies ask for none.
+    """
+    gateway = min(_GATEWAY_CPUS, num_cores / 4 / config.gateway.replicas)
+    share = (num_cores - gateway * config.gateway.replicas) / replicas
+    # Ray counts in 1/10,000 and takes no fractions above one.
+    return min(1.0, int(share * 1000) / 1000), int(gateway * 10_000) / 10_000
+
+
+def _gpu_names(hardware: Hardware) -> str:
+    names = [gpu.name for gpu in hardware.gpus]
+    return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+
+
+def _n(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

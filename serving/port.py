@@ -1,0 +1,217 @@
+"""The engine's end of the multiplexed stream: a TCP port that gateways connect to."""
+
+import asyncio
+import secrets
+import socket
+from collections.abc import Callable
+
+import msgspec
+
+from serving.account import Account
+from serving.engine import Engine
+from serving.stream import Stream
+from serving.wire import (
+    Ack,
+    Cancel,
+    Hello,
+    MessageBuffer,
+    Snapshot,
+    Submit,
+    ToGateway,
+    Welcome,
+    decode_to_engine,
+    encode,
+)
+
+# A snapshot is at most this old under load; more often than the fastest
+# engine steps (~5 ms) would only cost CPU.
+SNAPSHOT_INTERVAL_S = 0.010
+# vLLM records nothing while idle; this tells the gateway that we live.
+HEARTBEAT_S = 0.5
+
+
+class Port:
+    """Listens for gateways, runs their requests in the engine, pushes snapshots."""
+
+    def __init__(self, engine: Engine, window_bytes: int) -> None:
+        self.engine = engine
+        self.window_bytes = window_bytes
+        self.secret = secrets.token_hex(16)
+        self.accounts: dict[Stream, Account] = {}
+        self._connections: set[Connection] = set()
+        self._server: asyncio.Server | None = None
+        self._seq = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._last_push_s = 0.0
+        self._beat: asyncio.TimerHandle | None = None
+
+    async def listen(self, host: str) -> tuple[str, int]:
+        """Start listening on a free port of `host`; return the address."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: Connection(self), host, 0)
+        self.engine.subscribe(self.on_step)
+        self._heartbeat()
+        return self._server.sockets[0].getsockname()[:2]
+
+    @property
+    def num_streams(self) -> int:
+        return len(self.accounts)
+
+    def on_step(self) -> None:
+        """An engine step is over, or a request came or went: push, soon or now."""
+        loop = asyncio.get_running_loop()
+        due_s = self._last_push_s + SNAPSHOT_INTERVAL_S - loop.time()
+        if due_s <= 0 or not self.accounts:
+            self._push()
+        elif self._timer is None:
+            self._timer = loop.call_later(due_s, self._push)
+
+    def _push(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._last_push_s = asyncio.get_running_loop().time()
+        for connection in self._connections:
+            connection.push_snapshot()
+
+    def next_snapshot_seq(self) -> int:
+        self._seq += 1
+        return self._seq
+
+    def _heartbeat(self) -> None:
+        loop = asyncio.get_running_loop()
+        if loop.time() - self._last_push_s >= HEARTBEAT_S * 0.9:
+            self._push()
+        self._beat = loop.call_later(HEARTBEAT_S, self._heartbeat)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Return when no stream is left, or after `timeout_s`."""
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        while self.accounts and asyncio.get_running_loop().time() < deadline_s:
+            await asyncio.sleep(0.05)
+
+    def close(self) -> None:
+        """Stop listening and drop every gateway; what still runs is aborted."""
+        for timer in (self._beat, self._timer):
+            if timer is not None:
+                timer.cancel()
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._connections):
+            connection.close()
+
+    def connected(self, connection: "Connection") -> None:
+        self._connections.add(connection)
+
+    def disconnected(self, connection: "Connection") -> None:
+        self._connections.discard(connection)
+
+    def started(self, stream: Stream, account: Account) -> None:
+        self.accounts[stream] = account
+        self.on_step()
+
+    def ended(self, stream: Stream) -> None:
+        self.engine.forget(self.accounts.pop(stream))
+        self.on_step()
+
+
+class Connection(asyncio.Protocol):
+    """One gateway. Frames of one turn of the event loop leave in one write."""
+
+    def __init__(self, port: Port) -> None:
+        self._port = port
+        self._messages = MessageBuffer()
+        self._streams: dict[int, Stream] = {}
+        self._frames: list[ToGateway] = []
+        self._snapshot_due = False
+        self._flush_scheduled = False
+        self._last_stream = 0
+        self._greeted = False
+        self._transport: asyncio.Transport | None = None
+        self._call_soon: Callable = asyncio.get_running_loop().call_soon
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._messages.feed(data, self._on_message)
+        except (ValueError, msgspec.MsgspecError):
+            self.close()  # not one of ours
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._port.disconnected(self)
+        for stream in list(self._streams.values()):
+            stream.cancel()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._flush()
+            self._transport.close()
+
+    def post(self, frame: ToGateway) -> None:
+        """Send `frame` with everything else of this turn of the event loop."""
+        self._frames.append(frame)
+        self._schedule_flush()
+
+    def push_snapshot(self) -> None:
+        self._snapshot_due = True
+        self._schedule_flush()
+
+    def _schedule_flush(self) -> None:
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            # Requests woken by the same engine step stand in the loop's ready
+            # queue already, so they post before this runs.
+            self._call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        if self._transport is None or not self._greeted:
+            return
+        frames, self._frames = self._frames, []
+        if self._snapshot_due:
+            self._snapshot_due = False
+            port = self._port
+            snapshot = port.engine.snapshot(port.next_snapshot_seq(), list(port.accounts.values()))
+            frames.append(
+                Snapshot(msgspec.structs.replace(snapshot, last_booking=self._last_stream))
+            )
+        if frames:
+            self._transport.write(encode(frames))
+
+    def _on_message(self, message: bytes) -> None:
+        for frame in decode_to_engine(message):
+            if not self._greeted:
+                self._greet(frame)
+            elif isinstance(frame, Submit):
+                self._submit(frame)
+            elif isinstance(frame, Cancel):
+                if (stream := self._streams.get(frame.stream)) is not None:
+                    stream.cancel()
+            elif isinstance(frame, Ack) and (stream := self._streams.get(frame.stream)) is not None:
+                stream.acknowledge(frame.num_bytes)
+
+    def _greet(self, frame: object) -> None:
+        if not isinstance(frame, Hello) or not secrets.compare_digest(
+            frame.secret, self._port.secret
+        ):
+            raise ValueError("no valid Hello")
+        self._greeted = True
+        self._port.connected(self)
+        self.post(Welcome(self._port.engine.info))
+        self.push_snapshot()
+
+    def _submit(self, frame: Submit) -> None:
+        self._last_stream = frame.stream
+        account = Account(frame.num_prompt_tokens)
+        stream = Stream(frame, account, self._port.window_bytes, self.post, self._on_end)
+        self._streams[frame.stream] = stream
+        self._port.started(stream, account)
+        stream.start(self._port.engine.app)
+
+    def _on_end(self, stream: Stream) -> None:
+        del self._streams[stream.id]
+        self._port.ended(stream)

@@ -1,0 +1,151 @@
+"""What starting and running engines look like on a terminal, or in a log.
+
+Ray Serve tells how many replicas of a deployment run; on our own Ray the
+processes tell how far the others are.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+_PHASES = ("waiting for a process", "starting", "loading the model", "ready")
+_HEARTBEAT_S = 15.0  # between lines that say nothing new, where there is no terminal
+_ERROR = re.compile(r"^\S*?(?:\w\.)*(\w*(?:Error|Exception|Interrupt|Exit)\b.*)$")
+_LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\)\s*(?:[A-Z]+ [\d-]+ [\d:]+ (?:\[[^\]]+\] )?)?")
+_MAX_LOG_BYTES = 1 << 20  # of each log's end: the cause of a failure is near it
+
+
+@dataclass(frozen=True, slots=True)
+class AppState:
+    """One reading of `serve.status()`, as far as it matters here."""
+
+    status: str  # NOT_STARTED, DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY, DELETING
+    num_ready: int  # engines
+    message: str  # what Serve says about a deployment that is not well
+
+
+def read_state(app: str, engine: str) -> AppState | None:
+    """Ask Ray Serve about application `app`; None once it is gone."""
+    from ray import serve
+
+    overview = serve.status().applications.get(app)
+    if overview is None:
+        return None
+    engines = overview.deployments.get(engine)
+    messages = [deployment.message for deployment in overview.deployments.values()]
+    return AppState(
+        str(getattr(overview.status, "value", overview.status)),
+        int(engines.replica_states.get("RUNNING", 0)) if engines else 0,
+        "\n".join(filter(None, [*messages, overview.message])),
+    )
+
+
+def failure(state: AppState) -> str | None:
+    """Return the last words of a replica that could not start; None if none has failed.
+
+    Serve would try again several times for each replica; a second try of the
+    same engine on the same machine ends like the first, minutes later.
+    """
+    failed = state.status == "DEPLOY_FAILED" or "failed to start" in state.message
+    return last_error(state.message) or "no reason given" if failed else None
+
+
+def last_error(text: str) -> str:
+    """Return the last line of `text` that names an exception, else its last line."""
+    lines = [_LOG_PREFIX.sub("", line).strip() for line in text.splitlines()]
+    lines = [line for line in lines if line]
+    errors = [match[1] for line in lines if (match := _ERROR.match(line))]
+    return (errors or lines or [""])[-1]
+
+
+def engine_core_error(logs: Path | None) -> str | None:
+    """Return the last exception that an engine core wrote to Ray's logs, if any.
+
+    vLLM's engine core is a process of its own: what its parent raises says only
+    that the cause is "above".
+    """
+    for log in sorted(logs.glob("worker-*")) if logs else ():
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _MAX_LOG_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+        core = [line for line in lines if line.startswith("(EngineCore")]
+        errors = [line for line in core if _ERROR.match(_LOG_PREFIX.sub("", line).strip())]
+        if errors:
+            return last_error(errors[-1])
+    return None
+
+
+def engine_phases(
+    processes: Sequence[psutil.Process], app: str, engine: str, num_engines: int, num_ready: int
+) -> list[str]:
+    """Return the phase of each engine, most advanced first.
+
+    Serve names a replica's process after application and deployment; vLLM names
+    the child that loads the model.
+    """
+    title = f"ray::ServeReplica:{app}:{engine}"
+    replicas, cores = set(), set()
+    for process in processes:
+        try:
+            line = " ".join(process.cmdline())
+            if line.startswith(title):
+                replicas.add(process.pid)
+            elif line.startswith("VLLM::"):
+                cores.add(process.ppid())
+        except psutil.Error:
+            continue
+    ranks = sorted((1 + (pid in cores) for pid in replicas), reverse=True)[:num_engines]
+    ranks = [3] * num_ready + ranks[num_ready:]
+    ranks += [0] * (num_engines - len(ranks))
+    return [_PHASES[rank] for rank in ranks]
+
+
+class Board:
+    """Shows the engines' progress: a live table on a terminal, else a line per change."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._clock = clock
+        self._start_s = clock()
+        self._since: list[tuple[str, float]] = []  # phase and when it began, per engine
+        self._live: Live | None = None
+        self._last_line_s = self._start_s
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Draw while in the block."""
+        if not self._console.is_terminal:
+            yield
+            return
+        with Live(console=self._console, refresh_per_second=4, transient=False) as self._live:
+            yield
+
+    def update(self, phases: list[str]) -> None:
+        """Take in the phase of every engine."""
+        now_s = self._clock()
+        before = [phase for phase, _ in self._since]
+        self._since += [("", now_s)] * (len(phases) - len(self._since))
+        for i, phase in enumerate(phases):
+            if self._since[i][0] != phase:
+                self._since[i] = (phase, now_s)
+        if self._live:
+            self._live.update(self._table(now_s))
+        elif before != phases or now_s - self._last_line_s >= _HEARTBEAT_S:
+            self._last_line_s = now_s
+            engines = ", ".join(f"engine {i} {phase}" for i, phase in enumerate(phases, 1))
+            self._console.print(f"{now_s - self._start_s:4.0f} s  {engines}", soft_wrap=True)
+
+    def _table(self, now_s: float) -> Table:
+        table = Table.grid(padding=(0, 2))
+        for i, (phase, since_s) in enumerate(self._since, 1):
+            end_s = since_s if phase == _PHASES[-1] else now_s
+            table.add_row(f"engine {i}", phase, f"{end_s - self._start_s:.0f} s")
+        return table

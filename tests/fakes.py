@@ -1,0 +1,81 @@
+"""Fakes that the tests of the shell share."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Self
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from router.types import EngineInfo, EngineSnapshot
+from serving.account import Account
+from serving.config import Config
+from serving.plan import Plan
+
+INFO = EngineInfo(
+    model="fake-model",
+    tasks=("generate",),
+    max_model_len=4096,
+    max_num_seqs=64,
+    max_num_batched_tokens=512,
+    num_kv_tokens=100_000,
+    block_size=16,
+    engine="fake",
+)
+
+
+class FakeEngine:
+    """Answers with as many chunks as `max_tokens` asks for; steps when told to.
+
+    `gate` closed, no response goes on: tests see states that would be over at once.
+    """
+
+    def __init__(self, info: EngineInfo = INFO) -> None:
+        self.info = info
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.dead = False
+        self.chunk = b"data: {}\n\n"
+        self.num_started = 0
+        self.num_cancelled = 0
+        self.bodies: list[dict] = []
+        self._on_step: Callable[[], None] = lambda: None
+
+    @classmethod
+    async def start(cls, config: Config, plan: Plan, local_rank: int) -> Self:
+        return cls()
+
+    def subscribe(self, on_step: Callable[[], None]) -> None:
+        self._on_step = on_step
+
+    def snapshot(self, seq: int, accounts: list[Account]) -> EngineSnapshot:
+        return EngineSnapshot(
+            seq=seq,
+            num_running_reqs=len(accounts),
+            num_inflight_reqs=len(accounts),
+            num_free_kv_tokens=self.info.num_kv_tokens,
+        )
+
+    def forget(self, account: Account) -> None:
+        self._on_step()
+
+    async def shutdown(self) -> None:
+        self.dead = True
+
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = msgspec.json.decode((await receive())["body"])
+        self.bodies.append(body)
+        self.num_started += 1
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        leaving = asyncio.ensure_future(receive())
+        for _ in range(body.get("max_tokens", 1)):
+            opened = asyncio.ensure_future(self.gate.wait())
+            await asyncio.wait({opened, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if leaving.done():
+                opened.cancel()
+                self.num_cancelled += 1
+                return
+            await send({"type": "http.response.body", "body": self.chunk, "more_body": True})
+        leaving.cancel()
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})

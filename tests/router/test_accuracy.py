@@ -1,0 +1,32 @@
+from router.accuracy import Accuracy
+
+
+def test_nothing_compared_yet():
+    assert Accuracy().state() == {
+        "num_compared": 0,
+        "error_p50": None,
+        "error_p90": None,
+        "predicted_over_actual_p50": None,
+    }
+
+
+def test_errors_are_relative_to_what_came():
+    accuracy = Accuracy()
+    for predicted_s in (0.5, 1.0, 1.25):
+        accuracy.add(predicted_s, actual_s=1.0)
+    accuracy.add(1.0, actual_s=0.0)  # nothing to compare with
+    assert accuracy.state() == {
+        "num_compared": 3,
+        "error_p50": 0.25,
+        "error_p90": 0.5,
+        "predicted_over_actual_p50": 1.0,
+    }
+
+
+def test_old_errors_leave():
+    accuracy = Accuracy()
+    for _ in range(1000):
+        accuracy.add(9.0, actual_s=1.0)
+    for _ in range(1000):
+        accuracy.add(1.0, actual_s=1.0)
+    assert accuracy.state()["error_p90"] == 0.0

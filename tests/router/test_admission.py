@@ -1,0 +1,53 @@
+import math
+
+from router_builders import busy, make_replica, req, snapshot
+
+from router.admission import is_open, kv_need_tokens, takes_work, window_tokens
+
+
+def test_window_is_one_step_and_what_is_prefilled_while_we_react():
+    replica = make_replica()
+    replica.prefill_tokens_per_s = 500.0
+    assert window_tokens(replica) == 100 + 10
+    replica.prefill_tokens_per_s = 1e9
+    assert window_tokens(replica) == 2 * 100
+
+
+def test_closes_at_the_window_and_opens_below_it():
+    replica = make_replica()
+    replica.book(req("a", 5000), num_kv_tokens=5000, now_s=0.0)
+    assert not is_open(replica)
+    replica.receive(busy(last_booking=1, num_pending_prefill_tokens=99), 1.0)
+    assert is_open(replica)
+
+
+def test_closes_when_all_sequences_are_taken():
+    replica = make_replica(max_num_seqs=4)
+    replica.receive(busy(num_running_reqs=2, num_waiting_reqs=1), 0.0)
+    assert is_open(replica)
+    replica.book(req("a", 1), num_kv_tokens=1, now_s=0.0)
+    assert not is_open(replica)
+
+
+def test_draining_and_unreachable_engines_take_nothing():
+    replica = make_replica()
+    assert takes_work(replica)
+    replica.is_draining = True
+    assert not takes_work(replica)
+    assert not is_open(replica)
+    replica.is_draining, replica.is_unreachable = False, True
+    assert not takes_work(replica)
+
+
+def test_each_sequence_needs_room_to_begin():
+    one, three = req("a", 100), req("a", 100, num_sequences=3)
+    assert kv_need_tokens(three) - kv_need_tokens(one) == 2 * (kv_need_tokens(one) - 100)
+
+
+def test_an_empty_engine_has_room_for_anything():
+    """vLLM refuses what can never fit, with the right message; nothing waits for ever."""
+    replica = make_replica()
+    replica.receive(snapshot(num_free_kv_tokens=9_984), 0.0)  # it keeps a block to itself
+    assert replica.room_tokens == math.inf
+    replica.receive(busy(2, num_free_kv_tokens=9_000), 0.0)
+    assert replica.room_tokens == 9_000

@@ -1,0 +1,308 @@
+import json
+import random
+
+import pytest
+from router_builders import busy, info, make_router, req, snapshot, stepped
+
+from router.core import Router
+from router.settings import RouterSettings
+from router.types import Dispatch, Hold, Outcome, Reject, RejectReason, Usage
+
+FULL = 5000  # tokens: an engine with a prompt of this size to prefill takes no more
+
+
+def ends(router: Router) -> dict[Outcome, int]:
+    return {outcome: count for outcome, count in router.outcomes.items() if count}
+
+
+def occupy(router: Router, *replica_ids: str) -> None:
+    """Fill the windows of these replicas, each by one request that names it."""
+    for replica_id in replica_ids:
+        [dispatch] = router.on_arrival(req(f"full-{replica_id}", FULL), now_s=0.0)
+        assert isinstance(dispatch, Dispatch)
+
+
+class TestArrival:
+    def test_goes_to_an_idle_engine_at_once(self):
+        router = make_router()
+        assert router.on_arrival(req("a"), 0.0) == [Dispatch("a", "r0", 1)]
+
+    def test_held_until_an_engine_has_room(self):
+        """A request that fits nowhere leaves on the finish that makes room."""
+        router = make_router()
+        assert router.on_arrival(req("a", FULL), 0.0) == [Dispatch("a", "r0", 1)]
+        assert router.on_arrival(req("b"), 1.0) == [Hold("b")]
+        assert router.on_finish("a", Usage(), 2.0) == [Dispatch("b", "r0", 2)]
+
+    def test_two_requests_do_not_see_the_same_idle_engine(self):
+        router = make_router(2)
+        occupy(router, "r0", "r1")
+        placed = {
+            replica["ledger"]["num_open"] for replica in router.state(0.0)["replicas"].values()
+        }
+        assert placed == {1}
+
+    def test_an_open_id_is_not_taken_twice(self):
+        router = make_router()
+        router.on_arrival(req("a", FULL), 0.0)
+        router.on_arrival(req("b"), 0.0)
+        assert router.on_arrival(req("a"), 0.0) == []
+        assert router.on_arrival(req("b"), 0.0) == []
+        assert ends(router) == {}
+
+    def test_unknown_model(self):
+        router = make_router()
+        decisions = router.on_arrival(req("a", model="gpt-4"), 0.0)
+        assert decisions == [Reject("a", RejectReason.UNKNOWN_MODEL)]
+        assert ends(router) == {Outcome.REJECTED: 1}
+
+    def test_aliases_are_served(self):
+        router = make_router(engine={"aliases": ("lora",)})
+        assert router.on_arrival(req("a", model="lora"), 0.0) == [Dispatch("a", "r0", 1)]
+
+    def test_without_any_engine_it_waits_for_one(self):
+        router = Router(RouterSettings())
+        assert router.on_arrival(req("a"), 0.0) == [Hold("a")]
+        assert router.on_replica_up("r0", info(), 80.0) == [Dispatch("a", "r0", 1)]
+
+    def test_a_model_whose_last_engine_was_lost_is_waited_for(self):
+        router = make_router()
+        router.on_replica_up("other", info(model="n"), 0.0)
+        router.on_replica_down("r0", 1.0)
+        assert router.on_arrival(req("a"), 2.0) == [Hold("a")]
+
+    def test_a_prompt_too_large_for_any_engine_is_vllms_to_refuse(self):
+        router = make_router()
+        assert router.on_arrival(req("a", 10**6), 0.0) == [Dispatch("a", "r0", 1)]
+
+    def test_queue_full_says_when_to_come_back(self):
+        router = make_router(max_held_requests=1)
+        occupy(router, "r0")
+        router.on_arrival(req("b", 1000), 0.0)
+        [reject] = router.on_arrival(req("c"), 0.0)
+        assert reject.reason is RejectReason.QUEUE_FULL
+        rate = router.state(0.0)["replicas"]["r0"]["prefill_tokens_per_s"]
+        assert reject.retry_after_s == pytest.approx((FULL + 1000) / rate)
+        assert ends(router) == {Outcome.REJECTED: 1}
+
+    def test_nothing_is_held_where_nothing_may_be(self):
+        router = make_router(max_held_requests=0)
+        assert router.on_arrival(req("a", FULL), 0.0) == [Dispatch("a", "r0", 1)]
+        [reject] = router.on_arrival(req("b"), 0.0)
+        assert reject.reason is RejectReason.QUEUE_FULL
+
+
+class TestEnds:
+    @pytest.mark.parametrize(
+        ("end", "outcome"),
+        [
+            (lambda router: router.on_finish("a", Usage(), 1.0), Outcome.COMPLETED),
+            (lambda router: router.on_fail("a", 1.0), Outcome.FAILED),
+            (lambda router: router.on_cancel("a", 1.0), Outcome.RENEGED),
+        ],
+    )
+    def test_each_end_frees_the_booking_once(self, end, outcome):
+        router = make_router()
+        router.on_arrival(req("a", FULL), 0.0)
+        router.on_arrival(req("b"), 0.0)
+        assert end(router) == [Dispatch("b", "r0", 2)]
+        assert end(router) == []  # told twice
+        assert ends(router) == {outcome: 1}
+        assert router.state(1.0)["replicas"]["r0"]["ledger"]["num_open"] == 1
+
+    def test_a_client_that_leaves_the_queue(self):
+        router = make_router()
+        occupy(router, "r0")
+        router.on_arrival(req("b"), 0.0)
+        assert router.on_cancel("b", 1.0) == []
+        assert router.on_finish("full-r0", None, 2.0) == []
+        assert ends(router) == {Outcome.RENEGED: 1, Outcome.COMPLETED: 1}
+
+    def test_events_about_unknown_requests_change_nothing(self):
+        router = make_router()
+        assert router.on_finish("x", None, 0.0) == []
+        assert router.on_fail("x", 0.0) == []
+        assert router.on_cancel("x", 0.0) == []
+        assert router.on_send_failed("x", 0.0) == []
+        assert router.on_first_token("x", 0.0) == []
+        assert ends(router) == {}
+
+    def test_a_held_request_can_neither_finish_nor_fail(self):
+        router = make_router()
+        occupy(router, "r0")
+        router.on_arrival(req("b"), 0.0)
+        assert router.on_finish("b", None, 0.0) == router.on_fail("b", 0.0) == []
+        assert router.state(0.0)["held"]["num_requests"] == 1
+
+    def test_expires_when_it_said_it_would(self):
+        router = make_router(max_hold_s=60.0)
+        occupy(router, "r0")
+        router.on_arrival(req("b", deadline_s=5.0), 0.0)
+        router.on_arrival(req("c"), 0.0)
+        assert router.next_wake_s() == 5.0
+        assert router.on_tick(4.9) == []
+        assert router.on_tick(5.0) == [Reject("b", RejectReason.EXPIRED)]
+        assert router.next_wake_s() == 60.0
+        # Room that comes too late does not count.
+        assert router.on_finish("full-r0", None, 61.0) == [Reject("c", RejectReason.EXPIRED)]
+        assert router.next_wake_s() is None
+        assert ends(router) == {Outcome.EXPIRED: 2, Outcome.COMPLETED: 1}
+
+
+class TestFailedSend:
+    def test_goes_elsewhere(self):
+        router = make_router(2)
+        [first] = router.on_arrival(req("a"), 0.0)
+        [second] = router.on_send_failed("a", 0.1)
+        assert {first.replica_id, second.replica_id} == {"r0", "r1"}
+        assert second.booking == 1
+        assert router.state(0.1)["replicas"][first.replica_id]["ledger"]["num_open"] == 0
+
+    def test_the_engine_gets_nothing_until_it_is_heard_of(self):
+        router = make_router()
+        router.on_arrival(req("a"), 0.0)
+        assert router.on_send_failed("a", 0.1) == [Hold("a")]
+        assert router.on_tick(1.0) == []
+        assert router.on_snapshot("r0", snapshot(), 2.0) == [Dispatch("a", "r0", 2)]
+
+    def test_keeps_its_turn(self):
+        router = make_router()
+        router.on_arrival(req("a", arrival_s=0.0), 0.0)
+        occupy(router)
+        router.on_send_failed("a", 50.0)
+        router.on_arrival(req("b", arrival_s=50.0), 50.0)
+        assert router.on_snapshot("r0", snapshot(), 51.0) == [
+            Dispatch("a", "r0", 2),
+            Dispatch("b", "r0", 3),
+        ]
+
+    def test_is_not_held_past_its_time(self):
+        router = make_router(max_hold_s=10.0)
+        router.on_arrival(req("a"), 0.0)
+        assert router.on_send_failed("a", 10.0) == [Reject("a", RejectReason.EXPIRED)]
+        assert ends(router) == {Outcome.EXPIRED: 1}
+
+
+class TestReplicas:
+    def test_a_snapshot_opens_the_window(self):
+        router = make_router()
+        occupy(router, "r0")
+        router.on_arrival(req("b"), 0.0)
+        full = busy(1, last_booking=1, num_pending_prefill_tokens=4900)
+        assert router.on_snapshot("r0", full, 1.0) == []
+        done = busy(2, last_booking=1, num_pending_prefill_tokens=50)
+        assert router.on_snapshot("r0", done, 2.0) == [Dispatch("b", "r0", 2)]
+        assert router.on_snapshot("r0", done, 3.0) == []
+        assert router.on_snapshot("nobody", done, 3.0) == []
+
+    def test_the_window_stays_full_while_there_is_work(self):
+        router = make_router()
+        occupy(router, "r0")
+        for number in range(10):
+            router.on_arrival(req(f"b{number}", 30), 0.0)
+        sent = router.on_snapshot("r0", busy(last_booking=1), 1.0)
+        tokens = router.state(1.0)["replicas"]["r0"]["num_pending_prefill_tokens"]
+        assert tokens == 30 * len(sent) >= 100  # at least a whole step, and no pile
+        assert len(sent) < 10
+
+    def test_a_draining_engine_finishes_and_takes_nothing(self):
+        router = make_router()
+        router.on_arrival(req("a"), 0.0)
+        assert router.on_replica_draining("r0", 1.0) == []
+        assert router.on_arrival(req("b"), 1.0) == [Hold("b")]
+        assert router.on_finish("a", None, 2.0) == []
+        assert router.on_snapshot("r0", snapshot(), 3.0) == []
+
+    def test_a_lost_engines_requests_wait_for_the_shells_word(self):
+        router = make_router(2)
+        placed = {"r0": [], "r1": []}
+        for request_id in "abcd":
+            [dispatch] = router.on_arrival(req(request_id, 80), 0.0)
+            placed[dispatch.replica_id].append(request_id)
+        assert router.on_replica_down("r0", 1.0) == []
+        assert "r0" not in router.state(1.0)["replicas"]
+        failed, retried = placed["r0"]
+        assert router.on_fail(failed, 1.0) == []
+        assert router.on_send_failed(retried, 1.0) == [Hold(retried)]  # r1 is full
+        assert ends(router) == {Outcome.FAILED: 1}
+        [again] = router.on_snapshot("r1", busy(last_booking=2), 2.0)
+        assert again == Dispatch(retried, "r1", 3)
+
+    def test_a_new_connection_begins_a_new_ledger(self):
+        router = make_router()
+        router.on_arrival(req("a"), 0.0)
+        router.on_replica_up("r0", info(), 1.0)
+        assert router.on_arrival(req("b"), 1.0) == [Dispatch("b", "r0", 1)]
+        router.on_finish("a", None, 2.0)  # of the old connection
+        assert router.state(2.0)["replicas"]["r0"]["ledger"]["num_open"] == 1
+
+
+class TestPolicies:
+    @pytest.mark.parametrize("name", ["round_robin", "least_requests", "power_of_two"])
+    def test_baselines_send_at_once_whatever_the_load(self, name):
+        router = make_router(2, policy=name)
+        for number in range(50):
+            [decision] = router.on_arrival(req(str(number), FULL), 0.0)
+            assert isinstance(decision, Dispatch)
+
+    def test_holding_is_settable_for_any_policy(self):
+        assert make_router(policy="round_robin", hold=True).state(0.0)["holds"]
+        assert not make_router(policy="headway", hold=False).state(0.0)["holds"]
+
+    def test_a_policy_that_does_not_hold_lets_all_go(self):
+        router = make_router()
+        occupy(router, "r0")
+        router.on_arrival(req("b"), 0.0)
+        assert router.set_policy("round_robin", 1.0) == [Dispatch("b", "r0", 2)]
+        assert router.state(1.0)["policy"] == "round_robin"
+
+    def test_an_unknown_policy_is_refused_and_changes_nothing(self):
+        router = make_router()
+        with pytest.raises(ValueError, match="'best'.*round_robin"):
+            router.set_policy("best", 0.0)
+        assert router.state(0.0)["policy"] == "headway"
+
+    def test_latencies_reach_the_policy(self):
+        """By first token, or by the end where the response comes in one piece."""
+        router = make_router(2, policy="least_response_time")
+        router.on_arrival(req("a"), 0.0)
+        router.on_first_token("a", 5.0)
+        router.on_finish("a", None, 5.0)
+        [other] = router.on_arrival(req("b"), 5.0)
+        assert other.replica_id == "r1"
+        router.on_finish("b", None, 15.0)
+        [back] = router.on_arrival(req("c"), 15.0)
+        assert back.replica_id == "r0"
+
+    def test_an_injected_generator_decides(self):
+        def run(rng: random.Random) -> list[str]:
+            router = Router(RouterSettings(policy="power_of_two"), rng)
+            for index in range(4):
+                router.on_replica_up(f"r{index}", info(), 0.0)
+            return [router.on_arrival(req(str(n)), 0.0)[0].replica_id for n in range(20)]
+
+        assert run(random.Random(1)) == run(random.Random(1)) != run(random.Random(2))
+
+
+class TestState:
+    def test_is_json(self):
+        router = Router(RouterSettings())
+        json.dumps(router.state(0.0), allow_nan=False)
+        router.on_replica_up("r0", info(), 0.0)
+        router.on_arrival(req("a", FULL), 0.0)
+        router.on_arrival(req("b"), 0.0)
+        router.on_first_token("a", 1.0)
+        router.on_snapshot("r0", stepped(1, 0.1, prefill=100), 1.0)
+        state = json.loads(json.dumps(router.state(3.0), allow_nan=False))
+        assert state["replicas"]["r0"]["age_s"] == 2.0
+        assert state["ttft_accuracy"]["num_compared"] == 1
+
+    def test_predictions_are_compared_with_what_came(self):
+        router = make_router()
+        router.on_arrival(req("a", 100), 0.0)
+        predicted_s = 0.02 + 100 * 2.5e-4  # the cold guess: one step of 100 tokens
+        router.on_first_token("a", predicted_s)
+        router.on_first_token("a", 99.0)  # the first counts
+        accuracy = router.state(1.0)["ttft_accuracy"]
+        assert accuracy["num_compared"] == 1
+        assert accuracy["predicted_over_actual_p50"] == pytest.approx(1.0)

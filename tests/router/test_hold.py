@@ -1,0 +1,84 @@
+import pytest
+from router_builders import req
+
+from router.hold import HoldQueue
+from router.settings import RouterSettings
+
+
+def queue(**settings) -> HoldQueue:
+    return HoldQueue(RouterSettings(**settings))
+
+
+def order(held: HoldQueue, model: str = "m") -> list[str]:
+    return [request.id for request in held.in_order(model)]
+
+
+def test_short_passes_long_but_not_for_ever():
+    """Promises: 0.5 s and 2 ms per token after arrival."""
+    held = queue(promise_base_s=0.5, promise_s_per_token=0.002)
+    held.push(req("long", 5000, arrival_s=0.0))  # promised at 10.5
+    held.push(req("short", 10, arrival_s=1.0))
+    held.push(req("late", 10, arrival_s=11.0))
+    assert order(held) == ["short", "long", "late"]
+    assert held.head().id == "short"
+
+
+def test_equal_promises_by_arrival_then_by_turn():
+    held = queue(promise_base_s=0.0, promise_s_per_token=1.0)
+    held.push(req("later", 1, arrival_s=1.0))
+    held.push(req("earlier", 2, arrival_s=0.0))
+    held.push(req("next", 2, arrival_s=0.0))
+    assert order(held) == ["earlier", "next", "later"]
+
+
+@pytest.mark.parametrize(
+    "bound", [{"max_held_requests": 2}, {"max_held_tokens": 20}, {"max_held_bytes": 200}]
+)
+def test_each_bound_holds(bound):
+    held = queue(**bound)
+    for request_id in "ab":
+        assert held.push(req(request_id, 10, num_bytes=100))
+    assert not held.push(req("c", 10, num_bytes=100))
+    held.remove("a")
+    assert held.push(req("c", 10, num_bytes=100))
+    assert (len(held), held.num_tokens, held.num_bytes) == (2, 20, 200)
+
+
+def test_lanes_do_not_hide_each_other():
+    held = queue()
+    held.push(req("a", model="m", arrival_s=0.0))
+    held.push(req("b", model="n", arrival_s=1.0))
+    assert held.head().id == "a"
+    assert held.head(skipped={"m"}).id == "b"
+    assert held.head(skipped={"m", "n"}) is None
+    assert held.num_tokens_by_model == {"m": 10, "n": 10}
+
+
+def test_expires_by_its_own_deadline_or_by_ours():
+    held = queue(max_hold_s=10.0)
+    held.push(req("patient", arrival_s=1.0))
+    held.push(req("hurried", arrival_s=1.0, deadline_s=3.0))
+    assert held.next_expiry_s() == 3.0
+    assert held.expire(2.9) == []
+    assert [request.id for request in held.expire(3.0)] == ["hurried"]
+    assert held.next_expiry_s() == 11.0
+    assert [request.id for request in held.expire(99.0)] == ["patient"]
+    assert held.next_expiry_s() is None
+
+
+def test_leaves_nothing_behind():
+    held = queue()
+    held.push(req("a", num_bytes=5))
+    assert held.remove("a").id == "a"
+    assert held.remove("a") is None
+    assert (len(held), held.num_tokens, held.num_bytes) == (0, 0, 0)
+    assert held.num_tokens_by_model == {}
+    assert held.head() is None
+    assert order(held) == []
+
+
+def test_an_id_is_held_once():
+    held = queue()
+    held.push(req("a"))
+    with pytest.raises(ValueError, match="held already"):
+        held.push(req("a"))

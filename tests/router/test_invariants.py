@@ -1,0 +1,329 @@
+"""Generated event sequences: whatever happens, in whatever order, this holds.
+
+The machine below is a shell with engines that do as they please. It knows from
+the decisions alone where every request is, and compares. Hypothesis prints the
+shortest failing sequence as a program.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from router_builders import info, req, snapshot
+
+from router.core import Router
+from router.policies import POLICIES
+from router.settings import RouterSettings
+from router.types import (
+    Decision,
+    Dispatch,
+    EngineSnapshot,
+    Hold,
+    Outcome,
+    Reject,
+    RejectReason,
+    Request,
+)
+
+MAX_REQUESTS, MAX_TOKENS, MAX_BYTES, MAX_HOLD_S = 4, 2500, 400, 10.0
+NAMES = {"r0": ("m",), "r1": ("m", "lora"), "r2": ("n",)}  # what each engine serves
+SIZES = st.sampled_from([0, 1, 30, 120, 900, 3000])
+
+
+@dataclass
+class Engine:
+    """One connection to an engine."""
+
+    takes_work: bool = True
+    is_reached: bool = True
+    last_booking: int = 0
+    bookings: dict[str, int] = field(default_factory=dict)  # open, by request
+    report: EngineSnapshot = field(default_factory=lambda: snapshot(0))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is known to be in it or on its way to it."""
+        on_the_way = any(n > self.report.last_booking for n in self.bookings.values())
+        report = self.report
+        in_it = report.num_running_reqs + report.num_waiting_reqs
+        return not (on_the_way or in_it or report.num_pending_prefill_tokens)
+
+
+class Shell(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+        self.num_arrived = 0
+        self.engines: dict[str, Engine] = {}
+        self.held: dict[str, Request] = {}
+        self.placed: dict[str, tuple[Request, Engine]] = {}
+        self.ended: Counter[Outcome] = Counter()
+
+    @initialize(policy=st.sampled_from(sorted(POLICIES)), hold=st.sampled_from([None, True, False]))
+    def start(self, policy, hold):
+        self.router = Router(
+            RouterSettings(
+                policy=policy,
+                hold=hold,
+                max_held_requests=MAX_REQUESTS,
+                max_held_tokens=MAX_TOKENS,
+                max_held_bytes=MAX_BYTES,
+                max_hold_s=MAX_HOLD_S,
+            )
+        )
+
+    # What the decisions mean
+
+    def carry_out(self, decisions: list[Decision], entering: Request | None = None) -> None:
+        """Follow the decisions; `entering` is the request they were asked for, if any."""
+        for decision in decisions:
+            request = self.held.get(decision.request_id)
+            if request is None:
+                assert entering is not None, f"{decision} of a request that is not waiting"
+                assert decision.request_id == entering.id
+                request, entering = entering, None
+                was_held = False
+            else:
+                was_held = True
+            match decision:
+                case Dispatch():
+                    self.send(request, decision, was_held)
+                case Hold():
+                    assert not was_held
+                    self.held[request.id] = request
+                case Reject():
+                    self.reject(request, decision, was_held)
+        assert entering is None, "no decision about the request"
+
+    def send(self, request: Request, dispatch: Dispatch, was_held: bool) -> None:
+        if was_held:
+            assert self.expires_s(request) > self.now_s
+        self.held.pop(request.id, None)
+        engine = self.engines[dispatch.replica_id]
+        assert engine.takes_work
+        assert engine.is_reached
+        assert request.model in NAMES[dispatch.replica_id]
+        assert dispatch.booking == engine.last_booking + 1
+        engine.last_booking += 1
+        engine.bookings[request.id] = dispatch.booking
+        self.placed[request.id] = (request, engine)
+
+    def reject(self, request: Request, reject: Reject, was_held: bool) -> None:
+        self.held.pop(request.id, None)
+        if reject.reason is RejectReason.EXPIRED:
+            assert self.expires_s(request) <= self.now_s
+            self.ended[Outcome.EXPIRED] += 1
+        else:
+            assert not was_held
+            self.ended[Outcome.REJECTED] += 1
+
+    def expires_s(self, request: Request) -> float:
+        return min(request.deadline_s, request.arrival_s + MAX_HOLD_S)
+
+    def take_back(self, request_id: str) -> Request | None:
+        """The request, no longer placed."""
+        request, engine = self.placed.pop(request_id, (None, None))
+        if engine is not None:
+            del engine.bookings[request_id]
+        return request
+
+    # Requests
+
+    @rule(
+        model=st.sampled_from(["m", "m", "m", "lora", "n", "ghost"]),
+        num_tokens=SIZES,
+        num_sequences=st.integers(1, 3),
+        patience_s=st.sampled_from([0.5, 5.0, float("inf")]),
+    )
+    def arrive(self, model, num_tokens, num_sequences, patience_s):
+        request = req(
+            f"q{self.num_arrived}",
+            num_tokens,
+            model=model,
+            num_sequences=num_sequences,
+            num_bytes=100 if num_tokens else 0,
+            arrival_s=self.now_s,
+            deadline_s=self.now_s + patience_s,
+        )
+        self.num_arrived += 1
+        self.carry_out(self.router.on_arrival(request, self.now_s), entering=request)
+
+    @rule(number=st.integers(0, 20))
+    def arrive_again(self, number):
+        request_id = f"q{number}"
+        if request_id in self.held or request_id in self.placed:
+            assert self.router.on_arrival(req(request_id), self.now_s) == []
+
+    @rule(number=st.integers(0, 20), end=st.sampled_from(["finish", "fail", "cancel"]))
+    def end(self, number, end):
+        """Any id: placed, held, ended or never seen."""
+        request_id = f"q{number}"
+        was_placed = self.take_back(request_id) is not None
+        if end == "finish":
+            self.ended[Outcome.COMPLETED] += was_placed
+            decisions = self.router.on_finish(request_id, None, self.now_s)
+        elif end == "fail":
+            self.ended[Outcome.FAILED] += was_placed
+            decisions = self.router.on_fail(request_id, self.now_s)
+        else:
+            was_held = self.held.pop(request_id, None) is not None
+            self.ended[Outcome.RENEGED] += was_placed or was_held
+            decisions = self.router.on_cancel(request_id, self.now_s)
+        self.carry_out(decisions)
+
+    @rule(number=st.integers(0, 20))
+    def send_fails(self, number):
+        request_id = f"q{number}"
+        if request_id in self.placed:
+            self.placed[request_id][1].is_reached = False
+        request = self.take_back(request_id)
+        self.carry_out(self.router.on_send_failed(request_id, self.now_s), entering=request)
+
+    @rule(number=st.integers(0, 20))
+    def first_token(self, number):
+        assert self.router.on_first_token(f"q{number}", self.now_s) == []
+
+    # Engines
+
+    @rule(replica_id=st.sampled_from(sorted(NAMES)))
+    def up(self, replica_id):
+        """Also while it is up: a new connection, whose old requests fail one by one later."""
+        model, *aliases = NAMES[replica_id]
+        self.engines[replica_id] = Engine()
+        engine = info(model=model, aliases=tuple(aliases), num_kv_tokens=2000)
+        self.carry_out(self.router.on_replica_up(replica_id, engine, self.now_s))
+
+    @rule(replica_id=st.sampled_from(sorted(NAMES)))
+    def drain(self, replica_id):
+        if replica_id in self.engines:
+            self.engines[replica_id].takes_work = False
+        self.carry_out(self.router.on_replica_draining(replica_id, self.now_s))
+
+    @rule(replica_id=st.sampled_from(sorted(NAMES)))
+    def down(self, replica_id):
+        self.engines.pop(replica_id, None)
+        self.carry_out(self.router.on_replica_down(replica_id, self.now_s))
+
+    @rule(
+        replica_id=st.sampled_from(sorted(NAMES)),
+        step=st.sampled_from([1, 1, 1, 5, 0, -1]),
+        num_pending_prefill_tokens=SIZES,
+        num_running_reqs=st.integers(0, 9),
+        num_free_kv_tokens=st.sampled_from([0, 200, 1100, 2000]),
+        acknowledges=st.sampled_from([0, 1, 99]),
+    )
+    def report(self, replica_id, step, acknowledges, num_running_reqs, **fields):
+        """In order, with a gap, repeated or late; from an engine that may be unknown."""
+        engine = self.engines.get(replica_id, Engine())
+        acknowledged = min(engine.last_booking, engine.report.last_booking + acknowledges)
+        report = snapshot(
+            engine.report.seq + step,
+            last_booking=acknowledged,
+            num_running_reqs=num_running_reqs,
+            num_decoding_reqs=num_running_reqs,
+            **fields,
+        )
+        if step > 0:
+            engine.report = report
+            engine.is_reached = True
+        self.carry_out(self.router.on_snapshot(replica_id, report, self.now_s))
+
+    @rule(replica_id=st.sampled_from(sorted(NAMES)))
+    def become_idle(self, replica_id):
+        self.report(
+            replica_id,
+            step=1,
+            acknowledges=99,
+            num_running_reqs=0,
+            num_free_kv_tokens=1984,
+            num_pending_prefill_tokens=0,
+        )
+
+    # Time and people
+
+    @rule(seconds=st.sampled_from([0.0, 0.1, 3.0, 100.0, -5.0]))
+    def tick(self, seconds):
+        self.now_s += seconds
+        self.carry_out(self.router.on_tick(self.now_s))
+
+    @rule()
+    def wake(self):
+        """Whoever wakes when told has something to reject."""
+        wake_s = self.router.next_wake_s()
+        assert (wake_s is None) == (not self.held)
+        if wake_s is not None:
+            num_held = len(self.held)
+            self.now_s = max(self.now_s, wake_s)
+            self.carry_out(self.router.on_tick(self.now_s))
+            assert len(self.held) < num_held
+
+    @rule(policy=st.sampled_from(sorted(POLICIES)))
+    def switch(self, policy):
+        self.carry_out(self.router.set_policy(policy, self.now_s))
+
+    # What always holds
+
+    @invariant()
+    def every_request_is_in_one_place(self):
+        state = self.router.state(self.now_s)
+        assert state["held"]["num_requests"] == len(self.held)
+        assert state["num_placed"] == len(self.placed)
+        assert +self.router.outcomes == +self.ended
+        assert self.num_arrived == len(self.held) + len(self.placed) + self.ended.total()
+
+    @invariant()
+    def the_queue_is_bounded(self):
+        held = self.router.state(self.now_s)["held"]
+        assert held["num_requests"] <= MAX_REQUESTS
+        assert held["num_tokens"] == sum(r.num_prompt_tokens for r in self.held.values())
+        assert held["num_tokens"] <= MAX_TOKENS
+        assert held["num_bytes"] == sum(r.num_bytes for r in self.held.values()) <= MAX_BYTES
+
+    @invariant()
+    def ledgers_count_what_is_open_and_what_is_on_its_way(self):
+        replicas = self.router.state(self.now_s)["replicas"]
+        assert replicas.keys() == self.engines.keys()
+        for replica_id, engine in self.engines.items():
+            ledger = replicas[replica_id]["ledger"]
+            sizes = [
+                max(1, self.placed[request_id][0].num_prompt_tokens)
+                for request_id, number in engine.bookings.items()
+                if number > engine.report.last_booking
+            ]
+            assert ledger["num_open"] == len(engine.bookings)
+            assert ledger["num_unacknowledged"] == len(sizes)
+            assert ledger["num_prefill_tokens"] == sum(sizes)
+            assert (ledger["num_kv_tokens"] > 0) == bool(sizes)
+
+    @invariant()
+    def nobody_waits_for_an_idle_engine(self):
+        holds = self.router.state(self.now_s)["holds"]
+        for replica_id, engine in self.engines.items():
+            if engine.takes_work and engine.is_reached and (engine.is_idle or not holds):
+                waiting = [r.id for r in self.held.values() if r.model in NAMES[replica_id]]
+                assert waiting == []
+
+    def teardown(self):
+        """When the load is gone, so is every booking."""
+        json.dumps(self.router.state(self.now_s), allow_nan=False)
+        while self.held or self.placed:
+            for request_id in list(self.held):
+                del self.held[request_id]
+                self.ended[Outcome.RENEGED] += 1
+                self.carry_out(self.router.on_cancel(request_id, self.now_s))
+            for request_id in list(self.placed):
+                self.take_back(request_id)
+                self.ended[Outcome.COMPLETED] += 1
+                self.carry_out(self.router.on_finish(request_id, None, self.now_s))
+        self.every_request_is_in_one_place()
+        self.ledgers_count_what_is_open_and_what_is_on_its_way()
+        assert self.router.next_wake_s() is None
+
+
+Shell.TestCase.settings = settings(
+    max_examples=100, stateful_step_count=30, deadline=None, print_blob=True, database=None
+)
+TestInvariants = Shell.TestCase

@@ -1,0 +1,75 @@
+import pytest
+
+from router.ledger import Ledger
+
+
+def book(ledger: Ledger, request_id: str, num_tokens: int = 10, now_s: float = 0.0) -> int:
+    return ledger.book(
+        request_id,
+        num_prefill_tokens=num_tokens,
+        num_kv_tokens=2 * num_tokens,
+        num_sequences=1,
+        now_s=now_s,
+    )
+
+
+def sums(ledger: Ledger) -> tuple[int, int, int]:
+    return ledger.num_prefill_tokens, ledger.num_kv_tokens, ledger.num_sequences
+
+
+def test_numbers_start_at_one_and_are_never_used_again():
+    ledger = Ledger()
+    assert [book(ledger, "a"), book(ledger, "b")] == [1, 2]
+    ledger.release("b")
+    assert book(ledger, "c") == 3
+
+
+def test_acknowledged_bookings_are_the_snapshots_to_count():
+    """One ordered connection: a number contains all lower ones."""
+    ledger = Ledger()
+    for request_id in "abc":
+        book(ledger, request_id)
+    ledger.acknowledge(2)
+    assert sums(ledger) == (10, 20, 1)
+    assert ledger.num_open == 3
+    ledger.acknowledge(1)  # repeated or late
+    assert sums(ledger) == (10, 20, 1)
+
+
+@pytest.mark.parametrize("acknowledged", [False, True])
+def test_release_ends_a_booking_before_and_after_its_acknowledgement(acknowledged):
+    ledger = Ledger()
+    book(ledger, "a")
+    if acknowledged:
+        ledger.acknowledge(1)
+    ledger.release("a")
+    ledger.release("a")
+    assert sums(ledger) == (0, 0, 0)
+    assert ledger.num_open == ledger.num_unacknowledged == 0
+
+
+def test_a_released_booking_may_still_be_acknowledged():
+    """A failed send leaves a gap in the numbers that the engine saw."""
+    ledger = Ledger()
+    book(ledger, "a")
+    book(ledger, "b", num_tokens=5)
+    ledger.release("a")
+    ledger.acknowledge(2)
+    assert sums(ledger) == (0, 0, 0)
+    assert ledger.num_open == 1
+
+
+def test_oldest_unacknowledged():
+    ledger = Ledger()
+    assert ledger.oldest_unacknowledged is None
+    book(ledger, "a", now_s=1.0)
+    book(ledger, "b", now_s=2.0)
+    ledger.acknowledge(1)
+    assert ledger.oldest_unacknowledged.booked_s == 2.0
+
+
+def test_one_request_is_booked_once():
+    ledger = Ledger()
+    book(ledger, "a")
+    with pytest.raises(ValueError, match="booked already"):
+        book(ledger, "a")

@@ -1,0 +1,87 @@
+import random
+
+import pytest
+from router_builders import info, snapshot, stepped
+
+from router.predict import StepModel
+
+BASE_S, TOKEN_S, DECODE_S = 0.04, 0.0017, 0.0006  # SmolLM2 on one core (FACTS.md)
+
+
+def train(model: StepModel, rng: random.Random, *, num_steps: int, first: int = 1, speed=1.0):
+    """Steps of mixed work, 10 % noise, one in fifty stretched tenfold by a neighbour."""
+    for seq in range(first, first + num_steps):
+        prefill, decodes = rng.choice([0, 0, 100, 512]), rng.randrange(1, 16)
+        step_s = (BASE_S + TOKEN_S * prefill + DECODE_S * decodes) / speed * rng.gauss(1.0, 0.1)
+        step_s *= 10.0 if rng.random() < 0.02 else 1.0
+        model.learn(stepped(seq, step_s, prefill=prefill, decodes=decodes))
+
+
+def true_s(prefill: int, decodes: int) -> float:
+    return BASE_S + TOKEN_S * prefill + DECODE_S * decodes
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_learns_an_engine_through_noise_and_outliers(seed):
+    model = StepModel()
+    train(model, random.Random(seed), num_steps=400)
+    for prefill, decodes in [(0, 1), (0, 16), (100, 4), (512, 8), (1000, 0)]:
+        assert model.step_s(prefill, decodes) == pytest.approx(true_s(prefill, decodes), rel=0.08)
+
+
+def test_follows_an_engine_that_becomes_slower():
+    model, rng = StepModel(), random.Random(0)
+    train(model, rng, num_steps=500)
+    train(model, rng, num_steps=2500, first=501, speed=0.5)
+    assert model.step_s(512, 4) == pytest.approx(2.0 * true_s(512, 4), rel=0.1)
+
+
+def test_decoding_for_hours_does_not_forget_what_prefill_costs():
+    model, rng = StepModel(), random.Random(0)
+    train(model, rng, num_steps=400)
+    token_s = model.token_s
+    for seq in range(401, 10_000):
+        model.learn(stepped(seq, true_s(0, 4) * rng.gauss(1.0, 0.1), decodes=4))
+    assert model.token_s == pytest.approx(token_s, rel=0.03)
+
+
+def test_the_first_step_counts():
+    """From the guess to the right order of magnitude at once, and to the right term."""
+    model = StepModel()
+    model.learn(stepped(1, 0.9, prefill=512))
+    assert model.step_s(512, 0) == pytest.approx(0.9, rel=0.05)
+    assert model.token_s > 0.001
+
+
+def test_coefficients_are_never_negative():
+    """Batches of 4 are faster than of 1 on SmolLM2; a straight line would go below zero."""
+    model = StepModel()
+    for seq in range(1, 200):
+        decodes = 1 + seq % 16
+        model.learn(stepped(seq, 0.05 - 0.002 * decodes, decodes=decodes))
+    assert min(model.step_base_s, model.token_s, model.decode_s) >= 0.0
+    assert model.step_s(0, 8) == pytest.approx(0.034, rel=0.3)
+
+
+def test_one_step_is_learned_once():
+    """A snapshot without a new step repeats the last one's figures."""
+    model = StepModel()
+    report = stepped(1, 0.9, prefill=512)
+    model.learn(report)
+    model.learn(report)
+    assert model.num_steps == 1
+
+
+def test_a_measured_rate_replaces_the_guess():
+    """The engine ran before this gateway did."""
+    model = StepModel()
+    model.learn(snapshot(prefill_tokens_per_s=500.0))
+    assert model.token_s == pytest.approx(1 / 500)
+
+
+def test_prefill_rate_counts_the_overhead_of_steps():
+    model = StepModel()
+    model.step_base_s, model.token_s, model.decode_s = 0.1, 0.01, 0.0
+    assert model.prefill_tokens_per_s(info(), 0) == pytest.approx(100 / 1.1)
+    assert model.prefill_tokens_per_s(info(), 50) == pytest.approx(50 / 0.6)
+    assert model.prefill_tokens_per_s(info(), 1000) == pytest.approx(1 / 0.11)

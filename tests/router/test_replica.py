@@ -1,0 +1,80 @@
+import pytest
+from router_builders import busy, make_replica, req, snapshot
+
+from router.replica import Replica
+
+
+def known(replica: Replica, *, base_s: float = 0.1, token_s: float = 0.01) -> Replica:
+    """The replica with its step model known: 0.1 s, and 0.01 s per token."""
+    model = replica.predictor
+    model.step_base_s, model.token_s, model.decode_s = base_s, token_s, 0.0
+    return replica
+
+
+def test_old_and_repeated_snapshots_change_nothing():
+    replica = make_replica()
+    assert replica.receive(snapshot(2, num_pending_prefill_tokens=7), 1.0)
+    assert not replica.receive(snapshot(2, num_pending_prefill_tokens=8), 2.0)
+    assert not replica.receive(snapshot(1, num_pending_prefill_tokens=9), 3.0)
+    assert replica.num_pending_prefill_tokens == 7
+    assert replica.snapshot_s == 1.0
+
+
+def test_a_booking_is_counted_by_the_ledger_or_by_the_snapshot_never_by_both():
+    replica = make_replica()
+    replica.book(req("a", 50), num_kv_tokens=60, now_s=0.0)
+    assert (replica.num_pending_prefill_tokens, replica.num_sequences) == (50, 1)
+    assert replica.num_free_kv_tokens == 10_000 - 60
+
+    # Read by the engine and not begun: pending, so its blocks are yet to be taken.
+    replica.receive(
+        snapshot(last_booking=1, num_pending_prefill_tokens=50, num_waiting_reqs=1), 1.0
+    )
+    assert (replica.num_pending_prefill_tokens, replica.num_sequences) == (50, 1)
+    assert replica.num_free_kv_tokens == 10_000 - 50
+    assert replica.ledger.num_open == 1
+
+
+def test_ttft_of_an_idle_engine_is_its_own_prefill():
+    replica = known(make_replica())
+    replica.receive(snapshot(), 0.0)
+    assert replica.ttft_s(50, now_s=9.0) == pytest.approx(0.1 + 0.5)
+    assert replica.ttft_s(250, now_s=9.0) == pytest.approx(3 * 0.1 + 2.5)  # three steps
+
+
+def test_ttft_waits_for_the_rest_of_the_current_step_then_for_all_before_it():
+    replica = known(make_replica())
+    replica.receive(busy(num_pending_prefill_tokens=150, num_decoding_reqs=0), 10.0)
+    replica.book(req("b", 40), num_kv_tokens=40, now_s=10.0)
+    # The step under way computes 100 tokens in 1.1 s; 50 + 40 + 10 fit one more.
+    assert replica.ttft_s(10, now_s=10.0) == pytest.approx(1.1 + 1.1)
+    assert replica.ttft_s(10, now_s=10.6) == pytest.approx(0.5 + 1.1)
+    assert replica.ttft_s(10, now_s=99.0) == pytest.approx(1.1)  # a late step is about to end
+    assert replica.ttft_s(11, now_s=99.0) == pytest.approx(2 * 0.1 + 1.01)  # one token too many
+
+
+def test_decoding_requests_take_their_share_of_each_step():
+    replica = known(make_replica())
+    replica.receive(busy(num_decoding_reqs=60), 0.0)
+    assert replica.ttft_s(80, now_s=9.0) == pytest.approx(2 * 0.1 + 0.8)
+
+
+def test_an_idle_engine_began_with_the_first_request_it_got():
+    replica = known(make_replica())
+    replica.receive(snapshot(), 0.0)
+    replica.book(req("a", 100), num_kv_tokens=100, now_s=5.0)
+    assert replica.ttft_s(10, now_s=5.0) == pytest.approx(1.1 + 0.2)
+    assert replica.ttft_s(10, now_s=6.0) == pytest.approx(0.1 + 0.2)
+
+
+def test_time_going_backwards_is_harmless():
+    replica = known(make_replica())
+    replica.receive(busy(), 10.0)
+    assert replica.ttft_s(10, now_s=0.0) > 0.0
+
+
+def test_any_snapshot_proves_that_the_engine_is_there():
+    replica = make_replica()
+    replica.is_unreachable = True
+    replica.receive(snapshot(), 1.0)
+    assert not replica.is_unreachable
