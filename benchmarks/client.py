@@ -124,6 +124,7 @@ class _Connection(asyncio.Protocol):
             self._half_blank = not body.endswith(b"\n\n") and body.endswith(b"\n")
             record.num_events += num_events
             self._client.num_events += num_events
+            self._client.num_pieces += 1
 
     def on_message_complete(self) -> None:
         record = self.record
@@ -190,6 +191,7 @@ class Client:
         self.headers = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         self.connections: set[_Connection] = set()
         self.num_events = 0  # of all requests so far: its growth is a rate
+        self.num_pieces = 0  # HTTP chunks that they came in: fewer where a path merges events
         self.num_ended = 0
         self._targets = [
             _Target(parts.hostname or "127.0.0.1", parts.port or 80, [])

@@ -1,4 +1,4 @@
-"""What `overhead` measures on one subject, phase by phase.
+"""What `overhead` measures, phase by phase.
 
 Every phase opens its own connections before it measures and leaves none
 behind. CPU time is taken by role and net of what the role uses while nothing
@@ -24,13 +24,15 @@ OTHERS_ROLE = "others"  # processes that are neither the subject's nor ours
 
 NUM_STREAMS = 200
 NUM_TOKENS = 200  # per stream
-STEP_S = 0.010  # 200 streams at 100 tokens/s are 20,000 tokens/s
+BUSY_TOKENS_PER_S = 20_000  # 200 streams of 100 tokens/s
+FAST_TOKENS_PER_S = 50_000
 LONG_STREAMS_PER_S = 4.0
 PROBES_PER_S = 36.0  # one-token streams that only sample the time to first token
 NUM_SHORT_WORKERS = 32
 NUM_CROWD = 1000
 CROWD_STEP_MS = 200  # 5,000 tokens/s in all: the crowd is to be open, not to be busy
 _PROMPT = "Tell me something about headway."
+_WARM_UP_S = 1.0
 # An event per stream that is no token: the role.
 _NUM_EXTRA_EVENTS = 1
 
@@ -41,10 +43,11 @@ class Durations:
 
     num_repeats: int = 3
     idle_s: float = 4.0
-    ttft_s: float = 8.0
-    paced_s: float = 6.0
+    ttft_s: float = 7.0
+    busy_s: float = 5.0
+    fast_s: float = 3.0
     flat_out_s: float = 3.0
-    short_s: float = 2.0
+    short_s: float = 1.5
 
 
 @dataclass
@@ -53,6 +56,7 @@ class Window:
 
     elapsed_s: float
     num_tokens: int
+    num_pieces: int
     num_requests: int
     cpu_s: Counter[str]  # by role, net of idle
 
@@ -68,7 +72,7 @@ class Window:
         return self.cpu_s[role] / self.elapsed_s
 
 
-@dataclass
+@dataclass(eq=False)
 class Prober:
     """Runs the phases on one subject; counts the requests that failed, by reason."""
 
@@ -86,38 +90,20 @@ class Prober:
             {role: window.cores(role) for role in window.cpu_s if role != OTHERS_ROLE}
         )
 
-    async def ttft(self, seed: str) -> list[float]:
-        """Return times to first byte, seconds, of Poisson arrivals at a low load."""
-        rng = random.Random(seed)
-        rate = LONG_STREAMS_PER_S + PROBES_PER_S
-        warm_up_s = 1.0
-        arrivals = []
-        offset_s = 0.0
-        while (offset_s := offset_s + rng.expovariate(rate)) < warm_up_s + self.durations.ttft_s:
-            long = rng.random() < LONG_STREAMS_PER_S / rate
-            arrivals.append((offset_s, _chat(NUM_TOKENS if long else 1)))
-        async with Client(self.subject.urls) as client:
-            await client.connect(64)
-            records = self._checked(await open_loop(client, arrivals))
-        first_s = records[0].due_s
-        return [
-            record.ttft_s
-            for record in records
-            if record.completed and record.due_s - first_s >= warm_up_s
-        ]
-
-    async def paced(self) -> tuple[Window, list[float]]:
-        """20,000 tokens/s over 200 streams; return the window and the times to first byte."""
+    async def paced(self, tokens_per_s: float, span_s: float) -> tuple[Window, list[float]]:
+        """200 streams at so many tokens/s in all; return the window and times to first byte."""
+        step_s = NUM_STREAMS / tokens_per_s
+        call = chat(NUM_TOKENS, stand_in_step_ms=step_s * 1000)
         async with Client(self.subject.urls) as client:
             await client.connect(NUM_STREAMS)
-            loop = ClosedLoop(client, itertools.repeat(_chat(NUM_TOKENS)), NUM_STREAMS)
+            loop = ClosedLoop(client, itertools.repeat(call), NUM_STREAMS)
             # Spread over one stream's life, so that they do not all end at once.
-            await loop.start(ramp_s=NUM_TOKENS * STEP_S)
+            await loop.start(ramp_s=NUM_TOKENS * step_s)
             await asyncio.sleep(0.5)
             start_s = time.perf_counter()
-            window = await self._window(client, self.durations.paced_s)
+            window = await self._window(client, span_s)
             end_s = time.perf_counter()
-            records = self._checked(await loop.stop())
+            records = self.checked(await loop.stop())
         return window, [
             record.ttft_s
             for record in records
@@ -126,12 +112,12 @@ class Prober:
 
     async def flat_out(self) -> Window:
         """As many tokens as the path carries over 200 streams."""
-        call = _chat(NUM_TOKENS, stand_in_step_ms=0)
+        call = chat(NUM_TOKENS, stand_in_step_ms=0)
         return await self._saturate(itertools.repeat(call), NUM_STREAMS, self.durations.flat_out_s)
 
     async def short(self, stream: bool) -> Window:
         """As many requests of one to four tokens as the path carries."""
-        calls = [_chat(num_tokens, stream, stand_in_step_ms=0) for num_tokens in (1, 2, 3, 4)]
+        calls = [chat(num_tokens, stream, stand_in_step_ms=0) for num_tokens in (1, 2, 3, 4)]
         return await self._saturate(
             itertools.cycle(calls), NUM_SHORT_WORKERS, self.durations.short_s
         )
@@ -145,7 +131,7 @@ class Prober:
         before = measure()
         async with Client(self.subject.urls) as client:
             await client.connect(NUM_CROWD)
-            call = _chat(1_000_000, stand_in_step_ms=CROWD_STEP_MS)
+            call = chat(1_000_000, stand_in_step_ms=CROWD_STEP_MS)
             records = [client.send(call) for _ in range(NUM_CROWD)]
             deadline_s = time.perf_counter() + 30.0
             while not all(record.first_s or record.error for record in records):
@@ -176,7 +162,7 @@ class Prober:
             await loop.start()
             await asyncio.sleep(0.5)
             window = await self._window(client, span_s)
-            self._checked(await loop.stop())
+            self.checked(await loop.stop())
         return window
 
     async def _window(self, client: Client, span_s: float) -> Window:
@@ -184,6 +170,7 @@ class Prober:
             launch.refresh()
         cpu_before = self._cpu_s()
         start_s, num_events, num_ended = time.perf_counter(), client.num_events, client.num_ended
+        num_pieces = client.num_pieces
         await asyncio.sleep(span_s)
         elapsed_s = time.perf_counter() - start_s
         num_requests = client.num_ended - num_ended
@@ -191,7 +178,7 @@ class Prober:
         cpu_s = self._cpu_s()
         cpu_s.subtract(cpu_before)
         cpu_s.subtract({role: cores * elapsed_s for role, cores in self.idle_cores.items()})
-        return Window(elapsed_s, num_tokens, num_requests, cpu_s)
+        return Window(elapsed_s, num_tokens, client.num_pieces - num_pieces, num_requests, cpu_s)
 
     def _cpu_s(self) -> Counter[str]:
         used: Counter[str] = Counter()
@@ -201,7 +188,7 @@ class Prober:
         used[OTHERS_ROLE] = machine_busy_s() - sum(used.values())
         return used
 
-    def _checked(self, records: list[Record]) -> list[Record]:
+    def checked(self, records: list[Record]) -> list[Record]:
         """Count the failed ones; raise `RuntimeError` when there is no other."""
         failed = Counter(record.error for record in records if not record.completed)
         self.failures.update(failed)
@@ -210,5 +197,38 @@ class Prober:
         return records
 
 
-def _chat(num_tokens: int, stream: bool = True, **extra: float) -> Call:
+async def paired_ttft(
+    first: Prober, second: Prober, span_s: float, seed: str
+) -> tuple[list[Record], list[Record]]:
+    """Return both subjects' completed requests at a low load at the same time.
+
+    Poisson arrivals are dealt to one or the other by a coin, so that whatever
+    else the machine does meanwhile befalls both alike.
+    """
+    rng = random.Random(seed)
+    rate = 2 * (LONG_STREAMS_PER_S + PROBES_PER_S)
+    arrivals: dict[Prober, list[tuple[float, Call]]] = {first: [], second: []}
+    offset_s = 0.0
+    while (offset_s := offset_s + rng.expovariate(rate)) < _WARM_UP_S + span_s:
+        long = rng.random() < LONG_STREAMS_PER_S / (LONG_STREAMS_PER_S + PROBES_PER_S)
+        prober = first if rng.random() < 0.5 else second
+        arrivals[prober].append((offset_s, chat(NUM_TOKENS if long else 1)))
+
+    async def run(prober: Prober) -> list[Record]:
+        async with Client(prober.subject.urls) as client:
+            await client.connect(64)
+            start_s = time.perf_counter()
+            records = prober.checked(await open_loop(client, arrivals[prober]))
+        return [
+            record
+            for record in records
+            if record.completed and record.due_s - start_s >= _WARM_UP_S
+        ]
+
+    one, other = await asyncio.gather(run(first), run(second))
+    return one, other
+
+
+def chat(num_tokens: int, stream: bool = True, **extra: float) -> Call:
+    """A streamed or whole reply of so many tokens."""
     return Call.chat(MODEL, _PROMPT, num_tokens, stream, **extra)

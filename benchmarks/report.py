@@ -57,7 +57,7 @@ class Spread:
         }
 
     def __str__(self) -> str:
-        if len(self.values) == 1:
+        if min(self.values) == max(self.values):
             return brief(self.median)
         return f"{brief(self.median)} ({brief(min(self.values))} to {brief(max(self.values))})"
 

@@ -1,12 +1,12 @@
-"""The router: events and `now_s` in, decisions out.
+r"""The router: events and `now_s` in, decisions out.
 
 A request's states, and who moves it:
 
     (new) --on_arrival--> held --room (any event)--> placed --on_finish--> COMPLETED
-      |                     |  \\                     |   \\--on_fail--> FAILED
-      |                     |   \\--deadline--> EXPIRED    \\--on_send_failed--> as if new
-      |                     \\--on_cancel--> RENEGED <--on_cancel--/
-      \\--queue full, unknown model--> REJECTED
+      |                     |  \                     |   \--on_fail--> FAILED
+      |                     |   \--deadline--> EXPIRED    \--on_send_failed--> as if new
+      |                     \--on_cancel--> RENEGED <--on_cancel--/
+      \--queue full, unknown model--> REJECTED
 
 New requests are placed at once where possible. Every request ends in exactly
 one Outcome, and its booking with it. An id that ended, or never was, is not
@@ -192,11 +192,11 @@ class Router:
 
     def _enter(self, request: Request, now_s: float) -> list[Decision]:
         """Place, hold or reject a request that is neither placed nor held."""
-        # Whoever waits for the same model may have the better claim: the queue decides then.
-        if request.model not in self._queue.num_tokens_by_model:
-            dispatch = self._placer.place(request, now_s)
-            if dispatch is not None:
-                return [dispatch]
+        # Passes nobody: who waits could not go now either, or would have gone with the event
+        # that made room, and what is kept for them this request does not get.
+        dispatch = self._placer.place(request, now_s)
+        if dispatch is not None:
+            return [dispatch]
         decisions = self._expire(now_s)
         if self._queue.expires_s(request) <= now_s:
             decisions.append(self._reject(request, RejectReason.EXPIRED, None))

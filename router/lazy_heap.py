@@ -63,5 +63,5 @@ class LazyHeap:
                 yield entry[2]
 
     def _is_live(self, entry: _Entry) -> bool:
-        # Identity, not equality: an id may have left and come back.
+        # Not by the id alone: it may have left and come back under another key.
         return self._live.get(entry[2]) is entry

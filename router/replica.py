@@ -17,8 +17,10 @@ class Replica:
 
     __slots__ = (
         "__weakref__",
+        "_is_at_work",
         "_rest_tokens",
         "_step_end_s",
+        "_step_start_s",
         "chunk_overhead_s",
         "chunk_tokens",
         "id",
@@ -60,6 +62,8 @@ class Replica:
         self.token_s = 0.0  # what each prefilled token adds to it
         self.prefill_tokens_per_s = 0.0  # in full steps
         self._rest_tokens = 0  # pending after the current step
+        self._is_at_work = False  # has something to run, as of the snapshot
+        self._step_start_s = now_s  # when the current step began, if it is at work
         self._step_end_s = 0.0  # when the current step should end
         self._derive()
 
@@ -88,6 +92,10 @@ class Replica:
         """Whether the snapshot was news; an old or repeated one changes nothing."""
         if snapshot.seq <= self.snapshot.seq:
             return False
+        # Not every snapshot ends a step: some only tell of requests that were read.
+        was_idle = not self._is_at_work
+        if was_idle or snapshot.num_steps_total != self.snapshot.num_steps_total:
+            self._step_start_s = now_s
         self.snapshot = snapshot
         self.snapshot_s = now_s
         self.is_unreachable = False
@@ -160,16 +168,16 @@ class Replica:
         self.token_s = predictor.token_s
         self.prefill_tokens_per_s = predictor.prefill_tokens_per_s(self.info, num_decoding)
 
-        # The current step began when the last one ended, about when the snapshot came.
+        # The current step began when the last one ended, about when that was reported.
         # An engine that was idle then began with the first request it got since.
-        step_tokens, step_start_s = min(num_pending, chunk_tokens), self.snapshot_s
-        if not (num_pending or num_scheduled):
-            first = ledger.oldest_unacknowledged
-            if first is None:
-                self._rest_tokens, self._step_end_s = 0, -math.inf
-                return
-            step_tokens = min(first.num_prefill_tokens, chunk_tokens)
-            step_start_s = first.booked_s
+        self._is_at_work = bool(num_pending or num_scheduled)
+        first = ledger.oldest_unacknowledged
+        if self._is_at_work:
+            step_tokens, step_start_s = min(num_pending, chunk_tokens), self._step_start_s
+        elif first is not None:
+            step_tokens, step_start_s = min(first.num_prefill_tokens, chunk_tokens), first.booked_s
+        else:
+            step_tokens, step_start_s = 0, -math.inf
         self._rest_tokens = self.num_pending_prefill_tokens - step_tokens
         self._step_end_s = step_start_s + overhead_s + step_tokens * self.token_s
 

@@ -16,9 +16,11 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from serving.endpoint import StartError
 from serving.onboard import default_cache_dir
 from serving.processes import become_subreaper, nothing_left
 
@@ -132,52 +134,64 @@ def _remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def own_cluster(
-    folder: Path, num_cpus: int, num_gpus: int, *, runtime_env: dict, verbose: bool = False
+    folder: Path, num_cpus: int, num_gpus: int, runtime_env: dict[str, Any], verbose: bool
 ) -> Iterator[Cluster]:
     """Run a Ray of our own on this machine; `environment()` has been set before.
 
     Call from the main thread: Ray's processes end with the thread that started
-    them, even when it is killed.
+    them, even when it is killed. Raises `StartError`.
     """
     become_subreaper()
-    with nothing_left():
-        import ray  # late: it reads the environment
-
-        _quiet(verbose)
-        ray.init(
+    with (
+        nothing_left(),
+        _connected(
+            "cannot start Ray",
             "local",
+            runtime_env,
+            verbose,
             num_cpus=num_cpus,
             num_gpus=num_gpus,
             object_store_memory=_OBJECT_STORE_BYTES,
             include_dashboard=False,
-            namespace=NAMESPACE,
-            runtime_env=runtime_env or None,
-            log_to_driver=verbose,
-            logging_level=logging.INFO if verbose else logging.ERROR,
             _node_ip_address="127.0.0.1",
             _temp_dir=str(folder / "ray"),
-        )
-        try:
-            yield Cluster(is_ours=True, serve_was_running=False, folder=folder)
-        finally:
-            ray.shutdown()
+        ),
+    ):
+        yield Cluster(is_ours=True, serve_was_running=False, folder=folder)
 
 
 @contextlib.contextmanager
-def joined_cluster(address: str, *, runtime_env: dict, verbose: bool = False) -> Iterator[Cluster]:
-    """Connect to the Ray at `address` ("auto" for this machine's); it is left running."""
-    import ray
+def joined_cluster(address: str, runtime_env: dict[str, Any], verbose: bool) -> Iterator[Cluster]:
+    """Connect to the Ray at `address` ("auto" for this machine's); it is left running.
 
-    _quiet(verbose)
-    ray.init(
-        address,
-        namespace=NAMESPACE,
-        runtime_env=runtime_env or None,
-        log_to_driver=verbose,
-        logging_level=logging.INFO if verbose else logging.ERROR,
-    )
-    try:
+    Raises `StartError`.
+    """
+    with _connected(f"cannot join the Ray at {address}", address, runtime_env, verbose):
         yield Cluster(is_ours=False, serve_was_running=_serve_runs(), folder=None)
+
+
+@contextlib.contextmanager
+def _connected(
+    trouble: str, address: str, runtime_env: dict[str, Any], verbose: bool, **options: Any
+) -> Iterator[None]:
+    import ray  # late: it reads the environment
+
+    level = logging.INFO if verbose else logging.ERROR
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(level)
+    try:
+        ray.init(
+            address,
+            namespace=NAMESPACE,
+            runtime_env=runtime_env or None,
+            log_to_driver=verbose,
+            logging_level=level,
+            **options,
+        )
+    except Exception as error:  # Ray raises what comes up, from OSError to bare Exception
+        raise StartError(f"{trouble}: {' '.join(str(error).split())}") from error
+    try:
+        yield
     finally:
         ray.shutdown()
 
@@ -190,8 +204,3 @@ def _serve_runs() -> bool:
     except ValueError:
         return False
     return True
-
-
-def _quiet(verbose: bool) -> None:
-    for name in ("ray", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)

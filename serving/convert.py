@@ -222,9 +222,7 @@ def _write_tokenizer(reader: GGUFReader, folder: Path, config: dict[str, Any]) -
                 "byte_fallback": False,
                 "ignore_merges": False,
                 "vocab": {token: index for index, token in enumerate(tokens)},
-                "merges": [
-                    merge.split(" ") for merge in _field(reader, "tokenizer.ggml.merges")
-                ],
+                "merges": [merge.split(" ") for merge in _field(reader, "tokenizer.ggml.merges")],
             },
         },
     )

@@ -33,7 +33,9 @@ def _holder(port: int) -> str:
     """Which process listens on `port`, as far as we are allowed to see."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
-            if connection.status == "LISTEN" and connection.laddr.port == port and connection.pid:
+            if connection.status != psutil.CONN_LISTEN or not connection.laddr:
+                continue
+            if connection.laddr.port == port and connection.pid:
                 return f" (by {psutil.Process(connection.pid).name()}, pid {connection.pid})"
     return ""
 

@@ -48,6 +48,10 @@ class ApiError(Exception):
         return headers
 
 
+# What to say when no engine is up to predict from: about an engine's start.
+_RETRY_AFTER_S = 30.0
+
+
 def from_rejection(reason: RejectReason, retry_after_s: float | None) -> ApiError:
     """The reply to a request that the router refused."""
     status, message = {
@@ -60,4 +64,6 @@ def from_rejection(reason: RejectReason, retry_after_s: float | None) -> ApiErro
     kind = {404: "NotFoundError", 429: "RateLimitError", 503: "ServiceUnavailableError"}.get(
         status, "BadRequestError"
     )
+    if status in (429, 503) and retry_after_s is None:
+        retry_after_s = _RETRY_AFTER_S
     return ApiError(status, message, kind=kind, code=reason.value, retry_after_s=retry_after_s)

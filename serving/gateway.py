@@ -24,7 +24,7 @@ from serving.wire import Headers
 logger = logging.getLogger(__name__)
 
 # What vLLM's API layer reads of a request's headers.
-_FORWARDED = re.compile(rb"content-type|traceparent|tracestate|x-session-id|x-data-parallel-rank")
+_FORWARDED = re.compile(rb"traceparent|tracestate|x-session-id|x-data-parallel-rank")
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 # An oversized body is read to its end before the refusal, or many clients
 # would see a reset connection and never the reply; past this it is cut.
@@ -179,6 +179,8 @@ class Gateway:
                 forwarded.append((name, value))
         if not request_id or request_id in self.driver.exchanges:
             request_id = uuid.uuid4().hex
+        # The body is JSON, whatever the client called it (curl -d calls it a form).
+        forwarded.append((b"content-type", b"application/json"))
         forwarded.append((b"x-request-id", request_id.encode()))
         path = scope["path"]
         request, num_text_bytes = self.intake.parse(

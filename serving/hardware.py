@@ -4,6 +4,7 @@ Nothing here imports torch or asks CUDA: the launcher must stay light, and a
 CUDA context in it would hold memory on every GPU.
 """
 
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -178,7 +179,7 @@ def _gpu(nvml: Any, handle: Any) -> Gpu:
         num_free_bytes=memory.free,
         compute_capability=".".join(map(str, major_minor)),
         num_nvlinks=sum(
-            ask(lambda link=link: nvml.nvmlDeviceGetNvLinkState(handle, link), 0)
+            ask(functools.partial(nvml.nvmlDeviceGetNvLinkState, handle, link), 0)
             for link in range(_MAX_NVLINKS)
         ),
         mig=bool(ask(lambda: nvml.nvmlDeviceGetMigMode(handle)[0], 0)),

@@ -17,6 +17,9 @@ _PRIOR_BYTES = 2_000.0
 _MEMORY_BYTES = 200_000.0
 
 
+_ABSENT = msgspec.Raw(b"")
+
+
 class _Body(msgspec.Struct):
     """Fields common to all endpoints. Unknown ones are vLLM's business."""
 
@@ -28,17 +31,16 @@ class _Body(msgspec.Struct):
 
 
 class _ChatBody(_Body, kw_only=True):
-    messages: msgspec.Raw
+    messages: msgspec.Raw = _ABSENT
 
 
 class _CompletionBody(_Body, kw_only=True):
-    prompt: msgspec.Raw | None = None
+    prompt: msgspec.Raw = _ABSENT
     prompt_embeds: Any = None
 
 
 class _InputBody(_Body, kw_only=True):
-    input: msgspec.Raw | None = None
-    messages: msgspec.Raw | None = None
+    input: msgspec.Raw = _ABSENT
 
 
 # The endpoints served, with what must be in the body and which of vLLM's
@@ -96,8 +98,7 @@ class Intake:
         except msgspec.DecodeError as error:
             raise ApiError(400, f"The request body is not valid JSON: {error}") from None
         model = self._model(fields.model, engines, task)
-        raw = getattr(fields, prompt_field)
-        prompt = b"" if raw is None else bytes(raw)
+        prompt = bytes(getattr(fields, prompt_field))
         if prompt in (b"", b"null", b"[]") and not getattr(fields, "prompt_embeds", None):
             raise ApiError(400, f"'{prompt_field}' is missing or empty", param=prompt_field)
         if path == "/v1/chat/completions" and not prompt.startswith(b"["):

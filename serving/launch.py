@@ -14,7 +14,6 @@ from serving.endpoint import StartError, check_port, wait_for_answer
 from serving.hardware import Hardware
 from serving.interrupts import Interrupts, Stop
 from serving.launch_file import LaunchFile, check_with_ray
-from serving.onboard import SERVED_MODEL_NAME, onboard_model
 from serving.plan import Plan
 from serving.processes import descendants
 from serving.progress import (
@@ -52,61 +51,42 @@ def launch(
     `serving.app.build`; for tests.
     """
     start_s = time.monotonic()
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, contextlib.ExitStack() as stack:
         try:
             if address is None:
                 check_port(file.host, file.port)
-            args = _arguments(file, plan)
-            with own_folder() as folder:
-                haproxy = {"RAY_SERVE_ENABLE_HA_PROXY": "1" if file.haproxy else "0"}
-                os.environ.update(
-                    haproxy
-                    if address
-                    else environment(folder, haproxy=file.haproxy, given=os.environ)
-                )
-                os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the plan
-                check_with_ray(file)
-                # Built before Ray starts: what is wrong shows at once, and the
-                # plan made in there counts the same free memory as ours.
-                application = (build or _build())(args)
-                runtime_env = file.application.get("runtime_env") or {}
-                cluster = (
-                    joined_cluster(address, runtime_env=runtime_env, verbose=verbose)
-                    if address
-                    else own_cluster(
-                        folder,
-                        len(hardware.cores),
-                        len(hardware.gpus) if plan.device == "cuda" else 0,
-                        runtime_env=runtime_env,
-                        verbose=verbose,
-                    )
-                )
+                folder = stack.enter_context(own_folder())
+                os.environ.update(environment(folder, haproxy=file.haproxy, given=os.environ))
+            else:
+                os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if file.haproxy else "0"
+            os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the plan
+            check_with_ray(file)
+            # Built before Ray starts: what is wrong shows at once, the plan made in
+            # there counts the same free memory as ours, and the model on board is
+            # fetched where it is needed.
+            application = (build or _build())(file.application["args"])
+            runtime_env = file.application.get("runtime_env") or {}
+            if address is None:
                 console.print("starting Ray …")
-                with cluster as ray_cluster:
-                    interrupts.install()
-                    return _serve(
-                        file, plan, application, ray_cluster, console, interrupts, start_s
-                    )
+                num_gpus = len(hardware.gpus) if plan.device == "cuda" else 0
+                ray = own_cluster(folder, len(hardware.cores), num_gpus, runtime_env, verbose)
+            else:
+                ray = joined_cluster(address, runtime_env, verbose)
+            cluster = stack.enter_context(ray)
+            interrupts.install()
+            return _serve(file, plan, application, cluster, console, interrupts, start_s)
         except Stop as stop:
             console.print("stopped before anything was ready")
             return 128 + stop.signum
         finally:
             interrupts.quiet()
+            stack.close()
 
 
 def _build() -> Build:
     from serving.app import build  # late: Ray Serve reads the environment when imported
 
     return build
-
-
-def _arguments(file: LaunchFile, plan: Plan) -> dict[str, Any]:
-    """The application's arguments, with the model on board in place where it is used."""
-    args = dict(file.application["args"])
-    if plan.uses_model_on_board:
-        args["model"] = str(onboard_model())
-        args.setdefault("served_model_name", SERVED_MODEL_NAME)
-    return args
 
 
 def _serve(
@@ -124,8 +104,8 @@ def _serve(
         with board.shown():
             _wait_for_engines(file, plan, cluster, board)
         wait_for_answer(file.url)
-        console.print(_ready_text(file, plan, time.monotonic() - start_s), soft_wrap=True)
         try:
+            console.print(_ready_text(file, plan, time.monotonic() - start_s))
             _watch(file, plan, console)
         except Stop:
             drained.append(True)
@@ -240,7 +220,6 @@ def _watch(file: LaunchFile, plan: Plan, console: Console) -> None:
             console.print(
                 f"{num_ready} of {plan.num_replicas} engines ready"
                 + (f": {cause}" if cause else ""),
-                soft_wrap=True,
             )
 
 

@@ -94,11 +94,11 @@ def serve(
     ] = False,
 ) -> None:
     """Start the engines and the endpoint, and serve until Ctrl-C."""
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     with _errors_in_one_line(verbose):
         file, hardware, the_plan = _planned(ctx.params)
         for sentence in (*the_plan.why[:1], *the_plan.warnings):
-            console.print(sentence, soft_wrap=True)
+            console.print(sentence)
         raise typer.Exit(
             launch(file, the_plan, hardware, console, address=address, verbose=verbose)
         )

@@ -179,13 +179,16 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
     engine_args: dict[str, Any] = {"dtype": "bfloat16", "block_size": 32}
     # Small steps keep decoding smooth beside long prompts and are easier to predict.
     engine_args["max_num_batched_tokens"] = 512
+    # Inductor's CPU code gave wrong text for SmolLM2 (vLLM 0.32, AVX-512 BF16:
+    # "L'Étoile, la Marseillaise" for the capital of France) and takes a minute to build.
+    engine_args["enforce_eager"] = True
     trained_len = size.max_model_len if size else None
     # -1 lets vLLM take the longest that the KV cache holds.
     unknown_len = -1 if _is_vllm(config) else _MAX_CPU_MODEL_LEN
     engine_args["max_model_len"] = min(_MAX_CPU_MODEL_LEN, trained_len or unknown_len)
     engine_args |= config.engine.args
     num_engine_bytes = num_kv_bytes = None
-    why = []
+    why: list[str] = []
     if _is_vllm(config):
         fit = cpu_memory(config, engine_args, hardware.num_free_ram_bytes, replicas, size)
         replicas, num_kv_bytes, num_engine_bytes = fit.num_replicas, fit.kv_bytes, fit.engine_bytes

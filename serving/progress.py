@@ -141,7 +141,7 @@ class Board:
         elif before != phases or now_s - self._last_line_s >= _HEARTBEAT_S:
             self._last_line_s = now_s
             engines = ", ".join(f"engine {i} {phase}" for i, phase in enumerate(phases, 1))
-            self._console.print(f"{now_s - self._start_s:4.0f} s  {engines}", soft_wrap=True)
+            self._console.print(f"{now_s - self._start_s:4.0f} s  {engines}")
 
     def _table(self, now_s: float) -> Table:
         table = Table.grid(padding=(0, 2))

@@ -258,7 +258,7 @@ class TestPolicies:
 
     def test_an_unknown_policy_is_refused_and_changes_nothing(self):
         router = make_router()
-        with pytest.raises(ValueError, match="'best'.*round_robin"):
+        with pytest.raises(ValueError, match=r"'best'.*round_robin"):
             router.set_policy("best", 0.0)
         assert router.state(0.0)["policy"] == "headway"
 

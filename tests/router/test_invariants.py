@@ -28,9 +28,11 @@ from router.types import (
     Request,
 )
 
-MAX_REQUESTS, MAX_TOKENS, MAX_BYTES, MAX_HOLD_S = 4, 2500, 400, 10.0
+MAX_REQUESTS, MAX_TOKENS, MAX_BYTES, MAX_HOLD_S = 6, 4000, 400, 10.0
 NAMES = {"r0": ("m",), "r1": ("m", "lora"), "r2": ("n",)}  # what each engine serves
 SIZES = st.sampled_from([0, 1, 30, 120, 900, 3000])
+ENGINES = st.sampled_from(sorted(NAMES))
+ANY_REQUEST = st.integers(0, 9)  # see `Shell.pick`
 
 
 @dataclass
@@ -74,6 +76,8 @@ class Shell(RuleBasedStateMachine):
                 max_hold_s=MAX_HOLD_S,
             )
         )
+        for replica_id in NAMES:
+            self.up(replica_id)
 
     # What the decisions mean
 
@@ -120,6 +124,11 @@ class Shell(RuleBasedStateMachine):
             assert not was_held
             self.ended[Outcome.REJECTED] += 1
 
+    def pick(self, number: int) -> str:
+        """One of the open requests, or, for 0, the first ever, as a rule long ended."""
+        open_ids = [*self.held, *self.placed]
+        return open_ids[number % len(open_ids)] if number and open_ids else "q0"
+
     def expires_s(self, request: Request) -> float:
         return min(request.deadline_s, request.arrival_s + MAX_HOLD_S)
 
@@ -144,23 +153,23 @@ class Shell(RuleBasedStateMachine):
             num_tokens,
             model=model,
             num_sequences=num_sequences,
-            num_bytes=100 if num_tokens else 0,
+            num_bytes=150 if num_tokens == 1 else 0,
             arrival_s=self.now_s,
             deadline_s=self.now_s + patience_s,
         )
         self.num_arrived += 1
         self.carry_out(self.router.on_arrival(request, self.now_s), entering=request)
 
-    @rule(number=st.integers(0, 20))
+    @rule(number=ANY_REQUEST)
     def arrive_again(self, number):
-        request_id = f"q{number}"
+        request_id = self.pick(number)
         if request_id in self.held or request_id in self.placed:
             assert self.router.on_arrival(req(request_id), self.now_s) == []
 
-    @rule(number=st.integers(0, 20), end=st.sampled_from(["finish", "fail", "cancel"]))
+    @rule(number=ANY_REQUEST, end=st.sampled_from(["finish", "fail", "cancel"]))
     def end(self, number, end):
         """Any id: placed, held, ended or never seen."""
-        request_id = f"q{number}"
+        request_id = self.pick(number)
         was_placed = self.take_back(request_id) is not None
         if end == "finish":
             self.ended[Outcome.COMPLETED] += was_placed
@@ -174,21 +183,21 @@ class Shell(RuleBasedStateMachine):
             decisions = self.router.on_cancel(request_id, self.now_s)
         self.carry_out(decisions)
 
-    @rule(number=st.integers(0, 20))
+    @rule(number=ANY_REQUEST)
     def send_fails(self, number):
-        request_id = f"q{number}"
+        request_id = self.pick(number)
         if request_id in self.placed:
             self.placed[request_id][1].is_reached = False
         request = self.take_back(request_id)
         self.carry_out(self.router.on_send_failed(request_id, self.now_s), entering=request)
 
-    @rule(number=st.integers(0, 20))
+    @rule(number=ANY_REQUEST)
     def first_token(self, number):
-        assert self.router.on_first_token(f"q{number}", self.now_s) == []
+        assert self.router.on_first_token(self.pick(number), self.now_s) == []
 
     # Engines
 
-    @rule(replica_id=st.sampled_from(sorted(NAMES)))
+    @rule(replica_id=ENGINES)
     def up(self, replica_id):
         """Also while it is up: a new connection, whose old requests fail one by one later."""
         model, *aliases = NAMES[replica_id]
@@ -196,19 +205,19 @@ class Shell(RuleBasedStateMachine):
         engine = info(model=model, aliases=tuple(aliases), num_kv_tokens=2000)
         self.carry_out(self.router.on_replica_up(replica_id, engine, self.now_s))
 
-    @rule(replica_id=st.sampled_from(sorted(NAMES)))
+    @rule(replica_id=ENGINES)
     def drain(self, replica_id):
         if replica_id in self.engines:
             self.engines[replica_id].takes_work = False
         self.carry_out(self.router.on_replica_draining(replica_id, self.now_s))
 
-    @rule(replica_id=st.sampled_from(sorted(NAMES)))
+    @rule(replica_id=ENGINES)
     def down(self, replica_id):
         self.engines.pop(replica_id, None)
         self.carry_out(self.router.on_replica_down(replica_id, self.now_s))
 
     @rule(
-        replica_id=st.sampled_from(sorted(NAMES)),
+        replica_id=ENGINES,
         step=st.sampled_from([1, 1, 1, 5, 0, -1]),
         num_pending_prefill_tokens=SIZES,
         num_running_reqs=st.integers(0, 9),
@@ -231,7 +240,7 @@ class Shell(RuleBasedStateMachine):
             engine.is_reached = True
         self.carry_out(self.router.on_snapshot(replica_id, report, self.now_s))
 
-    @rule(replica_id=st.sampled_from(sorted(NAMES)))
+    @rule(replica_id=ENGINES)
     def become_idle(self, replica_id):
         self.report(
             replica_id,
@@ -324,6 +333,6 @@ class Shell(RuleBasedStateMachine):
 
 
 Shell.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=30, deadline=None, print_blob=True, database=None
+    max_examples=100, stateful_step_count=40, deadline=None, print_blob=True, database=None
 )
 TestInvariants = Shell.TestCase

@@ -67,6 +67,16 @@ def test_an_idle_engine_began_with_the_first_request_it_got():
     assert replica.ttft_s(10, now_s=6.0) == pytest.approx(0.1 + 0.2)
 
 
+def test_a_snapshot_in_the_middle_of_a_step_does_not_begin_another():
+    """The engine has read a request; the step that runs since 10 s goes on."""
+    replica = known(make_replica())
+    replica.receive(busy(1, num_steps_total=7, num_pending_prefill_tokens=100), 10.0)
+    replica.receive(busy(2, num_steps_total=7, num_pending_prefill_tokens=100), 10.5)
+    assert replica.ttft_s(10, now_s=10.5) == pytest.approx(0.6 + 0.2, rel=0.05)
+    replica.receive(busy(3, num_steps_total=8), 11.2)
+    assert replica.ttft_s(10, now_s=11.2) == pytest.approx(0.1 + 0.2)
+
+
 def test_time_going_backwards_is_harmless():
     replica = known(make_replica())
     replica.receive(busy(), 10.0)

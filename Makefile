@@ -1,0 +1,37 @@
+# `make` or `make help` lists the targets.
+# PYTHON=python3.12   the Python of a new .venv
+# HEADWAY_DEVICE=cpu  or gpu: what to install for, where the guess is wrong
+# ARGS="--port 9000"  passed on
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test check lock bench-overhead clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install:  ## make .venv with all pinned packages; nothing to do when up to date
+	@$(PYTHON) deploy/install.py
+
+serve: install  ## serve a model at http://127.0.0.1:8000/v1; ARGS="--help" lists the options
+	@$(BIN)/headway serve $(ARGS)
+
+test: install  ## all tests, the fast ones first
+	$(BIN)/python -m pytest tests/router tests --durations=10 $(ARGS)
+
+check: install  ## lint, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+lock: install  ## pin the newest that fit pyproject.toml anew: ARGS=--upgrade
+	$(BIN)/python deploy/lock.py $(ARGS)
+
+bench-overhead: install  ## what our own path costs per token and request, engines left out
+	$(BIN)/python -m benchmarks.overhead $(ARGS)
+
+clean:  ## remove .venv and caches, not the model
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

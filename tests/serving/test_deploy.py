@@ -1,0 +1,51 @@
+"""Every file in deploy/ is what `serve run` and `headway serve` take, and can be planned."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from serving.hardware import Gpu, Hardware
+from serving.launch_file import check_with_ray, load
+from serving.plan import plan
+
+GIB = 1 << 30
+FOLDER = Path(__file__).parents[2] / "deploy"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+
+def hardware(path: Path) -> Hardware:
+    gpus = (Gpu(i, "NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB, "9.0", 18) for i in range(8))
+    on_gpu = path.name.startswith("gpu8")
+    return Hardware(
+        cores=tuple(range(64 if on_gpu else 2)),
+        num_ram_bytes=500 * GIB,
+        num_free_ram_bytes=400 * GIB if on_gpu else 16 * GIB,
+        gpus=tuple(gpus) if on_gpu else (),
+    )
+
+
+def test_all_are_here() -> None:
+    assert {path.stem for path in FILES} == {"cpu", "cpu-haproxy", "gpu8-tp1", "gpu8-tp2x4"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_ray_takes_it_and_it_fits(path: Path) -> None:
+    ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    file = load(path, {})
+    check_with_ray(file)
+    the_plan = plan(file.config, hardware(path))
+    expected = {"cpu": 2, "cpu-haproxy": 2, "gpu8-tp1": 8, "gpu8-tp2x4": 4}
+    assert the_plan.num_replicas == expected[path.stem]
+    gpus = the_plan.num_replicas * the_plan.num_gpus_per_replica
+    assert gpus == (8 if path.name.startswith("gpu8") else 0)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_only_the_front_that_listens_has_the_port(path: Path) -> None:
+    """Serve's own proxy would otherwise take the gateway's port under `serve run`."""
+    content = yaml.safe_load(path.read_text())
+    front = content["applications"][0]["args"]["gateway"].get("front", "own")
+    assert (content["proxy_location"] == "Disabled") == (front == "own")
+    assert load(path, {}).port == 8000

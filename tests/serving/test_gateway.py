@@ -1,0 +1,285 @@
+"""The gateway over real sockets: HTTP in front, fake engines behind."""
+
+import asyncio
+import contextlib
+import socket
+
+import httpx
+import pytest
+
+from serving.config import parse
+from serving.gateway import Gateway
+from serving.listener import Listener
+from serving.port import Port
+from tests.fakes import FakeEngine
+
+CHAT = "/v1/chat/completions"
+
+
+class System:
+    """A gateway with its listener, and the engines it knows."""
+
+    def __init__(self, gateway: Gateway, client: httpx.AsyncClient) -> None:
+        self.gateway = gateway
+        self.client = client
+        self.engines: list[FakeEngine] = []
+        self.ports: list[Port] = []
+        self.members: dict[str, dict] = {}
+
+    async def add_engine(self) -> FakeEngine:
+        engine = FakeEngine()
+        port = Port(engine, self.gateway.config.gateway.stream_window_bytes)
+        host, number = await port.listen("127.0.0.1")
+        self.members[f"r{len(self.ports)}"] = {"host": host, "port": number, "secret": port.secret}
+        self.engines.append(engine)
+        self.ports.append(port)
+        count = len(self.gateway.driver.engines) + 1
+        self.gateway.driver.set_members(self.members)
+        await self.until(lambda: len(self.gateway.driver.engines) == count)
+        return engine
+
+    async def until(self, condition, timeout_s: float = 5.0) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    def chat(self, **fields) -> dict:
+        messages = [{"role": "user", "content": "hi"}]
+        return {"model": "fake-model", "messages": messages, "stream": True, **fields}
+
+    @property
+    def num_engine_streams(self) -> int:
+        return sum(port.num_streams for port in self.ports)
+
+    @property
+    def outcomes(self) -> dict:
+        return self.gateway.state()["outcomes"]
+
+    def assert_empty(self) -> None:
+        """Nothing is booked, held or open any more."""
+        state = self.gateway.state()
+        assert state["num_open_requests"] == state["num_placed"] == 0
+        assert state["held"]["num_requests"] == state["held"]["num_bytes"] == 0
+        for replica in state["replicas"].values():
+            assert replica["ledger"]["num_open"] == replica["ledger"]["num_kv_tokens"] == 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.asynccontextmanager
+async def running(num_engines: int = 2, **settings):
+    port = free_port()
+    config = parse(
+        {
+            "gateway": {"port": port, **settings.pop("gateway", {})},
+            "router": settings.pop("router", {}),
+        }
+    )
+    gateway = Gateway(config, "gateway")
+    listener = Listener(gateway.app, "127.0.0.1", port)
+    await listener.start()
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(
+        base_url=f"http://127.0.0.1:{port}", timeout=10, limits=limits
+    ) as client:
+        system = System(gateway, client)
+        try:
+            for _ in range(num_engines):
+                await system.add_engine()
+            yield system
+        finally:
+            for engine in system.engines:
+                engine.gate.set()
+            gateway.driver.close()
+            for engine_port in system.ports:
+                engine_port.close()
+            await listener.stop()
+
+
+async def test_many_streams_end_whole_and_leave_nothing():
+    async with running() as system:
+        replies = await asyncio.gather(
+            *(system.client.post(CHAT, json=system.chat(max_tokens=20)) for _ in range(100))
+        )
+        assert {reply.status_code for reply in replies} == {200}
+        assert all(reply.text.count("data: {}") == 20 for reply in replies)
+        assert all(reply.text.endswith("data: [DONE]\n\n") for reply in replies)
+        assert system.outcomes["completed"] == 100
+        assert all(engine.num_started > 10 for engine in system.engines)
+        system.assert_empty()
+
+
+async def test_unknown_fields_and_the_request_id_reach_the_engine():
+    async with running(num_engines=1) as system:
+        body = system.chat(chat_template_kwargs={"x": 1}, guided="thing")
+        await system.client.post(CHAT, json=body, headers={"x-request-id": "mine"})
+        assert system.engines[0].bodies == [body]
+
+
+async def test_a_client_that_leaves_frees_its_engine():
+    async with running() as system:
+        for engine in system.engines:
+            engine.gate.clear()
+        task = asyncio.create_task(system.client.post(CHAT, json=system.chat(max_tokens=5)))
+        await system.until(lambda: system.num_engine_streams == 1)
+        task.cancel()
+        await system.until(lambda: system.num_engine_streams == 0, timeout_s=1)
+        await system.until(lambda: system.outcomes["reneged"] == 1)
+        system.assert_empty()
+
+
+async def test_a_client_that_leaves_the_queue_is_forgotten():
+    async with running(num_engines=0) as system:
+        task = asyncio.create_task(system.client.post(CHAT, json=system.chat()))
+        await system.until(lambda: system.gateway.state()["held"]["num_requests"] == 1)
+        task.cancel()
+        await system.until(lambda: system.outcomes["reneged"] == 1)
+        system.assert_empty()
+
+
+async def test_a_request_waits_for_the_first_engine():
+    async with running(num_engines=0) as system:
+        task = asyncio.create_task(system.client.post(CHAT, json=system.chat()))
+        await system.until(lambda: system.gateway.state()["held"]["num_requests"] == 1)
+        await system.add_engine()
+        assert (await task).status_code == 200
+        system.assert_empty()
+
+
+async def test_a_request_that_waits_too_long_is_told_so():
+    async with running(num_engines=0, router={"max_hold_s": 0.2}) as system:
+        reply = await system.client.post(CHAT, json=system.chat())
+        assert reply.status_code == 503
+        assert "router.max_hold_s" in reply.json()["error"]["message"]
+        assert system.outcomes["expired"] == 1
+
+
+async def test_a_full_queue_answers_429_with_retry_after():
+    async with running(num_engines=0, router={"max_held_requests": 1}) as system:
+        first = asyncio.create_task(system.client.post(CHAT, json=system.chat()))
+        await system.until(lambda: system.gateway.state()["held"]["num_requests"] == 1)
+        reply = await system.client.post(CHAT, json=system.chat())
+        assert reply.status_code == 429
+        assert int(reply.headers["retry-after"]) >= 1
+        assert reply.json()["error"]["code"] == "queue_full"
+        await system.add_engine()
+        assert (await first).status_code == 200
+
+
+async def test_before_the_first_token_another_engine_takes_over():
+    async with running() as system:
+        for engine in system.engines:
+            engine.gate.clear()
+        task = asyncio.create_task(system.client.post(CHAT, json=system.chat(max_tokens=3)))
+        await system.until(lambda: system.num_engine_streams == 1)
+        lost = next(port for port in system.ports if port.num_streams)
+        lost.close()
+        for engine in system.engines:
+            engine.gate.set()
+        reply = await task
+        assert reply.status_code == 200
+        assert reply.text.count("data: {}") == 3
+        system.assert_empty()
+
+
+async def test_after_the_first_token_a_lost_engine_is_an_error_in_the_stream():
+    """Visibly incomplete: an error event and no [DONE]."""
+    async with running(num_engines=1) as system:
+        engine, port = system.engines[0], system.ports[0]
+        async with system.client.stream(
+            "POST", CHAT, json=system.chat(max_tokens=1_000_000)
+        ) as reply:
+            pieces = reply.aiter_text()
+            text = await anext(pieces)
+            engine.gate.clear()
+            port.close()
+            text += "".join([piece async for piece in pieces])
+        assert '"error"' in text
+        assert "[DONE]" not in text
+        assert system.outcomes["failed"] == 1
+        system.assert_empty()
+
+
+async def test_a_draining_engine_finishes_but_gets_no_more():
+    async with running() as system:
+        for engine in system.engines:
+            engine.gate.clear()
+        task = asyncio.create_task(system.client.post(CHAT, json=system.chat(max_tokens=3)))
+        await system.until(lambda: system.num_engine_streams == 1)
+        (name,) = (f"r{i}" for i, port in enumerate(system.ports) if port.num_streams)
+        draining = system.engines[int(name[1:])]
+        del system.members[name]
+        system.gateway.driver.set_members(system.members)
+        for engine in system.engines:
+            engine.gate.set()
+        assert (await task).text.count("data: {}") == 3
+        before = draining.num_started
+        for _ in range(5):
+            assert (await system.client.post(CHAT, json=system.chat())).status_code == 200
+        assert draining.num_started == before
+        await system.until(lambda: len(system.gateway.driver.engines) == 1)
+
+
+async def test_a_slow_reader_is_bounded_and_stalls_nobody():
+    window = 4096
+    async with running(num_engines=1, gateway={"stream_window_bytes": window}) as system:
+        system.engines[0].chunk = b"data: " + b"x" * 1000 + b"\n\n"
+        async with system.client.stream("POST", CHAT, json=system.chat(max_tokens=20_000)) as slow:
+            await asyncio.sleep(0.3)  # it reads nothing meanwhile
+            (exchange,) = system.gateway.driver.exchanges.values()
+            held = sum(map(len, exchange._chunks))
+            assert held <= window + 1100
+            reply = await system.client.post(CHAT, json=system.chat(max_tokens=100))
+            assert reply.text.count("data: x") == 100
+            num_bytes = sum([len(piece) async for piece in slow.aiter_raw()])
+            assert num_bytes == 20_000 * 1008 + len(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_huge_body_is_refused_whole(chunked):
+    async with running(gateway={"max_body_bytes": 100_000}) as system:
+
+        async def pieces():
+            for _ in range(50):
+                yield b"x" * 10_000
+
+        content = pieces() if chunked else b"x" * 500_000
+        reply = await system.client.post(CHAT, content=content)
+        assert reply.status_code == 413
+        assert "gateway.max_body_bytes" in reply.json()["error"]["message"]
+        assert not any(engine.num_started for engine in system.engines)
+
+
+async def test_the_policy_can_be_switched_while_serving():
+    async with running() as system:
+        reply = await system.client.post("/headway/policy", json={"policy": "round_robin"})
+        assert reply.json() == {"policy": "round_robin"}
+        assert system.gateway.state()["policy"] == "round_robin"
+        for body in ({"policy": "nonsense"}, {}, []):
+            reply = await system.client.post("/headway/policy", json=body)
+            assert reply.status_code == 400
+            assert "policy" in reply.json()["error"]["message"]
+
+
+async def test_the_small_endpoints():
+    async with running(num_engines=1) as system:
+        await system.client.post(CHAT, json=system.chat(max_tokens=2))
+        assert (await system.client.get("/health")).json() == {"status": "ok", "num_engines": 1}
+        models = (await system.client.get("/v1/models")).json()["data"]
+        assert [model["id"] for model in models] == ["fake-model"]
+        metrics = (await system.client.get("/metrics")).text
+        assert 'headway_time_to_first_token_seconds_count{model="fake-model"} 1.0' in metrics
+        assert 'headway_outcomes_total{outcome="completed"} 1.0' in metrics
+        assert 'headway_engine_kv_cache_usage{replica="r0"} 0.0' in metrics
+        reply = await system.client.get("/v1/nothing")
+        assert reply.status_code == 404
+        assert reply.json()["error"]["type"] == "NotFoundError"
+
+
+async def test_no_engine_is_not_healthy():
+    async with running(num_engines=0) as system:
+        assert (await system.client.get("/health")).status_code == 503
