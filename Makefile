@@ -19,7 +19,7 @@ serve: install  ## serve a model at http://127.0.0.1:8000/v1; ARGS="--help" list
 	@$(BIN)/headway serve $(ARGS)
 
 test: install  ## all tests, the fast ones first
-	$(BIN)/python -m pytest tests/router tests --durations=10 $(ARGS)
+	$(BIN)/python -m pytest --durations=10 $(ARGS)
 
 check: install  ## lint, format and types
 	$(BIN)/ruff check

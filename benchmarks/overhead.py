@@ -22,7 +22,7 @@ from benchmarks import phases
 from benchmarks.overhead_figures import ROLES, Figures
 from benchmarks.phases import Durations, Prober, Window, paired_ttft
 from benchmarks.report import Report, brief, percentile
-from benchmarks.subjects import Floor, Headway
+from benchmarks.subjects import BenchmarkError, Floor, Headway
 
 FRONTS = ("own", "haproxy")
 DEFAULT_FRONT = "own"
@@ -148,6 +148,9 @@ def main() -> int:
     except asyncio.CancelledError:
         console.print("Stopped before the end: nothing is written.")
         return 130
+    except BenchmarkError as error:
+        print(f"{error}\nStopped before the end: nothing is written.", file=sys.stderr)
+        return 1
     report.finish()
     return 0
 

@@ -17,7 +17,7 @@ from benchmarks.client import Call, Client, Record
 from benchmarks.load import ClosedLoop, open_loop
 from benchmarks.processes import machine_busy_s
 from benchmarks.stand_in import MODEL
-from benchmarks.subjects import Subject
+from benchmarks.subjects import BenchmarkError, Subject
 
 LOAD_ROLE = "load generator"
 OTHERS_ROLE = "others"  # processes that are neither the subject's nor ours
@@ -189,11 +189,11 @@ class Prober:
         return used
 
     def checked(self, records: list[Record]) -> list[Record]:
-        """Count the failed ones; raise `RuntimeError` when there is no other."""
+        """Count the failed ones; raise `BenchmarkError` when there is no other."""
         failed = Counter(record.error for record in records if not record.completed)
         self.failures.update(failed)
         if failed.total() == len(records):
-            raise RuntimeError(f"{self.subject.name}: every request failed: {failed}")
+            raise BenchmarkError(f"{self.subject.name}: every request failed: {failed}")
         return records
 
 

@@ -20,6 +20,10 @@ _ROOT = Path(__file__).parent.parent
 _START_TIMEOUT_S = 120.0
 
 
+class BenchmarkError(Exception):
+    """What is measured did not start or does not answer: there is nothing to measure."""
+
+
 class Subject:
     """An endpoint under test, up between `async with` and its end."""
 
@@ -62,7 +66,7 @@ class Subject:
             if ended or time.monotonic() > deadline_s:
                 logs = "\n".join(launch.log_tail() for launch in self.launches)
                 reason = "ended" if ended else f"is not ready after {_START_TIMEOUT_S:g} s"
-                raise RuntimeError(f"{self.name} {reason}:\n{logs}")
+                raise BenchmarkError(f"{self.name} {reason}:\n{logs}")
             await asyncio.sleep(0.25)
 
 

@@ -27,7 +27,9 @@ _NO_LIMIT = 1_000_000
 class OwnFrontGateway:
     """A gateway that listens by itself; Serve only places it and watches over it."""
 
-    async def __init__(self, args: dict, engines: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, args: dict, engines: DeploymentHandle
+    ) -> None:
         config = parse(args)
         self._drain_timeout_s = config.engine.drain_timeout_s
         self._loop = LoopThread("gateway")
@@ -65,7 +67,9 @@ def _make_gateway(config: Config, engines: DeploymentHandle) -> Gateway:
 class ServedGateway:
     """A gateway behind Serve's HTTP front end: HAProxy, or Serve's own proxy."""
 
-    async def __init__(self, args: dict, engines: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, args: dict, engines: DeploymentHandle
+    ) -> None:
         self._gateway = _make_gateway(parse(args), engines)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -27,8 +27,8 @@ from serving.processes import become_subreaper, nothing_left
 _OBJECT_STORE_BYTES = 200_000_000  # tokens do not travel through it
 _PREFIX = "headway-"
 _OWNER = "owner"  # file with pid and start time of the launcher
-# Ray's sockets have up to 75 characters below the folder, and 107 are allowed.
-_MAX_FOLDER_LENGTH = 32
+# HAProxy allows its sockets 97 characters; Ray Serve puts a folder of 56 in between.
+_MAX_FOLDER_LENGTH = 97 - len("/proxy/") - 56 - len("/metrics.sock")
 NAMESPACE = "serve"  # Ray Serve's own
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 
@@ -73,7 +73,7 @@ def environment(folder: Path, *, haproxy: bool, given: Mapping[str, str]) -> dic
     if haproxy:
         for key in ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT"):
             defaults[key] = str(_free_port())
-    proxy = folder / "haproxy"
+    proxy = folder / "proxy"
     return {
         **{key: value for key, value in defaults.items() if key not in given},
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if haproxy else "0",
@@ -99,7 +99,7 @@ def own_folder() -> Iterator[Path]:
     Folders that a killed launcher left are removed first.
     """
     base = Path(tempfile.gettempdir())
-    if len(str(base)) > _MAX_FOLDER_LENGTH - len(_PREFIX) - 8:
+    if len(str(base / _PREFIX)) + 8 > _MAX_FOLDER_LENGTH:  # mkdtemp adds eight characters
         base = Path("/tmp")
     for folder in base.glob(f"{_PREFIX}*"):
         if _is_abandoned(folder):
@@ -107,7 +107,7 @@ def own_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
     try:
         (folder / _OWNER).write_text(f"{os.getpid()} {psutil.Process().create_time()}")
-        for name in ("haproxy", "tmp"):
+        for name in ("proxy", "tmp"):
             (folder / name).mkdir()
         yield folder
     finally:
@@ -117,7 +117,8 @@ def own_folder() -> Iterator[Path]:
 def _is_abandoned(folder: Path) -> bool:
     try:
         pid, started = (folder / _OWNER).read_text().split()
-        return psutil.Process(int(pid)).create_time() != float(started)
+        owner = psutil.Process(int(pid))
+        return owner.create_time() != float(started) or owner.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
     except (OSError, ValueError, psutil.Error):

@@ -8,10 +8,10 @@ from ray.serve.request_router import RequestRouter
 Members = dict[str, dict]
 
 _members: Members = {}
-_subscribers: list[Callable[[Members], None]] = []
+_subscribers: list[Callable[[Members], object]] = []
 
 
-def subscribe(on_change: Callable[[Members], None]) -> None:
+def subscribe(on_change: Callable[[Members], object]) -> None:
     """Call `on_change` with every replica's metadata now, and whenever they change.
 
     Called from Serve's router thread.

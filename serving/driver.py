@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 
 from router.core import Router
-from router.types import Decision, Dispatch, EngineInfo, EngineSnapshot, Reject, RejectReason
+from router.types import Decision, Dispatch, EngineInfo, EngineSnapshot, Reject
 from serving.exchange import EngineFailed, Exchange, Rejected
 from serving.link import Link
 from serving.metrics import Metrics
@@ -220,9 +220,9 @@ class Driver:
         exchange.on_end(error)
 
     def _close_if_drained(self, replica_id: str) -> None:
-        if replica_id not in self._members and not self._streams.get(replica_id):
-            if (link := self._links.get(replica_id)) is not None:
-                link.close()
+        link = self._links.get(replica_id)
+        if link and replica_id not in self._members and not self._streams.get(replica_id):
+            link.close()
 
     def close(self) -> None:
         """Leave: close every link. Engines abort what was open."""

@@ -21,6 +21,7 @@ from serving.progress import (
     engine_core_error,
     engine_phases,
     failure,
+    last_error,
     read_state,
 )
 
@@ -155,27 +156,28 @@ def _remove(file: LaunchFile, timeout_s: float, interrupts: Interrupts) -> None:
 
 
 def _deploy(file: LaunchFile, application: Any) -> None:
-    """Hand the application to Ray Serve; returns before it runs."""
+    """Hand the application to Ray Serve; returns before it runs. Raises `StartError`."""
     from ray import serve
 
-    outer = file.serve
-    serve.start(
-        proxy_location=file.proxy_location,
-        http_options=outer["http_options"] if file.haproxy else None,
-        logging_config=outer.get("logging_config"),
+    target = serve.RunTarget(
+        target=application,
+        name=file.name,
+        route_prefix=file.application.get("route_prefix", "/"),
+        logging_config=file.application.get("logging_config"),
     )
-    serve.run_many(
-        [
-            serve.RunTarget(
-                target=application,
-                name=file.name,
-                route_prefix=file.application.get("route_prefix", "/"),
-                logging_config=file.application.get("logging_config"),
-            )
-        ],
-        wait_for_ingress_deployment_creation=False,
-        wait_for_applications_running=False,
-    )
+    try:
+        serve.start(
+            proxy_location=file.proxy_location,
+            http_options=file.serve["http_options"] if file.haproxy else None,
+            logging_config=file.serve.get("logging_config"),
+        )
+        serve.run_many(
+            [target],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+    except Exception as error:  # what a remote actor raised comes as a class made up by Ray
+        raise StartError(f"Ray Serve cannot start: {last_error(str(error))}") from error
 
 
 def _wait_for_engines(file: LaunchFile, plan: Plan, cluster: Cluster, board: Board) -> None:

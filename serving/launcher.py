@@ -55,8 +55,8 @@ Front = Annotated[
     str | None,
     typer.Option(
         metavar="own|haproxy",
-        help="Who listens: the gateway itself, or Ray Serve's HAProxy, whose backends "
-        "and statistics then listen on all interfaces.",
+        help="Who listens: the gateway itself, or Ray Serve's HAProxy, whose statistics "
+        "are then open on two ports of all interfaces.",
     ),
 ]
 Policy = Annotated[str | None, typer.Option(help="How an engine is chosen; see router.policy.")]

@@ -24,7 +24,7 @@ class EngineReplica:
     `record_replica_metadata` and connect. Ray places, checks, restarts and drains.
     """
 
-    async def __init__(self, args: dict, plan: Plan) -> None:
+    async def __init__(self, args: dict, plan: Plan) -> None:  # type: ignore[misc]  # Serve awaits it
         self._config = parse(args)
         self._loop = LoopThread("engine")
         rank = serve.get_replica_context().rank

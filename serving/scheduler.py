@@ -41,8 +41,7 @@ class _ReportsPendingPrefill:
         pending = {
             request.request_id: max(0, request.num_tokens - request.num_computed_tokens)
             for request in self.running
-            if not request.num_output_tokens
-            or request.num_tokens - request.num_computed_tokens > 1
+            if not request.num_output_tokens or request.num_tokens - request.num_computed_tokens > 1
         }
         for request_id, request in list(self._preempted.items()):
             if request.status == RequestStatus.PREEMPTED:

@@ -43,6 +43,15 @@ def test_followers_go_once_the_blocked_head_has_left():
     assert router.on_cancel("large", 10.0) == [Dispatch("small", "r0", 1)]
 
 
+def test_followers_join_the_head_where_there_is_room_for_both():
+    """In one pass: what was kept for the head is free again once it is placed."""
+    router = kv_router(800)
+    router.on_arrival(req("large", 1000, arrival_s=0.0), 0.0)
+    router.on_arrival(req("small", 200, arrival_s=9.0), 9.0)
+    both = [Dispatch("large", "r0", 1), Dispatch("small", "r0", 2)]
+    assert router.on_snapshot("r0", busy(2, num_free_kv_tokens=2000), 10.0) == both
+
+
 def test_a_more_urgent_request_is_not_bound_by_a_reservation():
     router = kv_router(800)
     router.on_arrival(req("large", 1000, arrival_s=0.0), 0.0)  # promised at 2.5 s

@@ -96,7 +96,7 @@ def server(tmp_path_factory):
     assert code == 0, log.read_text()
     assert not left
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", port))
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def _ready(server: Server) -> bool:
@@ -123,9 +123,7 @@ def test_the_openai_client_gets_paris_every_way(server):
     text = whole.choices[0].message.content
     assert "Paris" in text
     chunks = list(
-        client.chat.completions.create(
-            **asked, stream=True, stream_options={"include_usage": True}
-        )
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
     )
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
     assert chunks[-1].usage == whole.usage

@@ -49,9 +49,7 @@ class Recorder:
         return [frame for frame in self.frames if isinstance(frame, End)]
 
     def num_bytes(self, stream: int) -> int:
-        return sum(
-            len(f.body) for f in self.frames if isinstance(f, Data) and f.stream == stream
-        )
+        return sum(len(f.body) for f in self.frames if isinstance(f, Data) and f.stream == stream)
 
 
 @contextlib.asynccontextmanager

@@ -25,13 +25,10 @@ def test_frames_survive_any_cut_of_the_byte_stream():
     ]
     stream = b"".join(encode(frames) for frames in sent)
     for size in (1, 3, 7, len(stream)):
-        buffer, received = MessageBuffer(), []
+        buffer, messages = MessageBuffer(), []
         for start in range(0, len(stream), size):
-            buffer.feed(
-                stream[start : start + size],
-                lambda message: received.append(decode_to_engine(message)),
-            )
-        assert received == sent
+            buffer.feed(stream[start : start + size], messages.append)
+        assert list(map(decode_to_engine, messages)) == sent
 
 
 def test_all_frames_of_a_step_are_one_message():

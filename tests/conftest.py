@@ -1,0 +1,22 @@
+"""Order and selection of all tests."""
+
+import ctypes
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the core's tests first and real engines last; skip GPU tests where no driver is."""
+    items.sort(key=_cost)  # stable: within a kind the order stays
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip("no NVIDIA driver"))
+
+
+def _cost(item: pytest.Item) -> int:
+    if item.get_closest_marker("gpu") or item.get_closest_marker("engine"):
+        return 2
+    return 0 if "router" in item.path.parts else 1
