@@ -62,6 +62,7 @@ class TestOnCpu:
             "block_size": 32,
             "max_num_batched_tokens": 512,
             "max_model_len": 4096,
+            "enforce_eager": True,
             "kv_cache_memory_bytes": GIB,
         }
 
