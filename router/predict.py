@@ -5,7 +5,7 @@
 Base and decode terms are what a step costs to run at all and per sequence in
 it; `token_s` is the inverse of the prefill rate. Attention makes both grow with
 context, which the linear form leaves to forgetting: it follows the contexts of
-the moment (R² of TTFT predicted this way on SmolLM2: 0.97, FACTS.md).
+the moment (R² of TTFT predicted this way on SmolLM2: 0.97).
 """
 
 from router.types import EngineInfo, EngineSnapshot

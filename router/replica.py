@@ -79,7 +79,7 @@ class Replica:
 
         The rest of the current step, which a newcomer cannot join, then whole
         steps until the pending tokens and its own are prefilled, first come
-        first served (formula and fit: FACTS.md, "Live statistics"). A wait for
+        first served (formula: `router.predict`). A wait for
         KV blocks is not in it: admission does not send where they lack.
         """
         num_tokens = self._rest_tokens + num_new_tokens

@@ -73,6 +73,8 @@ def environment(folder: Path, *, haproxy: bool, given: Mapping[str, str]) -> dic
     if haproxy:
         for key in ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT"):
             defaults[key] = str(_free_port())
+        # Serve passes every chunk between two threads otherwise: twice the CPU per token.
+        defaults["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] = "0"
     proxy = folder / "proxy"
     return {
         **{key: value for key, value in defaults.items() if key not in given},

@@ -5,7 +5,7 @@ from router_builders import info, snapshot, stepped
 
 from router.predict import StepModel
 
-BASE_S, TOKEN_S, DECODE_S = 0.04, 0.0017, 0.0006  # SmolLM2 on one core (FACTS.md)
+BASE_S, TOKEN_S, DECODE_S = 0.04, 0.0017, 0.0006  # SmolLM2 on one core, measured
 
 
 def train(model: StepModel, rng: random.Random, *, num_steps: int, first: int = 1, speed=1.0):
