@@ -2,25 +2,21 @@
 
 import asyncio
 import secrets
-import socket
-from collections.abc import Callable
 
 import msgspec
 
 from serving.account import Account
+from serving.connection import FrameConnection
 from serving.engine import Engine
 from serving.stream import Stream
 from serving.wire import (
     Ack,
     Cancel,
     Hello,
-    MessageBuffer,
     Snapshot,
     Submit,
-    ToGateway,
     Welcome,
     decode_to_engine,
-    encode,
 )
 
 # A snapshot is at most this old under load; more often than the fastest
@@ -115,63 +111,28 @@ class Port:
         self.on_step()
 
 
-class Connection(asyncio.Protocol):
-    """One gateway. Frames of one turn of the event loop leave in one write."""
+class Connection(FrameConnection):
+    """One gateway."""
 
     def __init__(self, port: Port) -> None:
+        super().__init__()
         self._port = port
-        self._messages = MessageBuffer()
         self._streams: dict[int, Stream] = {}
-        self._frames: list[ToGateway] = []
         self._snapshot_due = False
-        self._flush_scheduled = False
         self._last_stream = 0
         self._greeted = False
-        self._transport: asyncio.Transport | None = None
-        self._call_soon: Callable = asyncio.get_running_loop().call_soon
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            self._messages.feed(data, self._on_message)
-        except (ValueError, msgspec.MsgspecError):
-            self.close()  # not one of ours
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
+        super().connection_lost(exc)
         self._port.disconnected(self)
         for stream in list(self._streams.values()):
             stream.cancel()
 
-    def close(self) -> None:
-        if self._transport is not None:
-            self._flush()
-            self._transport.close()
-
-    def post(self, frame: ToGateway) -> None:
-        """Send `frame` with everything else of this turn of the event loop."""
-        self._frames.append(frame)
-        self._schedule_flush()
-
     def push_snapshot(self) -> None:
         self._snapshot_due = True
-        self._schedule_flush()
+        self.schedule_flush()
 
-    def _schedule_flush(self) -> None:
-        if not self._flush_scheduled:
-            self._flush_scheduled = True
-            # Requests woken by the same engine step stand in the loop's ready
-            # queue already, so they post before this runs.
-            self._call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flush_scheduled = False
-        if self._transport is None or not self._greeted:
-            return
-        frames, self._frames = self._frames, []
+    def outgoing(self, frames: list) -> list:
         if self._snapshot_due:
             self._snapshot_due = False
             port = self._port
@@ -179,10 +140,9 @@ class Connection(asyncio.Protocol):
             frames.append(
                 Snapshot(msgspec.structs.replace(snapshot, last_booking=self._last_stream))
             )
-        if frames:
-            self._transport.write(encode(frames))
+        return frames
 
-    def _on_message(self, message: bytes) -> None:
+    def on_message(self, message: bytes) -> None:
         for frame in decode_to_engine(message):
             if not self._greeted:
                 self._greet(frame)

@@ -2,6 +2,9 @@
 
 import ctypes
 
+# Hypothesis loads modules late, deep in pytest's own frames: where a test has
+# failed, Python 3.11's parser then breaks off the whole report.
+import hypothesis.internal.observability  # noqa: F401
 import pytest
 
 
