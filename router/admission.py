@@ -41,10 +41,19 @@ def is_open(replica: Replica) -> bool:
     An engine with nothing to prefill is always below its window. A hung engine
     closes by itself: its snapshots stop while its bookings add up.
     """
+    return is_open_to_short(replica) and replica.num_pending_prefill_tokens < window_tokens(replica)
+
+
+def is_open_to_short(replica: Replica) -> bool:
+    """Whether the engine should get a prompt that `Replica.is_short`; so if it `is_open`.
+
+    Beside a long prompt, which takes a capped part of each step, there is room
+    for short ones: what counts is what the next step would compute already.
+    """
     return (
         takes_work(replica)
         and replica.num_sequences < replica.info.max_num_seqs
-        and replica.num_pending_prefill_tokens < window_tokens(replica)
+        and replica.num_step_demand_tokens < window_tokens(replica)
     )
 
 

@@ -19,14 +19,17 @@ replica that is draining, lost or unreachable; a queue past its bounds.
 
 import random
 from collections import Counter
+from collections.abc import Collection
+from typing import get_args
 
 from router.accuracy import Accuracy
 from router.fleet import Fleet
 from router.hold import HoldQueue
 from router.placement import Placer
 from router.policies import POLICIES, Policy
+from router.promise import promised_s
 from router.replica import Replica
-from router.settings import RouterSettings
+from router.settings import Part, RouterSettings
 from router.types import (
     Decision,
     EngineInfo,
@@ -57,7 +60,8 @@ class Router:
         self._accuracy = Accuracy()
         self._policy_name: str = settings.policy
         policy = self._make_policy(settings.policy)
-        self._placer = Placer(self._fleet, self._queue, policy, holds=self._holds(policy))
+        self._placer = Placer(self._fleet, self._queue, policy, holds=True)
+        self._use(policy, settings.ablate)
 
     # Requests
 
@@ -161,20 +165,37 @@ class Router:
         """When to call `on_tick`, whatever happens; None while nothing is held."""
         return self._queue.next_expiry_s()
 
-    def set_policy(self, name: str, now_s: float) -> list[Decision]:
-        """Choose by another policy from now on; it may hold less than the former.
+    @property
+    def wants_prefix(self) -> bool:
+        """Whether requests should come with their `prefix_hashes`."""
+        return self._placer.policy.wants_prefix
 
-        Raises `ValueError` for a name that is not in `POLICIES`.
+    def set_policy(self, name: str, now_s: float, ablate: Collection[str] = ()) -> list[Decision]:
+        """Choose by another policy from now on, without the parts named in `ablate`.
+
+        It may hold less than the former. Raises `ValueError` for a name that is
+        not in `POLICIES` and for a part that does not exist.
         """
         policy = self._make_policy(name)
+        self._use(policy, ablate)
         self._policy_name = name
-        self._placer.policy, self._placer.holds = policy, self._holds(policy)
         return self._place_held(now_s)
+
+    def engine_priority_s(self, request: Request) -> float | None:
+        """By what time the engine should order the request, too; None: as they arrive.
+
+        On the clock of `request.arrival_s`. The order of the hold queue, carried
+        on inside the engine, so that a short prompt also passes those that wait there.
+        """
+        if not self._placer.holds or self._queue.by_arrival:
+            return None
+        return promised_s(request, self.settings)
 
     def state(self, now_s: float) -> dict[str, object]:
         """Everything worth knowing about the router now; JSON-able."""
         return {
             "policy": self._policy_name,
+            "ablate": self._ablate,
             "holds": self._placer.holds,
             "replicas": {replica.id: replica.state(now_s) for replica in self._fleet},
             "held": {
@@ -248,5 +269,12 @@ class Router:
             raise ValueError(f"unknown policy {name!r}: one of {', '.join(POLICIES)}")
         return POLICIES[name](self._rng)
 
-    def _holds(self, policy: Policy) -> bool:
-        return policy.holds if self.settings.hold is None else self.settings.hold
+    def _use(self, policy: Policy, ablate: Collection[str]) -> None:
+        """Choose, hold and order by this policy without these parts."""
+        parts = get_args(Part)
+        if unknown := set(ablate).difference(parts):
+            raise ValueError(f"unknown part {min(unknown)!r} to ablate: one of {', '.join(parts)}")
+        self._ablate = sorted(set(ablate))
+        policy.ablate(ablate)
+        holds = policy.holds if self.settings.hold is None else self.settings.hold
+        self._placer.use(policy, holds=holds and "hold" not in ablate, by_arrival="order" in ablate)

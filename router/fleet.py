@@ -1,19 +1,21 @@
 """The replicas of one gateway, found by model name and by whether they take work."""
 
+import math
 from collections.abc import Iterator
 
-from router.admission import is_open, takes_work
+from router.admission import is_open, is_open_to_short, takes_work
 from router.replica import Replica
 
 
 class _Pool:
     """Replicas that serve exactly the same names."""
 
-    __slots__ = ("open", "working")
+    __slots__ = ("open", "open_to_short", "working")
 
     def __init__(self) -> None:
         self.working: dict[str, Replica] = {}  # may be sent work, by id
         self.open: dict[str, Replica] = {}  # should be sent work now, by id
+        self.open_to_short: dict[str, Replica] = {}  # these and more: if the work is short
 
 
 class Fleet:
@@ -58,20 +60,22 @@ class Fleet:
             pool = self._pools[replica.names]
             pool.working.pop(replica_id, None)
             pool.open.pop(replica_id, None)
+            pool.open_to_short.pop(replica_id, None)
 
     def refresh(self, replica: Replica) -> None:
         """File the replica by its present state; one that was removed is left alone."""
         if self._replicas.get(replica.id) is not replica:
             return
         pool = self._pools[replica.names]
-        if is_open(replica):
-            pool.open[replica.id] = replica
-        else:
-            pool.open.pop(replica.id, None)
-        if takes_work(replica):
-            pool.working[replica.id] = replica
-        else:
-            pool.working.pop(replica.id, None)
+        for replicas, belongs in (
+            (pool.open, is_open(replica)),
+            (pool.open_to_short, is_open_to_short(replica)),
+            (pool.working, takes_work(replica)),
+        ):
+            if belongs:
+                replicas[replica.id] = replica
+            else:
+                replicas.pop(replica.id, None)
 
     def knows(self, model: str) -> bool:
         """Whether any replica serves this name, or did: it may be starting again."""
@@ -82,10 +86,15 @@ class Fleet:
         pools = self._pools_by_name.get(model, ())
         return [replica for pool in pools for replica in pool.working.values()]
 
-    def open(self, model: str) -> list[Replica]:
-        """Replicas of a model that should be sent work now, KV room aside."""
+    def open(self, model: str, num_tokens: float = math.inf) -> list[Replica]:
+        """Replicas of a model that should be sent so many new tokens now, KV room aside."""
         pools = self._pools_by_name.get(model, ())
-        return [replica for pool in pools for replica in pool.open.values()]
+        return [
+            replica
+            for pool in pools
+            for replica in pool.open_to_short.values()
+            if replica.id in pool.open or replica.is_short(num_tokens)
+        ]
 
     def drain_s(self, model: str, num_tokens: int) -> float | None:
         """Predicted seconds until a model's engines have prefilled so many tokens more.

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 
 from router.lazy_heap import Key, LazyHeap
+from router.promise import promised_s
 from router.settings import RouterSettings
 from router.types import Request
 
@@ -10,9 +11,9 @@ from router.types import Request
 class HoldQueue:
     """Bounded; by promised first token, then arrival; one lane per model name.
 
-    The promise grows with the prompt: whoever sends a long document expects to
-    wait, so a short question passes it, and as promises only age nothing
-    starves (earliest deadline first, Liu and Layland 1973). Lanes, because a
+    By promise (`router.promise`) a short question passes a long document, and as
+    promises only age nothing starves (earliest deadline first, Liu and Layland
+    1973). Lanes, because a
     model that has no room must not hide another that has. A request is in no
     lane or in exactly one, and leaves it by `remove` or `expire` alone.
     """
@@ -22,6 +23,7 @@ class HoldQueue:
         "_held",
         "_lanes",
         "_settings",
+        "by_arrival",
         "num_bytes",
         "num_tokens",
         "num_tokens_by_model",
@@ -32,6 +34,7 @@ class HoldQueue:
         self._held: dict[str, Request] = {}
         self._lanes: dict[str, LazyHeap] = {}  # only those that are not empty
         self._expiry = LazyHeap()
+        self.by_arrival = False  # order by arrival alone; changed by `reorder`
         self.num_tokens = 0  # prompt tokens held
         self.num_tokens_by_model: dict[str, int] = {}
         self.num_bytes = 0  # bytes of bodies held
@@ -44,11 +47,18 @@ class HoldQueue:
 
     def key(self, request: Request) -> Key:
         """Place in the order: (promised first token, arrival), seconds."""
-        settings = self._settings
-        promise_s = (
-            settings.promise_base_s + settings.promise_s_per_token * request.num_prompt_tokens
-        )
-        return (request.arrival_s + promise_s, request.arrival_s)
+        if self.by_arrival:
+            return (request.arrival_s, request.arrival_s)
+        return (promised_s(request, self._settings), request.arrival_s)
+
+    def reorder(self, *, by_arrival: bool) -> None:
+        """Order by arrival alone, or by promise, from now on; what is held already, too."""
+        if by_arrival == self.by_arrival:
+            return
+        self.by_arrival = by_arrival
+        self._lanes = {model: LazyHeap() for model in self._lanes}
+        for request in self._held.values():
+            self._lanes[request.model].push(request.id, self.key(request))
 
     def expires_s(self, request: Request) -> float:
         """When the request may be held no longer: its own deadline or our bound."""

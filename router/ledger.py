@@ -22,6 +22,7 @@ class Booking(msgspec.Struct, frozen=True, gc=False):
     number: int
     request_id: str
     num_prefill_tokens: int
+    num_step_tokens: int  # of these, what one scheduler step may compute
     num_kv_tokens: int
     num_sequences: int
     booked_s: float
@@ -37,10 +38,12 @@ class Ledger:
         "num_kv_tokens",
         "num_prefill_tokens",
         "num_sequences",
+        "num_step_tokens",
     )
 
     def __init__(self) -> None:
-        self.num_prefill_tokens = 0  # these three: over unacknowledged bookings
+        self.num_prefill_tokens = 0  # these four: over unacknowledged bookings
+        self.num_step_tokens = 0
         self.num_kv_tokens = 0
         self.num_sequences = 0
         self._last_number = 0
@@ -67,6 +70,7 @@ class Ledger:
         request_id: str,
         *,
         num_prefill_tokens: int,
+        num_step_tokens: int,
         num_kv_tokens: int,
         num_sequences: int,
         now_s: float,
@@ -80,11 +84,18 @@ class Ledger:
             raise ValueError(f"request {request_id} is booked already")
         self._last_number += 1
         booking = Booking(
-            self._last_number, request_id, num_prefill_tokens, num_kv_tokens, num_sequences, now_s
+            self._last_number,
+            request_id,
+            num_prefill_tokens,
+            num_step_tokens,
+            num_kv_tokens,
+            num_sequences,
+            now_s,
         )
         self._open[request_id] = booking
         self._unacknowledged[booking.number] = booking
         self.num_prefill_tokens += num_prefill_tokens
+        self.num_step_tokens += num_step_tokens
         self.num_kv_tokens += num_kv_tokens
         self.num_sequences += num_sequences
         return booking.number
@@ -110,5 +121,6 @@ class Ledger:
     def _forget(self, number: int) -> None:
         booking = self._unacknowledged.pop(number)
         self.num_prefill_tokens -= booking.num_prefill_tokens
+        self.num_step_tokens -= booking.num_step_tokens
         self.num_kv_tokens -= booking.num_kv_tokens
         self.num_sequences -= booking.num_sequences

@@ -40,7 +40,9 @@ class Placer:
     until the head fits there. It empties at the latest when all it runs has
     ended, and an empty engine has room for anything, so nobody starves.
     Followers may go to the other engines meanwhile; none of that delays the
-    head on its own. Which engine is kept does not change while the head waits,
+    head on its own. A head that KV has room for, and that only waits its turn
+    behind other long prompts, gets its reservation when its promise is due; until
+    then short prompts may pass it. Which engine is kept does not change while the head waits,
     or two could take turns at filling up.
 
     Seam: the engine kept is the one that lacks the fewest tokens now, and it
@@ -62,6 +64,12 @@ class Placer:
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._placed
 
+    def use(self, policy: Policy, *, holds: bool, by_arrival: bool) -> None:
+        """Choose by this policy from now on; hold or not; order what is held so."""
+        self.policy, self.holds = policy, holds
+        self._queue.reorder(by_arrival=by_arrival)
+        self._kept.clear()  # keys of one order say nothing in the other
+
     def start(self, request_id: str) -> Placement | None:
         """The placement whose first token has just come; None if it had, or is unknown."""
         placement = self._placed.get(request_id)
@@ -78,7 +86,7 @@ class Placer:
             need_tokens = kv_need_tokens(request)
             replicas = [
                 replica
-                for replica in self._fleet.open(request.model)
+                for replica in self._open(request.model, request.num_prompt_tokens)
                 if need_tokens <= replica.room_tokens
             ]
             if self._kept:
@@ -122,9 +130,13 @@ class Placer:
 
     def _backfill(self, head: Request, now_s: float) -> list[Dispatch]:
         """Keep an engine for a blocked head; place followers on the others."""
-        if not self._fleet.open(head.model):
+        if not self._open(head.model, 0):
             return []  # nobody is to be given anything, so nobody needs to be kept
-        self._keep_replica_for(head)
+        # Where the head waits for long prompts to get on, short ones may pass it
+        # while it is not due: they take room in steps that it could not have.
+        lacks_kv = bool(self._open(head.model, head.num_prompt_tokens))
+        if lacks_kv or now_s >= self._queue.key(head)[0]:
+            self._keep_replica_for(head)
         dispatches = []
         roomiest = self._most_room(head)
         for request in list(islice(self._queue.in_order(head.model), 1, 1 + _BACKFILL_DEPTH)):
@@ -142,7 +154,7 @@ class Placer:
         return max(
             (
                 replica.room_tokens
-                for replica in self._fleet.open(head.model)
+                for replica in self._open(head.model, 0)
                 if self._kept.get(replica.id, (None, None))[1] != head.id
             ),
             default=-1,
@@ -159,8 +171,21 @@ class Placer:
                 break
         replicas = self._not_kept_from(head, self._fleet.working(head.model))
         if replicas:
-            roomiest = max(replicas, key=lambda replica: replica.num_free_kv_tokens)
-            self._kept[roomiest.id] = (self._queue.key(head), head.id)
+            need_tokens = kv_need_tokens(head)
+
+            def readiness(replica: Replica) -> tuple[bool, int]:
+                has_room = need_tokens <= replica.room_tokens
+                if has_room:
+                    return True, -replica.num_pending_prefill_tokens
+                return False, replica.num_free_kv_tokens
+
+            self._kept[max(replicas, key=readiness).id] = (self._queue.key(head), head.id)
+
+    def _open(self, model: str, num_tokens: int) -> list[Replica]:
+        """Engines of a model that should get so many new tokens now, KV room aside."""
+        if self._queue.by_arrival:  # nobody passes anybody
+            return self._fleet.open(model)
+        return self._fleet.open(model, num_tokens)
 
     def _not_kept_from(self, request: Request, replicas: list[Replica]) -> list[Replica]:
         """The replicas not kept for a request that is more urgent than this one."""

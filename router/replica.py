@@ -32,6 +32,7 @@ class Replica:
         "num_free_kv_tokens",
         "num_pending_prefill_tokens",
         "num_sequences",
+        "num_step_demand_tokens",
         "predictor",
         "prefill_tokens_per_s",
         "room_tokens",
@@ -54,6 +55,7 @@ class Replica:
         self.is_unreachable = False  # a send failed and no snapshot has come since
 
         self.num_pending_prefill_tokens = 0  # in the engine and on their way to it
+        self.num_step_demand_tokens = 0  # of these, what the next step would like to compute
         self.num_free_kv_tokens = 0  # left when all that is pending is prefilled; may be < 0
         self.room_tokens = math.inf  # the same, but without limit while the engine is empty
         self.num_sequences = 0  # in the scheduler and on their way to it
@@ -74,16 +76,33 @@ class Replica:
         """
         return max(1, request.num_prompt_tokens)
 
+    def is_short(self, num_new_tokens: float) -> bool:
+        """Whether a prompt passes the long ones that the engine is prefilling.
+
+        It does where the engine gives no prompt more than `max_prefill_chunk`
+        tokens of a step and this one needs no more: the next step has room for it.
+        """
+        return num_new_tokens <= self.info.max_prefill_chunk
+
     def ttft_s(self, num_new_tokens: int, now_s: float) -> float:
         """Predicted seconds until a prompt of so many new tokens is prefilled here.
 
         The rest of the current step, which a newcomer cannot join, then whole
-        steps until the pending tokens and its own are prefilled, first come
-        first served (formula: `router.predict`). A wait for
-        KV blocks is not in it: admission does not send where they lack.
+        steps until what comes before it and its own tokens are prefilled
+        (formula: `router.predict`): all that is pending, or, before a short
+        prompt, what the next step would compute. A wait for KV blocks is not in
+        it: admission does not send where they lack.
         """
-        num_tokens = self._rest_tokens + num_new_tokens
-        num_steps = -(-num_tokens // self.chunk_tokens)
+        num_ahead = self._rest_tokens
+        if (chunk := self.info.max_prefill_chunk) == 0:
+            num_steps = -(-(num_ahead + num_new_tokens) // self.chunk_tokens)
+        else:
+            if num_new_tokens <= chunk and self.num_step_demand_tokens < num_ahead:
+                num_ahead = self.num_step_demand_tokens
+            num_steps = -(-(num_ahead + num_new_tokens) // self.chunk_tokens)
+            if self.num_sequences:  # alone, a prompt may take whole steps
+                num_steps = max(num_steps, -(-num_new_tokens // chunk))
+        num_tokens = num_ahead + num_new_tokens
         ttft_s = num_steps * self.chunk_overhead_s + num_tokens * self.token_s
         rest_s = self._step_end_s - now_s
         return ttft_s + rest_s if rest_s > 0.0 else ttft_s
@@ -106,9 +125,11 @@ class Replica:
 
     def book(self, request: Request, num_kv_tokens: int, now_s: float) -> int:
         """Booking number under which the request is counted here from now on."""
+        num_new_tokens = self.num_new_tokens(request)
         number = self.ledger.book(
             request.id,
-            num_prefill_tokens=self.num_new_tokens(request),
+            num_prefill_tokens=num_new_tokens,
+            num_step_tokens=min(num_new_tokens, self.info.max_prefill_chunk or num_new_tokens),
             num_kv_tokens=num_kv_tokens,
             num_sequences=request.num_sequences,
             now_s=now_s,
@@ -154,6 +175,8 @@ class Replica:
         num_decoding = snapshot.num_decoding_reqs
         num_scheduled = snapshot.num_running_reqs + snapshot.num_waiting_reqs
         self.num_pending_prefill_tokens = num_pending + ledger.num_prefill_tokens
+        num_demand = snapshot.num_step_demand_tokens or num_pending
+        self.num_step_demand_tokens = num_demand + ledger.num_step_tokens
         # vLLM allocates blocks chunk by chunk: what is pending has yet to take its own.
         self.num_free_kv_tokens = snapshot.num_free_kv_tokens - num_pending - ledger.num_kv_tokens
         self.num_sequences = num_scheduled + ledger.num_sequences

@@ -4,9 +4,19 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from router.types import RequestClass
+
 PolicyName = Literal[
-    "headway", "round_robin", "least_requests", "least_response_time", "power_of_two"
+    "headway",
+    "round_robin",
+    "least_requests",
+    "least_response_time",
+    "power_of_two",
+    "least_kv_usage",
+    "cache_aware",
+    "weighted_score",
 ]
+Part = Literal["hold", "order", "externality"]
 
 
 class RouterSettings(BaseModel):
@@ -28,4 +38,16 @@ class RouterSettings(BaseModel):
     promise_s_per_token: float = Field(
         0.002, ge=0, description="what each prompt token adds to the promise, seconds"
     )
+    promise_interactive_factor: float = Field(
+        0.5, gt=0, description="the promise to interactive requests, of the standard one"
+    )
+    promise_batch_s: float = Field(
+        240.0, ge=0, description="how much later batch work is promised, seconds"
+    )
+    default_class: RequestClass = Field(
+        RequestClass.STANDARD, description="class of requests that name none"
+    )
     seed: int = Field(0, description="seed of the policies that draw")
+    ablate: tuple[Part, ...] = Field(
+        (), description="parts of headway to do without, to see what they are worth"
+    )

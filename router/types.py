@@ -20,6 +20,14 @@ class Outcome(enum.Enum):
     FAILED = "failed"  # an engine or the connection to it failed
 
 
+class RequestClass(enum.Enum):
+    """How urgent a request is to whoever sent it."""
+
+    INTERACTIVE = "interactive"
+    STANDARD = "standard"
+    BATCH = "batch"  # fills gaps, yields to everything else
+
+
 class RejectReason(enum.Enum):
     """Why the router refuses a request; the gateway maps it to a status code."""
 
@@ -40,8 +48,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     num_sequences: int = 1  # OpenAI's `n`
     num_bytes: int = 0  # body size, for the queue's byte bound
     tenant: str = ""
+    priority_class: RequestClass = RequestClass.STANDARD
     arrival_s: float = 0.0
     deadline_s: float = float("inf")  # held past this, it expires
+    # Chained hashes of the prompt's successive blocks as the gateway cuts it: each
+    # covers all before it. Whole blocks only; none unless the policy reads them.
+    prefix_hashes: tuple[int, ...] = ()
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +64,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int  # tokens, prompt and output together
     max_num_seqs: int  # sequences in one scheduler step
     max_num_batched_tokens: int  # token budget of one scheduler step
+    max_prefill_chunk: int = 0  # of that, what one prompt may take; 0 = all
     num_kv_tokens: int  # capacity of the KV cache, tokens
     block_size: int  # tokens per KV block
     aliases: tuple[str, ...] = ()  # further names of the model, LoRA adapters among them
@@ -76,6 +89,7 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_usage: float = 0.0  # 0-1, cached but free blocks not counted
     num_free_kv_tokens: int = 0
     num_pending_prefill_tokens: int = 0  # submitted minus computed, exact per request
+    num_step_demand_tokens: int = 0  # of these, what the next step would like to compute
     num_decoding_reqs: int = 0
     num_decode_context_tokens: int = 0  # prompt + generated, over decoding requests
     prefill_tokens_per_s: float = 0.0  # measured over recent steps; 0 = not known yet

@@ -13,10 +13,17 @@ class Account:
     request is never missing from a snapshot that acknowledges its booking.
     """
 
-    __slots__ = ("entered", "num_cached_tokens", "num_output_tokens", "num_prompt_tokens")
+    __slots__ = (
+        "entered",
+        "num_cached_tokens",
+        "num_output_tokens",
+        "num_prompt_tokens",
+        "priority",
+    )
 
-    def __init__(self, num_prompt_tokens: int) -> None:
+    def __init__(self, num_prompt_tokens: int, priority: int = 0) -> None:
         self.num_prompt_tokens = num_prompt_tokens
+        self.priority = priority  # vLLM's: lower is first
         self.num_cached_tokens = 0
         self.num_output_tokens = 0
         self.entered = False

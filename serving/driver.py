@@ -3,10 +3,10 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from router.core import Router
-from router.types import Decision, Dispatch, EngineInfo, EngineSnapshot, Reject
+from router.types import Decision, Dispatch, EngineInfo, EngineSnapshot, Reject, Request
 from serving.exchange import EngineFailed, Exchange, Rejected
 from serving.link import Link
 from serving.metrics import Metrics
@@ -67,9 +67,9 @@ class Driver:
                 link.post(Ack(exchange.booking, exchange.num_taken_bytes))
             exchange.num_taken_bytes = 0
 
-    def set_policy(self, name: str) -> None:
-        """Switch the policy at once; raises `ValueError` for an unknown name."""
-        self._execute(self.router.set_policy(name, time.monotonic()))
+    def set_policy(self, name: str, ablate: Collection[str] = ()) -> None:
+        """Switch the policy at once; raises `ValueError` for an unknown name or part."""
+        self._execute(self.router.set_policy(name, time.monotonic(), ablate))
 
     # --- engines ---------------------------------------------------------
 
@@ -182,12 +182,23 @@ class Driver:
                 decision.booking,
                 exchange.request.id,
                 exchange.request.num_prompt_tokens,
+                self._engine_priority(exchange.request),
                 exchange.method,
                 exchange.path,
                 exchange.headers,
                 exchange.body,
             )
         )
+
+    def _engine_priority(self, request: Request) -> int:
+        """vLLM's priority: the promised first token, in ms since the epoch.
+
+        By the wall clock, as requests of several gateways meet in one engine.
+        """
+        promised_s = self.router.engine_priority_s(request)
+        if promised_s is None:
+            return 0
+        return round((time.time() + promised_s - time.monotonic()) * 1000)
 
     def _rearm(self) -> None:
         wake_s = self.router.next_wake_s()

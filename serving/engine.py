@@ -98,6 +98,9 @@ class VllmEngine:
         scheduler.scheduler_cls = "serving.scheduler." + (
             "HeadwayAsyncScheduler" if scheduler.async_scheduling else "HeadwayScheduler"
         )
+        if "long_prefill_token_threshold" not in plan.engine_args:
+            # Half of each step stays free of any one long prompt: short ones get in.
+            scheduler.long_prefill_token_threshold = scheduler.max_num_batched_tokens // 2
         monitors: list[EngineMonitor] = []
 
         def make_monitor(*arguments: Any) -> EngineMonitor:
@@ -121,6 +124,7 @@ class VllmEngine:
             max_model_len=llm.model_config.max_model_len,
             max_num_seqs=scheduler.max_num_seqs,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            max_prefill_chunk=scheduler.long_prefill_token_threshold,
             num_kv_tokens=monitor.num_kv_tokens,
             block_size=vllm_config.cache_config.block_size,
             device=plan.device_name,
@@ -152,6 +156,8 @@ def _vllm_arguments(plan: Plan) -> Any:
         # Per-step token counts feed the monitor.
         "enable_logging_iteration_details": True,
         "enable_log_requests": False,
+        # The waiting queue in the order of promises; equal priorities as they arrive.
+        "scheduling_policy": "priority",
         "disable_fastapi_docs": True,
         **plan.engine_args,
     }

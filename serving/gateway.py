@@ -13,6 +13,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from router.core import Router
+from router.types import RequestClass
 from serving.config import Config
 from serving.driver import Driver
 from serving.errors import ApiError, from_rejection
@@ -111,13 +112,14 @@ class Gateway:
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
 
     async def set_policy(self, request: Request) -> JSONResponse:
-        """Switch the policy without a restart: `{"policy": "round_robin"}`."""
+        """Switch the policy without a restart: `{"policy": "headway", "ablate": ["order"]}`."""
         try:
-            name = (await request.json())["policy"]
-            self.driver.set_policy(name)
+            body = await request.json()
+            name, ablate = body["policy"], body.get("ablate", [])
+            self.driver.set_policy(name, ablate)
         except (ValueError, KeyError, TypeError) as error:
             raise ApiError(400, f"'policy': {error}", param="policy") from None
-        return JSONResponse({"policy": name})
+        return JSONResponse({"policy": name, "ablate": ablate})
 
     # --- the token path ---------------------------------------------------
 
@@ -172,9 +174,12 @@ class Gateway:
     def _admit(self, scope: Scope, body: bytes) -> tuple[Exchange, int]:
         forwarded: Headers = []
         request_id = ""
+        priority_class = self.config.router.default_class
         for name, value in scope["headers"]:
             if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
                 request_id = value.decode()
+            elif name == b"x-headway-class":
+                priority_class = _class(value)
             elif _FORWARDED.fullmatch(name):
                 forwarded.append((name, value))
         if not request_id or request_id in self.driver.exchanges:
@@ -190,6 +195,8 @@ class Gateway:
             self.driver.engines,
             time.monotonic(),
             self.config.router.max_hold_s,
+            priority_class=priority_class,
+            wants_prefix=self.router.wants_prefix,
         )
         return Exchange(request, "POST", path, forwarded, body), num_text_bytes
 
@@ -232,6 +239,17 @@ class _Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._gateway.serve(scope, receive, send)
+
+
+def _class(value: bytes) -> RequestClass:
+    try:
+        return RequestClass(value.decode("latin-1"))
+    except ValueError:
+        raise ApiError(
+            400,
+            "x-headway-class: one of " + ", ".join(known.value for known in RequestClass),
+            param="x-headway-class",
+        ) from None
 
 
 def _start(status: int, headers: Headers) -> Message:

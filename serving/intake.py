@@ -5,7 +5,8 @@ from typing import Any
 
 import msgspec
 
-from router.types import EngineInfo, Request, Usage
+from router.policies.prefix_index import BLOCK_TOKENS
+from router.types import EngineInfo, Request, RequestClass, Usage
 from serving.errors import ApiError
 
 # Until the first replies have taught better: English text in a byte-pair
@@ -15,6 +16,10 @@ _PRIOR_TOKENS_PER_BYTE = 0.25
 _PRIOR_BYTES = 2_000.0
 # Older prompts fade: about the last 200 KB of prompt text count.
 _MEMORY_BYTES = 200_000.0
+# Prompts are compared with others by such blocks, and by their first 64 KB (llm-d,
+# too, looks at 256 blocks).
+_BLOCK_BYTES = round(BLOCK_TOKENS / _PRIOR_TOKENS_PER_BYTE)
+_MAX_BLOCKS = 256
 
 
 _ABSENT = msgspec.Raw(b"")
@@ -28,6 +33,7 @@ class _Body(msgspec.Struct):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     n: int | None = None
+    priority_class: RequestClass | None = None  # ours; vLLM ignores it
 
 
 class _ChatBody(_Body, kw_only=True):
@@ -85,10 +91,14 @@ class Intake:
         engines: dict[str, EngineInfo],
         now_s: float,
         max_hold_s: float,
+        *,
+        priority_class: RequestClass = RequestClass.STANDARD,
+        wants_prefix: bool = False,
     ) -> tuple[Request, int]:
         """Return the request and the bytes of its prompt's text (0 if given as token ids).
 
-        Raises `ApiError` 400 or 404 for what no engine needs to see.
+        `priority_class` is that of a body that names none. Raises `ApiError` 400
+        or 404 for what no engine needs to see.
         """
         _, prompt_field, task = ENDPOINTS[path]
         try:
@@ -117,8 +127,10 @@ class Intake:
                 max_output_tokens=fields.max_completion_tokens or fields.max_tokens,
                 num_sequences=max(1, fields.n or 1),
                 num_bytes=len(body),
+                priority_class=fields.priority_class or priority_class,
                 arrival_s=now_s,
                 deadline_s=now_s + max_hold_s,
+                prefix_hashes=prefix_hashes(model, prompt) if wants_prefix else (),
             ),
             num_text_bytes,
         )
@@ -149,3 +161,19 @@ class Intake:
         if not any(task in info.tasks for info in serving):
             raise ApiError(400, f"The model '{name}' does not support this endpoint ({task}).")
         return name
+
+
+def prefix_hashes(model: str, prompt: bytes) -> tuple[int, ...]:
+    """Chained hashes of the prompt's whole blocks, of the first 256 at most.
+
+    Of the JSON text as it came: equal prompts that are written differently do not
+    match, which spoils a guess and nothing more. By Python's own hash, the cheapest
+    there is (64 bits of SipHash, keyed anew in each process; 0.8 µs per KB, blake2b
+    takes four times as long), so they mean something within one gateway only.
+    """
+    chained = hash(model)
+    hashes = []
+    for end in range(_BLOCK_BYTES, min(len(prompt), _BLOCK_BYTES * _MAX_BLOCKS) + 1, _BLOCK_BYTES):
+        chained = hash((chained, prompt[end - _BLOCK_BYTES : end]))
+        hashes.append(chained)
+    return tuple(hashes)

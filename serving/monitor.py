@@ -29,6 +29,8 @@ class EngineMonitor(StatLoggerBase):
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         self._config = vllm_config
+        scheduler = vllm_config.scheduler_config
+        self._max_chunk = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
         self._scheduler = SchedulerStats()
         self._pending: dict[str, int] = {}
         self._live: dict[str, RequestState] = {}
@@ -55,6 +57,7 @@ class EngineMonitor(StatLoggerBase):
         def add_request(request: EngineCoreRequest, *args: object, **kwargs: object) -> None:
             register(request, *args, **kwargs)
             if (account := current_account.get()) is not None:
+                request.priority += account.priority  # before it goes to the engine core
                 if not account.entered:
                     account.entered, account.num_prompt_tokens = True, 0
                 if request.external_req_id not in self._accounts:  # n > 1 shares one prompt
@@ -123,14 +126,13 @@ class EngineMonitor(StatLoggerBase):
     def snapshot(self, seq: int, accounts: list[Account]) -> EngineSnapshot:
         """The state now; `accounts` are all requests that the replica has."""
         stats = self._scheduler
-        num_pending = sum(account.num_prompt_tokens for account in accounts if not account.entered)
+        num_left = [account.num_prompt_tokens for account in accounts if not account.entered]
         num_decoding = num_context = 0
         for request_id, state in self._live.items():
-            num_left = self._pending.get(request_id)
-            if num_left is not None:  # in the middle of its prefill, or preempted
-                num_pending += num_left
+            if request_id in self._pending:  # in the middle of its prefill, or preempted
+                num_left.append(self._pending[request_id])
             elif state.is_prefilling:  # not yet scheduled: all of it is to come
-                num_pending += state.prompt_len
+                num_left.append(state.prompt_len)
             else:
                 num_decoding += 1
                 num_context += state.prompt_len + state.stats.num_generation_tokens
@@ -141,7 +143,8 @@ class EngineMonitor(StatLoggerBase):
             num_inflight_reqs=len(accounts),
             kv_cache_usage=stats.kv_cache_usage,
             num_free_kv_tokens=round((1.0 - stats.kv_cache_usage) * self.num_kv_tokens),
-            num_pending_prefill_tokens=num_pending,
+            num_pending_prefill_tokens=sum(num_left),
+            num_step_demand_tokens=sum(min(num, self._max_chunk) for num in num_left),
             num_decoding_reqs=num_decoding,
             num_decode_context_tokens=num_context,
             prefill_tokens_per_s=(

@@ -166,7 +166,7 @@ class Connection(FrameConnection):
 
     def _submit(self, frame: Submit) -> None:
         self._last_stream = frame.stream
-        account = Account(frame.num_prompt_tokens)
+        account = Account(frame.num_prompt_tokens, frame.priority)
         stream = Stream(frame, account, self._port.window_bytes, self.post, self._on_end)
         self._streams[frame.stream] = stream
         self._port.started(stream, account)

@@ -31,6 +31,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=2):
     stream: int
     request_id: str
     num_prompt_tokens: int  # the router's estimate, until vLLM has tokenised
+    priority: int  # vLLM's: lower is first
     method: str
     path: str
     headers: Headers

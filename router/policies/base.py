@@ -1,7 +1,7 @@
 """What a policy is."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import ClassVar
 
 from router.replica import Replica
@@ -12,6 +12,7 @@ class Policy:
     """Chooses among replicas. Health, room and limits were filtered before."""
 
     holds: ClassVar[bool] = False  # whether it is made for a hold queue in front of it
+    wants_prefix: ClassVar[bool] = False  # whether it reads `Request.prefix_hashes`
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng  # injected: a seed reproduces a run
@@ -25,3 +26,21 @@ class Policy:
 
         Optional: most policies have nothing to learn from it.
         """
+
+    def ablate(self, parts: Collection[str]) -> None:
+        """Choose without these parts from now on, to see what they are worth.
+
+        Optional: most policies have no parts that could be switched off.
+        """
+
+    def draw_lowest(
+        self, replicas: Sequence[Replica], key: Callable[[Replica], tuple[float, ...]]
+    ) -> Replica:
+        """Return a replica of the lowest key, a random one among equals.
+
+        Were it the first, an idle fleet would send all to its first engine.
+        """
+        keys = [key(replica) for replica in replicas]
+        lowest = min(keys)
+        equals = [replica for replica, k in zip(replicas, keys, strict=True) if k == lowest]
+        return equals[int(self.rng.random() * len(equals))]

@@ -1,6 +1,7 @@
 """Least cost in seconds: the default."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 from router.policies.base import Policy
@@ -23,10 +24,19 @@ class Headway(Policy):
     One number instead of weights: everything is in seconds, by rates that were
     learned from the engines (DESIGN.md, idea 2). Counting the delay of others
     is what makes the sum over all requests small and not just each one's own
-    (marginal cost pricing, Pigou 1920).
+    (marginal cost pricing, Pigou 1920). Without the part `externality`, each
+    one's own is all that counts.
     """
 
     holds: ClassVar[bool] = True
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(rng)
+        self._cost_s = cost_s
+
+    def ablate(self, parts: Collection[str]) -> None:
+        """Choose without these parts; it has `externality`."""
+        self._cost_s = own_cost_s if "externality" in parts else cost_s
 
     def choose(self, request: Request, replicas: Sequence[Replica], now_s: float) -> Replica:
         """Return a replica of the lowest cost, a random one among equals."""
@@ -35,7 +45,7 @@ class Headway(Policy):
         if len(replicas) > _MAX_COMPARED:
             start = int(self.rng.random() * len(replicas))
             replicas = [*replicas[start:], *replicas[:start]][:_MAX_COMPARED]
-        costs = [cost_s(request, replica, now_s) for replica in replicas]
+        costs = [self._cost_s(request, replica, now_s) for replica in replicas]
         limit = min(costs) * _TIE
         equals = [replica for replica, cost in zip(replicas, costs, strict=True) if cost <= limit]
         return equals[int(self.rng.random() * len(equals))]
@@ -50,3 +60,8 @@ def cost_s(request: Request, replica: Replica, now_s: float) -> float:
     num_new_tokens = replica.num_new_tokens(request)
     delay_s = num_new_tokens * replica.token_s
     return replica.ttft_s(num_new_tokens, now_s) + delay_s * replica.snapshot.num_decoding_reqs
+
+
+def own_cost_s(request: Request, replica: Replica, now_s: float) -> float:
+    """Seconds waited by the request alone for its first token."""
+    return replica.ttft_s(replica.num_new_tokens(request), now_s)

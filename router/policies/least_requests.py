@@ -12,11 +12,9 @@ class LeastRequests(Policy):
 
     nginx `least_conn`, HAProxy `leastconn`, vllm-router without a cache:
     requests are counted alike, whatever their size. Equals are drawn at
-    random, as Envoy does, or an idle fleet would send all to its first engine.
+    random, as Envoy does.
     """
 
     def choose(self, request: Request, replicas: Sequence[Replica], now_s: float) -> Replica:
         """Return a replica with the fewest open requests."""
-        fewest = min(replica.ledger.num_open for replica in replicas)
-        equals = [replica for replica in replicas if replica.ledger.num_open == fewest]
-        return equals[int(self.rng.random() * len(equals))]
+        return self.draw_lowest(replicas, lambda replica: (replica.ledger.num_open,))

@@ -262,6 +262,63 @@ class TestPolicies:
             router.set_policy("best", 0.0)
         assert router.state(0.0)["policy"] == "headway"
 
+    def test_without_the_hold_all_go_at_once(self):
+        router = make_router(ablate=["hold"])
+        for number in range(50):
+            [decision] = router.on_arrival(req(str(number), FULL), 0.0)
+            assert isinstance(decision, Dispatch)
+
+    @pytest.mark.parametrize(
+        ("ablate", "first"), [((), "question"), (("order",), "document")], ids=["with", "without"]
+    )
+    def test_without_the_order_first_come_is_first_served(self, ablate, first):
+        router = make_router(ablate=ablate)
+        occupy(router, "r0")
+        router.on_arrival(req("document", 4000, arrival_s=0.0), 0.0)
+        router.on_arrival(req("question", 10, arrival_s=0.1), 0.1)
+        freed = router.on_snapshot("r0", busy(last_booking=1), 1.0)
+        assert freed[0].request_id == first
+
+    def test_without_externality_those_who_decode_do_not_count(self):
+        def chosen(**settings) -> str:
+            router = make_router(2, **settings)
+            router.on_snapshot("r0", snapshot(prefill_tokens_per_s=400.0), 0.0)
+            crowded = busy(num_running_reqs=7, num_decoding_reqs=7, prefill_tokens_per_s=600.0)
+            router.on_snapshot("r1", crowded, 0.0)
+            [dispatch] = router.on_arrival(req("a", 50), 9.0)
+            return dispatch.replica_id
+
+        assert chosen() == "r0"
+        assert chosen(ablate=["externality"]) == "r1"
+
+    def test_parts_can_be_switched_while_requests_are_held(self):
+        router = make_router()
+        occupy(router, "r0")
+        router.on_arrival(req("document", 4000, arrival_s=0.0), 0.0)
+        router.on_arrival(req("question", 10, arrival_s=0.1), 0.1)
+        assert router.set_policy("headway", 0.2, ["order"]) == []
+        assert router.state(0.2)["ablate"] == ["order"]
+        both = router.set_policy("headway", 0.3, ["order", "hold"])
+        assert both == [Dispatch("document", "r0", 2), Dispatch("question", "r0", 3)]
+        router.set_policy("headway", 0.4)
+        assert router.state(0.4)["ablate"] == []
+        assert router.state(0.4)["holds"]
+
+    def test_an_unknown_part_is_refused_and_changes_nothing(self):
+        router = make_router(ablate=["order"])
+        with pytest.raises(ValueError, match=r"'magic'.*externality"):
+            router.set_policy("round_robin", 0.0, ["magic"])
+        state = router.state(0.0)
+        assert (state["policy"], state["ablate"]) == ("headway", ["order"])
+        with pytest.raises(ValueError, match="ablate"):
+            make_router(ablate=["magic"])
+
+    def test_says_whether_prefix_hashes_are_wanted(self):
+        router = make_router()
+        assert not router.wants_prefix
+        router.set_policy("cache_aware", 0.0)
+        assert router.wants_prefix
+
     def test_latencies_reach_the_policy(self):
         """By first token, or by the end where the response comes in one piece."""
         router = make_router(2, policy="least_response_time")

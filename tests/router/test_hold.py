@@ -31,6 +31,19 @@ def test_equal_promises_by_arrival_then_by_turn():
     assert order(held) == ["earlier", "next", "later"]
 
 
+def test_by_arrival_alone_and_back():
+    held = queue(promise_base_s=0.5, promise_s_per_token=0.002)
+    held.push(req("long", 5000, arrival_s=0.0))
+    held.push(req("short", 10, arrival_s=1.0))
+    held.reorder(by_arrival=True)
+    held.push(req("shorter", 5, arrival_s=0.5))
+    assert order(held) == ["long", "shorter", "short"]
+    held.remove("shorter")
+    held.reorder(by_arrival=False)
+    assert order(held) == ["short", "long"]
+    assert held.head().id == "short"
+
+
 @pytest.mark.parametrize(
     "bound", [{"max_held_requests": 2}, {"max_held_tokens": 20}, {"max_held_bytes": 200}]
 )

@@ -8,6 +8,7 @@ shortest failing sequence as a program.
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import get_args
 
 import pytest
 from hypothesis import settings
@@ -17,7 +18,7 @@ from router_builders import info, req, snapshot
 
 from router.core import Router
 from router.policies import POLICIES
-from router.settings import RouterSettings
+from router.settings import Part, RouterSettings
 from router.types import (
     Decision,
     Dispatch,
@@ -32,6 +33,7 @@ from router.types import (
 MAX_REQUESTS, MAX_TOKENS, MAX_BYTES, MAX_HOLD_S = 3, 3500, 299, 10.0
 NAMES = {"r0": ("m",), "r1": ("m", "lora"), "r2": ("n",)}  # what each engine serves
 SIZES = st.sampled_from([0, 1, 30, 120, 900, 3000])
+PARTS = get_args(Part)
 ENGINES = st.sampled_from(sorted(NAMES))
 ANY_REQUEST = st.integers(0, 9)  # see `Shell.pick`
 
@@ -271,9 +273,9 @@ class Shell(RuleBasedStateMachine):
             self.carry_out(self.router.on_tick(self.now_s))
             assert len(self.held) < num_held
 
-    @rule(policy=st.sampled_from(sorted(POLICIES)))
-    def switch(self, policy):
-        self.carry_out(self.router.set_policy(policy, self.now_s))
+    @rule(policy=st.sampled_from(sorted(POLICIES)), ablate=st.sets(st.sampled_from(PARTS)))
+    def switch(self, policy, ablate):
+        self.carry_out(self.router.set_policy(policy, self.now_s, ablate))
 
     # What always holds
 

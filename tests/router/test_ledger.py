@@ -7,6 +7,7 @@ def book(ledger: Ledger, request_id: str, num_tokens: int = 10, now_s: float = 0
     return ledger.book(
         request_id,
         num_prefill_tokens=num_tokens,
+        num_step_tokens=num_tokens,
         num_kv_tokens=2 * num_tokens,
         num_sequences=1,
         now_s=now_s,

@@ -257,12 +257,33 @@ async def test_a_huge_body_is_refused_whole(chunked):
 async def test_the_policy_can_be_switched_while_serving():
     async with running() as system:
         reply = await system.client.post("/headway/policy", json={"policy": "round_robin"})
-        assert reply.json() == {"policy": "round_robin"}
+        assert reply.json() == {"policy": "round_robin", "ablate": []}
         assert system.gateway.state()["policy"] == "round_robin"
-        for body in ({"policy": "nonsense"}, {}, []):
+        without = {"policy": "headway", "ablate": ["order"]}
+        assert (await system.client.post("/headway/policy", json=without)).json() == without
+        assert system.gateway.state()["ablate"] == ["order"]
+        bad_parts = [{"policy": "headway", "ablate": parts} for parts in (["x"], "x", 1, None)]
+        for body in ({"policy": "nonsense"}, {}, [], *bad_parts):
             reply = await system.client.post("/headway/policy", json=body)
             assert reply.status_code == 400
             assert "policy" in reply.json()["error"]["message"]
+
+
+async def test_prompts_are_hashed_for_policies_that_compare_them():
+    """The second turn of a conversation goes where the first went, though others came between."""
+    async with running(router={"policy": "cache_aware"}) as system:
+        turn = [{"role": "user", "content": "word " * 200}]
+        for number in range(6):
+            other = [{"role": "user", "content": f"{number} other " * 200}]
+            await system.client.post(CHAT, json=system.chat(messages=turn, max_tokens=1))
+            await system.client.post(CHAT, json=system.chat(messages=other, max_tokens=1))
+            turn.append({"role": "assistant", "content": f"answer {number}"})
+        [home] = [engine for engine in system.engines if turn[:1] in _prompts(engine)]
+        assert sum(prompt[0] == turn[0] for prompt in _prompts(home)) == 6
+
+
+def _prompts(engine) -> list:
+    return [body["messages"] for body in engine.bodies]
 
 
 async def test_the_small_endpoints():
@@ -283,3 +304,27 @@ async def test_the_small_endpoints():
 async def test_no_engine_is_not_healthy():
     async with running(num_engines=0) as system:
         assert (await system.client.get("/health")).status_code == 503
+
+
+async def test_the_class_comes_from_header_body_or_settings():
+    async with running(num_engines=0, router={"default_class": "batch"}) as system:
+        tasks = [
+            asyncio.create_task(system.client.post(CHAT, json=body, headers=headers))
+            for body, headers in (
+                (system.chat(), {}),
+                (system.chat(), {"x-headway-class": "interactive"}),
+                (system.chat(priority_class="standard"), {"x-headway-class": "interactive"}),
+            )
+        ]
+        await system.until(lambda: len(system.gateway.driver.exchanges) == 3)
+        exchanges = system.gateway.driver.exchanges.values()
+        classes = {exchange.request.priority_class.value for exchange in exchanges}
+        assert classes == {"batch", "interactive", "standard"}
+        await system.add_engine()
+        assert {reply.status_code for reply in await asyncio.gather(*tasks)} == {200}
+        for body, headers in (
+            (system.chat(), {"x-headway-class": "royal"}),
+            (system.chat(priority_class="royal"), {}),
+        ):
+            reply = await system.client.post(CHAT, json=body, headers=headers)
+            assert reply.status_code == 400

@@ -5,7 +5,7 @@ import pytest
 
 from router.types import Usage
 from serving.errors import ApiError
-from serving.intake import Intake
+from serving.intake import Intake, prefix_hashes
 from tests.fakes import INFO
 
 ENGINES = {"r0": INFO}
@@ -97,3 +97,41 @@ def test_an_embedding_model_takes_embeddings_and_no_chat():
 def test_before_any_engine_is_up_nothing_is_judged():
     """The request is held; whether its model exists will be known when engines are."""
     assert parse(CHAT, chat(model="later"), {})[0].model == "later"
+
+
+class TestPrefixHashes:
+    """Blocks of 256 bytes."""
+
+    def test_equal_as_far_as_the_prompts_are(self):
+        shared = b"x" * 512
+        one = prefix_hashes("m", shared + b"a" * 300)
+        other = prefix_hashes("m", shared + b"b" * 300)
+        assert len(one) == len(other) == 3
+        assert one[:2] == other[:2]
+        assert one[2] != other[2]
+
+    def test_a_block_is_known_by_all_before_it(self):
+        repeated = prefix_hashes("m", b"x" * 2560)
+        assert len(set(repeated)) == 10
+        assert repeated[1] != prefix_hashes("m", b"y" * 256 + b"x" * 256)[1]
+        assert repeated[0] != prefix_hashes("n", b"x" * 256)[0]  # another model's cache
+
+    @pytest.mark.parametrize(
+        ("num_bytes", "num_blocks"), [(0, 0), (255, 0), (256, 1), (10**6, 256)]
+    )
+    def test_whole_blocks_and_not_too_many(self, num_bytes, num_blocks):
+        assert len(prefix_hashes("m", b"x" * num_bytes)) == num_blocks
+
+    def test_only_where_wanted(self):
+        body = msgspec.json.encode(chat(messages=[{"role": "user", "content": "word " * 400}]))
+        intake, asked = Intake(), (CHAT, body, "id", ENGINES, 100.0, 30.0)
+        assert intake.parse(*asked)[0].prefix_hashes == ()
+        assert len(intake.parse(*asked, wants_prefix=True)[0].prefix_hashes) == 7
+
+    def test_the_next_turn_of_a_conversation_matches_the_last(self):
+        turn = [{"role": "user", "content": "word " * 400}]
+        more = [*turn, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "go"}]
+        first, second = (
+            prefix_hashes("m", msgspec.json.encode(messages)) for messages in (turn, more)
+        )
+        assert second[: len(first)] == first

@@ -71,7 +71,7 @@ async def connected():
 
 def submit(stream: int, num_chunks: int) -> Submit:
     body = b'{"max_tokens": %d}' % num_chunks
-    return Submit(stream, f"id{stream}", 5, "POST", "/v1/completions", [], body)
+    return Submit(stream, f"id{stream}", 5, 0, "POST", "/v1/completions", [], body)
 
 
 async def test_a_response_arrives_whole_and_ends_once():

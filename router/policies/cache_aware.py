@@ -1,0 +1,51 @@
+"""Longest cached prefix while loads are even."""
+
+import random
+from collections.abc import Sequence
+from typing import ClassVar
+
+from router.policies.base import Policy
+from router.policies.prefix_index import PrefixIndex
+from router.replica import Replica
+from router.types import Request
+
+# Defaults of the command lines of sglang-router (now SMG) and of vllm-router:
+# `--cache-threshold`, `--balance-abs-threshold`, `--balance-rel-threshold`.
+_MATCH_THRESHOLD = 0.3
+_BALANCE_ABS_THRESHOLD = 64
+_BALANCE_REL_THRESHOLD = 1.5
+
+
+class CacheAware(Policy):
+    """The replica that was sent the longest prefix of the prompt, unless loads are uneven.
+
+    `cache_aware` of sglang-router, SMG and vllm-router: the fewest open requests
+    where these differ by more than an absolute and a relative threshold, or where
+    no more than 0.3 of the prompt is known anywhere (older versions: the smallest
+    tree). Theirs is a radix tree of characters, ours goes by whole blocks; among
+    equals theirs takes any, ours the least loaded.
+    """
+
+    wants_prefix: ClassVar[bool] = True
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(rng)
+        self._index = PrefixIndex()
+
+    def choose(self, request: Request, replicas: Sequence[Replica], now_s: float) -> Replica:
+        """Return a replica of the longest match, or one with the fewest open requests."""
+        candidates = replicas
+        if not _is_uneven([replica.ledger.num_open for replica in replicas]):
+            shares = [self._index.match_share(request, replica) for replica in replicas]
+            longest = max(shares)
+            if longest > _MATCH_THRESHOLD:
+                pairs = zip(replicas, shares, strict=True)
+                candidates = [replica for replica, share in pairs if share == longest]
+        chosen = self.draw_lowest(candidates, lambda replica: (replica.ledger.num_open,))
+        self._index.add(request, chosen)
+        return chosen
+
+
+def _is_uneven(loads: list[int]) -> bool:
+    lowest, highest = min(loads), max(loads)
+    return highest - lowest > _BALANCE_ABS_THRESHOLD and highest > _BALANCE_REL_THRESHOLD * lowest

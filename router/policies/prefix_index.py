@@ -1,0 +1,56 @@
+"""Which replica was sent which prompt prefixes: a guess at what its cache holds."""
+
+from bisect import bisect_left
+from collections import OrderedDict
+from weakref import WeakKeyDictionary
+
+from router.replica import Replica
+from router.types import Request
+
+# Tokens of one block of `Request.prefix_hashes`, about. vLLM's own blocks, of 16,
+# would find a few more tokens for four times the work and memory.
+BLOCK_TOKENS = 64
+
+
+class PrefixIndex:
+    """Block hashes by replica, each replica's least recently sent forgotten first.
+
+    As many per replica as its KV cache could hold (llm-d's auto-tuned LRU per
+    server), some 200 bytes each. A guess still: engines also fill their caches
+    with answers, evict in an order of their own, and restart.
+
+    A block is always more recent than those that follow it in a prompt, so it is
+    forgotten after them: what is known of a prompt is a prefix of it.
+    """
+
+    __slots__ = ("_blocks",)
+
+    def __init__(self) -> None:
+        # Weak: what is known of a replica goes when the replica does.
+        self._blocks: WeakKeyDictionary[Replica, OrderedDict[int, None]] = WeakKeyDictionary()
+
+    def num_blocks(self, replica: Replica) -> int:
+        """Blocks that the replica is thought to hold."""
+        return len(self._blocks.get(replica, ()))
+
+    def match_share(self, request: Request, replica: Replica) -> float:
+        """Share of the prompt's blocks that the replica is thought to hold, 0–1.
+
+        0 for a prompt of less than a block.
+        """
+        hashes, blocks = request.prefix_hashes, self._blocks.get(replica)
+        if not hashes or not blocks:
+            return 0.0
+        # Known blocks come first, so their number is found by bisection.
+        return bisect_left(hashes, True, key=lambda block: block not in blocks) / len(hashes)
+
+    def add(self, request: Request, replica: Replica) -> None:
+        """Note that the request is sent to the replica."""
+        if not request.prefix_hashes:
+            return
+        blocks = self._blocks.setdefault(replica, OrderedDict())
+        for block in reversed(request.prefix_hashes):
+            blocks[block] = None
+            blocks.move_to_end(block)
+        for _ in range(len(blocks) - max(1, replica.info.num_kv_tokens // BLOCK_TOKENS)):
+            blocks.popitem(last=False)
