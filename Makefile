@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check lock bench-overhead clean
+.PHONY: help install serve test check lock bench-overhead bench-real clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ lock: install  ## pin the newest that fit pyproject.toml anew: ARGS=--upgrade
 
 bench-overhead: install  ## what our own path costs per token and request, engines left out
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
+
+bench-real: install  ## policies compared on two real engines on CPU cores (half an hour and more)
+	$(BIN)/python -m benchmarks.real $(ARGS)
 
 clean:  ## remove .venv and caches, not the model
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

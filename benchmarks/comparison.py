@@ -1,0 +1,221 @@
+"""The runs of a comparison of policies, one after the other on one deployment.
+
+Within a repeat every policy gets the same requests at the same times, in
+other words (so that no prefix cache knows them). From idle to idle: no run
+pays for what the one before left behind.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from benchmarks.client import Client, Record
+from benchmarks.latency import Latencies, Sample
+from benchmarks.load import ClosedLoop, open_loop
+from benchmarks.mix import Mix
+from benchmarks.real_engines import HoldWatch, RealEngines
+from benchmarks.report import Figure, Report, Spread, brief, percentile
+from benchmarks.subjects import BenchmarkError
+
+OURS = "headway"
+# Capacity hardly depends on the policy while every engine has work; this one
+# is what an operator would have without us.
+SATURATING_POLICY = "least_requests"
+NUM_WORKERS = 16
+_NUM_CONNECTIONS = 64
+_TIMEOUT_S = 120.0
+
+console = Console()
+
+
+def say(text: str) -> None:
+    """Show progress, with the time of day."""
+    console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {text}", highlight=False, soft_wrap=True)
+
+
+def num_served(records: Sequence[Record], start_s: float, end_s: float) -> float:
+    """Return how many requests were served between two times, those on its edges in part.
+
+    Ends alone come in bursts, and a burst more or less in the window is noise
+    of ten percent.
+    """
+    return sum(
+        max(0.0, min(end_s, record.last_s) - max(start_s, record.sent_s))
+        / (record.last_s - record.sent_s)
+        for record in records
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run."""
+
+    policies: tuple[str, ...]
+    duration_s: float
+    num_repeats: int
+    load: float  # share of the measured capacity
+    rate: float | None  # requests per second; measured if unset
+    calibration_s: float
+    shared_prefix: bool
+    seed: int
+
+
+class Comparison:
+    """The runs of one plan on one deployment, and what they showed."""
+
+    def __init__(self, plan: Plan, subject: RealEngines, model: str) -> None:
+        self.plan = plan
+        self.samples: list[Sample] = []
+        self.holds: dict[str, bool] = {}
+        self.figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self.mix = Mix(num_groups=6) if plan.shared_prefix else Mix()
+        self._subject = subject
+        self._model = model
+
+    async def capacity(self) -> float:
+        """Return the requests per second that the engines carry of this mix, kept full."""
+        await self._subject.switch(SATURATING_POLICY)
+        salt = f"{self.plan.seed} capacity"
+        calls = (self.mix.call(ask, self._model, salt) for ask in self.mix.asks(salt))
+        async with Client(self._subject.urls) as client:
+            await client.connect(NUM_WORKERS)
+            loop = ClosedLoop(client, calls, NUM_WORKERS)
+            await loop.start(ramp_s=2.0)
+            # The users start with all their prompts at once: until as many requests have
+            # ended, the engines prefill and little else.
+            deadline_s = time.perf_counter() + _TIMEOUT_S
+            while client.num_ended < NUM_WORKERS and time.perf_counter() < deadline_s:
+                await asyncio.sleep(0.1)
+            start_s = time.perf_counter()
+            await asyncio.sleep(self.plan.calibration_s)
+            end_s = time.perf_counter()
+            records = await loop.stop(_TIMEOUT_S)
+        failed = Counter(record.error for record in records if not record.completed)
+        if failed:
+            raise BenchmarkError(f"requests failed while the capacity was measured: {failed}")
+        await self._subject.wait_until_idle()
+        return num_served(records, start_s, end_s) / (end_s - start_s)
+
+    async def run(self, repeat: int, policy: str, rate: float) -> None:
+        """One policy's turn, from idle to idle."""
+        subject, plan = self._subject, self.plan
+        await subject.switch(policy)
+        asks = self.mix.arrivals(rate, plan.duration_s, f"{plan.seed} {repeat}")
+        salt = f"{plan.seed} {repeat} {policy}"
+        arrivals = [(ask.offset_s, self.mix.call(ask, self._model, salt)) for ask in asks]
+        num_prompt_before, num_cached_before = await subject.prompt_tokens()
+        watch = HoldWatch(subject)
+        async with Client(subject.urls) as client:
+            await client.connect(_NUM_CONNECTIONS)
+            looking = asyncio.create_task(watch.look())
+            start_s = time.perf_counter()
+            try:
+                records = await open_loop(client, arrivals, _TIMEOUT_S)
+                span_s = time.perf_counter() - start_s
+            finally:
+                looking.cancel()
+                with contextlib.suppress(asyncio.CancelledError, BenchmarkError):
+                    await looking
+        await subject.wait_until_idle()
+        samples = [
+            Sample.of(repeat, policy, ask, record)
+            for ask, record in zip(asks, records, strict=True)
+        ]
+        self.samples += samples
+        num_prompt, num_cached = await subject.prompt_tokens()
+        state = await subject.state()
+        self.holds[policy] = bool(state["holds"])
+        accuracy: dict[str, float | None] = state["ttft_accuracy"]
+        figures = {
+            "prompt_tokens": num_prompt - num_prompt_before,
+            "prefix_hit_tokens": num_cached - num_cached_before,
+            "mean_hold_s": watch.mean_hold_s(span_s, len(asks)),
+            "most_held": max(watch.num_held, default=0),
+            "sent_late_p99_ms": percentile([each.late_s for each in records], 99) * 1e3,
+            "prediction_error_p50": accuracy["error_p50"],
+            "prediction_error_p90": accuracy["error_p90"],
+            "predictions_compared": accuracy["num_compared"],
+        }
+        for name, value in figures.items():
+            if value is not None:
+                self.figures[policy][name].append(value)
+        self._say(policy, samples)
+
+    def _say(self, policy: str, samples: list[Sample]) -> None:
+        found = Latencies(samples)
+        values = [
+            f"{kind} p{percent} {'-' if value is None else brief(value)} s"
+            for kind, percent in (("short", 50), ("short", 99), ("long", 99))
+            for value in [found.ttft_s(policy, kind, percent)]
+        ]
+        num_failed = sum(not sample.completed for sample in samples)
+        say(f"{policy:20} {', '.join(values)}; {len(samples)} requests, {num_failed} failed")
+
+    def fill(self, report: Report) -> None:
+        """Make the tables and hold the targets."""
+        latencies = Latencies(self.samples)
+        latencies.fill(report)
+        for policy, figures in self.figures.items():
+            spread: dict[str, Figure] = {
+                name: Spread.of(values) for name, values in figures.items()
+            }
+            report.row(
+                "Tokens of a run",
+                policy=policy,
+                prompt_tokens=spread["prompt_tokens"],
+                prefix_hit_tokens=spread["prefix_hit_tokens"],
+            )
+            report.row(
+                "Hold queue of a run, and lateness of the load generator",
+                policy=policy,
+                holds="yes" if self.holds[policy] else "no",
+                mean_hold_s=spread["mean_hold_s"],
+                most_held=spread["most_held"],
+                sent_late_p99_ms=spread["sent_late_p99_ms"],
+            )
+            report.row(
+                "Predicted time to first token against measured, after a run",
+                policy=policy,
+                error_p50=spread.get("prediction_error_p50"),
+                error_p90=spread.get("prediction_error_p90"),
+                requests_compared=spread["predictions_compared"],
+            )
+        if OURS in self.figures:
+            # Ablations of ours that do not hold are no rivals.
+            rivals = [name for name, holds in self.holds.items() if not holds and ":" not in name]
+            if not self.plan.shared_prefix:
+                latencies.set_targets(report, OURS, rivals)
+            elif "cache_aware" in self.figures:
+                self._set_prefix_targets(report, latencies)
+            errors = self.figures[OURS]["prediction_error_p50"]
+            report.target(
+                "median absolute error of predicted TTFT",
+                Spread.of(errors) if errors else None,
+                "<= 0.2",
+            )
+        failures = Counter((each.policy, each.error) for each in self.samples if each.error)
+        for (policy, reason), count in failures.most_common(10):
+            report.note(f"{policy}: {count} requests failed: {reason}")
+        report.note(
+            "Prediction errors are the gateway's own, over its last 'requests compared', from "
+            "placing to first token: where these are more than a run's, earlier runs of any "
+            "policy are among them."
+        )
+        report.note("Mean hold: Little's law on the queue's length, looked at twice a second.")
+
+    def _set_prefix_targets(self, report: Report, latencies: Latencies) -> None:
+        hits, theirs = (
+            sum(self.figures[policy]["prefix_hit_tokens"]) for policy in (OURS, "cache_aware")
+        )
+        p99_s, their_p99_s = (
+            latencies.ttft_s(policy, "all", 99) for policy in (OURS, "cache_aware")
+        )
+        ratio = hits / theirs if theirs else None
+        report.target("prefix-hit tokens of headway over those of cache_aware", ratio, ">= 1")
+        ratio = p99_s / their_p99_s if p99_s and their_p99_s else None
+        report.target("TTFT p99 of headway over that of cache_aware", ratio, "<= 1")

@@ -1,0 +1,127 @@
+"""Policies compared on two real vLLM engines: `python -m benchmarks.real`.
+
+One deployment serves all runs; only the policy changes between them, in an
+order that is shuffled anew per repeat. The engines themselves (step budget,
+priority inside) are the same for every policy, so this compares placement
+and holding alone. Load generator, gateway and engines share the machine's
+cores.
+"""
+
+import argparse
+import asyncio
+import random
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, get_args
+
+import uvloop
+
+from benchmarks.comparison import NUM_WORKERS, SATURATING_POLICY, Comparison, Plan, console, say
+from benchmarks.latency import Sample, write_csv
+from benchmarks.plots import plot_ttft
+from benchmarks.real_engines import RealEngines
+from benchmarks.report import RESULTS, Report
+from benchmarks.subjects import BenchmarkError
+from router.settings import PolicyName
+
+NUM_ENGINES = 2
+
+
+async def run(plan: Plan) -> tuple[Report, list[Sample]]:
+    """Carry out the plan; return the report and every request's sample."""
+    subject = RealEngines(NUM_ENGINES)
+    say("starting the engines")
+    started_s = time.perf_counter()
+    async with subject:
+        model = await subject.model()
+        say(f"{NUM_ENGINES} engines with {model}: ready in {time.perf_counter() - started_s:.0f} s")
+        comparison = Comparison(plan, subject, model)
+        capacity = await comparison.capacity()  # also warms what is to be measured
+        rate = plan.load * capacity if plan.rate is None else plan.rate
+        say(f"capacity {capacity:.2f} requests/s; sending {rate:.2f}/s")
+        for repeat in range(plan.num_repeats):
+            order = list(plan.policies)
+            random.Random(f"order {plan.seed} {repeat}").shuffle(order)
+            for number, policy in enumerate(order, start=1):
+                say(f"repeat {repeat + 1} of {plan.num_repeats}, run {number} of {len(order)}")
+                await comparison.run(repeat, policy, rate)
+    name = "real-shared-prefix" if plan.shared_prefix else "real"
+    config: dict[str, Any] = {
+        **asdict(plan),
+        "mix": asdict(comparison.mix),
+        "model": model,
+        "num_engines": NUM_ENGINES,
+        "capacity_requests_per_s": capacity,
+        "capacity_policy": SATURATING_POLICY,
+        "capacity_num_workers": NUM_WORKERS,
+        "sent_requests_per_s": rate,
+    }
+    report = Report(name, "measured", plan.seed, config)
+    comparison.fill(report)
+    return report, comparison.samples
+
+
+async def _run_until_told(plan: Plan) -> tuple[Report, list[Sample]]:
+    """`run`, ended in good order by a signal: the deployment is taken down on the way out."""
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    return await run(plan)
+
+
+def _parse(arguments: Sequence[str] | None) -> Plan:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        default=list(get_args(PolicyName)),
+        metavar="POLICY",
+        help="default: all; headway:hold,order is headway without these two",
+    )
+    parser.add_argument("--duration", type=float, default=60.0, help="of arrivals per run, s")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--load", type=float, default=0.75, help="share of the capacity")
+    parser.add_argument("--rate", type=float, help="requests/s, whatever the capacity")
+    parser.add_argument("--calibration", type=float, default=40.0, help="capacity's window, s")
+    parser.add_argument("--shared-prefix", action="store_true", help="6 shared system prompts")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    policies = tuple(dict.fromkeys(options.policies))
+    unknown = [name for name in policies if name.partition(":")[0] not in get_args(PolicyName)]
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; one of {', '.join(get_args(PolicyName))}")
+    return Plan(
+        policies,
+        options.duration,
+        options.repeats,
+        options.load,
+        options.rate,
+        options.calibration,
+        options.shared_prefix,
+        options.seed,
+    )
+
+
+def main() -> int:
+    plan = _parse(None)
+    try:
+        report, samples = uvloop.run(_run_until_told(plan))
+    except asyncio.CancelledError:
+        console.print("Stopped before the end: nothing is written.")
+        return 130
+    except BenchmarkError as error:
+        print(f"{error}\nStopped before the end: nothing is written.", file=sys.stderr)
+        return 1
+    report.finish()
+    lines = RESULTS / f"{report.name}.csv"
+    write_csv(samples, lines)
+    console.print(f"Every request: {lines.name}; figure: {plot_ttft(lines).name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
