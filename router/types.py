@@ -32,10 +32,8 @@ class RejectReason(enum.Enum):
     """Why the router refuses a request; the gateway maps it to a status code."""
 
     QUEUE_FULL = "queue_full"
-    TOO_LARGE = "too_large"  # can never fit into the KV cache of any engine
     EXPIRED = "expired"
     UNKNOWN_MODEL = "unknown_model"
-    NO_ENGINE = "no_engine"
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

@@ -57,9 +57,7 @@ def from_rejection(reason: RejectReason, retry_after_s: float | None) -> ApiErro
     status, message = {
         RejectReason.QUEUE_FULL: (429, "All engines are busy and the queue is full."),
         RejectReason.EXPIRED: (503, "No engine became free within router.max_hold_s."),
-        RejectReason.NO_ENGINE: (503, "No engine is running."),
         RejectReason.UNKNOWN_MODEL: (404, "No engine serves this model."),
-        RejectReason.TOO_LARGE: (400, "The request does not fit into any engine's KV cache."),
     }[reason]
     kind = {404: "NotFoundError", 429: "RateLimitError", 503: "ServiceUnavailableError"}.get(
         status, "BadRequestError"
