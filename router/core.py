@@ -179,6 +179,7 @@ class Router:
         policy = self._make_policy(name)
         self._use(policy, ablate)
         self._policy_name = name
+        self._accuracy = Accuracy()  # what is compared from here on is this policy's
         return self._place_held(now_s)
 
     def engine_priority_s(self, request: Request) -> float | None:

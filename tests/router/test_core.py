@@ -363,3 +363,12 @@ class TestState:
         accuracy = router.state(1.0)["ttft_accuracy"]
         assert accuracy["num_compared"] == 1
         assert accuracy["predicted_over_actual_p50"] == pytest.approx(1.0)
+
+
+def test_prediction_accuracy_is_that_of_the_present_policy():
+    router = make_router()
+    router.on_arrival(req("a"), 0.0)
+    router.on_first_token("a", 1.0)
+    assert router.state(1.0)["ttft_accuracy"]["num_compared"] == 1
+    router.set_policy("round_robin", 1.0)
+    assert router.state(1.0)["ttft_accuracy"]["num_compared"] == 0
