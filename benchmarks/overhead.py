@@ -10,19 +10,18 @@ import argparse
 import asyncio
 import gc
 import resource
-import signal
 import sys
 import time
 from collections.abc import Sequence
 
-import uvloop
 from rich.console import Console
 
 from benchmarks import phases
 from benchmarks.overhead_figures import ROLES, Figures
 from benchmarks.phases import Durations, Prober, Window, paired_ttft
 from benchmarks.report import Report, brief, percentile
-from benchmarks.subjects import BenchmarkError, Floor, Headway
+from benchmarks.runner import run_to_the_end
+from benchmarks.subjects import Floor, Headway
 
 FRONTS = ("own", "haproxy")
 DEFAULT_FRONT = "own"
@@ -123,15 +122,6 @@ def _say(prober: Prober, text: str) -> None:
     console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {prober.subject.name:7} {text}")
 
 
-async def _run_until_told(fronts: Sequence[str], durations: Durations, seed: int) -> Report:
-    """`run`, ended in good order by a signal: every subject is taken down on the way out."""
-    task = asyncio.current_task()
-    assert task is not None
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    return await run(fronts, durations, seed)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one short repeat: a smoke test")
@@ -143,14 +133,7 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     gc.disable()  # its pauses would be found in the times; collected between repeats
     durations = _QUICK if options.quick else Durations()
-    try:
-        report = uvloop.run(_run_until_told(options.front, durations, options.seed))
-    except asyncio.CancelledError:
-        console.print("Stopped before the end: nothing is written.")
-        return 130
-    except BenchmarkError as error:
-        print(f"{error}\nStopped before the end: nothing is written.", file=sys.stderr)
-        return 1
+    report = run_to_the_end(lambda: run(options.front, durations, options.seed))
     report.finish()
     return 0
 

@@ -8,23 +8,19 @@ cores.
 """
 
 import argparse
-import asyncio
 import random
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
-import uvloop
-
 from benchmarks.comparison import NUM_WORKERS, SATURATING_POLICY, Comparison, Plan, console, say
 from benchmarks.latency import Sample, write_csv
 from benchmarks.plots import plot_ttft
 from benchmarks.real_engines import RealEngines
 from benchmarks.report import RESULTS, Report
-from benchmarks.subjects import BenchmarkError
+from benchmarks.runner import run_to_the_end
 from router.settings import PolicyName
 
 NUM_ENGINES = 2
@@ -64,15 +60,6 @@ async def run(plan: Plan) -> tuple[Report, list[Sample]]:
     return report, comparison.samples
 
 
-async def _run_until_told(plan: Plan) -> tuple[Report, list[Sample]]:
-    """`run`, ended in good order by a signal: the deployment is taken down on the way out."""
-    task = asyncio.current_task()
-    assert task is not None
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    return await run(plan)
-
-
 def _parse(arguments: Sequence[str] | None) -> Plan:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
@@ -108,14 +95,7 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
 
 def main() -> int:
     plan = _parse(None)
-    try:
-        report, samples = uvloop.run(_run_until_told(plan))
-    except asyncio.CancelledError:
-        console.print("Stopped before the end: nothing is written.")
-        return 130
-    except BenchmarkError as error:
-        print(f"{error}\nStopped before the end: nothing is written.", file=sys.stderr)
-        return 1
+    report, samples = run_to_the_end(lambda: run(plan))
     report.finish()
     lines = RESULTS / f"{report.name}.csv"
     write_csv(samples, lines)
