@@ -1,0 +1,323 @@
+"""Whether to call one engine, or one provider with one key, at all.
+
+    state      moved by                                              to
+    CLOSED     failures or timeouts in a row, share of failed or     OPEN
+               slow calls among the last ones, `trip`
+    OPEN       `tick`, once the cooldown is over                     HALF_OPEN
+    OPEN       `trip`: what was wrong still is; the cooldown begins  OPEN
+               again, no longer than before
+    HALF_OPEN  the probe fails, times out or is slow; `trip`         OPEN, longer
+    HALF_OPEN  the probe ends without a verdict                      HALF_OPEN
+    HALF_OPEN  the probe succeeds                                    CLOSED, slow start
+
+Closed, calls flow; open, none begins; half-open, exactly one, the probe, whose
+verdict decides. After a probe the share of calls grows from a tenth to all of
+them (slow start), and only when it has, the next cooldown is the first again.
+
+What never happens: a second probe before the first has its verdict; a state
+moved by the verdict of a call that began before the breaker last opened.
+Client errors are no verdict: whoever makes the calls ends them by `release`.
+
+The states are Nygard's (*Release It!*, 2007), the windows those of
+resilience4j, the random stretch of cooldowns AWS's (Brooker 2015): many
+gateways must not probe one engine at the same moment.
+"""
+
+import enum
+import random
+from collections import Counter, deque
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field
+
+# Of full traffic, what slow start begins with: enough to warm up, too little to hurt.
+_FIRST_SHARE = 0.1
+
+
+class BreakerSettings(BaseModel):
+    """When a breaker opens, for how long, and how it closes again."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_consecutive_failures: int = Field(5, ge=1, description="this many in a row open it")
+    max_consecutive_timeouts: int = Field(
+        2, ge=1, description="the same for timeouts, each of which has cost a client much more"
+    )
+    window_s: float = Field(30.0, gt=0, description="calls older than this are forgotten, seconds")
+    window_calls: int = Field(100, ge=1, description="as are all but the last so many")
+    min_calls: int = Field(10, ge=1, description="shares of fewer calls say nothing")
+    max_failure_share: float = Field(0.5, gt=0, le=1, description="failed share that opens it")
+    max_slow_share: float = Field(0.8, gt=0, le=1, description="slow share that opens it")
+    slow_factor: float = Field(
+        5.0, gt=1, description="a call is slow if it takes so many times what was predicted"
+    )
+    slow_floor_s: float = Field(
+        2.0, ge=0, description="but never if it takes less than this, seconds"
+    )
+    cooldown_s: float = Field(1.0, gt=0, description="open for so long at first, seconds")
+    max_cooldown_s: float = Field(
+        60.0, gt=0, description="bound of the cooldown, which doubles with each failed probe"
+    )
+    cooldown_jitter: float = Field(
+        0.25, ge=0, description="cooldowns are drawn up to this share longer"
+    )
+    slow_start_s: float = Field(
+        10.0, ge=0, description="from the first call after a probe to full traffic, seconds"
+    )
+
+    def is_slow(self, actual_s: float, predicted_s: float) -> bool:
+        """Whether a first token, or the gap between two, came far later than predicted."""
+        return actual_s > max(self.slow_floor_s, self.slow_factor * predicted_s)
+
+
+class BreakerState(enum.Enum):
+    """See the table above."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
+class Failure(enum.Enum):
+    """How a call failed through no fault of the client's."""
+
+    ERROR = "error"
+    TIMEOUT = "timeout"
+
+
+class TripReason(enum.Enum):
+    """Why a breaker opened."""
+
+    CONSECUTIVE_FAILURES = "consecutive_failures"
+    CONSECUTIVE_TIMEOUTS = "consecutive_timeouts"
+    FAILURE_SHARE = "failure_share"
+    SLOW_SHARE = "slow_share"
+    PROBE_FAILED = "probe_failed"
+    PROBE_SLOW = "probe_slow"
+    LOST = "lost"  # the connection, or the process behind it
+    STALE = "stale"  # no sign of life
+    HUNG = "hung"  # alive, but its work does not get on
+
+
+class BreakerEvent(msgspec.Struct, frozen=True):
+    """One line of the log that breakers share."""
+
+    at_s: float
+    breaker: str
+    event: str  # the state it is in from now on, or "probe"
+    reason: str = ""
+
+
+BreakerLog = deque[BreakerEvent]  # bounded by whoever makes it
+
+
+class _Verdict(enum.Enum):
+    GOOD = 0
+    FAILED = 1
+    SLOW = 2
+
+
+class Breaker:
+    """One breaker; time and randomness are passed in.
+
+    `begin` each call and end it once, by `succeed`, `fail` or `release`. Call
+    `tick` now and then: states that time moves are moved by it alone.
+    """
+
+    __slots__ = (
+        "_calls",
+        "_closed_s",
+        "_counts",
+        "_failures",
+        "_first_valid",
+        "_last_permit",
+        "_log",
+        "_name",
+        "_num_opened",
+        "_open_calls",
+        "_probe",
+        "_probe_s",
+        "_reason",
+        "_rng",
+        "_settings",
+        "_timeouts",
+        "share",
+        "status",
+    )
+
+    def __init__(
+        self,
+        settings: BreakerSettings,
+        rng: random.Random,
+        now_s: float,
+        *,
+        name: str = "",
+        log: BreakerLog | None = None,
+        slow_start: bool = False,
+    ) -> None:
+        self.status = BreakerState.CLOSED
+        self.share = 1.0  # of the traffic it could get, what it should get while closed
+        self._settings = settings
+        self._rng = rng
+        self._name = name
+        self._log = log if log is not None else BreakerLog(maxlen=0)
+        self._reason: TripReason | None = None
+        self._probe: int | None = None  # its permit
+        self._probe_s = 0.0  # while open: when the cooldown is over
+        self._closed_s = now_s
+        self._num_opened = 0  # since it was last closed with full traffic
+        self._last_permit = 0
+        self._first_valid = 1
+        self._open_calls: dict[int, bool] = {}  # by permit: whether it was slow
+        self._calls: deque[tuple[float, _Verdict]] = deque()
+        self._counts: Counter[_Verdict] = Counter()
+        self._failures = self._timeouts = 0  # in a row
+        if slow_start and settings.slow_start_s > 0.0:
+            self.share = _FIRST_SHARE
+
+    @property
+    def num_open_calls(self) -> int:
+        """Calls begun and not ended."""
+        return len(self._open_calls)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether time alone will change nothing: closed, with full traffic."""
+        return self.status is BreakerState.CLOSED and self.share == 1.0
+
+    def admits(self, max_calls: float = float("inf")) -> bool:
+        """Whether a call may begin; `max_calls` is what the other side takes at once.
+
+        In slow start so much of that as is its share, but always one call.
+        """
+        if self.status is BreakerState.CLOSED:
+            return self.share == 1.0 or len(self._open_calls) < max(1.0, self.share * max_calls)
+        return self.status is BreakerState.HALF_OPEN and self._probe is None
+
+    def begin(self, now_s: float) -> int:
+        """The permit of a new call. Raises `ValueError` unless `admits()`."""
+        if not self.admits():
+            raise ValueError(f"breaker {self._name} is {self.status.value}")
+        self._last_permit += 1
+        self._open_calls[self._last_permit] = False
+        if self.status is BreakerState.HALF_OPEN:
+            self._probe = self._last_permit
+            self._write(now_s, "probe")
+        return self._last_permit
+
+    def succeed(self, permit: int, now_s: float) -> None:
+        """The call ended well; a permit that was ended, or never given, changes nothing."""
+        was_slow = self._open_calls.pop(permit, None)
+        if was_slow is None or permit < self._first_valid:
+            return
+        self._failures = self._timeouts = 0
+        if permit == self._probe:
+            self._close(now_s)
+        elif self.status is BreakerState.CLOSED and not was_slow:
+            self._count(_Verdict.GOOD, now_s)
+
+    def slow(self, permit: int, now_s: float) -> None:
+        """The call goes on but is slow; of one call this counts once."""
+        if permit < self._first_valid or self._open_calls.get(permit, True):
+            return
+        self._open_calls[permit] = True
+        if permit == self._probe:
+            self._open(TripReason.PROBE_SLOW, now_s)
+        elif self.status is BreakerState.CLOSED:
+            self._count(_Verdict.SLOW, now_s)
+
+    def fail(self, permit: int, failure: Failure, now_s: float) -> None:
+        """The call failed, through no fault of the client's; else as `succeed`."""
+        if self._open_calls.pop(permit, None) is None or permit < self._first_valid:
+            return
+        if permit == self._probe:
+            self._open(TripReason.PROBE_FAILED, now_s)
+        elif self.status is BreakerState.CLOSED:
+            self._failures += 1
+            self._timeouts = self._timeouts + 1 if failure is Failure.TIMEOUT else 0
+            self._count(_Verdict.FAILED, now_s)
+
+    def release(self, permit: int) -> None:
+        """The call ended without a verdict: the client left, or was at fault."""
+        self._open_calls.pop(permit, None)
+        if permit == self._probe:
+            self._probe = None
+
+    def trip(self, reason: TripReason, now_s: float) -> None:
+        """Open for what no single call told: connection lost, silence, a hang."""
+        if self.status is BreakerState.OPEN:
+            self._reason = reason
+            self._probe_s = max(self._probe_s, now_s + self._settings.cooldown_s)
+        else:
+            self._open(reason, now_s)
+
+    def tick(self, now_s: float) -> None:
+        """Move what time moves."""
+        if self.status is BreakerState.OPEN and now_s >= self._probe_s:
+            self.status = BreakerState.HALF_OPEN
+            self._write(now_s, self.status.value)
+        elif self.status is BreakerState.CLOSED and self.share < 1.0:
+            grown = (now_s - self._closed_s) / self._settings.slow_start_s
+            self.share = min(1.0, max(self.share, _FIRST_SHARE + (1.0 - _FIRST_SHARE) * grown))
+            if self.share == 1.0:
+                self._num_opened = 0
+
+    def state(self, now_s: float) -> dict[str, object]:
+        """State, reason and seconds until the next probe, for people to read; JSON-able."""
+        is_open = self.status is BreakerState.OPEN
+        return {
+            "state": self.status.value,
+            "reason": self._reason.value if self._reason is not None else None,
+            "next_probe_in_s": max(0.0, self._probe_s - now_s) if is_open else None,
+            "share": self.share if self.status is BreakerState.CLOSED else 0.0,
+            "num_opened": self._num_opened,
+            "num_open_calls": len(self._open_calls),
+        }
+
+    def _count(self, verdict: _Verdict, now_s: float) -> None:
+        """Add a call to the window; open if one too many was bad."""
+        settings, calls, counts = self._settings, self._calls, self._counts
+        calls.append((now_s, verdict))
+        counts[verdict] += 1
+        while len(calls) > settings.window_calls or calls[0][0] < now_s - settings.window_s:
+            counts[calls.popleft()[1]] -= 1
+        if self._timeouts >= settings.max_consecutive_timeouts:
+            self._open(TripReason.CONSECUTIVE_TIMEOUTS, now_s)
+        elif self._failures >= settings.max_consecutive_failures:
+            self._open(TripReason.CONSECUTIVE_FAILURES, now_s)
+        elif len(calls) >= settings.min_calls:
+            if counts[_Verdict.FAILED] >= settings.max_failure_share * len(calls):
+                self._open(TripReason.FAILURE_SHARE, now_s)
+            elif counts[_Verdict.SLOW] >= settings.max_slow_share * len(calls):
+                self._open(TripReason.SLOW_SHARE, now_s)
+
+    def _open(self, reason: TripReason, now_s: float) -> None:
+        settings = self._settings
+        # 2**32 first cooldowns are beyond any bound; more would overflow in the end.
+        cooldown_s = settings.cooldown_s * 2.0 ** min(self._num_opened, 32)
+        stretch = 1.0 + settings.cooldown_jitter * self._rng.random()
+        self._probe_s = now_s + min(settings.max_cooldown_s, cooldown_s) * stretch
+        self._num_opened += 1
+        self._first_valid = self._last_permit + 1
+        self._forget_calls()
+        self.status, self._reason = BreakerState.OPEN, reason
+        self._write(now_s, self.status.value, reason.value)
+
+    def _close(self, now_s: float) -> None:
+        self._forget_calls()
+        self.status, self._reason = BreakerState.CLOSED, None
+        self._closed_s = now_s
+        if self._settings.slow_start_s > 0.0:
+            self.share = _FIRST_SHARE
+        else:
+            self.share, self._num_opened = 1.0, 0
+        self._write(now_s, self.status.value)
+
+    def _forget_calls(self) -> None:
+        self._probe = None
+        self._calls.clear()
+        self._counts.clear()
+        self._failures = self._timeouts = 0
+
+    def _write(self, now_s: float, event: str, reason: str = "") -> None:
+        self._log.append(BreakerEvent(now_s, self._name, event, reason))

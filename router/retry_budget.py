@@ -1,0 +1,67 @@
+"""How many requests may be sent a second time.
+
+Retries heal single failures and multiply general ones: where every request
+fails, three attempts each are three times the load. So retries come out of a
+budget that traffic fills: at most `share` of all requests, and a few beside,
+or a quiet gateway could not retry its first failure (Finagle's RetryBudget).
+"""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class RetryBudgetSettings(BaseModel):
+    """How much may be retried."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    share: float = Field(0.2, ge=0, description="retries per request, in the long run")
+    reserve_per_s: float = Field(1.0, ge=0, description="and so many a second beside")
+    max_balance: float = Field(
+        100.0, ge=0, description="retries that can be saved up, and are there at the start"
+    )
+
+
+class RetryBudget:
+    """A bucket that requests and time fill, and retries empty.
+
+    Whatever happens, between two moments `s` seconds apart that saw `n`
+    requests there are at most `max_balance + share * n + reserve_per_s * s`
+    retries.
+    """
+
+    __slots__ = ("_balance", "_now_s", "_settings", "num_refused", "num_withdrawn")
+
+    def __init__(self, settings: RetryBudgetSettings, now_s: float) -> None:
+        self.num_withdrawn = 0
+        self.num_refused = 0
+        self._settings = settings
+        self._balance = settings.max_balance
+        self._now_s = now_s
+
+    def deposit(self) -> None:
+        """A request has arrived."""
+        self._balance = min(self._settings.max_balance, self._balance + self._settings.share)
+
+    def try_withdraw(self, now_s: float) -> bool:
+        """Whether a retry may be made now; if so, it is counted."""
+        settings = self._settings
+        # A clock that was set back fills nothing.
+        elapsed_s = max(0.0, now_s - self._now_s)
+        self._now_s = max(self._now_s, now_s)
+        self._balance = min(
+            settings.max_balance, self._balance + settings.reserve_per_s * elapsed_s
+        )
+        if self._balance < 1.0:
+            self.num_refused += 1
+            return False
+        self._balance -= 1.0
+        self.num_withdrawn += 1
+        return True
+
+    def state(self) -> dict[str, object]:
+        """What is left and what was asked of it; JSON-able."""
+        return {
+            "balance": self._balance,
+            "num_withdrawn": self.num_withdrawn,
+            "num_refused": self.num_refused,
+        }
