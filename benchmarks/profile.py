@@ -1,0 +1,114 @@
+"""What an engine can hold and what its steps cost: the numbers behind an emulated engine."""
+
+from pathlib import Path
+from typing import Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+FOLDER = Path(__file__).parent / "profiles"
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be read or cannot work; the message names the key to change."""
+
+
+class Profile(BaseModel):
+    """One engine: vLLM's limits by vLLM's names, and the terms of a scheduler step's time.
+
+    A step's matrix products take the longer of reading the weights (`floor_s`)
+    and computing its tokens, prefilled and decoded alike (roofline; Williams
+    et al. 2009); attention adds what grows with context:
+
+        step_s = max(floor_s, base_s + s_per_token * (num_prefill_tokens + num_decode_reqs))
+                 + s_per_decode_req * num_decode_reqs
+                 + s_per_context_token * num_decode_context_tokens
+                 + s_per_prefill_pair * sum(chunk * (computed before + chunk / 2))
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    model: str = Field(description="the model that was measured")
+    device: str = Field(description="the hardware, in words")
+    source: str = Field(description="where the numbers come from: measured how, when, on what")
+
+    max_model_len: int = Field(ge=1, description="tokens, prompt and output together")
+    max_num_seqs: int = Field(ge=1, description="sequences in one step")
+    max_num_batched_tokens: int = Field(ge=1, description="token budget of one step")
+    max_prefill_chunk: int | None = Field(
+        None,
+        ge=0,
+        description="of that, what one prompt may take while others wait; 0: all; "
+        "unset: half, as Headway sets its engines",
+    )
+    num_kv_tokens: int = Field(ge=1, description="capacity of the KV cache")
+    block_size: int = Field(16, ge=1, description="tokens per KV block")
+    start_s: float = Field(60.0, ge=0, description="from start to ready")
+
+    base_s: float = Field(ge=0, description="of every step")
+    s_per_token: float = Field(ge=0, description="of each token in it")
+    floor_s: float = Field(0.0, ge=0, description="no step is shorter: the weights are read")
+    s_per_decode_req: float = Field(0.0, ge=0, description="more for each decoding sequence")
+    s_per_context_token: float = Field(0.0, ge=0, description="of KV read by decoding sequences")
+    s_per_prefill_pair: float = Field(
+        0.0, ge=0, description="attention of a prefill: its tokens times those before each"
+    )
+    noise: float = Field(
+        0.0, ge=0, lt=1, description="standard deviation of a step's time, relative to it"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.num_kv_tokens // self.block_size * self.block_size < self.max_model_len:
+            raise ValueError("num_kv_tokens: less than max_model_len, as vLLM too refuses")
+        if self.step_s(1, 0, 0, 0.0) <= 0.0:
+            raise ValueError("base_s, s_per_token, floor_s: a step would take no time")
+        return self
+
+    @property
+    def num_kv_blocks(self) -> int:
+        return self.num_kv_tokens // self.block_size
+
+    @property
+    def prefill_chunk(self) -> int:
+        """What one prompt may take of a step while others wait; 0: all."""
+        if self.max_prefill_chunk is None:
+            return self.max_num_batched_tokens // 2
+        return self.max_prefill_chunk
+
+    def step_s(
+        self,
+        num_prefill_tokens: int,
+        num_decode_reqs: int,
+        num_decode_context_tokens: int,
+        num_prefill_pairs: float,
+    ) -> float:
+        """Expected duration of a step, seconds, noise aside."""
+        return (
+            max(
+                self.floor_s,
+                self.base_s + self.s_per_token * (num_prefill_tokens + num_decode_reqs),
+            )
+            + self.s_per_decode_req * num_decode_reqs
+            + self.s_per_context_token * num_decode_context_tokens
+            + self.s_per_prefill_pair * num_prefill_pairs
+        )
+
+    @classmethod
+    def load(cls, name: str | Path) -> "Profile":
+        """Read a file, or a profile of this package by its name; raise `ProfileError`."""
+        path = Path(name)
+        if not path.suffix:
+            path = FOLDER / f"{name}.yaml"
+        try:
+            return cls.model_validate(yaml.safe_load(path.read_text()))
+        except OSError as error:
+            known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+            raise ProfileError(f"profile {name}: {error.strerror}; there are {known}") from None
+        except (ValidationError, yaml.YAMLError) as error:
+            raise ProfileError(f"profile {path}: {error}") from None
+
+    def save(self, path: Path) -> None:
+        """Write the file that `load` reads."""
+        path.write_text(yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True))
