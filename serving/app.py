@@ -14,6 +14,7 @@ from serving import discovery
 from serving.config import Config, parse
 from serving.gateway import Gateway
 from serving.hardware import detect
+from serving.keys import read_keys
 from serving.listener import Listener
 from serving.loop import LoopThread
 from serving.onboard import onboard_model
@@ -50,7 +51,7 @@ async def _open(config: Config, engines: DeploymentHandle) -> tuple[Gateway, Lis
 async def _close(gateway: Gateway, listener: Listener, timeout_s: float) -> None:
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(listener.stop(), timeout_s)
-    gateway.driver.close()
+    gateway.close()
 
 
 def _make_gateway(config: Config, engines: DeploymentHandle) -> Gateway:
@@ -77,7 +78,7 @@ class ServedGateway:
 
     async def __del__(self) -> None:
         if hasattr(self, "_gateway"):
-            self._gateway.driver.close()
+            self._gateway.close()
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -87,6 +88,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     `ConfigError` for a configuration that cannot work on this machine.
     """
     config = parse(args)
+    if config.auth.keys_file is not None:
+        read_keys(config.auth.keys_file)  # what is wrong with it shows before engines start
     the_plan = plan(config, detect())
     if the_plan.uses_model_on_board:
         the_plan = dataclasses.replace(the_plan, model=str(onboard_model()))

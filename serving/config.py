@@ -4,11 +4,21 @@ The same keys stand under `applications[0].args` of a Ray Serve config file
 and in the options of `headway serve`.
 """
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from router.settings import RouterSettings
+from router.types import RequestClass
 
 
 class ConfigError(ValueError):
@@ -54,6 +64,59 @@ class GatewayConfig(_Section):
     )
 
 
+def _absolute(path: Path) -> Path:
+    path = path.expanduser()
+    if not path.is_absolute():
+        raise ValueError(
+            "must be absolute here; `headway serve` takes it relative to the config file"
+        )
+    return path
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+
+
+class AuthConfig(_Section):
+    """Who may use the service."""
+
+    keys_file: AbsolutePath | None = Field(
+        None,
+        description="file of API keys, made by `headway key create`; unset: nobody needs a key. "
+        "On several nodes it stands at this path on each that runs a gateway",
+    )
+    open_metrics: bool = Field(False, description="/metrics needs no admin key")
+
+
+class TenantConfig(_Section):
+    """One tenant: what it may ask for, and how much. Unset limits are none."""
+
+    requests_per_min: float | None = Field(None, ge=1, description="requests per minute")
+    tokens_per_min: float | None = Field(
+        None, gt=0, description="prompt and output tokens per minute"
+    )
+    max_concurrent_requests: int | None = Field(
+        None, ge=1, description="requests at the same time, held ones included"
+    )
+    weight: float = Field(
+        1.0, gt=0, description="share of tokens under overload, relative to other tenants"
+    )
+    models: frozenset[str] | None = Field(None, description="models allowed; unset: all")
+    classes: tuple[RequestClass, ...] | None = Field(
+        None, min_length=1, description="classes allowed; unset: all"
+    )
+    default_class: RequestClass | None = Field(
+        None,
+        description="class of requests that name none; unset: router.default_class if it is "
+        "allowed, else the first of `classes`",
+    )
+
+    @model_validator(mode="after")
+    def _check_default_class(self) -> Self:
+        if self.classes and self.default_class and self.default_class not in self.classes:
+            raise ValueError("default_class is not among classes")
+        return self
+
+
 class Config(_Section):
     """All that `serving.app:build` takes."""
 
@@ -67,6 +130,43 @@ class Config(_Section):
     engine: EngineConfig = EngineConfig()
     gateway: GatewayConfig = GatewayConfig()
     router: RouterSettings = RouterSettings()
+    auth: AuthConfig = AuthConfig()
+    tenants: dict[str, TenantConfig] = Field(
+        default_factory=dict,
+        description="limits by tenant, as named by its keys; one that is not listed has none",
+    )
+    watch_file: AbsolutePath | None = Field(
+        None,
+        description="config file whose `tenants` gateways read anew when it changes; "
+        "`headway serve CONFIG.yaml` sets it to that file",
+    )
+
+
+# Keys with a path that may be relative to the file they stand in.
+_PATHS = (("auth", "keys_file"),)
+
+
+def resolved(args: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a copy of `args` whose file names are taken relative to `folder`."""
+    args = dict(args)
+    for section, key in _PATHS:
+        values = args.get(section)
+        if isinstance(values, dict) and isinstance(values.get(key), str):
+            path = Path(values[key]).expanduser()
+            args[section] = {**values, key: str((folder / path).absolute())}
+    return args
+
+
+def read(path: Path) -> Config:
+    """Return what a config file says under its application's `args`; may raise `ConfigError`."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        args = content["applications"][0].get("args") or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except (TypeError, LookupError, AttributeError):
+        raise ConfigError(f"{path}: is not a Ray Serve config file") from None
+    return parse(resolved(args, path.parent))
 
 
 def parse(args: dict[str, Any]) -> Config:

@@ -1,6 +1,7 @@
 """The address that clients connect to: free before the start, answering after it."""
 
 import contextlib
+import ipaddress
 import socket
 import time
 import urllib.request
@@ -12,6 +13,14 @@ _ANSWER_TIMEOUT_S = 30.0  # from running gateways to the first answer on the por
 
 class StartError(RuntimeError):
     """The start failed; the message is for the user."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host`, an address or a name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_port(host: str, port: int) -> None:

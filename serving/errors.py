@@ -20,6 +20,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | int | None = None,
         retry_after_s: float | None = None,
+        headers: Headers | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -27,6 +28,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code if code is not None else status
         self.retry_after_s = retry_after_s
+        self._headers = headers or []
 
     def body(self) -> bytes:
         return msgspec.json.encode(
@@ -41,7 +43,9 @@ class ApiError(Exception):
         )
 
     def headers(self) -> Headers:
-        headers = [(b"content-type", b"application/json")]
+        headers = [(b"content-type", b"application/json"), *self._headers]
+        if self.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
         if self.retry_after_s is not None:
             # Whole seconds, rounded up: earlier would be too early.
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s))))

@@ -7,19 +7,24 @@ import re
 import time
 import uuid
 
+import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from router.core import Router
-from router.types import RequestClass
-from serving.config import Config
+from router.types import RequestClass, Usage
+from serving.config import Config, read
 from serving.driver import Driver
+from serving.endpoint import is_loopback
 from serving.errors import ApiError, from_rejection
 from serving.exchange import EngineFailed, Exchange, Rejected
 from serving.intake import ENDPOINTS, Intake
+from serving.keys import read_keys
 from serving.metrics import Metrics
+from serving.tenants import Caller, Tenants
+from serving.watch import FileWatch
 from serving.wire import Headers
 
 logger = logging.getLogger(__name__)
@@ -33,7 +38,10 @@ _DISCARD_FACTOR = 8
 
 
 class Gateway:
-    """One gateway: the ASGI application and all behind it, on one event loop."""
+    """One gateway: the ASGI application and all behind it, on one event loop.
+
+    Made on the running loop. Raises `ConfigError` if its keys cannot be read.
+    """
 
     def __init__(self, config: Config, gateway_id: str) -> None:
         self.config = config
@@ -44,9 +52,37 @@ class Gateway:
             self.router, gateway_id, config.gateway.stream_window_bytes, self.metrics
         )
         self.intake = Intake()
+        self.watches: dict[str, FileWatch] = {}
+        self.tenants = self._make_tenants()
         self.started_s = int(time.time())
         self.metrics.watch(self.state)
         self.app = self._build()
+
+    def _make_tenants(self) -> Tenants:
+        config = self.config
+        if (keys_file := config.auth.keys_file) is None:
+            if config.gateway.front == "own" and not is_loopback(config.gateway.host):
+                logger.warning(
+                    "open to the network on %s, and nobody needs a key: set auth.keys_file",
+                    config.gateway.host,
+                )
+            tenants = Tenants(config, None)
+        else:
+            tenants = Tenants(config, read_keys(keys_file))
+            self.watches["auth.keys_file"] = FileWatch(keys_file, read_keys, tenants.use_keys)
+        if (watch_file := config.watch_file) is not None:
+            self.watches["watch_file"] = FileWatch(watch_file, read, self._use_config)
+        return tenants
+
+    def _use_config(self, config: Config) -> None:
+        """Take over from a changed config file what can change while serving."""
+        self.tenants.use_configs(config.tenants)
+
+    def close(self) -> None:
+        """Leave: stop watching files, close the connections to engines."""
+        for watch in self.watches.values():
+            watch.close()
+        self.driver.close()
 
     def _build(self) -> FastAPI:
         app = FastAPI(title="Headway", openapi_url=None)
@@ -58,6 +94,8 @@ class Gateway:
         app.get("/metrics")(self.prometheus)
         app.get("/headway/state")(self.get_state)
         app.post("/headway/policy")(self.set_policy)
+        app.post("/headway/reload")(self.reload)
+        app.get("/headway/usage")(self.get_usage)
         app.add_exception_handler(ApiError, _reply_error)
         app.add_exception_handler(404, _no_such_route)
         app.add_exception_handler(405, _no_such_route)
@@ -71,17 +109,37 @@ class Gateway:
             "gateway_id": self.gateway_id,
             "num_open_requests": len(self.driver.exchanges),
             "tokens_per_byte": self.intake.tokens_per_byte,
+            "tenants": self.tenants.state(time.monotonic()),
+            "files": {name: watch.state() for name, watch in self.watches.items()},
             **self.router.state(time.monotonic()),
         }
 
-    async def get_state(self) -> JSONResponse:
+    async def get_state(self, request: Request) -> JSONResponse:
+        self.tenants.authorize_admin(request.headers.raw)
         return JSONResponse(self.state())
 
-    async def models(self) -> JSONResponse:
+    async def get_usage(self, request: Request) -> JSONResponse:
+        """What each tenant has used of this gateway; one without an admin key sees its own."""
+        caller = self.tenants.authenticate(request.headers.raw)
+        usage = self.tenants.usage()
+        if caller is not None and not caller.is_admin:
+            usage = {caller.tenant.name: usage[caller.tenant.name]}
+        return JSONResponse({"gateway_id": self.gateway_id, "tenants": usage})
+
+    async def reload(self, request: Request) -> JSONResponse:
+        """Read keys and config anew now; without this, within a second of a change."""
+        self.tenants.authorize_admin(request.headers.raw)
+        for watch in self.watches.values():
+            await watch.reload()
+        return JSONResponse({name: watch.state() for name, watch in self.watches.items()})
+
+    async def models(self, request: Request) -> JSONResponse:
+        caller = self.tenants.authenticate(request.headers.raw)
         cards = {
             name: info
             for info in self.driver.engines.values()
             for name in (info.model, *info.aliases)
+            if caller is None or caller.tenant.may_use((name,))
         }
         return JSONResponse(
             {
@@ -108,11 +166,14 @@ class Gateway:
             status_code=200 if num_engines else 503,
         )
 
-    async def prometheus(self) -> Response:
+    async def prometheus(self, request: Request) -> Response:
+        if not self.config.auth.open_metrics:
+            self.tenants.authorize_admin(request.headers.raw)
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
 
     async def set_policy(self, request: Request) -> JSONResponse:
         """Switch the policy without a restart: `{"policy": "headway", "ablate": ["order"]}`."""
+        self.tenants.authorize_admin(request.headers.raw)
         try:
             body = await request.json()
             name, ablate = body["policy"], body.get("ablate", [])
@@ -126,20 +187,34 @@ class Gateway:
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request to one of `ENDPOINTS`."""
         try:
+            caller = self.tenants.authenticate(scope["headers"])
             body = await self._read_body(scope, receive)
             if body is None:
                 return  # the client left before it had sent its request
-            exchange, num_text_bytes = self._admit(scope, body)
-            self.driver.open(exchange)
-            leaving = asyncio.ensure_future(self._cancel_when_left(receive, exchange))
-            try:
-                await self._relay(exchange, send)
-            finally:
-                leaving.cancel()
-                self.driver.cancel(exchange)
+            exchange, num_text_bytes = self._admit(scope, body, caller)
+            if caller is None:
+                await self._exchange(exchange, receive, send, [])
+            else:
+                visit = self.tenants.enter(caller.tenant, exchange.request)
+                try:
+                    await self._exchange(exchange, receive, send, visit.headers)
+                finally:
+                    self.tenants.leave(visit, _settlement(exchange))
             self.intake.learn(num_text_bytes, exchange.usage)
         except ApiError as error:
             await _send_error(send, error)
+
+    async def _exchange(
+        self, exchange: Exchange, receive: Receive, send: Send, headers: Headers
+    ) -> None:
+        """Have the request answered; `headers` go with the reply."""
+        self.driver.open(exchange)
+        leaving = asyncio.ensure_future(self._cancel_when_left(receive, exchange))
+        try:
+            await self._relay(exchange, send, headers)
+        finally:
+            leaving.cancel()
+            self.driver.cancel(exchange)
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
         limit = self.config.gateway.max_body_bytes
@@ -171,10 +246,12 @@ class Gateway:
             code="request_too_large",
         )
 
-    def _admit(self, scope: Scope, body: bytes) -> tuple[Exchange, int]:
+    def _admit(self, scope: Scope, body: bytes, caller: Caller | None) -> tuple[Exchange, int]:
         forwarded: Headers = []
         request_id = ""
         priority_class = self.config.router.default_class
+        if caller is not None:
+            priority_class = caller.tenant.default_class(priority_class)
         for name, value in scope["headers"]:
             if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
                 request_id = value.decode()
@@ -198,6 +275,9 @@ class Gateway:
             priority_class=priority_class,
             wants_prefix=self.router.wants_prefix,
         )
+        if caller is not None:
+            caller.tenant.check(request)
+            request = msgspec.structs.replace(request, tenant=caller.tenant.name)
         return Exchange(request, "POST", path, forwarded, body), num_text_bytes
 
     async def _cancel_when_left(self, receive: Receive, exchange: Exchange) -> None:
@@ -205,7 +285,7 @@ class Gateway:
             pass
         self.driver.cancel(exchange)
 
-    async def _relay(self, exchange: Exchange, send: Send) -> None:
+    async def _relay(self, exchange: Exchange, send: Send, headers: Headers) -> None:
         """Pass the response on as it comes; raises `ApiError` while it can still be one."""
         started = False
         try:
@@ -213,7 +293,7 @@ class Gateway:
                 chunk = await exchange.next_chunk()
                 if not started:
                     started = True
-                    await send(_start(exchange.status, exchange.response_headers))
+                    await send(_start(exchange.status, [*exchange.response_headers, *headers]))
                 await send({"type": "http.response.body", "body": chunk, "more_body": bool(chunk)})
                 if not chunk:
                     return
@@ -250,6 +330,13 @@ def _class(value: bytes) -> RequestClass:
             "x-headway-class: one of " + ", ".join(known.value for known in RequestClass),
             param="x-headway-class",
         ) from None
+
+
+def _settlement(exchange: Exchange) -> Usage | None:
+    """What the request took, as far as that is known; nothing if no engine ran it."""
+    if exchange.usage is None and (exchange.num_attempts == 0 or exchange.status >= 400):
+        return Usage()
+    return exchange.usage
 
 
 def _start(status: int, headers: Headers) -> Message:

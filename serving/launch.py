@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from serving.cluster import Cluster, environment, joined_cluster, own_cluster, own_folder
-from serving.endpoint import StartError, check_port, wait_for_answer
+from serving.endpoint import StartError, check_port, is_loopback, wait_for_answer
 from serving.hardware import Hardware
 from serving.interrupts import Interrupts, Stop
 from serving.launch_file import LaunchFile, check_with_ray
@@ -239,6 +239,9 @@ def _ready_text(file: LaunchFile, plan: Plan, start_s: float) -> str:
         f"  curl {file.url}/v1/chat/completions -H 'Content-Type: application/json' "
         f"-d '{question}'\n\n"
     )
-    if file.host in ("0.0.0.0", "::"):
-        text += "Open to the network, without authentication.\n"
+    if not is_loopback(file.host) and file.config.auth.keys_file is None:
+        text += (
+            "WARNING: open to the network, and nobody needs a key: whoever reaches the port may "
+            "use it and switch policies. `headway key create` and auth.keys_file close it.\n"
+        )
     return text + "Ctrl-C drains and stops."

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from serving.config import Config, ConfigError, parse
+from serving.config import Config, ConfigError, parse, resolved
 
 IMPORT_PATH = "serving.app:build"
 _APPLICATION = "applications.0"
@@ -88,10 +88,13 @@ def load(path: Path | None, options: Mapping[str, Any]) -> LaunchFile:
         **_mapping(serve["http_options"], "http_options"),
     }
     args = _mapping(_check_application(serve).get("args") or {}, f"{_APPLICATION}.args")
+    if path:
+        args = {"watch_file": str(path.absolute()), **resolved(args, path.absolute().parent)}
     listener = {key: options[key] for key in ("host", "port") if key in options}
     for key, value in options.items():
         if key not in listener:
             args = _with(args, key.split("."), value, key)
+    args = resolved(args, Path.cwd())
     haproxy = parse(args).gateway.front == "haproxy"
     if "gateway.front" in options:  # the option moves the whole front, not just our end of it
         serve["proxy_location"] = "EveryNode" if haproxy else "Disabled"

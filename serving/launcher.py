@@ -1,4 +1,4 @@
-"""The command line: `headway serve`, `headway plan`, `headway version`."""
+"""The command line: `headway serve`, `headway plan`, `headway key`, `headway version`."""
 
 import importlib.metadata
 import sys
@@ -16,6 +16,7 @@ from rich.table import Table
 from serving.config import ConfigError
 from serving.endpoint import StartError
 from serving.hardware import Hardware, detect
+from serving.key_command import key_app
 from serving.launch import launch
 from serving.launch_file import LaunchFile, check_with_ray, load
 from serving.onboard import OnboardError
@@ -31,6 +32,7 @@ main = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+main.add_typer(key_app, name="key")
 
 ConfigFile = Annotated[
     Path | None,

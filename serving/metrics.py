@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from router.types import Request, Usage
+from serving.tenants import Consumption
 
 # From an idle GPU's first token to a long wait behind documents.
 _LATENCY_BUCKETS_S = (
@@ -92,6 +94,13 @@ class _StateCollector(Collector):
         for name in ("num_requests", "num_tokens", "num_bytes"):
             value = state["held"][name]
             yield GaugeMetricFamily(f"headway_held_{name}", f"hold queue: {name}", value=value)
+        for field in msgspec.structs.fields(Consumption):
+            usage = CounterMetricFamily(
+                f"headway_tenant_{field.name}", f"{field.name} of a tenant", labels=["tenant"]
+            )
+            for tenant, consumption in state["tenants"]["by_name"].items():
+                usage.add_metric([tenant], consumption[field.name])
+            yield usage
         outcomes = GaugeMetricFamily(
             "headway_outcomes_total", "requests by how they ended", labels=["outcome"]
         )

@@ -160,6 +160,7 @@ class TestLaunchFile:
         path = Path(write(tmp_path, application("{model: a, engine: {args: {seed: 1, dtype: x}}}")))
         file = load(path, {"model": "b", "engine.args.seed": 2})
         assert file.application["args"] == {
+            "watch_file": str(path),
             "model": "b",
             "engine": {"args": {"seed": 2, "dtype": "x"}},
         }

@@ -1,0 +1,246 @@
+"""Who asks, what they may ask for, how much is left of it, and what they have used."""
+
+import datetime
+import math
+import time
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from router.limits import Exceeded, Limits, Quota, Reservation
+from router.types import Request, RequestClass, Usage
+from serving.config import Config, TenantConfig
+from serving.errors import ApiError
+from serving.keys import Key, KeyRing
+from serving.wire import Headers
+
+_UNLISTED = TenantConfig()
+
+
+class Consumption(msgspec.Struct):
+    """What a tenant has used since the gateway started."""
+
+    num_requests: int = 0  # let in; those from the response cache included
+    num_refused: int = 0  # over a limit
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # of those, found in an engine's prefix cache
+    num_output_tokens: int = 0
+
+
+class Tenant:
+    """One tenant, for as long as the gateway lives."""
+
+    def __init__(self, name: str, config: TenantConfig, limits: Limits, now_s: float) -> None:
+        self.name = name
+        self.config = config
+        self.quota = Quota(limits, now_s)
+        self.consumption = Consumption()
+
+    def default_class(self, general: RequestClass) -> RequestClass:
+        """Class of a request that names none; `general` is everybody's."""
+        if self.config.default_class is not None:
+            return self.config.default_class
+        classes = self.config.classes
+        return general if classes is None or general in classes else classes[0]
+
+    def may_use(self, names: Iterable[str]) -> bool:
+        """Whether a model of any of these names is allowed."""
+        return self.config.models is None or not self.config.models.isdisjoint(names)
+
+    def check(self, request: Request) -> None:
+        """Raise `ApiError` for a model or a class that is not allowed."""
+        if not self.may_use((request.model,)):
+            raise ApiError(  # in OpenAI's words; 404 tells nothing about what others may use
+                404,
+                f"The model '{request.model}' does not exist or you do not have access to it.",
+                kind="NotFoundError",
+                param="model",
+                code="model_not_found",
+            )
+        classes = self.config.classes
+        if classes is not None and request.priority_class not in classes:
+            raise ApiError(
+                403,
+                f"Your key is not allowed class {request.priority_class.value}; it is allowed "
+                + ", ".join(allowed.value for allowed in classes),
+                kind="PermissionDeniedError",
+                param="x-headway-class",
+            )
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """Whoever holds a key that is valid."""
+
+    tenant: Tenant
+    is_admin: bool
+
+
+class Visit(msgspec.Struct, frozen=True):
+    """One request of a tenant, from admission to its end."""
+
+    tenant: Tenant
+    reservation: Reservation
+    headers: Headers  # what is left, by OpenAI's names
+
+
+class Tenants:
+    """All tenants of one gateway; with several gateways each holds to its part of the limits."""
+
+    def __init__(self, config: Config, keys: Iterable[Key] | None) -> None:
+        """With `keys` None nobody needs one."""
+        self._num_gateways = config.gateway.replicas
+        self._configs: Mapping[str, TenantConfig] = config.tenants
+        self._tenants: dict[str, Tenant] = {}
+        self._keys: KeyRing | None = None
+        if keys is not None:
+            self.use_keys(keys)
+
+    @property
+    def need_keys(self) -> bool:
+        return self._keys is not None
+
+    def use_keys(self, keys: Iterable[Key]) -> None:
+        """Accept these keys from now on, and no others. Running requests go on."""
+        self._keys = KeyRing(keys)
+
+    def use_configs(self, configs: Mapping[str, TenantConfig]) -> None:
+        """Hold to these limits from now on; what is used stays used."""
+        self._configs = configs
+        now_s = time.monotonic()
+        for tenant in self._tenants.values():
+            tenant.config = configs.get(tenant.name, _UNLISTED)
+            tenant.quota.change(self._limits(tenant.config), now_s)
+
+    def authenticate(self, headers: Headers) -> Caller | None:
+        """Who sends these headers; None where nobody needs a key. Raises `ApiError` 401."""
+        if self._keys is None:
+            return None
+        text = next((value for name, value in headers if name == b"authorization"), b"")
+        scheme, _, credentials = text.partition(b" ")
+        if scheme.lower() != b"bearer":
+            raise _unauthorized("You didn't provide an API key: Authorization: Bearer YOUR_KEY")
+        now = datetime.datetime.now(datetime.UTC)
+        key = self._keys.find(credentials.strip().decode("latin-1"), now)
+        if key is None:
+            raise _unauthorized("Incorrect API key provided.")
+        return Caller(self._tenant(key.tenant), key.admin)
+
+    def authorize_admin(self, headers: Headers) -> None:
+        """Raise `ApiError` 401 or 403 unless an admin sends these headers."""
+        caller = self.authenticate(headers)
+        if caller is not None and not caller.is_admin:
+            raise ApiError(
+                403,
+                "This needs an admin key (`headway key create TENANT --admin`).",
+                kind="PermissionDeniedError",
+            )
+
+    def enter(self, tenant: Tenant, request: Request) -> Visit:
+        """Book the request; raises `ApiError` 429 if it is over a limit. Then `leave` it."""
+        now_s = time.monotonic()
+        reservation = tenant.quota.reserve(
+            request.num_prompt_tokens, request.max_output_tokens, request.num_sequences, now_s
+        )
+        if isinstance(reservation, Exceeded):
+            tenant.consumption.num_refused += 1
+            raise _too_many(tenant, request, reservation, now_s)
+        tenant.consumption.num_requests += 1
+        return Visit(tenant, reservation, _rate_limit_headers(tenant.quota, now_s))
+
+    def leave(self, visit: Visit, usage: Usage | None) -> None:
+        """Settle a request with what it took; None if that is not known."""
+        visit.tenant.quota.settle(visit.reservation, usage, time.monotonic())
+        if usage is not None:
+            consumption = visit.tenant.consumption
+            consumption.num_prompt_tokens += usage.num_prompt_tokens
+            consumption.num_cached_tokens += usage.num_cached_tokens
+            consumption.num_output_tokens += usage.num_output_tokens
+
+    def usage(self) -> dict[str, dict[str, int]]:
+        """What each tenant has used, by name; JSON-able."""
+        return {
+            name: msgspec.structs.asdict(tenant.consumption)
+            for name, tenant in sorted(self._tenants.items())
+        }
+
+    def state(self, now_s: float) -> dict[str, object]:
+        """Keys in number, tenants with their use and what is left; no key, no hash."""
+        return {
+            "num_keys": len(self._keys) if self._keys is not None else None,
+            "by_name": {
+                name: {
+                    **msgspec.structs.asdict(tenant.consumption),
+                    "num_concurrent": tenant.quota.num_concurrent,
+                    "weight": tenant.config.weight,
+                    "remaining": {
+                        what: remaining
+                        for what, (_, remaining, _) in tenant.quota.remaining(now_s).items()
+                    },
+                }
+                for name, tenant in sorted(self._tenants.items())
+            },
+        }
+
+    def _tenant(self, name: str) -> Tenant:
+        tenant = self._tenants.get(name)
+        if tenant is None:
+            config = self._configs.get(name, _UNLISTED)
+            tenant = Tenant(name, config, self._limits(config), time.monotonic())
+            self._tenants[name] = tenant
+        return tenant
+
+    def _limits(self, config: TenantConfig) -> Limits:
+        """This gateway's part of a tenant's limits."""
+        count = self._num_gateways
+        requests, concurrent = config.requests_per_min, config.max_concurrent_requests
+        return Limits(
+            # At least one: a part of a request can never go.
+            requests_per_min=requests and max(1.0, requests / count),
+            tokens_per_min=config.tokens_per_min and config.tokens_per_min / count,
+            max_concurrent_requests=concurrent and max(1, concurrent // count),
+        )
+
+
+def _unauthorized(message: str) -> ApiError:
+    return ApiError(401, message, kind="invalid_request_error", code="invalid_api_key")
+
+
+def _too_many(tenant: Tenant, request: Request, exceeded: Exceeded, now_s: float) -> ApiError:
+    limit = getattr(tenant.config, exceeded.limit)
+    message = f"You exceeded {exceeded.limit} of {tenant.name} ({limit:g})."
+    never = math.isinf(exceeded.wait_s)
+    if never:
+        message += (
+            f" This request has about {request.num_prompt_tokens} prompt tokens: it can never pass."
+        )
+    return ApiError(
+        429,
+        message,
+        kind="requests" if exceeded.limit == "requests_per_min" else "tokens",
+        code="rate_limit_exceeded",
+        retry_after_s=None if never else exceeded.wait_s,
+        headers=_rate_limit_headers(tenant.quota, now_s),
+    )
+
+
+def _rate_limit_headers(quota: Quota, now_s: float) -> Headers:
+    """OpenAI's headers for the limits in force."""
+    headers: Headers = []
+    for what, (limit, remaining, reset_s) in quota.remaining(now_s).items():
+        name = what.encode()
+        headers += [
+            (b"x-ratelimit-limit-" + name, b"%d" % limit),
+            (b"x-ratelimit-remaining-" + name, b"%d" % remaining),
+            (b"x-ratelimit-reset-" + name, _duration(reset_s)),
+        ]
+    return headers
+
+
+def _duration(seconds: float) -> bytes:
+    """As OpenAI writes it, and Go: `6m0s`, `1.5s`, `20ms`."""
+    num_ms = math.ceil(seconds * 1000)
+    if num_ms < 1000:
+        return b"%dms" % num_ms
+    minutes, num_ms = divmod(num_ms, 60_000)
+    text = f"{num_ms / 1000:g}s"
+    return (f"{minutes}m{text}" if minutes else text).encode()

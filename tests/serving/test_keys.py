@@ -1,0 +1,105 @@
+"""`headway key`: prints a key once, stores its hash."""
+
+import datetime
+import re
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from serving.config import ConfigError
+from serving.keys import KeyRing, KeysFile, make_key, read_keys
+from serving.launch import _ready_text
+from serving.launch_file import load
+from serving.launcher import main
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(main, ["key", *arguments])
+
+
+def test_create_list_revoke(tmp_path):
+    path = tmp_path / "keys.json"
+    made = run("create", "acme", "--file", str(path), "--admin", "--expires-days", "30")
+    assert made.exit_code == 0
+    text = made.stdout.strip()
+    assert re.fullmatch(r"hw-[0-9a-f]{12}-[0-9a-f]{64}", text)
+    (key,) = read_keys(path)
+    assert (key.tenant, key.admin) == ("acme", True)
+    assert (key.expires - key.created).days == 30
+    now = datetime.datetime.now(datetime.UTC)
+    assert KeyRing([key]).find(text, now) == key
+    run("create", "acme", "--file", str(path))
+    listed = run("list", "--file", str(path)).stdout
+    assert listed.count("acme") == 2
+    assert key.id in listed
+    assert text not in listed
+    assert run("revoke", key.id, "--file", str(path)).exit_code == 0
+    assert [left.id for left in read_keys(path)] != [key.id]
+    assert len(read_keys(path)) == 1
+
+
+def test_mistakes_take_one_line(tmp_path):
+    path = tmp_path / "keys.json"
+    assert "cannot be read" in run("list", "--file", str(path)).stderr
+    bad_name = run("create", "a/b", "--file", str(path))
+    assert bad_name.exit_code == 2
+    assert len(bad_name.stderr.splitlines()) == 1
+    unknown = run("revoke", "none", "--file", str(path))
+    assert unknown.exit_code == 2
+    assert "headway key list" in unknown.stderr
+
+
+def test_writers_at_the_same_time_lose_no_key(tmp_path):
+    path = tmp_path / "keys.json"
+
+    def write() -> None:
+        for _ in range(5):
+            with KeysFile(path) as file:
+                file.keys.append(make_key("acme")[1])
+                file.save()
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(read_keys(path)) == 20
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"keys": [{"id": 1}]}', '{"keys": [], "more": 1}', "\xff"]
+)
+def test_what_is_no_keys_file_is_refused(tmp_path, text):
+    path = tmp_path / "keys.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"auth\.keys_file"):
+        read_keys(path)
+
+
+def _ready(**options) -> str:
+    file = load(None, options)
+    plan = SimpleNamespace(served_model_name="m", num_replicas=1, device_name="CPU")
+    return _ready_text(file, plan, 1.0)
+
+
+def test_open_to_the_network_without_keys_is_a_warning(tmp_path):
+    assert "WARNING" in _ready(host="0.0.0.0")
+    assert "WARNING" in _ready(host="192.0.2.1")
+    assert "WARNING" not in _ready(host="127.0.0.1")
+    keys = {"auth.keys_file": str(tmp_path / "keys.json")}
+    assert "WARNING" not in _ready(host="0.0.0.0", **keys)
+
+
+def test_the_keys_file_is_found_beside_the_config(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "applications:\n"
+        "  - import_path: serving.app:build\n"
+        "    args: {auth: {keys_file: keys.json}}\n"
+    )
+    config = load(path, {}).config
+    assert config.auth.keys_file == tmp_path / "keys.json"
+    assert config.watch_file == path
