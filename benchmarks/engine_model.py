@@ -407,8 +407,7 @@ class EngineModel:
         if (noise := self.profile.noise) == 0.0:
             return 1.0
         while len(self._factors) <= index:
-            # Gamma of this shape has mean 1 and the wanted deviation, and is never negative.
-            self._factors.append(self._rng.gammavariate(noise**-2, noise**2))
+            self._factors.append(max(0.0, self._rng.gauss(1.0, noise)))
         return self._factors[index]
 
     # Scheduling

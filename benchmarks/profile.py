@@ -55,7 +55,7 @@ class Profile(BaseModel):
         0.0, ge=0, description="attention of a prefill: its tokens times those before each"
     )
     noise: float = Field(
-        0.0, ge=0, lt=1, description="standard deviation of a step's time, relative to it"
+        0.0, ge=0, le=0.3, description="standard deviation of a step's time, relative to it"
     )
 
     @model_validator(mode="after")

@@ -1,0 +1,72 @@
+"""Fits the terms of a profile to measured scheduler steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import least_squares, lsq_linear
+
+from benchmarks.profile import Profile
+
+TERMS = (
+    "base_s",
+    "s_per_token",
+    "s_per_decode_req",
+    "s_per_context_token",
+    "s_per_prefill_pair",
+    "floor_s",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step that was measured: what it computed and how long it took."""
+
+    num_prefill_tokens: int
+    num_decode_reqs: int
+    num_decode_context_tokens: int
+    num_prefill_pairs: float  # as in `Profile.step_s`
+    step_s: float
+
+
+def fit(steps: Sequence[Step], profile: Profile) -> tuple[Profile, float]:
+    """Return the profile with its terms fitted, and the fit's root mean square relative error.
+
+    Relative errors, so that a step of 6 ms counts as much as one of 600; no
+    term is negative. Raises `ValueError` for fewer steps than terms.
+    """
+    if len(steps) < len(TERMS):
+        raise ValueError(f"{len(steps)} steps are too few for {len(TERMS)} terms")
+    step_s = np.array([step.step_s for step in steps])
+    num_decode = np.array([step.num_decode_reqs for step in steps], float)
+    num_tokens = num_decode + [step.num_prefill_tokens for step in steps]
+    additive = np.column_stack(
+        [
+            num_decode,
+            [step.num_decode_context_tokens for step in steps],
+            [step.num_prefill_pairs for step in steps],
+        ]
+    )
+    linear = np.column_stack([np.ones(len(steps)), num_tokens, additive])
+    # Columns of one size: seconds per pair are 10 orders below seconds per step.
+    scale = np.maximum((linear / step_s[:, None]).max(axis=0), 1e-30)
+    start = lsq_linear(linear / step_s[:, None] / scale, np.ones(len(steps)), (0, np.inf)).x
+    scale = np.append(scale, 1.0 / step_s.min())
+
+    def residuals(scaled: np.ndarray) -> np.ndarray:
+        terms = scaled / scale
+        products_s = np.maximum(terms[5], terms[0] + terms[1] * num_tokens)
+        return (products_s + additive @ terms[2:5]) / step_s - 1.0
+
+    # The floor has a kink: begun above it, a fit never finds it.
+    starts = [np.append(start, 0.0), np.concatenate([[0.0], start[1:], [0.9]])]
+    solutions = [
+        least_squares(residuals, each, bounds=(0, np.inf), x_scale="jac") for each in starts
+    ]
+    best = min(solutions, key=lambda solution: solution.cost)
+    terms = best.x / scale
+    if terms[5] < terms[0]:  # then it never is what counts
+        terms[5] = 0.0
+    error = float(np.sqrt(np.mean(best.fun**2)))
+    values = {name: float(f"{value:.4g}") for name, value in zip(TERMS, terms, strict=True)}
+    return profile.model_copy(update=values), error
