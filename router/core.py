@@ -89,7 +89,7 @@ class Router:
         if placement is not None:  # the whole response came at once
             latency_s = max(0.0, now_s - placement.placed_s)
             self._placer.policy.observe(placement.replica, latency_s, now_s)
-        return self._end(request_id, Outcome.COMPLETED, now_s)
+        return self._end(request_id, Outcome.COMPLETED, now_s, usage)
 
     def on_fail(self, request_id: str, now_s: float) -> list[Decision]:
         """End a request that its engine could not answer: FAILED."""
@@ -104,6 +104,7 @@ class Router:
         placement = self._placer.release(request_id)
         if placement is None:
             return []
+        self._queue.settle(placement.request, Usage())  # it took nothing there
         placement.replica.is_unreachable = True
         self._fleet.refresh(placement.replica)
         return self._enter(placement.request, now_s)
@@ -230,10 +231,15 @@ class Router:
             decisions.append(Hold(request.id))
         return decisions
 
-    def _end(self, request_id: str, outcome: Outcome, now_s: float) -> list[Decision]:
+    def _end(
+        self, request_id: str, outcome: Outcome, now_s: float, usage: Usage | None = None
+    ) -> list[Decision]:
         """End a placed request; its room may let others go."""
-        if self._placer.release(request_id) is None:
+        placement = self._placer.release(request_id)
+        if placement is None:
             return []
+        if usage is not None:
+            self._queue.settle(placement.request, usage)
         self.outcomes[outcome] += 1
         return self._place_held(now_s)
 

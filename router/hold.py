@@ -2,18 +2,22 @@
 
 from collections.abc import Collection, Iterator
 
+from router.fair_share import FairShare, charged_tokens, owed_tokens
+from router.lane import Lane
 from router.lazy_heap import Key, LazyHeap
 from router.promise import promised_s
 from router.settings import RouterSettings
-from router.types import Request
+from router.types import Request, RequestClass, Usage
 
 
 class HoldQueue:
-    """Bounded; by promised first token, then arrival; one lane per model name.
+    """Bounded; by tenant's turn, promised first token, arrival; one lane per model name.
 
     By promise (`router.promise`) a short question passes a long document, and as
     promises only age nothing starves (earliest deadline first, Liu and Layland
-    1973). Lanes, because a
+    1973). Between tenants, tokens decide (`router.fair_share`), but batch work
+    whose promise is not due yet goes after everybody's other work. With one
+    tenant that changes nothing. Lanes, because a
     model that has no room must not hide another that has. A request is in no
     lane or in exactly one, and leaves it by `remove` or `expire` alone.
     """
@@ -22,7 +26,10 @@ class HoldQueue:
         "_expiry",
         "_held",
         "_lanes",
+        "_models_by_tenant",
         "_settings",
+        "_share",
+        "_yielding",
         "by_arrival",
         "num_bytes",
         "num_tokens",
@@ -32,8 +39,11 @@ class HoldQueue:
     def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings
         self._held: dict[str, Request] = {}
-        self._lanes: dict[str, LazyHeap] = {}  # only those that are not empty
+        self._lanes: dict[str, Lane] = {}  # only those that are not empty
         self._expiry = LazyHeap()
+        self._share = FairShare()
+        self._models_by_tenant: dict[str, set[str]] = {}  # that each waits for
+        self._yielding = LazyHeap()  # batch requests whose promise is not due yet
         self.by_arrival = False  # order by arrival alone; changed by `reorder`
         self.num_tokens = 0  # prompt tokens held
         self.num_tokens_by_model: dict[str, int] = {}
@@ -44,6 +54,15 @@ class HoldQueue:
 
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._held
+
+    @property
+    def num_tenants(self) -> int:
+        """Tenants that wait."""
+        return self._share.num_waiting
+
+    def get(self, request_id: str) -> Request | None:
+        """The request of this id, None if it is not held."""
+        return self._held.get(request_id)
 
     def key(self, request: Request) -> Key:
         """Place in the order: (promised first token, arrival), seconds."""
@@ -56,9 +75,11 @@ class HoldQueue:
         if by_arrival == self.by_arrival:
             return
         self.by_arrival = by_arrival
-        self._lanes = {model: LazyHeap() for model in self._lanes}
+        self._lanes = {model: Lane() for model in self._lanes}
         for request in self._held.values():
-            self._lanes[request.model].push(request.id, self.key(request))
+            self._lanes[request.model].push(request, self.key(request))
+        for tenant in self._models_by_tenant:
+            self._set_turns(tenant)
 
     def expires_s(self, request: Request) -> float:
         """When the request may be held no longer: its own deadline or our bound."""
@@ -83,10 +104,15 @@ class HoldQueue:
         self.num_bytes += request.num_bytes
         lane = self._lanes.get(request.model)
         if lane is None:
-            lane = self._lanes[request.model] = LazyHeap()
+            lane = self._lanes[request.model] = Lane()
             self.num_tokens_by_model[request.model] = 0
         self.num_tokens_by_model[request.model] += request.num_prompt_tokens
-        lane.push(request.id, self.key(request))
+        if request.priority_class is RequestClass.BATCH:
+            self._yielding.push(request.id, (promised_s(request, self._settings),))
+        lane.push(request, self.key(request))
+        self._share.join(request.tenant)
+        self._models_by_tenant.setdefault(request.tenant, set()).add(request.model)
+        self._set_turn(lane, request.tenant)
         self._expiry.push(request.id, (self.expires_s(request),))
         return True
 
@@ -99,31 +125,71 @@ class HoldQueue:
         self.num_bytes -= request.num_bytes
         self.num_tokens_by_model[request.model] -= request.num_prompt_tokens
         lane = self._lanes[request.model]
-        lane.remove(request_id)
+        self._yielding.remove(request_id)
+        if lane.remove(request):
+            self._set_turn(lane, request.tenant)
+        else:
+            models = self._models_by_tenant[request.tenant]
+            models.remove(request.model)
+            if not models:
+                del self._models_by_tenant[request.tenant]
+                self._share.leave(request.tenant)
         if not lane:
             del self._lanes[request.model], self.num_tokens_by_model[request.model]
         self._expiry.remove(request_id)
         return request
 
+    def charge(self, request: Request) -> None:
+        """Count a request that is placed, held before or not, as its tenant's."""
+        if self._held and self._share.charge(
+            request.tenant, charged_tokens(request), request.weight
+        ):
+            self._set_turns(request.tenant)
+
+    def settle(self, request: Request, usage: Usage) -> None:
+        """Count what a placed request took beyond what it was charged."""
+        if self._held and self._share.charge(
+            request.tenant, owed_tokens(request, usage), request.weight
+        ):
+            self._set_turns(request.tenant)
+
     def head(self, skipped: Collection[str] = ()) -> Request | None:
         """The most urgent request, lanes of the skipped models aside; None if there is none."""
         heads = [lane.head() for model, lane in self._lanes.items() if model not in skipped]
-        return self._held[min(heads)[1]] if heads else None
+        if not heads:
+            return None
+        if self.num_tenants == 1:
+            return self._held[min(head[1:] for head in heads)[1]]
+        return self._held[min(heads)[2]]
 
     def in_order(self, model: str) -> Iterator[Request]:
         """The requests waiting for a model, most urgent first, found one by one."""
         lane = self._lanes.get(model)
-        return map(self._held.__getitem__, lane.in_order()) if lane is not None else iter(())
+        return lane.in_order(self._held) if lane is not None else iter(())
 
     def next_expiry_s(self) -> float | None:
         """When the first request will have been held too long; None if none is held."""
         return self._expiry.head()[0][0] if self._held else None
 
     def expire(self, now_s: float) -> list[Request]:
-        """The requests held too long by now, taken out, the longest due first."""
+        """The requests held too long by now, taken out, the longest due first.
+
+        Batch work whose promise is due by now yields no more.
+        """
+        while self._yielding and (head := self._yielding.head())[0][0] <= now_s:
+            self._yielding.remove(head[1])
+            due = self._held[head[1]]
+            self._set_turn(self._lanes[due.model], due.tenant)
         expired = []
         while self._held and (head := self._expiry.head())[0][0] <= now_s:
             request = self.remove(head[1])
             assert request is not None  # the heaps and `_held` name the same ids
             expired.append(request)
         return expired
+
+    def _set_turns(self, tenant: str) -> None:
+        for model in self._models_by_tenant[tenant]:
+            self._set_turn(self._lanes[model], tenant)
+
+    def _set_turn(self, lane: Lane, tenant: str) -> None:
+        lane.set_turn(tenant, (lane.first_of(tenant) in self._yielding, self._share.tag(tenant)))

@@ -25,6 +25,9 @@ class LazyHeap:
     def __len__(self) -> int:
         return len(self._live)
 
+    def __contains__(self, id_: object) -> bool:
+        return id_ in self._live
+
     def push(self, id_: str, key: Key) -> None:
         """Add an id that is not in here yet."""
         self._num_pushed += 1

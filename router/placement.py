@@ -97,6 +97,7 @@ class Placer:
         predicted_ttft_s = replica.ttft_s(replica.num_new_tokens(request), now_s)
         booking = replica.book(request, kv_need_tokens(request), now_s)
         self._fleet.refresh(replica)
+        self._queue.charge(request)
         self._placed[request.id] = Placement(request, replica, now_s, predicted_ttft_s)
         return Dispatch(request.id, replica.id, booking)
 
@@ -139,7 +140,17 @@ class Placer:
             self._keep_replica_for(head)
         dispatches = []
         roomiest = self._most_room(head)
-        for request in list(islice(self._queue.in_order(head.model), 1, 1 + _BACKFILL_DEPTH)):
+        followers = list(islice(self._queue.in_order(head.model), 1, 1 + _BACKFILL_DEPTH))
+        if self._queue.num_tenants > 1:  # then who an engine is kept for may be far behind
+            followers += [
+                holder
+                for _, holder_id in self._kept.values()
+                if (holder := self._queue.get(holder_id)) is not None
+                and holder.model == head.model
+                and holder is not head
+                and holder not in followers
+            ]
+        for request in followers:
             if kv_need_tokens(request) > roomiest:
                 continue
             dispatch = self.place(request, now_s)

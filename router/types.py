@@ -46,6 +46,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     num_sequences: int = 1  # OpenAI's `n`
     num_bytes: int = 0  # body size, for the queue's byte bound
     tenant: str = ""
+    weight: float = 1.0  # the tenant's share of tokens, relative to others'
     priority_class: RequestClass = RequestClass.STANDARD
     arrival_s: float = 0.0
     deadline_s: float = float("inf")  # held past this, it expires

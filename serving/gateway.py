@@ -277,7 +277,9 @@ class Gateway:
         )
         if caller is not None:
             caller.tenant.check(request)
-            request = msgspec.structs.replace(request, tenant=caller.tenant.name)
+            request = msgspec.structs.replace(
+                request, tenant=caller.tenant.name, weight=caller.tenant.config.weight
+            )
         return Exchange(request, "POST", path, forwarded, body), num_text_bytes
 
     async def _cancel_when_left(self, receive: Receive, exchange: Exchange) -> None:

@@ -28,6 +28,7 @@ from router.types import (
     Reject,
     RejectReason,
     Request,
+    RequestClass,
 )
 
 MAX_REQUESTS, MAX_TOKENS, MAX_BYTES, MAX_HOLD_S = 3, 3500, 299, 10.0
@@ -150,8 +151,12 @@ class Shell(RuleBasedStateMachine):
         num_sequences=st.integers(1, 3),
         num_bytes=st.sampled_from([0, 150]),
         patience_s=st.sampled_from([0.5, 5.0, float("inf")]),
+        tenant=st.sampled_from(["", "a", "b"]),
+        priority_class=st.sampled_from(RequestClass),
     )
-    def arrive(self, model, num_tokens, num_sequences, num_bytes, patience_s):
+    def arrive(
+        self, model, num_tokens, num_sequences, num_bytes, patience_s, tenant, priority_class
+    ):
         request = req(
             f"q{self.num_arrived}",
             num_tokens,
@@ -160,6 +165,9 @@ class Shell(RuleBasedStateMachine):
             num_bytes=num_bytes,
             arrival_s=self.now_s,
             deadline_s=self.now_s + patience_s,
+            tenant=tenant,
+            weight=3.0 if tenant == "a" else 1.0,
+            priority_class=priority_class,
         )
         self.num_arrived += 1
         self.carry_out(self.router.on_arrival(request, self.now_s), entering=request)
@@ -323,7 +331,8 @@ class Shell(RuleBasedStateMachine):
         """When the load is gone, so is every booking."""
         json.dumps(self.router.state(self.now_s), allow_nan=False)
         while self.held or self.placed:
-            for request_id in list(self.held):
+            while self.held:  # who leaves may make room for others
+                request_id = next(iter(self.held))
                 del self.held[request_id]
                 self.ended[Outcome.RENEGED] += 1
                 self.carry_out(self.router.on_cancel(request_id, self.now_s))

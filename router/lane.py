@@ -1,0 +1,90 @@
+"""Requests that wait for one model."""
+
+import heapq
+from collections.abc import Iterator
+
+from router.fair_share import charged_tokens
+from router.lazy_heap import Key, LazyHeap
+from router.types import Request
+
+Turn = tuple[bool, float]  # (yields to all others, virtual time)
+
+
+class Lane:
+    """Tenants by their turn, and each tenant's requests by their own order.
+
+    With one tenant that is its requests' order and nothing else.
+    """
+
+    __slots__ = ("_by_tenant", "_turns", "turns")
+
+    def __init__(self) -> None:
+        self._by_tenant: dict[str, LazyHeap] = {}  # only those that are not empty
+        self._turns = LazyHeap()
+        self.turns: dict[str, Turn] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._by_tenant)
+
+    def push(self, request: Request, key: Key) -> None:
+        """Add a request whose tenant is then given its turn."""
+        heap = self._by_tenant.get(request.tenant)
+        if heap is None:
+            heap = self._by_tenant[request.tenant] = LazyHeap()
+        heap.push(request.id, key)
+
+    def remove(self, request: Request) -> bool:
+        """Take out a request; whether its tenant waits here for another."""
+        heap = self._by_tenant[request.tenant]
+        heap.remove(request.id)
+        if heap:
+            return True
+        del self._by_tenant[request.tenant], self.turns[request.tenant]
+        self._turns.remove(request.tenant)
+        return False
+
+    def set_turn(self, tenant: str, turn: Turn) -> None:
+        """Say when it is the turn of a tenant that waits here."""
+        if self.turns.get(tenant) != turn:
+            self._turns.remove(tenant)
+            self._turns.push(tenant, turn)
+            self.turns[tenant] = turn
+
+    def first_of(self, tenant: str) -> str:
+        """Id of the first request of a tenant that waits here."""
+        return self._by_tenant[tenant].head()[1]
+
+    def head(self) -> tuple[Turn, Key, str]:
+        """Turn, key and id of the first request. The lane is not empty."""
+        if len(self._by_tenant) == 1:
+            ((tenant, heap),) = self._by_tenant.items()
+        else:
+            tenant = self._turns.head()[1]
+            heap = self._by_tenant[tenant]
+        return self.turns[tenant], *heap.head()
+
+    def in_order(self, held: dict[str, Request]) -> Iterator[Request]:
+        """The requests as they would go if all went now, found one by one.
+
+        k of them cost O(k log k). Do not change the lane meanwhile.
+        """
+        if len(self._by_tenant) == 1:
+            (heap,) = self._by_tenant.values()
+            yield from map(held.__getitem__, heap.in_order())
+            return
+        tenants = self._turns.in_order()
+        tenant = next(tenants, None)
+        # Turn, tie-break, request, those that follow it.
+        going: list[tuple[Turn, int, Request, Iterator[str]]] = []
+        num_pushed = 0
+        while going or tenant is not None:
+            if tenant is not None and (not going or self.turns[tenant] <= going[0][0]):
+                turn, ids = self.turns[tenant], self._by_tenant[tenant].in_order()
+                tenant = next(tenants, None)
+            else:
+                (yields, tag), _, request, ids = heapq.heappop(going)
+                yield request
+                turn = (yields, tag + charged_tokens(request) / request.weight)
+            if (request_id := next(ids, None)) is not None:
+                num_pushed += 1
+                heapq.heappush(going, (turn, num_pushed, held[request_id], ids))
