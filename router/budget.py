@@ -90,7 +90,7 @@ class Amount(msgspec.Struct, frozen=True, gc=False):
         return (
             self.num_requests >= other.num_requests
             and self.num_tokens >= other.num_tokens
-            and self.cost >= other.cost
+            and self.cost >= other.cost - 1e-9  # rounding of sums
         )
 
 
@@ -164,6 +164,9 @@ class Budget:
             if amount.num_requests + num_open > most:
                 wait_s = max(wait_s, self._call_s / num_open)  # by then one should have ended
         return wait_s
+
+    def want(self, request_id: str, amount: Amount) -> None:
+        """Nothing: whoever asks again in time gets it. A leased budget has to be told."""
 
     def reserve(self, request_id: str, amount: Amount, now_s: float) -> None:
         """Take room for a request that is sent now.

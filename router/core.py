@@ -5,7 +5,8 @@ A request's states, and who moves it:
     (new) --on_arrival--> held --room (any event)--> placed --on_finish--> COMPLETED
       |                     |  \                     |   \--on_fail--> FAILED
       |                     |   \--deadline--> EXPIRED    \--on_send_failed--> as if new
-      |                     \--on_cancel--> RENEGED <--on_cancel--/
+      |                     |\--on_cancel--> RENEGED <--on_cancel--/
+      |                     \--engines late or gone--> at a provider (`router.fallback`)
       \--queue full, unknown model--> REJECTED
 
 New requests are placed at once where possible. Every request ends in exactly
@@ -17,23 +18,29 @@ What never happens: a decision about a request that has ended; a dispatch to a
 replica that is draining, lost or unreachable; a queue past its bounds.
 """
 
+import math
 import random
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import get_args
 
 from router.accuracy import Accuracy
+from router.breaker import Failure
+from router.budget import RateReport
+from router.fallback import FallbackSettings, Spill, own_budget
 from router.fleet import Fleet
 from router.hold import HoldQueue
 from router.placement import Placer
 from router.policies import POLICIES, Policy
 from router.promise import promised_s
+from router.provider import MakeBudget, ProviderSettings
 from router.replica import Replica
 from router.settings import Part, RouterSettings
 from router.types import (
     Decision,
     EngineInfo,
     EngineSnapshot,
+    Fail,
     Hold,
     Outcome,
     Reject,
@@ -41,6 +48,9 @@ from router.types import (
     Request,
     Usage,
 )
+
+# Attempts at one request, after which the request itself is the likely cause of its failures.
+_MAX_TRIED = 6
 
 
 class Router:
@@ -57,6 +67,7 @@ class Router:
         self._rng = rng if rng is not None else random.Random(settings.seed)
         self._fleet = Fleet()
         self._queue = HoldQueue(settings)
+        self._spill = Spill(self._fleet, self._queue, settings, self._rng)
         self._accuracy = Accuracy()
         self._policy_name: str = settings.policy
         policy = self._make_policy(settings.policy)
@@ -67,10 +78,11 @@ class Router:
 
     def on_arrival(self, request: Request, now_s: float) -> list[Decision]:
         """Place, hold or reject a new request; one whose id is open is ignored."""
-        if request.id in self._placer or request.id in self._queue:
+        if request.id in self._placer or request.id in self._queue or request.id in self._spill:
             return []
         # While no engine is there at all, any of them may be the one that is starting.
-        if len(self._fleet) and not self._fleet.knows(request.model):
+        is_known = self._fleet.knows(request.model) or self._spill.serves(request.model)
+        if len(self._fleet) and not is_known:
             return [self._reject(request, RejectReason.UNKNOWN_MODEL, None)]
         return self._enter(request, now_s)
 
@@ -81,10 +93,15 @@ class Router:
             ttft_s = max(0.0, now_s - placement.placed_s)
             self._accuracy.add(placement.predicted_ttft_s, ttft_s)
             self._placer.policy.observe(placement.replica, ttft_s, now_s)
+        else:
+            self._spill.start(request_id, now_s)
         return []
 
     def on_finish(self, request_id: str, usage: Usage | None, now_s: float) -> list[Decision]:
-        """End a request that its engine has answered: COMPLETED."""
+        """End a request that its engine, or provider, has answered: COMPLETED."""
+        if self._spill.finish(request_id, usage, now_s):
+            self.outcomes[Outcome.COMPLETED] += 1
+            return self._place_held(now_s, at_once=True)
         placement = self._placer.start(request_id)
         if placement is not None:  # the whole response came at once
             latency_s = max(0.0, now_s - placement.placed_s)
@@ -111,10 +128,66 @@ class Router:
 
     def on_cancel(self, request_id: str, now_s: float) -> list[Decision]:
         """End a request whose client has left, held or placed: RENEGED."""
-        if self._queue.remove(request_id) is None:
+        was_away = self._spill.cancel(request_id, now_s)
+        if not was_away and self._queue.remove(request_id) is None:
             return self._end(request_id, Outcome.RENEGED, now_s)
         self.outcomes[Outcome.RENEGED] += 1
         return self._place_held(now_s)
+
+    # Providers
+
+    def use_providers(
+        self,
+        providers: Sequence[ProviderSettings],
+        settings: FallbackSettings,
+        now_s: float,
+        make_budget: MakeBudget = own_budget,
+    ) -> list[Decision]:
+        """Go by these providers, in their order, from now on.
+
+        What is known of those of the same name stays; requests at one that is
+        gone end there.
+        """
+        self._spill.use(providers, settings, make_budget, now_s)
+        return self._place_held(now_s, at_once=True)
+
+    def on_provider_answer(
+        self, request_id: str, report: RateReport, now_s: float
+    ) -> list[Decision]:
+        """Take in that a provider has begun to answer, and what it says of its limits."""
+        self._spill.count(request_id, report, now_s)
+        return []
+
+    def on_provider_refused(
+        self, request_id: str, report: RateReport, now_s: float
+    ) -> list[Decision]:
+        """Place a request again that a provider refused for its rate: 429."""
+        request = self._spill.refuse(request_id, report, now_s)
+        return [] if request is None else self._enter(request, now_s)
+
+    def on_provider_failed(
+        self,
+        request_id: str,
+        failure: Failure,
+        now_s: float,
+        *,
+        can_retry: bool = True,
+        was_sent: bool = True,
+        lasts: bool = False,
+    ) -> list[Decision]:
+        """Place a request again that a provider did not carry through, or give it up.
+
+        `can_retry` while nothing of the answer has been passed on; `was_sent`
+        unless the provider never saw the request; `lasts` if whatever is sent
+        under this key would fail in the same way.
+        """
+        request = self._spill.fail(request_id, failure, was_sent=was_sent, lasts=lasts, now_s=now_s)
+        if request is None:
+            return []
+        if can_retry and len(request.tried) < _MAX_TRIED:
+            return self._enter(request, now_s)
+        self.outcomes[Outcome.FAILED] += 1
+        return [Fail(request_id), *self._place_held(now_s, at_once=True)]
 
     # Replicas
 
@@ -160,11 +233,15 @@ class Router:
 
     def on_tick(self, now_s: float) -> list[Decision]:
         """Reject what has been held too long; place what can be."""
-        return self._place_held(now_s)
+        return self._place_held(now_s, at_once=True)
 
     def next_wake_s(self) -> float | None:
         """When to call `on_tick`, whatever happens; None while nothing is held."""
-        return self._queue.next_expiry_s()
+        expiry_s = self._queue.next_expiry_s()
+        look_s = self._spill.next_look_s()
+        if expiry_s is None or look_s is None:
+            return expiry_s
+        return min(expiry_s, look_s)
 
     @property
     def wants_prefix(self) -> bool:
@@ -209,6 +286,7 @@ class Router:
             "num_placed": len(self._placer),
             "outcomes": {outcome.value: self.outcomes[outcome] for outcome in Outcome},
             "ttft_accuracy": self._accuracy.state(),
+            "fallback": self._spill.state(now_s),
         }
 
     # Steps that several events share
@@ -223,13 +301,37 @@ class Router:
         decisions = self._expire(now_s)
         if self._queue.expires_s(request) <= now_s:
             decisions.append(self._reject(request, RejectReason.EXPIRED, None))
+        elif self._is_hopeless(request, now_s):
+            decisions.append(self._give_up(request, now_s))
         elif not self._queue.push(request):
-            retry_after_s = self._drain_s(request.model)
-            decisions.append(self._reject(request, RejectReason.QUEUE_FULL, retry_after_s))
-        decisions += self._placer.place_held(now_s)
+            decisions.append(self._overflow(request, now_s))
+        decisions += self._give_out(now_s, at_once=not self._fleet.working(request.model))
         if request.id in self._queue:
             decisions.append(Hold(request.id))
         return decisions
+
+    def _overflow(self, request: Request, now_s: float) -> Decision:
+        """What becomes of a request that the queue has no room for."""
+        if self._spill.settings.spill != "unavailable" or not self._fleet.working(request.model):
+            fallback = self._spill.send_now(request, now_s)
+            if fallback is not None:
+                return fallback
+        return self._reject(request, RejectReason.QUEUE_FULL, self._drain_s(request.model))
+
+    def _is_hopeless(self, request: Request, now_s: float) -> bool:
+        """Whether only providers serve the model, and no budget has room in time."""
+        if self._fleet.knows(request.model) or not self._spill.serves(request.model):
+            return False
+        return now_s + self._spill.wait_s(request, now_s) >= self._queue.expires_s(request)
+
+    def _give_up(self, request: Request, now_s: float) -> Decision:
+        """End a request that is hopeless."""
+        if request.tried:
+            self.outcomes[Outcome.FAILED] += 1
+            return Fail(request.id)
+        wait_s = self._spill.wait_s(request, now_s)
+        retry_after_s = None if math.isinf(wait_s) else wait_s
+        return self._reject(request, RejectReason.NO_BUDGET, retry_after_s)
 
     def _end(
         self, request_id: str, outcome: Outcome, now_s: float, usage: Usage | None = None
@@ -243,9 +345,21 @@ class Router:
         self.outcomes[outcome] += 1
         return self._place_held(now_s)
 
-    def _place_held(self, now_s: float) -> list[Decision]:
+    def _place_held(self, now_s: float, *, at_once: bool = False) -> list[Decision]:
         """Reject what has been held too long, place what can be."""
-        return [*self._expire(now_s), *self._placer.place_held(now_s)]
+        return [*self._expire(now_s), *self._give_out(now_s, at_once=at_once)]
+
+    def _give_out(self, now_s: float, *, at_once: bool) -> list[Decision]:
+        """Place what engines have room for; send to providers what should not wait for them."""
+        dispatches = self._placer.place_held(now_s)
+        if not self._spill.providers:
+            return list(dispatches)
+        num_tokens: Counter[str] = Counter()
+        for dispatch in dispatches:
+            if (placement := self._placer.get(dispatch.request_id)) is not None:
+                num_tokens[placement.request.model] += placement.request.num_prompt_tokens
+        self._spill.took(num_tokens, now_s)
+        return [*dispatches, *self._spill.send_held(now_s, at_once=at_once)]
 
     def _expire(self, now_s: float) -> list[Decision]:
         return [

@@ -101,6 +101,10 @@ class Placer:
         self._placed[request.id] = Placement(request, replica, now_s, predicted_ttft_s)
         return Dispatch(request.id, replica.id, booking)
 
+    def get(self, request_id: str) -> Placement | None:
+        """The placement of this request, None if there is none."""
+        return self._placed.get(request_id)
+
     def release(self, request_id: str) -> Placement | None:
         """End a placement and its booking; None if there is none of this id."""
         placement = self._placed.pop(request_id, None)

@@ -34,6 +34,7 @@ class RejectReason(enum.Enum):
     QUEUE_FULL = "queue_full"
     EXPIRED = "expired"
     UNKNOWN_MODEL = "unknown_model"
+    NO_BUDGET = "no_budget"  # only providers serve the model, and none may be sent it
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +54,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     # Chained hashes of the prompt's successive blocks as the gateway cuts it: each
     # covers all before it. Whole blocks only; none unless the policy reads them.
     prefix_hashes: tuple[int, ...] = ()
+    # Engines that took it and did not carry it through, and when the last one gave up.
+    tried: tuple[str, ...] = ()
+    retried_s: float = float("-inf")
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,4 +137,18 @@ class Reject(msgspec.Struct, frozen=True):
     retry_after_s: float | None = None
 
 
-Decision = Dispatch | Hold | Reject
+class Fallback(msgspec.Struct, frozen=True):
+    """Send the request to this provider, under this key of it."""
+
+    request_id: str
+    provider: str
+    key: str
+
+
+class Fail(msgspec.Struct, frozen=True):
+    """Give the request up: no engine carries it through, or no retry is left for it."""
+
+    request_id: str
+
+
+Decision = Dispatch | Hold | Fallback | Reject | Fail

@@ -1,0 +1,40 @@
+"""How fast the hold queue of a model empties, learned from what leaves it."""
+
+import math
+
+# Departures count 1/e after so much backlogged time: some engine steps, and a change
+# of load is seen within seconds.
+_MEMORY_S = 5.0
+_LEAST_S = 0.5  # of backlogged time, before which a rate says nothing
+
+
+class Drain:
+    """Prompt tokens per second that engines have taken from a queue that was never empty.
+
+    Whatever engines are short of (prefill, KV blocks, sequences) shows in it,
+    where a prediction by prefill rates alone sees the first only.
+    """
+
+    __slots__ = ("_at_s", "_num_tokens", "_time_s", "_was_backlogged")
+
+    def __init__(self, now_s: float) -> None:
+        self._at_s = now_s
+        self._time_s = 0.0  # backlogged, fading
+        self._num_tokens = 0.0  # taken in it, fading
+        self._was_backlogged = False
+
+    def advance(self, num_taken_tokens: int, is_backlogged: bool, now_s: float) -> None:
+        """Since the last call so many tokens have been taken; is something left waiting?"""
+        if self._was_backlogged:
+            passed_s = max(0.0, now_s - self._at_s)
+            keep = math.exp(-passed_s / _MEMORY_S)
+            self._time_s = self._time_s * keep + _MEMORY_S * (1.0 - keep)
+            self._num_tokens = self._num_tokens * keep + num_taken_tokens
+        self._at_s = now_s
+        self._was_backlogged = is_backlogged
+
+    def wait_s(self, num_tokens: int) -> float:
+        """Seconds in which so many tokens should leave; 0 while nothing is known."""
+        if self._time_s < _LEAST_S:
+            return 0.0
+        return num_tokens * self._time_s / max(self._num_tokens, 1.0)
