@@ -1,0 +1,154 @@
+"""The figures of a simulated run, and how far to trust them."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from benchmarks.journal import Run
+from benchmarks.slo import Slo
+from router.types import Outcome
+
+# The first tenth of a run fills empty engines and is not looked at.
+_WARM_UP = 0.1
+_PERCENTS = (50, 90, 99)
+# A tenant of whom less is seen says nothing about fairness.
+_MIN_TENANT_REQUESTS = 20
+_NUM_RESAMPLES = 1000
+
+Figures = dict[str, float]
+
+
+def size_classes(run: Run) -> dict[str, np.ndarray]:
+    """Return which requests are of which class: `short` is the lower half of the prompts by
+    size, `long` the upper tenth, `all` everything; and each priority class where there are
+    several. [num_requests] each.
+    """
+    half, tenth = np.percentile(run.num_prompt_tokens, (50, 90))
+    classes = {
+        "all": np.ones(len(run), dtype=bool),
+        "short": run.num_prompt_tokens <= half,
+        "long": run.num_prompt_tokens > tenth,
+    }
+    names = np.unique(run.priority_class)
+    if len(names) > 1:
+        classes |= {str(name): run.priority_class == name for name in names}
+    return classes
+
+
+def figures_of(run: Run, slo: Slo) -> Figures:
+    """Return all figures by name, `ttft_p99_s` over all requests, `short_ttft_p99_s` of a class.
+
+    Seconds, shares 0–1 and counts; `nan` where nothing was to be had.
+    """
+    steady = np.arange(len(run)) >= int(_WARM_UP * len(run))
+    met = slo.met(run)
+    classes = size_classes(run)
+    found: Figures = {}
+    for name, members in classes.items():
+        prefix = "" if name == "all" else f"{name}_"
+        chosen = members & steady
+        for figure, values in (
+            ("ttft", run.ttft_s),
+            ("tpot", run.tpot_s),
+            ("e2e", run.e2e_s),
+            ("hold", run.hold_s),
+        ):
+            for percent in _PERCENTS:
+                found[f"{prefix}{figure}_p{percent}_s"] = percentile(values[chosen], percent)
+            found[f"{prefix}{figure}_mean_s"] = _mean(values[chosen])
+        found[f"{prefix}goodput"] = _mean(met[chosen])
+    for percent in (50, 99):
+        found[f"itl_p{percent}_s"] = weighted_percentile(run.gaps_s, run.gap_counts, percent)
+    start_s, end_s = run.arrival_s[steady][0], run.arrival_s[-1]
+    counted = run.completed & (run.end_s >= start_s) & (run.end_s <= end_s)
+    found["output_tokens_per_s"] = _ratio(run.num_output_tokens[counted].sum(), end_s - start_s)
+    num_prompt_tokens = run.num_prompt_tokens[run.completed].sum()
+    found["prefix_hit_share"] = _ratio(run.num_cached_tokens.sum(), num_prompt_tokens)
+    found["prefix_hit_tokens"] = float(run.num_cached_tokens.sum())
+    found["fairness"] = jain(_shares_met(run, met & steady, steady, classes))
+    found["completed"] = float(run.completed.mean())
+    found["num_shed"] = float((run.has(Outcome.REJECTED) | run.has(Outcome.EXPIRED)).sum())
+    found["num_failed"] = float(run.has(Outcome.FAILED).sum())
+    found["num_preemptions"] = float(run.num_preemptions)
+    return found
+
+
+def percentile(values: np.ndarray, percent: float) -> float:
+    """Return the percentile of what is not `nan` (nearest rank); `nan` if there is nothing."""
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return float("nan")
+    return float(np.percentile(known, percent, method="inverted_cdf"))
+
+
+def weighted_percentile(values: np.ndarray, counts: np.ndarray, percent: float) -> float:
+    """Return the percentile of values of which each stands for several; `nan` if none."""
+    if not len(values):
+        return float("nan")
+    order = np.argsort(values)
+    cumulated = np.cumsum(counts[order])
+    rank = np.searchsorted(cumulated, cumulated[-1] * percent / 100.0)
+    return float(values[order][rank])
+
+
+def jain(shares: Sequence[float]) -> float:
+    """Return Jain's index of fairness: 1 where all are alike, 1/n where one has all.
+
+    Jain, Chiu and Hawe (1984). `nan` where nobody has anything.
+    """
+    values = np.array(shares)
+    squares = len(values) * (values**2).sum()
+    return float(values.sum() ** 2 / squares) if squares else float("nan")
+
+
+def interval(
+    values: Sequence[float],
+    seed: int = 0,
+    statistic: Callable[..., np.ndarray] = np.mean,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Return a bootstrap interval of a statistic over repeats (percentiles; Efron 1979).
+
+    With a handful of repeats it shows the spread and no more than that.
+    """
+    rng = np.random.default_rng(seed)
+    known = np.array([value for value in values if not np.isnan(value)])
+    if not len(known):
+        return float("nan"), float("nan")
+    drawn = statistic(rng.choice(known, (_NUM_RESAMPLES, len(known))), axis=1)
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(drawn, (tail, 1.0 - tail))
+    return float(low), float(high)
+
+
+def knee(loads: Sequence[float], ttft_p99_s: Sequence[float]) -> float | None:
+    """Return the load after which waiting takes off; `None` where it does not.
+
+    The last load at which the p99 of TTFT is at most twice that of the lowest load.
+    """
+    if len(loads) < 2 or ttft_p99_s[-1] <= 2.0 * ttft_p99_s[0]:
+        return None
+    pairs = zip(loads, ttft_p99_s, strict=True)
+    return max(load for load, p99_s in pairs if p99_s <= 2.0 * ttft_p99_s[0])
+
+
+def _shares_met(
+    run: Run, met: np.ndarray, steady: np.ndarray, classes: Mapping[str, np.ndarray]
+) -> list[float]:
+    """The share of each tenant's requests that got what was promised; of each class, if the
+    tenants are not told apart."""
+    tenants, numbers = np.unique(run.tenant, return_inverse=True)
+    counts = np.bincount(numbers[steady], minlength=len(tenants))
+    seen = counts >= _MIN_TENANT_REQUESTS
+    if seen.sum() > 1:
+        return list(np.bincount(numbers[met], minlength=len(tenants))[seen] / counts[seen])
+    return [_mean(met[members & steady]) for name, members in classes.items() if name != "all"]
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)] if values.dtype.kind == "f" else values
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _ratio(one: float, other: float) -> float:
+    return float(one / other) if other else float("nan")

@@ -1,0 +1,111 @@
+"""What became of every request of a simulated run: columns, one entry per request."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from benchmarks.workload import Workload
+from router.types import Outcome
+
+NOT_ENDED = -1
+_OUTCOMES = tuple(Outcome)
+OUTCOME_NUMBER = {outcome: number for number, outcome in enumerate(_OUTCOMES)}
+
+
+class Journal:
+    """Filled while a run goes on: seconds of virtual time, `nan` for what never happened."""
+
+    def __init__(self, workload: Workload) -> None:
+        num_requests = len(workload)
+        nan = float("nan")
+        self.workload = workload
+        self.placed_s = [nan] * num_requests  # last time that it was sent to an engine
+        self.first_s = [nan] * num_requests  # first token at the gateway
+        self.end_s = [nan] * num_requests
+        self.outcome = [NOT_ENDED] * num_requests
+        self.num_cached_tokens = [0] * num_requests
+        self.step_gaps_s: list[float] = []  # between tokens, and how many had that gap
+        self.step_gap_counts: list[int] = []
+        self.num_preemptions = 0
+        self.num_events = 0
+
+    def end(self, number: int, outcome: Outcome, now_s: float) -> None:
+        """Enter how a request ended; raises `RuntimeError` if it has already."""
+        if self.outcome[number] != NOT_ENDED:
+            raise RuntimeError(f"request {number} ended twice")
+        self.outcome[number] = OUTCOME_NUMBER[outcome]
+        self.end_s[number] = now_s
+
+    def closed(self) -> "Run":
+        """Return it as arrays."""
+        arrivals = self.workload.arrivals
+        gaps_s = np.array(self.step_gaps_s)
+        return Run(
+            arrival_s=np.array([each.offset_s for each in arrivals]),
+            num_prompt_tokens=np.array([each.num_prompt_tokens for each in arrivals]),
+            num_output_tokens=np.array([each.num_output_tokens for each in arrivals]),
+            tenant=np.array([each.tenant for each in arrivals]),
+            priority_class=np.array([each.priority_class.value for each in arrivals]),
+            placed_s=np.array(self.placed_s),
+            first_s=np.array(self.first_s),
+            end_s=np.array(self.end_s),
+            outcome=np.array(self.outcome, dtype=np.int8),
+            num_cached_tokens=np.array(self.num_cached_tokens),
+            gaps_s=gaps_s,
+            gap_counts=np.array(self.step_gap_counts, dtype=int),
+            num_preemptions=self.num_preemptions,
+            num_events=self.num_events,
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is over; arrays are [num_requests] in order of arrival, but for the gaps."""
+
+    arrival_s: np.ndarray
+    num_prompt_tokens: np.ndarray
+    num_output_tokens: np.ndarray
+    tenant: np.ndarray
+    priority_class: np.ndarray
+    placed_s: np.ndarray
+    first_s: np.ndarray
+    end_s: np.ndarray
+    outcome: np.ndarray
+    num_cached_tokens: np.ndarray
+    gaps_s: np.ndarray = field(repr=False)
+    gap_counts: np.ndarray = field(repr=False)
+    num_preemptions: int = 0
+    num_events: int = 0
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    def has(self, outcome: Outcome) -> np.ndarray:
+        """Return which requests ended so."""
+        return self.outcome == OUTCOME_NUMBER[outcome]
+
+    @cached_property
+    def completed(self) -> np.ndarray:
+        return self.has(Outcome.COMPLETED)
+
+    @cached_property
+    def ttft_s(self) -> np.ndarray:
+        """Time to first token; `nan` where the request did not complete."""
+        return np.where(self.completed, self.first_s - self.arrival_s, np.nan)
+
+    @cached_property
+    def e2e_s(self) -> np.ndarray:
+        """Time to the last token; `nan` where the request did not complete."""
+        return np.where(self.completed, self.end_s - self.arrival_s, np.nan)
+
+    @cached_property
+    def tpot_s(self) -> np.ndarray:
+        """Mean time per token after the first; `nan` where there is none."""
+        more = np.where(self.num_output_tokens > 1, self.num_output_tokens - 1.0, np.nan)
+        return (self.e2e_s - self.ttft_s) / more
+
+    @cached_property
+    def hold_s(self) -> np.ndarray:
+        """Time in the gateway before it was sent to the engine that answered."""
+        return np.where(self.completed, self.placed_s - self.arrival_s, np.nan)

@@ -1,0 +1,163 @@
+"""Many simulated runs: workloads × fleets × loads × policies, on all cores."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+
+from benchmarks import clairvoyant
+from benchmarks.engine_model import EngineModel
+from benchmarks.figures import Figures, figures_of
+from benchmarks.journal import Run
+from benchmarks.profile import Profile
+from benchmarks.simulator import Network, Simulation
+from benchmarks.slo import Slo
+from benchmarks.variant import SATURATING_POLICY, split
+from benchmarks.workload import Workload
+from router.settings import RouterSettings
+
+# Of a run that starts with everything there is: before, the engines fill, and prefill more
+# than they decode; after, they run out of work.
+_FULL = (0.3, 0.7)
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What requests are sent to."""
+
+    profile: Profile
+    num_engines: int
+    num_gateways: int = 1
+    network: Network | None = None  # unset: loopback
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run to make."""
+
+    workload: str  # its key among the sweep's
+    num_engines: int
+    load: float  # share of the capacity
+    rate: float  # requests per second
+    variant: str  # a policy, ours without parts, or the clairvoyant reference
+    repeat: int
+    seed: int
+
+
+def simulate(
+    workload: Workload,
+    fleet: Fleet,
+    variant: str,
+    *,
+    seed: int = 0,
+    settings: RouterSettings | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Run:
+    """Return one run of the workload as it is; `settings` are those of the router, its
+    policy aside."""
+    segment_tokens = _segment_tokens(workload, fleet.profile)
+    if variant == clairvoyant.NAME:
+        return clairvoyant.run_clairvoyant(
+            workload, fleet.profile, fleet.num_engines, seed=seed, segment_tokens=segment_tokens
+        )
+    policy, parts = split(variant)
+    settings = settings or RouterSettings()
+    simulation = Simulation(
+        workload,
+        RouterSettings(**settings.model_dump() | {"policy": policy, "ablate": parts, "seed": seed}),
+        lambda rng: EngineModel(fleet.profile, rng, segment_tokens=segment_tokens),
+        fleet.num_engines,
+        num_gateways=fleet.num_gateways,
+        network=fleet.network,
+        segment_tokens=segment_tokens,
+        seed=seed,
+        on_progress=on_progress,
+    )
+    return simulation.run()
+
+
+def capacity(workload: Workload, fleet: Fleet, seed: int = 0) -> float:
+    """Return the requests per second that the fleet completes of this mix, kept full.
+
+    With every request there from the start; counted while the engines are full.
+    """
+    run = simulate(workload.at_once(), fleet, SATURATING_POLICY, seed=seed, settings=_UNBOUNDED)
+    ends_s = np.sort(run.end_s[run.completed])
+    first, last = (int(share * len(ends_s)) for share in _FULL)
+    return (last - first) / (ends_s[last] - ends_s[first])
+
+
+_UNBOUNDED = RouterSettings(
+    max_held_requests=1 << 40, max_held_tokens=1 << 50, max_held_bytes=1 << 60, max_hold_s=1e9
+)
+
+
+class Sweep:
+    """Runs over the same fleets' profile and the same workloads, in several processes."""
+
+    def __init__(
+        self,
+        workloads: dict[str, Workload],
+        profile: Profile,
+        slo: Slo,
+        *,
+        num_gateways: int = 1,
+        num_processes: int | None = None,
+    ) -> None:
+        self._shared = (workloads, profile, slo, num_gateways)
+        self._num_processes = num_processes or len(os.sched_getaffinity(0))
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Sweep":
+        self._pool = ProcessPoolExecutor(
+            self._num_processes, get_context("forkserver"), _share, (self._shared,)
+        )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._pool is not None
+        self._pool.shutdown(cancel_futures=True)
+
+    def capacities(self, wanted: Sequence[tuple[str, int]]) -> Iterator[float]:
+        """Yield the capacity of each (workload, number of engines), in their order."""
+        assert self._pool is not None
+        yield from self._pool.map(_capacity, wanted)
+
+    def figures(self, cases: Sequence[Case]) -> Iterator[Figures]:
+        """Yield the figures of each case, in their order."""
+        assert self._pool is not None
+        yield from self._pool.map(_figures, cases)
+
+
+# In each process of a sweep: what all its runs share.
+_shared: Any = None
+
+
+def _share(shared: Any) -> None:
+    global _shared
+    _shared = shared
+
+
+def _capacity(wanted: tuple[str, int]) -> float:
+    workloads, profile, _, _ = _shared
+    name, num_engines = wanted
+    return capacity(workloads[name], Fleet(profile, num_engines))
+
+
+def _figures(case: Case) -> Figures:
+    workloads, profile, slo, num_gateways = _shared
+    workload = workloads[case.workload].at_rate(case.rate)
+    fleet = Fleet(profile, case.num_engines, num_gateways)
+    run = simulate(workload, fleet, case.variant, seed=case.seed)
+    return figures_of(run, slo)
+
+
+def _segment_tokens(workload: Workload, profile: Profile) -> int:
+    """What one block of the simulated caches covers: no finer than the workload tells."""
+    told = {each.prefix_block_tokens for each in workload.arrivals if each.prefix_ids}
+    size = min(told, default=profile.block_size)
+    return size if size % profile.block_size == 0 else profile.block_size

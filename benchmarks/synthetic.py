@@ -1,0 +1,86 @@
+"""Workloads made up from a seed, for whoever has no trace."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from benchmarks import arrival_times
+from benchmarks.sessions import Conversations
+from benchmarks.token_counts import LogNormal, Mixture, TokenCounts
+from benchmarks.workload import Arrival, Workload
+
+# Four of five prompts are questions, one is a document.
+PROMPTS = Mixture(
+    (LogNormal(120.0, 0.9, high=8_000), LogNormal(3_000.0, 0.8, high=30_000)), (0.8, 0.2)
+)
+REPLIES = LogNormal(120.0, 0.9, high=2_000)
+_RATE = 10.0  # any: what is asked for comes by scaling
+_CV = 4.0
+_SPIKE = 4.0
+_TURNS_PER_SESSION = Conversations().mean_num_turns
+
+
+def of(
+    name: str,
+    times_s: np.ndarray,
+    seed: int,
+    prompts: TokenCounts = PROMPTS,
+    replies: TokenCounts = REPLIES,
+) -> Workload:
+    """Return requests at these times, their sizes drawn."""
+    rng = np.random.default_rng([seed, 2])
+    num_requests = len(times_s)
+    sizes = zip(
+        times_s, prompts.draw(rng, num_requests), replies.draw(rng, num_requests), strict=True
+    )
+    return Workload.of(
+        name,
+        (
+            Arrival(
+                offset_s=float(time_s), num_prompt_tokens=int(prompt), num_output_tokens=int(reply)
+            )
+            for time_s, prompt, reply in sizes
+        ),
+    )
+
+
+def poisson(num_requests: int, seed: int) -> Workload:
+    """Return questions and documents that arrive independently."""
+    rng = np.random.default_rng(seed)
+    return of("poisson", arrival_times.poisson(rng, _RATE, num_requests), seed)
+
+
+def bursty(num_requests: int, seed: int) -> Workload:
+    """Return the same in clumps: gaps with a coefficient of variation of 4."""
+    rng = np.random.default_rng(seed)
+    return of("bursty", arrival_times.bursty(rng, _RATE, _CV, num_requests), seed)
+
+
+def ramp(num_requests: int, seed: int) -> Workload:
+    """Return the same at a rate that rises from nothing to twice the mean."""
+    rng = np.random.default_rng(seed)
+    times_s = arrival_times.ramp(rng, 0.0, 2.0 * _RATE, num_requests / _RATE)
+    return of("ramp", times_s, seed)
+
+
+def spike(num_requests: int, seed: int) -> Workload:
+    """Return the same with a tenth of the time at four times the rate."""
+    rng = np.random.default_rng(seed)
+    duration_s = num_requests / (_RATE * (1.0 + 0.1 * (_SPIKE - 1.0)))
+    times_s = arrival_times.spike(rng, _RATE, _SPIKE, 0.1 * duration_s, duration_s)
+    return of("spike", times_s, seed)
+
+
+def conversations(num_requests: int, seed: int) -> Workload:
+    """Return sessions of several turns with shared system prompts."""
+    num_sessions = round(num_requests / _TURNS_PER_SESSION)
+    return Workload.of("conversations", Conversations().arrivals(_RATE, num_sessions, seed))
+
+
+SYNTHETIC: Mapping[str, Callable[[int, int], Workload]] = {
+    "poisson": poisson,
+    "bursty": bursty,
+    "ramp": ramp,
+    "spike": spike,
+    "conversations": conversations,
+}

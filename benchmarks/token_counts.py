@@ -1,0 +1,57 @@
+"""How many tokens prompts and replies have, drawn: integers, [num_requests]."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """Most are near the median, a few far above: what chat looks like.
+
+    Outside `low` to `high` they are set to the bound.
+    """
+
+    median: float
+    sigma: float  # of the logarithm: 1 puts one in forty above 7 medians
+    low: int = 1
+    high: int = 1 << 20
+
+    def draw(self, rng: np.random.Generator, num_requests: int) -> np.ndarray:
+        """Return as many counts."""
+        counts = self.median * np.exp(self.sigma * rng.standard_normal(num_requests))
+        return np.clip(np.rint(counts), self.low, self.high).astype(int)
+
+
+@dataclass(frozen=True)
+class BoundedPareto:
+    """A power law between two bounds: the heaviest tail there is."""
+
+    low: int
+    high: int
+    alpha: float = 1.1  # towards 1 the few largest carry as much as all others
+
+    def draw(self, rng: np.random.Generator, num_requests: int) -> np.ndarray:
+        """Return as many counts, by the inverse of the distribution function."""
+        share = 1.0 - (self.low / self.high) ** self.alpha
+        uniform = rng.uniform(0.0, 1.0, num_requests)
+        counts = self.low * (1.0 - uniform * share) ** (-1.0 / self.alpha)
+        return np.rint(counts).astype(int)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One of several kinds for each request, by their shares: chat and documents, say."""
+
+    kinds: tuple["LogNormal | BoundedPareto", ...]
+    shares: tuple[float, ...]
+
+    def draw(self, rng: np.random.Generator, num_requests: int) -> np.ndarray:
+        """Return as many counts."""
+        shares = np.array(self.shares) / sum(self.shares)
+        which = rng.choice(len(self.kinds), num_requests, p=shares)
+        drawn = np.stack([kind.draw(rng, num_requests) for kind in self.kinds])
+        return drawn[which, np.arange(num_requests)]
+
+
+TokenCounts = LogNormal | BoundedPareto | Mixture

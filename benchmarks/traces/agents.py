@@ -1,0 +1,37 @@
+"""Sessions of coding agents: long prompts that grow turn by turn, with recorded times."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.workload import Arrival
+
+KEYS = {"requests", "block_size"}
+
+# Sessions were recorded apart; here they begin this far from one another on average,
+# and the time scale brings the whole to the wanted load.
+_SESSION_GAP_S = 60.0
+
+
+def arrivals(rows: list[dict[str, Any]], seed: int) -> Iterator[Arrival]:
+    """Yield the turns of all sessions, each at its recorded time after its session's start.
+
+    Sessions start as a Poisson process. Block ids, run-length coded, hold within one
+    session. A turn without a reply is left out.
+    """
+    rng = random.Random(f"sessions {seed}")
+    start_s = 0.0
+    for number, session in enumerate(rows):
+        start_s += rng.expovariate(1.0 / _SESSION_GAP_S)
+        for turn in session["requests"]:
+            if turn.get("in", 0) <= 0 or turn.get("out", 0) <= 0:
+                continue
+            ids = (first + i for first, length in turn.get("h", ()) for i in range(length))
+            yield Arrival(
+                offset_s=start_s + float(turn["t"]),
+                num_prompt_tokens=int(turn["in"]),
+                num_output_tokens=int(turn["out"]),
+                tenant=str(session.get("id", number)),
+                prefix_ids=tuple(number << 24 | block for block in ids),
+                prefix_block_tokens=int(session["block_size"]),
+            )

@@ -1,0 +1,200 @@
+"""What is sent when: requests without their words, in order of arrival.
+
+Open loop: every time is fixed before the first request is sent, so nothing that
+is measured can slow down what measures it. A trace is brought to a wanted load
+by scaling its time; the scale belongs to the result.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import msgspec
+import numpy as np
+
+from router.types import RequestClass
+
+
+class Arrival(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One request: when, how large, and what it shares with others.
+
+    `prefix_ids[i]` names the first `(i + 1) * prefix_block_tokens` tokens of prompt and
+    reply, whole blocks only: two requests with the same id at one place are the same up
+    to its end. As far as somebody else may share them.
+    """
+
+    offset_s: float  # from the start
+    num_prompt_tokens: int
+    num_output_tokens: int
+    max_output_tokens: int | None = None  # the limit that the client gives, if it gives one
+    tenant: str = ""
+    priority_class: RequestClass = RequestClass.STANDARD
+    prefix_ids: tuple[int, ...] = ()
+    prefix_block_tokens: int = 0
+
+    def block_hashes(self, block_tokens: int, *, with_reply: bool = False) -> tuple[int, ...]:
+        """Return the chained hashes of successive whole blocks of so many tokens.
+
+        Of the prompt, or also of the reply, which engines cache, too. Fewer where the rest
+        is nobody else's.
+        """
+        if not self.prefix_ids:
+            return ()
+        ids, size = self.prefix_ids, self.prefix_block_tokens
+        num_tokens = self.num_prompt_tokens + (self.num_output_tokens if with_reply else 0)
+        num_tokens = min(num_tokens, len(ids) * size)
+        # The id of the block in which it ends, and where it ends: equal for equal prefixes.
+        return tuple(
+            (ids[(end - 1) // size] << 24) | end
+            for end in range(block_tokens, num_tokens + 1, block_tokens)
+        )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Arrivals, and what was done to them since they were read or drawn."""
+
+    name: str
+    arrivals: tuple[Arrival, ...]
+    scale: float = 1.0  # how many times faster than recorded
+    num_copies: int = 1  # laid over one another
+    num_capped: int = 0  # requests made shorter, for no engine could take them
+    num_dropped: int = 0  # requests left out for the same reason
+
+    @classmethod
+    def of(cls, name: str, arrivals: Iterable[Arrival]) -> Self:
+        """Return the workload in order of arrival, its first at 0 s.
+
+        Raises `ValueError` if there is no request.
+        """
+        ordered = sorted(arrivals, key=lambda arrival: arrival.offset_s)
+        if not ordered:
+            raise ValueError(f"{name}: no requests in it")
+        start_s = ordered[0].offset_s
+        if start_s:
+            ordered = [_at(arrival, arrival.offset_s - start_s) for arrival in ordered]
+        return cls(name, tuple(ordered))
+
+    def __len__(self) -> int:
+        return len(self.arrivals)
+
+    @property
+    def duration_s(self) -> float:
+        """From the first arrival to one mean gap after the last, seconds."""
+        last_s, num_gaps = self.arrivals[-1].offset_s, len(self.arrivals) - 1
+        return last_s * (1.0 + 1.0 / num_gaps) if num_gaps else 0.0
+
+    @property
+    def rate(self) -> float:
+        """Mean requests per second; 0 for what comes all at once."""
+        return len(self.arrivals) / self.duration_s if self.duration_s else 0.0
+
+    def at_rate(self, rate: float) -> "Workload":
+        """Return the same requests, their time scaled to a mean rate.
+
+        Raises `ValueError` where all come at once: no scale changes that.
+        """
+        if not self.rate:
+            raise ValueError(f"{self.name}: all requests come at once, so no scaling gives a rate")
+        factor = rate / self.rate
+        arrivals = tuple(_at(each, each.offset_s / factor) for each in self.arrivals)
+        return replace(self, arrivals=arrivals, scale=self.scale * factor)
+
+    def at_once(self) -> "Workload":
+        """Return the same requests, all due at the start: what saturates."""
+        return replace(self, arrivals=tuple(_at(each, 0.0) for each in self.arrivals))
+
+    def part(self, number: int, num_requests: int) -> "Workload":
+        """Return the `number`-th part of so many requests, from 0; round again past the end.
+
+        All of it where it is not longer than a part.
+        """
+        num_parts = max(1, len(self) // num_requests)
+        start = number % num_parts * num_requests
+        part = Workload.of(self.name, self.arrivals[start : start + num_requests])
+        return replace(self, arrivals=part.arrivals)
+
+    def overlaid(self, num_copies: int) -> "Workload":
+        """Return as many copies at the same time, each begun elsewhere and wrapped round.
+
+        For a fleet larger than the one traced: a trace squeezed in time alone would be
+        over before its engines are warm, its bursts as much fiercer. No copy shares a
+        prefix with another.
+        """
+        if num_copies == 1:
+            return self
+        span_s = self.duration_s
+        arrivals = [
+            msgspec.structs.replace(
+                each,
+                offset_s=(each.offset_s + span_s * copy / num_copies) % span_s,
+                prefix_ids=tuple(number * num_copies + copy for number in each.prefix_ids),
+            )
+            for copy in range(num_copies)
+            for each in self.arrivals
+        ]
+        arrivals.sort(key=lambda arrival: arrival.offset_s)
+        return replace(self, arrivals=tuple(arrivals), num_copies=self.num_copies * num_copies)
+
+    def fitted(self, max_model_len: int, how: Literal["cap", "drop"] = "drop") -> "Workload":
+        """Return it without what no engine could take: such requests left out, or cut.
+
+        Cut means a prompt of at most what leaves room for the reply, and a reply of at
+        most half of the engine's length.
+        """
+        fitting = [
+            each
+            for each in self.arrivals
+            if each.num_prompt_tokens + each.num_output_tokens <= max_model_len
+        ]
+        num_beyond = len(self.arrivals) - len(fitting)
+        if not num_beyond:
+            return self
+        if how == "drop":
+            if not fitting:
+                raise ValueError(
+                    f"{self.name}: every request is longer than max_model_len {max_model_len}"
+                )
+            return replace(self, arrivals=tuple(fitting), num_dropped=self.num_dropped + num_beyond)
+        capped = tuple(_capped(each, max_model_len) for each in self.arrivals)
+        return replace(self, arrivals=capped, num_capped=self.num_capped + num_beyond)
+
+    def describe(self) -> dict[str, str | int | float]:
+        """Return what a reader must know of it."""
+        prompts = np.array([each.num_prompt_tokens for each in self.arrivals])
+        outputs = np.array([each.num_output_tokens for each in self.arrivals])
+        return {
+            "name": self.name,
+            "num_requests": len(self.arrivals),
+            "duration_s": self.duration_s,
+            "requests_per_s": self.rate,
+            "time_scale": self.scale,
+            "num_copies": self.num_copies,
+            "num_capped": self.num_capped,
+            "num_dropped": self.num_dropped,
+            "prompt_tokens_mean": float(prompts.mean()),
+            "prompt_tokens_p50": float(np.median(prompts)),
+            "prompt_tokens_p99": float(np.percentile(prompts, 99)),
+            "output_tokens_mean": float(outputs.mean()),
+            "output_tokens_p50": float(np.median(outputs)),
+            "output_tokens_p99": float(np.percentile(outputs, 99)),
+        }
+
+
+def interarrival_cv(offsets_s: Sequence[float]) -> float:
+    """Return the coefficient of variation of the gaps: 1 for Poisson, more where bursty."""
+    gaps_s = np.diff(np.asarray(offsets_s))
+    return float(gaps_s.std() / gaps_s.mean())
+
+
+def _at(arrival: Arrival, offset_s: float) -> Arrival:
+    return msgspec.structs.replace(arrival, offset_s=offset_s)
+
+
+def _capped(arrival: Arrival, max_model_len: int) -> Arrival:
+    num_output_tokens = min(arrival.num_output_tokens, max_model_len // 2)
+    return msgspec.structs.replace(
+        arrival,
+        num_output_tokens=num_output_tokens,
+        num_prompt_tokens=min(arrival.num_prompt_tokens, max_model_len - num_output_tokens),
+    )

@@ -1,0 +1,153 @@
+"""The simulator: every request ends once, whatever breaks; equal seeds, equal runs."""
+
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from benchmarks.engine_model import EngineModel
+from benchmarks.profile import Profile
+from benchmarks.simulator import Failure, Network, Simulation
+from benchmarks.sweep import Fleet, capacity, simulate
+from benchmarks.synthetic import SYNTHETIC
+from benchmarks.variant import ablations, policies, split
+from router.settings import Part, PolicyName, RouterSettings
+from router.types import Outcome
+
+PROFILE = Profile(
+    name="test",
+    model="small",
+    device="none",
+    source="made up",
+    max_model_len=32_000,
+    max_num_seqs=64,
+    max_num_batched_tokens=2048,
+    num_kv_tokens=64_000,
+    base_s=0.005,
+    s_per_token=2e-5,
+    s_per_decode_req=1e-5,
+    s_per_context_token=1e-8,
+    noise=0.05,
+)
+WORKLOAD = SYNTHETIC["conversations"](400, 0).at_rate(30.0)
+
+
+def simulation(workload=WORKLOAD, num_engines=3, policy="headway", **options):
+    settings = RouterSettings(policy=policy, max_hold_s=options.pop("max_hold_s", 300.0))
+    return Simulation(
+        workload, settings, lambda rng: EngineModel(PROFILE, rng), num_engines, **options
+    )
+
+
+def assert_each_ended_once(simulation, run):
+    """One outcome each, the same ones that the routers counted, and nothing left behind."""
+    assert (run.outcome >= 0).all()
+    for outcome in Outcome:
+        counted = sum(gateway.router.outcomes[outcome] for gateway in simulation.gateways)
+        assert run.has(outcome).sum() == counted
+    for gateway in simulation.gateways:
+        state = gateway.router.state(simulation.now_s)
+        assert state["num_placed"] == state["held"]["num_requests"] == 0
+        for replica in state["replicas"].values():
+            assert replica["ledger"]["num_open"] == 0
+
+
+@pytest.mark.parametrize("variant", [*policies(), *ablations(), "clairvoyant"])
+def test_all_policies(variant):
+    """All complete, first token before last, and no engine serves what was not sent to it."""
+    run = simulate(WORKLOAD, Fleet(PROFILE, 3), variant)
+    assert run.completed.all()
+    assert (run.ttft_s > 0.0).all()
+    assert (run.e2e_s >= run.ttft_s).all()
+    assert (run.hold_s >= 0.0).all()
+    assert (run.hold_s <= run.ttft_s).all()
+    assert 0 < run.num_cached_tokens.sum() < run.num_prompt_tokens.sum()
+
+
+def test_variants_are_those_of_the_settings():
+    assert policies() == list(get_args(PolicyName))
+    assert [split(name) for name in ablations()] == [("headway", (p,)) for p in get_args(Part)]
+    with pytest.raises(ValueError, match="unknown policy 'best'"):
+        split("best")
+    with pytest.raises(ValueError, match="unknown part 'luck'"):
+        split("headway:luck")
+
+
+@pytest.mark.parametrize("policy", ["headway", "power_of_two"])
+def test_equal_seeds(policy):
+    """Request by request; another seed gives another run."""
+    one, same, other = (
+        simulation(policy=policy, num_gateways=2, seed=seed).run() for seed in (1, 1, 2)
+    )
+    for column in ("placed_s", "first_s", "end_s", "outcome", "num_cached_tokens", "gaps_s"):
+        assert np.array_equal(getattr(one, column), getattr(same, column))
+    assert not np.array_equal(one.end_s, other.end_s)
+
+
+@pytest.mark.parametrize("policy", policies())
+def test_lost_snapshots(policy):
+    """Half of all snapshots lost: heartbeats heal what a gateway missed."""
+    lossy = simulation(policy=policy, network=Network(snapshot_loss=0.5), seed=3)
+    run = lossy.run()
+    assert run.completed.all()
+    assert_each_ended_once(lossy, run)
+
+
+@pytest.mark.parametrize("policy", policies())
+@pytest.mark.parametrize("num_gateways", [1, 2])
+def test_failing_engines(policy, num_gateways):
+    """What had begun to answer fails, what had not is placed again, replacements take over."""
+    failures = [Failure(0, 2.0, 5.0), Failure(1, 2.0, 1.0), Failure(0, 8.0, 3.0)]
+    failing = simulation(policy=policy, num_gateways=num_gateways, failures=failures)
+    run = failing.run()
+    assert_each_ended_once(failing, run)
+    failed = run.has(Outcome.FAILED)
+    assert 0 < failed.sum() < len(run) / 2
+    assert np.isfinite(run.first_s[failed]).all()
+    assert (run.completed | failed).all()
+
+
+def test_all_engines_down_for_longer_than_a_hold():
+    """With nobody to send to, requests wait, and expire."""
+    failures = [Failure(0, 1.0, 8.0), Failure(0, 1.0, 8.0)]
+    down = simulation(num_engines=2, failures=failures, max_hold_s=3.0)
+    run = down.run()
+    assert_each_ended_once(down, run)
+    expired = run.has(Outcome.EXPIRED)
+    assert expired.sum() > 50
+    assert run.end_s[expired] - run.arrival_s[expired] == pytest.approx(3.0)
+
+
+class Scaler:
+    """Two engines, then four, then one."""
+
+    interval_s = 1.0
+
+    def __init__(self):
+        self.seen = []
+
+    def num_wanted(self, simulation):
+        self.seen.append(len(simulation.working_nodes))
+        return 4 if 5.0 <= simulation.now_s < 12.0 else 1 if simulation.now_s >= 12.0 else 2
+
+
+def test_scaling():
+    """New engines take their time; engines that go end what they have."""
+    scaler = Scaler()
+    scaled = simulation(num_engines=2, scaler=scaler, start_s=2.5)
+    run = scaled.run()
+    assert run.completed.all()
+    assert_each_ended_once(scaled, run)
+    assert scaler.seen[:12] == [2, 2, 2, 2, 2, 2, 2, 4, 4, 4, 4, 4]
+    assert scaler.seen[12] == 1
+    assert len(scaled.nodes) == 1
+
+
+def test_capacity():
+    """Twice the engines, twice the rate; below it requests wait little, above it without end."""
+    workload = SYNTHETIC["poisson"](1500, 0)
+    rate = capacity(workload, Fleet(PROFILE, 2))
+    assert capacity(workload, Fleet(PROFILE, 4)) == pytest.approx(2.0 * rate, rel=0.1)
+    below = simulate(workload.at_rate(0.7 * rate), Fleet(PROFILE, 2), "least_requests")
+    above = simulate(workload.at_rate(1.5 * rate), Fleet(PROFILE, 2), "least_requests")
+    assert np.median(below.ttft_s) * 5.0 < np.median(above.ttft_s)
