@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check lock bench-overhead bench-real clean
+.PHONY: help install serve test check lock bench-overhead bench-real bench-sim clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ bench-overhead: install  ## what our own path costs per token and request, engin
 
 bench-real: install  ## policies compared on two real engines on CPU cores (half an hour and more)
 	$(BIN)/python -m benchmarks.real $(ARGS)
+
+bench-sim: install  ## policies compared in simulation on 8 and 64 H100s; HEADWAY_TRACES=DIR
+	$(BIN)/python -m benchmarks.sim $(ARGS)
 
 clean:  ## remove .venv and caches, not the model
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

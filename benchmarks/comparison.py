@@ -21,11 +21,8 @@ from benchmarks.mix import Mix
 from benchmarks.real_engines import HoldWatch, RealEngines
 from benchmarks.report import Figure, Report, Spread, brief, percentile
 from benchmarks.subjects import BenchmarkError
+from benchmarks.variant import OURS, SATURATING_POLICY
 
-OURS = "headway"
-# Capacity hardly depends on the policy while every engine has work; this one
-# is what an operator would have without us.
-SATURATING_POLICY = "least_requests"
 NUM_WORKERS = 16
 _NUM_CONNECTIONS = 64
 _TIMEOUT_S = 120.0

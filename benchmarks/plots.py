@@ -15,7 +15,8 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-_OURS = "headway"
+from benchmarks.variant import OURS
+
 _PANELS = ("short", "long")
 
 
@@ -37,7 +38,7 @@ def plot_ttft(path: Path) -> Path:
             if not values:
                 continue
             left = [1.0 - rank / len(values) for rank in range(len(values))]
-            ours = policy == _OURS
+            ours = policy == OURS
             panel.step(
                 values,
                 left,

@@ -13,15 +13,15 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, get_args
+from typing import Any
 
-from benchmarks.comparison import NUM_WORKERS, SATURATING_POLICY, Comparison, Plan, console, say
+from benchmarks.comparison import NUM_WORKERS, Comparison, Plan, console, say
 from benchmarks.latency import Sample, write_csv
 from benchmarks.plots import plot_ttft
 from benchmarks.real_engines import RealEngines
 from benchmarks.report import RESULTS, Report
 from benchmarks.runner import run_to_the_end
-from router.settings import PolicyName
+from benchmarks.variant import SATURATING_POLICY, policies, split
 
 NUM_ENGINES = 2
 
@@ -65,7 +65,7 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
     parser.add_argument(
         "--policies",
         nargs="+",
-        default=list(get_args(PolicyName)),
+        default=policies(),
         metavar="POLICY",
         help="default: all; headway:hold,order is headway without these two",
     )
@@ -77,12 +77,14 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
     parser.add_argument("--shared-prefix", action="store_true", help="6 shared system prompts")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    policies = tuple(dict.fromkeys(options.policies))
-    unknown = [name for name in policies if name.partition(":")[0] not in get_args(PolicyName)]
-    if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; one of {', '.join(get_args(PolicyName))}")
+    variants = tuple(dict.fromkeys(options.policies))
+    for variant in variants:
+        try:
+            split(variant)
+        except ValueError as error:
+            parser.error(str(error))
     return Plan(
-        policies,
+        variants,
         options.duration,
         options.repeats,
         options.load,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.subjects import BenchmarkError, Headway
+from benchmarks.variant import split
 
 # A machine's first start downloads the model and converts it.
 _START_TIMEOUT_S = 900.0
@@ -48,10 +49,8 @@ class RealEngines(Headway):
 
     async def switch(self, policy: str) -> None:
         """Choose by `policy` from now on; `headway:hold,order` is headway without these two."""
-        name, _, without = policy.partition(":")
-        body: dict[str, Any] = {"policy": name}
-        if without:
-            body["ablate"] = without.split(",")
+        name, parts = split(policy)
+        body: dict[str, Any] = {"policy": name, "ablate": parts}
         await asyncio.to_thread(self._ask, "/headway/policy", json.dumps(body).encode())
 
     async def prompt_tokens(self) -> tuple[float, float]:

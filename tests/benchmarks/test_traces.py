@@ -153,5 +153,5 @@ def test_no_trace(tmp_path, content, reason):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(TraceError, match="none.csv: cannot be read"):
+    with pytest.raises(TraceError, match=r"none\.csv: cannot be read"):
         read_trace(tmp_path / "none.csv")
