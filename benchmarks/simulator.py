@@ -25,6 +25,7 @@ from router.types import (
     Dispatch,
     EngineInfo,
     EngineSnapshot,
+    Fail,
     Outcome,
     Reject,
     RejectReason,
@@ -36,7 +37,6 @@ from router.types import (
 # simulation must not need (asyncio, Ray, FastAPI).
 _SNAPSHOT_INTERVAL_S = 0.010
 _HEARTBEAT_S = 0.5
-_MAX_ATTEMPTS = 3
 _MAX_PREFIX_BLOCKS = 256
 _BYTES_PER_TOKEN = 4
 
@@ -361,7 +361,6 @@ class Gateway:
         self._max_hold_s = settings.max_hold_s
         self._model = ""
         self._requests: dict[str, tuple[int, Request]] = {}  # open, by id
-        self._attempts: dict[str, int] = {}
         self._streams: dict[str, dict[str, None]] = {}  # requests on each engine
         self._wake_s: float | None = None
 
@@ -442,11 +441,9 @@ class Gateway:
         self._execute(self.router.on_replica_down(node.id, now_s))
         for request_id in lost:
             has_started = first_s[int(request_id)] == first_s[int(request_id)]  # not nan
-            if has_started or self._attempts[request_id] >= _MAX_ATTEMPTS:
-                self._close(request_id, Outcome.FAILED)
-                self._execute(self.router.on_fail(request_id, now_s))
-            else:
-                self._execute(self.router.on_send_failed(request_id, now_s))
+            self._execute(
+                self.router.on_attempt_failed(request_id, None, now_s, can_retry=not has_started)
+            )
 
     # Decisions
 
@@ -457,6 +454,8 @@ class Gateway:
             elif isinstance(decision, Reject):
                 expired = decision.reason is RejectReason.EXPIRED
                 self._close(decision.request_id, Outcome.EXPIRED if expired else Outcome.REJECTED)
+            elif isinstance(decision, Fail):
+                self._close(decision.request_id, Outcome.FAILED)
         wake_s = self.router.next_wake_s()
         if wake_s != self._wake_s:
             self._wake_s = wake_s
@@ -475,7 +474,6 @@ class Gateway:
         node = simulation.nodes[decision.replica_id]
         arrival = simulation.workload.arrivals[number]
         simulation.journal.placed_s[number] = simulation.now_s
-        self._attempts[request_id] = self._attempts.get(request_id, 0) + 1
         self._streams[node.id][request_id] = None
         job = Job(
             id=request_id,
@@ -489,6 +487,5 @@ class Gateway:
 
     def _close(self, request_id: str, outcome: Outcome) -> None:
         number, _ = self._requests.pop(request_id)
-        self._attempts.pop(request_id, None)
         self._simulation.num_open -= 1
         self._simulation.journal.end(number, outcome, self._simulation.now_s)

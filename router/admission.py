@@ -32,7 +32,7 @@ def window_tokens(replica: Replica) -> int:
 
 def takes_work(replica: Replica) -> bool:
     """Whether anything at all may be sent to the engine."""
-    return not (replica.is_draining or replica.is_unreachable)
+    return not replica.is_draining and replica.breaker.admits(replica.info.max_num_seqs)
 
 
 def is_open(replica: Replica) -> bool:

@@ -3,19 +3,22 @@ r"""The router: events and `now_s` in, decisions out.
 A request's states, and who moves it:
 
     (new) --on_arrival--> held --room (any event)--> placed --on_finish--> COMPLETED
-      |                     |  \                     |   \--on_fail--> FAILED
-      |                     |   \--deadline--> EXPIRED    \--on_send_failed--> as if new
+      |                     |  \                     |   \--on_attempt_failed--> as if new,
+      |                     |   \--deadline--> EXPIRED           or FAILED
       |                     |\--on_cancel--> RENEGED <--on_cancel--/
       |                     \--engines late or gone--> at a provider (`router.fallback`)
       \--queue full, unknown model--> REJECTED
 
-New requests are placed at once where possible. Every request ends in exactly
-one Outcome, and its booking with it. An id that ended, or never was, is not
+New requests are placed at once where possible. One that its engine does not
+carry through is placed again, elsewhere if there is an elsewhere: a retry, or,
+if its reply had begun, a resumption; only the shell knows which. Every request
+ends in exactly one Outcome, and its booking with it. An id that ended, or never was, is not
 known any more: events about it change nothing, so a shell may report an end
 twice, or late. An id must not be used again while its request is open.
 
 What never happens: a decision about a request that has ended; a dispatch to a
-replica that is draining, lost or unreachable; a queue past its bounds.
+replica that is draining or lost, or past an open breaker; a new request held past
+the queue's bounds.
 """
 
 import math
@@ -24,17 +27,21 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import get_args
 
+import msgspec
+
 from router.accuracy import Accuracy
 from router.breaker import Failure
 from router.budget import RateReport
 from router.fallback import FallbackSettings, Spill, own_budget
 from router.fleet import Fleet
+from router.health import Health
 from router.hold import HoldQueue
-from router.placement import Placer
+from router.placement import Placement, Placer
 from router.policies import POLICIES, Policy
 from router.promise import promised_s
 from router.provider import MakeBudget, ProviderSettings
 from router.replica import Replica
+from router.retry_budget import RetryBudget
 from router.settings import Part, RouterSettings
 from router.types import (
     Decision,
@@ -64,9 +71,12 @@ class Router:
     def __init__(self, settings: RouterSettings, rng: random.Random | None = None) -> None:
         self.settings = settings
         self.outcomes: Counter[Outcome] = Counter()
+        self.num_retries = 0  # resumptions included
         self._rng = rng if rng is not None else random.Random(settings.seed)
         self._fleet = Fleet()
         self._queue = HoldQueue(settings)
+        self._health = Health(settings, self._rng)
+        self._retries = RetryBudget(settings.retry, now_s=0.0)
         self._spill = Spill(self._fleet, self._queue, settings, self._rng)
         self._accuracy = Accuracy()
         self._policy_name: str = settings.policy
@@ -80,6 +90,13 @@ class Router:
         """Place, hold or reject a new request; one whose id is open is ignored."""
         if request.id in self._placer or request.id in self._queue or request.id in self._spill:
             return []
+        self._retries.deposit()
+        if now_s < self._health.next_check_s:
+            return self._admit(request, now_s)
+        # Nobody looked while there was no work: an engine may have fallen silent meanwhile.
+        return [*self._health.check(self._fleet, now_s), *self._admit(request, now_s)]
+
+    def _admit(self, request: Request, now_s: float) -> list[Decision]:
         # While no engine is there at all, any of them may be the one that is starting.
         is_known = self._fleet.knows(request.model) or self._spill.serves(request.model)
         if len(self._fleet) and not is_known:
@@ -93,6 +110,8 @@ class Router:
             ttft_s = max(0.0, now_s - placement.placed_s)
             self._accuracy.add(placement.predicted_ttft_s, ttft_s)
             self._placer.policy.observe(placement.replica, ttft_s, now_s)
+            if self.settings.breaker.is_slow(ttft_s, placement.predicted_ttft_s):
+                self._judge_slow([placement], now_s)
         else:
             self._spill.start(request_id, now_s)
         return []
@@ -106,25 +125,56 @@ class Router:
         if placement is not None:  # the whole response came at once
             latency_s = max(0.0, now_s - placement.placed_s)
             self._placer.policy.observe(placement.replica, latency_s, now_s)
+        if (placement := self._placer.get(request_id)) is not None:
+            placement.replica.breaker.succeed(placement.permit, now_s)
         return self._end(request_id, Outcome.COMPLETED, now_s, usage)
 
-    def on_fail(self, request_id: str, now_s: float) -> list[Decision]:
-        """End a request that its engine could not answer: FAILED."""
-        return self._end(request_id, Outcome.FAILED, now_s)
+    def on_attempt_failed(
+        self,
+        request_id: str,
+        failure: Failure | None,
+        now_s: float,
+        *,
+        can_retry: bool = True,
+        has_begun: bool = False,
+        num_output_tokens: int = 0,
+    ) -> list[Decision]:
+        """Place a request again that its engine did not carry through, or give it up.
 
-    def on_send_failed(self, request_id: str, now_s: float) -> list[Decision]:
-        """Undo a dispatch that did not reach its engine, and place the request again.
+        Through no fault of the client's. `failure` is what the engine did to this
+        request alone: it counts for the breaker, and the retry against the budget.
+        None where the engine as a whole was lost or left: then its breaker keeps
+        a storm off, and what the other engines get is no more than it had. The
+        shell knows whether it `can_retry`, whether the reply `has_begun`, so that
+        only an engine can go on with it, and how many tokens this engine has
+        generated that another will have to prefill.
 
-        As if new, but with its first arrival, so it has not lost its turn. The
-        engine gets nothing more until a snapshot proves that it is there.
+        The request keeps its first arrival, so it has not lost its turn.
         """
-        placement = self._placer.release(request_id)
+        placement = self._placer.get(request_id)
         if placement is None:
             return []
-        self._queue.settle(placement.request, Usage())  # it took nothing there
-        placement.replica.is_unreachable = True
-        self._fleet.refresh(placement.replica)
-        return self._enter(placement.request, now_s)
+        request, replica = placement.request, placement.replica
+        if failure is not None:
+            replica.breaker.fail(placement.permit, failure, now_s)
+        if (
+            not can_retry
+            or len(request.tried) + 1 >= self.settings.max_attempts
+            or (failure is not None and not self._retries.try_withdraw(now_s))
+        ):
+            return [Fail(request_id), *self._end(request_id, Outcome.FAILED, now_s)]
+        replica.breaker.release(placement.permit)
+        self._placer.release(request_id)
+        self._queue.settle(request, Usage())  # it is charged anew where it goes next
+        self.num_retries += 1
+        again = msgspec.structs.replace(
+            request,
+            num_prompt_tokens=request.num_prompt_tokens + num_output_tokens,
+            tried=(*request.tried, replica.id),
+            retried_s=now_s,
+            has_begun=has_begun,
+        )
+        return self._enter(again, now_s)
 
     def on_cancel(self, request_id: str, now_s: float) -> list[Decision]:
         """End a request whose client has left, held or placed: RENEGED."""
@@ -197,8 +247,9 @@ class Router:
         A known id means a new connection: the old one, and all that was booked
         on it, is lost.
         """
-        self._fleet.remove(replica_id)
-        self._fleet.add(Replica(replica_id, info, now_s))
+        self._lose(replica_id, now_s)
+        breaker = self._health.breaker(replica_id, info, self._fleet, now_s)
+        self._fleet.add(Replica(replica_id, info, now_s, breaker))
         return self._place_held(now_s)
 
     def on_snapshot(
@@ -206,9 +257,14 @@ class Router:
     ) -> list[Decision]:
         """Take in an engine's state; old, repeated or from an unknown engine, ignore it."""
         replica = self._fleet.get(replica_id)
-        if replica is None or not replica.receive(snapshot, now_s):
+        if replica is None:
+            return []
+        was_slow = replica.was_step_slow(snapshot, self.settings.breaker)
+        if not replica.receive(snapshot, now_s):
             return []
         self._fleet.refresh(replica)
+        if was_slow:
+            self._judge_slow(self._placer.on(replica), now_s)
         return self._place_held(now_s)
 
     def on_replica_draining(self, replica_id: str, now_s: float) -> list[Decision]:
@@ -223,25 +279,29 @@ class Router:
         """Forget an engine and all bookings on it.
 
         Requests placed there stay open: only the shell knows how far each one
-        got, and so reports each by `on_send_failed` (place it again) or
-        `on_fail`. If neither, they would stay open for ever.
+        got, and so reports each by `on_attempt_failed`. If it did not, they
+        would stay open for ever.
         """
-        self._fleet.remove(replica_id)
+        self._lose(replica_id, now_s)
         return self._place_held(now_s)
 
     # Time and people
 
     def on_tick(self, now_s: float) -> list[Decision]:
-        """Reject what has been held too long; place what can be."""
-        return self._place_held(now_s, at_once=True)
+        """Reject what has been held too long; leave the sick; place what can be."""
+        decisions: list[Decision] = []
+        if now_s >= self._health.next_check_s:
+            decisions += self._health.check(self._fleet, now_s)
+        return [*decisions, *self._place_held(now_s, at_once=True)]
 
     def next_wake_s(self) -> float | None:
-        """When to call `on_tick`, whatever happens; None while nothing is held."""
-        expiry_s = self._queue.next_expiry_s()
-        look_s = self._spill.next_look_s()
-        if expiry_s is None or look_s is None:
-            return expiry_s
-        return min(expiry_s, look_s)
+        """When to call `on_tick`, whatever happens; None while no request is open."""
+        wakes_s = []
+        if len(self._queue):
+            wakes_s += [self._queue.next_expiry_s(), self._spill.next_look_s()]
+        if len(self._fleet) and (len(self._queue) or len(self._placer)):
+            wakes_s.append(self._health.next_check_s)
+        return min((wake_s for wake_s in wakes_s if wake_s is not None), default=None)
 
     @property
     def wants_prefix(self) -> bool:
@@ -287,6 +347,8 @@ class Router:
             "outcomes": {outcome.value: self.outcomes[outcome] for outcome in Outcome},
             "ttft_accuracy": self._accuracy.state(),
             "fallback": self._spill.state(now_s),
+            "retries": {"num_made": self.num_retries, "budget": self._retries.state()},
+            "breaker_events": self._health.state(),
         }
 
     # Steps that several events share
@@ -337,13 +399,28 @@ class Router:
         self, request_id: str, outcome: Outcome, now_s: float, usage: Usage | None = None
     ) -> list[Decision]:
         """End a placed request; its room may let others go."""
-        placement = self._placer.release(request_id)
+        placement = self._placer.get(request_id)
         if placement is None:
             return []
+        placement.replica.breaker.release(placement.permit)  # if it had no verdict yet
+        self._placer.release(request_id)
         if usage is not None:
             self._queue.settle(placement.request, usage)
         self.outcomes[outcome] += 1
         return self._place_held(now_s)
+
+    def _lose(self, replica_id: str, now_s: float) -> None:
+        """Forget an engine; an unknown id changes nothing."""
+        if (replica := self._fleet.get(replica_id)) is not None:
+            self._fleet.remove(replica_id)
+            self._health.lose(replica, now_s)
+
+    def _judge_slow(self, placements: list[Placement], now_s: float) -> None:
+        """Count calls to one engine as slow, unless most engines of the model are out already."""
+        if placements and self._health.may_judge_slow(placements[0].replica, self._fleet):
+            for placement in placements:
+                placement.replica.breaker.slow(placement.permit, now_s)
+            self._fleet.refresh(placements[0].replica)
 
     def _place_held(self, now_s: float, *, at_once: bool = False) -> list[Decision]:
         """Reject what has been held too long, place what can be."""

@@ -174,7 +174,7 @@ class Spill:
 
     def send_now(self, request: Request, now_s: float) -> Fallback | None:
         """Send a request that is not held to whoever has room for it now; None if nobody."""
-        offer = self._offer(request, math.inf, now_s, {})
+        offer = None if request.has_begun else self._offer(request, math.inf, now_s, {})
         if offer is None or offer[1] > 0.0:
             return None
         return self._send(request, offer[0], offer[0].provider.amount(request), now_s)
@@ -310,7 +310,8 @@ class Spill:
         ]
         merged = lanes[0] if len(lanes) == 1 else heapq.merge(*lanes, key=self._queue.key)
         for _, request in zip(range(_LOOK_DEPTH), merged, strict=False):
-            yield request
+            if not request.has_begun:
+                yield request
 
     def _wait_s(self, model: str, num_tokens: int) -> float:
         """Predicted seconds until engines here have prefilled so many held tokens; inf if none."""

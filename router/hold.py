@@ -82,18 +82,26 @@ class HoldQueue:
             self._set_turns(tenant)
 
     def expires_s(self, request: Request) -> float:
-        """When the request may be held no longer: its own deadline or our bound."""
-        return min(request.deadline_s, request.arrival_s + self._settings.max_hold_s)
+        """When the request may be held no longer: its own deadline or our bound.
+
+        One that an engine did not carry through is held anew: it had its turn.
+        """
+        max_hold_s = self._settings.max_hold_s
+        if request.tried:
+            return request.retried_s + max_hold_s
+        return min(request.deadline_s, request.arrival_s + max_hold_s)
 
     def push(self, request: Request) -> bool:
         """Whether the request is held now; False if a bound leaves no room for it.
 
+        One that was placed before is taken back whatever the bounds say: its reply
+        may have begun. There are no more of these than engines have sequences.
         Raises `ValueError` if a request of this id is held already.
         """
         if request.id in self._held:
             raise ValueError(f"request {request.id} is held already")
         settings = self._settings
-        if (
+        if not request.tried and (
             len(self._held) >= settings.max_held_requests
             or self.num_tokens + request.num_prompt_tokens > settings.max_held_tokens
             or self.num_bytes + request.num_bytes > settings.max_held_bytes

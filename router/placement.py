@@ -28,6 +28,7 @@ class Placement(msgspec.Struct):
     replica: Replica
     placed_s: float
     predicted_ttft_s: float
+    permit: int  # of the engine's breaker
     has_started: bool = False  # its first token has come
 
 
@@ -93,17 +94,24 @@ class Placer:
                 replicas = self._not_kept_from(request, replicas)
         if not replicas:
             return None
+        if request.tried:  # elsewhere, if there is an elsewhere
+            replicas = [r for r in replicas if r.id not in request.tried] or replicas
         replica = self.policy.choose(request, replicas, now_s)
         predicted_ttft_s = replica.ttft_s(replica.num_new_tokens(request), now_s)
         booking = replica.book(request, kv_need_tokens(request), now_s)
+        permit = replica.breaker.begin(now_s)
         self._fleet.refresh(replica)
         self._queue.charge(request)
-        self._placed[request.id] = Placement(request, replica, now_s, predicted_ttft_s)
+        self._placed[request.id] = Placement(request, replica, now_s, predicted_ttft_s, permit)
         return Dispatch(request.id, replica.id, booking)
 
     def get(self, request_id: str) -> Placement | None:
         """The placement of this request, None if there is none."""
         return self._placed.get(request_id)
+
+    def on(self, replica: Replica) -> list[Placement]:
+        """The placements on one replica."""
+        return [placed for placed in self._placed.values() if placed.replica is replica]
 
     def release(self, request_id: str) -> Placement | None:
         """End a placement and its booking; None if there is none of this id."""

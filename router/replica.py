@@ -1,7 +1,9 @@
 """One engine as this gateway knows it: the policies' whole view."""
 
 import math
+import random
 
+from router.breaker import Breaker, BreakerSettings
 from router.ledger import Ledger
 from router.predict import StepModel
 from router.types import EngineInfo, EngineSnapshot, Request
@@ -21,12 +23,12 @@ class Replica:
         "_rest_tokens",
         "_step_end_s",
         "_step_start_s",
+        "breaker",
         "chunk_overhead_s",
         "chunk_tokens",
         "id",
         "info",
         "is_draining",
-        "is_unreachable",
         "ledger",
         "names",
         "num_free_kv_tokens",
@@ -39,11 +41,16 @@ class Replica:
         "snapshot",
         "snapshot_s",
         "token_s",
+        "up_s",
     )
 
-    def __init__(self, replica_id: str, info: EngineInfo, now_s: float) -> None:
+    def __init__(
+        self, replica_id: str, info: EngineInfo, now_s: float, breaker: Breaker | None = None
+    ) -> None:
         self.id = replica_id
         self.info = info
+        self.up_s = now_s  # since when there is this connection
+        self.breaker = breaker or Breaker(BreakerSettings(), random.Random(0), now_s)
         self.names = frozenset((info.model, *info.aliases))
         # Until it reports, an engine is taken to be empty: it has just been started,
         # or its first snapshot is already on its way.
@@ -52,7 +59,6 @@ class Replica:
         self.ledger = Ledger()
         self.predictor = StepModel()
         self.is_draining = False  # finishes what it has, takes nothing new
-        self.is_unreachable = False  # a send failed and no snapshot has come since
 
         self.num_pending_prefill_tokens = 0  # in the engine and on their way to it
         self.num_step_demand_tokens = 0  # of these, what the next step would like to compute
@@ -107,6 +113,25 @@ class Replica:
         rest_s = self._step_end_s - now_s
         return ttft_s + rest_s if rest_s > 0.0 else ttft_s
 
+    def step_wait_s(self, now_s: float) -> tuple[float, float]:
+        """Seconds since the engine's last sign of progress, and what a step should take.
+
+        Zeros while it has nothing to run, so far as it has told us.
+        """
+        if not (self._is_at_work and self.snapshot.num_inflight_reqs):
+            return 0.0, 0.0
+        return now_s - self._step_start_s, self._step_end_s - self._step_start_s
+
+    def was_step_slow(self, snapshot: EngineSnapshot, settings: BreakerSettings) -> bool:
+        """Whether a snapshot not yet received tells of a step far beyond what was expected."""
+        if snapshot.step_s <= settings.slow_floor_s:
+            return False
+        predicted_s = self.predictor.step_s(
+            snapshot.step_num_prefill_tokens, snapshot.step_num_decode_reqs
+        )
+        is_new = snapshot.num_steps_total != self.snapshot.num_steps_total
+        return is_new and settings.is_slow(snapshot.step_s, predicted_s)
+
     def receive(self, snapshot: EngineSnapshot, now_s: float) -> bool:
         """Whether the snapshot was news; an old or repeated one changes nothing."""
         if snapshot.seq <= self.snapshot.seq:
@@ -117,7 +142,6 @@ class Replica:
             self._step_start_s = now_s
         self.snapshot = snapshot
         self.snapshot_s = now_s
-        self.is_unreachable = False
         self.ledger.acknowledge(snapshot.last_booking)
         self.predictor.learn(snapshot)
         self._derive()
@@ -150,7 +174,7 @@ class Replica:
             "snapshot": _fields(snapshot) if snapshot.seq >= 0 else None,
             "age_s": max(0.0, now_s - self.snapshot_s),
             "is_draining": self.is_draining,
-            "is_unreachable": self.is_unreachable,
+            "breaker": self.breaker.state(now_s),
             "ledger": {
                 "num_open": self.ledger.num_open,
                 "num_unacknowledged": self.ledger.num_unacknowledged,

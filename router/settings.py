@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from router.breaker import BreakerSettings
+from router.retry_budget import RetryBudgetSettings
 from router.types import RequestClass
 
 PolicyName = Literal[
@@ -47,7 +49,20 @@ class RouterSettings(BaseModel):
     default_class: RequestClass = Field(
         RequestClass.STANDARD, description="class of requests that name none"
     )
-    seed: int = Field(0, description="seed of the policies that draw")
+    stale_s: float = Field(
+        3.0, gt=0, description="an engine that is silent for longer is given no work, seconds"
+    )
+    hang_s: float = Field(
+        3.5,
+        gt=0,
+        description="so long may a scheduler step take beyond five times its prediction, seconds",
+    )
+    max_attempts: int = Field(
+        4, ge=1, description="engines that may fail under one request before it is given up"
+    )
+    breaker: BreakerSettings = BreakerSettings()
+    retry: RetryBudgetSettings = RetryBudgetSettings()
+    seed: int = Field(0, description="seed of all that is drawn")
     ablate: tuple[Part, ...] = Field(
         (), description="parts of headway to do without, to see what they are worth"
     )

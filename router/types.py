@@ -57,6 +57,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     # Engines that took it and did not carry it through, and when the last one gave up.
     tried: tuple[str, ...] = ()
     retried_s: float = float("-inf")
+    has_begun: bool = False  # part of its reply was sent: only an engine can go on with it
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +74,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     aliases: tuple[str, ...] = ()  # further names of the model, LoRA adapters among them
     device: str = ""  # hardware, in words
     engine: str = ""  # engine and version; says "simulated" where it is
+    heartbeat_s: float = 0.0  # longest time between snapshots while it lives; 0 = no promise
 
 
 class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,4 +153,11 @@ class Fail(msgspec.Struct, frozen=True):
     request_id: str
 
 
-Decision = Dispatch | Hold | Fallback | Reject | Fail
+class Evacuate(msgspec.Struct, frozen=True):
+    """Take every request off this replica, as if its connection were lost."""
+
+    replica_id: str
+    reason: str
+
+
+Decision = Dispatch | Hold | Fallback | Reject | Fail | Evacuate

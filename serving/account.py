@@ -3,6 +3,8 @@
 from contextvars import ContextVar
 
 from router.types import Usage
+from serving.record import Recorder
+from serving.wire import Resume
 
 
 class Account:
@@ -14,19 +16,37 @@ class Account:
     """
 
     __slots__ = (
+        "created_s",
         "entered",
         "num_cached_tokens",
+        "num_ids",
         "num_output_tokens",
         "num_prompt_tokens",
         "priority",
+        "recorder",
+        "request_id",
+        "resume",
     )
 
-    def __init__(self, num_prompt_tokens: int, priority: int = 0) -> None:
+    def __init__(
+        self,
+        num_prompt_tokens: int,
+        priority: int = 0,
+        *,
+        request_id: str = "",
+        created_s: int = 0,
+        resume: Resume | None = None,
+    ) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self.priority = priority  # vLLM's: lower is first
         self.num_cached_tokens = 0
         self.num_output_tokens = 0
         self.entered = False
+        self.request_id = request_id
+        self.created_s = created_s  # what the response says, seconds since the epoch
+        self.num_ids = 0  # random ones that the API layer has asked for
+        self.resume = resume  # how far another engine has come; None: it is new
+        self.recorder = Recorder()
 
     def usage(self) -> Usage | None:
         """What vLLM counted; None if the request never came as far as the engine."""

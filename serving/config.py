@@ -59,6 +59,12 @@ class GatewayConfig(_Section):
     max_body_bytes: int = Field(
         16 * 2**20, ge=1024, description="a larger request body is answered 413"
     )
+    max_record_bytes: int = Field(
+        256 * 2**20,
+        ge=0,
+        description="bytes kept, over all open requests, of what engines have generated, so that "
+        "another can go on (12 per token); what goes beyond could not be resumed",
+    )
     stream_window_bytes: int = Field(
         64 * 2**10, ge=4096, description="bytes of one response in flight to a slow reader"
     )

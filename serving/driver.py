@@ -5,8 +5,19 @@ import logging
 import time
 from collections.abc import Collection, Mapping
 
+from router.breaker import Failure
 from router.core import Router
-from router.types import Decision, Dispatch, EngineInfo, EngineSnapshot, Reject, Request
+from router.types import (
+    Decision,
+    Dispatch,
+    EngineInfo,
+    EngineSnapshot,
+    Evacuate,
+    Fail,
+    Reject,
+    Request,
+)
+from serving import record
 from serving.exchange import EngineFailed, Exchange, Rejected
 from serving.link import Link
 from serving.metrics import Metrics
@@ -14,10 +25,13 @@ from serving.wire import Ack, Cancel, Data, End, Head, Submit
 
 logger = logging.getLogger(__name__)
 
-# An engine that dies takes a request with it at most this often; after that
-# the request itself is the likely cause.
-_MAX_ATTEMPTS = 3
 _RECONNECT_S = 0.5
+# Replies that tell of the engine's trouble rather than of the request's: tried once
+# more elsewhere. The second engine to say so is believed.
+_ENGINE_TROUBLE = frozenset((500, 502, 503, 504))
+# Where going on in the middle of a reply is understood: see `serving.replay`. Replies of
+# other endpoints bear ids that another engine would draw anew.
+_RESUMABLE = frozenset(("/v1/chat/completions", "/v1/completions"))
 
 
 class Driver:
@@ -28,13 +42,20 @@ class Driver:
     """
 
     def __init__(
-        self, router: Router, gateway_id: str, window_bytes: int, metrics: Metrics
+        self,
+        router: Router,
+        gateway_id: str,
+        window_bytes: int,
+        max_record_bytes: int,
+        metrics: Metrics,
     ) -> None:
         self.router = router
         self.metrics = metrics
         self.exchanges: dict[str, Exchange] = {}
         self.engines: dict[str, EngineInfo] = {}
         self._gateway_id = gateway_id
+        self.num_record_bytes = 0  # over all exchanges
+        self._max_record_bytes = max_record_bytes
         self._ack_bytes = window_bytes // 2
         self._links: dict[str, Link] = {}
         self._streams: dict[str, dict[int, Exchange]] = {}
@@ -112,34 +133,61 @@ class Driver:
         self._execute(self.router.on_snapshot(link.replica_id, snapshot, now_s))
 
     def on_head(self, link: Link, frame: Head) -> None:
-        if (exchange := self._streams[link.replica_id].get(frame.stream)) is not None:
-            exchange.on_head(frame.status, frame.headers)
+        exchange = self._streams[link.replica_id].get(frame.stream)
+        if exchange is None:
+            return
+        if frame.status in _ENGINE_TROUBLE and not exchange.num_error_replies:
+            exchange.num_error_replies += 1
+            link.post(Cancel(frame.stream))
+            self._fail_attempt(exchange, Failure.ERROR, f"it answered {frame.status}")
+            return
+        exchange.on_head(frame.status, frame.headers)
 
     def on_data(self, link: Link, frame: Data) -> None:
         exchange = self._streams[link.replica_id].get(frame.stream)
         if exchange is None:
             return  # cancelled; these bytes were under way
-        if not exchange.started:
+        if frame.record:
+            self._keep(exchange, frame.record)
+        if not frame.body:
+            return  # progress of a reply that comes all at once
+        if exchange.awaits_first_byte:
             now_s = time.monotonic()
-            self.metrics.first_token(exchange.request, now_s)
+            exchange.awaits_first_byte = False
+            if not exchange.started:
+                self.metrics.first_token(exchange.request, now_s)
+            else:
+                self.metrics.resumed(exchange.request, now_s - exchange.failed_s)
             self._execute(self.router.on_first_token(exchange.request.id, now_s))
         exchange.on_data(frame.body)
+
+    def _keep(self, exchange: Exchange, groups: bytes) -> None:
+        """Add to the exchange's record; past the bound of all records it has none."""
+        if exchange.record is None:
+            return
+        if self.num_record_bytes + len(groups) > self._max_record_bytes:
+            self._drop_record(exchange)
+            return
+        exchange.record += groups
+        self.num_record_bytes += len(groups)
+
+    def _drop_record(self, exchange: Exchange) -> None:
+        self.num_record_bytes -= len(exchange.record or b"")
+        exchange.record = None
 
     def on_end(self, link: Link, frame: End) -> None:
         exchange = self._streams[link.replica_id].get(frame.stream)
         if exchange is None:
             return
-        now_s = time.monotonic()
-        request_id = exchange.request.id
         exchange.usage = frame.usage
-        self._release(exchange)
         if frame.error is None:
+            now_s = time.monotonic()
+            self._release(exchange)
             self._close(exchange)
             self.metrics.finished(exchange.request, frame.usage, now_s)
-            self._execute(self.router.on_finish(request_id, frame.usage, now_s))
+            self._execute(self.router.on_finish(exchange.request.id, frame.usage, now_s))
         else:
-            self._close(exchange, EngineFailed(frame.error))
-            self._execute(self.router.on_fail(request_id, now_s))
+            self._fail_attempt(exchange, Failure.ERROR, frame.error, can_retry=frame.can_retry)
         self._close_if_drained(link.replica_id)
 
     def on_lost(self, link: Link) -> None:
@@ -148,16 +196,11 @@ class Driver:
             del self._links[replica_id]
         self.engines.pop(replica_id, None)
         lost = self._streams.pop(replica_id, {})
-        now_s = time.monotonic()
         # First close the door, then find the requests another place.
-        self._execute(self.router.on_replica_down(replica_id, now_s))
+        self._execute(self.router.on_replica_down(replica_id, time.monotonic()))
         for exchange in lost.values():
             exchange.replica_id = None
-            if exchange.started or exchange.num_attempts >= _MAX_ATTEMPTS:
-                self._close(exchange, EngineFailed("the engine was lost"))
-                self._execute(self.router.on_fail(exchange.request.id, now_s))
-            else:
-                self._execute(self.router.on_send_failed(exchange.request.id, now_s))
+            self._fail_attempt(exchange, None, "it was lost")
         if (metadata := self._members.pop(replica_id, None)) is not None:
             self.set_members({**self._members, replica_id: metadata})
 
@@ -170,7 +213,45 @@ class Driver:
             elif isinstance(decision, Reject):
                 exchange = self.exchanges[decision.request_id]
                 self._close(exchange, Rejected(decision.reason, decision.retry_after_s))
+            elif isinstance(decision, Fail):
+                exchange = self.exchanges[decision.request_id]
+                self._close(exchange, EngineFailed(exchange.failure))
+            elif isinstance(decision, Evacuate):
+                self._evacuate(decision)
         self._rearm()
+
+    def _evacuate(self, decision: Evacuate) -> None:
+        logger.warning("engine %s is left: %s", decision.replica_id, decision.reason)
+        link = self._links[decision.replica_id]
+        for exchange in list(self._streams[decision.replica_id].values()):
+            link.post(Cancel(exchange.booking))
+            self._fail_attempt(exchange, None, f"it is {decision.reason}")
+
+    def _fail_attempt(
+        self, exchange: Exchange, failure: Failure | None, words: str, *, can_retry: bool = True
+    ) -> None:
+        """The engine did not carry the exchange through: another one may."""
+        self._release(exchange)
+        now_s = time.monotonic()
+        exchange.failure, exchange.failed_s = words, now_s
+        exchange.awaits_first_byte = True
+        if exchange.started and (exchange.record is None or exchange.path not in _RESUMABLE):
+            can_retry = False
+        num_tokens = record.num_tokens(bytes(exchange.record or b""))
+        num_new_tokens, exchange.num_output_tokens = (
+            num_tokens - exchange.num_output_tokens,
+            num_tokens,
+        )
+        self._execute(
+            self.router.on_attempt_failed(
+                exchange.request.id,
+                failure,
+                now_s,
+                can_retry=can_retry,
+                has_begun=exchange.started,
+                num_output_tokens=num_new_tokens,
+            )
+        )
 
     def _dispatch(self, decision: Dispatch) -> None:
         exchange = self.exchanges[decision.request_id]
@@ -187,6 +268,8 @@ class Driver:
                 exchange.path,
                 exchange.headers,
                 exchange.body,
+                exchange.created_s,
+                exchange.resume(),
             )
         )
 
@@ -228,6 +311,7 @@ class Driver:
 
     def _close(self, exchange: Exchange, error: Exception | None = None) -> None:
         del self.exchanges[exchange.request.id]
+        self._drop_record(exchange)
         exchange.on_end(error)
 
     def _close_if_drained(self, replica_id: str) -> None:

@@ -49,7 +49,11 @@ class Gateway:
         self.metrics = Metrics()
         self.router = Router(config.router)
         self.driver = Driver(
-            self.router, gateway_id, config.gateway.stream_window_bytes, self.metrics
+            self.router,
+            gateway_id,
+            config.gateway.stream_window_bytes,
+            config.gateway.max_record_bytes,
+            self.metrics,
         )
         self.intake = Intake()
         self.watches: dict[str, FileWatch] = {}
@@ -108,6 +112,7 @@ class Gateway:
         return {
             "gateway_id": self.gateway_id,
             "num_open_requests": len(self.driver.exchanges),
+            "num_record_bytes": self.driver.num_record_bytes,
             "tokens_per_byte": self.intake.tokens_per_byte,
             "tenants": self.tenants.state(time.monotonic()),
             "files": {name: watch.state() for name, watch in self.watches.items()},

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from router.breaker import BreakerState
 from router.types import Request, Usage
 from serving.tenants import Consumption
 
@@ -36,6 +37,12 @@ class Metrics:
             buckets=_LATENCY_BUCKETS_S,
             **common,
         )
+        self._resume_delay_s = Histogram(
+            "headway_resume_delay_seconds",
+            "From an engine's failure under a begun reply to the next byte from another",
+            buckets=_LATENCY_BUCKETS_S,
+            **common,
+        )
         self._prompt_tokens = Counter("headway_prompt_tokens", "Prompt tokens served", **common)
         self._cached_tokens = Counter(
             "headway_cached_prompt_tokens", "Prompt tokens found in a prefix cache", **common
@@ -44,6 +51,9 @@ class Metrics:
 
     def first_token(self, request: Request, now_s: float) -> None:
         self._ttft_s.labels(request.model).observe(now_s - request.arrival_s)
+
+    def resumed(self, request: Request, delay_s: float) -> None:
+        self._resume_delay_s.labels(request.model).observe(delay_s)
 
     def finished(self, request: Request, usage: Usage | None, now_s: float) -> None:
         self._e2e_s.labels(request.model).observe(now_s - request.arrival_s)
@@ -101,6 +111,28 @@ class _StateCollector(Collector):
             for tenant, consumption in state["tenants"]["by_name"].items():
                 usage.add_metric([tenant], consumption[field.name])
             yield usage
+        breakers = GaugeMetricFamily(
+            "headway_breaker_state",
+            "1 for the state that the breaker is in",
+            labels=["replica", "state"],
+        )
+        for replica_id, replica in state["replicas"].items():
+            for status in BreakerState:
+                is_in = status.value == replica["breaker"]["state"]
+                breakers.add_metric([replica_id, status.value], float(is_in))
+        yield breakers
+        retries = state["retries"]
+        yield GaugeMetricFamily(
+            "headway_retries_total", "attempts beyond the first", value=retries["num_made"]
+        )
+        yield GaugeMetricFamily(
+            "headway_retry_budget", "retries left", value=retries["budget"]["balance"]
+        )
+        yield GaugeMetricFamily(
+            "headway_record_bytes",
+            "kept of what engines have generated for open requests",
+            value=state["num_record_bytes"],
+        )
         outcomes = GaugeMetricFamily(
             "headway_outcomes_total", "requests by how they ended", labels=["outcome"]
         )

@@ -161,13 +161,28 @@ class Connection(FrameConnection):
             raise ValueError("no valid Hello")
         self._greeted = True
         self._port.connected(self)
-        self.post(Welcome(self._port.engine.info))
+        info = msgspec.structs.replace(self._port.engine.info, heartbeat_s=HEARTBEAT_S)
+        self.post(Welcome(info))
         self.push_snapshot()
 
     def _submit(self, frame: Submit) -> None:
         self._last_stream = frame.stream
-        account = Account(frame.num_prompt_tokens, frame.priority)
-        stream = Stream(frame, account, self._port.window_bytes, self.post, self._on_end)
+        account = Account(
+            frame.num_prompt_tokens,
+            frame.priority,
+            request_id=frame.request_id,
+            created_s=frame.created_s,
+            resume=frame.resume,
+        )
+        stream = Stream(
+            frame,
+            account,
+            self._port.window_bytes,
+            self.post,
+            self._on_end,
+            lambda: self._port.engine.dead,
+            self.close,
+        )
         self._streams[frame.stream] = stream
         self._port.started(stream, account)
         stream.start(self._port.engine.app)

@@ -2,18 +2,32 @@
 
 import asyncio
 import logging
+import zlib
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message
 
 from serving.account import Account, current_account
-from serving.wire import Data, End, Head, Headers, Submit, ToGateway
+from serving.wire import Data, End, Head, Headers, Resume, Submit, ToGateway
 
 logger = logging.getLogger(__name__)
 
 
+class SeamError(Exception):
+    """The response does not begin with what the client has of it."""
+
+
+class EngineDied(Exception):
+    """Whatever the API layer says from here on is about that."""
+
+
 class Stream:
-    """Runs the request; ends with exactly one `End` frame.
+    """Runs the request; ends with exactly one `End` frame, unless the engine dies.
+
+    Then it ends with the connection (`on_dead`): what failed is no request, and
+    vLLM's apology under status 200 must not reach the client. One that another
+    engine has begun sends nothing of what the client has already; should the
+    engine not come by the same bytes, it ends with an error.
 
     `window_bytes` bounds what is under way to a client that does not read:
     past it the response waits here, and vLLM merges the tokens that come
@@ -27,6 +41,8 @@ class Stream:
         window_bytes: int,
         post: Callable[[ToGateway], None],
         on_end: Callable[["Stream"], None],
+        is_dead: Callable[[], bool],
+        on_dead: Callable[[], None],
     ) -> None:
         self.id = submit.stream
         self._submit = submit
@@ -34,6 +50,10 @@ class Stream:
         self._credit_bytes = window_bytes
         self._post = post
         self._on_end = on_end
+        self._is_dead = is_dead
+        self._on_dead = on_dead
+        self._seam = Seam(submit.resume) if submit.resume is not None else None
+        account.recorder.on_progress = self._report_progress
         self._credit = asyncio.Event()
         self._cancelled = asyncio.Event()
         self._body_taken = False
@@ -55,10 +75,13 @@ class Stream:
     async def _run(self, app: ASGIApp) -> None:
         current_account.set(self._account)
         error: str | None = None
+        can_retry = True
         try:
             await app(self._scope(), self._receive, self._send)
         except ConnectionResetError:
             error = "cancelled"
+        except SeamError as seam:
+            error, can_retry = str(seam), False
         except Exception as exception:
             if not self._cancelled.is_set():
                 logger.exception("request %s failed", self._submit.request_id)
@@ -66,8 +89,15 @@ class Stream:
         finally:
             if error is None and not self._complete:
                 error = "cancelled" if self._cancelled.is_set() else "the response broke off"
-            self._post(End(self.id, self._account.usage(), error))
+            if self._is_dead():
+                self._on_dead()
+            else:
+                self._post(End(self.id, self._account.usage(), error, can_retry))
             self._on_end(self)
+
+    def _report_progress(self) -> None:
+        """Let the gateway know what was generated though nothing of it is due yet."""
+        self._post(Data(self.id, b"", self._account.recorder.take()))
 
     def _scope(self) -> dict:
         submit = self._submit
@@ -99,14 +129,41 @@ class Stream:
     async def _send(self, message: Message) -> None:
         if self._cancelled.is_set():
             raise ConnectionResetError
+        if self._is_dead():
+            raise EngineDied
         if message["type"] == "http.response.start":
             headers: Headers = [(bytes(name), bytes(value)) for name, value in message["headers"]]
             self._post(Head(self.id, message["status"], headers))
             return
-        if body := message.get("body", b""):
+        body = bytes(message.get("body", b""))
+        if self._seam is not None:
+            body = self._seam.cut(body, is_last=not message.get("more_body", False))
+        if body:
             while self._credit_bytes <= 0 and not self._cancelled.is_set():
                 self._credit.clear()
                 await self._credit.wait()
             self._credit_bytes -= len(body)
-            self._post(Data(self.id, bytes(body)))
+            self._post(Data(self.id, body, self._account.recorder.take()))
         self._complete = not message.get("more_body", False)
+
+
+class Seam:
+    """Cuts off a response what the client has of it."""
+
+    def __init__(self, resume: Resume) -> None:
+        self._num_left = resume.num_bytes
+        self._checksum = 0
+        self._expected = resume.checksum
+
+    def cut(self, body: bytes, *, is_last: bool) -> bytes:
+        """What of the next bytes the client lacks. Raises `SeamError` if the others differ."""
+        if not self._num_left:
+            return body
+        known = body[: self._num_left]
+        self._num_left -= len(known)
+        self._checksum = zlib.crc32(known, self._checksum)
+        if self._num_left and is_last:
+            raise SeamError("the other engine's response was shorter than what had been sent")
+        if not self._num_left and self._checksum != self._expected:
+            raise SeamError("the other engine's response differs from what had been sent")
+        return body[len(known) :]

@@ -25,6 +25,14 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
     gateway_id: str
 
 
+class Resume(msgspec.Struct, frozen=True, array_like=True):
+    """How far another engine has come with a request; the engine goes on from there."""
+
+    record: bytes  # what was generated, see `serving.record`
+    num_bytes: int  # of the response's body that the gateway has: not to be sent again
+    checksum: int  # CRC-32 of these: the engine must make the same ones
+
+
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=2):
     """A request. `stream` is the router's booking number: it only grows."""
 
@@ -36,6 +44,8 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=2):
     path: str
     headers: Headers
     body: bytes
+    created_s: int = 0  # seconds since the epoch: what the response says of its creation
+    resume: Resume | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=3):
@@ -70,6 +80,7 @@ class Data(msgspec.Struct, frozen=True, array_like=True, tag=7):
 
     stream: int
     body: bytes
+    record: bytes = b""  # what these and earlier bytes were made of, see `serving.record`
 
 
 class End(msgspec.Struct, frozen=True, array_like=True, tag=8):
@@ -78,6 +89,7 @@ class End(msgspec.Struct, frozen=True, array_like=True, tag=8):
     stream: int
     usage: Usage | None
     error: str | None
+    can_retry: bool = True  # another engine may do better
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag=9):

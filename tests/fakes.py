@@ -28,6 +28,7 @@ class FakeEngine:
     """Answers with as many chunks as `max_tokens` asks for; steps when told to.
 
     `gate` closed, no response goes on: tests see states that would be over at once.
+    A `chunk` with `%d` in it is numbered; `status` is what every request is answered.
     """
 
     def __init__(self, info: EngineInfo = INFO) -> None:
@@ -36,7 +37,9 @@ class FakeEngine:
         self.gate.set()
         self.dead = False
         self.chunk = b"data: {}\n\n"
+        self.status = 200
         self.num_started = 0
+        self.num_steps = 0
         self.num_cancelled = 0
         self.bodies: list[dict] = []
         self._on_step: Callable[[], None] = lambda: None
@@ -54,6 +57,7 @@ class FakeEngine:
             num_running_reqs=len(accounts),
             num_inflight_reqs=len(accounts),
             num_free_kv_tokens=self.info.num_kv_tokens,
+            num_steps_total=self.num_steps,
         )
 
     def forget(self, account: Account) -> None:
@@ -67,15 +71,17 @@ class FakeEngine:
         self.bodies.append(body)
         self.num_started += 1
         headers = [(b"content-type", b"text/event-stream")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
         leaving = asyncio.ensure_future(receive())
-        for _ in range(body.get("max_tokens", 1)):
+        for number in range(body.get("max_tokens", 1)):
             opened = asyncio.ensure_future(self.gate.wait())
             await asyncio.wait({opened, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if leaving.done():
                 opened.cancel()
                 self.num_cancelled += 1
                 return
-            await send({"type": "http.response.body", "body": self.chunk, "more_body": True})
+            self.num_steps += 1
+            chunk = self.chunk % number if b"%d" in self.chunk else self.chunk
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
         leaving.cancel()
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})

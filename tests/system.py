@@ -25,8 +25,9 @@ class System:
         self.ports: list[Port] = []
         self.members: dict[str, dict] = {}
 
-    async def add_engine(self) -> FakeEngine:
+    async def add_engine(self, chunk: bytes | None = None) -> FakeEngine:
         engine = FakeEngine()
+        engine.chunk = chunk or engine.chunk
         port = Port(engine, self.gateway.config.gateway.stream_window_bytes)
         host, number = await port.listen("127.0.0.1")
         self.members[f"r{len(self.ports)}"] = {"host": host, "port": number, "secret": port.secret}

@@ -3,6 +3,7 @@ import math
 from router_builders import busy, make_replica, req, snapshot
 
 from router.admission import is_open, kv_need_tokens, takes_work, window_tokens
+from router.breaker import TripReason
 
 
 def test_window_is_one_step_and_what_is_prefilled_while_we_react():
@@ -29,13 +30,14 @@ def test_closes_when_all_sequences_are_taken():
     assert not is_open(replica)
 
 
-def test_draining_and_unreachable_engines_take_nothing():
+def test_engines_that_drain_or_whose_breaker_is_open_take_nothing():
     replica = make_replica()
     assert takes_work(replica)
     replica.is_draining = True
     assert not takes_work(replica)
     assert not is_open(replica)
-    replica.is_draining, replica.is_unreachable = False, True
+    replica.is_draining = False
+    replica.breaker.trip(TripReason.LOST, 0.0)
     assert not takes_work(replica)
 
 

@@ -4,15 +4,33 @@ import random
 import pytest
 from router_builders import busy, info, make_router, req, snapshot, stepped
 
+from router.breaker import Failure
 from router.core import Router
 from router.settings import RouterSettings
-from router.types import Dispatch, Hold, Outcome, Reject, RejectReason, Usage
+from router.types import (
+    Decision,
+    Dispatch,
+    Evacuate,
+    Fail,
+    Hold,
+    Outcome,
+    Reject,
+    RejectReason,
+    Usage,
+)
 
 FULL = 5000  # tokens: an engine with a prompt of this size to prefill takes no more
 
 
 def ends(router: Router) -> dict[Outcome, int]:
     return {outcome: count for outcome, count in router.outcomes.items() if count}
+
+
+def given_up(router: Router, request_id: str) -> list[Decision]:
+    """What follows when a request fails that cannot be retried."""
+    fail, *decisions = router.on_attempt_failed(request_id, None, 1.0, can_retry=False) or [None]
+    assert fail in (Fail(request_id), None)
+    return decisions
 
 
 def occupy(router: Router, *replica_ids: str) -> None:
@@ -97,7 +115,7 @@ class TestEnds:
         ("end", "outcome"),
         [
             (lambda router: router.on_finish("a", Usage(), 1.0), Outcome.COMPLETED),
-            (lambda router: router.on_fail("a", 1.0), Outcome.FAILED),
+            (lambda router: given_up(router, "a"), Outcome.FAILED),
             (lambda router: router.on_cancel("a", 1.0), Outcome.RENEGED),
         ],
     )
@@ -121,9 +139,8 @@ class TestEnds:
     def test_events_about_unknown_requests_change_nothing(self):
         router = make_router()
         assert router.on_finish("x", None, 0.0) == []
-        assert router.on_fail("x", 0.0) == []
         assert router.on_cancel("x", 0.0) == []
-        assert router.on_send_failed("x", 0.0) == []
+        assert router.on_attempt_failed("x", None, 0.0) == []
         assert router.on_first_token("x", 0.0) == []
         assert ends(router) == {}
 
@@ -131,7 +148,7 @@ class TestEnds:
         router = make_router()
         occupy(router, "r0")
         router.on_arrival(req("b"), 0.0)
-        assert router.on_finish("b", None, 0.0) == router.on_fail("b", 0.0) == []
+        assert router.on_finish("b", None, 0.0) == given_up(router, "b") == []
         assert router.state(0.0)["held"]["num_requests"] == 1
 
     def test_expires_when_it_said_it_would(self):
@@ -139,48 +156,175 @@ class TestEnds:
         occupy(router, "r0")
         router.on_arrival(req("b", deadline_s=5.0), 0.0)
         router.on_arrival(req("c"), 0.0)
-        assert router.next_wake_s() == 5.0
+        assert router.next_wake_s() <= 5.0
         assert router.on_tick(4.9) == []
         assert router.on_tick(5.0) == [Reject("b", RejectReason.EXPIRED)]
-        assert router.next_wake_s() == 60.0
+        assert router.next_wake_s() <= 60.0
         # Room that comes too late does not count.
         assert router.on_finish("full-r0", None, 61.0) == [Reject("c", RejectReason.EXPIRED)]
         assert router.next_wake_s() is None
         assert ends(router) == {Outcome.EXPIRED: 2, Outcome.COMPLETED: 1}
 
 
-class TestFailedSend:
+class TestFailedAttempt:
     def test_goes_elsewhere(self):
         router = make_router(2)
         [first] = router.on_arrival(req("a"), 0.0)
-        [second] = router.on_send_failed("a", 0.1)
+        [second] = router.on_attempt_failed("a", Failure.ERROR, 0.1)
         assert {first.replica_id, second.replica_id} == {"r0", "r1"}
         assert second.booking == 1
         assert router.state(0.1)["replicas"][first.replica_id]["ledger"]["num_open"] == 0
 
-    def test_the_engine_gets_nothing_until_it_is_heard_of(self):
+    def test_the_same_engine_again_where_there_is_no_other(self):
         router = make_router()
         router.on_arrival(req("a"), 0.0)
-        assert router.on_send_failed("a", 0.1) == [Hold("a")]
-        assert router.on_tick(1.0) == []
-        assert router.on_snapshot("r0", snapshot(), 2.0) == [Dispatch("a", "r0", 2)]
+        assert router.on_attempt_failed("a", Failure.ERROR, 0.1) == [Dispatch("a", "r0", 2)]
+
+    def test_with_what_was_generated_as_part_of_its_prompt(self):
+        router = make_router()
+        router.on_arrival(req("a", 10), 0.0)
+        router.on_attempt_failed("a", None, 0.1, num_output_tokens=7)
+        ledger = router.state(0.1)["replicas"]["r0"]["ledger"]
+        assert ledger["num_prefill_tokens"] == 17
 
     def test_keeps_its_turn(self):
         router = make_router()
-        router.on_arrival(req("a", arrival_s=0.0), 0.0)
-        occupy(router)
-        router.on_send_failed("a", 50.0)
-        router.on_arrival(req("b", arrival_s=50.0), 50.0)
-        assert router.on_snapshot("r0", snapshot(), 51.0) == [
-            Dispatch("a", "r0", 2),
-            Dispatch("b", "r0", 3),
-        ]
+        occupy(router, "r0")
+        router.on_arrival(req("b", arrival_s=49.0), 49.0)
+        router.on_replica_down("r0", 50.0)
+        assert router.on_attempt_failed("full-r0", None, 50.0) == [Hold("full-r0")]
+        decisions = router.on_replica_up("r1", info(), 51.0)
+        assert decisions[0] == Dispatch("full-r0", "r1", 1)
 
-    def test_is_not_held_past_its_time(self):
-        router = make_router(max_hold_s=10.0)
-        router.on_arrival(req("a"), 0.0)
-        assert router.on_send_failed("a", 10.0) == [Reject("a", RejectReason.EXPIRED)]
+    def test_is_held_anew_and_beyond_the_bounds(self):
+        router = make_router(max_hold_s=10.0, max_held_requests=0)
+        router.on_arrival(req("a", deadline_s=5.0), 0.0)
+        router.on_replica_down("r0", 60.0)
+        assert router.on_attempt_failed("a", None, 60.0) == [Hold("a")]
+        assert router.on_tick(69.0) == []
+        assert router.on_tick(70.0) == [Reject("a", RejectReason.EXPIRED)]
         assert ends(router) == {Outcome.EXPIRED: 1}
+
+    def test_is_given_up_after_enough_engines(self):
+        router = make_router(max_attempts=3)
+        router.on_arrival(req("a"), 0.0)
+        for _ in range(2):
+            [again] = router.on_attempt_failed("a", None, 0.0)
+            assert isinstance(again, Dispatch)
+        assert router.on_attempt_failed("a", None, 0.0) == [Fail("a")]
+        assert ends(router) == {Outcome.FAILED: 1}
+
+    def test_failures_of_single_requests_draw_on_the_budget_and_losses_do_not(self):
+        router = make_router(retry={"max_balance": 1.0, "share": 0.0, "reserve_per_s": 0.0})
+        for request_id in "abc":
+            router.on_arrival(req(request_id), 0.0)
+        assert router.on_attempt_failed("a", Failure.ERROR, 0.0) == [Dispatch("a", "r0", 4)]
+        assert router.on_attempt_failed("b", Failure.ERROR, 0.0) == [Fail("b")]
+        assert router.on_attempt_failed("c", None, 0.0) == [Dispatch("c", "r0", 5)]
+        assert router.state(0.0)["retries"]["num_made"] == 2
+
+    def test_failures_open_the_breaker(self):
+        router = make_router(2, breaker={"max_consecutive_failures": 1, "cooldown_jitter": 0.0})
+        [first] = router.on_arrival(req("a"), 0.0)
+        [second] = router.on_attempt_failed("a", Failure.ERROR, 0.0)
+        router.on_finish("a", None, 0.0)
+        [third] = router.on_arrival(req("b"), 0.5)
+        assert third.replica_id == second.replica_id
+        breaker = router.state(0.5)["replicas"][first.replica_id]["breaker"]
+        assert breaker["state"] == "open"
+        assert breaker["next_probe_in_s"] == pytest.approx(0.5)
+        [event] = router.state(0.5)["breaker_events"]
+        assert (event["breaker"], event["event"]) == (first.replica_id, "open")
+
+
+ALIVE = {"heartbeat_s": 0.5}
+
+
+class TestHealth:
+    def test_a_silent_engine_is_left_for_another(self):
+        router = make_router(2, engine=ALIVE, stale_s=3.0)
+        [first] = router.on_arrival(req("a"), 0.0)
+        other = {"r0": "r1", "r1": "r0"}[first.replica_id]
+        for second in (1, 2, 3):
+            router.on_snapshot(other, snapshot(second), float(second))
+            assert router.on_tick(float(second)) == []
+        assert router.on_tick(3.5) == [Evacuate(first.replica_id, "stale")]
+        assert router.on_attempt_failed("a", None, 3.5) == [Dispatch("a", other, 1)]
+        assert router.on_tick(4.0) == []
+
+    def test_an_engine_that_fell_silent_while_nobody_looked_gets_nothing(self):
+        router = make_router(2, engine=ALIVE)
+        router.on_snapshot("r1", snapshot(), 99.0)
+        assert router.on_arrival(req("a"), 100.0) == [Dispatch("a", "r1", 1)]
+
+    def test_a_hung_engine_is_left_and_an_idle_one_is_not(self):
+        router = make_router(2, hang_s=3.5)
+        [first] = router.on_arrival(req("a"), 0.0)
+        hung = first.replica_id
+        report = {"last_booking": 1, "num_inflight_reqs": 1, "num_steps_total": 7}
+        for seq in range(1, 5):
+            router.on_snapshot(hung, busy(seq, **report), float(seq))
+            assert router.on_tick(float(seq)) == []
+        [evacuate] = router.on_tick(5.0)
+        assert evacuate == Evacuate(hung, "hung")
+
+    def test_the_last_engine_is_not_left(self):
+        router = make_router(engine=ALIVE)
+        router.on_arrival(req("a"), 0.0)
+        assert router.on_tick(60.0) == []
+        assert router.on_arrival(req("b"), 60.0) == [Hold("b")]
+
+    def test_a_connection_made_again_waits_for_the_cooldown_and_one_probe(self):
+        router = make_router(breaker={"cooldown_jitter": 0.0, "cooldown_s": 1.0})
+        router.on_replica_down("r0", 10.0)
+        assert router.on_replica_up("r0", info(), 10.1) == []
+        for request_id in "ab":
+            assert router.on_arrival(req(request_id), 10.2) == [Hold(request_id)]
+        assert router.on_tick(10.9) == []
+        assert router.on_tick(11.2) == [Dispatch("a", "r0", 1)]
+        assert router.on_tick(12.0) == []
+        assert router.on_finish("a", None, 12.0) == [Dispatch("b", "r0", 2)]
+        events = [event["event"] for event in router.state(12.0)["breaker_events"]]
+        assert events == ["open", "half_open", "probe", "closed"]
+
+    def test_an_engine_that_left_in_peace_opened_nothing(self):
+        router = make_router()
+        router.on_replica_draining("r0", 1.0)
+        router.on_replica_down("r0", 2.0)
+        assert router.state(2.0)["breaker_events"] == []
+
+    def test_a_newcomer_among_old_ones_starts_slowly(self):
+        router = make_router(2, breaker={"slow_start_s": 10.0})
+        router.on_replica_up("r2", info(), 30.0)
+        shares = {
+            replica_id: replica["breaker"]["share"]
+            for replica_id, replica in router.state(30.0)["replicas"].items()
+        }
+        assert shares == {"r0": 1.0, "r1": 1.0, "r2": 0.1}
+        placed = [router.on_arrival(req(str(n), 1), 30.0)[0].replica_id for n in range(12)]
+        assert placed.count("r2") == 1
+
+    def test_a_slow_first_token_fails_the_probe(self):
+        router = make_router(2, breaker={"cooldown_jitter": 0.0, "slow_floor_s": 2.0})
+        router.on_replica_down("r0", 0.0)
+        router.on_replica_up("r0", info(), 0.0)
+        occupy(router, "r1")
+        assert router.on_arrival(req("probe"), 0.5) == [Hold("probe")]
+        assert router.on_tick(1.5) == [Dispatch("probe", "r0", 1)]
+        router.on_first_token("probe", 4.0)
+        breaker = router.state(4.0)["replicas"]["r0"]["breaker"]
+        assert (breaker["state"], breaker["reason"]) == ("open", "probe_slow")
+
+    def test_slowness_of_all_is_load_and_no_reason_to_have_fewer(self):
+        router = make_router(2, policy="round_robin", breaker={"min_calls": 1, "slow_floor_s": 1.0})
+        for number in range(8):
+            router.on_arrival(req(str(number)), 0.0)
+        for number in range(8):
+            router.on_first_token(str(number), 60.0)
+        states = {
+            replica["breaker"]["state"] for replica in router.state(60.0)["replicas"].values()
+        }
+        assert states == {"open", "closed"}
 
 
 class TestReplicas:
@@ -222,8 +366,8 @@ class TestReplicas:
         assert router.on_replica_down("r0", 1.0) == []
         assert "r0" not in router.state(1.0)["replicas"]
         failed, retried = placed["r0"]
-        assert router.on_fail(failed, 1.0) == []
-        assert router.on_send_failed(retried, 1.0) == [Hold(retried)]  # r1 is full
+        assert given_up(router, failed) == []
+        assert router.on_attempt_failed(retried, None, 1.0) == [Hold(retried)]  # r1 is full
         assert ends(router) == {Outcome.FAILED: 1}
         [again] = router.on_snapshot("r1", busy(last_booking=2), 2.0)
         assert again == Dispatch(retried, "r1", 3)
@@ -232,7 +376,7 @@ class TestReplicas:
         router = make_router()
         router.on_arrival(req("a"), 0.0)
         router.on_replica_up("r0", info(), 1.0)
-        assert router.on_arrival(req("b"), 1.0) == [Dispatch("b", "r0", 1)]
+        assert router.on_arrival(req("b"), 5.0) == [Dispatch("b", "r0", 1)]
         router.on_finish("a", None, 2.0)  # of the old connection
         assert router.state(2.0)["replicas"]["r0"]["ledger"]["num_open"] == 1
 

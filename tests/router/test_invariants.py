@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from router_builders import info, req, snapshot
 
+from router.breaker import Failure
 from router.core import Router
 from router.policies import POLICIES
 from router.settings import Part, RouterSettings
@@ -23,6 +24,8 @@ from router.types import (
     Decision,
     Dispatch,
     EngineSnapshot,
+    Evacuate,
+    Fail,
     Hold,
     Outcome,
     Reject,
@@ -32,6 +35,7 @@ from router.types import (
 )
 
 MAX_REQUESTS, MAX_TOKENS, MAX_BYTES, MAX_HOLD_S = 3, 3500, 299, 10.0
+MAX_ATTEMPTS = 3
 NAMES = {"r0": ("m",), "r1": ("m", "lora"), "r2": ("n",)}  # what each engine serves
 SIZES = st.sampled_from([0, 1, 30, 120, 900, 3000])
 PARTS = get_args(Part)
@@ -44,7 +48,6 @@ class Engine:
     """One connection to an engine."""
 
     takes_work: bool = True
-    is_reached: bool = True
     last_booking: int = 0
     bookings: dict[str, int] = field(default_factory=dict)  # open, by request
     report: EngineSnapshot = field(default_factory=lambda: snapshot(-1))  # none yet
@@ -66,6 +69,8 @@ class Shell(RuleBasedStateMachine):
         self.engines: dict[str, Engine] = {}
         self.held: dict[str, Request] = {}
         self.placed: dict[str, tuple[Request, Engine]] = {}
+        self.retried_s: dict[str, float] = {}  # when the last attempt failed
+        self.num_attempts: Counter[str] = Counter()  # that failed
         self.ended: Counter[Outcome] = Counter()
 
     @initialize(policy=st.sampled_from(sorted(POLICIES)), hold=st.sampled_from([None, True, False]))
@@ -78,6 +83,8 @@ class Shell(RuleBasedStateMachine):
                 max_held_tokens=MAX_TOKENS,
                 max_held_bytes=MAX_BYTES,
                 max_hold_s=MAX_HOLD_S,
+                max_attempts=MAX_ATTEMPTS,
+                breaker={"max_consecutive_failures": 2, "cooldown_jitter": 0.0},
             )
         )
         for replica_id in NAMES:
@@ -88,6 +95,9 @@ class Shell(RuleBasedStateMachine):
     def carry_out(self, decisions: list[Decision], entering: Request | None = None) -> None:
         """Follow the decisions; `entering` is the request they were asked for, if any."""
         for decision in decisions:
+            if isinstance(decision, Evacuate):
+                self.evacuate(decision.replica_id)
+                continue
             request = self.held.get(decision.request_id)
             if request is None:
                 assert entering is not None, f"{decision} of a request that is not waiting"
@@ -104,6 +114,10 @@ class Shell(RuleBasedStateMachine):
                     self.held[request.id] = request
                 case Reject():
                     self.reject(request, decision, was_held)
+                case Fail():
+                    assert not was_held
+                    assert self.num_attempts[request.id]
+                    self.ended[Outcome.FAILED] += 1
         assert entering is None, "no decision about the request"
 
     def send(self, request: Request, dispatch: Dispatch, was_held: bool) -> None:
@@ -112,7 +126,7 @@ class Shell(RuleBasedStateMachine):
         self.held.pop(request.id, None)
         engine = self.engines[dispatch.replica_id]
         assert engine.takes_work
-        assert engine.is_reached
+        assert self.breakers()[dispatch.replica_id]["state"] != "open"
         assert request.model in NAMES[dispatch.replica_id]
         assert dispatch.booking == engine.last_booking + 1
         engine.last_booking += 1
@@ -126,6 +140,7 @@ class Shell(RuleBasedStateMachine):
             self.ended[Outcome.EXPIRED] += 1
         else:
             assert not was_held
+            assert not self.num_attempts[request.id]
             self.ended[Outcome.REJECTED] += 1
 
     def pick(self, number: int) -> str:
@@ -133,7 +148,34 @@ class Shell(RuleBasedStateMachine):
         open_ids = [*self.held, *self.placed]
         return open_ids[number % len(open_ids)] if number and open_ids else "q0"
 
+    def breakers(self) -> dict[str, dict]:
+        replicas = self.router.state(self.now_s)["replicas"]
+        return {replica_id: replica["breaker"] for replica_id, replica in replicas.items()}
+
+    def evacuate(self, replica_id: str) -> None:
+        """Only from engines with an open breaker, and only while there is work on them."""
+        assert self.breakers()[replica_id]["state"] == "open"
+        engine = self.engines[replica_id]
+        assert engine.bookings
+        for request_id in list(engine.bookings):
+            self.fail_attempt(request_id, None)
+
+    def fail_attempt(self, request_id: str, failure: Failure | None, **options: bool) -> None:
+        request = self.take_back(request_id)
+        if request is not None:
+            self.num_attempts[request_id] += 1
+            self.retried_s[request_id] = self.now_s
+        decisions = self.router.on_attempt_failed(request_id, failure, self.now_s, **options)
+        if request is not None:
+            # There is budget enough in these sequences: it is the attempts that run out.
+            may_retry = options.get("can_retry", True)
+            is_last = self.num_attempts[request_id] == MAX_ATTEMPTS
+            assert (Fail(request_id) in decisions) == (is_last or not may_retry)
+        self.carry_out(decisions, entering=request)
+
     def expires_s(self, request: Request) -> float:
+        if request.id in self.retried_s:
+            return self.retried_s[request.id] + MAX_HOLD_S
         return min(request.deadline_s, request.arrival_s + MAX_HOLD_S)
 
     def take_back(self, request_id: str) -> Request | None:
@@ -178,7 +220,7 @@ class Shell(RuleBasedStateMachine):
         if request_id in self.held or request_id in self.placed:
             assert self.router.on_arrival(req(request_id), self.now_s) == []
 
-    @rule(number=ANY_REQUEST, end=st.sampled_from(["finish", "fail", "cancel"]))
+    @rule(number=ANY_REQUEST, end=st.sampled_from(["finish", "cancel"]))
     def end(self, number, end):
         """Any id: placed, held, ended or never seen."""
         request_id = self.pick(number)
@@ -186,22 +228,19 @@ class Shell(RuleBasedStateMachine):
         if end == "finish":
             self.ended[Outcome.COMPLETED] += was_placed
             decisions = self.router.on_finish(request_id, None, self.now_s)
-        elif end == "fail":
-            self.ended[Outcome.FAILED] += was_placed
-            decisions = self.router.on_fail(request_id, self.now_s)
         else:
             was_held = self.held.pop(request_id, None) is not None
             self.ended[Outcome.RENEGED] += was_placed or was_held
             decisions = self.router.on_cancel(request_id, self.now_s)
         self.carry_out(decisions)
 
-    @rule(number=ANY_REQUEST)
-    def send_fails(self, number):
-        request_id = self.pick(number)
-        if request_id in self.placed:
-            self.placed[request_id][1].is_reached = False
-        request = self.take_back(request_id)
-        self.carry_out(self.router.on_send_failed(request_id, self.now_s), entering=request)
+    @rule(
+        number=ANY_REQUEST,
+        failure=st.sampled_from([None, Failure.ERROR, Failure.TIMEOUT]),
+        can_retry=st.booleans(),
+    )
+    def attempt_fails(self, number, failure, can_retry):
+        self.fail_attempt(self.pick(number), failure, can_retry=can_retry)
 
     @rule(number=ANY_REQUEST)
     def first_token(self, number):
@@ -214,7 +253,7 @@ class Shell(RuleBasedStateMachine):
         """Also while it is up: a new connection, whose old requests fail one by one later."""
         model, *aliases = NAMES[replica_id]
         self.engines[replica_id] = Engine()
-        engine = info(model=model, aliases=tuple(aliases), num_kv_tokens=2000)
+        engine = info(model=model, aliases=tuple(aliases), num_kv_tokens=2000, heartbeat_s=0.5)
         self.carry_out(self.router.on_replica_up(replica_id, engine, self.now_s))
 
     @rule(replica_id=ENGINES)
@@ -233,6 +272,9 @@ class Shell(RuleBasedStateMachine):
         step=st.sampled_from([1, 1, 1, 5, 0, -1]),
         num_pending_prefill_tokens=SIZES,
         num_running_reqs=st.integers(0, 9),
+        num_inflight_reqs=st.integers(0, 1),
+        num_steps_total=st.integers(0, 3),
+        step_s=st.sampled_from([0.0, 0.1, 9.0]),
         num_free_kv_tokens=st.sampled_from([0, 200, 1100, 2000]),
         acknowledges=st.sampled_from([0, 1, 99]),
     )
@@ -249,7 +291,6 @@ class Shell(RuleBasedStateMachine):
         )
         if step > 0:
             engine.report = report
-            engine.is_reached = True
         self.carry_out(self.router.on_snapshot(replica_id, report, self.now_s))
 
     @rule(replica_id=ENGINES)
@@ -272,14 +313,14 @@ class Shell(RuleBasedStateMachine):
 
     @rule()
     def wake(self):
-        """Whoever wakes when told has something to reject."""
+        """Whoever wakes when told rejects in time, and looks after the engines."""
         wake_s = self.router.next_wake_s()
-        assert (wake_s is None) == (not self.held)
+        assert (wake_s is None) == (not (self.held or (self.placed and self.engines)))
         if wake_s is not None:
-            num_held = len(self.held)
+            assert wake_s <= min(map(self.expires_s, self.held.values()), default=wake_s)
             self.now_s = max(self.now_s, wake_s)
             self.carry_out(self.router.on_tick(self.now_s))
-            assert len(self.held) < num_held
+            assert all(self.expires_s(request) > self.now_s for request in self.held.values())
 
     @rule(policy=st.sampled_from(sorted(POLICIES)), ablate=st.sets(st.sampled_from(PARTS)))
     def switch(self, policy, ablate):
@@ -297,11 +338,14 @@ class Shell(RuleBasedStateMachine):
 
     @invariant()
     def the_queue_is_bounded(self):
+        """Beyond its bounds there is only what had been placed before."""
         held = self.router.state(self.now_s)["held"]
-        assert held["num_requests"] <= MAX_REQUESTS
         assert held["num_tokens"] == sum(r.num_prompt_tokens for r in self.held.values())
-        assert held["num_tokens"] <= MAX_TOKENS
-        assert held["num_bytes"] == sum(r.num_bytes for r in self.held.values()) <= MAX_BYTES
+        assert held["num_bytes"] == sum(r.num_bytes for r in self.held.values())
+        new = [r for r in self.held.values() if not self.num_attempts[r.id]]
+        assert len(new) <= MAX_REQUESTS
+        assert sum(r.num_prompt_tokens for r in new) <= MAX_TOKENS
+        assert sum(r.num_bytes for r in new) <= MAX_BYTES
 
     @invariant()
     def ledgers_count_what_is_open_and_what_is_on_its_way(self):
@@ -322,10 +366,27 @@ class Shell(RuleBasedStateMachine):
     @invariant()
     def nobody_waits_for_an_idle_engine(self):
         holds = self.router.state(self.now_s)["holds"]
+        breakers = self.breakers()
         for replica_id, engine in self.engines.items():
-            if engine.takes_work and engine.is_reached and (engine.is_idle or not holds):
+            if breakers[replica_id]["state"] != "closed":
+                continue
+            if engine.takes_work and (engine.is_idle or not holds):
                 waiting = [r.id for r in self.held.values() if r.model in NAMES[replica_id]]
                 assert waiting == []
+
+    @invariant()
+    def each_half_open_engine_has_one_probe_at_most(self):
+        """A second one only where the first ended without a verdict, which no failure does."""
+        for breaker in self.breakers().values():
+            if breaker["state"] == "open":
+                assert breaker["reason"] is not None
+        probes: Counter[str] = Counter()
+        for event in self.router.state(self.now_s)["breaker_events"]:
+            if event["event"] == "probe":
+                probes[event["breaker"]] += 1
+                assert probes[event["breaker"]] <= 1 + self.ended[Outcome.RENEGED]
+            else:
+                probes[event["breaker"]] = 0
 
     def teardown(self):
         """When the load is gone, so is every booking."""

@@ -1,6 +1,7 @@
 import pytest
-from router_builders import busy, make_replica, req, snapshot
+from router_builders import busy, make_replica, req, snapshot, stepped
 
+from router.breaker import BreakerSettings
 from router.replica import Replica
 
 
@@ -83,8 +84,22 @@ def test_time_going_backwards_is_harmless():
     assert replica.ttft_s(10, now_s=0.0) > 0.0
 
 
-def test_any_snapshot_proves_that_the_engine_is_there():
+def test_progress_is_a_step_while_there_is_work():
     replica = make_replica()
-    replica.is_unreachable = True
-    replica.receive(snapshot(), 1.0)
-    assert not replica.is_unreachable
+    assert replica.step_wait_s(5.0) == (0.0, 0.0)
+    replica.receive(busy(1, num_inflight_reqs=1, num_steps_total=7), 10.0)
+    replica.receive(busy(2, num_inflight_reqs=1, num_steps_total=7), 12.0)
+    assert replica.step_wait_s(13.0)[0] == 3.0
+    replica.receive(busy(3, num_inflight_reqs=1, num_steps_total=8), 14.0)
+    assert replica.step_wait_s(15.0)[0] == 1.0
+    # vLLM's last word was of a running request; it was aborted, and nothing stepped since.
+    replica.receive(busy(4, num_inflight_reqs=0, num_steps_total=8), 16.0)
+    assert replica.step_wait_s(99.0) == (0.0, 0.0)
+
+
+def test_a_slow_step_is_one_far_beyond_what_it_should_have_taken():
+    settings = BreakerSettings(slow_factor=5.0, slow_floor_s=0.1)
+    replica = known(make_replica())
+    assert not replica.was_step_slow(stepped(1, 5.0, prefill=100), settings)  # 1.1 s expected
+    assert replica.was_step_slow(stepped(1, 6.0, prefill=100), settings)
+    assert not replica.was_step_slow(snapshot(1), settings)

@@ -77,40 +77,6 @@ async def test_a_full_queue_answers_429_with_retry_after():
         assert (await first).status_code == 200
 
 
-async def test_before_the_first_token_another_engine_takes_over():
-    async with running() as system:
-        for engine in system.engines:
-            engine.gate.clear()
-        task = asyncio.create_task(system.client.post(CHAT, json=system.chat(max_tokens=3)))
-        await system.until(lambda: system.num_engine_streams == 1)
-        lost = next(port for port in system.ports if port.num_streams)
-        lost.close()
-        for engine in system.engines:
-            engine.gate.set()
-        reply = await task
-        assert reply.status_code == 200
-        assert reply.text.count("data: {}") == 3
-        system.assert_empty()
-
-
-async def test_after_the_first_token_a_lost_engine_is_an_error_in_the_stream():
-    """Visibly incomplete: an error event and no [DONE]."""
-    async with running(num_engines=1) as system:
-        engine, port = system.engines[0], system.ports[0]
-        async with system.client.stream(
-            "POST", CHAT, json=system.chat(max_tokens=1_000_000)
-        ) as reply:
-            pieces = reply.aiter_text()
-            text = await anext(pieces)
-            engine.gate.clear()
-            port.close()
-            text += "".join([piece async for piece in pieces])
-        assert '"error"' in text
-        assert "[DONE]" not in text
-        assert system.outcomes["failed"] == 1
-        system.assert_empty()
-
-
 async def test_a_draining_engine_finishes_but_gets_no_more():
     async with running() as system:
         for engine in system.engines:

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 
+import msgspec
+
 from serving.link import Link
-from serving.port import Port
+from serving.port import HEARTBEAT_S, Port
 from serving.wire import Ack, Cancel, Data, End, Head, Submit
 from tests.fakes import INFO, FakeEngine
 
@@ -76,7 +78,7 @@ def submit(stream: int, num_chunks: int) -> Submit:
 
 async def test_a_response_arrives_whole_and_ends_once():
     async with connected() as (_, port, link, recorder):
-        assert recorder.info == INFO
+        assert recorder.info == msgspec.structs.replace(INFO, heartbeat_s=HEARTBEAT_S)
         link.post(submit(1, num_chunks=3))
         await recorder.until(recorder.ends)
         assert [type(frame) for frame in recorder.frames] == [Head, *[Data] * 4, End]
