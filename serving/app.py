@@ -11,6 +11,8 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from serving import discovery
+from serving.api_key import read_api_keys
+from serving.budget_actor import ask_actor
 from serving.config import Config, parse
 from serving.gateway import Gateway
 from serving.hardware import detect
@@ -56,7 +58,10 @@ async def _close(gateway: Gateway, listener: Listener, timeout_s: float) -> None
 
 def _make_gateway(config: Config, engines: DeploymentHandle) -> Gateway:
     """Return a gateway on the running loop that follows the engines' comings and goings."""
-    gateway = Gateway(config, serve.get_replica_context().replica_id.unique_id)
+    context = serve.get_replica_context()
+    # One gateway has its budgets for itself; several share them.
+    ask = ask_actor(context.app_name) if config.gateway.replicas > 1 else None
+    gateway = Gateway(config, context.replica_id.unique_id, ask)
     loop = asyncio.get_running_loop()
     discovery.subscribe(
         lambda members: loop.call_soon_threadsafe(gateway.driver.set_members, members)
@@ -90,6 +95,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     config = parse(args)
     if config.auth.keys_file is not None:
         read_keys(config.auth.keys_file)  # what is wrong with it shows before engines start
+    for provider in config.providers:
+        read_api_keys(provider)
     the_plan = plan(config, detect())
     if the_plan.uses_model_on_board:
         the_plan = dataclasses.replace(the_plan, model=str(onboard_model()))

@@ -14,9 +14,12 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
+from router.fallback import FallbackSettings
+from router.provider import KeySettings, ProviderSettings
 from router.settings import RouterSettings
 from router.types import RequestClass
 
@@ -123,6 +126,72 @@ class TenantConfig(_Section):
         return self
 
 
+class ProviderKeyConfig(KeySettings):
+    """One API key of a provider: where it is, and what may be sent under it."""
+
+    env: str | None = Field(None, description="environment variable of the gateway that holds it")
+    file: AbsolutePath | None = Field(
+        None, description="file that holds it and nothing else; relative to the config file"
+    )
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if self.env is not None and self.file is not None:
+            raise ValueError("env and file: only one of them says where the key is")
+        return self
+
+
+class ProviderConfig(ProviderSettings):
+    """A service elsewhere that answers what the engines here cannot."""
+
+    kind: Literal["openai", "litellm"] = Field(
+        "openai",
+        description="openai: any OpenAI-compatible HTTP service; litellm: what the package "
+        "litellm knows (Anthropic, Gemini, Bedrock, …), chat completions only",
+    )
+    url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s@]+$",
+        description="base URL up to /v1, e.g. https://api.openai.com/v1",
+    )
+    keys: tuple[ProviderKeyConfig, ...] = Field(
+        (ProviderKeyConfig(),), min_length=1, description="API keys, each with limits of its own"
+    )
+    headers: dict[str, str] = Field(
+        default_factory=dict, description="further headers, e.g. OpenAI-Organization; no secrets"
+    )
+    defaults: dict[str, Any] = Field(
+        default_factory=dict, description="fields of the body that a client's request lacks"
+    )
+    asks_usage: bool = Field(
+        True,
+        description="have streams end with their usage (stream_options); without it the whole "
+        "reservation counts",
+    )
+    connect_timeout_s: float = Field(5.0, gt=0, description="to a connection, seconds")
+    first_token_timeout_s: float = Field(
+        30.0, gt=0, description="from sending to the first token of a stream, seconds"
+    )
+    stall_timeout_s: float = Field(30.0, gt=0, description="between two pieces, seconds")
+    whole_timeout_s: float = Field(
+        600.0, gt=0, description="for a reply that comes all at once, seconds"
+    )
+
+    @model_validator(mode="after")
+    def _check_provider(self) -> Self:
+        if self.kind == "openai" and self.url is None:
+            raise ValueError("url: must be set")
+        names = [key.name for key in self.keys]
+        if len(set(names)) < len(names):
+            raise ValueError("keys: each needs a name of its own")
+        return self
+
+    @field_validator("url")
+    @classmethod
+    def _strip_url(cls, url: str | None) -> str | None:
+        return url.rstrip("/") if url is not None else None
+
+
 class Config(_Section):
     """All that `serving.app:build` takes."""
 
@@ -141,11 +210,24 @@ class Config(_Section):
         default_factory=dict,
         description="limits by tenant, as named by its keys; one that is not listed has none",
     )
+    providers: tuple[ProviderConfig, ...] = Field(
+        (), description="services that answer what the engines cannot, in order of preference"
+    )
+    fallback: FallbackSettings = FallbackSettings()
     watch_file: AbsolutePath | None = Field(
         None,
-        description="config file whose `tenants` gateways read anew when it changes; "
+        description="config file whose `tenants`, `providers` and `fallback` gateways read anew "
+        "when it changes; "
         "`headway serve CONFIG.yaml` sets it to that file",
     )
+
+    @field_validator("providers")
+    @classmethod
+    def _check_names(cls, providers: tuple[ProviderConfig, ...]) -> tuple[ProviderConfig, ...]:
+        names = [provider.name for provider in providers]
+        if len(set(names)) < len(names):
+            raise ValueError("each provider needs a name of its own")
+        return providers
 
 
 # Keys with a path that may be relative to the file they stand in.
@@ -160,7 +242,23 @@ def resolved(args: dict[str, Any], folder: Path) -> dict[str, Any]:
         if isinstance(values, dict) and isinstance(values.get(key), str):
             path = Path(values[key]).expanduser()
             args[section] = {**values, key: str((folder / path).absolute())}
+    if isinstance(args.get("providers"), list):
+        args["providers"] = [_provider_resolved(each, folder) for each in args["providers"]]
     return args
+
+
+def _provider_resolved(provider: Any, folder: Path) -> Any:
+    """The same for the files of one provider's keys; what is malformed stays as it is."""
+    keys = provider.get("keys") if isinstance(provider, dict) else None
+    if not isinstance(keys, list):
+        return provider
+    keys = [
+        {**key, "file": str((folder / Path(key["file"]).expanduser()).absolute())}
+        if isinstance(key, dict) and isinstance(key.get("file"), str)
+        else key
+        for key in keys
+    ]
+    return {**provider, "keys": keys}
 
 
 def read(path: Path) -> Config:

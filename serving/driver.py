@@ -14,13 +14,16 @@ from router.types import (
     EngineSnapshot,
     Evacuate,
     Fail,
+    Fallback,
     Reject,
     Request,
+    Usage,
 )
 from serving import record
 from serving.exchange import EngineFailed, Exchange, Rejected
 from serving.link import Link
 from serving.metrics import Metrics
+from serving.providers import Providers
 from serving.wire import Ack, Cancel, Data, End, Head, Submit
 
 logger = logging.getLogger(__name__)
@@ -53,6 +56,7 @@ class Driver:
         self.metrics = metrics
         self.exchanges: dict[str, Exchange] = {}
         self.engines: dict[str, EngineInfo] = {}
+        self.providers: Providers  # set by whoever makes both
         self._gateway_id = gateway_id
         self.num_record_bytes = 0  # over all exchanges
         self._max_record_bytes = max_record_bytes
@@ -69,7 +73,7 @@ class Driver:
     def open(self, exchange: Exchange) -> None:
         """A request has arrived: place it, hold it or refuse it."""
         self.exchanges[exchange.request.id] = exchange
-        self._execute(self.router.on_arrival(exchange.request, time.monotonic()))
+        self.execute(self.router.on_arrival(exchange.request, time.monotonic()))
 
     def cancel(self, exchange: Exchange) -> None:
         """The client has left. Does nothing if the response is complete."""
@@ -77,8 +81,9 @@ class Driver:
             return
         if (link := self._release(exchange)) is not None:
             link.post(Cancel(exchange.booking))
+        self.providers.cancel(exchange)
         self._close(exchange, EngineFailed("the client left"))
-        self._execute(self.router.on_cancel(exchange.request.id, time.monotonic()))
+        self.execute(self.router.on_cancel(exchange.request.id, time.monotonic()))
 
     def taken(self, exchange: Exchange, num_bytes: int) -> None:
         """The client has taken so much of the response: let the engine send more."""
@@ -87,10 +92,12 @@ class Driver:
             if (link := self._links.get(exchange.replica_id)) is not None:
                 link.post(Ack(exchange.booking, exchange.num_taken_bytes))
             exchange.num_taken_bytes = 0
+        elif exchange.replica_id is None:
+            self.providers.taken(exchange, num_bytes)
 
     def set_policy(self, name: str, ablate: Collection[str] = ()) -> None:
         """Switch the policy at once; raises `ValueError` for an unknown name or part."""
-        self._execute(self.router.set_policy(name, time.monotonic(), ablate))
+        self.execute(self.router.set_policy(name, time.monotonic(), ablate))
 
     # --- engines ---------------------------------------------------------
 
@@ -109,7 +116,7 @@ class Driver:
         gone = self._members.keys() - members.keys()
         self._members = dict(members)
         for replica_id in gone:
-            self._execute(self.router.on_replica_draining(replica_id, time.monotonic()))
+            self.execute(self.router.on_replica_draining(replica_id, time.monotonic()))
             self._close_if_drained(replica_id)
 
     async def _connect(self, replica_id: str, metadata: dict) -> None:
@@ -126,11 +133,11 @@ class Driver:
     def on_welcome(self, link: Link, info: EngineInfo) -> None:
         self.engines[link.replica_id] = info
         self._streams[link.replica_id] = {}
-        self._execute(self.router.on_replica_up(link.replica_id, info, time.monotonic()))
+        self.execute(self.router.on_replica_up(link.replica_id, info, time.monotonic()))
 
     def on_snapshot(self, link: Link, snapshot: EngineSnapshot) -> None:
         now_s = time.monotonic()
-        self._execute(self.router.on_snapshot(link.replica_id, snapshot, now_s))
+        self.execute(self.router.on_snapshot(link.replica_id, snapshot, now_s))
 
     def on_head(self, link: Link, frame: Head) -> None:
         exchange = self._streams[link.replica_id].get(frame.stream)
@@ -158,7 +165,7 @@ class Driver:
                 self.metrics.first_token(exchange.request, now_s)
             else:
                 self.metrics.resumed(exchange.request, now_s - exchange.failed_s)
-            self._execute(self.router.on_first_token(exchange.request.id, now_s))
+            self.execute(self.router.on_first_token(exchange.request.id, now_s))
         exchange.on_data(frame.body)
 
     def _keep(self, exchange: Exchange, groups: bytes) -> None:
@@ -185,7 +192,7 @@ class Driver:
             self._release(exchange)
             self._close(exchange)
             self.metrics.finished(exchange.request, frame.usage, now_s)
-            self._execute(self.router.on_finish(exchange.request.id, frame.usage, now_s))
+            self.execute(self.router.on_finish(exchange.request.id, frame.usage, now_s))
         else:
             self._fail_attempt(exchange, Failure.ERROR, frame.error, can_retry=frame.can_retry)
         self._close_if_drained(link.replica_id)
@@ -197,19 +204,38 @@ class Driver:
         self.engines.pop(replica_id, None)
         lost = self._streams.pop(replica_id, {})
         # First close the door, then find the requests another place.
-        self._execute(self.router.on_replica_down(replica_id, time.monotonic()))
+        self.execute(self.router.on_replica_down(replica_id, time.monotonic()))
         for exchange in lost.values():
             exchange.replica_id = None
             self._fail_attempt(exchange, None, "it was lost")
         if (metadata := self._members.pop(replica_id, None)) is not None:
             self.set_members({**self._members, replica_id: metadata})
 
+    # --- providers -------------------------------------------------------
+
+    def on_first_byte(self, exchange: Exchange) -> None:
+        """A provider has begun to answer."""
+        now_s = time.monotonic()
+        self.metrics.first_token(exchange.request, now_s)
+        self.execute(self.router.on_first_token(exchange.request.id, now_s))
+
+    def on_complete(self, exchange: Exchange, usage: Usage | None) -> None:
+        """A provider has answered."""
+        now_s = time.monotonic()
+        exchange.usage = usage
+        self._close(exchange)
+        self.metrics.finished(exchange.request, usage, now_s)
+        self.execute(self.router.on_finish(exchange.request.id, usage, now_s))
+
     # --- decisions -------------------------------------------------------
 
-    def _execute(self, decisions: list[Decision]) -> None:
+    def execute(self, decisions: list[Decision]) -> None:
+        """Carry out decisions of the router, in their order."""
         for decision in decisions:
             if isinstance(decision, Dispatch):
                 self._dispatch(decision)
+            elif isinstance(decision, Fallback):
+                self.providers.start(self.exchanges[decision.request_id], decision)
             elif isinstance(decision, Reject):
                 exchange = self.exchanges[decision.request_id]
                 self._close(exchange, Rejected(decision.reason, decision.retry_after_s))
@@ -242,7 +268,7 @@ class Driver:
             num_tokens - exchange.num_output_tokens,
             num_tokens,
         )
-        self._execute(
+        self.execute(
             self.router.on_attempt_failed(
                 exchange.request.id,
                 failure,
@@ -284,6 +310,7 @@ class Driver:
         return round((time.time() + promised_s - time.monotonic()) * 1000)
 
     def _rearm(self) -> None:
+        self.providers.rearm()
         wake_s = self.router.next_wake_s()
         if wake_s == self._wake_s:
             return
@@ -297,7 +324,7 @@ class Driver:
 
     def _on_timer(self) -> None:
         self._timer = self._wake_s = None
-        self._execute(self.router.on_tick(time.monotonic()))
+        self.execute(self.router.on_tick(time.monotonic()))
 
     # --- ends ------------------------------------------------------------
 
@@ -324,5 +351,6 @@ class Driver:
         self._members = {}
         if self._timer is not None:
             self._timer.cancel()
+        self.providers.close()
         for link in list(self._links.values()):
             link.close()

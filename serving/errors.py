@@ -62,6 +62,11 @@ def from_rejection(reason: RejectReason, retry_after_s: float | None) -> ApiErro
         RejectReason.QUEUE_FULL: (429, "All engines are busy and the queue is full."),
         RejectReason.EXPIRED: (503, "No engine became free within router.max_hold_s."),
         RejectReason.UNKNOWN_MODEL: (404, "No engine serves this model."),
+        RejectReason.NO_BUDGET: (
+            429,
+            "Only providers have this model, and their limits (providers.keys, "
+            "max_cost_per_request) leave no room.",
+        ),
     }[reason]
     kind = {404: "NotFoundError", 429: "RateLimitError", 503: "ServiceUnavailableError"}.get(
         status, "BadRequestError"

@@ -15,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from router.core import Router
 from router.types import RequestClass, Usage
+from serving.budgets import Ask, Leases
 from serving.config import Config, read
 from serving.driver import Driver
 from serving.endpoint import is_loopback
@@ -23,6 +24,7 @@ from serving.exchange import EngineFailed, Exchange, Rejected
 from serving.intake import ENDPOINTS, Intake
 from serving.keys import read_keys
 from serving.metrics import Metrics
+from serving.providers import Providers
 from serving.tenants import Caller, Tenants
 from serving.watch import FileWatch
 from serving.wire import Headers
@@ -43,7 +45,8 @@ class Gateway:
     Made on the running loop. Raises `ConfigError` if its keys cannot be read.
     """
 
-    def __init__(self, config: Config, gateway_id: str) -> None:
+    def __init__(self, config: Config, gateway_id: str, ask: Ask | None = None) -> None:
+        """`ask` reaches the keeper of budgets where several gateways share them."""
         self.config = config
         self.gateway_id = gateway_id
         self.metrics = Metrics()
@@ -55,6 +58,12 @@ class Gateway:
             config.gateway.max_record_bytes,
             self.metrics,
         )
+        leases = None if ask is None else Leases(gateway_id, ask, self._on_grant)
+        self.providers = Providers(
+            self.router, self.driver, config.gateway.stream_window_bytes, leases
+        )
+        self.driver.providers = self.providers
+        self.providers.use(config)
         self.intake = Intake()
         self.watches: dict[str, FileWatch] = {}
         self.tenants = self._make_tenants()
@@ -79,8 +88,16 @@ class Gateway:
         return tenants
 
     def _use_config(self, config: Config) -> None:
-        """Take over from a changed config file what can change while serving."""
+        """Take over from a changed config file what can change while serving.
+
+        Raises `ConfigError`, and changes nothing, if a provider's key cannot be read.
+        """
+        self.providers.use(config)
         self.tenants.use_configs(config.tenants)
+
+    def _on_grant(self) -> None:
+        """Budgets have been leased: see who waits for them."""
+        self.driver.execute(self.router.on_tick(time.monotonic()))
 
     def close(self) -> None:
         """Leave: stop watching files, close the connections to engines."""
@@ -146,6 +163,11 @@ class Gateway:
             for name in (info.model, *info.aliases)
             if caller is None or caller.tenant.may_use((name,))
         }
+        elsewhere = [
+            name
+            for name in self.providers.models
+            if name not in cards and (caller is None or caller.tenant.may_use((name,)))
+        ]
         return JSONResponse(
             {
                 "object": "list",
@@ -159,16 +181,26 @@ class Gateway:
                         "max_model_len": info.max_model_len,
                     }
                     for name, info in sorted(cards.items())
+                ]
+                + [
+                    {
+                        "id": name,
+                        "object": "model",
+                        "created": self.started_s,
+                        "owned_by": "provider",
+                    }
+                    for name in sorted(elsewhere)
                 ],
             }
         )
 
     async def health(self) -> JSONResponse:
-        """200 while at least one engine is connected."""
+        """200 while at least one engine is connected, or a provider stands in."""
         num_engines = len(self.driver.engines)
+        stands_in = "providers only" if self.providers.models else "no engine"
         return JSONResponse(
-            {"status": "ok" if num_engines else "no engine", "num_engines": num_engines},
-            status_code=200 if num_engines else 503,
+            {"status": "ok" if num_engines else stands_in, "num_engines": num_engines},
+            status_code=200 if num_engines or self.providers.models else 503,
         )
 
     async def prometheus(self, request: Request) -> Response:
@@ -279,6 +311,7 @@ class Gateway:
             self.config.router.max_hold_s,
             priority_class=priority_class,
             wants_prefix=self.router.wants_prefix,
+            models_elsewhere=self.providers.models,
         )
         if caller is not None:
             caller.tenant.check(request)

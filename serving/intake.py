@@ -1,6 +1,7 @@
 """From an HTTP body to a `Request`: the little that routing needs to know of it."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -70,6 +71,7 @@ class Intake:
     def __init__(self) -> None:
         self._num_tokens = _PRIOR_TOKENS_PER_BYTE * _PRIOR_BYTES
         self._num_bytes = _PRIOR_BYTES
+        self._default_model = ""  # of requests that name none: the engines', while there are any
 
     @property
     def tokens_per_byte(self) -> float:
@@ -94,9 +96,11 @@ class Intake:
         *,
         priority_class: RequestClass = RequestClass.STANDARD,
         wants_prefix: bool = False,
+        models_elsewhere: Sequence[str] = (),
     ) -> tuple[Request, int]:
         """Return the request and the bytes of its prompt's text (0 if given as token ids).
 
+        `models_elsewhere` are answered by providers, whatever the engines serve.
         `priority_class` is that of a body that names none. Raises `ApiError` 400
         or 404 for what no engine needs to see.
         """
@@ -107,7 +111,7 @@ class Intake:
             raise ApiError(400, f"Invalid request body: {error}") from None
         except msgspec.DecodeError as error:
             raise ApiError(400, f"The request body is not valid JSON: {error}") from None
-        model = self._model(fields.model, engines, task)
+        model = self._model(fields.model, engines, task, models_elsewhere)
         prompt = bytes(getattr(fields, prompt_field))
         if prompt in (b"", b"null", b"[]") and not getattr(fields, "prompt_embeds", None):
             raise ApiError(400, f"'{prompt_field}' is missing or empty", param=prompt_field)
@@ -141,13 +145,20 @@ class Intake:
             return prompt.count(b",") + 1, 0  # token ids: exact
         return round(len(prompt) * self.tokens_per_byte), len(prompt)
 
-    @staticmethod
-    def _model(name: str | None, engines: dict[str, EngineInfo], task: str) -> str:
-        if not engines:
-            return name or ""  # none is up yet: hold, an engine may come
+    def _model(
+        self,
+        name: str | None,
+        engines: dict[str, EngineInfo],
+        task: str,
+        models_elsewhere: Sequence[str],
+    ) -> str:
         infos = list(engines.values())
+        if infos:
+            self._default_model = infos[0].model
         if name is None:
-            name = infos[0].model
+            name = self._default_model or next(iter(models_elsewhere), "")
+        if not engines or name in models_elsewhere:
+            return name  # no engine is up: hold, one may come
         serving = [info for info in infos if name in (info.model, *info.aliases)]
         if not serving:
             raise ApiError(

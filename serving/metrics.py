@@ -133,9 +133,36 @@ class _StateCollector(Collector):
             "kept of what engines have generated for open requests",
             value=state["num_record_bytes"],
         )
+        yield from _provider_metrics(state["fallback"])
         outcomes = GaugeMetricFamily(
             "headway_outcomes_total", "requests by how they ended", labels=["outcome"]
         )
         for outcome, count in state["outcomes"].items():
             outcomes.add_metric([outcome], count)
         yield outcomes
+
+
+def _provider_metrics(fallback: dict) -> Iterable[Metric]:
+    """What providers have cost, how fast they are, and how much of each limit is used."""
+    labels = ["provider", "key"]
+    cost = CounterMetricFamily("headway_provider_cost", "spent, as settled", labels=labels[:1])
+    ttft = GaugeMetricFamily("headway_provider_ttft_seconds", "usual, learned", labels=labels[:1])
+    refused = CounterMetricFamily("headway_provider_refusals", "429s", labels=labels)
+    closed = GaugeMetricFamily("headway_provider_breaker_closed", "traffic flows", labels=labels)
+    used = GaugeMetricFamily(
+        "headway_provider_limit_used_ratio", "of a limit", labels=[*labels, "limit"]
+    )
+    for name, provider in fallback["providers"].items():
+        cost.add_metric([name], provider["cost"])
+        ttft.add_metric([name], provider["ttft_s"])
+        for key_name, key in provider["keys"].items():
+            budget = key["budget"]
+            refused.add_metric([name, key_name], budget.get("num_refused", 0))
+            closed.add_metric([name, key_name], key["breaker"]["state"] == "closed")
+            for limit in ("requests", "tokens", "cost_hour", "cost_day"):
+                if limit in budget:
+                    used.add_metric([name, key_name, limit], budget[limit]["share"])
+    yield from (cost, ttft, refused, closed, used)
+    yield CounterMetricFamily(
+        "headway_fallbacks", "requests sent to providers", value=fallback["num_spilled"]
+    )

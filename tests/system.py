@@ -60,6 +60,7 @@ class System:
         state = self.gateway.state()
         assert state["num_open_requests"] == state["num_placed"] == 0
         assert state["held"]["num_requests"] == state["held"]["num_bytes"] == 0
+        assert state["fallback"]["num_open"] == 0
         for replica in state["replicas"].values():
             assert replica["ledger"]["num_open"] == replica["ledger"]["num_kv_tokens"] == 0
 

@@ -1,0 +1,110 @@
+"""HTTP to an OpenAI-compatible provider."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import aiohttp
+import msgspec
+from pydantic import SecretStr
+
+from router.breaker import Failure
+from serving.config import ProviderConfig
+
+
+class ProviderFailed(Exception):
+    """The provider did not carry a call through, and it is not the client's fault."""
+
+    def __init__(
+        self,
+        message: str,
+        failure: Failure = Failure.ERROR,
+        *,
+        was_sent: bool = True,
+        lasts: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.failure = failure
+        self.was_sent = was_sent  # the provider may have counted it
+        self.lasts = lasts  # the next call would fail in the same way
+
+
+class Reply(Protocol):
+    """A reply that has begun."""
+
+    status: int
+    headers: dict[str, str]  # by lower-case name
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it comes."""
+        ...
+
+
+class Client(Protocol):
+    """Calls one provider."""
+
+    def ask(
+        self, path: str, body: dict[str, Any], api_key: SecretStr | None
+    ) -> contextlib.AbstractAsyncContextManager[Reply]:
+        """Send a request; the reply is open within the block. Raises `ProviderFailed`."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class _HttpReply:
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.status = response.status
+        self.headers = {name.lower(): value for name, value in response.headers.items()}
+        self._response = response
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        async for chunk in self._response.content.iter_any():
+            yield chunk
+
+
+class HttpClient:
+    """One provider over HTTP; connections are kept and used again."""
+
+    def __init__(self, config: ProviderConfig) -> None:
+        self._config = config
+        self._session: aiohttp.ClientSession | None = None
+
+    @contextlib.asynccontextmanager
+    async def ask(
+        self, path: str, body: dict[str, Any], api_key: SecretStr | None
+    ) -> AsyncIterator[Reply]:
+        """As `Client.ask`."""
+        config = self._config
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),  # budgets bound what is open
+                # Whoever asks bounds the rest: it depends on what is asked.
+                timeout=aiohttp.ClientTimeout(total=None, connect=config.connect_timeout_s),
+                trust_env=True,
+            )
+        headers = {"content-type": "application/json", **config.headers}
+        if api_key is not None:
+            headers["authorization"] = f"Bearer {api_key.get_secret_value()}"
+        try:
+            async with self._session.post(
+                f"{config.url}{path.removeprefix('/v1')}",
+                data=msgspec.json.encode(body),
+                headers=headers,
+                allow_redirects=False,  # the key is for this address alone
+            ) as response:
+                yield _HttpReply(response)
+        except aiohttp.ClientConnectorError as error:
+            # Not `error` itself: it may name more than a log should hold.
+            words = f"no connection ({type(getattr(error, 'os_error', error)).__name__})"
+            raise ProviderFailed(words, was_sent=False) from None
+        except aiohttp.ConnectionTimeoutError:
+            words = f"no connection within {config.connect_timeout_s:g} s (connect_timeout_s)"
+            raise ProviderFailed(words, Failure.TIMEOUT, was_sent=False) from None
+        except aiohttp.ClientError as error:
+            raise ProviderFailed(f"the connection broke ({type(error).__name__})") from None
+
+    async def close(self) -> None:
+        """Drop all connections."""
+        if self._session is not None:
+            await self._session.close()
