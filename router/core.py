@@ -141,7 +141,8 @@ class Router:
     ) -> list[Decision]:
         """Place a request again that its engine did not carry through, or give it up.
 
-        Through no fault of the client's. `failure` is what the engine did to this
+        Through no fault of the client's; past the last retry a provider may have it.
+        `failure` is what the engine did to this
         request alone: it counts for the breaker, and the retry against the budget.
         None where the engine as a whole was lost or left: then its breaker keeps
         a storm off, and what the other engines get is no more than it had. The
@@ -157,16 +158,14 @@ class Router:
         request, replica = placement.request, placement.replica
         if failure is not None:
             replica.breaker.fail(placement.permit, failure, now_s)
-        if (
-            not can_retry
-            or len(request.tried) + 1 >= self.settings.max_attempts
-            or (failure is not None and not self._retries.try_withdraw(now_s))
-        ):
+        if not can_retry:
             return [Fail(request_id), *self._end(request_id, Outcome.FAILED, now_s)]
+        no_engine = len(request.tried) + 1 >= self.settings.max_attempts or (
+            failure is not None and not self._retries.try_withdraw(now_s)
+        )
         replica.breaker.release(placement.permit)
         self._placer.release(request_id)
         self._queue.settle(request, Usage())  # it is charged anew where it goes next
-        self.num_retries += 1
         again = msgspec.structs.replace(
             request,
             num_prompt_tokens=request.num_prompt_tokens + num_output_tokens,
@@ -174,7 +173,14 @@ class Router:
             retried_s=now_s,
             has_begun=has_begun,
         )
-        return self._enter(again, now_s)
+        decision: Decision | None = None
+        if no_engine and (decision := self._spill.send_now(again, now_s)) is None:
+            self.outcomes[Outcome.FAILED] += 1
+            return [Fail(request_id), *self._place_held(now_s)]
+        self.num_retries += 1
+        if decision is None:
+            return self._enter(again, now_s)
+        return [decision, *self._place_held(now_s)]
 
     def on_cancel(self, request_id: str, now_s: float) -> list[Decision]:
         """End a request whose client has left, held or placed: RENEGED."""

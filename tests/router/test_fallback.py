@@ -250,3 +250,22 @@ def test_a_hung_fleet_is_left_by_the_clock_alone():
         now_s = router.next_wake_s()
         assert now_s < 0.55  # its promise is 0.52 s
     assert now_s > 0.2
+
+
+def test_past_the_last_retry_a_provider_answers():
+    router = make(provider(), num_replicas=1, max_attempts=1)
+    router.on_arrival(req("a"), 0.0)
+    assert router.on_attempt_failed("a", Failure.ERROR, 0.1) == [Fallback("a", "p0", "default")]
+    router.on_finish("a", None, 1.0)
+    assert router.outcomes == {Outcome.COMPLETED: 1}
+
+
+def test_a_reply_that_an_engine_has_begun_is_for_engines_alone():
+    router = make(provider(), num_replicas=1, max_attempts=1)
+    router.on_arrival(req("a"), 0.0)
+    assert router.on_attempt_failed("a", Failure.ERROR, 0.1, has_begun=True) == [Fail("a")]
+    router = make(provider(), num_replicas=1)
+    router.on_arrival(req("a"), 0.0)
+    router.on_replica_down("r0", 0.1)
+    assert router.on_attempt_failed("a", None, 0.1, has_begun=True) == [Hold("a")]
+    assert fallbacks(router.on_tick(5.0)) == []
