@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check lock bench-overhead bench-real bench-sim clean
+.PHONY: help install serve test check lock bench-overhead bench-real bench-sim bench-fidelity clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ bench-real: install  ## policies compared on two real engines on CPU cores (half
 
 bench-sim: install  ## policies compared in simulation on 8 and 64 H100s; HEADWAY_TRACES=DIR
 	$(BIN)/python -m benchmarks.sim $(ARGS)
+
+bench-fidelity: install  ## the simulator against two real engines on CPU cores
+	$(BIN)/python -m benchmarks.fidelity $(ARGS)
 
 clean:  ## remove .venv and caches, not the model
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -97,10 +97,15 @@ class Profile(BaseModel):
 
     @classmethod
     def load(cls, name: str | Path) -> "Profile":
-        """Read a file, or a profile of this package by its name; raise `ProfileError`."""
+        """Read a file, or a profile of this package by its name; raise `ProfileError`.
+
+        The beginning of a name will do where only one has it: `h100`.
+        """
         path = Path(name)
         if not path.suffix:
             path = FOLDER / f"{name}.yaml"
+            if not path.exists() and len(alike := list(FOLDER.glob(f"{name}*.yaml"))) == 1:
+                (path,) = alike
         try:
             return cls.model_validate(yaml.safe_load(path.read_text()))
         except OSError as error:

@@ -53,7 +53,7 @@ def play(
             offset_s=offset_s,
             num_prompt_tokens=num_prompt_tokens,
             num_output_tokens=turn.num_reply_tokens,
-            tenant=str(session),
+            session=str(session),
             prefix_ids=tuple(
                 # Even numbers are the group's text, odd ones the session's own.
                 group * 2 if end <= num_system_tokens else session * 2 + 1

@@ -289,7 +289,7 @@ def _write_csv(results: Results, path: Path) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--profile", default="h100-llama8b", help="a profile's name or file")
+    parser.add_argument("--profile", default="h100", help="a profile's name or file")
     parser.add_argument("--engines", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--gateways", type=int, default=1)
     environment = os.environ.get("HEADWAY_TRACES")

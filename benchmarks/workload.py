@@ -28,6 +28,7 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     num_output_tokens: int
     max_output_tokens: int | None = None  # the limit that the client gives, if it gives one
     tenant: str = ""
+    session: str = ""  # the conversation that it is a turn of
     priority_class: RequestClass = RequestClass.STANDARD
     prefix_ids: tuple[int, ...] = ()
     prefix_block_tokens: int = 0

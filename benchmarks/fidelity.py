@@ -1,0 +1,258 @@
+"""Is the simulator right? The same requests on two real engines and in simulation.
+
+`python -m benchmarks.fidelity` measures, then compares; `--judge-only` compares anew with
+what was measured last. Real runs go through everything that users go through: HTTP, the
+gateway, the stream, vLLM. The simulation knows the profile of one engine, which
+`headway profile` measured on its own, and nothing of these runs.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from benchmarks.client import Client
+from benchmarks.figures import percentile
+from benchmarks.latency import Sample
+from benchmarks.load import open_loop
+from benchmarks.mix import Mix
+from benchmarks.profile import Profile
+from benchmarks.real_engines import RealEngines
+from benchmarks.report import RESULTS, Report
+from benchmarks.runner import run_to_the_end
+from benchmarks.sweep import Fleet, simulate
+from benchmarks.variant import OURS
+from benchmarks.workload import Arrival, Workload
+from router.settings import RouterSettings
+
+NUM_ENGINES = 2
+LINES = RESULTS / "fidelity-measured.csv"
+SURROUNDINGS = RESULTS / "fidelity-measured.json"
+_NUM_CONNECTIONS = 64
+_TIMEOUT_S = 120.0
+# One run of the simulation is as much chance as one of the engines: the median of many.
+_NUM_SIMULATIONS = 15
+_TARGETS = {"ttft_p50_s": 0.15, "ttft_p90_s": 0.15, "ttft_p99_s": 0.30, "tokens_per_s": 0.15}
+
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One request on the real engines."""
+
+    load: float
+    rate: float
+    seed: int
+    sample: Sample
+
+
+async def measure(
+    loads: Sequence[float], capacity: float, duration_s: float, seed: int
+) -> tuple[list[Measured], dict[str, Any]]:
+    """Return every request of a run at each load, and what there is to know of the runs."""
+    subject = RealEngines(NUM_ENGINES)
+    mix = Mix()
+    found: list[Measured] = []
+    runs: list[dict[str, Any]] = []
+    async with subject:
+        model = await subject.model()
+        await subject.switch(OURS)
+        await _send(subject, mix, model, 0.5 * capacity, 10.0, f"{seed} warm-up")
+        for load in loads:
+            rate = load * capacity
+            num_prompt_before, _ = await subject.prompt_tokens()
+            samples = await _send(subject, mix, model, rate, duration_s, f"{seed} {load}")
+            num_prompt, _ = await subject.prompt_tokens()
+            state = await subject.state()
+            num_text = sum(sample.num_text_tokens for sample in samples)
+            found += [Measured(load, rate, seed, sample) for sample in samples]
+            runs.append(
+                {
+                    "load": load,
+                    "requests_per_s": rate,
+                    "seed": seed,
+                    "template_tokens": (num_prompt - num_prompt_before - num_text) / len(samples),
+                    "step_models": [each["step_model"] for each in state["replicas"].values()],
+                }
+            )
+            console.print(f"{load:.0%}: {len(samples)} requests")
+        infos = [each["info"] for each in (await subject.state())["replicas"].values()]
+    return found, {"model": model, "engines": infos, "runs": runs}
+
+
+async def _send(
+    subject: RealEngines, mix: Mix, model: str, rate: float, duration_s: float, seed: str
+) -> list[Sample]:
+    """Send a part of the mix, from idle to idle."""
+    asks = mix.arrivals(rate, duration_s, seed)
+    arrivals = [(ask.offset_s, mix.call(ask, model, seed)) for ask in asks]
+    async with Client(subject.urls) as client:
+        await client.connect(_NUM_CONNECTIONS)
+        records = await open_loop(client, arrivals, _TIMEOUT_S)
+    await subject.wait_until_idle()
+    return [Sample.of(0, OURS, ask, record) for ask, record in zip(asks, records, strict=True)]
+
+
+def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) -> Report:
+    """Return the report that holds the simulation against what was measured."""
+    template_tokens = round(sum(run["template_tokens"] for run in runs["runs"]) / len(runs["runs"]))
+    config = {
+        "profile": profile.model_dump(),
+        "num_engines": NUM_ENGINES,
+        "policy": OURS,
+        "template_tokens": template_tokens,
+        "num_simulations": _NUM_SIMULATIONS,
+        **runs,
+    }
+    report = Report("fidelity", "simulated", 0, config)
+    by_load: dict[float, dict[int, list[Sample]]] = defaultdict(lambda: defaultdict(list))
+    rates = {each.load: each.rate for each in measured}
+    for each in measured:
+        by_load[each.load][each.seed].append(each.sample)
+    for load, by_seed in sorted(by_load.items()):
+        real = _figures_of_all(list(by_seed.values()))
+        simulated_runs = [
+            _figures_of_all(
+                [
+                    simulated(samples, profile, template_tokens, 1000 * number + seed)
+                    for seed, samples in by_seed.items()
+                ]
+            )
+            for number in range(_NUM_SIMULATIONS)
+        ]
+        num_requests = sum(map(len, by_seed.values()))
+        for figure, tolerance in _TARGETS.items():
+            values = sorted(each[figure] for each in simulated_runs)
+            median = values[len(values) // 2]
+            report.row(
+                "Two real engines and the simulation of them",
+                load=f"{load:.0%}, {rates[load]:.2f}/s",
+                requests=num_requests,
+                figure=figure,
+                measured=real[figure],
+                simulated=median,
+                simulated_from=values[0],
+                simulated_to=values[-1],
+                error=f"{median / real[figure] - 1.0:+.0%}",
+            )
+            report.target(
+                f"{figure} at {load:.0%} load, simulated over measured, off by",
+                abs(median / real[figure] - 1.0),
+                f"<= {tolerance}",
+            )
+    report.note(
+        "Simulated: the median of as many runs as `num_simulations`, which differ in the noise of "
+        "step times alone, and the least and greatest of them. The measured figures are one "
+        "draw of such a spread."
+    )
+    return report
+
+
+def simulated(
+    samples: Sequence[Sample], profile: Profile, template_tokens: int, seed: int
+) -> list[Sample]:
+    """Return what the simulation makes of the same requests."""
+    workload = Workload.of(
+        "mix",
+        (
+            Arrival(
+                offset_s=sample.due_s,
+                num_prompt_tokens=sample.num_text_tokens + template_tokens,
+                num_output_tokens=sample.num_output_tokens,
+                max_output_tokens=sample.num_output_tokens,
+            )
+            for sample in samples
+        ),
+    )
+    run = simulate(
+        workload, Fleet(profile, NUM_ENGINES), OURS, seed=seed, settings=RouterSettings()
+    )
+    columns = zip(samples, run.ttft_s.tolist(), run.e2e_s.tolist(), strict=True)
+    return [
+        Sample(**asdict(sample) | {"ttft_s": ttft_s, "e2e_s": e2e_s})
+        for sample, ttft_s, e2e_s in columns
+    ]
+
+
+def _figures_of_all(runs: Sequence[Sequence[Sample]]) -> dict[str, float]:
+    """Figures over the requests of all runs; a run lasts from its first due to its last done."""
+    import numpy as np
+
+    ttft_s = np.array(
+        [each.ttft_s if each.ttft_s is not None else np.nan for run in runs for each in run]
+    )
+    num_tokens = sum(each.num_output_tokens for run in runs for each in run)
+    span_s = sum(
+        max(each.due_s + each.e2e_s for each in run if each.e2e_s is not None)
+        - min(each.due_s for each in run)
+        for run in runs
+    )
+    return {
+        "ttft_p50_s": percentile(ttft_s, 50),
+        "ttft_p90_s": percentile(ttft_s, 90),
+        "ttft_p99_s": percentile(ttft_s, 99),
+        "tokens_per_s": num_tokens / span_s,
+    }
+
+
+def _write(measured: Sequence[Measured], runs: dict[str, Any], append: bool) -> None:
+    """Write one line per request; with `append`, after those of earlier seeds."""
+    fields = ["load", "rate", "seed", *Sample.__dataclass_fields__]
+    append = append and LINES.exists()
+    with LINES.open("a" if append else "w", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        if not append:
+            writer.writeheader()
+        for each in measured:
+            row = {"load": each.load, "rate": each.rate, "seed": each.seed}
+            writer.writerow(row | asdict(each.sample))
+    if append:
+        runs = {**runs, "runs": json.loads(SURROUNDINGS.read_text())["runs"] + runs["runs"]}
+    SURROUNDINGS.write_text(json.dumps(runs, indent=1) + "\n")
+
+
+def _read() -> tuple[list[Measured], dict[str, Any]]:
+    with LINES.open(newline="") as file:
+        found = []
+        for row in csv.DictReader(file):
+            load, rate, seed = float(row.pop("load")), float(row.pop("rate")), int(row.pop("seed"))
+            values: dict[str, Any] = {name: text or None for name, text in row.items()}
+            values |= {"completed": row["completed"] == "True", "error": row["error"]}
+            sample = msgspec.convert(values, Sample, strict=False)
+            found.append(Measured(load, rate, seed, sample))
+    return found, json.loads(SURROUNDINGS.read_text())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--profile", default="smollm2-cpu", help="of one engine")
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.4, 0.6, 0.8])
+    parser.add_argument("--capacity", type=float, default=3.16, help="requests/s of both engines")
+    parser.add_argument("--duration", type=float, default=60.0, help="of arrivals at each load, s")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--append", action="store_true", help="keep what other seeds have shown")
+    parser.add_argument("--measure-only", action="store_true")
+    parser.add_argument("--judge-only", action="store_true")
+    options = parser.parse_args()
+    if not options.judge_only:
+        for number, seed in enumerate(options.seeds):
+            measured, runs = run_to_the_end(
+                lambda seed=seed: measure(options.loads, options.capacity, options.duration, seed)
+            )
+            _write(measured, runs, options.append or number > 0)
+    if not options.measure_only:
+        measured, runs = _read()
+        judge(measured, runs, Profile.load(options.profile)).finish()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

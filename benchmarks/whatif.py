@@ -1,0 +1,209 @@
+"""How many engines does this traffic need for this promise, and under which policy?
+
+`headway whatif` asks. Simulated: the deployed router over modelled engines.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.figures import Figures
+from benchmarks.profile import Profile, ProfileError
+from benchmarks.report import brief
+from benchmarks.slo import Slo
+from benchmarks.surroundings import commit
+from benchmarks.sweep import Case, Sweep
+from benchmarks.synthetic import SYNTHETIC
+from benchmarks.traces import TraceError, read_trace
+from benchmarks.variant import policies, split
+from benchmarks.workload import Workload
+from serving.config import ConfigError
+
+_KEY = "traffic"
+_PERCENTILES = (50, 90, 99)
+
+
+class WhatIfError(ConfigError):
+    """The question cannot be asked like this; the message names the option to change."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked."""
+
+    profile: str
+    trace: str  # a file, or the name of a made-up workload
+    slo: Slo
+    percentile: int = 99  # of both times that must be within the promise
+    variants: tuple[str, ...] = ()  # none: all policies
+    num_engines: int | None = None  # looked at in any case
+    max_engines: int = 1024
+    rate: float | None = None  # requests per second; unset: as recorded
+    num_requests: int = 10_000  # of the trace's beginning
+    num_gateways: int = 1
+    seed: int = 0
+
+
+@dataclass
+class Search:
+    """The smallest number of engines that keeps the promise under one policy, by bisection.
+
+    Takes it that more engines never make it worse. States: doubling until it is kept,
+    then halving the gap between the most that do not keep it and the fewest that do.
+    """
+
+    max_engines: int
+    too_few: int = 0
+    enough: int | None = None
+    tried: dict[int, Figures] = field(default_factory=dict)
+
+    def next(self) -> int | None:
+        """Return the number to try next; None when there is nothing left to find out."""
+        if self.enough is None:
+            if self.too_few >= self.max_engines:
+                return None
+            return min(self.max_engines, max(1, 2 * self.too_few))
+        if self.enough - self.too_few <= 1:
+            return None
+        return (self.too_few + self.enough) // 2
+
+    def learn(self, num_engines: int, figures: Figures, kept: bool) -> None:
+        """Take in what a number of engines came to."""
+        self.tried[num_engines] = figures
+        if kept:
+            self.enough = min(num_engines, self.enough or num_engines)
+        else:
+            self.too_few = max(num_engines, self.too_few)
+
+
+def ask(console: Console, *, slo_ttft_s: float, slo_tpot_s: float, **options: Any) -> None:
+    """Answer the question of the command line; `options` are the fields of `Question`."""
+    answer(Question(slo=Slo(slo_ttft_s, slo_tpot_s), **options), console)
+
+
+def answer(question: Question, console: Console) -> dict[str, Search]:
+    """Return the search under each policy, and show what it found.
+
+    Raises `WhatIfError`.
+    """
+    profile, workload, variants = _prepare(question)
+    described = workload.describe()
+    console.print(
+        f"{described['name']}: {len(workload):,} requests at {workload.rate:.2f}/s "
+        f"(time scale {workload.scale:.3g}), prompts {described['prompt_tokens_mean']:,.0f} and "
+        f"replies {described['output_tokens_mean']:,.0f} tokens on average"
+        + (f"; {workload.num_dropped} too long for the model left out" * bool(workload.num_dropped))
+    )
+    searches = {variant: Search(question.max_engines) for variant in variants}
+    with (
+        Sweep({_KEY: workload}, profile, question.slo, num_gateways=question.num_gateways) as sweep,
+        Progress(console=console, transient=True) as progress,
+    ):
+        task = progress.add_task("simulating", total=None)
+        if question.num_engines is not None:
+            _try(sweep, question, workload, dict.fromkeys(variants, question.num_engines), searches)
+        while wanted := {
+            variant: number
+            for variant, search in searches.items()
+            if (number := search.next()) is not None
+        }:
+            numbers = ", ".join(map(str, sorted(set(wanted.values()))))
+            progress.update(task, description=f"simulating {numbers} engines")
+            _try(sweep, question, workload, wanted, searches)
+    _show(question, profile, searches, console)
+    return searches
+
+
+def _prepare(question: Question) -> tuple[Profile, Workload, tuple[str, ...]]:
+    variants = question.variants or tuple(policies())
+    if question.percentile not in _PERCENTILES:
+        known = ", ".join(map(str, _PERCENTILES))
+        raise WhatIfError(f"--percentile {question.percentile}: one of {known}")
+    try:
+        for variant in variants:
+            split(variant)
+        profile = Profile.load(question.profile)
+        if question.trace in SYNTHETIC and not Path(question.trace).exists():
+            workload = SYNTHETIC[question.trace](question.num_requests, question.seed)
+        else:
+            workload = read_trace(Path(question.trace), question.seed)
+        workload = workload.fitted(profile.max_model_len).part(0, question.num_requests)
+        if question.rate is not None:
+            workload = workload.at_rate(question.rate)
+    except (ProfileError, TraceError) as error:
+        raise WhatIfError(str(error)) from None
+    except ValueError as error:
+        raise WhatIfError(str(error)) from None
+    return profile, workload, variants
+
+
+def _try(
+    sweep: Sweep,
+    question: Question,
+    workload: Workload,
+    wanted: dict[str, int],
+    searches: dict[str, Search],
+) -> None:
+    cases = [
+        Case(_KEY, num_engines, math.nan, workload.rate, variant, 0, question.seed)
+        for variant, num_engines in wanted.items()
+    ]
+    for case, figures in zip(cases, sweep.figures(cases), strict=True):
+        searches[case.variant].learn(case.num_engines, figures, _is_kept(question, figures))
+
+
+def _is_kept(question: Question, figures: Figures) -> bool:
+    """Whether the percentile of TTFT and that of TPOT are within the promise, and nothing was
+    shed or lost."""
+    ttft_s = figures[f"ttft_p{question.percentile}_s"]
+    tpot_s = figures[f"tpot_p{question.percentile}_s"]
+    assert question.slo.ttft_s is not None
+    return (
+        figures["completed"] == 1.0
+        and ttft_s <= question.slo.ttft_s
+        and not tpot_s > question.slo.tpot_s  # nan: replies of one token have none
+    )
+
+
+def _show(
+    question: Question, profile: Profile, searches: dict[str, Search], console: Console
+) -> None:
+    percent = question.percentile
+    counts = sorted({number for search in searches.values() for number in search.tried})
+    table = Table(
+        title=f"simulated: p{percent} of TTFT / of TPOT, s; * keeps the promise ({question.slo})",
+        title_justify="left",
+    )
+    table.add_column("policy")
+    for number in counts:
+        table.add_column(f"{number} engine{'s' * (number != 1)}", justify="right")
+    for variant, search in searches.items():
+        table.add_row(
+            variant,
+            *(
+                _cell(question, search.tried[number]) if number in search.tried else ""
+                for number in counts
+            ),
+        )
+    console.print(table)
+    for variant, search in sorted(searches.items(), key=lambda each: each[1].enough or math.inf):
+        found = f"{search.enough} engines" if search.enough else f"not even {question.max_engines}"
+        console.print(f"{variant}: {found}")
+    revision = (commit()["id"] or "not in a checkout")[:12]
+    console.print(
+        f"Simulated, not measured: profile {profile.name} ({profile.device}, {profile.model}), "
+        f"seed {question.seed}, commit {revision}. {profile.source}",
+        style="dim",
+    )
+
+
+def _cell(question: Question, figures: Figures) -> str:
+    percent = question.percentile
+    times = " / ".join(brief(figures[f"{name}_p{percent}_s"]) for name in ("ttft", "tpot"))
+    shed = figures["num_shed"]
+    return f"{times}{' *' * _is_kept(question, figures)}" + f", {shed:,.0f} shed" * bool(shed)

@@ -1,0 +1,105 @@
+"""How many engines: the search, and the command line."""
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from benchmarks.profile import Profile
+from benchmarks.slo import Slo
+from benchmarks.whatif import Question, Search, WhatIfError, answer
+from serving.launcher import main
+
+
+@pytest.mark.parametrize("enough", [1, 2, 3, 7, 8, 9, 100])
+@pytest.mark.parametrize("start", [None, 1, 5, 64])
+def test_search(enough, start):
+    """It finds the fewest that keep the promise, whatever it was told to look at first."""
+    search = Search(max_engines=128)
+    number = start or search.next()
+    while number is not None:
+        search.learn(number, {}, number >= enough)
+        number = search.next()
+    assert search.enough == enough
+    assert len(search.tried) <= 15
+
+
+def test_search_in_vain():
+    search = Search(max_engines=10)
+    while (number := search.next()) is not None:
+        search.learn(number, {}, kept=False)
+    assert search.enough is None
+    assert max(search.tried) == 10
+
+
+@pytest.fixture
+def profile(tmp_path):
+    path = tmp_path / "slow.yaml"
+    Profile(
+        name="slow",
+        model="small",
+        device="none",
+        source="Made up.",
+        max_model_len=40_000,
+        max_num_seqs=64,
+        max_num_batched_tokens=2048,
+        num_kv_tokens=100_000,
+        base_s=0.01,
+        s_per_token=1e-4,
+    ).save(path)
+    return path
+
+
+def test_answer(profile):
+    """More traffic needs more engines; the answer says that it is simulated."""
+    console = Console(record=True, width=120)
+
+    def num_engines(rate):
+        question = Question(
+            profile=str(profile),
+            trace="poisson",
+            slo=Slo(8.0, 0.5),
+            percentile=90,
+            variants=("headway", "round_robin"),
+            rate=rate,
+            num_requests=400,
+        )
+        return {name: found.enough for name, found in answer(question, console).items()}
+
+    few, many = num_engines(2.0), num_engines(30.0)
+    assert all(0 < few[name] < many[name] for name in few)
+    assert few.keys() == {"headway", "round_robin"}
+    text = console.export_text()
+    assert "Simulated, not measured: profile slow" in text
+    assert f"headway: {many['headway']} engines" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"trace": "none.csv"}, "none.csv: cannot be read"),
+        ({"profile": "none"}, "profile none"),
+        ({"variants": ("best",)}, "unknown policy 'best'"),
+    ],
+)
+def test_bad_question(profile, changes, reason):
+    fields = {"profile": str(profile), "trace": "poisson", "slo": Slo(1.0)} | changes
+    with pytest.raises(WhatIfError, match=reason):
+        answer(Question(**fields), Console())
+
+
+def test_command_line(profile):
+    """Options in, table out; what is wrong is said in a line."""
+    arguments = ["whatif", "--profile", str(profile), "--trace", "bursty", "--slo-ttft", "9"]
+    arguments += ["--slo-tpot", "1", "--policy", "least_requests", "--requests", "200"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "least_requests: " in result.output
+    assert "Simulated" in result.output
+
+    result = CliRunner().invoke(main, [*arguments, "--percentile", "75"])
+    assert result.exit_code == 2
+    assert "--percentile 75: one of 50, 90, 99" in result.output
+
+    result = CliRunner().invoke(main, [*arguments, "--trace", "none.csv"])
+    assert result.exit_code == 2
+    assert "none.csv: cannot be read" in result.output
