@@ -25,6 +25,7 @@ from router.types import (
     Dispatch,
     EngineInfo,
     EngineSnapshot,
+    Evacuate,
     Fail,
     Outcome,
     Reject,
@@ -57,6 +58,10 @@ class Engine(Protocol):
     def cut(self, now_s: float) -> float | None: ...
 
     def end_step(self, now_s: float) -> Sequence[Progress]: ...
+
+    def abort(self, job_id: str) -> None: ...
+
+    def num_output_tokens(self, job_id: str) -> int: ...
 
     def snapshot(self, seq: int, last_booking: int) -> EngineSnapshot: ...
 
@@ -259,6 +264,17 @@ class Node:
         elif (end_s := self.engine.cut(self._simulation.now_s)) != self._step_ends_s:
             self._schedule_end(end_s)
 
+    def cancel(self, job_id: str) -> None:
+        """A gateway wants a job no more."""
+        if self.is_up and self._gateway_of.pop(job_id, None) is not None:
+            self.engine.abort(job_id)
+            if self._is_due():
+                self.push()
+
+    def num_output_tokens(self, job_id: str) -> int:
+        """Tokens that a job has brought forth; 0 of one that is not here, or not yet."""
+        return self.engine.num_output_tokens(job_id) if job_id in self._gateway_of else 0
+
     def _begin(self) -> None:
         simulation = self._simulation
         now_s = simulation.now_s
@@ -360,8 +376,8 @@ class Gateway:
         self._simulation = simulation
         self._max_hold_s = settings.max_hold_s
         self._model = ""
-        self._requests: dict[str, tuple[int, Request]] = {}  # open, by id
-        self._streams: dict[str, dict[str, None]] = {}  # requests on each engine
+        self._calls: dict[str, Call] = {}  # open, by request
+        self._streams: dict[str, dict[str, Call]] = {}  # by engine and job
         self._wake_s: float | None = None
 
     def has_streams(self, node: Node) -> bool:
@@ -390,7 +406,7 @@ class Gateway:
             deadline_s=now_s + self._max_hold_s,
             prefix_hashes=hashes,
         )
-        self._requests[request.id] = (number, request)
+        self._calls[request.id] = Call(number, request)
         self._execute(self.router.on_arrival(request, now_s))
 
     # Engines
@@ -398,7 +414,8 @@ class Gateway:
     def on_replica_up(self, node: Node) -> None:
         self._model = node.engine.info.model
         self._streams[node.id] = {}
-        self._execute(self.router.on_replica_up(node.id, node.engine.info, self._simulation.now_s))
+        info = msgspec.structs.replace(node.engine.info, heartbeat_s=_HEARTBEAT_S)
+        self._execute(self.router.on_replica_up(node.id, info, self._simulation.now_s))
 
     def on_replica_draining(self, node: Node) -> None:
         self._execute(self.router.on_replica_draining(node.id, self._simulation.now_s))
@@ -416,34 +433,57 @@ class Gateway:
         simulation = self._simulation
         now_s, journal = simulation.now_s, simulation.journal
         for progress in progresses:
-            request_id = progress.job_id
-            number = int(request_id)
-            if journal.first_s[number] != journal.first_s[number]:  # nan: none has come yet
-                journal.first_s[number] = now_s
+            call = self._streams[node.id].get(progress.job_id)
+            if call is None:
+                continue  # taken off that engine while this was under way
+            request_id = call.request.id
+            if call.awaits_first_token:
+                call.awaits_first_token = False
+                if not call.has_begun:
+                    call.has_begun = True
+                    journal.first_s[call.number] = now_s
                 self._execute(self.router.on_first_token(request_id, now_s))
             if progress.finished:
-                arrival = simulation.workload.arrivals[number]
+                arrival = simulation.workload.arrivals[call.number]
                 usage = Usage(
                     num_prompt_tokens=arrival.num_prompt_tokens,
                     num_cached_tokens=progress.num_cached_tokens,
                     num_output_tokens=arrival.num_output_tokens,
                 )
-                journal.num_cached_tokens[number] = progress.num_cached_tokens
-                del self._streams[node.id][request_id]
+                journal.num_cached_tokens[call.number] = progress.num_cached_tokens
+                del self._streams[node.id][progress.job_id]
                 self._close(request_id, Outcome.COMPLETED)
                 self._execute(self.router.on_finish(request_id, usage, now_s))
 
     def on_replica_down(self, node: Node) -> None:
         """First close the door, then find the requests another place."""
-        now_s = self._simulation.now_s
-        first_s = self._simulation.journal.first_s
         lost = self._streams.pop(node.id, {})
-        self._execute(self.router.on_replica_down(node.id, now_s))
-        for request_id in lost:
-            has_started = first_s[int(request_id)] == first_s[int(request_id)]  # not nan
-            self._execute(
-                self.router.on_attempt_failed(request_id, None, now_s, can_retry=not has_started)
+        self._execute(self.router.on_replica_down(node.id, self._simulation.now_s))
+        for job_id, call in lost.items():
+            self._fail_attempt(node, job_id, call)
+
+    def _evacuate(self, node: Node) -> None:
+        simulation = self._simulation
+        left, self._streams[node.id] = self._streams[node.id], {}
+        for job_id, call in left.items():
+            simulation.at(simulation.now_s + simulation.network.submit_s, node.cancel, job_id)
+            self._fail_attempt(node, job_id, call)
+
+    def _fail_attempt(self, node: Node, job_id: str, call: "Call") -> None:
+        """The engine did not carry it through: another goes on where it stopped."""
+        num_output_tokens = node.num_output_tokens(job_id)
+        call.num_output_tokens += num_output_tokens
+        call.awaits_first_token = True
+        call.num_attempts += 1
+        self._execute(
+            self.router.on_attempt_failed(
+                call.request.id,
+                None,
+                self._simulation.now_s,
+                has_begun=call.has_begun,
+                num_output_tokens=num_output_tokens,
             )
+        )
 
     # Decisions
 
@@ -456,6 +496,8 @@ class Gateway:
                 self._close(decision.request_id, Outcome.EXPIRED if expired else Outcome.REJECTED)
             elif isinstance(decision, Fail):
                 self._close(decision.request_id, Outcome.FAILED)
+            elif isinstance(decision, Evacuate):
+                self._evacuate(self._simulation.nodes[decision.replica_id])
         wake_s = self.router.next_wake_s()
         if wake_s != self._wake_s:
             self._wake_s = wake_s
@@ -469,23 +511,37 @@ class Gateway:
             self._execute(self.router.on_tick(self._simulation.now_s))
 
     def _dispatch(self, decision: Dispatch) -> None:
-        simulation, request_id = self._simulation, decision.request_id
-        number, request = self._requests[request_id]
+        simulation = self._simulation
+        call = self._calls[decision.request_id]
         node = simulation.nodes[decision.replica_id]
-        arrival = simulation.workload.arrivals[number]
-        simulation.journal.placed_s[number] = simulation.now_s
-        self._streams[node.id][request_id] = None
+        arrival = simulation.workload.arrivals[call.number]
+        if not call.has_begun:
+            simulation.journal.placed_s[call.number] = simulation.now_s
         job = Job(
-            id=request_id,
-            num_prompt_tokens=arrival.num_prompt_tokens,
-            num_output_tokens=arrival.num_output_tokens,
-            priority=simulation.priority_of(self, request, arrival),
+            # An engine may get the same request twice: each time is a job of its own.
+            id=f"{call.number}.{call.num_attempts}",
+            num_prompt_tokens=arrival.num_prompt_tokens + call.num_output_tokens,
+            num_output_tokens=max(1, arrival.num_output_tokens - call.num_output_tokens),
+            priority=simulation.priority_of(self, call.request, arrival),
             block_hashes=arrival.block_hashes(simulation.segment_tokens, with_reply=True),
         )
+        self._streams[node.id][job.id] = call
         arrive_s = simulation.now_s + simulation.network.submit_s
         simulation.at(arrive_s, node.submit, (self, decision.booking, job))
 
     def _close(self, request_id: str, outcome: Outcome) -> None:
-        number, _ = self._requests.pop(request_id)
+        call = self._calls.pop(request_id)
         self._simulation.num_open -= 1
-        self._simulation.journal.end(number, outcome, self._simulation.now_s)
+        self._simulation.journal.end(call.number, outcome, self._simulation.now_s)
+
+
+@dataclass(slots=True)
+class Call:
+    """A request that is open at a gateway."""
+
+    number: int  # of the arrival
+    request: Request
+    num_output_tokens: int = 0  # that engines have sent which then failed
+    num_attempts: int = 0  # that have failed
+    has_begun: bool = False  # its first token has come
+    awaits_first_token: bool = True  # from the engine that has it

@@ -49,6 +49,12 @@ class FirstComeFirstServed:
     def end_step(self, now_s: float) -> list[Progress]:
         return [_ended(self.jobs.popleft())]
 
+    def abort(self, job_id: str) -> None:
+        raise NotImplementedError  # nobody leaves a textbook's queue
+
+    def num_output_tokens(self, job_id: str) -> int:
+        return 0
+
     def snapshot(self, seq: int, last_booking: int) -> EngineSnapshot:
         return EngineSnapshot(
             seq=seq,

@@ -96,15 +96,15 @@ def test_lost_snapshots(policy):
 @pytest.mark.parametrize("policy", policies())
 @pytest.mark.parametrize("num_gateways", [1, 2])
 def test_failing_engines(policy, num_gateways):
-    """What had begun to answer fails, what had not is placed again, replacements take over."""
+    """Every request completes: what had begun goes on elsewhere, and no token comes twice."""
     failures = [Failure(0, 2.0, 5.0), Failure(1, 2.0, 1.0), Failure(0, 8.0, 3.0)]
     failing = simulation(policy=policy, num_gateways=num_gateways, failures=failures)
     run = failing.run()
     assert_each_ended_once(failing, run)
-    failed = run.has(Outcome.FAILED)
-    assert 0 < failed.sum() < len(run) / 2
-    assert np.isfinite(run.first_s[failed]).all()
-    assert (run.completed | failed).all()
+    assert run.completed.all()
+    assert sum(gateway.router.num_retries for gateway in failing.gateways) > 10
+    undisturbed = simulation(policy=policy, num_gateways=num_gateways).run()
+    assert np.median(run.e2e_s) > np.median(undisturbed.e2e_s)
 
 
 def test_all_engines_down_for_longer_than_a_hold():
@@ -115,7 +115,8 @@ def test_all_engines_down_for_longer_than_a_hold():
     assert_each_ended_once(down, run)
     expired = run.has(Outcome.EXPIRED)
     assert expired.sum() > 50
-    assert run.end_s[expired] - run.arrival_s[expired] == pytest.approx(3.0)
+    new = expired & (run.arrival_s > 1.0)  # the others count from when their engine died
+    assert run.end_s[new] - run.arrival_s[new] == pytest.approx(3.0)
 
 
 class Scaler:
