@@ -7,7 +7,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check lock bench-overhead bench-real bench-sim bench-fidelity clean
+.PHONY: help install serve test check lock bench-overhead bench-decision bench-real bench-sim
+.PHONY: bench-fidelity clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +32,9 @@ lock: install  ## pin the newest that fit pyproject.toml anew: ARGS=--upgrade
 
 bench-overhead: install  ## what our own path costs per token and request, engines left out
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
+
+bench-decision: install  ## what one routing decision costs at 8 to 2,048 engines
+	$(BIN)/python -m benchmarks.decision $(ARGS)
 
 bench-real: install  ## policies compared on two real engines on CPU cores (half an hour and more)
 	$(BIN)/python -m benchmarks.real $(ARGS)

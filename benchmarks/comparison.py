@@ -127,7 +127,7 @@ class Comparison:
         num_prompt, num_cached = await subject.prompt_tokens()
         state = await subject.state()
         self.holds[policy] = bool(state["holds"])
-        accuracy: dict[str, float | None] = state["ttft_accuracy"]
+        accuracy: dict[str, float | None] = state["accuracy"]["ttft"]
         figures = {
             "prompt_tokens": num_prompt - num_prompt_before,
             "prefix_hit_tokens": num_cached - num_cached_before,

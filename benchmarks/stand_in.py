@@ -27,6 +27,7 @@ from benchmarks.completion_text import CompletionText
 from benchmarks.pace import Pace
 from router.types import EngineInfo, EngineSnapshot
 from serving.account import Account, current_account
+from serving.block_log import BlockLog
 from serving.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class StandInEngine:
     def __init__(self, args: StandInArgs, model: str = MODEL) -> None:
         self.app = self._serve
         self.dead = False
+        self.blocks = BlockLog()
         self.info = EngineInfo(
             model=model,
             tasks=("generate",),

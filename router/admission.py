@@ -11,9 +11,8 @@ from router.types import Request
 # snapshots are coalesced to 10 ms and arrive within 9 ms at p99 (measured on loopback).
 _REACTION_S = 0.02
 
-# Room beside the prompt for each sequence. Covers rounding up to whole blocks
-# (16 tokens on CUDA, 128 on CPU by vLLM's defaults) and the start of an answer.
-_FIRST_OUTPUT_TOKENS = 128
+# Per sequence: KV is given in whole blocks (16 tokens on CUDA, 32 on CPU by our plan).
+_ROUNDING_TOKENS = 32
 
 
 def window_tokens(replica: Replica) -> int:
@@ -58,10 +57,19 @@ def is_open_to_short(replica: Replica) -> bool:
 
 
 def kv_need_tokens(request: Request) -> int:
-    """KV room the request takes by the time its first tokens are out, tokens.
+    """KV room the request takes by the predicted end of its answer, tokens.
 
-    Growth beyond that is not predicted here yet. May exceed the capacity of
-    every engine: such a prompt is vLLM's to refuse, with the right message,
-    and an empty engine takes it.
+    May exceed the capacity of every engine: such a prompt is vLLM's to refuse,
+    with the right message, and an empty engine takes it.
     """
-    return request.num_prompt_tokens + request.num_sequences * _FIRST_OUTPUT_TOKENS
+    num_each = request.num_expected_output_tokens + _ROUNDING_TOKENS
+    return request.num_prompt_tokens + request.num_sequences * num_each
+
+
+def keeps_pace(request: Request, replica: Replica, tpot_target_s: float) -> bool:
+    """Whether the request, decoding there, leaves time per output token at its target.
+
+    Chooses between engines; where none does, nobody is held for it: waiting
+    would not make decoding any faster for the request itself.
+    """
+    return replica.tpot_s(request.num_sequences) <= tpot_target_s

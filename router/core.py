@@ -29,7 +29,6 @@ from typing import get_args
 
 import msgspec
 
-from router.accuracy import Accuracy
 from router.breaker import Failure
 from router.budget import RateReport
 from router.fallback import FallbackSettings, Spill, own_budget
@@ -38,12 +37,14 @@ from router.health import Health
 from router.hold import HoldQueue
 from router.placement import Placement, Placer
 from router.policies import POLICIES, Policy
+from router.predictions import Predictions
 from router.promise import promised_s
 from router.provider import MakeBudget, ProviderSettings
 from router.replica import Replica
 from router.retry_budget import RetryBudget
 from router.settings import Part, RouterSettings
 from router.types import (
+    BlockUpdate,
     Decision,
     EngineInfo,
     EngineSnapshot,
@@ -78,10 +79,12 @@ class Router:
         self._health = Health(settings, self._rng)
         self._retries = RetryBudget(settings.retry, now_s=0.0)
         self._spill = Spill(self._fleet, self._queue, settings, self._rng)
-        self._accuracy = Accuracy()
+        self._predictions = Predictions(settings.max_prediction_error)
         self._policy_name: str = settings.policy
         policy = self._make_policy(settings.policy)
-        self._placer = Placer(self._fleet, self._queue, policy, holds=True)
+        self._placer = Placer(
+            self._fleet, self._queue, policy, holds=True, tpot_targets_s=settings.tpot_target_s
+        )
         self._use(policy, settings.ablate)
 
     # Requests
@@ -101,17 +104,21 @@ class Router:
         is_known = self._fleet.knows(request.model) or self._spill.serves(request.model)
         if len(self._fleet) and not is_known:
             return [self._reject(request, RejectReason.UNKNOWN_MODEL, None)]
+        if "length" not in self._ablate:
+            request = self._predictions.with_length(request)
         return self._enter(request, now_s)
 
     def on_first_token(self, request_id: str, now_s: float) -> list[Decision]:
         """Learn from a first token: compare it with what was predicted."""
-        placement = self._placer.start(request_id)
+        placement = self._placer.start(request_id, now_s)
         if placement is not None:
             ttft_s = max(0.0, now_s - placement.placed_s)
-            self._accuracy.add(placement.predicted_ttft_s, ttft_s)
+            self._predictions.on_first_token(placement, now_s)
             self._placer.policy.observe(placement.replica, ttft_s, now_s)
             if self.settings.breaker.is_slow(ttft_s, placement.predicted_ttft_s):
                 self._judge_slow([placement], now_s)
+            if self._reorder():
+                return self._place_held(now_s)
         else:
             self._spill.start(request_id, now_s)
         return []
@@ -121,12 +128,14 @@ class Router:
         if self._spill.finish(request_id, usage, now_s):
             self.outcomes[Outcome.COMPLETED] += 1
             return self._place_held(now_s, at_once=True)
-        placement = self._placer.start(request_id)
+        placement = self._placer.start(request_id, now_s)
         if placement is not None:  # the whole response came at once
             latency_s = max(0.0, now_s - placement.placed_s)
             self._placer.policy.observe(placement.replica, latency_s, now_s)
         if (placement := self._placer.get(request_id)) is not None:
             placement.replica.breaker.succeed(placement.permit, now_s)
+            if usage is not None:
+                self._predictions.on_finish(placement, usage, now_s)
         return self._end(request_id, Outcome.COMPLETED, now_s, usage)
 
     def on_attempt_failed(
@@ -189,6 +198,10 @@ class Router:
             return self._end(request_id, Outcome.RENEGED, now_s)
         self.outcomes[Outcome.RENEGED] += 1
         return self._place_held(now_s)
+
+    def on_prompt(self, request_id: str, num_prompt_tokens: int, block_hashes: list[int]) -> None:
+        """Learn what an engine has made of a request's prompt, by its own tokeniser."""
+        self._placer.learn_prompt(request_id, num_prompt_tokens, block_hashes)
 
     # Providers
 
@@ -273,6 +286,15 @@ class Router:
             self._judge_slow(self._placer.on(replica), now_s)
         return self._place_held(now_s)
 
+    def on_blocks(self, replica_id: str, update: BlockUpdate) -> bool:
+        """Take in what an engine's prefix cache holds; False if an update was missed.
+
+        Then nothing is taken to be cached there until the shell has got one
+        that tells all of it.
+        """
+        replica = self._fleet.get(replica_id)
+        return replica is None or replica.receive_blocks(update)
+
     def on_replica_draining(self, replica_id: str, now_s: float) -> list[Decision]:
         """Send an engine no new work; what it has may finish."""
         replica = self._fleet.get(replica_id)
@@ -323,7 +345,7 @@ class Router:
         policy = self._make_policy(name)
         self._use(policy, ablate)
         self._policy_name = name
-        self._accuracy = Accuracy()  # what is compared from here on is this policy's
+        self._predictions.restart()
         return self._place_held(now_s)
 
     def engine_priority_s(self, request: Request) -> float | None:
@@ -351,7 +373,8 @@ class Router:
             },
             "num_placed": len(self._placer),
             "outcomes": {outcome.value: self.outcomes[outcome] for outcome in Outcome},
-            "ttft_accuracy": self._accuracy.state(),
+            "is_by_arrival": self._queue.by_arrival,
+            "accuracy": self._predictions.state(),
             "fallback": self._spill.state(now_s),
             "retries": {"num_made": self.num_retries, "budget": self._retries.state()},
             "breaker_events": self._health.state(),
@@ -367,24 +390,35 @@ class Router:
         if dispatch is not None:
             return [dispatch]
         decisions = self._expire(now_s)
-        if self._queue.expires_s(request) <= now_s:
+        expires_s = self._queue.expires_s(request)
+        if expires_s <= now_s:
             decisions.append(self._reject(request, RejectReason.EXPIRED, None))
         elif self._is_hopeless(request, now_s):
             decisions.append(self._give_up(request, now_s))
+        elif (late_s := self._turn_s(request, now_s) - expires_s) > 0.0:
+            # Held, it would only take room until it expired. Once what is too much has
+            # drained, one like it would be in time.
+            decisions.append(self._turn_away(request, RejectReason.HOPELESS, late_s, now_s))
         elif not self._queue.push(request):
-            decisions.append(self._overflow(request, now_s))
-        decisions += self._give_out(now_s, at_once=not self._fleet.working(request.model))
+            drain_s = self._drain_s(request.model)
+            decisions.append(self._turn_away(request, RejectReason.QUEUE_FULL, drain_s, now_s))
+        # A request that is not the next one changes nothing for the others.
+        if decisions or self._spill.providers or self._queue.is_head(request):
+            at_once = not self._fleet.working(request.model)
+            decisions += self._give_out(now_s, at_once=at_once)
         if request.id in self._queue:
             decisions.append(Hold(request.id))
         return decisions
 
-    def _overflow(self, request: Request, now_s: float) -> Decision:
-        """What becomes of a request that the queue has no room for."""
+    def _turn_away(
+        self, request: Request, reason: RejectReason, retry_after_s: float | None, now_s: float
+    ) -> Decision:
+        """What becomes of a request that cannot be held."""
         if self._spill.settings.spill != "unavailable" or not self._fleet.working(request.model):
             fallback = self._spill.send_now(request, now_s)
             if fallback is not None:
                 return fallback
-        return self._reject(request, RejectReason.QUEUE_FULL, self._drain_s(request.model))
+        return self._reject(request, reason, retry_after_s)
 
     def _is_hopeless(self, request: Request, now_s: float) -> bool:
         """Whether only providers serve the model, and no budget has room in time."""
@@ -457,6 +491,28 @@ class Router:
         expired = reason is RejectReason.EXPIRED
         self.outcomes[Outcome.EXPIRED if expired else Outcome.REJECTED] += 1
         return Reject(request.id, reason, retry_after_s)
+
+    def _turn_s(self, request: Request, now_s: float) -> float:
+        """When what is held before a request will have been prefilled, as predicted.
+
+        `now_s` where nothing is known of engines that could do it.
+        """
+        num_tokens = self._queue.num_tokens_by_model.get(request.model, 0)
+        drain_s = self._fleet.drain_s(request.model, num_tokens)
+        if drain_s is None:
+            return now_s
+        if now_s + drain_s > self._queue.expires_s(request):  # look closer: some come after it
+            num_tokens = self._queue.num_tokens_before(request)
+            drain_s = self._fleet.drain_s(request.model, num_tokens)
+        return now_s + (drain_s or 0.0)
+
+    def _reorder(self) -> bool:
+        """Whether the order has changed: by arrival while predictions are bad."""
+        by_arrival = "order" in self._ablate or self._predictions.are_bad
+        if by_arrival == self._queue.by_arrival:
+            return False
+        self._placer.use(self._placer.policy, holds=self._placer.holds, by_arrival=by_arrival)
+        return True
 
     def _drain_s(self, model: str) -> float | None:
         """Predicted seconds until the queue is empty; None if no engine empties it.

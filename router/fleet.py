@@ -1,21 +1,36 @@
 """The replicas of one gateway, found by model name and by whether they take work."""
 
-import math
 from collections.abc import Iterator
 
 from router.admission import is_open, is_open_to_short, takes_work
 from router.replica import Replica
+from router.types import Request
 
 
 class _Pool:
     """Replicas that serve exactly the same names."""
 
-    __slots__ = ("open", "open_to_short", "working")
+    __slots__ = ("num_pending", "open", "open_to_short_only", "shares", "tokens_per_s", "working")
 
     def __init__(self) -> None:
         self.working: dict[str, Replica] = {}  # may be sent work, by id
+        # Of these: what each adds to the two sums after it, tokens and tokens/s.
+        self.shares: dict[str, tuple[int, float]] = {}
+        self.num_pending = 0
+        self.tokens_per_s = 0.0
         self.open: dict[str, Replica] = {}  # should be sent work now, by id
-        self.open_to_short: dict[str, Replica] = {}  # these and more: if the work is short
+        self.open_to_short_only: dict[str, Replica] = {}  # these, too, if the work is short
+
+    def count(self, replica: Replica) -> None:
+        """Bring the sums up to date; a replica that works no longer is left out."""
+        num_pending, tokens_per_s = self.shares.pop(replica.id, (0, 0.0))
+        self.num_pending -= num_pending
+        self.tokens_per_s -= tokens_per_s
+        if replica.id in self.working:
+            share = replica.num_pending_prefill_tokens, replica.prefill_tokens_per_s
+            self.shares[replica.id] = share
+            self.num_pending += share[0]
+            self.tokens_per_s += share[1]
 
 
 class Fleet:
@@ -58,24 +73,26 @@ class Fleet:
         replica = self._replicas.pop(replica_id, None)
         if replica is not None:
             pool = self._pools[replica.names]
-            pool.working.pop(replica_id, None)
-            pool.open.pop(replica_id, None)
-            pool.open_to_short.pop(replica_id, None)
+            for replicas in (pool.working, pool.open, pool.open_to_short_only):
+                replicas.pop(replica_id, None)
+            pool.count(replica)
 
     def refresh(self, replica: Replica) -> None:
         """File the replica by its present state; one that was removed is left alone."""
         if self._replicas.get(replica.id) is not replica:
             return
         pool = self._pools[replica.names]
+        is_open_now = is_open(replica)
         for replicas, belongs in (
-            (pool.open, is_open(replica)),
-            (pool.open_to_short, is_open_to_short(replica)),
+            (pool.open, is_open_now),
+            (pool.open_to_short_only, not is_open_now and is_open_to_short(replica)),
             (pool.working, takes_work(replica)),
         ):
             if belongs:
                 replicas[replica.id] = replica
             else:
                 replicas.pop(replica.id, None)
+        pool.count(replica)
 
     def knows(self, model: str) -> bool:
         """Whether any replica serves this name, or did: it may be starting again."""
@@ -86,24 +103,46 @@ class Fleet:
         pools = self._pools_by_name.get(model, ())
         return [replica for pool in pools for replica in pool.working.values()]
 
-    def open(self, model: str, num_tokens: float = math.inf) -> list[Replica]:
-        """Replicas of a model that should be sent so many new tokens now, KV room aside."""
+    def open(self, model: str) -> list[Replica]:
+        """Replicas of a model that should be sent work now, KV room aside."""
+        pools = self._pools_by_name.get(model, ())
+        return [replica for pool in pools for replica in pool.open.values()]
+
+    def open_to_short(self, model: str) -> list[Replica]:
+        """These, and those that should be sent what is short for them."""
         pools = self._pools_by_name.get(model, ())
         return [
             replica
             for pool in pools
-            for replica in pool.open_to_short.values()
-            if replica.id in pool.open or replica.is_short(num_tokens)
+            for replica in (*pool.open.values(), *pool.open_to_short_only.values())
         ]
+
+    def is_any_open(self, model: str, *, to_short: bool) -> bool:
+        """Whether `open`, or `open_to_short`, would find any."""
+        pools = self._pools_by_name.get(model, ())
+        return any(pool.open or (to_short and pool.open_to_short_only) for pool in pools)
+
+    def open_to(self, request: Request) -> list[Replica]:
+        """Replicas that should be sent this request now, KV room aside."""
+        replicas: list[Replica] = []
+        for pool in self._pools_by_name.get(request.model, ()):
+            replicas += pool.open.values()
+            if pool.open_to_short_only:
+                replicas += [
+                    replica
+                    for replica in pool.open_to_short_only.values()
+                    if replica.is_short(replica.num_new_tokens(request))
+                ]
+        return replicas
 
     def drain_s(self, model: str, num_tokens: int) -> float | None:
         """Predicted seconds until a model's engines have prefilled so many tokens more.
 
         After what they have. None if none of them takes work.
         """
-        replicas = self.working(model)
-        if not replicas:
+        pools = [pool for pool in self._pools_by_name.get(model, ()) if pool.working]
+        if not pools:
             return None
-        num_pending = sum(replica.num_pending_prefill_tokens for replica in replicas)
-        tokens_per_s = sum(replica.prefill_tokens_per_s for replica in replicas)
+        num_pending = sum(pool.num_pending for pool in pools)
+        tokens_per_s = sum(pool.tokens_per_s for pool in pools)
         return (num_pending + num_tokens) / tokens_per_s

@@ -134,7 +134,7 @@ class HoldQueue:
         self.num_tokens_by_model[request.model] -= request.num_prompt_tokens
         lane = self._lanes[request.model]
         self._yielding.remove(request_id)
-        if lane.remove(request):
+        if lane.remove(request, self.key(request)):
             self._set_turn(lane, request.tenant)
         else:
             models = self._models_by_tenant[request.tenant]
@@ -169,6 +169,24 @@ class HoldQueue:
         if self.num_tenants == 1:
             return self._held[min(head[1:] for head in heads)[1]]
         return self._held[min(heads)[2]]
+
+    def num_tokens_before(self, request: Request) -> int:
+        """Prompt tokens held that are promised before this request, to a second.
+
+        Between tenants the order is another one; this takes them for one.
+        """
+        lane = self._lanes.get(request.model)
+        return lane.num_tokens_before(self.key(request)) if lane is not None else 0
+
+    def num_held(self, model: str) -> int:
+        """Requests held for this model name."""
+        lane = self._lanes.get(model)
+        return len(lane) if lane is not None else 0
+
+    def is_head(self, request: Request) -> bool:
+        """Whether the request is held and the most urgent of its lane."""
+        lane = self._lanes.get(request.model)
+        return lane is not None and lane.head()[2] == request.id
 
     def in_order(self, model: str) -> Iterator[Request]:
         """The requests waiting for a model, most urgent first, found one by one."""

@@ -1,6 +1,7 @@
 """Requests that wait for one model."""
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator
 
 from router.fair_share import charged_tokens
@@ -16,15 +17,17 @@ class Lane:
     With one tenant that is its requests' order and nothing else.
     """
 
-    __slots__ = ("_by_tenant", "_turns", "turns")
+    __slots__ = ("_by_tenant", "_num_requests", "_tokens_by_second", "_turns", "turns")
 
     def __init__(self) -> None:
+        self._num_requests = 0
+        self._tokens_by_second: Counter[int] = Counter()  # by the second of their keys
         self._by_tenant: dict[str, LazyHeap] = {}  # only those that are not empty
         self._turns = LazyHeap()
         self.turns: dict[str, Turn] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._by_tenant)
+    def __len__(self) -> int:
+        return self._num_requests
 
     def push(self, request: Request, key: Key) -> None:
         """Add a request whose tenant is then given its turn."""
@@ -32,9 +35,21 @@ class Lane:
         if heap is None:
             heap = self._by_tenant[request.tenant] = LazyHeap()
         heap.push(request.id, key)
+        self._num_requests += 1
+        self._tokens_by_second[int(key[0])] += request.num_prompt_tokens
 
-    def remove(self, request: Request) -> bool:
-        """Take out a request; whether its tenant waits here for another."""
+    def num_tokens_before(self, key: Key) -> int:
+        """Prompt tokens of the requests of lower keys, to a second."""
+        limit = int(key[0])
+        return sum(num for second, num in self._tokens_by_second.items() if second < limit)
+
+    def remove(self, request: Request, key: Key) -> bool:
+        """Take out a request of this key; whether its tenant waits here for another."""
+        self._num_requests -= 1
+        second = int(key[0])
+        self._tokens_by_second[second] -= request.num_prompt_tokens
+        if not self._tokens_by_second[second]:
+            del self._tokens_by_second[second]
         heap = self._by_tenant[request.tenant]
         heap.remove(request.id)
         if heap:

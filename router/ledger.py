@@ -24,6 +24,7 @@ class Booking(msgspec.Struct, frozen=True, gc=False):
     num_prefill_tokens: int
     num_step_tokens: int  # of these, what one scheduler step may compute
     num_kv_tokens: int
+    num_own_kv_tokens: int  # of these, not shared with what is cached already
     num_sequences: int
     booked_s: float
 
@@ -35,6 +36,8 @@ class Ledger:
         "_last_number",
         "_open",
         "_unacknowledged",
+        "num_acknowledged_own_kv_tokens",
+        "num_acknowledged_sequences",
         "num_kv_tokens",
         "num_prefill_tokens",
         "num_sequences",
@@ -46,6 +49,8 @@ class Ledger:
         self.num_step_tokens = 0
         self.num_kv_tokens = 0
         self.num_sequences = 0
+        self.num_acknowledged_own_kv_tokens = 0  # these two: over open bookings that a snapshot has
+        self.num_acknowledged_sequences = 0
         self._last_number = 0
         self._open: dict[str, Booking] = {}  # by request id
         self._unacknowledged: dict[int, Booking] = {}  # by number, and so in its order
@@ -72,6 +77,7 @@ class Ledger:
         num_prefill_tokens: int,
         num_step_tokens: int,
         num_kv_tokens: int,
+        num_own_kv_tokens: int,
         num_sequences: int,
         now_s: float,
     ) -> int:
@@ -89,6 +95,7 @@ class Ledger:
             num_prefill_tokens,
             num_step_tokens,
             num_kv_tokens,
+            num_own_kv_tokens,
             num_sequences,
             now_s,
         )
@@ -105,7 +112,9 @@ class Ledger:
         for number in list(self._unacknowledged):
             if number > last_booking:
                 break
-            self._forget(number)
+            booking = self._forget(number)
+            self.num_acknowledged_own_kv_tokens += booking.num_own_kv_tokens
+            self.num_acknowledged_sequences += booking.num_sequences
 
     def release(self, request_id: str) -> None:
         """End a request's booking, however it ended; an unknown id changes nothing.
@@ -115,12 +124,18 @@ class Ledger:
         next one no longer will.
         """
         booking = self._open.pop(request_id, None)
-        if booking is not None and booking.number in self._unacknowledged:
+        if booking is None:
+            return
+        if booking.number in self._unacknowledged:
             self._forget(booking.number)
+        else:
+            self.num_acknowledged_own_kv_tokens -= booking.num_own_kv_tokens
+            self.num_acknowledged_sequences -= booking.num_sequences
 
-    def _forget(self, number: int) -> None:
+    def _forget(self, number: int) -> Booking:
         booking = self._unacknowledged.pop(number)
         self.num_prefill_tokens -= booking.num_prefill_tokens
         self.num_step_tokens -= booking.num_step_tokens
         self.num_kv_tokens -= booking.num_kv_tokens
         self.num_sequences -= booking.num_sequences
+        return booking

@@ -3,15 +3,19 @@
 Were they two, two requests would see the same idle engine between them.
 """
 
+import math
+from collections.abc import Mapping
 from itertools import islice
+from types import MappingProxyType
 
 import msgspec
 
-from router.admission import kv_need_tokens, takes_work
+from router.admission import keeps_pace, kv_need_tokens, takes_work
 from router.fleet import Fleet
 from router.hold import HoldQueue
 from router.lazy_heap import Key
 from router.policies import Policy
+from router.prompt_blocks import PromptBlocks
 from router.replica import Replica
 from router.types import Dispatch, Request
 
@@ -28,8 +32,16 @@ class Placement(msgspec.Struct):
     replica: Replica
     placed_s: float
     predicted_ttft_s: float
+    predicted_tpot_s: float
     permit: int  # of the engine's breaker
-    has_started: bool = False  # its first token has come
+    expects_prompt: bool = False  # the engine has yet to tell of its prompt
+    first_token_s: float | None = None  # when it came
+
+    @property
+    def predicted_finish_s(self) -> float:
+        """When the answer should be complete, as predicted when the request was placed."""
+        num_more = self.request.num_expected_output_tokens - 1
+        return self.placed_s + self.predicted_ttft_s + num_more * self.predicted_tpot_s
 
 
 class Placer:
@@ -45,17 +57,23 @@ class Placer:
     behind other long prompts, gets its reservation when its promise is due; until
     then short prompts may pass it. Which engine is kept does not change while the head waits,
     or two could take turns at filling up.
-
-    Seam: the engine kept is the one that lacks the fewest tokens now, and it
-    runs down entirely. With predicted output lengths it would be the one that
-    has room first, and short work could still be fitted in before that.
     """
 
-    def __init__(self, fleet: Fleet, queue: HoldQueue, policy: Policy, *, holds: bool) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        queue: HoldQueue,
+        policy: Policy,
+        *,
+        holds: bool,
+        tpot_targets_s: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         self.policy = policy
         self.holds = holds
+        self._prompts = PromptBlocks()
         self._fleet = fleet
         self._queue = queue
+        self._tpot_targets_s = tpot_targets_s
         self._placed: dict[str, Placement] = {}
         self._kept: dict[str, tuple[Key, str]] = {}  # replica id: who it is kept for
 
@@ -68,27 +86,34 @@ class Placer:
     def use(self, policy: Policy, *, holds: bool, by_arrival: bool) -> None:
         """Choose by this policy from now on; hold or not; order what is held so."""
         self.policy, self.holds = policy, holds
-        self._queue.reorder(by_arrival=by_arrival)
-        self._kept.clear()  # keys of one order say nothing in the other
+        if by_arrival != self._queue.by_arrival:
+            self._queue.reorder(by_arrival=by_arrival)
+            self._kept.clear()  # keys of one order say nothing in the other
 
-    def start(self, request_id: str) -> Placement | None:
+    def get(self, request_id: str) -> Placement | None:
+        """The placement of this request, None if there is none."""
+        return self._placed.get(request_id)
+
+    def start(self, request_id: str, now_s: float) -> Placement | None:
         """The placement whose first token has just come; None if it had, or is unknown."""
         placement = self._placed.get(request_id)
-        if placement is None or placement.has_started:
+        if placement is None or placement.first_token_s is not None:
             return None
-        placement.has_started = True
+        placement.first_token_s = now_s
         return placement
 
     def place(self, request: Request, now_s: float) -> Dispatch | None:
         """Choose and book an engine for the request; None if it has to wait."""
         if not self.holds:
             replicas = self._fleet.working(request.model)
+            request = self._with_blocks(request)
+        elif not self._is_any_open(request.model):
+            return None  # the usual case while many are held, so found out first
         else:
+            request = self._with_blocks(request)
             need_tokens = kv_need_tokens(request)
             replicas = [
-                replica
-                for replica in self._open(request.model, request.num_prompt_tokens)
-                if need_tokens <= replica.room_tokens
+                replica for replica in self._open_to(request) if need_tokens <= replica.room_tokens
             ]
             if self._kept:
                 replicas = self._not_kept_from(request, replicas)
@@ -96,18 +121,41 @@ class Placer:
             return None
         if request.tried:  # elsewhere, if there is an elsewhere
             replicas = [r for r in replicas if r.id not in request.tried] or replicas
+        if self._tpot_targets_s and self.policy.holds:
+            replicas = self._keeping_pace(request, replicas)
+        self.policy.num_held_per_engine = self._queue.num_held(request.model) / len(replicas)
         replica = self.policy.choose(request, replicas, now_s)
+        num_cached_tokens = replica.num_cached_tokens(request)
         predicted_ttft_s = replica.ttft_s(replica.num_new_tokens(request), now_s)
+        predicted_tpot_s = replica.tpot_s(request.num_sequences)
         booking = replica.book(request, kv_need_tokens(request), now_s)
+        if self.policy.wants_blocks:
+            replica.expect_blocks(request)
         permit = replica.breaker.begin(now_s)
         self._fleet.refresh(replica)
         self._queue.charge(request)
-        self._placed[request.id] = Placement(request, replica, now_s, predicted_ttft_s, permit)
-        return Dispatch(request.id, replica.id, booking)
+        self._placed[request.id] = Placement(
+            request,
+            replica,
+            now_s,
+            predicted_ttft_s,
+            predicted_tpot_s,
+            permit,
+            expects_prompt=self.policy.wants_blocks,
+        )
+        return Dispatch(request.id, replica.id, booking, num_cached_tokens)
 
-    def get(self, request_id: str) -> Placement | None:
-        """The placement of this request, None if there is none."""
-        return self._placed.get(request_id)
+    def learn_prompt(
+        self, request_id: str, num_prompt_tokens: int, block_hashes: list[int]
+    ) -> None:
+        """Take in what the engine has made of a prompt, once; an unknown id changes nothing."""
+        placement = self._placed.get(request_id)
+        if placement is None or not placement.expects_prompt:
+            return
+        placement.expects_prompt = False
+        request, replica = placement.request, placement.replica
+        replica.settle_blocks(request)
+        self._prompts.learn(request, num_prompt_tokens, block_hashes, replica.info.block_size)
 
     def on(self, replica: Replica) -> list[Placement]:
         """The placements on one replica."""
@@ -118,6 +166,8 @@ class Placer:
         placement = self._placed.pop(request_id, None)
         if placement is not None:
             placement.replica.release(request_id)
+            if placement.expects_prompt:
+                placement.replica.settle_blocks(placement.request)
             self._fleet.refresh(placement.replica)
         return placement
 
@@ -143,11 +193,11 @@ class Placer:
 
     def _backfill(self, head: Request, now_s: float) -> list[Dispatch]:
         """Keep an engine for a blocked head; place followers on the others."""
-        if not self._open(head.model, 0):
+        if not self._is_any_open(head.model):
             return []  # nobody is to be given anything, so nobody needs to be kept
         # Where the head waits for long prompts to get on, short ones may pass it
         # while it is not due: they take room in steps that it could not have.
-        lacks_kv = bool(self._open(head.model, head.num_prompt_tokens))
+        lacks_kv = bool(self._open_to(self._with_blocks(head)))
         if lacks_kv or now_s >= self._queue.key(head)[0]:
             self._keep_replica_for(head)
         dispatches = []
@@ -177,7 +227,7 @@ class Placer:
         return max(
             (
                 replica.room_tokens
-                for replica in self._open(head.model, 0)
+                for replica in self._open_to_short(head.model)
                 if self._kept.get(replica.id, (None, None))[1] != head.id
             ),
             default=-1,
@@ -204,11 +254,32 @@ class Placer:
 
             self._kept[max(replicas, key=readiness).id] = (self._queue.key(head), head.id)
 
-    def _open(self, model: str, num_tokens: int) -> list[Replica]:
-        """Engines of a model that should get so many new tokens now, KV room aside."""
+    def _is_any_open(self, model: str) -> bool:
+        """Whether any engine of the model should get anything now, KV room aside."""
+        return self._fleet.is_any_open(model, to_short=not self._queue.by_arrival)
+
+    def _open_to_short(self, model: str) -> list[Replica]:
+        """Engines of a model that should get a short prompt now, KV room aside."""
         if self._queue.by_arrival:  # nobody passes anybody
             return self._fleet.open(model)
-        return self._fleet.open(model, num_tokens)
+        return self._fleet.open_to_short(model)
+
+    def _open_to(self, request: Request) -> list[Replica]:
+        """Engines that should get this request now, KV room aside."""
+        if self._queue.by_arrival:
+            return self._fleet.open(request.model)
+        return self._fleet.open_to(request)
+
+    def _keeping_pace(self, request: Request, replicas: list[Replica]) -> list[Replica]:
+        """Those that can take the request at its model's TPOT target; all if none can."""
+        target_s = self._tpot_targets_s.get(request.model, self._tpot_targets_s.get("*", math.inf))
+        return [each for each in replicas if keeps_pace(request, each, target_s)] or replicas
+
+    def _with_blocks(self, request: Request) -> Request:
+        """The request with the KV blocks of its prompt, as far as they are known by now."""
+        if not request.prefix_hashes or not self.policy.wants_blocks:
+            return request
+        return msgspec.structs.replace(request, block_hashes=self._prompts.find(request))
 
     def _not_kept_from(self, request: Request, replicas: list[Replica]) -> list[Replica]:
         """The replicas not kept for a request that is more urgent than this one."""

@@ -2,11 +2,20 @@
 
 import math
 import random
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Container, Sequence
 
 from router.breaker import Breaker, BreakerSettings
 from router.ledger import Ledger
 from router.predict import StepModel
-from router.types import EngineInfo, EngineSnapshot, Request
+from router.types import BlockUpdate, EngineInfo, EngineSnapshot, Request
+
+# No update continues from here, so only a whole one is taken.
+_LOST = -2
+
+# Utilisation is averaged over about the last half minute: dozens of prompts.
+_UTILISATION_MEMORY_S = 30.0
 
 
 class Replica:
@@ -19,8 +28,12 @@ class Replica:
 
     __slots__ = (
         "__weakref__",
+        "_block_position",
+        "_blocks",
+        "_coming",
         "_is_at_work",
         "_rest_tokens",
+        "_short_ahead_tokens",
         "_step_end_s",
         "_step_start_s",
         "breaker",
@@ -37,6 +50,7 @@ class Replica:
         "num_step_demand_tokens",
         "predictor",
         "prefill_tokens_per_s",
+        "prefill_utilisation",
         "room_tokens",
         "snapshot",
         "snapshot_s",
@@ -58,29 +72,73 @@ class Replica:
         self.snapshot_s = now_s  # when received
         self.ledger = Ledger()
         self.predictor = StepModel()
+        self.prefill_utilisation = 0.0  # share of its time that prefill takes, 0–1
+        self._blocks: set[int] = set()  # KV blocks in its prefix cache, by hash
+        self._block_position = 0  # changes to them that we know of
+        # Text blocks of prompts sent here of which the engine has not told us yet, counted.
+        self._coming: Counter[int] = Counter()
         self.is_draining = False  # finishes what it has, takes nothing new
 
         self.num_pending_prefill_tokens = 0  # in the engine and on their way to it
         self.num_step_demand_tokens = 0  # of these, what the next step would like to compute
         self.num_free_kv_tokens = 0  # left when all that is pending is prefilled; may be < 0
-        self.room_tokens = math.inf  # the same, but without limit while the engine is empty
+        # The same when what runs has grown as predicted; without limit while the engine is empty.
+        self.room_tokens = math.inf
         self.num_sequences = 0  # in the scheduler and on their way to it
         self.chunk_tokens = 1  # prefilled in one full step
         self.chunk_overhead_s = 0.0  # what a step costs besides prefill
         self.token_s = 0.0  # what each prefilled token adds to it
         self.prefill_tokens_per_s = 0.0  # in full steps
         self._rest_tokens = 0  # pending after the current step
+        self._short_ahead_tokens = 0  # of these, what comes before a short prompt
         self._is_at_work = False  # has something to run, as of the snapshot
         self._step_start_s = now_s  # when the current step began, if it is at work
         self._step_end_s = 0.0  # when the current step should end
         self._derive()
 
     def num_new_tokens(self, request: Request) -> int:
-        """Prompt tokens the engine would have to prefill for this request, ≥ 1.
+        """Prompt tokens the engine would have to prefill for this request, ≥ 1."""
+        return max(1, request.num_prompt_tokens - self.num_cached_tokens(request))
 
-        All of them: what the engine's prefix cache holds is not known here yet.
+    def num_cached_tokens(self, request: Request) -> int:
+        """Prompt tokens that the engine's prefix cache holds or will, as far as is known.
+
+        Whole blocks. vLLM frees the last blocks of a prompt first, so those held
+        come before those that are not, and their number is found by bisection.
+        What is on its way there counts as held: whoever comes second finds it.
         """
-        return max(1, request.num_prompt_tokens)
+        num_tokens = _num_leading(request.block_hashes, self._blocks) * self.info.block_size
+        if self._coming and request.prefix_hashes:
+            share = _num_leading(request.prefix_hashes, self._coming) * request.prefix_block_share
+            num_tokens = max(num_tokens, int(share * request.num_prompt_tokens))
+        # The prompt's own size may be an estimate still, and its last token is always computed.
+        return min(num_tokens, max(0, request.num_prompt_tokens - 1))
+
+    def expect_blocks(self, request: Request) -> None:
+        """The prompt of this request is on its way into the prefix cache."""
+        self._coming.update(request.prefix_hashes)
+
+    def settle_blocks(self, request: Request) -> None:
+        """The engine has told of this prompt, or never will: its own word counts from here."""
+        coming = self._coming
+        for text in request.prefix_hashes:
+            if coming[text] > 1:
+                coming[text] -= 1
+            else:
+                del coming[text]
+
+    def receive_blocks(self, update: BlockUpdate) -> bool:
+        """Whether the update continues what is known; if not, nothing is taken to be cached."""
+        if update.since < 0:
+            self._blocks = set(update.stored)
+        elif update.since == self._block_position:
+            self._blocks.update(update.stored)
+            self._blocks.difference_update(update.removed)
+        else:
+            self._blocks, self._block_position = set(), _LOST
+            return False
+        self._block_position = update.until
+        return True
 
     def is_short(self, num_new_tokens: float) -> bool:
         """Whether a prompt passes the long ones that the engine is prefilling.
@@ -96,22 +154,29 @@ class Replica:
         The rest of the current step, which a newcomer cannot join, then whole
         steps until what comes before it and its own tokens are prefilled
         (formula: `router.predict`): all that is pending, or, before a short
-        prompt, what the next step would compute. A wait for KV blocks is not in
-        it: admission does not send where they lack.
+        prompt, the other short ones, as the engine lets these pass (see
+        `serving.scheduler`). A wait for KV blocks is not in it: admission does
+        not send where they lack.
         """
+        chunk = self.info.max_prefill_chunk
         num_ahead = self._rest_tokens
-        if (chunk := self.info.max_prefill_chunk) == 0:
-            num_steps = -(-(num_ahead + num_new_tokens) // self.chunk_tokens)
-        else:
-            if num_new_tokens <= chunk and self.num_step_demand_tokens < num_ahead:
-                num_ahead = self.num_step_demand_tokens
-            num_steps = -(-(num_ahead + num_new_tokens) // self.chunk_tokens)
-            if self.num_sequences:  # alone, a prompt may take whole steps
-                num_steps = max(num_steps, -(-num_new_tokens // chunk))
+        if num_new_tokens <= chunk and self._short_ahead_tokens < num_ahead:
+            num_ahead = self._short_ahead_tokens
         num_tokens = num_ahead + num_new_tokens
+        num_steps = -(-num_tokens // self.chunk_tokens)
+        if chunk:
+            num_steps = max(num_steps, -(-num_new_tokens // chunk))
         ttft_s = num_steps * self.chunk_overhead_s + num_tokens * self.token_s
         rest_s = self._step_end_s - now_s
         return ttft_s + rest_s if rest_s > 0.0 else ttft_s
+
+    def tpot_s(self, num_more: int) -> float:
+        """Predicted seconds per output token with so many more sequences decoding here.
+
+        In steps without prefill: what is pending passes, the batch stays.
+        """
+        num_decoding = self.snapshot.num_decoding_reqs + self.ledger.num_sequences + num_more
+        return self.predictor.step_s(0, num_decoding)
 
     def step_wait_s(self, now_s: float) -> tuple[float, float]:
         """Seconds since the engine's last sign of progress, and what a step should take.
@@ -140,6 +205,7 @@ class Replica:
         was_idle = not self._is_at_work
         if was_idle or snapshot.num_steps_total != self.snapshot.num_steps_total:
             self._step_start_s = now_s
+        self._learn_utilisation(snapshot, now_s)
         self.snapshot = snapshot
         self.snapshot_s = now_s
         self.ledger.acknowledge(snapshot.last_booking)
@@ -147,14 +213,30 @@ class Replica:
         self._derive()
         return True
 
+    def _learn_utilisation(self, snapshot: EngineSnapshot, now_s: float) -> None:
+        """Average what the tokens prefilled since the last snapshot took of the time since."""
+        num_tokens = snapshot.num_prefill_tokens_total - self.snapshot.num_prefill_tokens_total
+        elapsed_s = now_s - self.snapshot_s
+        if self.snapshot.seq < 0 or num_tokens < 0 or elapsed_s <= 0.0:
+            return  # the first word of an engine that ran before, or one that started anew
+        keep = math.exp(-elapsed_s / _UTILISATION_MEMORY_S)
+        share = min(1.0, num_tokens * self.token_s / elapsed_s)
+        self.prefill_utilisation = keep * self.prefill_utilisation + (1.0 - keep) * share
+
     def book(self, request: Request, num_kv_tokens: int, now_s: float) -> int:
-        """Booking number under which the request is counted here from now on."""
+        """Booking number under which the request is counted here from now on.
+
+        Cached blocks are part of the free room until somebody uses them again, so the
+        request takes all of `num_kv_tokens` of it; once it runs, only what it does not
+        share with others makes the cache grow.
+        """
         num_new_tokens = self.num_new_tokens(request)
         number = self.ledger.book(
             request.id,
             num_prefill_tokens=num_new_tokens,
             num_step_tokens=min(num_new_tokens, self.info.max_prefill_chunk or num_new_tokens),
             num_kv_tokens=num_kv_tokens,
+            num_own_kv_tokens=num_kv_tokens - self.num_cached_tokens(request),
             num_sequences=request.num_sequences,
             now_s=now_s,
         )
@@ -183,6 +265,7 @@ class Replica:
             },
             "num_pending_prefill_tokens": self.num_pending_prefill_tokens,
             "num_free_kv_tokens": self.num_free_kv_tokens,
+            "num_cached_blocks": len(self._blocks),
             "step_model": {
                 "num_steps": self.predictor.num_steps,
                 "step_base_s": self.predictor.step_base_s,
@@ -190,6 +273,7 @@ class Replica:
                 "decode_s": self.predictor.decode_s,
             },
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "prefill_utilisation": self.prefill_utilisation,
             "ttft_s": self.ttft_s(1, now_s),  # of the shortest prompt
         }
 
@@ -206,7 +290,13 @@ class Replica:
         self.num_sequences = num_scheduled + ledger.num_sequences
         # Whatever does not fit an empty engine never will: nothing is gained by holding it.
         is_empty = not (self.num_sequences or self.num_pending_prefill_tokens)
-        self.room_tokens = math.inf if is_empty else self.num_free_kv_tokens
+        num_used = self.info.num_kv_tokens - snapshot.num_free_kv_tokens + num_pending
+        num_growth = peak_growth_tokens(
+            ledger.num_acknowledged_sequences,
+            num_used,
+            ledger.num_acknowledged_own_kv_tokens - num_used,
+        )
+        self.room_tokens = math.inf if is_empty else self.num_free_kv_tokens - num_growth
 
         budget = self.info.max_num_batched_tokens
         self.chunk_tokens = chunk_tokens = max(1, budget - num_decoding)
@@ -220,13 +310,40 @@ class Replica:
         self._is_at_work = bool(num_pending or num_scheduled)
         first = ledger.oldest_unacknowledged
         if self._is_at_work:
-            step_tokens, step_start_s = min(num_pending, chunk_tokens), self._step_start_s
+            step_tokens, step_start_s = min(num_demand, chunk_tokens), self._step_start_s
         elif first is not None:
-            step_tokens, step_start_s = min(first.num_prefill_tokens, chunk_tokens), first.booked_s
+            step_tokens, step_start_s = min(first.num_step_tokens, chunk_tokens), first.booked_s
         else:
             step_tokens, step_start_s = 0, -math.inf
         self._rest_tokens = self.num_pending_prefill_tokens - step_tokens
+        # The demand of the snapshot is what the current step computes, up to its budget.
+        num_left_over = max(0, num_demand - chunk_tokens)
+        self._short_ahead_tokens = num_left_over + ledger.num_step_tokens
         self._step_end_s = step_start_s + overhead_s + step_tokens * self.token_s
+
+
+def _num_leading(hashes: Sequence[int], held: Container[int]) -> int:
+    """How many of the first hashes are held, if those that are come first."""
+    if not hashes or hashes[0] not in held:
+        return 0
+    return bisect_left(hashes, True, key=lambda each: each not in held)
+
+
+def peak_growth_tokens(num_sequences: int, num_tokens: int, num_to_come: int) -> float:
+    """KV tokens by which running sequences will together exceed what they take now, ≥ 0.
+
+    Each grows by a token a step and frees all of it at its end. With n sequences
+    of mean size S now, whose remaining lengths are spread evenly around a mean
+    of m (0 to 2m), they take n (S + t) (1 - t / 2m) after t steps: most at
+    t = m - S/2, n (m - S/2)² / 2m above now, or now if that is past. So long
+    answers to short prompts need room to grow, and documents hardly any.
+    """
+    if num_sequences <= 0 or num_to_come <= 0:
+        return 0.0
+    ahead = (num_to_come - num_tokens / 2.0) / num_sequences
+    if ahead <= 0.0:
+        return 0.0
+    return ahead * ahead * num_sequences * num_sequences / (2.0 * num_to_come)
 
 
 def _fields(struct: EngineInfo | EngineSnapshot) -> dict[str, object]:

@@ -18,7 +18,7 @@ PolicyName = Literal[
     "cache_aware",
     "weighted_score",
 ]
-Part = Literal["hold", "order", "externality"]
+Part = Literal["hold", "order", "prefix", "externality", "length"]
 
 
 class RouterSettings(BaseModel):
@@ -48,6 +48,17 @@ class RouterSettings(BaseModel):
     )
     default_class: RequestClass = Field(
         RequestClass.STANDARD, description="class of requests that name none"
+    )
+    tpot_target_s: dict[str, float] = Field(
+        default_factory=dict,
+        description="per model: time per output token past which an engine gets no more requests "
+        "while others are below it, seconds; '*' stands for every model not named",
+    )
+    max_prediction_error: float = Field(
+        1.0,
+        gt=0,
+        description="median relative error of predicted first tokens past which the queue is "
+        "ordered by arrival until predictions are twice as good",
     )
     stale_s: float = Field(
         3.0, gt=0, description="an engine that is silent for longer is given no work, seconds"

@@ -33,6 +33,7 @@ class RejectReason(enum.Enum):
 
     QUEUE_FULL = "queue_full"
     EXPIRED = "expired"
+    HOPELESS = "hopeless"  # it would expire before its turn came
     UNKNOWN_MODEL = "unknown_model"
     NO_BUDGET = "no_budget"  # only providers serve the model, and none may be sent it
 
@@ -44,6 +45,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     num_prompt_tokens: int  # estimated before dispatch unless the body bore token ids
     max_output_tokens: int | None = None  # the client's own limit
+    num_expected_output_tokens: int = 128  # predicted by the router, per sequence
     num_sequences: int = 1  # OpenAI's `n`
     num_bytes: int = 0  # body size, for the queue's byte bound
     tenant: str = ""
@@ -54,6 +56,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     # Chained hashes of the prompt's successive blocks as the gateway cuts it: each
     # covers all before it. Whole blocks only; none unless the policy reads them.
     prefix_hashes: tuple[int, ...] = ()
+    prefix_block_share: float = 0.0  # share of the prompt that each of them covers
+    # The leading KV blocks of the prompt by the engines' own hashes, as far as they are known.
+    block_hashes: tuple[int, ...] = ()
     # Engines that took it and did not carry it through, and when the last one gave up.
     tried: tuple[str, ...] = ()
     retried_s: float = float("-inf")
@@ -109,6 +114,20 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     num_steps_total: int = 0
 
 
+class BlockUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """What changed in the set of KV blocks that one engine's prefix cache holds.
+
+    Blocks by their hashes as vLLM computes them (64 bits), which cover all that
+    comes before the block. Positions count changes; an update that does not
+    begin where the last one ended tells that something was missed.
+    """
+
+    since: int  # position that it continues; -1: `stored` is all that is cached
+    until: int  # position it leads to
+    stored: list[int] = []
+    removed: list[int] = []
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens a finished request really took, as vLLM counted them."""
 
@@ -123,6 +142,7 @@ class Dispatch(msgspec.Struct, frozen=True):
     request_id: str
     replica_id: str
     booking: int
+    num_cached_tokens: int = 0  # of the prompt, expected in the engine's prefix cache
 
 
 class Hold(msgspec.Struct, frozen=True):

@@ -1,5 +1,6 @@
 """What one request takes in its engine, from submission to end."""
 
+from collections.abc import Callable
 from contextvars import ContextVar
 
 from router.types import Usage
@@ -19,9 +20,11 @@ class Account:
         "created_s",
         "entered",
         "num_cached_tokens",
+        "num_expected_cached_tokens",
         "num_ids",
         "num_output_tokens",
         "num_prompt_tokens",
+        "on_prompt",
         "priority",
         "recorder",
         "request_id",
@@ -33,12 +36,17 @@ class Account:
         num_prompt_tokens: int,
         priority: int = 0,
         *,
+        num_expected_cached_tokens: int = 0,
         request_id: str = "",
         created_s: int = 0,
         resume: Resume | None = None,
     ) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self.priority = priority  # vLLM's: lower is first
+        # The router's word until vLLM schedules the prompt and so looks it up itself.
+        self.num_expected_cached_tokens = num_expected_cached_tokens
+        # Called once, with size and block hashes, when vLLM has tokenised the prompt.
+        self.on_prompt: Callable[[int, list[int]], None] | None = None
         self.num_cached_tokens = 0
         self.num_output_tokens = 0
         self.entered = False

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from router.breaker import Failure
 from router.core import Router
 from router.types import (
+    BlockUpdate,
     Decision,
     Dispatch,
     EngineInfo,
@@ -24,7 +25,7 @@ from serving.exchange import EngineFailed, Exchange, Rejected
 from serving.link import Link
 from serving.metrics import Metrics
 from serving.providers import Providers
-from serving.wire import Ack, Cancel, Data, End, Head, Submit
+from serving.wire import Ack, Cancel, Data, End, Head, Prompt, Resync, Submit
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,14 @@ class Driver:
     def on_snapshot(self, link: Link, snapshot: EngineSnapshot) -> None:
         now_s = time.monotonic()
         self.execute(self.router.on_snapshot(link.replica_id, snapshot, now_s))
+
+    def on_blocks(self, link: Link, update: BlockUpdate) -> None:
+        if not self.router.on_blocks(link.replica_id, update):
+            link.post(Resync())
+
+    def on_prompt(self, link: Link, frame: Prompt) -> None:
+        if (exchange := self._streams[link.replica_id].get(frame.stream)) is not None:
+            self.router.on_prompt(exchange.request.id, frame.num_tokens, frame.block_hashes)
 
     def on_head(self, link: Link, frame: Head) -> None:
         exchange = self._streams[link.replica_id].get(frame.stream)
@@ -289,6 +298,7 @@ class Driver:
                 decision.booking,
                 exchange.request.id,
                 exchange.request.num_prompt_tokens,
+                decision.num_cached_tokens,
                 self._engine_priority(exchange.request),
                 exchange.method,
                 exchange.path,

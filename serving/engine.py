@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from router.types import EngineInfo, EngineSnapshot
 from serving.account import Account
+from serving.block_log import BlockLog
 from serving.config import Config, ConfigError
 from serving.plan import Plan
 
@@ -24,6 +25,7 @@ class Engine(Protocol):
 
     info: EngineInfo
     app: ASGIApp
+    blocks: BlockLog  # of the prefix cache; brought up to date before `on_step()`
 
     @classmethod
     async def start(cls, config: Config, plan: Plan, local_rank: int) -> Self:
@@ -57,7 +59,7 @@ class VllmEngine:
         self.app = app
         self.info = info
         self._llm = llm
-        self._monitor = monitor
+        self.blocks = monitor.blocks
         self.subscribe = monitor.subscribe
         self.snapshot = monitor.snapshot
         self.forget = monitor.forget
@@ -84,6 +86,7 @@ class VllmEngine:
     async def _start(cls, plan: Plan) -> "VllmEngine":
         # vLLM is imported late: it reads the environment set above.
         import vllm
+        from vllm.config import KVEventsConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
@@ -93,6 +96,11 @@ class VllmEngine:
 
         args = _vllm_arguments(plan)
         engine_args = AsyncEngineArgs.from_cli_args(args)
+        if engine_args.kv_events_config is None:
+            # They come with the statistics of their step (serving.scheduler), not by socket.
+            engine_args.kv_events_config = KVEventsConfig(
+                enable_kv_cache_events=True, publisher="null"
+            )
         vllm_config = engine_args.create_engine_config()
         scheduler = vllm_config.scheduler_config
         scheduler.scheduler_cls = "serving.scheduler." + (

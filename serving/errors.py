@@ -61,6 +61,7 @@ def from_rejection(reason: RejectReason, retry_after_s: float | None) -> ApiErro
     status, message = {
         RejectReason.QUEUE_FULL: (429, "All engines are busy and the queue is full."),
         RejectReason.EXPIRED: (503, "No engine became free within router.max_hold_s."),
+        RejectReason.HOPELESS: (429, "All engines are busy for longer than router.max_hold_s."),
         RejectReason.UNKNOWN_MODEL: (404, "No engine serves this model."),
         RejectReason.NO_BUDGET: (
             429,

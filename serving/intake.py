@@ -135,6 +135,7 @@ class Intake:
                 arrival_s=now_s,
                 deadline_s=now_s + max_hold_s,
                 prefix_hashes=prefix_hashes(model, prompt) if wants_prefix else (),
+                prefix_block_share=_BLOCK_BYTES / len(prompt) if prompt else 0.0,
             ),
             num_text_bytes,
         )

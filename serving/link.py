@@ -3,9 +3,19 @@
 import asyncio
 from typing import Protocol
 
-from router.types import EngineInfo, EngineSnapshot
+from router.types import BlockUpdate, EngineInfo, EngineSnapshot
 from serving.connection import FrameConnection
-from serving.wire import Data, End, Head, Hello, Snapshot, Welcome, decode_to_gateway
+from serving.wire import (
+    Blocks,
+    Data,
+    End,
+    Head,
+    Hello,
+    Prompt,
+    Snapshot,
+    Welcome,
+    decode_to_gateway,
+)
 
 
 class LinkEvents(Protocol):
@@ -13,6 +23,8 @@ class LinkEvents(Protocol):
 
     def on_welcome(self, link: "Link", info: EngineInfo) -> None: ...
     def on_snapshot(self, link: "Link", snapshot: EngineSnapshot) -> None: ...
+    def on_blocks(self, link: "Link", update: BlockUpdate) -> None: ...
+    def on_prompt(self, link: "Link", frame: Prompt) -> None: ...
     def on_head(self, link: "Link", frame: Head) -> None: ...
     def on_data(self, link: "Link", frame: Data) -> None: ...
     def on_end(self, link: "Link", frame: End) -> None: ...
@@ -60,5 +72,9 @@ class Link(FrameConnection):
                 events.on_end(self, frame)
             elif isinstance(frame, Snapshot):
                 events.on_snapshot(self, frame.snapshot)
+            elif isinstance(frame, Blocks):
+                events.on_blocks(self, frame.update)
+            elif isinstance(frame, Prompt):
+                events.on_prompt(self, frame)
             elif isinstance(frame, Welcome):
                 events.on_welcome(self, frame.info)

@@ -104,6 +104,16 @@ class _StateCollector(Collector):
         for name in ("num_requests", "num_tokens", "num_bytes"):
             value = state["held"][name]
             yield GaugeMetricFamily(f"headway_held_{name}", f"hold queue: {name}", value=value)
+        error = GaugeMetricFamily(
+            "headway_prediction_error",
+            "absolute relative error of predicted times, last 1,000 requests",
+            labels=["time", "quantile"],
+        )
+        for time, accuracy in state["accuracy"].items():
+            for quantile, key in (("0.5", "error_p50"), ("0.9", "error_p90")):
+                if (value := accuracy[key]) is not None:
+                    error.add_metric([time, quantile], value)
+        yield error
         for field in msgspec.structs.fields(Consumption):
             usage = CounterMetricFamily(
                 f"headway_tenant_{field.name}", f"{field.name} of a tenant", labels=["tenant"]

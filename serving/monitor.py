@@ -11,7 +11,8 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 
 from router.types import EngineSnapshot
 from serving.account import Account, current_account
-from serving.scheduler import PENDING
+from serving.block_log import BlockLog
+from serving.scheduler import BLOCKS, PENDING, PROMPTS
 
 # Share of the measured prefill rate's memory that one prefill step replaces:
 # about the last 20 steps count, a few seconds of a busy engine.
@@ -33,6 +34,7 @@ class EngineMonitor(StatLoggerBase):
         self._max_chunk = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
         self._scheduler = SchedulerStats()
         self._pending: dict[str, int] = {}
+        self.blocks = BlockLog()
         self._live: dict[str, RequestState] = {}
         self._accounts: dict[str, Account] = {}
         self._on_step: Callable[[], None] = lambda: None
@@ -99,7 +101,17 @@ class EngineMonitor(StatLoggerBase):
     def _record_step(self, stats: SchedulerStats) -> None:
         now_s = time.monotonic()
         self._scheduler = stats
-        self._pending = (stats.kv_connector_stats or {}).get(PENDING, {})
+        reports = stats.kv_connector_stats or {}
+        self._pending = reports.get(PENDING, {})
+        for change in reports.get(BLOCKS, ()):
+            if change is None:
+                self.blocks.clear()
+            else:
+                stored, removed = change
+                self.blocks.store(stored)
+                self.blocks.remove(removed)
+        for request_id, hashes in reports.get(PROMPTS, {}).items():
+            self._tell_prompt(request_id, hashes)
         self.num_prefix_queries_total += stats.prefix_cache_stats.queries
         self.num_prefix_hits_total += stats.prefix_cache_stats.hits
         if (details := stats.iteration_details) is None:
@@ -123,16 +135,30 @@ class EngineMonitor(StatLoggerBase):
         busy = stats.num_running_reqs or stats.num_waiting_reqs or stats.num_skipped_waiting_reqs
         self._last_record_s = now_s if busy else None
 
+    def _tell_prompt(self, request_id: str, hashes: list[int]) -> None:
+        """Pass on what a prompt consists of; only the first, where one call has several."""
+        state = self._live.get(request_id)
+        account = self._accounts.get(state.external_req_id) if state is not None else None
+        if state is not None and account is not None and account.on_prompt is not None:
+            account.on_prompt(state.prompt_len, hashes)
+            account.on_prompt = None
+
     def snapshot(self, seq: int, accounts: list[Account]) -> EngineSnapshot:
         """The state now; `accounts` are all requests that the replica has."""
         stats = self._scheduler
-        num_left = [account.num_prompt_tokens for account in accounts if not account.entered]
+        num_left = [
+            max(1, account.num_prompt_tokens - account.num_expected_cached_tokens)
+            for account in accounts
+            if not account.entered
+        ]
         num_decoding = num_context = 0
         for request_id, state in self._live.items():
             if request_id in self._pending:  # in the middle of its prefill, or preempted
                 num_left.append(self._pending[request_id])
-            elif state.is_prefilling:  # not yet scheduled: all of it is to come
-                num_left.append(state.prompt_len)
+            elif state.is_prefilling:  # not yet scheduled: all that is not cached is to come
+                account = self._accounts.get(state.external_req_id)
+                num_cached = account.num_expected_cached_tokens if account is not None else 0
+                num_left.append(max(1, state.prompt_len - num_cached))
             else:
                 num_decoding += 1
                 num_context += state.prompt_len + state.stats.num_generation_tokens

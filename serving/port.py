@@ -11,8 +11,11 @@ from serving.engine import Engine
 from serving.stream import Stream
 from serving.wire import (
     Ack,
+    Blocks,
     Cancel,
     Hello,
+    Prompt,
+    Resync,
     Snapshot,
     Submit,
     Welcome,
@@ -119,6 +122,7 @@ class Connection(FrameConnection):
         self._port = port
         self._streams: dict[int, Stream] = {}
         self._snapshot_due = False
+        self._block_position = 0  # what this gateway knows of the prefix cache
         self._last_stream = 0
         self._greeted = False
 
@@ -136,6 +140,9 @@ class Connection(FrameConnection):
         if self._snapshot_due:
             self._snapshot_due = False
             port = self._port
+            if (update := port.engine.blocks.since(self._block_position)) is not None:
+                self._block_position = update.until
+                frames.append(Blocks(update))
             snapshot = port.engine.snapshot(port.next_snapshot_seq(), list(port.accounts.values()))
             frames.append(
                 Snapshot(msgspec.structs.replace(snapshot, last_booking=self._last_stream))
@@ -153,6 +160,8 @@ class Connection(FrameConnection):
                     stream.cancel()
             elif isinstance(frame, Ack) and (stream := self._streams.get(frame.stream)) is not None:
                 stream.acknowledge(frame.num_bytes)
+            elif isinstance(frame, Resync):
+                self._block_position = -1
 
     def _greet(self, frame: object) -> None:
         if not isinstance(frame, Hello) or not secrets.compare_digest(
@@ -170,9 +179,13 @@ class Connection(FrameConnection):
         account = Account(
             frame.num_prompt_tokens,
             frame.priority,
+            num_expected_cached_tokens=frame.num_cached_tokens,
             request_id=frame.request_id,
             created_s=frame.created_s,
             resume=frame.resume,
+        )
+        account.on_prompt = lambda num_tokens, hashes: self.post(
+            Prompt(frame.stream, num_tokens, hashes)
         )
         stream = Stream(
             frame,

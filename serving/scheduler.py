@@ -1,31 +1,43 @@
-"""vLLM's schedulers, telling per request how much prefill is left.
+"""vLLM's schedulers, with more to tell and with steps that a long prompt does not fill.
 
-vLLM 0.32 publishes no gauge of pending prefill (vllm#38025). These subclasses
-run inside vLLM's EngineCore process and attach to each step's
-`SchedulerStats`, in its free-form `kv_connector_stats`, the tokens still to
-compute of every request that the frontend cannot know by itself: those in the
-middle of a chunked prefill, and those preempted. Not a public interface of
-vLLM, hence pinned to its version and covered by a test against the real engine.
+These subclasses run inside vLLM's EngineCore process. vLLM 0.32 publishes no
+gauge of pending prefill (vllm#38025), its KV events go over a socket of their
+own, and no request tells which blocks its prompt consists of; here all three
+come with the step that they belong to, in the free-form `kv_connector_stats` of
+its `SchedulerStats`. Not a public interface of vLLM, hence pinned to its version
+and covered by a test against the real engine.
 """
 
 from typing import Any
 
+from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
-PENDING = "headway_pending_prefill"
+PENDING = "headway_pending_prefill"  # {request id: tokens to compute}
+PROMPTS = "headway_prompts"  # {request id: hashes of its prompt's whole blocks}
+BLOCKS = "headway_blocks"  # [(hashes stored, hashes removed) | None = all cleared]
 
 
-class _ReportsPendingPrefill:
-    """Mixin: adds `{request id: tokens to compute}` under `PENDING`."""
+class _Reports:
+    """Mixin: attaches to each step's stats what the gateway routes by."""
 
     running: list[Request]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._preempted: dict[str, Request] = {}
+        self._new: list[Request] = []
+        self._events = _EventCollector(self.kv_event_publisher)  # type: ignore[has-type]
+        self.kv_event_publisher = self._events
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)  # type: ignore[misc]
+        self._new.append(request)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
@@ -48,13 +60,104 @@ class _ReportsPendingPrefill:
                 pending[request_id] = request.num_tokens - request.num_computed_tokens
             else:
                 del self._preempted[request_id]
-        stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), PENDING: pending}
+        reports: dict[str, Any] = {PENDING: pending}
+        if self._new:
+            reports[PROMPTS] = {
+                request.request_id: [
+                    maybe_convert_block_hash(each) for each in request.block_hashes
+                ]
+                for request in self._new
+            }
+            self._new = []
+        if self._events.changes:
+            reports[BLOCKS] = self._events.changes
+            self._events.changes = []
+        stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), **reports}
         return stats
 
 
-class HeadwayScheduler(_ReportsPendingPrefill, Scheduler):
+class _EventCollector:
+    """Keeps KV events for the stats of their step, and passes them on as configured."""
+
+    def __init__(self, publisher: Any) -> None:
+        self.changes: list[tuple[list[int], list[int]] | None] = []
+        self._publisher = publisher
+
+    def publish(self, events: KVEventBatch) -> None:
+        for event in events.events:
+            if isinstance(event, BlockStored | BlockRemoved):
+                # Models of several kinds of layers keep each block once per kind.
+                if event.group_idx:
+                    continue
+                hashes = event.block_hashes
+                self.changes.append(
+                    (hashes, []) if isinstance(event, BlockStored) else ([], hashes)
+                )
+            else:
+                self.changes.append(None)
+        self._publisher.publish(events)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._publisher, name)
+
+
+class _Paces:
+    """Mixin: steps that a long prompt does not fill.
+
+    vLLM caps what one long prompt takes of a step (`long_prefill_token_threshold`),
+    but lifts the cap from a prompt that is alone, and gives prompts that run
+    their part before those that wait. Whoever comes in the middle of such a
+    step waits for all of it, and then for the next chunk of the long one. Here
+    the cap stays, and a step that has prompts waiting which were promised sooner
+    is theirs and the decoding requests' alone, though never two in a row: so
+    the long one gets at least every second step.
+    """
+
+    running: list[Request]
+    waiting: Any
+    max_num_scheduled_tokens: int
+    max_num_running_reqs: int
+    scheduler_config: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._step_budget = self.max_num_scheduled_tokens
+        self._has_deferred = False
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        cap = self.scheduler_config.long_prefill_token_threshold
+        num_here = len(self.running) + len(self.waiting)
+        self.max_num_scheduled_tokens = cap if cap and num_here == 1 else self._step_budget
+        deferred = self._to_defer(cap)
+        self._has_deferred = bool(deferred)
+        if not deferred:
+            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self.running = [request for request in self.running if request not in deferred]
+        try:
+            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.running = deferred + self.running
+
+    def _to_defer(self, cap: int) -> list[Request]:
+        """The long prompts that this step does without."""
+        if self._has_deferred or not self.waiting:
+            return []
+        # Those that are left out come back: the batch must have room for all.
+        if len(self.running) + len(self.waiting) > self.max_num_running_reqs:
+            return []
+        priority = self.waiting.peek_request().priority
+        return [
+            request
+            for request in self.running
+            if not request.num_output_tokens
+            and request.priority > priority
+            and request.num_tokens - request.num_computed_tokens > cap > 0
+        ]
+
+
+class HeadwayScheduler(_Paces, _Reports, Scheduler):
     """For engines without async scheduling (CPU)."""
 
 
-class HeadwayAsyncScheduler(_ReportsPendingPrefill, AsyncScheduler):
+class HeadwayAsyncScheduler(_Paces, _Reports, AsyncScheduler):
     """For engines with async scheduling (CUDA). Never run on a GPU yet."""

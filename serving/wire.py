@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from router.types import EngineInfo, EngineSnapshot, Usage
+from router.types import BlockUpdate, EngineInfo, EngineSnapshot, Usage
 
 MAX_MESSAGE_BYTES = 256 * 2**20  # a length beyond this is garbage, not a message
 
@@ -39,6 +39,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=2):
     stream: int
     request_id: str
     num_prompt_tokens: int  # the router's estimate, until vLLM has tokenised
+    num_cached_tokens: int  # of these, expected in the prefix cache, until vLLM has looked
     priority: int  # vLLM's: lower is first
     method: str
     path: str
@@ -98,8 +99,26 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag=9):
     snapshot: EngineSnapshot
 
 
-ToEngine = Hello | Submit | Cancel | Ack
-ToGateway = Welcome | Head | Data | End | Snapshot
+class Blocks(msgspec.Struct, frozen=True, array_like=True, tag=20):
+    """What the engine's prefix cache has taken in and dropped."""
+
+    update: BlockUpdate
+
+
+class Prompt(msgspec.Struct, frozen=True, array_like=True, tag=21):
+    """vLLM has tokenised a prompt: its size, and the hashes of its whole blocks."""
+
+    stream: int
+    num_tokens: int
+    block_hashes: list[int]
+
+
+class Resync(msgspec.Struct, frozen=True, array_like=True, tag=22):
+    """An update of the blocks was missed: tell all of them anew."""
+
+
+ToEngine = Hello | Submit | Cancel | Ack | Resync
+ToGateway = Welcome | Head | Data | End | Snapshot | Blocks | Prompt
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_engine = msgspec.msgpack.Decoder(list[ToEngine]).decode

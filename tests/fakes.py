@@ -9,6 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from router.types import EngineInfo, EngineSnapshot
 from serving.account import Account
+from serving.block_log import BlockLog
 from serving.config import Config
 from serving.plan import Plan
 
@@ -33,6 +34,7 @@ class FakeEngine:
 
     def __init__(self, info: EngineInfo = INFO) -> None:
         self.info = info
+        self.blocks = BlockLog()
         self.gate = asyncio.Event()
         self.gate.set()
         self.dead = False

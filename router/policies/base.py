@@ -12,10 +12,13 @@ class Policy:
     """Chooses among replicas. Health, room and limits were filtered before."""
 
     holds: ClassVar[bool] = False  # whether it is made for a hold queue in front of it
-    wants_prefix: ClassVar[bool] = False  # whether it reads `Request.prefix_hashes`
+    wants_prefix: bool = False  # whether it reads `Request.prefix_hashes`
+    wants_blocks: bool = False  # whether these are to be made `Request.block_hashes`
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng  # injected: a seed reproduces a run
+        # Requests of the model that wait for an engine, over the engines to choose from.
+        self.num_held_per_engine = 0.0
 
     def choose(self, request: Request, replicas: Sequence[Replica], now_s: float) -> Replica:
         """Return one of `replicas`, which is never empty."""

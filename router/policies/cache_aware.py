@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from typing import ClassVar
 
 from router.policies.base import Policy
 from router.policies.prefix_index import PrefixIndex
@@ -26,7 +25,7 @@ class CacheAware(Policy):
     equals theirs takes any, ours the least loaded.
     """
 
-    wants_prefix: ClassVar[bool] = True
+    wants_prefix = True
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__(rng)

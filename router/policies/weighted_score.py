@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from typing import ClassVar
 
 from router.policies.base import Policy
 from router.policies.least_kv_usage import kv_usage
@@ -27,7 +26,7 @@ class WeightedScore(Policy):
     and count what is booked.
     """
 
-    wants_prefix: ClassVar[bool] = True
+    wants_prefix = True
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__(rng)

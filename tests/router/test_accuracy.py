@@ -30,3 +30,17 @@ def test_old_errors_leave():
     for _ in range(1000):
         accuracy.add(1.0, actual_s=1.0)
     assert accuracy.state()["error_p90"] == 0.0
+
+
+def test_the_median_is_reviewed_every_fifty():
+    accuracy = Accuracy()
+    for _ in range(49):
+        accuracy.add(3.0, actual_s=1.0)
+    assert accuracy.error_p50 is None
+    accuracy.add(3.0, actual_s=1.0)
+    assert accuracy.error_p50 == 2.0
+    for _ in range(99):
+        accuracy.add(1.0, actual_s=1.0)
+    assert accuracy.error_p50 == 2.0  # as of the 100th, when half were bad
+    accuracy.add(1.0, actual_s=1.0)
+    assert accuracy.error_p50 == 0.0

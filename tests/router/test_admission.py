@@ -2,7 +2,7 @@ import math
 
 from router_builders import busy, make_replica, req, snapshot
 
-from router.admission import is_open, kv_need_tokens, takes_work, window_tokens
+from router.admission import is_open, keeps_pace, kv_need_tokens, takes_work, window_tokens
 from router.breaker import TripReason
 
 
@@ -53,3 +53,13 @@ def test_an_empty_engine_has_room_for_anything():
     assert replica.room_tokens == math.inf
     replica.receive(busy(2, num_free_kv_tokens=9_000), 0.0)
     assert replica.room_tokens == 9_000
+
+
+def test_keeps_pace_while_one_more_decodes_in_time():
+    replica = make_replica()
+    replica.receive(busy(num_decoding_reqs=4), 0.0)
+    replica.predictor.step_base_s, replica.predictor.decode_s = 0.02, 0.01
+    assert keeps_pace(req("a"), replica, 0.0701)
+    assert not keeps_pace(req("a"), replica, 0.0699)
+    assert keeps_pace(req("a", num_sequences=3), replica, 0.0901)
+    assert not keeps_pace(req("a", num_sequences=3), replica, 0.0899)

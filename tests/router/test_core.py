@@ -459,6 +459,8 @@ class TestPolicies:
 
     def test_says_whether_prefix_hashes_are_wanted(self):
         router = make_router()
+        assert router.wants_prefix
+        router.set_policy("headway", 0.0, ["prefix"])
         assert not router.wants_prefix
         router.set_policy("cache_aware", 0.0)
         assert router.wants_prefix
@@ -496,7 +498,7 @@ class TestState:
         router.on_snapshot("r0", stepped(1, 0.1, prefill=100), 1.0)
         state = json.loads(json.dumps(router.state(3.0), allow_nan=False))
         assert state["replicas"]["r0"]["age_s"] == 2.0
-        assert state["ttft_accuracy"]["num_compared"] == 1
+        assert state["accuracy"]["ttft"]["num_compared"] == 1
 
     def test_predictions_are_compared_with_what_came(self):
         router = make_router()
@@ -504,7 +506,7 @@ class TestState:
         predicted_s = 0.02 + 100 * 2.5e-4  # the cold guess: one step of 100 tokens
         router.on_first_token("a", predicted_s)
         router.on_first_token("a", 99.0)  # the first counts
-        accuracy = router.state(1.0)["ttft_accuracy"]
+        accuracy = router.state(1.0)["accuracy"]["ttft"]
         assert accuracy["num_compared"] == 1
         assert accuracy["predicted_over_actual_p50"] == pytest.approx(1.0)
 
@@ -513,6 +515,55 @@ def test_prediction_accuracy_is_that_of_the_present_policy():
     router = make_router()
     router.on_arrival(req("a"), 0.0)
     router.on_first_token("a", 1.0)
-    assert router.state(1.0)["ttft_accuracy"]["num_compared"] == 1
+    assert router.state(1.0)["accuracy"]["ttft"]["num_compared"] == 1
     router.set_policy("round_robin", 1.0)
-    assert router.state(1.0)["ttft_accuracy"]["num_compared"] == 0
+    assert router.state(1.0)["accuracy"]["ttft"]["num_compared"] == 0
+
+
+class TestHopeless:
+    def test_what_would_expire_before_its_turn_is_refused_at_once(self):
+        router = make_router()
+        occupy(router, "r0")
+        rate = router.state(0.0)["replicas"]["r0"]["prefill_tokens_per_s"]
+        drain_s = FULL / rate
+        [reject] = router.on_arrival(req("b", deadline_s=drain_s / 2), 0.0)
+        assert reject.reason is RejectReason.HOPELESS
+        assert reject.retry_after_s == pytest.approx(drain_s / 2)
+        assert router.on_arrival(req("c", deadline_s=drain_s * 1.01), 0.0) == [Hold("c")]
+        assert ends(router) == {Outcome.REJECTED: 1}
+
+    def test_what_comes_after_it_does_not_count(self):
+        router = make_router()
+        occupy(router, "r0")
+        assert router.on_arrival(req("document", 50_000), 0.0) == [Hold("document")]
+        assert router.on_arrival(req("question", deadline_s=10.0), 0.0) == [Hold("question")]
+
+    def test_without_an_engine_nothing_is_known_to_be_hopeless(self):
+        router = Router(RouterSettings())
+        assert router.on_arrival(req("a", 10**6, deadline_s=0.1), 0.0) == [Hold("a")]
+
+
+def compare(router: Router, name: str, actual_over_predicted: float) -> None:
+    """Have 50 predictions of the first token compared with what came."""
+    for number in range(50):
+        request_id = f"{name}{number}"
+        router.on_arrival(req(request_id, 100), 0.0)
+        predicted_s = router._placer.get(request_id).predicted_ttft_s
+        router.on_first_token(request_id, predicted_s * actual_over_predicted)
+        router.on_finish(request_id, None, 1.0)
+
+
+def test_bad_predictions_give_way_to_the_order_of_arrival():
+    router = make_router()
+    compare(router, "bad", 0.25)  # predicted four times too long
+    assert router.state(1.0)["is_by_arrival"]
+    occupy(router, "r0")
+    router.on_arrival(req("document", 4000, arrival_s=0.0), 0.0)
+    router.on_arrival(req("question", 10, arrival_s=0.1), 0.1)
+    freed = router.on_finish("full-r0", None, 1.0)
+    assert freed[0].request_id == "document"
+    for request_id in ("document", "question"):
+        router.on_cancel(request_id, 1.0)
+    for repeat in range(3):
+        compare(router, f"good{repeat}-", 1.0)
+    assert not router.state(1.0)["is_by_arrival"]

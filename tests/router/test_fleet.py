@@ -52,4 +52,5 @@ def test_drain_time_counts_what_engines_have_and_what_waits():
     fleet.add(replica)
     replica.book(req("a", 50), num_kv_tokens=50, now_s=0.0)
     replica.prefill_tokens_per_s = 10.0
+    fleet.refresh(replica)
     assert fleet.drain_s("m", 100) == pytest.approx(15.0)

@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from router_builders import req
 
 from router.hold import HoldQueue
@@ -95,3 +97,26 @@ def test_an_id_is_held_once():
     held.push(req("a"))
     with pytest.raises(ValueError, match="held already"):
         held.push(req("a"))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2000), st.floats(0, 20), st.booleans()), max_size=20),
+    st.booleans(),
+)
+def test_tokens_before_a_request_are_those_promised_in_earlier_seconds(requests, by_arrival):
+    held = queue()
+    held.reorder(by_arrival=by_arrival)
+    waiting = []
+    for number, (num_tokens, arrival_s, leaves) in enumerate(requests):
+        request = req(str(number), num_tokens, arrival_s=arrival_s)
+        held.push(request)
+        waiting.append((request, leaves))
+    for request, leaves in waiting:
+        if leaves:
+            held.remove(request.id)
+    held.reorder(by_arrival=not by_arrival)
+    left = [request for request, leaves in waiting if not leaves]
+    for request, _ in waiting:
+        second = int(held.key(request)[0])
+        before = [each for each in left if int(held.key(each)[0]) < second]
+        assert held.num_tokens_before(request) == sum(each.num_prompt_tokens for each in before)

@@ -21,6 +21,7 @@ from router.core import Router
 from router.policies import POLICIES
 from router.settings import Part, RouterSettings
 from router.types import (
+    BlockUpdate,
     Decision,
     Dispatch,
     EngineSnapshot,
@@ -32,6 +33,7 @@ from router.types import (
     RejectReason,
     Request,
     RequestClass,
+    Usage,
 )
 
 MAX_REQUESTS, MAX_TOKENS, MAX_BYTES, MAX_HOLD_S = 3, 3500, 299, 10.0
@@ -41,6 +43,9 @@ SIZES = st.sampled_from([0, 1, 30, 120, 900, 3000])
 PARTS = get_args(Part)
 ENGINES = st.sampled_from(sorted(NAMES))
 ANY_REQUEST = st.integers(0, 9)  # see `Shell.pick`
+TALKS = st.sampled_from([1, 2])  # conversations
+TURN_TOKENS, BLOCK_TOKENS, MAX_TURNS = 32, 16, 4  # a turn is one text block and two KV blocks
+MAX_OUTPUT_TOKENS = 400  # of any answer, so no prediction may pass it
 
 
 @dataclass
@@ -51,6 +56,11 @@ class Engine:
     last_booking: int = 0
     bookings: dict[str, int] = field(default_factory=dict)  # open, by request
     report: EngineSnapshot = field(default_factory=lambda: snapshot(-1))  # none yet
+    cached: Counter[int] = field(default_factory=Counter)  # leading KV blocks, by conversation
+    position: int = 0  # changes to them
+    told: Counter[int] = field(default_factory=Counter)  # of these, what the router has to count
+    told_position: int = 0
+    coming: dict[str, tuple[int, int]] = field(default_factory=dict)  # conversation and turns
 
     @property
     def is_idle(self) -> bool:
@@ -59,6 +69,11 @@ class Engine:
         report = self.report
         in_it = report.num_running_reqs + report.num_waiting_reqs
         return not (on_the_way or in_it or report.num_pending_prefill_tokens)
+
+
+def kv_blocks(talk: int, first: int, end: int) -> list[int]:
+    """Hashes of these KV blocks of a conversation, none if `end` is before `first`."""
+    return [1000 * talk + number for number in range(first, end)]
 
 
 class Shell(RuleBasedStateMachine):
@@ -72,9 +87,18 @@ class Shell(RuleBasedStateMachine):
         self.retried_s: dict[str, float] = {}  # when the last attempt failed
         self.num_attempts: Counter[str] = Counter()  # that failed
         self.ended: Counter[Outcome] = Counter()
+        self.num_turns_known: Counter[int] = Counter()  # of which the router knows the KV blocks
+        self.limits: dict[str, int] = {}  # of the predicted answer, by request
+        self.num_booked_tokens: dict[str, int] = {}  # to prefill, by request placed last
+        self.policy, self.ablate = "", frozenset()
 
-    @initialize(policy=st.sampled_from(sorted(POLICIES)), hold=st.sampled_from([None, True, False]))
-    def start(self, policy, hold):
+    @initialize(
+        policy=st.sampled_from(sorted(POLICIES)),
+        hold=st.sampled_from([None, True, False]),
+        tpot_target_s=st.sampled_from([{}, {"m": 1e-9}, {"m": 0.0205, "*": 10.0}]),
+    )
+    def start(self, policy, hold, tpot_target_s):
+        self.policy = policy
         self.router = Router(
             RouterSettings(
                 policy=policy,
@@ -85,6 +109,7 @@ class Shell(RuleBasedStateMachine):
                 max_hold_s=MAX_HOLD_S,
                 max_attempts=MAX_ATTEMPTS,
                 breaker={"max_consecutive_failures": 2, "cooldown_jitter": 0.0},
+                tpot_target_s=tpot_target_s,
             )
         )
         for replica_id in NAMES:
@@ -129,8 +154,16 @@ class Shell(RuleBasedStateMachine):
         assert self.breakers()[dispatch.replica_id]["state"] != "open"
         assert request.model in NAMES[dispatch.replica_id]
         assert dispatch.booking == engine.last_booking + 1
+        assert dispatch.num_cached_tokens == self.num_cached_tokens(request, engine)
+        placed = self.router._placer.get(request.id).request
+        assert 1 <= placed.num_expected_output_tokens <= self.limits[request.id]
         engine.last_booking += 1
         engine.bookings[request.id] = dispatch.booking
+        if request.prefix_hashes and self.wants_blocks:
+            talk = request.prefix_hashes[-1] // 100
+            engine.coming[request.id] = (talk, len(request.prefix_hashes))
+        num_new_tokens = request.num_prompt_tokens - dispatch.num_cached_tokens
+        self.num_booked_tokens[request.id] = max(1, num_new_tokens)
         self.placed[request.id] = (request, engine)
 
     def reject(self, request: Request, reject: Reject, was_held: bool) -> None:
@@ -142,6 +175,27 @@ class Shell(RuleBasedStateMachine):
             assert not was_held
             assert not self.num_attempts[request.id]
             self.ended[Outcome.REJECTED] += 1
+            if reject.reason is RejectReason.HOPELESS:
+                assert self.expires_s(request) > self.now_s
+                assert 0.0 < reject.retry_after_s < float("inf")
+                serving = [e for i, e in self.engines.items() if request.model in NAMES[i]]
+                assert any(e.takes_work and e.is_reached for e in serving)
+
+    def num_cached_tokens(self, request: Request, engine: Engine) -> int:
+        """What the router has to take to be cached of the prompt, and no more."""
+        if not request.prefix_hashes:
+            return 0
+        talk, num_turns = request.prefix_hashes[-1] // 100, len(request.prefix_hashes)
+        coming = [turns for each, turns in engine.coming.values() if each == talk]
+        num_tokens = min(num_turns, max(coming, default=0)) * TURN_TOKENS
+        if self.wants_blocks:
+            num_known = min(num_turns, self.num_turns_known[talk]) * TURN_TOKENS // BLOCK_TOKENS
+            num_tokens = max(num_tokens, min(num_known, engine.told[talk]) * BLOCK_TOKENS)
+        return min(num_tokens, max(0, request.num_prompt_tokens - 1))
+
+    @property
+    def wants_blocks(self) -> bool:
+        return self.policy == "headway" and "prefix" not in self.ablate
 
     def pick(self, number: int) -> str:
         """One of the open requests, or, for 0, the first ever, as a rule long ended."""
@@ -183,6 +237,7 @@ class Shell(RuleBasedStateMachine):
         request, engine = self.placed.pop(request_id, (None, None))
         if engine is not None:
             del engine.bookings[request_id]
+            engine.coming.pop(request_id, None)
         return request
 
     # Requests
@@ -192,27 +247,39 @@ class Shell(RuleBasedStateMachine):
         num_tokens=SIZES,
         num_sequences=st.integers(1, 3),
         num_bytes=st.sampled_from([0, 150]),
-        patience_s=st.sampled_from([0.5, 5.0, float("inf")]),
+        patience_s=st.sampled_from([0.02, 0.5, 5.0, float("inf")]),
+        max_output_tokens=st.sampled_from([None, 1, 50]),
         tenant=st.sampled_from(["", "a", "b"]),
         priority_class=st.sampled_from(RequestClass),
     )
-    def arrive(
-        self, model, num_tokens, num_sequences, num_bytes, patience_s, tenant, priority_class
-    ):
+    def arrive(self, model, num_tokens, patience_s, max_output_tokens, tenant="", **fields):
         request = req(
             f"q{self.num_arrived}",
             num_tokens,
             model=model,
-            num_sequences=num_sequences,
-            num_bytes=num_bytes,
             arrival_s=self.now_s,
             deadline_s=self.now_s + patience_s,
+            max_output_tokens=max_output_tokens,
             tenant=tenant,
             weight=3.0 if tenant == "a" else 1.0,
-            priority_class=priority_class,
+            **fields,
         )
         self.num_arrived += 1
+        is_limited = max_output_tokens is not None and "length" not in self.ablate
+        self.limits[request.id] = max_output_tokens if is_limited else MAX_OUTPUT_TOKENS
         self.carry_out(self.router.on_arrival(request, self.now_s), entering=request)
+
+    @rule(talk=TALKS, num_turns=st.sampled_from([1, 2, MAX_TURNS]))
+    def arrive_with_prefix(self, talk, num_turns):
+        """A turn of a conversation: its text is that of the turns before, and more."""
+        self.arrive(
+            model="m",
+            num_tokens=TURN_TOKENS * num_turns,
+            patience_s=float("inf"),
+            max_output_tokens=None,
+            prefix_hashes=tuple(100 * talk + turn for turn in range(num_turns)),
+            prefix_block_share=1.0 / num_turns,
+        )
 
     @rule(number=ANY_REQUEST)
     def arrive_again(self, number):
@@ -220,14 +287,19 @@ class Shell(RuleBasedStateMachine):
         if request_id in self.held or request_id in self.placed:
             assert self.router.on_arrival(req(request_id), self.now_s) == []
 
-    @rule(number=ANY_REQUEST, end=st.sampled_from(["finish", "cancel"]))
-    def end(self, number, end):
+    @rule(
+        number=ANY_REQUEST,
+        end=st.sampled_from(["finish", "cancel"]),
+        usage=st.none()
+        | st.builds(Usage, num_output_tokens=st.sampled_from([0, 1, 20, MAX_OUTPUT_TOKENS])),
+    )
+    def end(self, number, end, usage):
         """Any id: placed, held, ended or never seen."""
         request_id = self.pick(number)
         was_placed = self.take_back(request_id) is not None
         if end == "finish":
             self.ended[Outcome.COMPLETED] += was_placed
-            decisions = self.router.on_finish(request_id, None, self.now_s)
+            decisions = self.router.on_finish(request_id, usage, self.now_s)
         else:
             was_held = self.held.pop(request_id, None) is not None
             self.ended[Outcome.RENEGED] += was_placed or was_held
@@ -245,6 +317,20 @@ class Shell(RuleBasedStateMachine):
     @rule(number=ANY_REQUEST)
     def first_token(self, number):
         assert self.router.on_first_token(self.pick(number), self.now_s) == []
+
+    @rule(number=ANY_REQUEST)
+    def tokenise(self, number):
+        """Its engine tells what the prompt consists of, if it has any."""
+        request_id = self.pick(number)
+        request, engine = self.placed.get(request_id, (None, None))
+        if request is None or not request.prefix_hashes:
+            self.router.on_prompt(request_id, 100, [1, 2, 3])
+            return
+        engine.coming.pop(request_id, None)
+        talk, num_turns = request.prefix_hashes[-1] // 100, len(request.prefix_hashes)
+        blocks = kv_blocks(talk, 0, num_turns * TURN_TOKENS // BLOCK_TOKENS)
+        self.router.on_prompt(request_id, request.num_prompt_tokens, blocks)
+        self.num_turns_known[talk] = max(self.num_turns_known[talk], num_turns)
 
     # Engines
 
@@ -293,6 +379,34 @@ class Shell(RuleBasedStateMachine):
             engine.report = report
         self.carry_out(self.router.on_snapshot(replica_id, report, self.now_s))
 
+    @rule(
+        replica_id=ENGINES,
+        talk=TALKS,
+        num_blocks=st.integers(0, MAX_TURNS * TURN_TOKENS // BLOCK_TOKENS),
+        telling=st.sampled_from(["news", "news", "all", "lost"]),
+    )
+    def cache(self, replica_id, talk, num_blocks, telling):
+        """Its cache takes in or drops blocks, and it tells; or that never arrives."""
+        engine = self.engines.get(replica_id, Engine())
+        num_before, engine.cached[talk] = engine.cached[talk], num_blocks
+        since, engine.position = engine.position, engine.position + abs(num_blocks - num_before)
+        if telling == "lost":
+            return
+        if telling == "all":
+            cached = [b for each, num in engine.cached.items() for b in kv_blocks(each, 0, num)]
+            update = BlockUpdate(since=-1, until=engine.position, stored=cached)
+        else:
+            stored = kv_blocks(talk, num_before, num_blocks)
+            removed = kv_blocks(talk, num_blocks, num_before)
+            update = BlockUpdate(since=since, until=engine.position, stored=stored, removed=removed)
+        is_whole = telling == "all" or since == engine.told_position
+        if is_whole:
+            engine.told, engine.told_position = Counter(engine.cached), engine.position
+        else:
+            engine.told = Counter()
+        is_known = replica_id in self.engines
+        assert self.router.on_blocks(replica_id, update) is (is_whole or not is_known)
+
     @rule(replica_id=ENGINES)
     def become_idle(self, replica_id):
         self.report(
@@ -324,6 +438,7 @@ class Shell(RuleBasedStateMachine):
 
     @rule(policy=st.sampled_from(sorted(POLICIES)), ablate=st.sets(st.sampled_from(PARTS)))
     def switch(self, policy, ablate):
+        self.policy, self.ablate = policy, frozenset(ablate)
         self.carry_out(self.router.set_policy(policy, self.now_s, ablate))
 
     # What always holds
@@ -354,7 +469,7 @@ class Shell(RuleBasedStateMachine):
         for replica_id, engine in self.engines.items():
             ledger = replicas[replica_id]["ledger"]
             sizes = [
-                max(1, self.placed[request_id][0].num_prompt_tokens)
+                self.num_booked_tokens[request_id]
                 for request_id, number in engine.bookings.items()
                 if number > engine.report.last_booking
             ]
@@ -362,6 +477,12 @@ class Shell(RuleBasedStateMachine):
             assert ledger["num_unacknowledged"] == len(sizes)
             assert ledger["num_prefill_tokens"] == sum(sizes)
             assert (ledger["num_kv_tokens"] > 0) == bool(sizes)
+
+    @invariant()
+    def what_is_cached_is_what_was_told_without_a_gap(self):
+        replicas = self.router.state(self.now_s)["replicas"]
+        for replica_id, engine in self.engines.items():
+            assert replicas[replica_id]["num_cached_blocks"] == engine.told.total()
 
     @invariant()
     def nobody_waits_for_an_idle_engine(self):

@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from router.ledger import Ledger
 
@@ -9,6 +11,7 @@ def book(ledger: Ledger, request_id: str, num_tokens: int = 10, now_s: float = 0
         num_prefill_tokens=num_tokens,
         num_step_tokens=num_tokens,
         num_kv_tokens=2 * num_tokens,
+        num_own_kv_tokens=num_tokens,
         num_sequences=1,
         now_s=now_s,
     )
@@ -74,3 +77,31 @@ def test_one_request_is_booked_once():
     book(ledger, "a")
     with pytest.raises(ValueError, match="booked already"):
         book(ledger, "a")
+
+
+EVENTS = st.tuples(st.sampled_from(["book", "release", "acknowledge"]), st.integers(0, 7))
+
+
+@given(st.lists(EVENTS, max_size=40))
+def test_sums_are_those_of_what_is_open_and_return_to_zero(events):
+    ledger, sizes, last_number, acknowledged = Ledger(), {}, 0, 0
+    for event, number in events:
+        if event == "book" and str(number) not in sizes:
+            last_number = book(ledger, str(number), num_tokens=number + 1)
+            sizes[str(number)] = (last_number, number + 1)
+        elif event == "release":
+            ledger.release(str(number))
+            sizes.pop(str(number), None)
+        elif event == "acknowledge":
+            acknowledged = max(acknowledged, min(number, last_number))
+            ledger.acknowledge(min(number, last_number))
+        seen = [num for at, num in sizes.values() if at <= acknowledged]
+        unseen = [num for at, num in sizes.values() if at > acknowledged]
+        assert sums(ledger) == (sum(unseen), 2 * sum(unseen), len(unseen))
+        assert ledger.num_acknowledged_own_kv_tokens == sum(seen)
+        assert ledger.num_acknowledged_sequences == len(seen)
+    for request_id in list(sizes):
+        ledger.release(request_id)
+    assert sums(ledger) == (0, 0, 0)
+    assert ledger.num_acknowledged_own_kv_tokens == ledger.num_acknowledged_sequences == 0
+    assert ledger.num_open == ledger.num_unacknowledged == 0

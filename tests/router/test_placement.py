@@ -1,5 +1,6 @@
 """Order, reservations and back-filling. Windows are wide here: KV room is what lacks."""
 
+import pytest
 from router_builders import busy, info, make_router, req
 
 from router.core import Router
@@ -97,3 +98,14 @@ def test_an_emptied_engine_takes_what_never_fits():
     router.on_arrival(req("huge", 10**6, arrival_s=0.0), 0.0)
     empty = busy(2, num_running_reqs=0, num_decoding_reqs=0, num_free_kv_tokens=9_984)
     assert router.on_snapshot("r0", empty, 1.0) == [Dispatch("huge", "r0", 1)]
+
+
+@pytest.mark.parametrize("target_s", [{"m": 0.0205}, {"*": 0.0205}, {"m": 0.0205, "*": 9.0}])
+def test_an_engine_past_the_tpot_target_gets_nothing_while_another_is_below_it(target_s):
+    router = make_router(2, engine={"max_num_seqs": 64}, tpot_target_s=target_s)
+    crowded = busy(1, num_running_reqs=30, num_decoding_reqs=30)  # 20 ms + 0.1 ms each, cold
+    router.on_snapshot("r0", crowded, 0.0)
+    router.on_snapshot("r1", busy(1, num_pending_prefill_tokens=90), 0.0)
+    assert router.on_arrival(req("a", 10), 0.0)[0].replica_id == "r1"
+    router.on_replica_draining("r1", 0.1)
+    assert router.on_arrival(req("b", 10), 0.1) == [Dispatch("b", "r0", 1)]  # none held for it

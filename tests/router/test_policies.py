@@ -77,8 +77,8 @@ def test_headway_spares_those_who_decode():
     quiet, crowded = replicas(2)
     quiet.receive(busy(num_decoding_reqs=1), 0.0)
     crowded.receive(busy(num_decoding_reqs=7), 0.0)
-    delay_s = 50 * quiet.token_s
-    assert cost_s(req("a", 50), quiet, 0.0) == pytest.approx(quiet.ttft_s(50, 0.0) + delay_s)
+    delay_s = 50 * quiet.token_s + 128 * quiet.predictor.decode_s
+    assert cost_s(req("a", 50), quiet, 0.0, 0.0) == pytest.approx(quiet.ttft_s(50, 0.0) + delay_s)
     assert make("headway").choose(req("a", 50), [crowded, quiet], 0.0) is quiet
 
 

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from serving.wire import Resync
 from tests.system import CHAT, running
 
 
@@ -172,6 +173,28 @@ async def test_the_small_endpoints():
         reply = await system.client.get("/v1/nothing")
         assert reply.status_code == 404
         assert reply.json()["error"]["type"] == "NotFoundError"
+
+
+async def test_lost_news_of_the_cache_is_asked_for_anew():
+    """And the gateway's view is the engine's again."""
+    async with running(num_engines=1) as system:
+        engine, driver = system.engines[0], system.gateway.driver
+        (replica,) = system.gateway.router._fleet
+        posted, post = [], driver._links["r0"].post
+        driver._links["r0"].post = lambda frame: (posted.append(frame), post(frame))
+        engine.blocks.store([1, 2, 3])
+        await system.until(lambda: replica._blocks == {1, 2, 3})
+        lost, receive = [], driver.on_blocks
+        driver.on_blocks = lambda link, update: lost.append(update)
+        engine.blocks.remove([2])
+        await system.until(lambda: lost)
+        driver.on_blocks = receive
+        assert not any(isinstance(frame, Resync) for frame in posted)
+        engine.blocks.store([4])
+        await system.until(lambda: replica._blocks == {1, 3, 4})
+        assert sum(isinstance(frame, Resync) for frame in posted) == 1
+        engine.blocks.clear()
+        await system.until(lambda: not replica._blocks)
 
 
 async def test_no_engine_is_not_healthy():

@@ -60,7 +60,7 @@ class TestOnCpu:
         assert the_plan.engine_args == {
             "dtype": "bfloat16",
             "block_size": 32,
-            "max_num_batched_tokens": 512,
+            "max_num_batched_tokens": 256,
             "max_model_len": 4096,
             "enforce_eager": True,
             "kv_cache_memory_bytes": GIB,

@@ -18,6 +18,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.frames: list = []
+        self.updates: list = []
         self.snapshots: list = []
         self.info = None
         self.lost = False
@@ -35,7 +36,11 @@ class Recorder:
         self.frames.append(frame)
         self.changed.set()
 
-    on_data = on_end = on_head
+    on_data = on_end = on_prompt = on_head
+
+    def on_blocks(self, link, update):
+        self.updates.append(update)
+        self.changed.set()
 
     def on_lost(self, link):
         self.lost = True
@@ -73,7 +78,7 @@ async def connected():
 
 def submit(stream: int, num_chunks: int) -> Submit:
     body = b'{"max_tokens": %d}' % num_chunks
-    return Submit(stream, f"id{stream}", 5, 0, "POST", "/v1/completions", [], body)
+    return Submit(stream, f"id{stream}", 5, 0, 0, "POST", "/v1/completions", [], body)
 
 
 async def test_a_response_arrives_whole_and_ends_once():

@@ -19,7 +19,7 @@ from serving.wire import (
 def test_frames_survive_any_cut_of_the_byte_stream():
     """Whatever pieces TCP delivers, the same messages come out in order."""
     sent = [
-        [Submit(1, "id", 10, 0, "POST", "/v1/completions", [(b"a", b"b")], b"{}"), Ack(1, 100)],
+        [Submit(1, "id", 10, 0, 0, "POST", "/v1/completions", [(b"a", b"b")], b"{}"), Ack(1, 100)],
         [Cancel(1)],
         [],
     ]

@@ -1,0 +1,62 @@
+"""What is predicted of requests besides their way through one engine, and what it was worth."""
+
+import msgspec
+
+from router.accuracy import Accuracy
+from router.lengths import OutputLengths
+from router.placement import Placement
+from router.types import Request, Usage
+
+
+class Predictions:
+    """Answer lengths before they begin, and how far predicted times were off.
+
+    `max_error` is the median relative error of first tokens past which
+    predictions count as bad, until they are twice as good: so that what goes by
+    that does not swing.
+    """
+
+    def __init__(self, max_error: float) -> None:
+        self._max_error = max_error
+        self._lengths = OutputLengths()
+        self._are_bad = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Compare anew from here on: another policy places otherwise."""
+        # From placing: to the first token, per output token, to the end.
+        self._accuracy = {"ttft": Accuracy(), "tpot": Accuracy(), "latency": Accuracy()}
+
+    @property
+    def are_bad(self) -> bool:
+        """Whether predicted first tokens say too little to order requests by."""
+        error = self._accuracy["ttft"].error_p50
+        if error is not None:
+            self._are_bad = error > (self._max_error / 2.0 if self._are_bad else self._max_error)
+        return self._are_bad
+
+    def with_length(self, request: Request) -> Request:
+        """The request with the length that its answer is expected to have."""
+        num_tokens = self._lengths.predict(request)
+        return msgspec.structs.replace(request, num_expected_output_tokens=num_tokens)
+
+    def on_first_token(self, placement: Placement, now_s: float) -> None:
+        """Compare a first token with its prediction."""
+        self._accuracy["ttft"].add(placement.predicted_ttft_s, now_s - placement.placed_s)
+
+    def on_finish(self, placement: Placement, usage: Usage, now_s: float) -> None:
+        """Learn from a complete answer how long such answers are, and how fast they come."""
+        if not usage.num_output_tokens:
+            return
+        request, first_s = placement.request, placement.first_token_s
+        self._lengths.learn(request, usage.num_output_tokens)
+        self._accuracy["latency"].add(
+            placement.predicted_finish_s - placement.placed_s, now_s - placement.placed_s
+        )
+        num_more = usage.num_output_tokens / request.num_sequences - 1.0
+        if first_s is not None and first_s < now_s and num_more > 0.0:
+            self._accuracy["tpot"].add(placement.predicted_tpot_s, (now_s - first_s) / num_more)
+
+    def state(self) -> dict[str, dict[str, float | int | None]]:
+        """Errors of each predicted time; see `Accuracy.state`."""
+        return {name: each.state() for name, each in self._accuracy.items()}

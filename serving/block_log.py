@@ -1,0 +1,73 @@
+"""Which KV blocks an engine's prefix cache holds, and what changed since somebody looked."""
+
+from collections import Counter, deque
+from collections.abc import Iterable
+
+from router.types import BlockUpdate
+
+# Changes kept for those who follow. Whoever lags further is told everything anew, which
+# is cheaper by then: a step changes some ten to hundreds of blocks, an engine has thousands.
+_MAX_CHANGES = 4096
+
+
+class BlockLog:
+    """The cached blocks by their hashes, and a bounded log of the last changes to them.
+
+    Everybody who follows has a position, the number of changes known to them;
+    -1 is that of somebody who knows nothing. An engine without a prefix cache
+    leaves its log empty.
+
+    vLLM may keep several copies of a block (requests that computed the same at
+    the same time) and tells of each; held is what has a copy left.
+    """
+
+    def __init__(self) -> None:
+        self._copies: Counter[int] = Counter()  # of what is held
+        self._changes: deque[tuple[int, bool]] = deque(maxlen=_MAX_CHANGES)  # hash, is stored
+        self._num_changes = 0
+        self._last_clear = 0  # position below which no log helps: the cache was emptied
+
+    @property
+    def position(self) -> int:
+        """Changes so far."""
+        return self._num_changes
+
+    def store(self, hashes: Iterable[int]) -> None:
+        """A copy more of each of these blocks is cached now."""
+        for block in hashes:
+            self._copies[block] += 1
+            if self._copies[block] == 1:
+                self._changes.append((block, True))
+                self._num_changes += 1
+
+    def remove(self, hashes: Iterable[int]) -> None:
+        """A copy less of each of these blocks is cached; one that is not changes nothing."""
+        for block in hashes:
+            if self._copies[block] > 1:
+                self._copies[block] -= 1
+            elif self._copies.pop(block, 0):
+                self._changes.append((block, False))
+                self._num_changes += 1
+
+    def clear(self) -> None:
+        """Nothing is cached any more."""
+        self._copies.clear()
+        self._changes.clear()
+        self._num_changes += 1
+        self._last_clear = self._num_changes
+
+    def since(self, position: int) -> BlockUpdate | None:
+        """What somebody at this position has to be told, None if nothing."""
+        if position == self._num_changes:
+            return None
+        num_new = self._num_changes - position
+        if position < self._last_clear or num_new > len(self._changes):
+            return BlockUpdate(since=-1, until=self._num_changes, stored=list(self._copies))
+        # Of several changes to one block, the last is what counts.
+        last = dict(list(self._changes)[-num_new:])
+        return BlockUpdate(
+            since=position,
+            until=self._num_changes,
+            stored=[block for block, is_stored in last.items() if is_stored],
+            removed=[block for block, is_stored in last.items() if not is_stored],
+        )
