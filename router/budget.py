@@ -9,9 +9,8 @@ A reservation's states, and who moves it:
 Reserved are one request, its prompt and all the output it may have, and its
 price: before it is sent, so that requests that are under way at the same time
 cannot overrun a limit together. What is counted leaves with its window; what
-was reserved and is not used returns when the reply has ended, if the provider
-returns it, too. Limits are those configured, lowered by what the provider
-reports and by what it refuses.
+was reserved and not counted returns when the reply has ended. Limits are those
+configured, lowered by what the provider reports and by what it refuses.
 
 What never happens: more on its way and in the window than a limit allows, but
 for what a provider counts higher than we did; a reservation that outlives
@@ -193,12 +192,11 @@ class Budget:
             self._pause_s = _FIRST_PAUSE_S
             self._count(reservation, now_s)
 
-    def settle(self, request_id: str, used: Amount | None, now_s: float) -> None:
+    def settle(self, request_id: str, counted: Amount | None, now_s: float) -> None:
         """End a request's reservation; an unknown id changes nothing.
 
-        `used` is what it really took, None if nobody knows: then all that was
-        reserved counts, or nothing if the provider has not seen it (it would
-        have been counted, at the latest by its first reply).
+        `counted` is what the provider counts for it now, None if nobody knows:
+        then all that was reserved, or nothing if the provider never answered.
         """
         self._advance(now_s)
         reservation = self._open.pop(request_id, None)
@@ -206,17 +204,13 @@ class Budget:
             return
         self._call_s += (now_s - reservation.sent_s - self._call_s) / _CALL_MEMORY
         if self._on_way.pop(request_id, None) is not None:
-            if used is None:
+            if counted is None:
                 self._take_back(reservation.amount)
                 return
             self._count(reservation, now_s)
-        if used is not None:
-            more = used - reservation.amount
-            if more.num_tokens < 0 and not self.limits.returns_unused_tokens:
-                more = Amount(more.num_requests, 0, more.cost)
-            for window, grain, value in zip(
-                self._windows, reservation.grains, _values(more), strict=True
-            ):
+        if counted is not None:
+            more = _values(counted - reservation.amount)
+            for window, grain, value in zip(self._windows, reservation.grains, more, strict=True):
                 window.adjust(grain, value, now_s)
 
     def refuse(self, request_id: str, report: RateReport, now_s: float) -> None:

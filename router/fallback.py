@@ -144,7 +144,7 @@ class Spill:
         if not at_once and now_s < self._looked_s + _LOOK_S:
             return []
         self._looked_s = now_s
-        self._next_look_s = now_s + _LOOK_S
+        next_look_s = math.inf
         fallbacks: list[Fallback] = []
         num_tokens: Counter[str] = Counter()  # ahead of the next, by model
         ahead: dict[str, Amount] = {}  # that wait for a budget, by key id
@@ -152,9 +152,12 @@ class Spill:
         for request in list(self._most_urgent()):
             num_tokens[request.model] += request.num_prompt_tokens
             here_s = now_s + self._wait_s(request.model, num_tokens[request.model])
-            if not self._is_due(request, here_s):
-                continue
-            offer = self._offer(request, here_s, now_s, ahead)
+            offer = None
+            if self._is_due(request, here_s):
+                offer = self._offer(request, here_s, now_s, ahead)
+            if offer is None or here_s < math.inf:
+                # Waits here grow, and breakers close, without anybody's word.
+                next_look_s = now_s + _LOOK_S
             if offer is None:
                 continue
             key, wait_s = offer
@@ -166,10 +169,11 @@ class Spill:
                 continue
             key.budget.want(request.id, amount)
             ahead[key.id] = ahead.get(key.id, Amount()) + amount
-            self._next_look_s = min(self._next_look_s, now_s + wait_s)
+            next_look_s = min(next_look_s, now_s + wait_s)
             num_waiting += 1
             if num_waiting >= _MAX_WAITING:
                 break
+        self._next_look_s = None if math.isinf(next_look_s) else next_look_s
         return fallbacks
 
     def send_now(self, request: Request, now_s: float) -> Fallback | None:
@@ -228,10 +232,12 @@ class Spill:
         if sent is None:
             return False
         sent.key.breaker.succeed(sent.permit, now_s)
-        sent.key.budget.count(request_id, now_s)
-        provider = sent.key.provider
-        used = None if usage is None else provider.used(usage)
-        sent.key.budget.settle(request_id, used, now_s)
+        provider, budget = sent.key.provider, sent.key.budget
+        budget.count(request_id, now_s)
+        counted = None
+        if usage is not None:
+            counted = provider.counted(sent.request, usage, budget.limits)
+        budget.settle(request_id, counted, now_s)
         if usage is not None:
             provider.learn_usage(sent.request, usage)
             self._queue.settle(sent.request, usage)

@@ -212,11 +212,11 @@ class LeasedBudget:
         if request_id in self._open:
             self._add("counted", request_id, now_s)
 
-    def settle(self, request_id: str, used: Amount | None, now_s: float) -> None:
+    def settle(self, request_id: str, counted: Amount | None, now_s: float) -> None:
         """As `Budget.settle`."""
         if request_id in self._open:
             self._open.discard(request_id)
-            self._add("settled", request_id, now_s, used)
+            self._add("settled", request_id, now_s, counted)
 
     def refuse(self, request_id: str, report: RateReport, now_s: float) -> None:
         """As `Budget.refuse`; what is left of the grant is not spent until the lessor has heard."""
@@ -270,10 +270,11 @@ class LeasedBudget:
         """Take in the lessor's answer."""
         if self._under_way is None or grant.number != self._under_way[0].number:
             return
-        _, sent_s = self._under_way
+        news, sent_s = self._under_way
         self._under_way = None
         self._lease_until_s = sent_s + LEASE_S  # the lessor counts from later
-        self._room_at_s = now_s + grant.room_s
+        if news.wanted:
+            self._room_at_s = now_s + grant.room_s
         self._wanted.clear()  # whoever still waits will want again
         self._lessors_state = grant.state
         if grant.granted.num_requests:

@@ -20,6 +20,9 @@ _TTFT_MEMORY = 20.0
 # Until replies have taught better: real traffic's median answer (Azure 2023, LMSYS-Chat-1M).
 _PRIOR_OUTPUT_TOKENS = 128.0
 _OUTPUT_MEMORY = 50.0
+# By how much a prompt's estimated size is off, as a share of it: reserved is twice that
+# more, as a provider counts what it really is. Bytes per token differ by so much.
+_PRIOR_PROMPT_ERROR = 0.1
 
 
 class KeySettings(BudgetLimits):
@@ -81,6 +84,7 @@ class Provider:
         self.ttft_s = settings.ttft_s
         self.cost = 0.0  # spent since the start, as settled
         self._num_output_tokens = _PRIOR_OUTPUT_TOKENS
+        self._prompt_error = _PRIOR_PROMPT_ERROR
         self._make_budget = make_budget
         self._rng = rng
         self._log = log
@@ -116,17 +120,26 @@ class Provider:
         most = request.max_output_tokens
         num_output_tokens = math.ceil(2.0 * usual) if most is None else most
         expected = usual if most is None else min(usual, most)
+        num_prompt_tokens = math.ceil(request.num_prompt_tokens * (1.0 + 2.0 * self._prompt_error))
         return Amount(
             1,
-            request.num_prompt_tokens + num_output_tokens * request.num_sequences,
+            num_prompt_tokens + num_output_tokens * request.num_sequences,
             self._cost(request.num_prompt_tokens, expected * request.num_sequences),
         )
 
-    def used(self, usage: Usage) -> Amount:
-        """What a request took, by its usage."""
+    def counted(self, request: Request, usage: Usage, limits: BudgetLimits) -> Amount:
+        """What the provider counts for a request that has ended, by its usage.
+
+        Of the output all that it might have had, if the client said how much
+        and the provider does not return the rest.
+        """
+        num_output_tokens = usage.num_output_tokens
+        most = request.max_output_tokens
+        if most is not None and not limits.returns_unused_tokens:
+            num_output_tokens = max(num_output_tokens, most * request.num_sequences)
         return Amount(
             1,
-            usage.num_prompt_tokens + usage.num_output_tokens,
+            usage.num_prompt_tokens + num_output_tokens,
             self._cost(usage.num_prompt_tokens, usage.num_output_tokens),
         )
 
@@ -158,7 +171,9 @@ class Provider:
 
     def learn_usage(self, request: Request, usage: Usage) -> None:
         """Take in what a request really took."""
-        self.cost += self.used(usage).cost
+        self.cost += self._cost(usage.num_prompt_tokens, usage.num_output_tokens)
+        error = abs(usage.num_prompt_tokens / max(1, request.num_prompt_tokens) - 1.0)
+        self._prompt_error += (min(error, 1.0) - self._prompt_error) / _OUTPUT_MEMORY
         num_output_tokens = usage.num_output_tokens / request.num_sequences
         self._num_output_tokens += (num_output_tokens - self._num_output_tokens) / _OUTPUT_MEMORY
 

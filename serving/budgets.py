@@ -25,17 +25,14 @@ _decode_grant = msgspec.msgpack.Decoder(Grant).decode
 class BudgetKeeper:
     """The one that has the budgets of all keys."""
 
-    def __init__(
-        self, *, is_restart: bool = False, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, *, is_restart: bool = False) -> None:
         self._is_restart = is_restart
-        self._clock = clock
         self._lessors: dict[str, Lessor] = {}
-        self._heard_s = clock()
+        self._heard_s = time.monotonic()
 
     def hear(self, gateway_id: str, key_id: str, limits: str, message: bytes) -> bytes:
         """A gateway's news about one key, with the key's limits as JSON; returns the grant."""
-        now_s = self._heard_s = self._clock()
+        now_s = self._heard_s = time.monotonic()
         settings = BudgetLimits.model_validate_json(limits)
         lessor = self._lessors.get(key_id)
         if lessor is None:
@@ -48,7 +45,7 @@ class BudgetKeeper:
     @property
     def is_idle(self) -> bool:
         """Whether nobody has called for so long that nothing is to be kept."""
-        return self._clock() > self._heard_s + _IDLE_S
+        return time.monotonic() > self._heard_s + _IDLE_S
 
 
 class Ask(Protocol):
@@ -62,17 +59,10 @@ class Ask(Protocol):
 class Leases:
     """A gateway's leased budgets, kept in touch with their keeper."""
 
-    def __init__(
-        self,
-        gateway_id: str,
-        ask: Ask,
-        on_grant: Callable[[], None],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, gateway_id: str, ask: Ask, on_grant: Callable[[], None]) -> None:
         self._gateway_id = gateway_id
         self._ask = ask
         self._on_grant = on_grant
-        self._clock = clock
         self._budgets: dict[str, LeasedBudget] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._talks: set[asyncio.Task[None]] = set()
@@ -93,7 +83,7 @@ class Leases:
             if (due_s := budget.next_news_s()) is not None
         ]
         if dues_s:
-            delay_s = max(0.0, min(dues_s) - self._clock())
+            delay_s = max(0.0, min(dues_s) - time.monotonic())
             self._timer = asyncio.get_running_loop().call_later(delay_s, self._talk_all)
 
     def close(self) -> None:
@@ -105,7 +95,7 @@ class Leases:
 
     def _talk_all(self) -> None:
         self._timer = None
-        now_s = self._clock()
+        now_s = time.monotonic()
         for key_id, budget in self._budgets.items():
             due_s = budget.next_news_s()
             if due_s is not None and due_s <= now_s:
@@ -128,5 +118,5 @@ class Leases:
             budget.on_no_answer()
             self.rearm()
             return
-        budget.on_grant(_decode_grant(answer), self._clock())
+        budget.on_grant(_decode_grant(answer), time.monotonic())
         self._on_grant()

@@ -1,6 +1,8 @@
 """HTTP to an OpenAI-compatible provider."""
 
 import contextlib
+import urllib.parse
+import urllib.request
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
@@ -69,6 +71,7 @@ class HttpClient:
     def __init__(self, config: ProviderConfig) -> None:
         self._config = config
         self._session: aiohttp.ClientSession | None = None
+        self._proxy = _proxy(config.url or "")
 
     @contextlib.asynccontextmanager
     async def ask(
@@ -81,7 +84,6 @@ class HttpClient:
                 connector=aiohttp.TCPConnector(limit=0),  # budgets bound what is open
                 # Whoever asks bounds the rest: it depends on what is asked.
                 timeout=aiohttp.ClientTimeout(total=None, connect=config.connect_timeout_s),
-                trust_env=True,
             )
         headers = {"content-type": "application/json", **config.headers}
         if api_key is not None:
@@ -91,6 +93,7 @@ class HttpClient:
                 f"{config.url}{path.removeprefix('/v1')}",
                 data=msgspec.json.encode(body),
                 headers=headers,
+                proxy=self._proxy,
                 allow_redirects=False,  # the key is for this address alone
             ) as response:
                 yield _HttpReply(response)
@@ -108,3 +111,14 @@ class HttpClient:
         """Drop all connections."""
         if self._session is not None:
             await self._session.close()
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for a URL (HTTPS_PROXY, NO_PROXY and so on).
+
+    Looked up once: aiohttp's own way does it in a thread for every request.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if urllib.request.proxy_bypass(parts.netloc):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -84,12 +84,10 @@ class Providers:
         owner: Owner,
         window_bytes: int,
         leases: Leases | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._router = router
         self._owner = owner
         self._leases = leases
-        self._clock = clock
         self._window_bytes = window_bytes
         self._configs: dict[str, ProviderConfig] = {}
         self._keys: dict[str, dict[str, SecretStr | None]] = {}
@@ -108,7 +106,7 @@ class Providers:
             if (client := self._clients.pop(name, None)) is not None:
                 self._later(self._close_when_idle(name, client))
         self._configs, self._keys = configs, keys
-        settings = (config.providers, config.fallback, self._clock())
+        settings = (config.providers, config.fallback, time.monotonic())
         if self._leases is None:
             self._owner.execute(self._router.use_providers(*settings))
         else:
@@ -169,7 +167,9 @@ class Providers:
             report = rate_report(refused.headers)
             logger.info("provider %s answered 429 (%s)", name, report)
             self._end(call)
-            self._owner.execute(self._router.on_provider_refused(request_id, report, self._clock()))
+            self._owner.execute(
+                self._router.on_provider_refused(request_id, report, time.monotonic())
+            )
         except ProviderFailed as failed:
             self._failed(call, name, failed)
         except TimeoutError:
@@ -191,7 +191,7 @@ class Providers:
             self._router.on_provider_failed(
                 exchange.request.id,
                 failed.failure,
-                self._clock(),
+                time.monotonic(),
                 can_retry=not exchange.started,
                 was_sent=failed.was_sent,
                 lasts=failed.lasts,
@@ -251,7 +251,7 @@ class Providers:
                 raise ProviderFailed("the account has no money left", lasts=True)
             raise _Refused(reply.headers)
         report = rate_report(reply.headers)
-        self._router.on_provider_answer(exchange.request.id, report, self._clock())
+        self._router.on_provider_answer(exchange.request.id, report, time.monotonic())
         if status in _KEYS_FAULT:
             raise ProviderFailed(f"it answered {status}: the key is not accepted", lasts=True)
         if status != 200 and status not in _CLIENTS_FAULT:

@@ -22,16 +22,18 @@ class ProviderServer:
     token_s: float = 0.0
     api_key: str | None = None
     sends_headers: bool = True
+    max_events: int = 1_000_000  # in one stream, several tokens each where there are more
     trouble: str | None = None  # see `_make_trouble`
     url: str = ""
     name: str = "provider"
+    first_s: float | None = None
     num_refused: int = 0
     num_taken: int = 0
     num_tokens_taken: int = 0
     num_open: int = 0
     num_begun: int = 0  # of these, streams whose first token is out
     bodies: list[dict] = field(default_factory=list)
-    arrivals_s: list[float] = field(default_factory=list)
+    refusals_s: list[float] = field(default_factory=list)  # since the first request
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     _log: deque[tuple[float, int]] = field(default_factory=deque)
 
@@ -68,11 +70,13 @@ class ProviderServer:
         body = await request.json()
         self.bodies.append(body)
         now_s = asyncio.get_running_loop().time()
-        self.arrivals_s.append(now_s)
+        if self.first_s is None:
+            self.first_s = now_s
         num_prompt_tokens = sum(len(m["content"].split()) for m in body["messages"])
         num_output_tokens = body.get("max_tokens", 16)
         taken, headers = self.take(num_prompt_tokens + num_output_tokens, now_s)
         if not taken:
+            self.refusals_s.append(now_s - self.first_s)
             return _error(429, "Rate limit reached", headers)
         if self.trouble == "error":
             return _error(500, "Internal error", headers)
@@ -108,7 +112,7 @@ class ProviderServer:
             self.num_begun -= 1
 
     async def _write(self, request, response, body, num_tokens, usage) -> web.StreamResponse:
-        for number in range(num_tokens):
+        for number in range(min(num_tokens, self.max_events)):
             if number == 2 and self.trouble == "stall":
                 await asyncio.sleep(1000)
             if number == 2 and self.trouble == "break":

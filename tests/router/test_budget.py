@@ -40,13 +40,12 @@ def test_what_is_larger_than_a_limit_never_has_room():
     assert make_budget(max_concurrency=2).room_s(Amount(3), 0.0) == math.inf
 
 
-@pytest.mark.parametrize(("returns", "left"), [(False, 60), (True, 25)])
-def test_unused_tokens_return_where_the_provider_returns_them(returns, left):
-    budget = make_budget(tpm=1000, returns_unused_tokens=returns)
+def test_what_was_reserved_and_not_counted_returns():
+    budget = make_budget(tpm=1000)
     budget.reserve("a", one(60), 0.0)
     budget.count("a", 0.5)
     budget.settle("a", one(25), 3.0)
-    assert used(budget, "tokens", 3.0) == left
+    assert used(budget, "tokens", 3.0) == 25
     assert used(budget, "tokens", 61.0) == 0
 
 
@@ -252,14 +251,12 @@ class Reservations(RuleBasedStateMachine):
         rpm=st.sampled_from([None, 1, 5]),
         tpm=st.sampled_from([None, 50]),
         concurrency=st.sampled_from([None, 2]),
-        returns=st.booleans(),
     )
-    def start(self, rpm, tpm, concurrency, returns):
+    def start(self, rpm, tpm, concurrency):
         self.budget = make_budget(
             rpm=rpm,
             tpm=tpm,
             max_concurrency=concurrency,
-            returns_unused_tokens=returns,
             max_cost_per_day=0.7,
         )
         self.limits = self.budget.limits
@@ -280,8 +277,7 @@ class Reservations(RuleBasedStateMachine):
         self.sent.append((self.now_s, amount))
         recent = [amount for at_s, amount in self.sent if at_s > self.now_s - 60.0]
         assert len(recent) <= (self.limits.rpm or math.inf)
-        if not self.limits.returns_unused_tokens:
-            assert sum(amount.num_tokens for amount in recent) <= (self.limits.tpm or math.inf)
+        assert sum(amount.num_tokens for amount in recent) <= (self.limits.tpm or math.inf)
         assert len(self.open) <= (self.limits.max_concurrency or math.inf)
 
     @rule(number=st.integers(0, 9), end=st.sampled_from(["settle", "unseen", "refuse"]))
@@ -289,7 +285,7 @@ class Reservations(RuleBasedStateMachine):
         request_id = f"q{max(0, self.num_sent - number)}"  # open, ended or never seen
         amount = self.open.pop(request_id, one())
         if end == "settle":
-            self.budget.settle(request_id, one(amount.num_tokens // 2, amount.cost), self.now_s)
+            self.budget.settle(request_id, one(amount.num_tokens, amount.cost / 2), self.now_s)
         elif end == "unseen":
             self.budget.settle(request_id, None, self.now_s)
             self.sent = [entry for entry in self.sent if entry[1] is not amount]

@@ -269,3 +269,13 @@ def test_a_reply_that_an_engine_has_begun_is_for_engines_alone():
     router.on_replica_down("r0", 0.1)
     assert router.on_attempt_failed("a", None, 0.1, has_begun=True) == [Hold("a")]
     assert fallbacks(router.on_tick(5.0)) == []
+
+
+@pytest.mark.parametrize(("returns", "counted"), [(False, 12 + 50), (True, 12 + 5)])
+def test_unused_output_returns_where_the_provider_returns_it(returns, counted):
+    router = make(limited(returns_unused_tokens=returns))
+    router.on_arrival(req("a", 10, max_output_tokens=50), 0.0)
+    router.on_provider_answer("a", TRAFFIC, 0.1)
+    router.on_finish("a", Usage(num_prompt_tokens=12, num_output_tokens=5), 1.0)
+    budget = router.state(1.0)["fallback"]["providers"]["p0"]["keys"]["default"]["budget"]
+    assert budget["tokens"]["used"] == counted
