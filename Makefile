@@ -45,6 +45,9 @@ bench-sim: install  ## policies compared in simulation on 8 and 64 H100s; HEADWA
 bench-fidelity: install  ## the simulator against two real engines on CPU cores
 	$(BIN)/python -m benchmarks.fidelity $(ARGS)
 
+bench-spill: install  ## goodput and cost of a provider in a spike, simulated
+	$(BIN)/python -m benchmarks.spill $(ARGS)
+
 clean:  ## remove .venv and caches, not the model
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

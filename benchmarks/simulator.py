@@ -16,8 +16,11 @@ import msgspec
 
 from benchmarks.engine_model import Job, Progress
 from benchmarks.journal import Journal, Run
+from benchmarks.provider_model import ProviderModel
 from benchmarks.workload import Arrival, Workload
+from router.budget import RateReport
 from router.core import Router
+from router.fallback import FallbackSettings
 from router.policies.prefix_index import BLOCK_TOKENS
 from router.settings import RouterSettings
 from router.types import (
@@ -27,6 +30,7 @@ from router.types import (
     EngineSnapshot,
     Evacuate,
     Fail,
+    Fallback,
     Outcome,
     Reject,
     RejectReason,
@@ -112,6 +116,8 @@ class Simulation:
         start_s: float = 0.0,
         seed: int = 0,
         priority: Callable[[Arrival], int] | None = None,
+        providers: Sequence[ProviderModel] = (),
+        fallback: FallbackSettings | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
         """`segment_tokens`: what one hash of a job covers, as the engines expect it.
@@ -137,10 +143,14 @@ class Simulation:
         self.segment_tokens = segment_tokens
         self._priority = priority
         self._on_progress = on_progress
+        self.providers = {provider.settings.name: provider for provider in providers}
         self.gateways = [
             Gateway(self, settings.model_copy(update={"seed": settings.seed + number}), number)
             for number in range(num_gateways)
         ]
+        for gateway in self.gateways if providers else ():
+            settings_of = [provider.settings for provider in providers]
+            gateway.router.use_providers(settings_of, fallback or FallbackSettings(), 0.0)
         self._gateway_of = [self._rng.randrange(num_gateways) for _ in workload.arrivals]
         for _ in range(num_engines):
             self._start_node(None)
@@ -491,6 +501,8 @@ class Gateway:
         for decision in decisions:
             if isinstance(decision, Dispatch):
                 self._dispatch(decision)
+            elif isinstance(decision, Fallback):
+                self._fall_back(decision)
             elif isinstance(decision, Reject):
                 expired = decision.reason is RejectReason.EXPIRED
                 self._close(decision.request_id, Outcome.EXPIRED if expired else Outcome.REJECTED)
@@ -528,6 +540,50 @@ class Gateway:
         self._streams[node.id][job.id] = call
         arrive_s = simulation.now_s + simulation.network.submit_s
         simulation.at(arrive_s, node.submit, (self, decision.booking, job))
+
+    def _fall_back(self, decision: Fallback) -> None:
+        simulation = self._simulation
+        call = self._calls[decision.request_id]
+        simulation.journal.placed_s[call.number] = simulation.now_s
+        arrive_s = simulation.now_s + simulation.network.submit_s
+        simulation.at(arrive_s, self._reach, (decision, call))
+
+    def _reach(self, news: tuple[Fallback, "Call"]) -> None:
+        """A request has come to a provider; what it says comes back when it answers."""
+        decision, call = news
+        simulation = self._simulation
+        arrival = simulation.workload.arrivals[call.number]
+        times_s, report = simulation.providers[decision.provider].take(
+            arrival.num_prompt_tokens, arrival.num_output_tokens, simulation.now_s
+        )
+        if times_s is None:
+            refused_s = simulation.now_s + simulation.network.reply_s
+            simulation.at(refused_s, self._on_refused, (call.request.id, report))
+            return
+        first_s = simulation.now_s + times_s[0]
+        simulation.at(first_s, self._on_provider_first, (call, report))
+        simulation.at(first_s + times_s[1], self._on_provider_end, call)
+
+    def _on_refused(self, news: tuple[str, RateReport]) -> None:
+        request_id, report = news
+        now_s = self._simulation.now_s
+        self._execute(self.router.on_provider_refused(request_id, report, now_s))
+
+    def _on_provider_first(self, news: tuple["Call", RateReport]) -> None:
+        call, report = news
+        now_s, request_id = self._simulation.now_s, call.request.id
+        self._simulation.journal.first_s[call.number] = now_s
+        self._execute(self.router.on_provider_answer(request_id, report, now_s))
+        self._execute(self.router.on_first_token(request_id, now_s))
+
+    def _on_provider_end(self, call: "Call") -> None:
+        simulation, request_id = self._simulation, call.request.id
+        arrival = simulation.workload.arrivals[call.number]
+        usage = Usage(
+            num_prompt_tokens=arrival.num_prompt_tokens, num_output_tokens=arrival.num_output_tokens
+        )
+        self._close(request_id, Outcome.COMPLETED)
+        self._execute(self.router.on_finish(request_id, usage, simulation.now_s))
 
     def _close(self, request_id: str, outcome: Outcome) -> None:
         call = self._calls.pop(request_id)

@@ -1,0 +1,224 @@
+"""What a provider is worth in a spike: `python -m benchmarks.spill`.
+
+The deployed router over simulated engines and a simulated provider, in virtual
+time: never spill; spill where a bounded queue is full, which is where a server
+without predictions answers 429; spill by the predicted wait. Goodput against cost.
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.engine_model import EngineModel
+from benchmarks.figures import figures_of
+from benchmarks.profile import Profile, ProfileError
+from benchmarks.provider_model import ProviderModel
+from benchmarks.report import Report, Spread
+from benchmarks.simulator import Simulation
+from benchmarks.slo import Slo
+from benchmarks.sweep import Fleet, capacity
+from benchmarks.synthetic import PROMPTS, REPLIES, SYNTHETIC, of
+from benchmarks.token_counts import LogNormal
+from benchmarks.workload import Workload
+from router.fallback import FallbackSettings
+from router.provider import ProviderSettings
+from router.settings import RouterSettings
+
+# A small hosted model's list prices (GPT-4o mini, 2024), and its usual speed from afar.
+_PRICE_PROMPT, _PRICE_OUTPUT = 0.15, 0.60
+_TTFT_S, _TTFT_SIGMA, _TPOT_S = 0.4, 0.3, 0.012
+# By requests held per engine: from a queue that hardly delays to one that hides a spike.
+_BOUNDS = (4, 16, 64)
+
+# What engines run short of: prefill, by the medians of Azure's code trace (2023), and
+# decode, where every request gets in at once and all of them get slower.
+_SIZES = {
+    "code": (LogNormal(1500.0, 0.9, high=8_000), LogNormal(25.0, 0.8, high=500)),
+    "chat": (PROMPTS, REPLIES),
+}
+
+# What users of H100s are promised here; the router's own default is for any hardware. How
+# steadily tokens follow is not part of it: the router does not predict that yet.
+_PROMISE_S = 1.0
+_PROMISE = {"promise_base_s": _PROMISE_S, "promise_s_per_token": 0.0}
+_SLO = Slo(ttft_s=_PROMISE_S, tpot_s=1.0)
+
+console = Console(highlight=False)
+
+
+def spike(sizes: str, num_requests: int, seed: int, profile: Profile) -> Workload:
+    """Return requests of these sizes, a tenth of the time at four times the rate."""
+    times_s = [arrival.offset_s for arrival in SYNTHETIC["spike"](num_requests, seed).arrivals]
+    prompts, replies = _SIZES[sizes]
+    return of(sizes, np.array(times_s), seed, prompts, replies).fitted(profile.max_model_len)
+
+
+def variants(num_engines: int) -> dict[str, tuple[dict[str, Any], FallbackSettings | None]]:
+    """Return what is compared, by name: settings of the router, and when it spills."""
+    found: dict[str, tuple[dict[str, Any], FallbackSettings | None]] = {"never": ({}, None)}
+    for bound in _BOUNDS:
+        found[f"at 429, {bound} held per engine"] = (
+            {"max_held_requests": bound * num_engines},
+            FallbackSettings(spill="full"),
+        )
+    for factor in (1.0, 0.7, 0.5):
+        found[f"by predicted wait, late after {factor:g} promises"] = (
+            {},
+            FallbackSettings(spill="late", late_factor=factor),
+        )
+    return found
+
+
+def measure(
+    workload: Workload,
+    profile: Profile,
+    num_engines: int,
+    settings: dict[str, Any],
+    fallback: FallbackSettings | None,
+    options: argparse.Namespace,
+    seed: int,
+) -> dict[str, float]:
+    """Return the figures of one run."""
+    terms = ProviderSettings.model_validate(
+        {
+            "name": "far",
+            "models": {profile.model: profile.model},
+            "price_prompt": _PRICE_PROMPT,
+            "price_output": _PRICE_OUTPUT,
+            "keys": [{"rpm": options.rpm, "tpm": options.tpm}],
+        }
+    )
+    provider = ProviderModel(
+        terms,
+        random.Random(f"provider {seed}"),
+        ttft_s=_TTFT_S,
+        ttft_sigma=_TTFT_SIGMA,
+        tpot_s=_TPOT_S,
+        rpm=options.rpm,
+        tpm=options.tpm,
+    )
+    simulation = Simulation(
+        workload,
+        RouterSettings(**_PROMISE, **settings, seed=seed),
+        lambda rng: EngineModel(profile, rng),
+        num_engines,
+        providers=() if fallback is None else (provider,),
+        fallback=fallback,
+        seed=seed,
+    )
+    run = simulation.run()
+    figures = figures_of(run, _SLO)
+    return {
+        "goodput": float(_SLO.met(run).mean()),
+        "cost": provider.cost,
+        "spilled": provider.num_answered / len(run),
+        "refused": float(provider.num_refused),
+        "shed": figures["num_shed"],
+        "ttft_p50_s": figures["ttft_p50_s"],
+        "ttft_p99_s": figures["ttft_p99_s"],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    try:
+        profile = Profile.load(options.profile)
+    except ProfileError as error:
+        console.print(str(error), markup=False)
+        return 1
+    fleet = Fleet(profile, options.engines)
+    most = {
+        sizes: capacity(spike(sizes, options.requests, options.seed, profile), fleet, options.seed)
+        for sizes in options.sizes
+    }
+    config = {
+        "profile": profile.model_dump(),
+        "num_engines": options.engines,
+        "workloads": "spikes: a tenth of the time at four times the rate",
+        "num_requests": options.requests,
+        "num_repeats": options.repeats,
+        "loads": options.loads,
+        "capacity_requests_per_s": most,
+        "prices_per_million": [_PRICE_PROMPT, _PRICE_OUTPUT],
+        "provider": {"ttft_s": _TTFT_S, "ttft_sigma": _TTFT_SIGMA, "tpot_s": _TPOT_S}
+        | {"rpm": options.rpm, "tpm": options.tpm},
+        "slo": str(_SLO),
+    }
+    report = Report(options.name, "simulated", options.seed, config)
+    cases = [
+        (sizes, load, name)
+        for sizes in options.sizes
+        for load in options.loads
+        for name in variants(options.engines)
+    ]
+    for sizes, load, name in track(cases, "simulated runs", console=console):
+        settings, fallback = variants(options.engines)[name]
+        runs = []
+        for seed in range(options.seed, options.seed + options.repeats):
+            workload = spike(sizes, options.requests, seed, profile).at_rate(load * most[sizes])
+            runs.append(
+                measure(workload, profile, options.engines, settings, fallback, options, seed)
+            )
+        report.row(
+            f"{sizes}, mean load {load:.0%}, {options.engines} engines, simulated",
+            spill=name,
+            **{figure: Spread.of([run[figure] for run in runs]) for figure in runs[0]},
+        )
+    _judge(report)
+    if options.dry:
+        report.show(console)
+    else:
+        report.finish()
+    return 0
+
+
+def _judge(report: Report) -> None:
+    """Say whether spilling by the predicted wait is better in both, goodput and cost."""
+    for title, rows in report.tables.items():
+        places = [
+            (str(row["spill"]), _median(row["goodput"]), _median(row["cost"])) for row in rows
+        ]
+        ours = [place for place in places if place[0].startswith("by predicted wait")]
+        for name, goodput, cost in places:
+            if not name.startswith("at 429"):
+                continue
+            better = [each for each in ours if each[1] >= goodput and each[2] <= cost]
+            verdict = f"dominated by {better[0][0]!r}" if better else "NOT dominated"
+            report.note(f"{title}: {name}: goodput {goodput:.3f} for {cost:.2f}: {verdict}")
+        never = next(place for place in places if place[0] == "never")
+        for name, goodput, cost in ours:
+            report.note(
+                f"{title}: {name}: goodput {goodput:.3f} for {cost:.2f}; "
+                f"without a provider {never[1]:.3f} for nothing"
+            )
+
+
+def _median(figure: Any) -> float:
+    assert isinstance(figure, Spread)
+    return figure.median
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--profile", default="h100-llama8b", help="a profile's name or file")
+    parser.add_argument("--sizes", nargs="+", choices=list(_SIZES), default=list(_SIZES))
+    parser.add_argument("--engines", type=int, default=8)
+    parser.add_argument("--requests", type=int, default=8000)
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.7, 0.9])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rpm", type=int, default=3000, help="the provider's limit")
+    parser.add_argument("--tpm", type=int, default=5_000_000, help="the provider's limit")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="spill", help="of the file in benchmarks/results")
+    parser.add_argument("--dry", action="store_true", help="show the tables, write nothing")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
