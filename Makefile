@@ -8,7 +8,7 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test check lock bench-overhead bench-decision bench-real bench-sim
-.PHONY: bench-fidelity clean
+.PHONY: bench-fidelity bench-spill clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)

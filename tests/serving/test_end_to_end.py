@@ -15,6 +15,8 @@ import psutil
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
+from tests.tiny_model import tiny_model
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -138,6 +140,55 @@ def test_the_openai_client_gets_paris_every_way(server):
             return reply.choices[0].message.content
 
     assert asyncio.run(ask_async()) == text
+
+
+def test_when_both_engines_are_killed_the_same_curl_answers_through_a_second_server(
+    server, tmp_path
+):
+    """Two small engines here; the server of the other tests is the provider."""
+    port = free_port()
+    providers = [{"name": "second", "url": f"{server.url}/v1", "models": {MODEL: MODEL}}]
+    command = [
+        *("headway", "serve", "--device", "cpu", "--port", str(port), "--replicas", "2"),
+        *("--model", str(tiny_model(tmp_path / "tiny")), "--served-model-name", MODEL),
+        *("--set", f"providers={json.dumps(providers)}"),
+    ]
+    command[0] = str(Path(sys.executable).parent / "headway")
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    first = Server(process, f"http://127.0.0.1:{port}")
+    curl = ["curl", "-sS", "-i", f"{first.url}/v1/chat/completions", "-d"]
+    curl.append(json.dumps({"model": MODEL, "messages": QUESTION, "temperature": 0}))
+    try:
+        first.until(lambda: process.poll() is not None or _ready(first), START_TIMEOUT_S)
+        assert process.poll() is None, log.read_text()
+        reply = subprocess.run(curl, capture_output=True, check=True, text=True).stdout
+        assert "x-headway-provider" not in reply
+        cores = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "EngineCore" in " ".join(child.cmdline())
+        ]
+        assert len(cores) == 2
+        for core in cores:
+            core.kill()
+        start = time.monotonic()
+        reply = subprocess.run(curl, capture_output=True, check=True, text=True).stdout
+        assert reply.startswith("HTTP/1.1 200")
+        assert "x-headway-provider: second" in reply
+        assert "Paris" in reply
+        assert time.monotonic() - start < 10
+        assert first.state()["outcomes"]["failed"] == 0
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(90) == 0, log.read_text()
 
 
 def test_vllms_own_features_pass_through(server):
