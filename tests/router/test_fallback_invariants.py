@@ -1,6 +1,6 @@
 """Generated event sequences with engines and providers: whatever happens, this holds."""
 
-from collections import Counter, deque
+from collections import Counter
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -44,7 +44,7 @@ class Shell(RuleBasedStateMachine):
         self.where: dict[str, str] = {}  # open requests: held, an engine, or a key
         self.started: set[str] = set()
         self.ended: Counter[Outcome] = Counter()
-        self.sent: dict[str, deque[float]] = {key_id: deque() for key_id in LIMITS}
+        self.sent: dict[str, dict[str, float]] = {key_id: {} for key_id in LIMITS}
 
     @initialize(spill=st.sampled_from(["late", "full", "unavailable"]))
     def start(self, spill):
@@ -75,10 +75,9 @@ class Shell(RuleBasedStateMachine):
     def send(self, request_id: str, key_id: str) -> None:
         self.where[request_id] = key_id
         log = self.sent[key_id]
-        while log and log[0] <= self.now_s - 60.0:
-            log.popleft()
-        log.append(self.now_s)
-        assert len(log) <= LIMITS[key_id]
+        log[f"{request_id} {self.now_s} {len(log)}"] = self.now_s
+        recent = [at_s for at_s in log.values() if at_s > self.now_s - 60.0]
+        assert len(recent) <= LIMITS[key_id]
 
     def end(self, request_id: str, outcome: Outcome) -> None:
         self.where.pop(request_id, None)
@@ -140,7 +139,10 @@ class Shell(RuleBasedStateMachine):
         request_id = self.pick(number)
         entering = request_id if self.is_away(request_id) else None
         if entering and not was_sent:
-            self.sent[self.where[request_id]].pop()
+            log = self.sent[self.where[request_id]]
+            last = [name for name in log if name.startswith(f"{request_id} ")]
+            if last:  # else its key was forgotten meanwhile
+                del log[last[-1]]
         decisions = self.router.on_provider_failed(
             request_id,
             failure,
