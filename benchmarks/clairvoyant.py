@@ -51,7 +51,7 @@ def run_clairvoyant(
     simulation = Simulation(
         workload,
         RouterSettings(policy="round_robin"),  # there is but one to choose
-        lambda rng: EngineModel(pool, rng, segment_tokens=segment_tokens),
+        lambda rng: EngineModel(pool, rng, paces=True, segment_tokens=segment_tokens),
         1,
         network=Network(submit_s=0.0, reply_s=0.0),
         segment_tokens=segment_tokens,

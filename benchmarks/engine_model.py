@@ -26,6 +26,7 @@ from benchmarks.kv_cache import KvCache, Lease
 from benchmarks.profile import Profile
 from router.lazy_heap import LazyHeap
 from router.types import EngineInfo, EngineSnapshot
+from serving.block_log import BlockLog
 
 # As in serving/monitor.py: what one step replaces of the prefill rate's memory.
 _RATE_FORGETTING = 0.05
@@ -43,6 +44,7 @@ class Job:
     # else may share them: equal means equal up to there.
     block_hashes: tuple[int, ...] = ()
     num_sequences: int = 1
+    num_expected_cached_tokens: int = 0  # the router's word, until the cache is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,9 @@ class EngineModel:
     from the next step on.
 
     `segment_tokens`: what one of a job's hashes covers; a multiple of the
-    profile's block size, which is the default.
+    profile's block size, which is the default. `paces`: steps are made up as by
+    `serving/scheduler.py`, not by vLLM alone: no long prompt takes more than its part,
+    and every second step is without those that are less urgent than who waits.
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class EngineModel:
         rng: random.Random,
         *,
         priority: bool = True,
+        paces: bool = False,
         segment_tokens: int | None = None,
     ) -> None:
         segment_tokens = segment_tokens or profile.block_size
@@ -131,7 +136,7 @@ class EngineModel:
             max_num_batched_tokens=profile.max_num_batched_tokens,
             max_prefill_chunk=profile.prefill_chunk,
             num_kv_tokens=profile.num_kv_blocks * profile.block_size,
-            block_size=profile.block_size,
+            block_size=segment_tokens,
             device=profile.device,
             engine=f"simulated vLLM 0.32 scheduler, profile {profile.name}",
         )
@@ -147,6 +152,8 @@ class EngineModel:
         self.step_num_decode_reqs = 0
         self._rng = rng
         self._priority = priority
+        self._paces = paces
+        self._deferred: list[_Sequence] = []  # left out of the current step
         self._block_size = profile.block_size
         self._chunk = profile.prefill_chunk or profile.max_num_batched_tokens
         self._serials = itertools.count()
@@ -177,6 +184,11 @@ class EngineModel:
         self._aborted: list[str] = []
         self._prefill_rate_tokens = 0.0
         self._prefill_rate_s = 0.0
+
+    @property
+    def blocks(self) -> BlockLog:
+        """What the prefix cache holds, by the hashes of jobs."""
+        return self.kv.log
 
     # Jobs
 
@@ -416,7 +428,31 @@ class EngineModel:
         """Choose what the step computes; allocate its blocks."""
         budget = self.profile.max_num_batched_tokens
         alone = len(self._running) + len(self._waiting_sequences) <= 1
-        chunk = budget if alone else self._chunk
+        chunk = budget if alone and not self._paces else self._chunk
+        self._deferred = self._to_defer() if self._paces else []
+        for sequence in self._deferred:
+            del self._prefilling[sequence], self._running[sequence]
+        self._fill(budget, chunk)
+        if self._deferred:
+            # First again among those that run, as vLLM has them.
+            self._running = dict.fromkeys(self._deferred) | self._running
+            self._prefilling = dict.fromkeys(self._deferred) | self._prefilling
+
+    def _to_defer(self) -> list[_Sequence]:
+        """The long prompts that this step does without; never two steps in a row."""
+        num_here = len(self._running) + len(self._waiting_sequences)
+        if self._deferred or not self._waiting_sequences or num_here > self.profile.max_num_seqs:
+            return []
+        urgent = self._waiting_sequences[self._waiting.head()[1]].job.priority
+        return [
+            sequence
+            for sequence in self._prefilling
+            if sequence.job.priority > urgent
+            and not sequence.num_emitted
+            and sequence.num_tokens - sequence.num_computed > self._chunk
+        ]
+
+    def _fill(self, budget: int, chunk: int) -> None:
         num_new_blocks = self._num_crossing[self._tick % self._block_size]
         demand = self._num_decoding
         for sequence in self._prefilling:
@@ -596,14 +632,23 @@ class EngineModel:
         sequence.state = _State.WAITING
         self._waiting.push(sequence.id, key)
         self._waiting_sequences[sequence.id] = sequence
-        self._num_waiting_tokens += sequence.num_tokens
-        self._num_waiting_demand += min(sequence.num_tokens, self._chunk)
+        num_left = self._num_expected(sequence)
+        self._num_waiting_tokens += num_left
+        self._num_waiting_demand += min(num_left, self._chunk)
 
     def _dequeue(self, sequence: _Sequence) -> None:
         self._waiting.remove(sequence.id)
         del self._waiting_sequences[sequence.id]
-        self._num_waiting_tokens -= sequence.num_tokens
-        self._num_waiting_demand -= min(sequence.num_tokens, self._chunk)
+        num_left = self._num_expected(sequence)
+        self._num_waiting_tokens -= num_left
+        self._num_waiting_demand -= min(num_left, self._chunk)
+
+    @staticmethod
+    def _num_expected(sequence: _Sequence) -> int:
+        """Tokens to compute of a sequence that waits, before the cache is looked at."""
+        if sequence.num_preemptions:
+            return sequence.num_tokens
+        return max(1, sequence.num_tokens - sequence.job.num_expected_cached_tokens)
 
     def _progress(self, sequence: _Sequence, finished: bool) -> Progress:
         return Progress(

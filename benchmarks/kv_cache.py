@@ -11,6 +11,8 @@ costs its hashes and not its blocks.
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
+from serving.block_log import BlockLog
+
 
 class Segment:
     """Blocks that are found, leased and released together.
@@ -67,6 +69,7 @@ class KvCache:
         self.num_blank = num_blocks  # free and holding nothing
         self.num_cached = 0  # free, yet holding what may be asked for again
         self.epoch = 0  # changes whenever more might fit or be found than before
+        self.log = BlockLog()  # of the segments that can be found, by keys that are numbers
         self._found: dict[Hashable, Segment] = {}
         self._twins: dict[Hashable, list[Segment]] = {}  # computed twice, side by side
         self._lru: OrderedDict[Segment, None] = OrderedDict()
@@ -160,6 +163,8 @@ class KvCache:
             else:
                 self._found[key] = segment
                 self.epoch += 1
+                if isinstance(key, int):
+                    self.log.store((key,))
             lease.shared.append(segment)
             lease.num_private -= size
 
@@ -195,5 +200,7 @@ class KvCache:
             self._found[key] = twins.pop(0)
         else:
             del self._found[key]
+            if isinstance(key, int):
+                self.log.remove((key,))
         if twins is not None and not twins:
             del self._twins[key]

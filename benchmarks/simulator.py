@@ -24,6 +24,7 @@ from router.fallback import FallbackSettings
 from router.policies.prefix_index import BLOCK_TOKENS
 from router.settings import RouterSettings
 from router.types import (
+    BlockUpdate,
     Decision,
     Dispatch,
     EngineInfo,
@@ -37,6 +38,7 @@ from router.types import (
     Request,
     Usage,
 )
+from serving.block_log import BlockLog
 
 # As in serving/port.py, serving/driver.py and serving/intake.py, which import what a
 # simulation must not need (asyncio, Ray, FastAPI).
@@ -54,6 +56,7 @@ class Engine(Protocol):
     info: EngineInfo
     step_num_decode_reqs: int  # in the last step
     num_preemptions_total: int
+    blocks: BlockLog
 
     def add(self, job: Job) -> None: ...
 
@@ -242,6 +245,8 @@ class Node:
         self._simulation = simulation
         self._gateway_of: dict[str, Gateway] = {}  # of each job in the engine
         self._last_booking = [0] * len(simulation.gateways)
+        self._block_position = [0] * len(simulation.gateways)  # what each knows of the cache
+        self._new_jobs: list[Job] = []  # of which no step has told yet
         self._is_stepping = False
         self._step_began_s = 0.0
         self._step_ends_s = 0.0
@@ -267,6 +272,8 @@ class Node:
         self._gateway_of[job.id] = gateway
         self._last_booking[gateway.number] = booking
         self.engine.add(job)
+        if job.block_hashes:
+            self._new_jobs.append(job)
         if self._is_due():
             self.push()
         if not self._is_stepping:
@@ -314,6 +321,10 @@ class Node:
             journal.step_gaps_s.append(now_s - self._step_began_s)
             journal.step_gap_counts.append(engine.step_num_decode_reqs)
         arrive_s = now_s + simulation.network.reply_s
+        for job in self._new_jobs:
+            if (gateway := self._gateway_of.get(job.id)) is not None:
+                simulation.at(arrive_s, gateway.on_prompt, (self, job))
+        self._new_jobs.clear()
         for gateway, progresses in news.items():
             simulation.at(arrive_s, gateway.receive, (self, progresses))
         # One write holds what the step brought and the snapshot after it.
@@ -347,11 +358,20 @@ class Node:
         self._seq += 1
         snapshot = self.engine.snapshot(self._seq, self._last_booking[0])
         for gateway in simulation.gateways:
+            position = self._block_position[gateway.number]
+            if (update := self.engine.blocks.since(position)) is not None:
+                self._block_position[gateway.number] = update.until
             if network.snapshot_loss and simulation._rng.random() < network.snapshot_loss:
                 continue
+            if update is not None:
+                simulation.at(arrive_s, gateway.on_blocks, (self, update))
             if (booking := self._last_booking[gateway.number]) != snapshot.last_booking:
                 snapshot = msgspec.structs.replace(snapshot, last_booking=booking)
             simulation.at(arrive_s, gateway.on_snapshot, (self, snapshot))
+
+    def resync(self, gateway: "Gateway") -> None:
+        """A gateway has missed what changed in the cache: tell it everything, next time."""
+        self._block_position[gateway.number] = -1
 
     def beat(self, _: Any) -> None:
         """Show that the engine lives, where nothing else has lately."""
@@ -415,6 +435,7 @@ class Gateway:
             arrival_s=now_s,
             deadline_s=now_s + self._max_hold_s,
             prefix_hashes=hashes,
+            prefix_block_share=BLOCK_TOKENS / arrival.num_prompt_tokens,
         )
         self._calls[request.id] = Call(number, request)
         self._execute(self.router.on_arrival(request, now_s))
@@ -434,6 +455,20 @@ class Gateway:
         node, snapshot = news
         if node.is_up:
             self._execute(self.router.on_snapshot(node.id, snapshot, self._simulation.now_s))
+
+    def on_blocks(self, news: tuple[Node, BlockUpdate]) -> None:
+        node, update = news
+        if node.is_up and not self.router.on_blocks(node.id, update):
+            simulation = self._simulation
+            simulation.at(simulation.now_s + simulation.network.submit_s, node.resync, self)
+
+    def on_prompt(self, news: tuple[Node, Job]) -> None:
+        """An engine tells what a prompt consists of."""
+        node, job = news
+        if node.is_up and (call := self._streams[node.id].get(job.id)) is not None:
+            segment_tokens = self._simulation.segment_tokens
+            hashes = job.block_hashes[: job.num_prompt_tokens // segment_tokens]
+            self.router.on_prompt(call.request.id, job.num_prompt_tokens, list(hashes))
 
     def receive(self, news: tuple[Node, list[Progress]]) -> None:
         """First tokens and ends come in."""
@@ -536,6 +571,7 @@ class Gateway:
             num_output_tokens=max(1, arrival.num_output_tokens - call.num_output_tokens),
             priority=simulation.priority_of(self, call.request, arrival),
             block_hashes=arrival.block_hashes(simulation.segment_tokens, with_reply=True),
+            num_expected_cached_tokens=decision.num_cached_tokens,
         )
         self._streams[node.id][job.id] = call
         arrive_s = simulation.now_s + simulation.network.submit_s

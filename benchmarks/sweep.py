@@ -69,7 +69,7 @@ def simulate(
     simulation = Simulation(
         workload,
         RouterSettings(**settings.model_dump() | {"policy": policy, "ablate": parts, "seed": seed}),
-        lambda rng: EngineModel(fleet.profile, rng, segment_tokens=segment_tokens),
+        lambda rng: EngineModel(fleet.profile, rng, paces=True, segment_tokens=segment_tokens),
         fleet.num_engines,
         num_gateways=fleet.num_gateways,
         network=fleet.network,

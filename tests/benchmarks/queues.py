@@ -7,6 +7,7 @@ from collections import deque
 
 from benchmarks.engine_model import Job, Progress
 from router.types import EngineInfo, EngineSnapshot
+from serving.block_log import BlockLog
 
 SERVICE_S = 1e-6
 
@@ -30,6 +31,7 @@ class FirstComeFirstServed:
     num_preemptions_total = 0
 
     def __init__(self) -> None:
+        self.blocks = BlockLog()
         self.jobs: deque[Job] = deque()
         self._end_s = 0.0
 

@@ -35,7 +35,11 @@ WORKLOAD = SYNTHETIC["conversations"](400, 0).at_rate(30.0)
 def simulation(workload=WORKLOAD, num_engines=3, policy="headway", **options):
     settings = RouterSettings(policy=policy, max_hold_s=options.pop("max_hold_s", 300.0))
     return Simulation(
-        workload, settings, lambda rng: EngineModel(PROFILE, rng), num_engines, **options
+        workload,
+        settings,
+        lambda rng: EngineModel(PROFILE, rng, paces=True),
+        num_engines,
+        **options,
     )
 
 
