@@ -40,6 +40,9 @@ TRACES = {
 }
 # A fleet of this size gets a trace as it is, a larger one copies laid over each other.
 _ENGINES_PER_COPY = 8
+_LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
+# Of fleets larger than that: a run costs as much more as they have requests.
+_LOADS_OF_LARGE = (0.5, 0.8, 0.95)
 # Ours is said to lose where another is better by more than this.
 _NOISE = 0.05
 _JUDGED = {  # figure: whether less is better
@@ -76,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = {
         "profile": profile.model_dump(),
         "num_gateways": options.gateways,
-        "loads": options.loads,
+        "loads": options.loads or {"small": _LOADS, "large": _LOADS_OF_LARGE},
         "variants": options.policies,
         "slo": str(slo),
         "num_repeats": options.repeats,
@@ -159,11 +162,17 @@ def _cases(
     for key in keys:
         title, engines, repeat = key.split("/")
         num_engines = int(engines)
-        for load in options.loads:
+        for load in _loads(options, num_engines):
             rate = load * capacities[title, num_engines]
             for variant in options.policies:
                 seed = options.seed + int(repeat)
                 yield Case(key, num_engines, load, rate, variant, int(repeat), seed)
+
+
+def _loads(options: argparse.Namespace, num_engines: int) -> list[float]:
+    if options.loads is not None:
+        return sorted(options.loads)
+    return list(_LOADS if num_engines <= _ENGINES_PER_COPY else _LOADS_OF_LARGE)
 
 
 def _run(sweep: Sweep, cases: Sequence[Case]) -> Results:
@@ -191,8 +200,9 @@ def _fill(report: Report, options: argparse.Namespace, results: Results) -> None
         values = [each[name] for each in by_place[place] if not math.isnan(each[name])]
         return sum(values) / len(values) if values else float("nan")
 
-    shown = max((load for load in options.loads if load <= 0.8), default=options.loads[0])
     for title, num_engines in groups:
+        loads = _loads(options, num_engines)
+        shown = max((load for load in loads if load <= 0.8), default=loads[0])
         for variant in options.policies:
             place = (title, num_engines, shown, variant)
             row: dict[str, Figure] = {"policy": variant}
@@ -224,32 +234,28 @@ def _fill(report: Report, options: argparse.Namespace, results: Results) -> None
                 f"{title}, {num_engines} engines, {shown:.0%} load, simulated: TTFT and more, s",
                 **row,
             )
-        if len(options.loads) < 2:
+        if len(loads) < 2:
             continue
         for variant in options.policies:
-            p99_s = [
-                mean((title, num_engines, load, variant), "ttft_p99_s") for load in options.loads
-            ]
-            goodput = [
-                mean((title, num_engines, load, variant), "goodput") for load in options.loads
-            ]
+            p99_s = [mean((title, num_engines, load, variant), "ttft_p99_s") for load in loads]
+            goodput = [mean((title, num_engines, load, variant), "goodput") for load in loads]
             report.row(
                 f"{title}, {num_engines} engines, simulated: over the load",
                 policy=variant,
                 **{
                     f"p99_{load:.0%}": _known(value)
-                    for load, value in zip(options.loads, p99_s, strict=True)
+                    for load, value in zip(loads, p99_s, strict=True)
                 },
-                knee=knee(options.loads, p99_s),
+                knee=knee(loads, p99_s),
                 **{
                     f"goodput_{load:.0%}": _known(value)
-                    for load, value in zip(options.loads, goodput, strict=True)
+                    for load, value in zip(loads, goodput, strict=True)
                 },
             )
     rivals = [name for name in options.policies if name in policies() and name != OURS]
     if OURS in options.policies and rivals:
         for title, num_engines in groups:
-            for load in options.loads:
+            for load in _loads(options, num_engines):
                 for figure, less in _JUDGED.items():
                     ours = mean((title, num_engines, load, OURS), figure)
                     theirs = {
@@ -308,7 +314,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=None,
         help="made-up workloads beside or instead of traces",
     )
-    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9, 0.95])
+    parser.add_argument(
+        "--loads", type=float, nargs="+", help="shares of the capacity; default: 0.5 to 0.95"
+    )
     parser.add_argument(
         "--policies",
         nargs="+",
@@ -318,7 +326,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "headway:hold,order is headway without these two",
     )
     parser.add_argument(
-        "--requests", type=int, default=8000, help="of a run of 8 engines; more with more"
+        "--requests", type=int, default=3000, help="of a run of 8 engines; more with more"
     )
     parser.add_argument("--repeats", type=int, default=1, help="on successive parts of a trace")
     parser.add_argument("--slo-ttft", type=float, help="s; default: what the router promises")
@@ -327,7 +335,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", default="sim", help="of the files in benchmarks/results")
     parser.add_argument("--dry", action="store_true", help="show the tables, write nothing")
     options = parser.parse_args(arguments)
-    options.loads = sorted(options.loads)
     for variant in options.policies:
         if variant != clairvoyant.NAME:
             try:
