@@ -98,13 +98,17 @@ class Providers:
     def use(self, config: Config) -> None:
         """Go by this configuration's providers from now on; open calls go on as they began.
 
-        Raises `ConfigError`, and changes nothing, if a key cannot be read.
+        Raises `ConfigError`, and changes nothing, if a key cannot be read or an extra
+        is not installed.
         """
         keys = {provider.name: read_api_keys(provider) for provider in config.providers}
         configs = {provider.name: provider for provider in config.providers}
-        for name in [name for name, old in self._configs.items() if configs.get(name) != old]:
+        changed = [name for name, each in configs.items() if self._configs.get(name) != each]
+        made = {name: _make_client(configs[name]) for name in changed}
+        for name in changed + [name for name in self._configs if name not in configs]:
             if (client := self._clients.pop(name, None)) is not None:
-                self._later(self._close_when_idle(name, client))
+                self._later(self._close_when_idle(client))
+        self._clients |= made
         self._configs, self._keys = configs, keys
         settings = (config.providers, config.fallback, time.monotonic())
         if self._leases is None:
@@ -120,12 +124,14 @@ class Providers:
     def start(self, exchange: Exchange, decision: Fallback) -> None:
         """Send the exchange to the provider."""
         call = self._calls[exchange.request.id] = Call(exchange, self._window_bytes)
-        # A client that drops out of the configuration is in use until then.
-        client = self._clients.get(decision.provider)
-        if client is None:
-            config = self._configs[decision.provider]
-            client = self._clients[decision.provider] = _make_client(config)
-        call.task = asyncio.get_running_loop().create_task(self._run(call, decision, client))
+        # As things are now: the configuration may change before the task begins.
+        config = self._configs[decision.provider]
+        api_key = self._keys[decision.provider][decision.key]
+        client = self._clients[decision.provider]
+        name = f"{decision.provider}/{decision.key}"
+        call.task = asyncio.get_running_loop().create_task(
+            self._run(call, name, config, client, api_key)
+        )
 
     def taken(self, exchange: Exchange, num_bytes: int) -> None:
         """The client has taken so much of the response."""
@@ -154,13 +160,17 @@ class Providers:
             self._later(client.close())
         self._clients = {}
 
-    async def _run(self, call: Call, decision: Fallback, client: Client) -> None:
+    async def _run(
+        self,
+        call: Call,
+        name: str,
+        config: ProviderConfig,
+        client: Client,
+        api_key: SecretStr | None,
+    ) -> None:
         """Make the call and report how it ended."""
         exchange = call.exchange
         request_id = exchange.request.id
-        config = self._configs[decision.provider]
-        api_key = self._keys[decision.provider][decision.key]
-        name = f"{decision.provider}/{decision.key}"
         try:
             usage = await self._ask(call, config, client, api_key)
         except _Refused as refused:
@@ -266,7 +276,7 @@ class Providers:
         exchange.on_head(reply.status, headers)
         self._owner.on_first_byte(exchange)
 
-    async def _close_when_idle(self, name: str, client: Client) -> None:
+    async def _close_when_idle(self, client: Client) -> None:
         """Close a client that is used no more, once no call of ours is open (it may be on it)."""
         while calls := [call.task for call in self._calls.values() if call.task is not None]:
             await asyncio.wait(calls)
