@@ -216,7 +216,7 @@ def run(sizes: Sequence[int], num_decisions: int, seed: int) -> Report:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--engines", type=int, nargs="+", default=list(TARGETS_US))
-    parser.add_argument("--decisions", type=int, default=2000, help="per scene and fleet")
+    parser.add_argument("--decisions", type=int, default=1000, help="per scene and fleet")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     run(options.engines, options.decisions, options.seed).finish()

@@ -14,9 +14,6 @@ from router.types import BlockUpdate, EngineInfo, EngineSnapshot, Request
 # No update continues from here, so only a whole one is taken.
 _LOST = -2
 
-# Utilisation is averaged over about the last half minute: dozens of prompts.
-_UTILISATION_MEMORY_S = 30.0
-
 
 class Replica:
     """Last snapshot, bookings since, and what both predict.
@@ -50,7 +47,6 @@ class Replica:
         "num_step_demand_tokens",
         "predictor",
         "prefill_tokens_per_s",
-        "prefill_utilisation",
         "room_tokens",
         "snapshot",
         "snapshot_s",
@@ -72,7 +68,6 @@ class Replica:
         self.snapshot_s = now_s  # when received
         self.ledger = Ledger()
         self.predictor = StepModel()
-        self.prefill_utilisation = 0.0  # share of its time that prefill takes, 0–1
         self._blocks: set[int] = set()  # KV blocks in its prefix cache, by hash
         self._block_position = 0  # changes to them that we know of
         # Text blocks of prompts sent here of which the engine has not told us yet, counted.
@@ -98,6 +93,8 @@ class Replica:
 
     def num_new_tokens(self, request: Request) -> int:
         """Prompt tokens the engine would have to prefill for this request, ≥ 1."""
+        if not (request.block_hashes or self._coming):
+            return max(1, request.num_prompt_tokens)  # the usual case, read for every engine
         return max(1, request.num_prompt_tokens - self.num_cached_tokens(request))
 
     def num_cached_tokens(self, request: Request) -> int:
@@ -113,6 +110,10 @@ class Replica:
             num_tokens = max(num_tokens, int(share * request.num_prompt_tokens))
         # The prompt's own size may be an estimate still, and its last token is always computed.
         return min(num_tokens, max(0, request.num_prompt_tokens - 1))
+
+    def holds(self, block: int) -> bool:
+        """Whether this KV block is in its prefix cache."""
+        return block in self._blocks
 
     def expect_blocks(self, request: Request) -> None:
         """The prompt of this request is on its way into the prefix cache."""
@@ -205,23 +206,12 @@ class Replica:
         was_idle = not self._is_at_work
         if was_idle or snapshot.num_steps_total != self.snapshot.num_steps_total:
             self._step_start_s = now_s
-        self._learn_utilisation(snapshot, now_s)
         self.snapshot = snapshot
         self.snapshot_s = now_s
         self.ledger.acknowledge(snapshot.last_booking)
         self.predictor.learn(snapshot)
         self._derive()
         return True
-
-    def _learn_utilisation(self, snapshot: EngineSnapshot, now_s: float) -> None:
-        """Average what the tokens prefilled since the last snapshot took of the time since."""
-        num_tokens = snapshot.num_prefill_tokens_total - self.snapshot.num_prefill_tokens_total
-        elapsed_s = now_s - self.snapshot_s
-        if self.snapshot.seq < 0 or num_tokens < 0 or elapsed_s <= 0.0:
-            return  # the first word of an engine that ran before, or one that started anew
-        keep = math.exp(-elapsed_s / _UTILISATION_MEMORY_S)
-        share = min(1.0, num_tokens * self.token_s / elapsed_s)
-        self.prefill_utilisation = keep * self.prefill_utilisation + (1.0 - keep) * share
 
     def book(self, request: Request, num_kv_tokens: int, now_s: float) -> int:
         """Booking number under which the request is counted here from now on.
@@ -273,7 +263,6 @@ class Replica:
                 "decode_s": self.predictor.decode_s,
             },
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
-            "prefill_utilisation": self.prefill_utilisation,
             "ttft_s": self.ttft_s(1, now_s),  # of the shortest prompt
         }
 

@@ -17,13 +17,9 @@ _TIE = 1.05
 # below that it is no reason to prefill once more what an engine holds already.
 _CACHED_TIE = 1.2
 
-# The best of 128 at random is among the best 4 % of all with probability
-# 1 - 0.96^128 = 0.995, so looking at thousands would gain next to nothing.
-_MAX_COMPARED = 128
-
-
-# At saturation the formula has no bound, while queues do: at most 9 to come.
-_MAX_UTILISATION = 0.9
+# The best of 64 at random is among the best 7 % of all with probability
+# 1 - 0.93^64 = 0.99, so looking at thousands would gain next to nothing.
+_MAX_COMPARED = 64
 
 
 class Headway(Policy):
@@ -56,12 +52,11 @@ class Headway(Policy):
         if len(replicas) == 1:
             return replicas[0]
         if len(replicas) > _MAX_COMPARED:
-            start = int(self.rng.random() * len(replicas))
-            replicas = [*replicas[start:], *replicas[:start]][:_MAX_COMPARED]
+            replicas = self._some(request, replicas)
         num_held = self.num_held_per_engine
         costs = [self._cost_s(request, replica, now_s, num_held) for replica in replicas]
         equals = _within(_TIE, costs, replicas)
-        if request.prefix_hashes and self.wants_blocks:
+        if request.block_hashes:
             nearly = _within(_CACHED_TIE, costs, replicas)
             cached = [replica.num_cached_tokens(request) for replica in nearly]
             if (most := max(cached)) > 0:
@@ -69,6 +64,17 @@ class Headway(Policy):
                     replica for replica, num in zip(nearly, cached, strict=True) if num == most
                 ]
         return equals[int(self.rng.random() * len(equals))]
+
+    def _some(self, request: Request, replicas: Sequence[Replica]) -> Sequence[Replica]:
+        """As many of a large fleet as are worth a look, at random, and who knows the prompt."""
+        start = int(self.rng.random() * len(replicas))
+        turned = [*replicas[start:], *replicas[:start]]
+        some = turned[:_MAX_COMPARED]
+        if not request.block_hashes:
+            return some
+        first = request.block_hashes[0]
+        homes = [replica for replica in turned if replica.holds(first)][:_MAX_COMPARED]
+        return list(dict.fromkeys([*homes, *some]))
 
 
 def _within(factor: float, costs: list[float], replicas: Sequence[Replica]) -> list[Replica]:
@@ -83,26 +89,14 @@ def cost_s(request: Request, replica: Replica, now_s: float, num_held: float) ->
     Whatever decodes on the engine gets its next tokens later by the time the
     new tokens take to prefill, and then each step by what one more sequence
     adds to it; each of those requests by the same. So is whatever is held and
-    would have gone there: `num_held` of them, held requests per engine. And so
-    are those to come: work w that an engine of utilisation u takes on delays
-    later arrivals by about w u / (1 - u) in all (they are u / w in the time it
-    takes, and the queue that they make clears at rate 1 - u).
+    would have gone there: `num_held` of them, held requests per engine.
     """
     num_new_tokens = replica.num_new_tokens(request)
     num_outputs = request.num_sequences * request.num_expected_output_tokens
     prefill_s = num_new_tokens * replica.token_s
     decode_s = num_outputs * replica.predictor.decode_s
-    return (
-        replica.ttft_s(num_new_tokens, now_s)
-        + (prefill_s + decode_s) * replica.snapshot.num_decoding_reqs
-        + prefill_s * (num_held + _num_to_come(replica))
-    )
-
-
-def _num_to_come(replica: Replica) -> float:
-    """Later arrivals that work taken on now delays, each by all of it; see `cost_s`."""
-    utilisation = min(replica.prefill_utilisation, _MAX_UTILISATION)
-    return utilisation / (1.0 - utilisation)
+    delay_s = (prefill_s + decode_s) * replica.snapshot.num_decoding_reqs + prefill_s * num_held
+    return replica.ttft_s(num_new_tokens, now_s) + delay_s
 
 
 def own_cost_s(request: Request, replica: Replica, now_s: float, num_held: float) -> float:

@@ -315,6 +315,56 @@ def test_pending_prefill_agrees_with_vllms_counters(server):
     assert generated == 3 * len(lengths)
 
 
+def test_a_conversation_stays_where_its_prefix_is(server):
+    """The gateway knows which engine holds a prefix from that engine's own KV events."""
+    system = "Remember: " + " ".join(f"item {number} is number {number}." for number in range(60))
+
+    def ask(question: str) -> int:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+        body = {"model": MODEL, "messages": messages, "max_tokens": 4, "temperature": 0}
+        reply = server.http.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 200
+        server.until(server.idle, 10)
+        return reply.json()["usage"]["prompt_tokens"]
+
+    def engines() -> list[dict]:
+        return list(server.state()["replicas"].values())
+
+    def hits() -> list[int]:
+        return [engine["snapshot"]["num_prefix_hits_total"] for engine in engines()]
+
+    before, blocks_before = hits(), [engine["num_cached_blocks"] for engine in engines()]
+    num_tokens = ask("What is item 7?")
+    grown = [
+        engine["num_cached_blocks"] - blocks
+        for engine, blocks in zip(engines(), blocks_before, strict=True)
+    ]
+    # The prompt's whole blocks, and one that the answer may have filled.
+    assert min(grown) == 0
+    assert max(grown) in (num_tokens // BLOCK_SIZE, (num_tokens + 4) // BLOCK_SIZE)
+    home = grown.index(max(grown))
+    assert hits()[home] - before[home] < num_tokens // 10  # nobody had sent it yet
+    for number in range(6):
+        before = hits()
+        ask(f"What is item {number}?")
+        found = [now - then for now, then in zip(hits(), before, strict=True)]
+        assert found[home] >= 0.8 * num_tokens
+        assert found[1 - home] == 0  # both were idle: only knowledge led them here
+    # Without that knowledge, mid-run, everything goes on, and anywhere.
+    url = "/headway/policy"
+    assert server.http.post(url, json={"policy": "headway", "ablate": ["prefix"]}).is_success
+    try:
+        steps = [engine["snapshot"]["num_steps_total"] for engine in engines()]
+        for number in range(12):
+            ask(f"And what is item {number}?")
+        assert all(
+            engine["snapshot"]["num_steps_total"] > num_steps
+            for engine, num_steps in zip(engines(), steps, strict=True)
+        )
+    finally:
+        assert server.http.post(url, json={"policy": "headway"}).is_success
+
+
 def test_kv_usage_is_vllms_block_count(server):
     """A prompt of 1000 tokens takes 32 blocks of 32 while its first 24 tokens are decoded."""
     server.until(server.idle, 10)
