@@ -39,7 +39,7 @@ def ask_actor(application: str) -> Ask:
         nonlocal actor
         try:
             if actor is None:
-                actor = await asyncio.to_thread(_actor, f"headway-budgets-{application}")
+                actor = await asyncio.to_thread(_actor, f"budgets-{application}")
             return await actor.hear.remote(gateway_id, key_id, limits, message)
         except ray.exceptions.RayActorError:
             actor = None  # it has left: the next question starts another
@@ -50,5 +50,10 @@ def ask_actor(application: str) -> Ask:
 
 def _actor(name: str) -> Any:
     """The actor of this name; it belongs to nobody, so no gateway's death ends it."""
-    options = {"name": name, "get_if_exists": True, "lifetime": "detached"}
-    return ray.remote(BudgetActor).options(**options, max_restarts=-1, num_cpus=0).remote()
+    # Gateways may be of several jobs, and an unnamed namespace is each job's own.
+    options = {"name": name, "namespace": "headway", "get_if_exists": True}
+    return (
+        ray.remote(BudgetActor)
+        .options(**options, lifetime="detached", max_restarts=-1, num_cpus=0)
+        .remote()
+    )

@@ -1,0 +1,68 @@
+"""The keeper of budgets as a real Ray actor, in a Ray of its own."""
+
+import subprocess
+import sys
+import tempfile
+import textwrap
+
+import pytest
+
+SCRIPT = """
+    import asyncio, sys, time
+    import ray
+    from router.budget import Amount, BudgetLimits
+    from serving.budget_actor import ask_actor
+    from serving.budgets import Leases
+
+    ray.init(
+        num_cpus=1,
+        include_dashboard=False,
+        object_store_memory=100_000_000,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=sys.argv[1],
+    )
+
+    async def granted(leases, budget, name):
+        budget.want(name, Amount(1, 10))
+        leases.rearm()
+        async with asyncio.timeout(20):
+            while budget.room_s(Amount(1, 10), time.monotonic()) > 0.0:
+                if budget.state(0.0).get("paused_s"):
+                    return False
+                await asyncio.sleep(0.01)
+        budget.reserve(name, Amount(1, 10), time.monotonic())
+        return True
+
+    async def main():
+        limits = BudgetLimits(rpm=2)
+        pairs = []
+        for gateway in ("g0", "g1"):
+            leases = Leases(gateway, ask_actor("app"), lambda: None)
+            pairs.append((leases, leases.make("p/k", limits)))
+        print([await granted(*pair, "a") for pair in pairs])
+        leases, budget = pairs[0]
+        leases.rearm()
+        await asyncio.sleep(0.3)
+        print(budget.state(time.monotonic())["requests"]["used"])
+        actor = ray.get_actor("budgets-app", namespace="headway")
+        ray.kill(actor, no_restart=False)  # dies, and Ray starts it again
+        other = Leases("g2", ask_actor("app"), lambda: None)
+        print(await granted(other, other.make("p/k", limits), "b"))
+
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.timeout(180)
+def test_gateways_lease_from_one_actor_and_a_restarted_one_waits():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # Ray's sockets need a short path
+        reply = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(SCRIPT), folder],
+            capture_output=True,
+            text=True,
+            timeout=170,
+        )
+    assert reply.returncode == 0, reply.stderr
+    lines = [line for line in reply.stdout.splitlines() if "(raylet)" not in line]
+    assert lines == ["[True, True]", "2.0", "False"]
