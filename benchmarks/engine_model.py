@@ -150,6 +150,7 @@ class EngineModel:
         self.step_s = 0.0
         self.step_num_prefill_tokens = 0
         self.step_num_decode_reqs = 0
+        self.slowness = 1.0  # of the steps begun from now on: what neighbours cost
         self._rng = rng
         self._priority = priority
         self._paces = paces
@@ -264,8 +265,12 @@ class EngineModel:
         for sequence, num_tokens in self._prefills.items():
             num_prefill_tokens += num_tokens
             num_pairs += num_tokens * (sequence.num_computed + num_tokens / 2)
-        duration_s = self._noise(0) * self.profile.step_s(
-            num_prefill_tokens, self._num_decoding, self._num_context_tokens, num_pairs
+        duration_s = (
+            self.slowness
+            * self._noise(0)
+            * self.profile.step_s(
+                num_prefill_tokens, self._num_decoding, self._num_context_tokens, num_pairs
+            )
         )
         self._ends_s.append(now_s + duration_s)
         return duration_s
@@ -384,7 +389,7 @@ class EngineModel:
         self.kv.take(crossing[tick % size])
         ends_s, end_s = self._ends_s, now_s
         while True:
-            step_s = fixed_s + s_per_context_token * num_context
+            step_s = self.slowness * (fixed_s + s_per_context_token * num_context)
             end_s += self._noise(len(ends_s)) * step_s if is_noisy else step_s
             ends_s.append(end_s)
             tick += 1

@@ -3,9 +3,9 @@
 `python -m benchmarks.fidelity` measures, then compares; `--judge-only` compares anew with
 what was measured last. Real runs go through everything that users go through: HTTP, the
 gateway, the stream, vLLM. The simulation knows the profile of one engine, which
-`headway profile` measured on its own. On a machine whose cores the engines share with
-each other's memory traffic, the gateway and the load generator, two numbers more are
-needed: how much slower steps are than alone, and how long requests are under way outside
+`headway profile` measured on its own. On a machine that the engines share with each
+other, the gateway and the load generator, two numbers more are needed: how much longer
+steps take while the other engine steps too, and how long requests are under way outside
 of any step. They are fitted on the run of the first seed, which is not judged.
 """
 
@@ -111,17 +111,13 @@ async def _send(
 class Surroundings:
     """What the machine adds to an engine alone."""
 
-    step_factor: float  # of every step's time
+    contention: float  # how much longer steps take while the other engine steps, a share
     path_s: float  # from client to engine, tokenising included
 
     def fleet(self, profile: Profile) -> Fleet:
         """Return the engines on such a machine."""
-        times = ("base_s", "floor_s", "s_per_token", "s_per_decode_req")
-        times += ("s_per_context_token", "s_per_prefill_pair")
-        slowed = {name: getattr(profile, name) * self.step_factor for name in times}
-        return Fleet(
-            profile.model_copy(update=slowed), NUM_ENGINES, network=Network(submit_s=self.path_s)
-        )
+        network = Network(submit_s=self.path_s)
+        return Fleet(profile, NUM_ENGINES, network=network, contention=self.contention)
 
 
 def fit(
@@ -145,9 +141,9 @@ def fit(
         return total
 
     candidates = [
-        Surroundings(factor / 100, path_ms / 1000)
-        for factor in range(100, 165, 5)
-        for path_ms in (0, 5, 10, 15, 20, 30)
+        Surroundings(percent / 100, path_ms / 1000)
+        for percent in range(0, 80, 5)
+        for path_ms in (5, 10, 15, 20, 30, 40)
     ]
     return min(candidates, key=error)
 
@@ -211,8 +207,8 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
             )
     report.note(
         f"Fitted on the run of seed {fitted_seed}, judged on others: steps take "
-        f"{surroundings.step_factor:g} times as long as those of one engine alone, and requests "
-        f"are {1e3 * surroundings.path_s:g} ms under way before an engine has them."
+        f"{surroundings.contention:.0%} longer while the other engine steps too, and requests are "
+        f"{1e3 * surroundings.path_s:g} ms under way before an engine has them."
     )
     report.note(
         "Simulated: the median of as many runs as `num_simulations`, which differ in the noise of "

@@ -56,6 +56,7 @@ class Engine(Protocol):
     info: EngineInfo
     step_num_decode_reqs: int  # in the last step
     num_preemptions_total: int
+    slowness: float  # of steps begun from now on, over those of an engine alone
     blocks: BlockLog
 
     def add(self, job: Job) -> None: ...
@@ -116,6 +117,7 @@ class Simulation:
         failures: Sequence[Failure] = (),
         scaler: Scaler | None = None,
         segment_tokens: int = 16,
+        contention: float = 0.0,
         start_s: float = 0.0,
         seed: int = 0,
         priority: Callable[[Arrival], int] | None = None,
@@ -124,6 +126,8 @@ class Simulation:
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
         """`segment_tokens`: what one hash of a job covers, as the engines expect it.
+        `contention`: how much longer a step takes, as a share of it, while all other engines
+        step too (engines that share a machine's memory; GPUs do not).
         `start_s`: how long an engine that `scaler` asks for takes to be ready.
 
         `priority` replaces what the gateway would tell the engine (a reference that knows
@@ -144,6 +148,7 @@ class Simulation:
         self._scaler = scaler
         self._start_s = start_s
         self.segment_tokens = segment_tokens
+        self.contention = contention
         self._priority = priority
         self._on_progress = on_progress
         self.providers = {provider.settings.name: provider for provider in providers}
@@ -295,6 +300,11 @@ class Node:
     def _begin(self) -> None:
         simulation = self._simulation
         now_s = simulation.now_s
+        if simulation.contention:
+            others = [node for node in simulation.nodes.values() if node is not self]
+            num_stepping = sum(node._is_stepping for node in others)
+            share = num_stepping / len(others) if others else 0.0
+            self.engine.slowness = 1.0 + simulation.contention * share
         step_s = self.engine.begin_step(now_s)
         self._is_stepping = step_s is not None
         if step_s is not None:

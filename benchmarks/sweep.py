@@ -33,6 +33,7 @@ class Fleet:
     num_engines: int
     num_gateways: int = 1
     network: Network | None = None  # unset: loopback
+    contention: float = 0.0  # see `Simulation`
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def simulate(
         num_gateways=fleet.num_gateways,
         network=fleet.network,
         segment_tokens=segment_tokens,
+        contention=fleet.contention,
         seed=seed,
         on_progress=on_progress,
     )

@@ -29,6 +29,7 @@ class FirstComeFirstServed:
     info = _INFO
     step_num_decode_reqs = 0
     num_preemptions_total = 0
+    slowness = 1.0
 
     def __init__(self) -> None:
         self.blocks = BlockLog()

@@ -156,3 +156,14 @@ def test_capacity():
     below = simulate(workload.at_rate(0.7 * rate), Fleet(PROFILE, 2), "least_requests")
     above = simulate(workload.at_rate(1.5 * rate), Fleet(PROFILE, 2), "least_requests")
     assert np.median(below.ttft_s) * 5.0 < np.median(above.ttft_s)
+
+
+def test_contention():
+    """Engines that step at the same time slow each other down; one alone is not slowed."""
+    workload = SYNTHETIC["poisson"](200, 0).at_rate(20.0)
+
+    def step_s(num_engines, contention):
+        return np.median(simulation(workload, num_engines, contention=contention).run().gaps_s)
+
+    assert step_s(1, 0.5) == step_s(1, 0.0)
+    assert 1.2 < step_s(2, 0.5) / step_s(2, 0.0) < 1.6
