@@ -142,6 +142,7 @@ def test_the_openai_client_gets_paris_every_way(server):
     assert asyncio.run(ask_async()) == text
 
 
+@pytest.mark.timeout(600)  # starts two engines more
 def test_when_both_engines_are_killed_the_same_curl_answers_through_a_second_server(
     server, tmp_path
 ):
@@ -165,7 +166,8 @@ def test_when_both_engines_are_killed_the_same_curl_answers_through_a_second_ser
         )
     first = Server(process, f"http://127.0.0.1:{port}")
     curl = ["curl", "-sS", "-i", f"{first.url}/v1/chat/completions", "-d"]
-    curl.append(json.dumps({"model": MODEL, "messages": QUESTION, "temperature": 0}))
+    body = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 20}
+    curl.append(json.dumps(body))
     try:
         first.until(lambda: process.poll() is not None or _ready(first), START_TIMEOUT_S)
         assert process.poll() is None, log.read_text()
