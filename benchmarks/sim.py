@@ -9,6 +9,7 @@ import argparse
 import csv
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -69,13 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(str(error), markup=False)
         return 1
     slo = Slo(options.slo_ttft, options.slo_tpot)
-    with Sweep(workloads, profile, slo, num_gateways=options.gateways) as sweep:
-        try:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end the processes, too
+    try:
+        with Sweep(workloads, profile, slo, num_gateways=options.gateways) as sweep:
             capacities = _capacities(options, sweep, list(workloads))
             results = _run(sweep, list(_cases(options, list(workloads), capacities)))
-        except KeyboardInterrupt:
-            console.print("Stopped before the end: nothing is written.")
-            os._exit(130)
+    except KeyboardInterrupt:
+        console.print("Stopped before the end: nothing is written.")
+        return 130
     config = {
         "profile": profile.model_dump(),
         "num_gateways": options.gateways,

@@ -1,10 +1,11 @@
 """Many simulated runs: workloads × fleets × loads × policies, on all cores."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from typing import Any
 
 import numpy as np
@@ -112,27 +113,26 @@ class Sweep:
     ) -> None:
         self._shared = (workloads, profile, slo, num_gateways)
         self._num_processes = num_processes or len(os.sched_getaffinity(0))
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: Pool | None = None
 
     def __enter__(self) -> "Sweep":
-        self._pool = ProcessPoolExecutor(
-            self._num_processes, get_context("forkserver"), _share, (self._shared,)
-        )
+        context = get_context("forkserver")
+        self._pool = context.Pool(self._num_processes, _share, (self._shared,))
         return self
 
     def __exit__(self, *exception: object) -> None:
         assert self._pool is not None
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.terminate()
 
     def capacities(self, wanted: Sequence[tuple[str, int]]) -> Iterator[float]:
         """Yield the capacity of each (workload, number of engines), in their order."""
         assert self._pool is not None
-        yield from self._pool.map(_capacity, wanted)
+        yield from self._pool.imap(_capacity, wanted)
 
     def figures(self, cases: Sequence[Case]) -> Iterator[Figures]:
         """Yield the figures of each case, in their order."""
         assert self._pool is not None
-        yield from self._pool.map(_figures, cases)
+        yield from self._pool.imap(_figures, cases)
 
 
 # In each process of a sweep: what all its runs share.
@@ -141,6 +141,7 @@ _shared: Any = None
 
 def _share(shared: Any) -> None:
     global _shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever collects
     _shared = shared
 
 
