@@ -44,7 +44,7 @@ _NUM_CONNECTIONS = 64
 _TIMEOUT_S = 120.0
 # One run of the simulation is as much chance as one of the engines: the median of many.
 _NUM_SIMULATIONS = 15
-_NUM_FIT_SIMULATIONS = 5
+_NUM_FIT_SIMULATIONS = 3
 _TARGETS = {"ttft_p50_s": 0.15, "ttft_p90_s": 0.15, "ttft_p99_s": 0.30, "tokens_per_s": 0.15}
 
 console = Console(highlight=False)
@@ -142,8 +142,8 @@ def fit(
 
     candidates = [
         Surroundings(percent / 100, path_ms / 1000)
-        for percent in range(0, 80, 5)
-        for path_ms in (5, 10, 15, 20, 30, 40)
+        for percent in range(0, 70, 10)
+        for path_ms in (10, 20, 30)
     ]
     return min(candidates, key=error)
 
