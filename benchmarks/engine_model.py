@@ -68,6 +68,7 @@ class _State(Enum):
 
 class _Sequence:
     __slots__ = (
+        "admission",
         "id",
         "index",
         "job",
@@ -95,6 +96,7 @@ class _Sequence:
         self.joined_tick = 0
         self.num_cached = 0
         self.num_preemptions = 0
+        self.admission = 0  # counts all admissions of the engine: the order of running
 
     @property
     def num_tokens(self) -> int:
@@ -159,6 +161,7 @@ class EngineModel:
         self._chunk = profile.prefill_chunk or profile.max_num_batched_tokens
         self._serials = itertools.count()
         self._num_prepended = 0
+        self._num_admissions = 0
         self._jobs: dict[str, list[_Sequence]] = {}
         self._waiting = LazyHeap()
         self._waiting_sequences: dict[str, _Sequence] = {}
@@ -307,12 +310,13 @@ class EngineModel:
         self._account(1)
         self._ends_s.clear()
         progress: list[Progress] = []
+        finished: list[_Sequence] = []
         finishes = self._finishes
         while finishes and finishes[0][0] <= self._tick:
             tick, _, sequence = heapq.heappop(finishes)
             if sequence.state is _State.DECODE and tick == self._finish_tick(sequence):
                 self._leave_decode(sequence)
-                self._finish(sequence, progress)
+                finished.append(sequence)
         for sequence, num_tokens in self._prefills.items():
             sequence.num_computed += num_tokens
             if sequence.num_computed < sequence.num_tokens:
@@ -321,11 +325,14 @@ class EngineModel:
             sequence.num_emitted += 1
             self.num_output_tokens_total += 1
             if sequence.num_emitted == sequence.num_output:
-                self._finish(sequence, progress)
+                finished.append(sequence)
                 continue
             self._join_decode(sequence)
             if sequence.num_emitted == 1:
                 progress.append(self._progress(sequence, finished=False))
+        # Blocks are released, and so evicted, in the order of running.
+        for sequence in sorted(finished, key=lambda each: each.admission):
+            self._finish(sequence, progress)
         for sequence in self._stalled:
             self._join_decode(sequence)
         self._prefills.clear()
@@ -540,6 +547,8 @@ class EngineModel:
                 sequence.num_cached = num_hit_tokens
             sequence.num_computed = num_hit_tokens
             sequence.state = _State.PREFILL
+            self._num_admissions += 1
+            sequence.admission = self._num_admissions
             self._running[sequence] = None
             self._prefilling[sequence] = None
             num_new_tokens = min(num_tokens - num_hit_tokens, chunk, budget)
