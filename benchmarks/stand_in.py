@@ -19,10 +19,20 @@ import argparse
 import asyncio
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from benchmarks.asgi import (
+    EVENTS,
+    Receive,
+    Scope,
+    Send,
+    error_content,
+    reply,
+    send_part,
+    until_gone,
+)
 from benchmarks.completion_text import CompletionText
 from benchmarks.pace import Pace
 from router.types import EngineInfo, EngineSnapshot
@@ -33,10 +43,6 @@ from serving.config import Config, ConfigError
 if TYPE_CHECKING:
     from serving.plan import Plan
 
-Scope = dict[str, Any]
-Receive = Callable[[], Any]
-Send = Callable[[dict[str, Any]], Any]
-
 MODEL = "stand-in"
 # Capacities beyond what any benchmark asks for: admission must never hold a request.
 _NUM_KV_TOKENS = 2**30
@@ -45,9 +51,6 @@ _MAX_STEP_TOKENS = 2**20
 _PREFILL_TOKENS_PER_S = 1e7
 # About what one token of English takes in a request body.
 _BYTES_PER_TOKEN = 4
-
-_JSON = [(b"content-type", b"application/json")]
-_EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
 
 class StandInArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -160,11 +163,11 @@ class StandInEngine:
             await self._complete(path == "/v1/chat/completions", receive, send)
         elif path == "/v1/models":
             model = {"id": self.info.model, "object": "model", "created": 0, "owned_by": "headway"}
-            await _reply(send, 200, {"object": "list", "data": [model]})
+            await reply(send, 200, {"object": "list", "data": [model]})
         elif path == "/health":
-            await _reply(send, 200, {})
+            await reply(send, 200, {})
         else:
-            await _reply(send, 404, _error("Not Found", 404))
+            await reply(send, 404, error_content("Not Found", 404))
 
     async def _complete(self, chat: bool, receive: Receive, send: Send) -> None:
         body = bytearray()
@@ -178,7 +181,7 @@ class StandInEngine:
         try:
             request = _decode_body(body)
         except msgspec.MsgspecError as error:
-            await _reply(send, 400, _error(str(error), 400))
+            await reply(send, 400, error_content(str(error), 400))
             return
         await self._generate(request, len(body) // _BYTES_PER_TOKEN, chat, receive, send)
 
@@ -199,13 +202,13 @@ class StandInEngine:
         num_sent = 0
         try:
             if request.stream:
-                await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+                await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
                 if chat:
-                    await _send_part(send, text.role)
+                    await send_part(send, text.role)
             for number in range(1, num_tokens + 1):
                 if number > 1:
                     if watch is None:
-                        watch = asyncio.get_running_loop().create_task(_until_gone(receive))
+                        watch = asyncio.get_running_loop().create_task(until_gone(receive))
                         pace.enter()
                     await pace.step()
                     if watch.done():
@@ -213,13 +216,13 @@ class StandInEngine:
                 num_sent = number
                 self.num_output_tokens_total += 1
                 if request.stream:
-                    await _send_part(send, text.token(number, number == num_tokens))
+                    await send_part(send, text.token(number, number == num_tokens))
             if not request.stream:
-                await _reply(send, 200, text.whole(num_tokens))
+                await reply(send, 200, text.whole(num_tokens))
                 return
             if request.stream_options is not None and request.stream_options.include_usage:
-                await _send_part(send, text.usage(num_tokens))
-            await _send_part(send, b"data: [DONE]\n\n")
+                await send_part(send, text.usage(num_tokens))
+            await send_part(send, b"data: [DONE]\n\n")
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             if watch is not None:
@@ -229,28 +232,6 @@ class StandInEngine:
                 account.num_output_tokens = num_sent
             self.num_running_reqs -= 1
             self._num_ended_tokens += num_prompt_tokens + num_sent
-
-
-def _error(message: str, code: int) -> dict[str, Any]:
-    kind = "NotFoundError" if code == 404 else "BadRequestError"
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-def _send_part(send: Send, body: bytes) -> Any:
-    return send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-async def _reply(send: Send, status: int, content: dict[str, Any]) -> None:
-    body = msgspec.json.encode(content)
-    length = (b"content-length", str(len(body)).encode())
-    await send({"type": "http.response.start", "status": status, "headers": [*_JSON, length]})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-async def _until_gone(receive: Receive) -> None:
-    """Return when the client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def main() -> None:

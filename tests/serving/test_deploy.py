@@ -27,7 +27,13 @@ def hardware(path: Path) -> Hardware:
 
 
 def test_all_are_here() -> None:
-    assert {path.stem for path in FILES} == {"cpu", "cpu-haproxy", "gpu8-tp1", "gpu8-tp2x4"}
+    assert {path.stem for path in FILES} == {
+        "cpu",
+        "cpu-haproxy",
+        "emulated8",
+        "gpu8-tp1",
+        "gpu8-tp2x4",
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -36,7 +42,7 @@ def test_ray_takes_it_and_it_fits(path: Path) -> None:
     file = load(path, {})
     check_with_ray(file)
     the_plan = plan(file.config, hardware(path))
-    expected = {"cpu": 2, "cpu-haproxy": 2, "gpu8-tp1": 8, "gpu8-tp2x4": 4}
+    expected = {"cpu": 2, "cpu-haproxy": 2, "emulated8": 8, "gpu8-tp1": 8, "gpu8-tp2x4": 4}
     assert the_plan.num_replicas == expected[path.stem]
     gpus = the_plan.num_replicas * the_plan.num_gpus_per_replica
     assert gpus == (8 if path.name.startswith("gpu8") else 0)

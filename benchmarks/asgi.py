@@ -1,0 +1,39 @@
+"""The little of ASGI that engines without a model need."""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+Scope = dict[str, Any]
+Receive = Callable[[], Any]
+Send = Callable[[dict[str, Any]], Any]
+
+EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8")]
+
+
+def error_content(message: str, code: int) -> dict[str, Any]:
+    """The body of an error as OpenAI words it."""
+    kind = "NotFoundError" if code == 404 else "BadRequestError"
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def send_part(send: Send, body: bytes) -> Any:
+    """Send a part of a response that has begun."""
+    return send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def reply(
+    send: Send, status: int, content: dict[str, Any] | bytes, kind: bytes = b"application/json"
+) -> None:
+    """Send a whole response; a dictionary goes as JSON."""
+    body = content if isinstance(content, bytes) else msgspec.json.encode(content)
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def until_gone(receive: Receive) -> None:
+    """Return when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

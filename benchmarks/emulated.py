@@ -1,0 +1,188 @@
+"""An engine without a GPU: vLLM's scheduler and a profile's step times behind the real stream.
+
+`engine.factory: "benchmarks.emulated:EmulatedEngine"` puts it where vLLM
+would be; `engine.args.profile` names the hardware. Requests queue, prefill in
+chunks, share prefixes, decode in one batch and are preempted as in vLLM, in
+real time; only what they say is made up (`emulated_text`): the same prompt is
+answered by the same text on every engine, and a prompt that ends with a part
+of such a text by the rest of it.
+"""
+
+import asyncio
+import itertools
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from benchmarks.asgi import (
+    Receive,
+    Scope,
+    Send,
+    error_content,
+    reply,
+    until_gone,
+)
+from benchmarks.emulated_metrics import render
+from benchmarks.emulated_reply import EmulatedReply
+from benchmarks.emulated_request import Body, parse
+from benchmarks.engine_clock import EngineClock
+from benchmarks.engine_model import EngineModel, Progress
+from benchmarks.profile import Profile, ProfileError
+from router.types import EngineSnapshot
+from serving.account import Account, current_account
+from serving.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from serving.plan import Plan
+
+
+class EmulatedArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`engine.args` of an emulated engine."""
+
+    profile: str = "h100-llama8b"  # a file's path, or a name in benchmarks/profiles
+    tokens: int = 200  # of a request that sets no limit
+    seed: int = 0  # of the noise on step times; each engine adds its rank
+    prefill_chunk: int | None = None  # the profile's `max_prefill_chunk`
+    priority: bool = True  # a waiting queue by priority, as Headway sets its engines
+
+
+class EmulatedEngine:
+    """The `serving.engine.Engine` of emulations."""
+
+    def __init__(self, args: EmulatedArgs, model: str | None = None, rank: int = 0) -> None:
+        """Raises `ProfileError` when the profile cannot be read."""
+        profile = Profile.load(args.profile)
+        if args.prefill_chunk is not None:
+            profile = profile.model_copy(update={"max_prefill_chunk": args.prefill_chunk})
+        self.model = EngineModel(
+            profile, random.Random(f"{args.seed} {rank}"), priority=args.priority
+        )
+        self.info = msgspec.structs.replace(
+            self.model.info,
+            model=model or profile.model,
+            engine=f"emulated ({self.model.info.engine})",
+        )
+        self.app = self._serve
+        self.dead = False
+        self.clock = EngineClock(self.model, self._stepped)
+        self._args = args
+        self._replies: dict[str, EmulatedReply] = {}
+        self._ids = itertools.count()
+        self._on_step: Callable[[], None] = lambda: None
+
+    @classmethod
+    async def start(cls, config: Config, plan: "Plan", local_rank: int) -> "EmulatedEngine":
+        """Return an engine, ready at once. Raises `ConfigError` for bad `engine.args`."""
+        try:
+            args = msgspec.convert(config.engine.args, EmulatedArgs)
+            return cls(args, plan.served_model_name, local_rank)
+        except (msgspec.ValidationError, ProfileError) as error:
+            raise ConfigError(f"engine.args: {error}") from None
+
+    def subscribe(self, on_step: Callable[[], None]) -> None:
+        """`on_step()` is called on the event loop after every step, never while idle."""
+        self._on_step = on_step
+
+    def snapshot(self, seq: int, accounts: list[Account]) -> EngineSnapshot:
+        """The state now; what has not come as far as the scheduler counts with its estimate."""
+        snapshot = self.model.snapshot(seq, 0)
+        chunk = self.info.max_prefill_chunk or self.info.max_num_batched_tokens
+        estimates = [account.num_prompt_tokens for account in accounts if not account.entered]
+        return msgspec.structs.replace(
+            snapshot,
+            num_inflight_reqs=len(accounts),
+            num_pending_prefill_tokens=snapshot.num_pending_prefill_tokens + sum(estimates),
+            num_step_demand_tokens=snapshot.num_step_demand_tokens
+            + sum(min(estimate, chunk) for estimate in estimates),
+        )
+
+    def forget(self, account: Account) -> None:
+        """Part of the engine's interface; nothing is kept per account."""
+
+    async def shutdown(self) -> None:
+        """Take no further step."""
+        self.clock.stop()
+
+    def _stepped(self, progress: list[Progress]) -> None:
+        for each in progress:
+            if (live := self._replies.get(each.job_id)) is not None:
+                live.on_progress(each)
+        for live in self._replies.values():
+            live.on_step()
+        self._on_step()
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if path in ("/v1/chat/completions", "/v1/completions"):
+            await self._complete(path == "/v1/chat/completions", receive, send)
+        elif path == "/v1/models":
+            model = {
+                "id": self.info.model,
+                "object": "model",
+                "created": 0,
+                "owned_by": "headway",
+                "max_model_len": self.info.max_model_len,
+            }
+            await reply(send, 200, {"object": "list", "data": [model]})
+        elif path == "/health":
+            await reply(send, 200, {})
+        elif path == "/metrics":
+            await reply(send, 200, render(self.model, self.info.model), b"text/plain")
+        else:
+            await reply(send, 404, error_content("Not Found", 404))
+
+    async def _complete(self, chat: bool, receive: Receive, send: Send) -> None:
+        raw = bytearray()
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            raw += message.get("body", b"")
+            more = message.get("more_body", False)
+        try:
+            body = parse(bytes(raw))
+            if body.model not in (None, self.info.model):
+                error = f"The model `{body.model}` does not exist."
+                await reply(send, 404, error_content(error, 404))
+                return
+            live = self._admit(body, chat)
+        except ValueError as error:
+            await reply(send, 400, error_content(str(error), 400))
+            return
+        gone = asyncio.get_running_loop().create_task(until_gone(receive))
+        gone.add_done_callback(lambda _: live.on_gone())
+        try:
+            await live.send_all(self.model, gone, send)
+        finally:
+            gone.cancel()
+            del self._replies[live.job.id]
+            self.clock.abort(live.job.id)
+
+    def _admit(self, body: Body, chat: bool) -> EmulatedReply:
+        """Hand the request to the scheduler. Raises `ValueError` for one that cannot fit."""
+        prompt = body.parse_prompt(chat)
+        if prompt.num_tokens >= self.info.max_model_len:
+            raise ValueError(
+                f"This model's maximum context length is {self.info.max_model_len} tokens. "
+                f"However, your prompt has {prompt.num_tokens} tokens."
+            )
+        account = current_account.get()
+        asked = body.max_completion_tokens or body.max_tokens or self._args.tokens
+        live = EmulatedReply(
+            str(next(self._ids)),
+            body,
+            prompt,
+            chat,
+            self.info.model,
+            min(asked, self.info.max_model_len - prompt.num_tokens),
+            self.info.block_size,
+            account,
+        )
+        self._replies[live.job.id] = live
+        self.clock.add(live.job)
+        if account is not None:
+            account.entered, account.num_prompt_tokens = True, prompt.num_tokens
+        return live

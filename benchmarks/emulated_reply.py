@@ -1,0 +1,142 @@
+"""One response of an emulated engine, from its request's admission to its last byte."""
+
+import asyncio
+import time
+import zlib
+
+from benchmarks.asgi import EVENTS, Send, reply, send_part
+from benchmarks.completion_text import CompletionText
+from benchmarks.emulated_request import Body
+from benchmarks.emulated_text import Prompt
+from benchmarks.engine_model import EngineModel, Job, Progress
+from serving.account import Account
+from serving.record import Entry, num_tokens
+
+
+class EmulatedReply:
+    """Sends tokens as the engine's steps bring them, each as an event of its own.
+
+    One that another engine has begun (`account.resume`) writes the same bytes
+    anew, and has only the rest computed: what the other has generated comes
+    behind the prompt.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        body: Body,
+        prompt: Prompt,
+        chat: bool,
+        model: str,
+        max_tokens: int,
+        block_size: int,
+        account: Account | None,
+    ) -> None:
+        self.prompt = prompt
+        self._body = body
+        self._chat = chat
+        self._account = account
+        self._wake = asyncio.Event()
+        num_sequences = body.n or 1
+        self._num_done = 0
+        # Of several sequences a record does not tell how they were interleaved.
+        if account is not None and account.resume is not None and num_sequences == 1:
+            self._num_done = min(num_tokens(account.resume.record), max_tokens - 1)
+        self.job = Job(
+            id=job_id,
+            num_prompt_tokens=prompt.num_tokens + self._num_done,
+            num_output_tokens=max_tokens - self._num_done,
+            priority=body.priority + (account.priority if account is not None else 0),
+            block_hashes=prompt.hashes(block_size),
+            num_sequences=num_sequences,
+        )
+        self._ends: dict[int, int] = {}  # of sequences that are over: tokens
+        self._num_sent = [0] * num_sequences
+        self._num_cached_tokens = 0
+        self._has_begun = False
+        request_id = account.request_id if account is not None else ""
+        created_s = account.created_s if account is not None else 0
+        self._texts = [
+            CompletionText(
+                chat,
+                zlib.crc32((request_id or job_id).encode()) | prompt.seed << 32,
+                model,
+                prompt.num_tokens,
+                index=index,
+                word=prompt.word(index),
+                created_s=created_s or int(time.time()),
+            )
+            for index in range(num_sequences)
+        ]
+
+    def on_progress(self, progress: Progress) -> None:
+        """A sequence has begun or ended its output."""
+        self._has_begun = True
+        self._num_cached_tokens = max(self._num_cached_tokens, progress.num_cached_tokens)
+        if progress.finished:
+            self._ends[progress.index] = progress.num_tokens + self._num_done
+
+    def on_step(self) -> None:
+        """There may be something to send."""
+        if self._has_begun:
+            self._wake.set()
+
+    def on_gone(self) -> None:
+        """The client has left."""
+        self._wake.set()
+
+    async def send_all(self, model: EngineModel, gone: asyncio.Task[None], send: Send) -> None:
+        """Return when the last byte is out, or the client gone."""
+        body, account = self._body, self._account
+        if body.stream:
+            await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
+        open_ = set(range(len(self._texts)))
+        while open_:
+            await self._wake.wait()
+            self._wake.clear()
+            if gone.done():
+                return
+            for index in sorted(open_):
+                last = index in self._ends
+                end = (
+                    self._ends[index]
+                    if last
+                    else model.num_output_tokens(self.job.id, index) + self._num_done
+                )
+                await self._send_tokens(index, end, last, send)
+                if last:
+                    open_.discard(index)
+        if account is not None:
+            account.num_cached_tokens = self._num_cached_tokens
+        first, num_output_tokens = self._texts[0], sum(self._num_sent)
+        if not body.stream:
+            choices = [
+                text.choice(num) for text, num in zip(self._texts, self._num_sent, strict=True)
+            ]
+            whole = first.whole(num_output_tokens, self._num_cached_tokens, choices)
+            await reply(send, 200, whole)
+            return
+        if body.include_usage:
+            await send_part(send, first.usage(num_output_tokens, self._num_cached_tokens))
+        await send_part(send, b"data: [DONE]\n\n")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_tokens(self, index: int, end: int, last: bool, send: Send) -> None:
+        sent = self._num_sent[index]
+        if end == sent:
+            return
+        self._num_sent[index] = end
+        if (account := self._account) is not None:
+            account.num_output_tokens += end - sent
+            if new := range(max(sent, self._num_done) + 1, end + 1):
+                ids = tuple(map(self.prompt.reply_id, new))
+                account.recorder.add(Entry(index, ids), is_streamed=bool(self._body.stream))
+        if not self._body.stream:
+            return
+        text = self._texts[index]
+        events = [text.token(number, last and number == end) for number in range(sent + 1, end + 1)]
+        if self._chat and not sent:
+            events.insert(0, text.role)
+        if account is not None:
+            account.recorder.cut()
+        await send_part(send, b"".join(events))

@@ -1,0 +1,78 @@
+"""An emulated engine as a server of its own, for routers that are not Headway's.
+
+    python -m benchmarks.emulated_server --profile h100-llama8b --port 8001
+
+Speaks as `vllm serve` does: `/v1/chat/completions`, `/v1/completions`,
+`/v1/models`, `/health`, and `/metrics` under vLLM's names.
+"""
+
+import asyncio
+import socket
+from typing import Annotated
+
+import typer
+import uvicorn
+
+from benchmarks.emulated import EmulatedArgs, EmulatedEngine
+from benchmarks.profile import ProfileError
+
+
+def serve(
+    port: Annotated[int, typer.Option(help="Port to listen on.")],
+    profile: Annotated[
+        str, typer.Option(help="A profile's file, or its name in benchmarks/profiles.")
+    ] = "h100-llama8b",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    model: Annotated[
+        str | None, typer.Option(help="The name clients ask for; else the profile's model.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of a reply whose request sets no limit.")] = (
+        200
+    ),
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="What one prompt may take of a step while others wait; 0: all, vLLM's default. "
+            "Unset: as the profile says."
+        ),
+    ] = None,
+    scheduling_policy: Annotated[
+        str, typer.Option(metavar="fcfs|priority", help="Order of the waiting queue, as vLLM's.")
+    ] = "fcfs",
+    seed: Annotated[int, typer.Option(help="Of the noise on step times.")] = 0,
+) -> None:
+    """Serve one emulated engine until a signal ends it."""
+    if scheduling_policy not in ("fcfs", "priority"):
+        raise typer.BadParameter("fcfs or priority", param_hint="--scheduling-policy")
+    args = EmulatedArgs(
+        profile=profile,
+        tokens=tokens,
+        seed=seed,
+        prefill_chunk=prefill_chunk,
+        priority=scheduling_policy == "priority",
+    )
+    try:
+        engine = EmulatedEngine(args, model, rank=port)
+    except ProfileError as error:
+        raise typer.BadParameter(str(error), param_hint="--profile") from None
+    # Told to be TCP, for only then asyncio sets TCP_NODELAY.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise typer.BadParameter(f"{port}: {error.strerror}", param_hint="--port") from None
+    config = uvicorn.Config(
+        engine.app,
+        http="httptools",
+        loop="asyncio",  # uvloop's timers count whole milliseconds: steps are some
+        interface="asgi3",
+        lifespan="off",
+        access_log=False,
+        log_level="warning",
+    )
+    asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+
+
+if __name__ == "__main__":
+    typer.run(serve)

@@ -1,0 +1,73 @@
+"""Tokens of an emulated engine: how text is cut into them, and what a reply says.
+
+A reply's token is a word such as " 3fa9.17": a seed from the prompt, and the
+token's number. So it depends on the prompt and its position alone, whichever
+engine writes it, and a prompt that ends with such a word (a reply that broke
+off, sent again for its rest) is known for what it is: the reply goes on with
+" 3fa9.18".
+"""
+
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+
+# About what a byte-pair vocabulary makes of English: a word of up to 12 letters with the
+# space before it is one token.
+_TOKEN = re.compile(r"\s?\S{1,12}|\s")
+_REPLY_END = re.compile(r"(?:^|\s)([0-9a-f]{4})\.(\d{1,9})$")
+# A prompt given as token ids continues a reply where its last id is one of a reply's: they
+# start here, beyond every vocabulary, and hold seed and number.
+_FIRST_REPLY_ID = 1 << 40
+_IDS_PER_SEED = 1 << 24
+
+
+class Prompt:
+    """The tokens of one prompt, as text or as ids."""
+
+    def __init__(self, tokens: Sequence[str] | Sequence[int]) -> None:
+        """`tokens` are not empty."""
+        self._tokens = tokens
+        self.num_tokens = len(tokens)
+        self.seed, self.num_reply_tokens = self._continues() or (self._own_seed(), 0)
+
+    @classmethod
+    def of_text(cls, text: str) -> "Prompt":
+        """Return the prompt of a text. Raises `ValueError` if it is empty."""
+        if not text:
+            raise ValueError("the prompt is empty")
+        return cls(_TOKEN.findall(text))
+
+    def hashes(self, num_tokens: int) -> tuple[int, ...]:
+        """Chained hashes of the whole blocks of `num_tokens` each."""
+        hashes = []
+        chain = b""
+        for end in range(num_tokens, self.num_tokens + 1, num_tokens):
+            block = "\0".join(map(str, self._tokens[end - num_tokens : end])).encode()
+            chain = blake2b(block, key=chain, digest_size=8).digest()
+            hashes.append(int.from_bytes(chain, "big"))
+        return tuple(hashes)
+
+    def word(self, index: int) -> Callable[[int], bytes]:
+        """Return what gives the text of a reply's token by its number, from 1.
+
+        `index` counts the choices of a request that asks for several.
+        """
+        start = f" {(self.seed + index) & 0xFFFF:04x}.".encode()
+        before = self.num_reply_tokens
+        return lambda number: b"%b%d" % (start, before + number)
+
+    def reply_id(self, number: int) -> int:
+        """The id of a reply's token."""
+        return _FIRST_REPLY_ID + self.seed * _IDS_PER_SEED + self.num_reply_tokens + number
+
+    def _continues(self) -> tuple[int, int] | None:
+        last = self._tokens[-1]
+        if isinstance(last, int):
+            seed, number = divmod(last - _FIRST_REPLY_ID, _IDS_PER_SEED)
+            return (seed, number) if seed >= 0 else None
+        match = _REPLY_END.search(last)
+        return (int(match[1], 16), int(match[2])) if match else None
+
+    def _own_seed(self) -> int:
+        return zlib.crc32("\0".join(map(str, self._tokens)).encode()) & 0xFFFF

@@ -1,0 +1,57 @@
+"""An engine model in real time."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from benchmarks.engine_model import EngineModel, Job, Progress
+
+logger = logging.getLogger(__name__)
+
+# Behind by more than this, the machine is too slow for what it emulates: then times tell of
+# the machine and not of the engine.
+_MAX_LAG_S = 0.25
+
+
+class EngineClock:
+    """Runs the model's steps as time goes by.
+
+    A step begins when the one before it was to end, however late the timer
+    was, so that lateness of a timer (1 ms with uvloop) does not add up.
+    """
+
+    def __init__(self, model: EngineModel, on_step: Callable[[list[Progress]], None]) -> None:
+        self.model = model
+        self.max_lag_s = 0.0  # the most that a step has ended late
+        self._on_step = on_step
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, job: Job) -> None:
+        """Queue a job; an idle engine starts at once. Raises `ValueError` as the model does."""
+        self.model.add(job)
+        if self._timer is None:
+            self._begin(asyncio.get_running_loop().time())
+
+    def abort(self, job_id: str) -> None:
+        self.model.abort(job_id)
+
+    def stop(self) -> None:
+        """Take no further step."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _begin(self, now_s: float) -> None:
+        self.model.begin_step(now_s)
+        end_s = self.model.end_s
+        if end_s is not None:
+            self._timer = asyncio.get_running_loop().call_at(end_s, self._end, end_s)
+
+    def _end(self, end_s: float) -> None:
+        self._timer = None
+        lag_s = asyncio.get_running_loop().time() - end_s
+        if lag_s > max(self.max_lag_s, _MAX_LAG_S):
+            logger.warning("this machine is too slow for its emulated engine: %.1f s late", lag_s)
+        self.max_lag_s = max(self.max_lag_s, lag_s)
+        self._on_step(self.model.end_step(end_s))
+        self._begin(end_s)
