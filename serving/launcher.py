@@ -1,4 +1,4 @@
-"""The command line: `headway serve`, `headway plan`, `headway key`, `headway version`."""
+"""The command line: `headway serve`, `plan`, `key`, `profile`, `version`."""
 
 import importlib
 import importlib.metadata
@@ -129,6 +129,25 @@ def plan_command(
         _print_plan(Console(highlight=False, markup=False), file, hardware, the_plan)
 
 
+@main.command("profile")
+def profile_command(
+    ctx: typer.Context,
+    config: ConfigFile = None,
+    model: Model = None,
+    device: Device = None,
+    tensor_parallel_size: TensorParallelSize = None,
+    set_: Set = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write.")] = Path(
+        "profile.yaml"
+    ),
+) -> None:
+    """Start one engine, measure what its steps cost, and write that for the simulator."""
+    with _errors_in_one_line():
+        file, _, the_plan = _planned(ctx.params)
+        console = Console(highlight=False, markup=False, soft_wrap=True)
+        _benchmark("measure").run(file.config, the_plan, output, console)
+
+
 @main.command()
 def whatif(
     trace: Annotated[
@@ -230,7 +249,7 @@ _KEYS = {  # options of the command line and the keys that they set
 
 def _planned(params: dict[str, Any]) -> tuple[LaunchFile, Hardware, Plan]:
     """Configuration, hardware and plan for the command's parameters; may raise `ConfigError`."""
-    options = {_KEYS[name]: params[name] for name in _KEYS if params[name] is not None}
+    options = {_KEYS[name]: params[name] for name in _KEYS if params.get(name) is not None}
     if options.get("replicas", "auto") != "auto":
         options["replicas"] = _yaml("replicas", options["replicas"])
     for assignment in params["set_"] or ():
