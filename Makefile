@@ -19,6 +19,10 @@ install:  ## make .venv with all pinned packages; nothing to do when up to date
 serve: install  ## serve a model at http://127.0.0.1:8000/v1; ARGS="--help" lists the options
 	@$(BIN)/headway serve $(ARGS)
 
+.PHONY: serve-emulated
+serve-emulated: install  ## eight emulated H100s behind the real gateway, in real time
+	@PYTHONPATH=. $(BIN)/headway serve deploy/emulated8.yaml $(ARGS)
+
 test: install  ## all tests, the fast ones first
 	$(BIN)/python -m pytest --durations=10 $(ARGS)
 
@@ -47,6 +51,10 @@ bench-fidelity: install  ## the simulator against two real engines on CPU cores
 
 bench-spill: install  ## goodput and cost of a provider in a spike, simulated
 	$(BIN)/python -m benchmarks.spill $(ARGS)
+
+.PHONY: bench-peers
+bench-peers: install  ## other routers and ours in front of the same eight emulated engines
+	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 clean:  ## remove .venv and caches, not the model
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -70,7 +70,7 @@ class Report:
     """Figures and targets of one run. `name` names the file."""
 
     name: str
-    kind: Literal["measured", "simulated"]
+    kind: Literal["measured", "emulated", "simulated"]  # emulated: in real time, no model
     seed: int
     config: dict[str, Any]
     tables: dict[str, list[dict[str, Figure]]] = field(default_factory=dict)

@@ -1,0 +1,10 @@
+"""Other routers in front of the same engines, one file each."""
+
+from benchmarks.peers.haproxy import HAProxy
+from benchmarks.peers.litellm import LiteLLM
+from benchmarks.peers.nginx import Nginx
+from benchmarks.peers.peer import Peer
+from benchmarks.peers.smg import Smg
+from benchmarks.peers.vllm_router import VllmRouter
+
+PEERS: tuple[type[Peer], ...] = (VllmRouter, Smg, HAProxy, Nginx, LiteLLM)

@@ -1,0 +1,202 @@
+"""Headway and other routers in front of the same engines: `python -m benchmarks.peers`.
+
+Eight emulated H100s, or with `--real` two vLLM engines with the model on board.
+
+All run side by side and idle until it is their turn, in an order that is
+shuffled anew per repeat; each gets the same requests at the same times.
+Engines, routers and load generator share the machine's cores.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import random
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.client import Client
+from benchmarks.comparison import say
+from benchmarks.latency import Latencies, Sample, write_csv
+from benchmarks.load import open_loop
+from benchmarks.mix import Mix
+from benchmarks.peers import PEERS
+from benchmarks.peers.fleet import EmulatedFleet, EmulatedHeadway, VllmFleet
+from benchmarks.peers.peer import MissingError
+from benchmarks.plots import plot_ttft
+from benchmarks.real_engines import RealEngines
+from benchmarks.report import RESULTS, Report, Spread, brief, percentile
+from benchmarks.runner import run_to_the_end
+from benchmarks.subjects import BenchmarkError, Headway, Subject
+from benchmarks.variant import OURS
+from serving.onboard import SERVED_MODEL_NAME
+
+_NUM_CONNECTIONS = 64
+_TIMEOUT_S = 60.0
+_PAUSE_S = 1.0  # between runs: what the one before left behind is over
+# Sizes that keep 8 emulated H100s busy at a rate that two cores can carry.
+_EMULATED_MIX = Mix(short_tokens=(100, 800), long_tokens=(6000, 16_000), output_tokens=(16, 64))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run."""
+
+    peers: tuple[str, ...]
+    profile: str | None  # None: real engines
+    num_engines: int
+    rate: float  # requests per second
+    duration_s: float
+    num_repeats: int
+    seed: int
+    one_policy: bool  # of each peer its first only
+
+    @property
+    def mix(self) -> Mix:
+        return Mix() if self.profile is None else _EMULATED_MIX
+
+    @property
+    def model(self) -> str:
+        return SERVED_MODEL_NAME if self.profile is None else "emulated"
+
+    def subjects(self) -> tuple[EmulatedFleet | VllmFleet, Headway]:
+        """The engines that the peers get, and Headway with its own."""
+        if self.profile is None:
+            return VllmFleet(self.num_engines), RealEngines(self.num_engines)
+        settings = self.profile, self.num_engines, self.model
+        return EmulatedFleet(*settings), EmulatedHeadway(*settings)
+
+
+async def run(plan: Plan) -> tuple[Report, list[Sample]]:
+    """Carry out the plan; return the report and every request's sample."""
+    name, kind = ("peers-emulated", "emulated") if plan.profile else ("peers-real", "measured")
+    report = Report(name, kind, plan.seed, {**asdict(plan), "mix": asdict(plan.mix)})
+    versions: dict[str, str] = {}
+    for peer in PEERS:
+        if peer.title in plan.peers:
+            try:
+                say(f"installing {peer.title}")
+                versions[peer.title] = peer.install()
+            except MissingError as error:
+                say(f"{peer.title} is skipped: {error}")
+                report.note(f"{peer.title} is skipped: {error}.")
+    report.config["peer_versions"] = versions
+    samples: list[Sample] = []
+    late_ms: dict[str, list[float]] = {}
+    async with contextlib.AsyncExitStack() as stack:
+        fleet, ours = plan.subjects()
+        await stack.enter_async_context(fleet)
+        say(f"{plan.num_engines} {fleet.name}: {plan.profile or plan.model}")
+        subjects: dict[str, Subject] = {OURS: await stack.enter_async_context(ours)}
+        for peer in PEERS:
+            policies = peer.policies[:1] if plan.one_policy else peer.policies
+            for policy in policies if peer.title in versions else ():
+                subject = peer(policy, fleet.urls, plan.model)
+                try:
+                    subjects[subject.name] = await stack.enter_async_context(subject)
+                except BenchmarkError as error:
+                    say(f"{subject.name} is skipped: {error}")
+                    report.note(f"{subject.name} is skipped: it did not start.")
+        say(f"up: {', '.join(subjects)}")
+        for repeat in range(-1, plan.num_repeats):  # the first warms everything up
+            order = list(subjects)
+            random.Random(f"order {plan.seed} {repeat}").shuffle(order)
+            for name in order:
+                found, late_s = await _one(plan, subjects[name], name, repeat)
+                if repeat >= 0:
+                    samples += found
+                    late_ms.setdefault(name, []).append(late_s * 1e3)
+        num_late = fleet.num_late() if isinstance(fleet, EmulatedFleet) else 0
+    latencies = Latencies(samples)
+    latencies.fill(report)
+    for name, values in late_ms.items():
+        report.row("Load generator", policy=name, sent_late_p99_ms=Spread.of(values))
+    rivals = [name for name in subjects if name != OURS]
+    latencies.set_targets(report, OURS, rivals)
+    for (name, reason), count in Counter(
+        (each.policy, each.error) for each in samples if each.error
+    ).most_common(10):
+        report.note(f"{name}: {count} requests failed: {reason}")
+    if plan.profile:
+        report.note(
+            "Engines are emulated: vLLM's scheduler in real time at a profile's step times, and "
+            "no model."
+        )
+    report.note(
+        "All engines have the same settings. The order of promises in the waiting queue inside "
+        "an engine is a part of Headway; the peers' engines serve first come, first served."
+    )
+    report.note(
+        "Ray Serve LLM's own router is skipped: it starts vLLM engines of its own and cannot be "
+        "put in front of these."
+    )
+    if num_late:
+        report.note(f"{num_late} times an engine was late: this machine is too slow for the rate.")
+    return report, samples
+
+
+async def _one(plan: Plan, subject: Subject, name: str, repeat: int) -> tuple[list[Sample], float]:
+    """One subject's turn; its samples and how late requests were sent (p99, seconds)."""
+    duration_s = plan.duration_s if repeat >= 0 else min(3.0, plan.duration_s)
+    asks = plan.mix.arrivals(plan.rate, duration_s, f"{plan.seed} {repeat}")
+    salt = f"{plan.seed} {repeat} {name}"
+    arrivals = [(ask.offset_s, plan.mix.call(ask, plan.model, salt)) for ask in asks]
+    async with Client(subject.urls) as client:
+        await client.connect(_NUM_CONNECTIONS)
+        records = await open_loop(client, arrivals, _TIMEOUT_S)
+    await asyncio.sleep(_PAUSE_S)
+    samples = [
+        Sample.of(repeat, name, ask, record) for ask, record in zip(asks, records, strict=True)
+    ]
+    late_s = percentile([record.late_s for record in records], 99)
+    found = Latencies(samples)
+    figures = [
+        f"{kind} p{percent} {'-' if value is None else brief(value)} s"
+        for kind, percent in (("short", 50), ("short", 99), ("long", 99))
+        for value in [found.ttft_s(name, kind, percent)]
+    ]
+    num_failed = sum(not sample.completed for sample in samples)
+    turn = f"repeat {repeat + 1}" if repeat >= 0 else "warming up"
+    say(f"{turn}: {name:24} {', '.join(figures)}; {len(samples)} requests, {num_failed} failed")
+    return samples, late_s
+
+
+def _parse(arguments: Sequence[str] | None) -> Plan:
+    titles = [peer.title for peer in PEERS]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--peers", nargs="+", choices=titles, default=titles, metavar="PEER")
+    parser.add_argument("--profile", default="h100-llama8b", help="what is emulated")
+    parser.add_argument("--real", action="store_true", help="two vLLM engines on CPU cores")
+    parser.add_argument("--engines", type=int, help="8, or 2 if real")
+    parser.add_argument("--rate", type=float, help="requests/s: 60, or 2.2 if real")
+    parser.add_argument("--duration", type=float, help="of arrivals per run, s: 15, or 30 if real")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--one-policy", action="store_true", help="of each peer its first only")
+    parser.add_argument("--seed", type=int, default=0)
+    options: Any = parser.parse_args(arguments)
+    return Plan(
+        tuple(options.peers),
+        None if options.real else options.profile,
+        options.engines or (2 if options.real else 8),
+        options.rate or (2.2 if options.real else 60.0),
+        options.duration or (30.0 if options.real else 15.0),
+        options.repeats,
+        options.seed,
+        options.one_policy,
+    )
+
+
+def main() -> int:
+    plan = _parse(None)
+    report, samples = run_to_the_end(lambda: run(plan))
+    report.finish()
+    lines = RESULTS / f"{report.name}.csv"
+    write_csv(samples, lines)
+    say(f"Every request: {lines.name}; figure: {plot_ttft(lines).name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

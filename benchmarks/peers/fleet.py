@@ -1,0 +1,76 @@
+"""The engines behind the peers, each a server of its own, and Headway with the same ones."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.peer import answers
+from benchmarks.processes import Launch
+from benchmarks.subjects import Headway, Subject, free_ports
+from serving.onboard import SERVED_MODEL_NAME
+
+_ROOT = Path(__file__).parents[2]
+
+
+class EmulatedFleet(Subject):
+    """Servers that the peers are put in front of."""
+
+    def __init__(self, profile: str, num_engines: int, model: str) -> None:
+        super().__init__("emulated engines", num_engines)
+        self._profile = profile
+        self._model = model
+
+    def _launch(self, folder: Path) -> None:
+        for number, port in enumerate(free_ports(self.num_engines)):
+            self.urls.append(f"http://127.0.0.1:{port}")
+            command = [
+                *(sys.executable, "-m", "benchmarks.emulated_server", "--port", str(port)),
+                *("--profile", self._profile, "--model", self._model),
+            ]
+            self.launches.append(Launch(command, folder / f"engine-{number}.log", _ROOT))
+
+    def _is_ready(self) -> bool:
+        return all(answers(url, self._model) for url in self.urls)
+
+    def num_late(self) -> int:
+        """Return how often an engine was later than it may be: the machine is too slow then."""
+        return sum(launch.log_tail(1 << 20).count("too slow") for launch in self.launches)
+
+
+class VllmFleet(Subject):
+    """Real vLLM servers with the model on board, one CPU core each."""
+
+    def __init__(self, num_engines: int) -> None:
+        super().__init__("vLLM engines", num_engines)
+
+    def _launch(self, folder: Path) -> None:
+        for rank, port in enumerate(free_ports(self.num_engines)):
+            self.urls.append(f"http://127.0.0.1:{port}")
+            command = [
+                *(sys.executable, "-m", "benchmarks.peers.vllm_server", "--port", str(port)),
+                *("--rank", str(rank), "--engines", str(2 * self.num_engines)),
+            ]
+            self.launches.append(Launch(command, folder / f"engine-{rank}.log", _ROOT))
+
+    def _is_ready(self) -> bool:
+        return all(answers(url, SERVED_MODEL_NAME) for url in self.urls)
+
+
+class EmulatedHeadway(Headway):
+    """Headway with its own engines: the same model of the same profile, in its replicas."""
+
+    def __init__(self, profile: str, num_engines: int, model: str) -> None:
+        super().__init__("own", num_engines)
+        self._profile = profile
+        self._model = model
+
+    def config(self, port: int, gateway_port: int) -> dict[str, Any]:
+        """Return the content of the config file."""
+        config = super().config(port, gateway_port)
+        args = config["applications"][0]["args"]
+        args["served_model_name"] = self._model
+        args["engine"] = {
+            "factory": "benchmarks.emulated:EmulatedEngine",
+            "args": {"profile": self._profile},
+        }
+        return config

@@ -1,0 +1,98 @@
+"""A router that is not ours: how it is installed, started and told where the engines are."""
+
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from benchmarks.processes import Launch
+from benchmarks.subjects import Subject, free_ports
+from serving.onboard import default_cache_dir
+
+_ROOT = Path(__file__).parents[2]
+_INSTALL_TIMEOUT_S = 300.0
+
+
+class MissingError(Exception):
+    """This peer cannot be had here; the message says why."""
+
+
+class Peer(Subject):
+    """One peer with one policy, in front of engines that are up already."""
+
+    title: ClassVar[str]
+    package: ClassVar[str] = ""  # on PyPI, pinned; none: a binary that is there or not
+    policies: ClassVar[tuple[str, ...]]  # its best ones
+
+    def __init__(self, policy: str, engine_urls: Sequence[str], model: str) -> None:
+        super().__init__(f"{self.title} {policy}".strip(), len(engine_urls))
+        self.policy = policy
+        self.engine_urls = list(engine_urls)
+        self.model = model
+
+    @classmethod
+    def install(cls) -> str:
+        """Install what is missing, in an environment of its own; return the version.
+
+        Raises `MissingError`.
+        """
+        folder = cls.folder()
+        done = folder / "headway-installed"
+        if not done.exists() or done.read_text() != cls.package:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _run("uv", "venv", "--quiet", "--clear", "--python", sys.executable, str(folder))
+            python = folder / "bin" / "python"
+            _run("uv", "pip", "install", "--quiet", "--python", str(python), cls.package)
+            done.write_text(cls.package)
+        return cls.package.replace("==", " ")
+
+    @classmethod
+    def folder(cls) -> Path:
+        """Where its environment is."""
+        return default_cache_dir() / "peers" / cls.title
+
+    @classmethod
+    def binary(cls, name: str) -> str:
+        """The path of a command in its environment."""
+        return str(cls.folder() / "bin" / name)
+
+    def command(self, folder: Path, port: int) -> list[str]:
+        """Return the command that starts it; files that it needs go to `folder`."""
+        raise NotImplementedError
+
+    def _launch(self, folder: Path) -> None:
+        (port,) = free_ports(1)
+        self.urls = [f"http://127.0.0.1:{port}"]
+        self.launches = [Launch(self.command(folder, port), folder / "peer.log", _ROOT)]
+
+    def _is_ready(self) -> bool:
+        return answers(self.urls[0], self.model)
+
+
+def answers(url: str, model: str) -> bool:
+    """Whether a completion comes back through this endpoint."""
+    body = json.dumps({"model": model, "prompt": "ready?", "max_tokens": 1}).encode()
+    headers = {"content-type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/completions", body, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=5) as reply:
+            return b"choices" in reply.read()
+    except OSError:
+        return False
+
+
+def _run(*command: str) -> None:
+    try:
+        subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=_INSTALL_TIMEOUT_S
+        )
+    except FileNotFoundError:
+        raise MissingError(f"{command[0]} is not installed") from None
+    except subprocess.TimeoutExpired:
+        raise MissingError(f"not installed after {_INSTALL_TIMEOUT_S:g} s") from None
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise MissingError(f"cannot be installed: {reason}") from None

@@ -1,0 +1,20 @@
+"""Shepherd Model Gateway, in Rust; grew out of sglang-router."""
+
+from pathlib import Path
+
+from benchmarks.peers.peer import Peer
+from benchmarks.subjects import free_ports
+
+
+class Smg(Peer):
+    title = "smg"
+    package = "smg==1.13.0"
+    policies = ("cache_aware", "least_load")
+
+    def command(self, folder: Path, port: int) -> list[str]:
+        (metrics_port,) = free_ports(1)
+        return [
+            *(self.binary("smg"), "launch", "--host", "127.0.0.1", "--port", str(port)),
+            *("--worker-urls", *self.engine_urls, "--policy", self.policy),
+            *("--prometheus-port", str(metrics_port), "--log-level", "warn"),
+        ]

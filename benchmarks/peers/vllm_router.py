@@ -1,0 +1,20 @@
+"""vLLM's router, in Rust: https://github.com/vllm-project/router."""
+
+from pathlib import Path
+
+from benchmarks.peers.peer import Peer
+from benchmarks.subjects import free_ports
+
+
+class VllmRouter(Peer):
+    title = "vllm-router"
+    package = "vllm-router==0.1.17"
+    policies = ("cache_aware", "power_of_two")
+
+    def command(self, folder: Path, port: int) -> list[str]:
+        (metrics_port,) = free_ports(1)
+        return [
+            *(self.binary("vllm-router"), "--host", "127.0.0.1", "--port", str(port)),
+            *("--worker-urls", *self.engine_urls, "--policy", self.policy),
+            *("--prometheus-port", str(metrics_port), "--log-level", "warning"),
+        ]
