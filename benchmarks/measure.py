@@ -56,7 +56,7 @@ async def measure(config: Config, plan: Plan, name: str, console: Console) -> Pr
                 bars.advance(bar)
     finally:
         await engine.shutdown()
-    fitted, error = fit(probe.steps, _blank(name, engine.info, start_s))
+    fitted, error = fit(probe.steps, _blank(name, engine.info, start_s), has_outliers=True)
     where = f"{engine.info.engine} on {engine.info.device}, Python {platform.python_version()}"
     source = (
         f"Measured by `headway profile`, {datetime.date.today()}: {where}; {len(probe.steps)} "

@@ -29,12 +29,15 @@ class Step:
     step_s: float
 
 
-def fit(steps: Sequence[Step], profile: Profile) -> tuple[Profile, float]:
+def fit(
+    steps: Sequence[Step], profile: Profile, *, has_outliers: bool = False
+) -> tuple[Profile, float]:
     """Return the profile with its terms fitted, and the fit's root mean square relative error.
 
-    Relative errors, so that a step of 6 ms counts as much as one of 600; those
-    past a tenth weigh less, for now and then a step is held up by something
-    else. No term is negative. Raises `ValueError` for fewer steps than terms.
+    Relative errors, so that a step of 6 ms counts as much as one of 600; no
+    term is negative. With `has_outliers` errors past a tenth weigh less: now
+    and then a measured step is held up by something else. Raises `ValueError`
+    for fewer steps than terms.
     """
     if len(steps) < len(TERMS):
         raise ValueError(f"{len(steps)} steps are too few for {len(TERMS)} terms")
@@ -64,9 +67,10 @@ def fit(steps: Sequence[Step], profile: Profile) -> tuple[Profile, float]:
     bounds = (0, np.inf)
     plain = [least_squares(residuals, each, bounds=bounds, x_scale="jac") for each in starts]
     best = min(plain, key=lambda solution: solution.cost)
-    best = least_squares(
-        residuals, best.x, bounds=bounds, x_scale="jac", loss="soft_l1", f_scale=0.1
-    )
+    if has_outliers:
+        best = least_squares(
+            residuals, best.x, bounds=bounds, x_scale="jac", loss="soft_l1", f_scale=0.1
+        )
     terms = best.x / scale
     if terms[5] < terms[0]:  # then it never is what counts
         terms[5] = 0.0
