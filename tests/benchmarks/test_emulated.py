@@ -14,6 +14,7 @@ from benchmarks.profile import Profile
 from serving.account import Account, current_account
 from serving.config import ConfigError, parse
 from serving.port import Port
+from tests.asgi_caller import Caller
 from tests.system import CHAT, System, running
 
 COMPLETIONS = "/v1/completions"
@@ -42,55 +43,8 @@ def make_engine(profile: str, **args: Any) -> EmulatedEngine:
     return EmulatedEngine(EmulatedArgs(profile=profile, **args))
 
 
-class Caller:
-    """An ASGI client of one request; `leave()` disconnects it."""
-
-    def __init__(self, engine: EmulatedEngine, body: Any, path: str = COMPLETIONS) -> None:
-        self.status = 0
-        self.parts: list[bytes] = []
-        self._engine = engine
-        self._body = json.dumps(body).encode()
-        self._path = path
-        self._asked = False
-        self._left = asyncio.Event()
-
-    async def run(self) -> "Caller":
-        await self._engine.app({"type": "http", "path": self._path}, self._receive, self._send)
-        return self
-
-    def leave(self) -> None:
-        self._left.set()
-
-    @property
-    def body(self) -> Any:
-        return json.loads(b"".join(self.parts))
-
-    @property
-    def events(self) -> list[Any]:
-        data = [
-            event.removeprefix("data: ")
-            for event in b"".join(self.parts).decode().split("\n\n")
-            if event
-        ]
-        assert data.pop() == "[DONE]"
-        return [json.loads(each) for each in data]
-
-    async def _receive(self) -> dict[str, Any]:
-        if not self._asked:
-            self._asked = True
-            return {"type": "http.request", "body": self._body, "more_body": False}
-        await self._left.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, message: dict[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-        else:
-            self.parts.append(message["body"])
-
-
 async def ask(engine: EmulatedEngine, **body: Any) -> Any:
-    return (await Caller(engine, {"max_tokens": 5, **body}).run()).body
+    return (await Caller(engine.app, {"max_tokens": 5, **body}, COMPLETIONS).run()).body
 
 
 async def test_a_chat_streams_as_vllm_writes_it(profile: str) -> None:
@@ -101,7 +55,7 @@ async def test_a_chat_streams_as_vllm_writes_it(profile: str) -> None:
         "stream_options": {"include_usage": True},
         "ignore_eos": True,
     }
-    caller = await Caller(make_engine(profile), body, CHAT).run()
+    caller = await Caller(make_engine(profile).app, body, CHAT).run()
     role, *tokens, usage = caller.events
     assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     text = "".join(token["choices"][0]["delta"]["content"] for token in tokens)
@@ -135,7 +89,7 @@ async def test_a_reply_that_broke_off_goes_on(profile: str, chat: bool) -> None:
                 body["continue_final_message"] = True
         else:
             body["prompt"] = "tell me" + sent
-        choice = (await Caller(engine, body, path).run()).body["choices"][0]
+        choice = (await Caller(engine.app, body, path).run()).body["choices"][0]
         return choice["message"]["content"] if chat else choice["text"]
 
     whole = await text(12)
@@ -182,9 +136,8 @@ async def test_several_choices(profile: str) -> None:
     assert len(set(texts)) == 3
     assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2]
     assert reply["usage"]["completion_tokens"] == 15
-    caller = await Caller(
-        make_engine(profile), {"prompt": "tell me", "n": 3, "max_tokens": 5, "stream": True}
-    ).run()
+    body = {"prompt": "tell me", "n": 3, "max_tokens": 5, "stream": True}
+    caller = await Caller(make_engine(profile).app, body, COMPLETIONS).run()
     streamed = ["", "", ""]
     for event in caller.events:
         streamed[event["choices"][0]["index"]] += event["choices"][0]["text"]
@@ -204,7 +157,7 @@ async def test_several_choices(profile: str) -> None:
 )
 async def test_bad_requests(profile: str, body: dict, status: int) -> None:
     engine = make_engine(profile)
-    caller = await Caller(engine, body).run()
+    caller = await Caller(engine.app, body, COMPLETIONS).run()
     assert caller.status == status
     assert caller.body["error"]["message"]
     assert engine.snapshot(1, []).num_inflight_reqs == 0
@@ -212,7 +165,8 @@ async def test_bad_requests(profile: str, body: dict, status: int) -> None:
 
 async def test_a_client_that_leaves_frees_everything(profile: str) -> None:
     engine = make_engine(profile)
-    caller = Caller(engine, {"prompt": "a " * 50, "max_tokens": 1000, "stream": True})
+    body = {"prompt": "a " * 50, "max_tokens": 1000, "stream": True}
+    caller = Caller(engine.app, body, COMPLETIONS)
     task = asyncio.create_task(caller.run())
     while len(caller.parts) < 3:
         await asyncio.sleep(0.002)
@@ -237,7 +191,7 @@ async def test_time_is_the_models(profile: str) -> None:
 async def test_metrics_by_vllms_names(profile: str) -> None:
     engine = make_engine(profile)
     await ask(engine, prompt="a b c", max_tokens=7)
-    caller = await Caller(engine, {}, "/metrics").run()
+    caller = await Caller(engine.app, {}, "/metrics").run()
     samples = {
         sample.name: (sample.labels, sample.value)
         for family in text_string_to_metric_families(b"".join(caller.parts).decode())

@@ -9,58 +9,14 @@ import pytest
 from benchmarks.stand_in import StandInArgs, StandInEngine
 from serving.account import Account, current_account
 from serving.config import ConfigError, parse
+from tests.asgi_caller import Caller
 
 CHAT = "/v1/chat/completions"
 
 
-class Caller:
-    """An ASGI client of one request; `leave()` disconnects it."""
-
-    def __init__(self, engine: StandInEngine, body: Any, path: str = CHAT) -> None:
-        self.status = 0
-        self.parts: list[bytes] = []
-        self.complete = False
-        self._engine = engine
-        self._body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self._path = path
-        self._asked = False
-        self._left = asyncio.Event()
-
-    async def run(self) -> "Caller":
-        await self._engine.app({"type": "http", "path": self._path}, self._receive, self._send)
-        return self
-
-    def leave(self) -> None:
-        self._left.set()
-
-    @property
-    def events(self) -> list[Any]:
-        data = [event.removeprefix("data: ") for event in self.text.split("\n\n") if event]
-        assert data.pop() == "[DONE]"
-        return [json.loads(each) for each in data]
-
-    @property
-    def text(self) -> str:
-        return b"".join(self.parts).decode()
-
-    async def _receive(self) -> dict[str, Any]:
-        if not self._asked:
-            self._asked = True
-            return {"type": "http.request", "body": self._body, "more_body": False}
-        await self._left.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, message: dict[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-        else:
-            self.parts.append(message["body"])
-            self.complete = not message["more_body"]
-
-
 def call(body: Any, path: str = CHAT, step_ms: float = 0.0) -> Caller:
     async def run() -> Caller:
-        return await Caller(StandInEngine(StandInArgs(step_ms=step_ms)), body, path).run()
+        return await Caller(StandInEngine(StandInArgs(step_ms=step_ms)).app, body, path).run()
 
     return asyncio.run(run())
 
@@ -111,7 +67,7 @@ def test_streams_of_one_pace_advance_together() -> None:
 
         engine.subscribe(on_step)
         body = {"max_tokens": 10, "stream": True}
-        tasks = [asyncio.create_task(Caller(engine, body).run()) for _ in range(20)]
+        tasks = [asyncio.create_task(Caller(engine.app, body, CHAT).run()) for _ in range(20)]
         await asyncio.sleep(0)
         snapshot = engine.snapshot(1, [])
         assert (snapshot.num_running_reqs, snapshot.num_pending_prefill_tokens) == (20, 0)
@@ -132,7 +88,7 @@ def test_request_sets_its_own_pace() -> None:
     async def run() -> None:
         engine = StandInEngine(StandInArgs(step_ms=60_000))
         body = {"max_tokens": 50, "stream": True, "stand_in_step_ms": 0}
-        caller = await asyncio.wait_for(Caller(engine, body).run(), 1)
+        caller = await asyncio.wait_for(Caller(engine.app, body, CHAT).run(), 1)
         assert len(caller.events) == 51
 
     asyncio.run(run())
@@ -143,7 +99,7 @@ def test_disconnect_stops_the_stream() -> None:
         engine = StandInEngine(StandInArgs(step_ms=1))
         account = Account(num_prompt_tokens=0)
         current_account.set(account)
-        caller = Caller(engine, {"max_tokens": 1_000_000, "stream": True})
+        caller = Caller(engine.app, {"max_tokens": 1_000_000, "stream": True}, CHAT)
         task = asyncio.create_task(caller.run())
         await asyncio.sleep(0.02)
         assert engine.num_running_reqs == 1
@@ -161,7 +117,9 @@ def test_cancelled_stream_leaves_the_others_alone() -> None:
     async def run() -> None:
         engine = StandInEngine(StandInArgs(step_ms=1))
         body = {"max_tokens": 20, "stream": True}
-        first, second = (asyncio.create_task(Caller(engine, body).run()) for _ in range(2))
+        first, second = (
+            asyncio.create_task(Caller(engine.app, body, CHAT).run()) for _ in range(2)
+        )
         await asyncio.sleep(0.005)
         first.cancel()
         assert (await asyncio.wait_for(second, 1)).complete
