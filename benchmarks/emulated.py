@@ -46,6 +46,7 @@ class EmulatedArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 0  # of the noise on step times; each engine adds its rank
     prefill_chunk: int | None = None  # the profile's `max_prefill_chunk`
     priority: bool = True  # a waiting queue by priority, as Headway sets its engines
+    paces: bool = True  # steps as by `serving/scheduler.py`; false: by vLLM alone
 
 
 class EmulatedEngine:
@@ -57,7 +58,10 @@ class EmulatedEngine:
         if args.prefill_chunk is not None:
             profile = profile.model_copy(update={"max_prefill_chunk": args.prefill_chunk})
         self.model = EngineModel(
-            profile, random.Random(f"{args.seed} {rank}"), priority=args.priority
+            profile,
+            random.Random(f"{args.seed} {rank}"),
+            priority=args.priority,
+            paces=args.paces,
         )
         self.info = msgspec.structs.replace(
             self.model.info,
@@ -66,6 +70,7 @@ class EmulatedEngine:
         )
         self.app = self._serve
         self.dead = False
+        self.blocks = self.model.blocks
         self.clock = EngineClock(self.model, self._stepped)
         self._args = args
         self._replies: dict[str, EmulatedReply] = {}
@@ -89,7 +94,11 @@ class EmulatedEngine:
         """The state now; what has not come as far as the scheduler counts with its estimate."""
         snapshot = self.model.snapshot(seq, 0)
         chunk = self.info.max_prefill_chunk or self.info.max_num_batched_tokens
-        estimates = [account.num_prompt_tokens for account in accounts if not account.entered]
+        estimates = [
+            max(1, account.num_prompt_tokens - account.num_expected_cached_tokens)
+            for account in accounts
+            if not account.entered
+        ]
         return msgspec.structs.replace(
             snapshot,
             num_inflight_reqs=len(accounts),
@@ -185,4 +194,7 @@ class EmulatedEngine:
         self.clock.add(live.job)
         if account is not None:
             account.entered, account.num_prompt_tokens = True, prompt.num_tokens
+            if account.on_prompt is not None:
+                account.on_prompt(prompt.num_tokens, list(live.job.block_hashes))
+                account.on_prompt = None
         return live

@@ -49,6 +49,9 @@ class EmulatedReply:
             priority=body.priority + (account.priority if account is not None else 0),
             block_hashes=prompt.hashes(block_size),
             num_sequences=num_sequences,
+            num_expected_cached_tokens=(
+                account.num_expected_cached_tokens if account is not None else 0
+            ),
         )
         self._ends: dict[int, int] = {}  # of sequences that are over: tokens
         self._num_sent = [0] * num_sequences

@@ -50,6 +50,7 @@ def serve(
         seed=seed,
         prefill_chunk=prefill_chunk,
         priority=scheduling_policy == "priority",
+        paces=False,
     )
     try:
         engine = EmulatedEngine(args, model, rank=port)

@@ -130,6 +130,29 @@ async def test_a_shared_prefix_is_cached_and_told(profile: str) -> None:
     )
 
 
+async def test_tells_which_blocks_are_cached(profile: str) -> None:
+    """All that a prompt's hashes name while they are cached, and their end when they are not."""
+    engine = make_engine(profile)
+    account = Account(num_prompt_tokens=5)
+    told: list[tuple[int, list[int]]] = []
+    account.on_prompt = lambda num_tokens, hashes: told.append((num_tokens, hashes))
+    current_account.set(account)
+    await ask(engine, prompt=("one " * 100).strip(), n=2)
+    ((num_tokens, hashes),) = told
+    assert (num_tokens, len(hashes)) == (100, 100 // 16)
+    update = engine.blocks.since(0)
+    assert update is not None
+    assert set(update.stored) == set(hashes)
+    current_account.set(None)
+    for number in range(5):
+        await ask(engine, prompt=f"{number} " * 1000, max_tokens=1)
+    update = engine.blocks.since(update.until)
+    assert update is not None
+    assert set(hashes) <= set(update.removed)
+    held = {key for key in engine.model.kv._found if isinstance(key, int)}
+    assert set(engine.blocks.since(-1).stored) == held
+
+
 async def test_several_choices(profile: str) -> None:
     reply = await ask(make_engine(profile), prompt="tell me", n=3)
     texts = [choice["text"] for choice in reply["choices"]]
@@ -179,7 +202,7 @@ async def test_a_client_that_leaves_frees_everything(profile: str) -> None:
 
 async def test_time_is_the_models(profile: str) -> None:
     """150 prompt tokens are three steps, 50 output tokens 49 more, of 2 ms each."""
-    engine = make_engine(profile)
+    engine = make_engine(profile, paces=False)
     loop = asyncio.get_running_loop()
     start_s = loop.time()
     await ask(engine, prompt="a " * 150, max_tokens=50)
