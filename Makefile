@@ -8,7 +8,7 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test check lock bench-overhead bench-decision bench-real bench-sim
-.PHONY: bench-fidelity bench-spill clean
+.PHONY: bench-fidelity bench-spill chaos clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ bench-spill: install  ## goodput and cost of a provider in a spike, simulated
 .PHONY: bench-peers
 bench-peers: install  ## other routers and ours in front of the same eight emulated engines
 	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+chaos: install  ## eight engines without a model failing under 5,000 streams, every reply checked
+	$(BIN)/python -m benchmarks.chaos_fleet $(ARGS)
 
 clean:  ## remove .venv and caches, not the model
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from serving.account import current_account
+
 _WORDS = tuple(f" {number}".encode() for number in range(4096))
 
 
@@ -39,10 +41,13 @@ class CompletionText:
         self._index = index
         self._word = word
         self._num_prompt_tokens = num_prompt_tokens
+        # Behind a gateway both follow from the request, in whichever engine (`serving.replay`).
+        account = current_account.get()
+        name = account.request_id if account else ""
         self._common = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{number:032x}",
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{name or f'{number:032x}'}",
             "object": "chat.completion.chunk" if chat else "text_completion",
-            "created": int(time.time()) if created_s is None else created_s,
+            "created": created_s or (account.created_s if account else 0) or int(time.time()),
             "model": model,
         }
         opening = f"data: {json.dumps(self._common, separators=(',', ':'))[:-1]}"

@@ -110,6 +110,9 @@ class EmulatedEngine:
     def forget(self, account: Account) -> None:
         """Part of the engine's interface; nothing is kept per account."""
 
+    async def ping(self) -> None:
+        """Part of the engine's interface; what answers here is the event loop."""
+
     async def shutdown(self) -> None:
         """Take no further step."""
         self.clock.stop()

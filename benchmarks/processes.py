@@ -70,6 +70,15 @@ class Launch:
                         # A worker gets its title after it has started.
                         self._known[process] = _role(process)
 
+    def titled(self, part: str) -> list[psutil.Process]:
+        """Return the processes that live and have this in their title."""
+        found = []
+        for process in self._left():
+            with contextlib.suppress(psutil.Error):
+                if part in f"{process.name()} {' '.join(process.cmdline())}":
+                    found.append(process)
+        return found
+
     def cpu_s(self) -> Counter[str]:
         """Return CPU seconds used so far, by role."""
         used: Counter[str] = Counter()

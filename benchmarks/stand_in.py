@@ -144,6 +144,9 @@ class StandInEngine:
     def forget(self, account: Account) -> None:
         """Part of the engine's interface; nothing is kept per account."""
 
+    async def ping(self) -> None:
+        """Part of the engine's interface; what answers here is the event loop."""
+
     async def shutdown(self) -> None:
         """Part of the engine's interface; there is nothing to stop."""
 

@@ -32,6 +32,7 @@ class Subject:
         self.num_engines = num_engines
         self.urls: list[str] = []
         self.launches: list[Launch] = []
+        self.killed: list[str] = []  # titles of processes that did not end by themselves
         self._folder = tempfile.TemporaryDirectory(prefix="headway-bench-")
 
     async def __aenter__(self) -> Self:
@@ -50,6 +51,7 @@ class Subject:
         """End every process and remove every file of this subject."""
         for launch in self.launches:
             for title in launch.end():
+                self.killed.append(title)
                 print(f"killed, for it did not end by itself: {title}", file=sys.stderr)
         self._folder.cleanup()
 

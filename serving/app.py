@@ -45,7 +45,7 @@ class OwnFrontGateway:
 
 async def _open(config: Config, engines: DeploymentHandle) -> tuple[Gateway, Listener]:
     gateway = _make_gateway(config, engines)
-    listener = Listener(gateway.app, config.gateway.host, config.gateway.port)
+    listener = Listener(gateway.app, config.gateway)
     await listener.start()
     return gateway, listener
 
@@ -108,7 +108,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=config.engine.drain_timeout_s + 10,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=2,
-        health_check_timeout_s=30,
+        health_check_timeout_s=15,  # a stopped process is killed and started anew
         request_router_config=RequestRouterConfig(
             request_router_class="serving.discovery:EngineDirectory"
         ),

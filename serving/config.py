@@ -44,6 +44,12 @@ class EngineConfig(_Section):
         "they win over what Headway would set",
     )
     start_timeout_s: float = Field(900.0, gt=0, description="give up on an engine after, seconds")
+    hang_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="an engine whose core has not answered for so long, between two steps, is "
+        "started anew, seconds; longer than the longest step and any compilation",
+    )
     drain_timeout_s: float = Field(
         60.0, ge=0, description="running streams may finish for so long on shutdown, seconds"
     )
@@ -61,6 +67,21 @@ class GatewayConfig(_Section):
     replicas: int = Field(1, ge=1, description="gateways; on one node they share the port")
     max_body_bytes: int = Field(
         16 * 2**20, ge=1024, description="a larger request body is answered 413"
+    )
+    max_connections: int = Field(
+        20_000, ge=1, description="beyond this many connections requests are answered 503"
+    )
+    max_head_bytes: int = Field(
+        64 * 2**10, ge=1024, description="a larger request head is answered 431"
+    )
+    head_timeout_s: float = Field(
+        30.0, gt=0, description="a connection is closed that sends no whole head in time, seconds"
+    )
+    body_timeout_s: float = Field(
+        120.0, gt=0, description="and one whose body is not there in time, seconds"
+    )
+    stall_timeout_s: float = Field(
+        60.0, gt=0, description="and one that has not read its full buffer in time, seconds"
     )
     max_record_bytes: int = Field(
         256 * 2**20,

@@ -49,20 +49,27 @@ class Engine(Protocol):
         """Whether the engine can serve no more."""
         ...
 
+    async def ping(self) -> None:
+        """Return once what computes has answered; never, while it hangs."""
+        ...
+
     async def shutdown(self) -> None: ...
 
 
 class VllmEngine:
     """vLLM's `AsyncLLM` in this process, its EngineCore in a child process."""
 
-    def __init__(self, llm: Any, app: ASGIApp, monitor: Any, info: EngineInfo) -> None:
+    def __init__(
+        self, llm: Any, app: ASGIApp, monitor: Any, replayer: Any, info: EngineInfo
+    ) -> None:
         self.app = app
         self.info = info
         self._llm = llm
         self.blocks = monitor.blocks
         self.subscribe = monitor.subscribe
         self.snapshot = monitor.snapshot
-        self.forget = monitor.forget
+        self._monitor = monitor
+        self._replayer = replayer
 
     @classmethod
     async def start(cls, config: Config, plan: Plan, local_rank: int) -> "VllmEngine":
@@ -93,6 +100,7 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from serving.monitor import EngineMonitor
+        from serving.replay import Replayer
 
         args = _vllm_arguments(plan)
         engine_args = AsyncEngineArgs.from_cli_args(args)
@@ -123,6 +131,7 @@ class VllmEngine:
         tasks = await llm.get_supported_tasks()
         app = build_app(args, tasks, llm.model_config)
         await init_app_state(llm, app.state, args, tasks)
+        replayer = Replayer(llm.output_processor)
         names = args.served_model_name or [args.model]
         loras = [module.name for module in args.lora_modules or ()]
         info = EngineInfo(
@@ -138,11 +147,18 @@ class VllmEngine:
             device=plan.device_name,
             engine=f"vllm {vllm.__version__}",
         )
-        return cls(llm, app, monitor, info)
+        return cls(llm, app, monitor, replayer, info)
+
+    def forget(self, account: Account) -> None:
+        self._monitor.forget(account)
+        self._replayer.forget(account)
 
     @property
     def dead(self) -> bool:
         return self._llm.errored
+
+    async def ping(self) -> None:
+        await self._llm.engine_core.is_sleeping_async()  # any question would do
 
     async def shutdown(self) -> None:
         # Nothing runs any more; the core may take its leave a second.

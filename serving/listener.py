@@ -1,21 +1,32 @@
 """The gateway's own HTTP listener."""
 
 import asyncio
+import functools
 import socket
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from serving.config import GatewayConfig
+from serving.guard import GuardedProtocol, Limits
+
 
 class Listener:
     """uvicorn on a socket that several gateways of one node share (SO_REUSEPORT)."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
-        self._socket = _bind(host, port)
+    def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
+        self._socket = _bind(config.host, config.port)
+        limits = Limits(
+            config.head_timeout_s,
+            config.body_timeout_s,
+            config.stall_timeout_s,
+            config.max_head_bytes,
+        )
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=functools.partial(GuardedProtocol, limits=limits),  # type: ignore[arg-type]
+                limit_concurrency=config.max_connections,
                 ws="none",
                 lifespan="off",
                 interface="asgi3",

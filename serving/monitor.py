@@ -145,7 +145,8 @@ class EngineMonitor(StatLoggerBase):
 
     def snapshot(self, seq: int, accounts: list[Account]) -> EngineSnapshot:
         """The state now; `accounts` are all requests that the replica has."""
-        stats = self._scheduler
+        # After an abort nothing steps, so the last word may be of requests that are gone.
+        stats = self._scheduler if self._live else SchedulerStats()
         num_left = [
             max(1, account.num_prompt_tokens - account.num_expected_cached_tokens)
             for account in accounts

@@ -42,15 +42,26 @@ _decoder = msgspec.msgpack.Decoder(Group)
 class Recorder:
     """Writes the record of one request, in its engine."""
 
-    __slots__ = ("_entries", "_groups", "on_progress")
+    __slots__ = ("_entries", "_groups", "_is_spoiled", "_owner", "on_progress")
 
     def __init__(self) -> None:
+        self._owner: str | None = None
+        self._is_spoiled = False
         self.on_progress: Callable[[], None] = lambda: None
         self._entries: Group = []
         self._groups = bytearray()
 
+    def own(self, owner: str) -> None:
+        """Whose tokens these are. A record of several prompts tells too little: it is spoiled."""
+        if self._owner not in (None, owner) and not self._is_spoiled:
+            self._is_spoiled = True
+            self._write([])
+        self._owner = owner
+
     def add(self, entry: Entry, *, is_streamed: bool) -> None:
         """A step has brought this."""
+        if self._is_spoiled:
+            return
         self._entries.append(entry)
         if not is_streamed and len(self._entries) >= _PROGRESS_ENTRIES:
             self.cut()
@@ -59,10 +70,13 @@ class Recorder:
     def cut(self) -> None:
         """The API layer has taken all there is: that was one group."""
         if self._entries:
-            group = _encoder.encode(self._entries)
+            self._write(self._entries)
             self._entries.clear()
-            self._groups += len(group).to_bytes(4, "big")
-            self._groups += group
+
+    def _write(self, group: Group) -> None:
+        encoded = _encoder.encode(group)
+        self._groups += len(encoded).to_bytes(4, "big")
+        self._groups += encoded
 
     def take(self) -> bytes:
         """The groups that were cut and not taken yet; what was sent so far is made of these."""
@@ -74,10 +88,13 @@ class Recorder:
 
 
 def groups(record: bytes) -> list[Group]:
-    """The groups of a record. Raises `msgspec.MsgspecError` for what is none."""
+    """The groups of a record, none if it is spoiled.
+
+    Raises `msgspec.MsgspecError` for what is no record.
+    """
     found: list[Group] = []
     MessageBuffer().feed(record, lambda message: found.append(_decoder.decode(message)))
-    return found
+    return found if all(found) else []
 
 
 def num_tokens(record: bytes) -> int:

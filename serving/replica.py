@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import importlib
+import logging
 import os
 
 import ray
@@ -14,7 +15,10 @@ from serving.loop import LoopThread
 from serving.plan import Plan
 from serving.port import Port
 
+logger = logging.getLogger(__name__)
+
 _WATCH_INTERVAL_S = 0.25
+_PING_INTERVAL_S = 1.0
 
 
 class EngineReplica:
@@ -38,7 +42,10 @@ class EngineReplica:
         # What lives from here on lives long: keep the collector off the token path.
         gc.collect()
         gc.freeze()
-        self._watch = asyncio.create_task(self._leave_with_the_engine())
+        self._watches = [
+            asyncio.create_task(self._leave_with_the_engine()),
+            asyncio.create_task(self._leave_when_hung()),
+        ]
 
     async def record_replica_metadata(self) -> dict:
         """Return the port's address and secret; Ray hands them to the gateways."""
@@ -55,10 +62,28 @@ class EngineReplica:
             await asyncio.sleep(_WATCH_INTERVAL_S)
         os._exit(1)
 
+    async def _leave_when_hung(self) -> None:
+        """Exit when the engine core has not answered for long: Ray starts another one.
+
+        It answers between its steps, so this looks at what no snapshot tells once
+        the gateways have taken their requests off a hung engine: then it seems idle.
+        """
+        timeout_s = self._config.engine.hang_timeout_s
+        while True:
+            await asyncio.sleep(_PING_INTERVAL_S)
+            try:
+                await asyncio.wait_for(self._loop.run(self._port.engine.ping()), timeout_s)
+            except TimeoutError:
+                logger.error("the engine has not answered for %g s: leaving", timeout_s)
+                os._exit(1)
+            except Exception as error:  # it died: `_leave_with_the_engine` sees to that
+                logger.warning("the engine does not answer: %s", error)
+
     async def __del__(self) -> None:
         # Serve drains only requests that it carried; the streams here are ours.
-        if hasattr(self, "_watch"):
-            self._watch.cancel()
+        if hasattr(self, "_watches"):
+            for watch in self._watches:
+                watch.cancel()
             await self._loop.run(_close(self._port, self._config.engine.drain_timeout_s))
 
 

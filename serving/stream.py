@@ -80,6 +80,8 @@ class Stream:
             await app(self._scope(), self._receive, self._send)
         except ConnectionResetError:
             error = "cancelled"
+        except EngineDied:
+            error = "the engine died"
         except SeamError as seam:
             error, can_retry = str(seam), False
         except Exception as exception:

@@ -65,6 +65,9 @@ class FakeEngine:
     def forget(self, account: Account) -> None:
         self._on_step()
 
+    async def ping(self) -> None:
+        await self.gate.wait()
+
     async def shutdown(self) -> None:
         self.dead = True
 

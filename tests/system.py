@@ -77,7 +77,7 @@ async def running(num_engines: int = 2, **settings):
     port = free_port()
     config = parse({**settings, "gateway": {"port": port, **settings.get("gateway", {})}})
     gateway = Gateway(config, "gateway")
-    listener = Listener(gateway.app, "127.0.0.1", port)
+    listener = Listener(gateway.app, config.gateway)
     await listener.start()
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(

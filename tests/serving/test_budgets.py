@@ -86,7 +86,7 @@ async def _drive(
                 }
             )
             gateway = Gateway(config, f"g{number}", ask if num_gateways > 1 else None)
-            listener = Listener(gateway.app, "127.0.0.1", port)
+            listener = Listener(gateway.app, config.gateway)
             await listener.start()
             stack.push_async_callback(listener.stop)
             stack.callback(gateway.close)

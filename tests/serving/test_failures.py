@@ -172,3 +172,17 @@ async def test_breakers_and_retries_are_in_the_metrics():
         assert 'headway_breaker_state{replica="r0",state="closed"} 1.0' in text
         assert 'headway_breaker_state{replica="r0",state="open"} 0.0' in text
         assert "headway_retry_budget 100.0" in text
+
+
+async def test_a_draining_engine_that_runs_out_of_time_hands_its_streams_over():
+    """And nothing counts against it."""
+    async with running() as system, begun(system) as text:
+        index = busy_index(system)
+        del system.members[f"r{index}"]
+        system.gateway.driver.set_members(system.members)
+        system.ports[index].close()  # its grace time is over
+        go_on(system)
+        assert await text == whole(8_000)
+        assert system.outcomes["completed"] == 1
+        assert system.gateway.state()["breaker_events"] == []
+        system.assert_empty()

@@ -1,0 +1,56 @@
+"""What happened to breakers and to replies, from their own records."""
+
+import itertools
+from typing import Any
+
+from benchmarks.chaos_client import Reply
+
+
+def probe_faults(events: list[dict[str, Any]]) -> tuple[int, list[str]]:
+    """How often a breaker was half-open to the end, and what was wrong with the probes.
+
+    Each time there must be exactly one probe before the breaker closes.
+    """
+    num_half_open = 0
+    wrong = []
+    for name, own in itertools.groupby(
+        sorted(events, key=lambda event: (event["breaker"], event["at_s"])),
+        key=lambda event: event["breaker"],
+    ):
+        num_probes: int | None = None
+        for event in own:
+            if event["event"] == "half_open":
+                num_probes = 0
+            elif event["event"] == "probe":
+                if num_probes is None:
+                    wrong.append(f"{name}: a probe while not half-open")
+                else:
+                    num_probes += 1
+            elif num_probes is not None:
+                # It may be tripped again before anybody has called: a process still stopped.
+                if num_probes > 1 or (num_probes == 0 and event["event"] == "closed"):
+                    wrong.append(f"{name}: {num_probes} probes before it was {event['event']}")
+                num_half_open += num_probes
+                num_probes = None
+    return num_half_open, wrong
+
+
+def seam_gaps_s(replies: list[Reply], fault_times_s: list[float], within_s: float) -> list[float]:
+    """The longest pause in each reply that a fault fell into, beyond its usual one, seconds.
+
+    A pause counts if it begins from one second before a fault to `within_s` after
+    it and is at least five times as long as the reply's median gap between chunks.
+    """
+    found = []
+    for reply in replies:
+        gaps = sorted(
+            (after - before, before) for before, after in itertools.pairwise(reply.times_s)
+        )
+        if not gaps:
+            continue
+        usual_s = gaps[len(gaps) // 2][0]
+        gap_s, since_s = gaps[-1]
+        near = any(fault_s - 1.0 <= since_s <= fault_s + within_s for fault_s in fault_times_s)
+        if near and gap_s >= 5 * usual_s:
+            found.append(gap_s - usual_s)
+    return sorted(found)

@@ -1,0 +1,102 @@
+"""A client that keeps everything it is sent, to compare it afterwards."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+_TIMEOUT = httpx.Timeout(30.0, read=400.0)  # a reply may wait for an engine to start anew
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and how many tokens of an answer to ask for."""
+
+    text: str
+    num_tokens: int
+
+    def body(self, model: str) -> dict[str, Any]:
+        """A greedy, streamed chat request that always runs to its last token."""
+        return {
+            "model": model,
+            "messages": [{"role": "user", "content": self.text}],
+            "temperature": 0,
+            "max_tokens": self.num_tokens,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": True,
+        }
+
+
+@dataclass
+class Reply:
+    """What came back. `error` is empty for a whole one."""
+
+    question: Question
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    prompt_ids: list[int] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)  # of the chunks, `time.monotonic`
+    response_ids: set[str] = field(default_factory=set)
+    dates: set[int] = field(default_factory=set)
+    finish_reasons: list[str] = field(default_factory=list)
+    usages: list[dict[str, int]] = field(default_factory=list)
+    error: str = ""
+
+    def fault(self) -> str:
+        """What is wrong with it in itself, in words; empty if nothing."""
+        if self.error:
+            return self.error
+        num_tokens = self.question.num_tokens
+        if len(self.token_ids) != num_tokens:
+            return f"{len(self.token_ids)} tokens instead of {num_tokens}"
+        if len(self.response_ids) != 1 or len(self.dates) != 1:
+            return "more than one id or date"
+        if self.finish_reasons != ["length"]:
+            return f"finish reasons {self.finish_reasons}"
+        if [usage["completion_tokens"] for usage in self.usages] != [num_tokens]:
+            return f"usages {self.usages}"
+        return ""
+
+
+async def ask(http: httpx.AsyncClient, model: str, question: Question) -> Reply:
+    """Ask and read to the end, whatever it is."""
+    reply = Reply(question)
+    is_done = False
+    try:
+        async with http.stream(
+            "POST", "/v1/chat/completions", json=question.body(model), timeout=_TIMEOUT
+        ) as response:
+            if response.status_code != 200:
+                reply.error = f"HTTP {response.status_code}: {(await response.aread())[:300]!r}"
+                return reply
+            async for line in response.aiter_lines():
+                if line == "data: [DONE]":
+                    is_done = True
+                elif line.startswith("data: "):
+                    _take(reply, json.loads(line[6:]))
+    except (httpx.HTTPError, ValueError) as error:
+        reply.error = f"{type(error).__name__}: {error}"
+    if not reply.error and not is_done:
+        reply.error = "no [DONE]"
+    return reply
+
+
+def _take(reply: Reply, event: dict[str, Any]) -> None:
+    if "error" in event:
+        reply.error = str(event["error"])
+        return
+    reply.response_ids.add(event["id"])
+    reply.dates.add(event["created"])
+    reply.prompt_ids = event.get("prompt_token_ids") or reply.prompt_ids
+    if event.get("usage"):
+        reply.usages.append(event["usage"])
+    for choice in event["choices"]:
+        reply.times_s.append(time.monotonic())
+        reply.text += choice["delta"].get("content") or ""
+        reply.token_ids += choice.get("token_ids") or []
+        if choice["finish_reason"]:
+            reply.finish_reasons.append(choice["finish_reason"])

@@ -1,0 +1,222 @@
+"""Many engines without a model failing under load: `python -m benchmarks.chaos_fleet`.
+
+The deployed gateway, its listener and the engines' ports run in one process;
+faults hit random engines at random moments, several at a time. Every reply is
+compared with that of an undisturbed run.
+"""
+
+import argparse
+import asyncio
+import enum
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import httpx
+
+from benchmarks.chaos_check import probe_faults, seam_gaps_s
+from benchmarks.chaos_client import Question, Reply, ask
+from benchmarks.comparison import say
+from benchmarks.frail import FrailEngine, FrailFleet
+from benchmarks.report import Report
+from benchmarks.runner import run_to_the_end
+from benchmarks.stand_in import MODEL, StandInArgs, StandInEngine
+from benchmarks.subjects import BenchmarkError, free_ports
+from serving.config import parse
+from serving.gateway import Gateway
+from serving.listener import Listener
+
+_DETECT_S = 6.0
+_SIZES = (20, 50, 120)  # tokens of an answer
+_RESTART_S = (0.5, 3.0)  # how long a lost engine is away, from and to
+
+
+class Fault(enum.Enum):
+    """One way to fail."""
+
+    RESET = "connections broken, engine lost"
+    DEATH = "engine core dead: every stream says so"
+    HANG = "no step for 7 s, snapshots go on"
+    SILENCE = "no snapshot for 7 s, tokens go on"
+
+
+_PAUSE_S = 7.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done."""
+
+    num_engines: int
+    num_requests: int
+    num_workers: int
+    fault_every_s: float  # on average
+    seed: int
+
+
+class Fleet:
+    """One run."""
+
+    def __init__(self, plan: Plan, gateway: Gateway, http: httpx.AsyncClient) -> None:
+        self.plan = plan
+        self.gateway = gateway
+        self.replies: list[Reply] = []
+        self.faults: list[tuple[float, Fault]] = []
+        self.texts: dict[int, str] = {}
+        self._http = http
+        self._rng = random.Random(f"fleet {plan.seed}")
+        self._num_left = plan.num_requests
+        engines = [
+            FrailEngine(StandInEngine(StandInArgs(step_ms=10.0))) for _ in range(plan.num_engines)
+        ]
+        self.fleet = FrailFleet(engines, gateway.driver.set_members)
+        self._failing: set[FrailEngine] = set()
+
+    async def run(self) -> None:
+        """Undisturbed replies first, then load and faults."""
+        for engine in self.fleet.engines:
+            await self.fleet.open(engine)
+        while len(self.gateway.driver.engines) < self.plan.num_engines:
+            await asyncio.sleep(0.05)
+        for size in _SIZES:
+            reply = await self._ask(size)
+            if reply.error:
+                raise BenchmarkError(f"an undisturbed reply failed: {reply.error}")
+            self.texts[size] = reply.text
+        async with asyncio.TaskGroup() as tasks:
+            faults = tasks.create_task(self._disturb(tasks))
+            workers = [tasks.create_task(self._work(n)) for n in range(self.plan.num_workers)]
+            await asyncio.gather(*workers)
+            faults.cancel()
+
+    async def _ask(self, num_tokens: int) -> Reply:
+        return await ask(self._http, MODEL, Question("Count.", num_tokens))
+
+    async def _work(self, number: int) -> None:
+        rng = random.Random(f"worker {self.plan.seed} {number}")
+        while self._num_left > 0:
+            self._num_left -= 1
+            self.replies.append(await self._ask(rng.choice(_SIZES)))
+            if len(self.replies) % 1000 == 0:
+                say(f"{len(self.replies)} replies, {len(self.faults)} faults")
+
+    async def _disturb(self, tasks: asyncio.TaskGroup) -> None:
+        while True:
+            await asyncio.sleep(self._rng.expovariate(1.0 / self.plan.fault_every_s))
+            well = [engine for engine in self.fleet.engines if engine not in self._failing]
+            if well:
+                tasks.create_task(
+                    self._inflict(self._rng.choice(well), self._rng.choice(list(Fault)))
+                )
+
+    async def _inflict(self, engine: FrailEngine, fault: Fault) -> None:
+        self._failing.add(engine)
+        self.faults.append((time.monotonic(), fault))
+        if fault in (Fault.RESET, Fault.DEATH):
+            if fault is Fault.DEATH:
+                engine.dead = True
+                await asyncio.sleep(0.25)  # until its process has left
+            self.fleet.close(engine)
+            await asyncio.sleep(self._rng.uniform(*_RESTART_S))
+            engine.go_on()
+            await self.fleet.open(engine)
+        else:
+            if fault is Fault.HANG:
+                engine.hang()
+            else:
+                engine.is_silent = True
+            await asyncio.sleep(_PAUSE_S)
+            engine.go_on()
+        self._failing.discard(engine)
+
+    def report(self, report: Report) -> None:
+        """Judge what came back."""
+        state = self.gateway.state()
+        failed = Counter(reply.error for reply in self.replies if reply.error)
+        whole = [reply for reply in self.replies if not reply.error]
+        different = [
+            reply
+            for reply in whole
+            if reply.text != self.texts[reply.question.num_tokens]
+            or len(reply.response_ids) != 1
+            or len(reply.dates) != 1
+            or [usage["completion_tokens"] for usage in reply.usages] != [reply.question.num_tokens]
+        ]
+        kinds = Counter(fault for _, fault in self.faults)
+        for fault in Fault:
+            report.row("faults", fault=fault.value, times=kinds[fault])
+        report.row(
+            "replies",
+            sent=len(self.replies),
+            failed=failed.total(),
+            different=len(different),
+            retries_and_resumptions=state["retries"]["num_made"],
+        )
+        gaps_s = seam_gaps_s(whole, [at_s for at_s, _ in self.faults], _DETECT_S)
+        if gaps_s:
+            report.row(
+                "extra delay at the seam, s",
+                replies=len(gaps_s),
+                p50=gaps_s[len(gaps_s) // 2],
+                p99=gaps_s[min(len(gaps_s) - 1, int(0.99 * len(gaps_s)))],
+                max=gaps_s[-1],
+            )
+        _, wrong_probes = probe_faults(state["breaker_events"])
+        num_open = state["num_open_requests"] + state["num_placed"] + state["num_record_bytes"]
+        num_booked = sum(replica["ledger"]["num_open"] for replica in state["replicas"].values())
+        report.target("streamed requests", len(self.replies), ">= 5000")
+        report.target("failed requests", failed.total(), "== 0")
+        report.target("replies that differ", len(different), "== 0")
+        report.target("probes beyond one per half-open", len(wrong_probes), "== 0")
+        report.target("requests and bookings left over", num_open + num_booked, "== 0")
+        outcomes = {name: count for name, count in state["outcomes"].items() if count}
+        report.note(f"Outcomes as the gateway counts them: {outcomes}.")
+        report.note("Engines without a model, in the gateway's process: their time is not a GPU's.")
+        for error, count in failed.items():
+            report.note(f"Failed {count} times: {error}")
+
+
+async def run(plan: Plan) -> Report:
+    """Carry out the plan."""
+    (port,) = free_ports(1)
+    gateway = Gateway(parse({"gateway": {"port": port}}), "gateway")
+    listener = Listener(gateway.app, gateway.config.gateway)
+    await listener.start()
+    report = Report("chaos-fleet", "measured", plan.seed, asdict(plan))
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits) as http:
+        fleet = Fleet(plan, gateway, http)
+        started_s = time.monotonic()
+        await fleet.run()
+        say(f"{len(fleet.replies)} replies in {time.monotonic() - started_s:.0f} s")
+        fleet.report(report)
+    gateway.close()
+    await listener.stop()
+    return report
+
+
+def _parse(arguments: Sequence[str] | None) -> Plan:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--engines", type=int, default=8)
+    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--workers", type=int, default=48, help="requests open at any time")
+    parser.add_argument("--fault-every", type=float, default=1.0, help="on average, s")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    return Plan(
+        options.engines, options.requests, options.workers, options.fault_every, options.seed
+    )
+
+
+def main() -> int:
+    plan = _parse(None)
+    report = run_to_the_end(lambda: run(plan))
+    report.finish()
+    return 0 if all(target["met"] for target in report.targets) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""Streams of real vLLM engines that break off and go on in another: nothing shows.
+
+One engine of a tiny model in this process, which the gateway knows as two: of
+a request that was cut off nothing is left in it, so it is as good as another.
+The connection to the one that answers is cut after some chunks; a moment later
+it can be connected to again, under another name.
+"""
+
+import asyncio
+import itertools
+import json
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from serving.config import parse
+from serving.engine import VllmEngine
+from serving.gateway import Gateway
+from serving.hardware import detect
+from serving.listener import Listener
+from serving.plan import plan
+from serving.port import Port
+from tests.system import free_port
+from tests.tiny_model import tiny_model
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.timeout(300),
+    pytest.mark.asyncio(loop_scope="module"),
+]
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+PROMPT = "Once upon a time there was a little girl who"
+QUESTION = [{"role": "user", "content": PROMPT}]
+TOOL = {"name": "look_up", "parameters": {"type": "object", "properties": {"x": {}}}}
+ARGS = {
+    "dtype": "float32",  # so that a prefill and a decode of the same tokens agree on the next
+    "max_model_len": 1024,
+    "kv_cache_memory_bytes": 32 * 2**20,
+    "block_size": 32,
+    "enforce_eager": True,
+    "enable_auto_tool_choice": True,
+    "tool_call_parser": "hermes",
+}
+
+
+class Pair:
+    """A gateway over HTTP and what it takes for two engines, whose connections can be cut."""
+
+    def __init__(self, gateway: Gateway, engine: VllmEngine, http: httpx.AsyncClient):
+        self.gateway = gateway
+        self.engine = engine
+        self.http = http
+        self.ports: dict[str, Port] = {}
+        self.members: dict[str, dict] = {}
+        self._ids = itertools.count()
+
+    async def connect(self) -> None:
+        """Offer the engine under a new name, as Ray does with one that it has started anew."""
+        port = Port(self.engine, 64 * 2**10)
+        host, number = await port.listen("127.0.0.1")
+        name = f"r{next(self._ids)}"
+        self.ports[name] = port
+        self.members[name] = {"host": host, "port": number, "secret": port.secret}
+        self.gateway.driver.set_members(self.members)
+        while name not in self.gateway.driver.engines:
+            await asyncio.sleep(0.01)
+
+    async def cut(self) -> None:
+        """Lose the engine that has a stream, and find it again under another name."""
+        names = [name for name, port in self.ports.items() if port.num_streams]
+        if not names:
+            return  # it has just answered
+        port = self.ports.pop(name := names[0])
+        del self.members[name]
+        port.close()
+        await self.connect()
+
+    async def ask(self, path: str, body: dict, *, cut_at: tuple[int, ...] = ()) -> bytes:
+        """The body of the reply, cut off after each of so many chunks."""
+        headers = {"x-request-id": "a-request"}
+        chunks = []
+        async with self.http.stream("POST", path, json=body, headers=headers) as reply:
+            assert reply.status_code == 200, await reply.aread()
+            async for line in reply.aiter_lines():
+                chunks.append(line)
+                if len([chunk for chunk in chunks if chunk]) in cut_at and line:
+                    await self.cut()
+        return "\n".join(chunks).encode()
+
+    def state(self) -> dict:
+        return self.gateway.state()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pair(tmp_path_factory):
+    model = tiny_model(tmp_path_factory.mktemp("tiny"))
+    port = free_port()
+    config = parse(
+        {
+            "model": str(model),
+            "served_model_name": "tiny",
+            "device": "cpu",
+            "replicas": 1,
+            "gateway": {"port": port},
+            "engine": {"args": ARGS},
+            "router": {"breaker": {"slow_start_s": 0.0}},
+        }
+    )
+    the_plan = plan(config, detect())
+    engine = await VllmEngine.start(config, the_plan, local_rank=0)
+    gateway = Gateway(config, "gateway")
+    listener = Listener(gateway.app, config.gateway)
+    await listener.start()
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+        pair = Pair(gateway, engine, http)
+        for _ in range(2):
+            await pair.connect()
+        yield pair
+    gateway.close()
+    for engine_port in pair.ports.values():
+        engine_port.close()
+    await listener.stop()
+    await engine.shutdown()
+
+
+def events(body: bytes) -> list[dict]:
+    """The JSON of a reply's server-sent events."""
+    data = [line[6:] for line in body.split(b"\n") if line.startswith(b"data: ")]
+    assert data[-1] == b"[DONE]"
+    return [json.loads(event) for event in data[:-1]]
+
+
+GREEDY = {
+    "temperature": 0,
+    "max_tokens": 40,
+    "ignore_eos": True,
+    "stream": True,
+    "return_token_ids": True,
+}
+STRING = {"type": "string", "maxLength": 20}
+SCHEMA = {"name": "a", "schema": {"type": "object", "properties": {"a": STRING}}}
+
+CASES = {
+    "chat": (CHAT, {}),
+    "usage": (CHAT, {"stream_options": {"include_usage": True}}),
+    "continuous usage": (
+        CHAT,
+        {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    ),
+    "log probabilities": (CHAT, {"logprobs": True, "top_logprobs": 3}),
+    "three sequences": (
+        CHAT,
+        {"n": 3, "temperature": 0.001, "stream_options": {"include_usage": True}},
+    ),
+    "tools": (CHAT, {"tools": [{"type": "function", "function": TOOL}]}),
+    "penalty on what was generated": (CHAT, {"frequency_penalty": 1.5}),
+    "structured output": (
+        CHAT,
+        {"response_format": {"type": "json_schema", "json_schema": SCHEMA}},
+    ),
+    "seed": (CHAT, {"temperature": 1.0, "seed": 7}),
+    "completion": (COMPLETIONS, {"prompt": PROMPT}),
+    "completion of token ids": (COMPLETIONS, {"prompt": [100, 200, 300, 400, 500]}),
+    "completion with log probabilities": (COMPLETIONS, {"prompt": PROMPT, "logprobs": 2}),
+}
+
+
+def content(body: bytes) -> tuple:
+    """All that a reply says, whatever portions it came in, which differ from run to run."""
+    choices: dict[int, list] = {}
+    for event in events(body):
+        for choice in event["choices"]:
+            said = choices.setdefault(choice["index"], ["", [], [], None, None])
+            delta = choice.get("delta") or {}
+            said[0] += delta.get("content") or choice.get("text") or ""
+            said[1] += choice.get("token_ids") or []
+            said[2] += logprobs(choice)
+            said[3] = choice["finish_reason"] or said[3]
+            said[4] = choice.get("stop_reason") or said[4]
+    (one_id,) = {event["id"] for event in events(body)}
+    assert len({event["created"] for event in events(body)}) == 1
+    return one_id, choices, events(body)[-1].get("usage")
+
+
+def logprobs(choice: dict) -> list:
+    """Tokens with their log probabilities, to what float32 is good for."""
+    found = choice.get("logprobs") or {}
+    rounded = [round(value, 3) for value in found.get("token_logprobs") or []]
+    return rounded + [
+        [(top["token"], round(top["logprob"], 3)) for top in token["top_logprobs"]]
+        for token in found.get("content") or []
+    ]
+
+
+def request(path: str, fields: dict) -> dict:
+    question = {"messages": QUESTION} if path == CHAT else {}
+    return {"model": "tiny", **question, **GREEDY, **fields}
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_nothing_shows(pair, name):
+    path, fields = CASES[name]
+    body = request(path, fields)
+    undisturbed = await pair.ask(path, body)
+    assert await pair.ask(path, body) != b""
+    before = pair.state()["retries"]["num_made"]
+    resumed = await pair.ask(path, body, cut_at=(3, 11))
+    assert pair.state()["retries"]["num_made"] == before + 2
+    assert content(resumed) == content(undisturbed)
+    assert pair.state()["num_open_requests"] == pair.state()["num_record_bytes"] == 0
+
+
+async def test_a_stop_string_across_the_seam(pair):
+    """Its first half was generated by one engine, the second by the other."""
+    whole = await pair.ask(COMPLETIONS, request(COMPLETIONS, {"prompt": PROMPT}))
+    text = "".join(event["choices"][0]["text"] for event in events(whole))
+    pieces = [event["choices"][0]["text"] for event in events(whole)]
+    at = len("".join(pieces[:9]))
+    stop = text[at - 2 : at + 2]
+    body = request(COMPLETIONS, {"prompt": PROMPT, "stop": [stop]})
+    undisturbed = await pair.ask(COMPLETIONS, body)
+    assert events(undisturbed)[-1]["choices"][0]["stop_reason"] == stop
+    for cut_at in range(1, len(events(undisturbed))):
+        resumed = await pair.ask(COMPLETIONS, body, cut_at=(cut_at,))
+        assert content(resumed) == content(undisturbed)
+
+
+async def test_a_reply_that_is_not_streamed_keeps_what_was_generated(pair):
+    body = request(CHAT, {"stream": False, "max_tokens": 400})
+    undisturbed = json.loads(await pair.ask(CHAT, body))
+    task = asyncio.create_task(pair.ask(CHAT, body))
+    while pair.state()["num_record_bytes"] < 500:
+        await asyncio.sleep(0.01)
+    await pair.cut()
+    resumed = json.loads(await task)
+    assert resumed["usage"] == undisturbed["usage"]
+    assert resumed["choices"] == undisturbed["choices"]
+    assert resumed["id"] == undisturbed["id"]
+
+
+async def test_without_a_seed_the_rest_is_another_sample_behind_the_same_beginning(pair):
+    body = request(CHAT, {"temperature": 1.0, "stream_options": {"include_usage": True}})
+    resumed = events(await pair.ask(CHAT, body, cut_at=(20,)))
+    assert resumed[-1]["usage"]["completion_tokens"] == 40
+    assert len({event["id"] for event in resumed}) == 1
+
+
+async def test_a_resumed_request_is_counted_once(pair):
+    finished = []
+    settle = pair.gateway.metrics.finished
+    pair.gateway.metrics.finished = lambda request, usage, now_s: finished.append(usage)
+    try:
+        await pair.ask(CHAT, request(CHAT, {}), cut_at=(10,))
+    finally:
+        pair.gateway.metrics.finished = settle
+    assert [usage.num_output_tokens for usage in finished] == [40]
+
+
+async def test_several_prompts_in_one_request_are_answered_from_the_start(pair):
+    body = request(COMPLETIONS, {"prompt": [PROMPT, "It was"], "stream": False, "max_tokens": 200})
+    undisturbed = json.loads(await pair.ask(COMPLETIONS, body))
+    task = asyncio.create_task(pair.ask(COMPLETIONS, body))
+    await asyncio.sleep(0.3)
+    await pair.cut()
+    assert json.loads(await task)["choices"] == undisturbed["choices"]
