@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SecretStr,
     ValidationError,
     field_validator,
     model_validator,
@@ -213,6 +214,26 @@ class ProviderConfig(ProviderSettings):
         return url.rstrip("/") if url is not None else None
 
 
+class CacheConfig(_Section):
+    """Responses of deterministic requests, kept to answer the same request again."""
+
+    enabled: bool = Field(False, description="answer repeated deterministic requests from a cache")
+    ttl_s: float = Field(3600.0, gt=0, description="a response is kept for so long, seconds")
+    max_bytes: int = Field(
+        256 * 2**20, ge=2**16, description="bound in memory, responses on their way included"
+    )
+    max_entry_bytes: int = Field(
+        4 * 2**20, ge=1024, description="a larger response is neither kept nor joined"
+    )
+    tools: bool = Field(False, description="also requests that offer tools")
+    revision: str = Field("", description="part of every key: a new word forgets all responses")
+    redis_url: SecretStr | None = Field(
+        None,
+        description="keep responses in this Redis, which gateways share and which bounds them "
+        "by its own maxmemory, e.g. redis://:password@host:6379/0; unset: in each gateway's memory",
+    )
+
+
 class Config(_Section):
     """All that `serving.app:build` takes."""
 
@@ -235,10 +256,11 @@ class Config(_Section):
         (), description="services that answer what the engines cannot, in order of preference"
     )
     fallback: FallbackSettings = FallbackSettings()
+    cache: CacheConfig = CacheConfig()
     watch_file: AbsolutePath | None = Field(
         None,
-        description="config file whose `tenants`, `providers` and `fallback` gateways read anew "
-        "when it changes; "
+        description="config file whose `tenants`, `cache`, `providers` and `fallback` gateways "
+        "read anew when it changes; "
         "`headway serve CONFIG.yaml` sets it to that file",
     )
 

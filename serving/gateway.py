@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -21,10 +23,12 @@ from serving.driver import Driver
 from serving.endpoint import is_loopback
 from serving.errors import ApiError, from_rejection
 from serving.exchange import EngineFailed, Exchange, Rejected
+from serving.flight import Reader
 from serving.intake import ENDPOINTS, Intake
 from serving.keys import read_keys
 from serving.metrics import Metrics
 from serving.providers import Providers
+from serving.response_cache import Replay, ResponseCache
 from serving.tenants import Caller, Tenants
 from serving.watch import FileWatch
 from serving.wire import Headers
@@ -65,6 +69,7 @@ class Gateway:
         self.driver.providers = self.providers
         self.providers.use(config)
         self.intake = Intake()
+        self.cache = ResponseCache(config, self.driver)
         self.watches: dict[str, FileWatch] = {}
         self.tenants = self._make_tenants()
         self.started_s = int(time.time())
@@ -90,8 +95,9 @@ class Gateway:
     def _use_config(self, config: Config) -> None:
         """Take over from a changed config file what can change while serving.
 
-        Raises `ConfigError`, and changes nothing, if a provider's key cannot be read.
+        Raises `ConfigError` if a provider's key cannot be read or Redis not be used.
         """
+        self.cache.use_config(config.cache)
         self.providers.use(config)
         self.tenants.use_configs(config.tenants)
 
@@ -103,6 +109,7 @@ class Gateway:
         """Leave: stop watching files, close the connections to engines."""
         for watch in self.watches.values():
             watch.close()
+        self.cache.close()
         self.driver.close()
 
     def _build(self) -> FastAPI:
@@ -132,6 +139,7 @@ class Gateway:
             "num_record_bytes": self.driver.num_record_bytes,
             "tokens_per_byte": self.intake.tokens_per_byte,
             "tenants": self.tenants.state(time.monotonic()),
+            "cache": self.cache.state(),
             "files": {name: watch.state() for name, watch in self.watches.items()},
             **self.router.state(time.monotonic()),
         }
@@ -230,28 +238,36 @@ class Gateway:
                 return  # the client left before it had sent its request
             exchange, num_text_bytes = self._admit(scope, body, caller)
             if caller is None:
-                await self._exchange(exchange, receive, send, [])
+                await self._answer(exchange, scope, receive, send, [])
             else:
                 visit = self.tenants.enter(caller.tenant, exchange.request)
                 try:
-                    await self._exchange(exchange, receive, send, visit.headers)
+                    await self._answer(exchange, scope, receive, send, visit.headers)
                 finally:
                     self.tenants.leave(visit, _settlement(exchange))
             self.intake.learn(num_text_bytes, exchange.usage)
         except ApiError as error:
             await _send_error(send, error)
 
-    async def _exchange(
-        self, exchange: Exchange, receive: Receive, send: Send, headers: Headers
+    async def _answer(
+        self, exchange: Exchange, scope: Scope, receive: Receive, send: Send, headers: Headers
     ) -> None:
-        """Have the request answered; `headers` go with the reply."""
-        self.driver.open(exchange)
-        leaving = asyncio.ensure_future(self._cancel_when_left(receive, exchange))
+        """Have the request answered, by the cache or by an engine; `headers` go with the reply."""
+        source: Exchange | Reader | Replay = exchange
+        leave: Callable[[], None] = functools.partial(self.driver.cancel, exchange)
+        if self.cache.enabled:
+            verdict, cached = await self.cache.open(exchange, scope["headers"])
+            headers = [*headers, (b"x-headway-cache", verdict.encode())]
+            if cached is not None:
+                source, leave = cached, cached.leave
+        if source is exchange:
+            self.driver.open(exchange)
+        leaving = asyncio.ensure_future(_leave_with_client(receive, leave))
         try:
-            await self._relay(exchange, send, headers)
+            await self._relay(source, send, headers)
         finally:
             leaving.cancel()
-            self.driver.cancel(exchange)
+            leave()
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
         limit = self.config.gateway.max_body_bytes
@@ -320,24 +336,22 @@ class Gateway:
             )
         return Exchange(request, "POST", path, forwarded, body), num_text_bytes
 
-    async def _cancel_when_left(self, receive: Receive, exchange: Exchange) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.driver.cancel(exchange)
-
-    async def _relay(self, exchange: Exchange, send: Send, headers: Headers) -> None:
+    async def _relay(
+        self, source: Exchange | Reader | Replay, send: Send, headers: Headers
+    ) -> None:
         """Pass the response on as it comes; raises `ApiError` while it can still be one."""
         started = False
         try:
             while True:
-                chunk = await exchange.next_chunk()
+                chunk = await source.next_chunk()
                 if not started:
                     started = True
-                    await send(_start(exchange.status, [*exchange.response_headers, *headers]))
+                    await send(_start(source.status, [*source.response_headers, *headers]))
                 await send({"type": "http.response.body", "body": chunk, "more_body": bool(chunk)})
                 if not chunk:
                     return
-                self.driver.taken(exchange, len(chunk))
+                if isinstance(source, Exchange):
+                    self.driver.taken(source, len(chunk))
         except Rejected as rejected:
             raise from_rejection(rejected.reason, rejected.retry_after_s) from None
         except EngineFailed as failed:
@@ -359,6 +373,12 @@ class _Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._gateway.serve(scope, receive, send)
+
+
+async def _leave_with_client(receive: Receive, leave: Callable[[], None]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    leave()
 
 
 def _class(value: bytes) -> RequestClass:

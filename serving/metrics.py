@@ -144,6 +144,15 @@ class _StateCollector(Collector):
             value=state["num_record_bytes"],
         )
         yield from _provider_metrics(state["fallback"])
+        cache = CounterMetricFamily(
+            "headway_cache_requests", "requests by how the response cache took them", labels=["how"]
+        )
+        for verdict in ("hit", "miss", "join", "bypass"):
+            cache.add_metric([verdict], state["cache"][f"num_{verdict}"])
+        yield cache
+        for name in ("num_stored", "num_stored_bytes", "num_flight_bytes"):
+            value = state["cache"].get(name, 0)
+            yield GaugeMetricFamily(f"headway_cache_{name}", f"cache: {name}", value=value)
         outcomes = GaugeMetricFamily(
             "headway_outcomes_total", "requests by how they ended", labels=["outcome"]
         )

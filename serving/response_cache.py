@@ -1,0 +1,238 @@
+"""Answers deterministic requests that were asked before, or are being answered now."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Coroutine
+from typing import Literal
+
+import msgspec
+
+from router.types import RequestClass
+from serving.cache_key import cache_key
+from serving.config import CacheConfig, Config
+from serving.driver import Driver
+from serving.exchange import Exchange
+from serving.flight import Flight, Reader
+from serving.response_store import MemoryStore, RedisStore, ResponseStore, StoredResponse
+from serving.wire import Headers
+
+Verdict = Literal["hit", "miss", "join", "bypass"]
+# Who is in a hurry does not wait for a batch request's turn.
+FlightKey = tuple[str, RequestClass]
+
+# Belong to one reply, not to its content.
+_OWN_HEADERS = (b"date", b"x-request-id")
+# Of the bound, for responses that are on their way; what is stored gives way to them.
+_FLIGHT_SHARE = 0.5
+
+
+class Replay:
+    """A stored response, whole in one chunk; reads like an `Exchange`."""
+
+    def __init__(self, stored: StoredResponse) -> None:
+        self.status = stored.status
+        age_s = max(0, int(time.time() - stored.created_s))
+        self.response_headers: Headers = [*stored.headers, (b"age", b"%d" % age_s)]
+        self._body = stored.body
+
+    async def next_chunk(self) -> bytes:
+        """Return the body, then b""."""
+        body, self._body = self._body, b""
+        return body
+
+    def leave(self) -> None:
+        """Nothing to end."""
+
+
+class ResponseCache:
+    """Exact: a hit is what the same tenant got for the same request to the same model.
+
+    Between the gateway and the driver: hits and joins never reach the router.
+    """
+
+    def __init__(self, config: Config, driver: Driver) -> None:
+        """Raises `ConfigError` if Redis is asked for and its client library is not there."""
+        self.num_by_verdict: dict[Verdict, int] = {"hit": 0, "miss": 0, "join": 0, "bypass": 0}
+        self._driver = driver
+        self._model_revision = hashlib.sha256(
+            msgspec.json.encode(
+                [config.model, config.engine.args], order="deterministic", enc_hook=str
+            )
+        ).hexdigest()
+        self._flights: dict[FlightKey, Flight] = {}
+        self._num_flight_bytes = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._config = config.cache
+        self._store = _make_store(config.cache)
+
+    @property
+    def enabled(self) -> bool:
+        return self._config.enabled
+
+    def use_config(self, config: CacheConfig) -> None:
+        """Go by these settings from now on; may raise `ConfigError`, then nothing changes.
+
+        What is stored stays, within the new bound, unless the cache is switched
+        off or the store changes.
+        """
+        stays = config.enabled and config.redis_url == self._config.redis_url
+        if stays and self._config.enabled:
+            if isinstance(self._store, MemoryStore):
+                self._store.shrink_to(config.max_bytes)
+        else:
+            store = _make_store(config)
+            self._spawn(self._store.close())
+            self._store = store
+        self._config = config
+
+    async def open(
+        self, exchange: Exchange, headers: Headers
+    ) -> tuple[Verdict, Reader | Replay | None]:
+        """How the request is answered, and what to read; None if the caller is to open it."""
+        no_store, no_cache = _cache_control(headers)
+        key = None if no_store else self._key(exchange)
+        if key is None:
+            return self._count("bypass"), None
+        flight_key = (key, exchange.request.priority_class)
+        if not no_cache:
+            if (reader := self._join(flight_key)) is not None:
+                return self._count("join"), reader
+            stored = await self._store.get(key)
+            if stored is not None:
+                return self._count("hit"), Replay(stored)
+            # While Redis was asked somebody else may have started it.
+            if (reader := self._join(flight_key)) is not None:
+                return self._count("join"), reader
+        flight = Flight(
+            exchange,
+            self._driver,
+            keep=self._keep,
+            release=self._release,
+            on_end=lambda flight: self._land(flight_key, flight),
+        )
+        self._flights[flight_key] = flight
+        return self._count("miss"), flight.join()
+
+    def state(self) -> dict[str, object]:
+        """JSON-able."""
+        state: dict[str, object] = {
+            "enabled": self.enabled,
+            **{f"num_{verdict}": count for verdict, count in self.num_by_verdict.items()},
+            "num_flights": len(self._flights),
+            "num_flight_bytes": self._num_flight_bytes,
+            "num_store_errors": self._store.num_errors,
+        }
+        if isinstance(self._store, MemoryStore):
+            state |= {
+                "num_stored": len(self._store),
+                "num_stored_bytes": self._store.num_bytes,
+                "num_evicted": self._store.num_evicted,
+            }
+        return state
+
+    def close(self) -> None:
+        self._spawn(self._store.close())
+
+    def _count(self, verdict: Verdict) -> Verdict:
+        self.num_by_verdict[verdict] += 1
+        return verdict
+
+    def _key(self, exchange: Exchange) -> str | None:
+        request = exchange.request
+        for info in self._driver.engines.values():
+            if request.model in (info.model, *info.aliases):
+                break
+        else:
+            return None  # nobody knows yet what would answer
+        scope = (request.tenant, self._config.revision, self._model_revision, info.engine)
+        return cache_key(
+            exchange.path, exchange.body, request.model, scope, with_tools=self._config.tools
+        )
+
+    def _join(self, flight_key: FlightKey) -> Reader | None:
+        flight = self._flights.get(flight_key)
+        return flight.join() if flight is not None and flight.is_whole else None
+
+    def _keep(self, flight: Flight, num_bytes: int) -> bool:
+        """Whether so many bytes more of a response on its way may be kept."""
+        config = self._config
+        if (
+            flight.num_kept_bytes + num_bytes > config.max_entry_bytes
+            or self._num_flight_bytes + num_bytes > _FLIGHT_SHARE * config.max_bytes
+        ):
+            return False
+        self._num_flight_bytes += num_bytes
+        self._make_room()
+        return True
+
+    def _release(self, num_bytes: int) -> None:
+        self._num_flight_bytes -= num_bytes
+        self._make_room()
+
+    def _make_room(self) -> None:
+        if isinstance(self._store, MemoryStore):
+            self._store.shrink_to(self._config.max_bytes - self._num_flight_bytes)
+
+    def _land(self, flight_key: FlightKey, flight: Flight) -> None:
+        """A flight has ended, or all its readers have left."""
+        body = flight.body
+        exchange = flight.exchange
+        if body is None or exchange.status != 200 or not _is_complete(exchange, body):
+            self._forget(flight_key, flight)
+            return
+        headers = [
+            (name, value)
+            for name, value in exchange.response_headers
+            if name.lower() not in _OWN_HEADERS
+        ]
+        stored = StoredResponse(exchange.status, headers, body, time.time())
+        if stored.num_bytes > self._config.max_entry_bytes:
+            self._forget(flight_key, flight)
+        else:
+            self._spawn(self._keep_landed(flight_key, flight, stored))
+
+    async def _keep_landed(
+        self, flight_key: FlightKey, flight: Flight, stored: StoredResponse
+    ) -> None:
+        # Until it is stored whoever asks joins the flight, or it would run twice.
+        try:
+            await self._store.put(flight_key[0], stored, self._config.ttl_s)
+        finally:
+            self._forget(flight_key, flight)
+
+    def _forget(self, flight_key: FlightKey, flight: Flight) -> None:
+        if self._flights.get(flight_key) is flight:
+            del self._flights[flight_key]
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _make_store(config: CacheConfig) -> ResponseStore:
+    if config.enabled and config.redis_url is not None:
+        return RedisStore(config.redis_url.get_secret_value())
+    return MemoryStore(config.max_bytes)
+
+
+def _cache_control(headers: Headers) -> tuple[bool, bool]:
+    """Whether the client forbids storing, and asks for a fresh answer (RFC 9111)."""
+    for name, value in headers:
+        if name == b"cache-control":
+            directives = {directive.strip() for directive in value.lower().split(b",")}
+            return b"no-store" in directives, b"no-cache" in directives
+    return False, False
+
+
+def _is_complete(exchange: Exchange, body: bytes) -> bool:
+    """Whether a body that has ended is an answer: streams tell of errors under status 200."""
+    headers = dict(exchange.response_headers)
+    if not headers.get(b"content-type", b"").startswith(b"text/event-stream"):
+        return True
+    if b'data: {"error"' in body:
+        return False
+    if exchange.path == "/v1/responses":
+        return b"event: response.completed" in body
+    return body.rstrip().endswith(b"data: [DONE]")
