@@ -23,6 +23,9 @@ FlightKey = tuple[str, RequestClass]
 
 # Belong to one reply, not to its content.
 _OWN_HEADERS = (b"date", b"x-request-id")
+# Marks what another service answered in the engines' stead: another model, perhaps, so
+# whoever asks again is to get the engines' answer.
+_PROVIDER_HEADER = b"x-headway-provider"
 # Of the bound, for responses that are on their way; what is stored gives way to them.
 _FLIGHT_SHARE = 0.5
 
@@ -178,7 +181,7 @@ class ResponseCache:
         """A flight has ended, or all its readers have left."""
         body = flight.body
         exchange = flight.exchange
-        if body is None or exchange.status != 200 or not _is_complete(exchange, body):
+        if body is None or not _is_worth_keeping(exchange, body):
             self._forget(flight_key, flight)
             return
         headers = [
@@ -226,9 +229,11 @@ def _cache_control(headers: Headers) -> tuple[bool, bool]:
     return False, False
 
 
-def _is_complete(exchange: Exchange, body: bytes) -> bool:
+def _is_worth_keeping(exchange: Exchange, body: bytes) -> bool:
     """Whether a body that has ended is an answer: streams tell of errors under status 200."""
     headers = dict(exchange.response_headers)
+    if exchange.status != 200 or _PROVIDER_HEADER in headers:
+        return False
     if not headers.get(b"content-type", b"").startswith(b"text/event-stream"):
         return True
     if b'data: {"error"' in body:

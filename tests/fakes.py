@@ -39,6 +39,7 @@ class FakeEngine:
         self.gate.set()
         self.dead = False
         self.chunk = b"data: {}\n\n"
+        self.headers = [(b"content-type", b"text/event-stream")]
         self.status = 200
         self.num_started = 0
         self.num_steps = 0
@@ -75,8 +76,7 @@ class FakeEngine:
         body = msgspec.json.decode((await receive())["body"])
         self.bodies.append(body)
         self.num_started += 1
-        headers = [(b"content-type", b"text/event-stream")]
-        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.start", "status": self.status, "headers": self.headers})
         leaving = asyncio.ensure_future(receive())
         for number in range(body.get("max_tokens", 1)):
             opened = asyncio.ensure_future(self.gate.wait())

@@ -246,6 +246,12 @@ async def test_a_failure_is_told_to_all_and_not_kept():
         assert system.gateway.cache.state()["num_stored"] == 0
 
 
+async def test_what_a_provider_answered_is_not_kept():
+    async with running(num_engines=1, cache=ON) as system:
+        system.engines[0].headers.append((b"x-headway-provider", b"elsewhere"))
+        assert [(await ask(system)).headers["x-headway-cache"] for _ in range(2)] == ["miss"] * 2
+
+
 async def test_who_is_in_a_hurry_does_not_join_batch_work():
     async with running(cache=ON) as system:
         for engine in system.engines:
