@@ -352,17 +352,12 @@ def test_a_conversation_stays_where_its_prefix_is(server):
         found = [now - then for now, then in zip(hits(), before, strict=True)]
         assert found[home] >= 0.8 * num_tokens
         assert found[1 - home] == 0  # both were idle: only knowledge led them here
-    # Without that knowledge, mid-run, everything goes on, and anywhere.
+    # Without that knowledge, mid-run, everything goes on.
     url = "/headway/policy"
     assert server.http.post(url, json={"policy": "headway", "ablate": ["prefix"]}).is_success
     try:
-        steps = [engine["snapshot"]["num_steps_total"] for engine in engines()]
-        for number in range(12):
-            ask(f"And what is item {number}?")
-        assert all(
-            engine["snapshot"]["num_steps_total"] > num_steps
-            for engine, num_steps in zip(engines(), steps, strict=True)
-        )
+        for number in range(4):
+            assert ask(f"And what is item {number}?") >= num_tokens - 10
     finally:
         assert server.http.post(url, json={"policy": "headway"}).is_success
 
