@@ -388,7 +388,8 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second(server):
     server.until(server.idle, 10)
     body = {"model": MODEL, "messages": QUESTION, "max_tokens": 2000, "ignore_eos": True}
     with server.http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as reply:
-        next(reply.iter_lines())
+        lines = reply.iter_lines()  # kept: an iterator that is dropped closes the connection
+        next(lines)
         server.until(lambda: server.total("num_running_reqs") == 1, 5)
     left = time.monotonic()
     server.until(lambda: server.total("num_running_reqs") == 0, 1)
