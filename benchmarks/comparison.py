@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from benchmarks.client import Client, Record
-from benchmarks.latency import Latencies, Sample
+from benchmarks.latency import Latencies, Sample, write_csv
 from benchmarks.load import ClosedLoop, open_loop
 from benchmarks.mix import Mix
+from benchmarks.plots import plot_ttft
 from benchmarks.real_engines import HoldWatch, RealEngines
-from benchmarks.report import Figure, Report, Spread, brief, percentile
+from benchmarks.report import RESULTS, Figure, Report, Spread, brief, percentile
 from benchmarks.subjects import BenchmarkError
 from benchmarks.variant import OURS, SATURATING_POLICY
 
@@ -33,6 +34,14 @@ console = Console()
 def say(text: str) -> None:
     """Show progress, with the time of day."""
     console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {text}", highlight=False, soft_wrap=True)
+
+
+def finish(report: Report, samples: Sequence[Sample]) -> None:
+    """Show and write the report, every request beside it, and the figure from these."""
+    report.finish()
+    lines = RESULTS / f"{report.name}.csv"
+    write_csv(samples, lines)
+    say(f"Every request: {lines.name}; figure: {plot_ttft(lines).name}")
 
 
 def num_served(records: Sequence[Record], start_s: float, end_s: float) -> float:

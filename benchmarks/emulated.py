@@ -21,6 +21,7 @@ from benchmarks.asgi import (
     Scope,
     Send,
     error_content,
+    read_body,
     reply,
     until_gone,
 )
@@ -146,16 +147,11 @@ class EmulatedEngine:
             await reply(send, 404, error_content("Not Found", 404))
 
     async def _complete(self, chat: bool, receive: Receive, send: Send) -> None:
-        raw = bytearray()
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            raw += message.get("body", b"")
-            more = message.get("more_body", False)
+        raw = await read_body(receive)
+        if raw is None:
+            return
         try:
-            body = parse(bytes(raw))
+            body = parse(raw)
             if body.model not in (None, self.info.model):
                 error = f"The model `{body.model}` does not exist."
                 await reply(send, 404, error_content(error, 404))

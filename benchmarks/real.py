@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.comparison import NUM_WORKERS, Comparison, Plan, console, say
-from benchmarks.latency import Sample, write_csv
-from benchmarks.plots import plot_ttft
+from benchmarks.comparison import NUM_WORKERS, Comparison, Plan, finish, say
+from benchmarks.latency import Sample
 from benchmarks.real_engines import RealEngines
-from benchmarks.report import RESULTS, Report
+from benchmarks.report import Report
 from benchmarks.runner import run_to_the_end
 from benchmarks.variant import SATURATING_POLICY, policies, split
 
@@ -97,11 +96,7 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
 
 def main() -> int:
     plan = _parse(None)
-    report, samples = run_to_the_end(lambda: run(plan))
-    report.finish()
-    lines = RESULTS / f"{report.name}.csv"
-    write_csv(samples, lines)
-    console.print(f"Every request: {lines.name}; figure: {plot_ttft(lines).name}")
+    finish(*run_to_the_end(lambda: run(plan)))
     return 0
 
 

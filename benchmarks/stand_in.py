@@ -29,6 +29,7 @@ from benchmarks.asgi import (
     Scope,
     Send,
     error_content,
+    read_body,
     reply,
     send_part,
     until_gone,
@@ -173,14 +174,9 @@ class StandInEngine:
             await reply(send, 404, error_content("Not Found", 404))
 
     async def _complete(self, chat: bool, receive: Receive, send: Send) -> None:
-        body = bytearray()
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
+        body = await read_body(receive)
+        if body is None:
+            return
         try:
             request = _decode_body(body)
         except msgspec.MsgspecError as error:

@@ -38,10 +38,10 @@ class Placement(msgspec.Struct):
     first_token_s: float | None = None  # when it came
 
     @property
-    def predicted_finish_s(self) -> float:
-        """When the answer should be complete, as predicted when the request was placed."""
+    def predicted_latency_s(self) -> float:
+        """Predicted seconds from placing the request to the end of its answer."""
         num_more = self.request.num_expected_output_tokens - 1
-        return self.placed_s + self.predicted_ttft_s + num_more * self.predicted_tpot_s
+        return self.predicted_ttft_s + num_more * self.predicted_tpot_s
 
 
 class Placer:

@@ -50,9 +50,7 @@ class Predictions:
             return
         request, first_s = placement.request, placement.first_token_s
         self._lengths.learn(request, usage.num_output_tokens)
-        self._accuracy["latency"].add(
-            placement.predicted_finish_s - placement.placed_s, now_s - placement.placed_s
-        )
+        self._accuracy["latency"].add(placement.predicted_latency_s, now_s - placement.placed_s)
         num_more = usage.num_output_tokens / request.num_sequences - 1.0
         if first_s is not None and first_s < now_s and num_more > 0.0:
             self._accuracy["tpot"].add(placement.predicted_tpot_s, (now_s - first_s) / num_more)

@@ -220,13 +220,14 @@ class Replica:
         request takes all of `num_kv_tokens` of it; once it runs, only what it does not
         share with others makes the cache grow.
         """
-        num_new_tokens = self.num_new_tokens(request)
+        num_cached_tokens = self.num_cached_tokens(request)
+        num_new_tokens = max(1, request.num_prompt_tokens - num_cached_tokens)
         number = self.ledger.book(
             request.id,
             num_prefill_tokens=num_new_tokens,
             num_step_tokens=min(num_new_tokens, self.info.max_prefill_chunk or num_new_tokens),
             num_kv_tokens=num_kv_tokens,
-            num_own_kv_tokens=num_kv_tokens - self.num_cached_tokens(request),
+            num_own_kv_tokens=num_kv_tokens - num_cached_tokens,
             num_sequences=request.num_sequences,
             now_s=now_s,
         )

@@ -18,16 +18,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.client import Client
-from benchmarks.comparison import say
-from benchmarks.latency import Latencies, Sample, write_csv
+from benchmarks.comparison import finish, say
+from benchmarks.latency import Latencies, Sample
 from benchmarks.load import open_loop
 from benchmarks.mix import Mix
 from benchmarks.peers import PEERS
 from benchmarks.peers.fleet import EmulatedFleet, EmulatedHeadway, VllmFleet
 from benchmarks.peers.peer import MissingError
-from benchmarks.plots import plot_ttft
 from benchmarks.real_engines import RealEngines
-from benchmarks.report import RESULTS, Report, Spread, brief, percentile
+from benchmarks.report import Report, Spread, brief, percentile
 from benchmarks.runner import run_to_the_end
 from benchmarks.subjects import BenchmarkError, Headway, Subject
 from benchmarks.variant import OURS
@@ -191,11 +190,7 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
 
 def main() -> int:
     plan = _parse(None)
-    report, samples = run_to_the_end(lambda: run(plan))
-    report.finish()
-    lines = RESULTS / f"{report.name}.csv"
-    write_csv(samples, lines)
-    say(f"Every request: {lines.name}; figure: {plot_ttft(lines).name}")
+    finish(*run_to_the_end(lambda: run(plan)))
     return 0
 
 
