@@ -240,6 +240,11 @@ class EngineModel:
     # Steps
 
     @property
+    def step_ends_s(self) -> Sequence[float]:
+        """When the steps of the run in progress end; empty between runs."""
+        return self._ends_s
+
+    @property
     def end_s(self) -> float | None:
         """When the step or run in progress ends; None when there is none."""
         return self._ends_s[-1] if self._ends_s else None

@@ -1,5 +1,6 @@
 """What became of every request of a simulated run: columns, one entry per request."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -29,6 +30,13 @@ class Journal:
         self.step_gap_counts: list[int] = []
         self.num_preemptions = 0
         self.num_events = 0
+
+    def step(self, began_s: float, ends_s: Sequence[float], num_decode_reqs: int) -> None:
+        """Enter steps in a row in each of which so many requests got a token."""
+        for end_s in ends_s:
+            self.step_gaps_s.append(end_s - began_s)
+            self.step_gap_counts.append(num_decode_reqs)
+            began_s = end_s
 
     def end(self, number: int, outcome: Outcome, now_s: float) -> None:
         """Enter how a request ended; raises `RuntimeError` if it has already."""

@@ -39,12 +39,19 @@ class FirstComeFirstServed:
     def add(self, job: Job) -> None:
         self.jobs.append(job)
 
-    def begin_step(self, now_s: float) -> float | None:
+    def begin_step(self, now_s: float, until_s: float) -> float | None:
         if not self.jobs:
             return None
         step_s = self.jobs[0].num_output_tokens * SERVICE_S
         self._end_s = now_s + step_s
         return step_s
+
+    @property
+    def step_ends_s(self) -> list[float]:
+        return [self._end_s] if self.jobs else []
+
+    def settle(self, now_s: float) -> None:
+        pass
 
     def cut(self, now_s: float) -> float:
         return self._end_s
@@ -82,7 +89,7 @@ class ProcessorSharing(FirstComeFirstServed):
     def add(self, job: Job) -> None:
         self.jobs.append(job)
 
-    def begin_step(self, now_s: float) -> float | None:
+    def begin_step(self, now_s: float, until_s: float) -> float | None:
         for job in self.jobs:
             self._left_s.setdefault(job.id, job.num_output_tokens * SERVICE_S)
         self._began_s = now_s

@@ -83,9 +83,34 @@ def test_equal_seeds(policy):
     one, same, other = (
         simulation(policy=policy, num_gateways=2, seed=seed).run() for seed in (1, 1, 2)
     )
-    for column in ("placed_s", "first_s", "end_s", "outcome", "num_cached_tokens", "gaps_s"):
+    for column in (*COLUMNS, "gaps_s"):
         assert np.array_equal(getattr(one, column), getattr(same, column))
     assert not np.array_equal(one.end_s, other.end_s)
+
+
+COLUMNS = ("placed_s", "first_s", "end_s", "outcome", "num_cached_tokens")
+
+
+@pytest.mark.parametrize("policy", ["headway", "round_robin", "least_response_time"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_gateways": 2},
+        {"network": Network(snapshot_loss=0.3)},
+        {"failures": [Failure(0, 1.0, 3.0), Failure(1, 2.0, 1.0)]},
+        {"workload": SYNTHETIC["bursty"](200, 0).at_rate(150.0), "num_engines": 2},
+    ],
+)
+def test_running_ahead_changes_nothing(policy, options):
+    """Runs of steps at once, and news only when asked for: the run of single steps."""
+    options = {"workload": SYNTHETIC["conversations"](150, 0).at_rate(30.0)} | options
+    ahead, eager = (simulation(policy=policy, eager=eager, **options) for eager in (False, True))
+    one, other = ahead.run(), eager.run()
+    for column in COLUMNS:
+        assert np.array_equal(getattr(one, column), getattr(other, column), equal_nan=True)
+    assert np.array_equal(np.sort(one.gaps_s), np.sort(other.gaps_s))
+    assert one.num_events < other.num_events
 
 
 @pytest.mark.parametrize("policy", policies())

@@ -1,0 +1,334 @@
+"""A gateway of a simulation: a router and the shell around it, as `serving/driver.py` is one."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from benchmarks.engine_model import Job, Progress
+from benchmarks.simulated_node import HEARTBEAT_S, Node
+from router.budget import RateReport
+from router.core import Router
+from router.policies.prefix_index import BLOCK_TOKENS
+from router.settings import RouterSettings
+from router.types import (
+    BlockUpdate,
+    Decision,
+    Dispatch,
+    EngineSnapshot,
+    Evacuate,
+    Fail,
+    Fallback,
+    Hold,
+    Outcome,
+    Reject,
+    RejectReason,
+    Request,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from benchmarks.simulator import Simulation
+
+# As in serving/intake.py, which imports what a simulation must not need (FastAPI).
+_MAX_PREFIX_BLOCKS = 256
+_BYTES_PER_TOKEN = 4
+
+
+class Gateway:
+    """Carries out what its router decides.
+
+    While it holds requests it listens: news of an engine is an event of its own, for it may
+    let one of them go. Else news waits until the router is asked something, and is told
+    to it first, with the time at which it came (`look`).
+    """
+
+    def __init__(self, simulation: "Simulation", settings: RouterSettings, number: int) -> None:
+        self.number = number
+        self.router = Router(settings)
+        self._simulation = simulation
+        self._max_hold_s = settings.max_hold_s
+        self._model = ""
+        self._calls: dict[str, Call] = {}  # open, by request
+        self._held: set[str] = set()  # of these
+        self.listens = simulation.always_listens
+        self._streams: dict[str, dict[str, Call]] = {}  # by engine and job
+        self._wake_s: float | None = None
+
+    def has_streams(self, node: Node) -> bool:
+        """Whether a request of ours is on the engine, or on its way there or back."""
+        return bool(self._streams.get(node.id))
+
+    # Clients
+
+    def arrive(self, number: int) -> None:
+        """A request comes in."""
+        simulation = self._simulation
+        now_s = simulation.now_s
+        arrival = simulation.workload.arrivals[number]
+        self.look()
+        hashes: tuple[int, ...] = ()
+        if self.router.wants_prefix:
+            hashes = arrival.block_hashes(BLOCK_TOKENS)[:_MAX_PREFIX_BLOCKS]
+        request = Request(
+            id=str(number),
+            model=self._model,
+            num_prompt_tokens=arrival.num_prompt_tokens,
+            max_output_tokens=arrival.max_output_tokens,
+            num_bytes=arrival.num_prompt_tokens * _BYTES_PER_TOKEN,
+            tenant=arrival.tenant,
+            priority_class=arrival.priority_class,
+            arrival_s=now_s,
+            deadline_s=now_s + self._max_hold_s,
+            prefix_hashes=hashes,
+            prefix_block_share=BLOCK_TOKENS / arrival.num_prompt_tokens,
+        )
+        self._calls[request.id] = Call(number, request)
+        self._execute(self.router.on_arrival(request, now_s))
+
+    # Engines
+
+    def look(self) -> None:
+        """Tell the router all that has come by now."""
+        now_s = self._simulation.now_s
+        for node in self._simulation.nodes.values():
+            if node.next_push_s <= now_s or node.lines[self.number].news:
+                self._take_in(node, now_s)
+
+    def on_news(self, node: Node) -> None:
+        """A snapshot has come, and somebody waits for what it says."""
+        now_s = self._simulation.now_s
+        news = node.lines[self.number].news
+        while news and news[0][0] <= now_s and node.is_up:
+            self._execute(self._tell(node, *news.popleft()))
+
+    def _take_in(self, node: Node, now_s: float) -> None:
+        node.tell(now_s)
+        news = node.lines[self.number].news
+        while news and news[0][0] < now_s:
+            decisions = self._tell(node, *news.popleft())
+            assert not decisions, "news that nobody listened for made a difference"
+
+    def _tell(
+        self, node: Node, came_s: float, snapshot: EngineSnapshot, update: BlockUpdate | None
+    ) -> list[Decision]:
+        if update is not None and not self.router.on_blocks(node.id, update):
+            simulation = self._simulation
+            simulation.at(simulation.now_s + simulation.network.submit_s, node.resync, self)
+        return self.router.on_snapshot(node.id, snapshot, came_s)
+
+    def on_replica_up(self, node: Node) -> None:
+        self.look()
+        self._model = node.engine.info.model
+        self._streams[node.id] = {}
+        info = msgspec.structs.replace(node.engine.info, heartbeat_s=HEARTBEAT_S)
+        self._execute(self.router.on_replica_up(node.id, info, self._simulation.now_s))
+
+    def on_replica_draining(self, node: Node) -> None:
+        self.look()
+        self._execute(self.router.on_replica_draining(node.id, self._simulation.now_s))
+
+    def on_step(self, news: tuple[Node, list[Job], list[Progress]]) -> None:
+        """An engine tells what a step brought: what prompts consist of, first tokens, ends."""
+        node, jobs, progresses = news
+        if not node.is_up:
+            return
+        segment_tokens = self._simulation.segment_tokens
+        streams = self._streams[node.id]
+        for job in jobs:
+            if (call := streams.get(job.id)) is not None:
+                hashes = job.block_hashes[: job.num_prompt_tokens // segment_tokens]
+                self.router.on_prompt(call.request.id, job.num_prompt_tokens, list(hashes))
+        if progresses:
+            self.look()
+            self._receive(node, progresses)
+
+    def _receive(self, node: Node, progresses: list[Progress]) -> None:
+        simulation = self._simulation
+        now_s, journal = simulation.now_s, simulation.journal
+        for progress in progresses:
+            call = self._streams[node.id].get(progress.job_id)
+            if call is None:
+                continue  # taken off that engine while this was under way
+            request_id = call.request.id
+            if call.awaits_first_token:
+                call.awaits_first_token = False
+                if not call.has_begun:
+                    call.has_begun = True
+                    journal.first_s[call.number] = now_s
+                self._execute(self.router.on_first_token(request_id, now_s))
+            if progress.finished:
+                arrival = simulation.workload.arrivals[call.number]
+                usage = Usage(
+                    num_prompt_tokens=arrival.num_prompt_tokens,
+                    num_cached_tokens=progress.num_cached_tokens,
+                    num_output_tokens=arrival.num_output_tokens,
+                )
+                journal.num_cached_tokens[call.number] = progress.num_cached_tokens
+                del self._streams[node.id][progress.job_id]
+                self._close(request_id, Outcome.COMPLETED)
+                self._execute(self.router.on_finish(request_id, usage, now_s))
+
+    def on_replica_down(self, node: Node) -> None:
+        """First close the door, then find the requests another place."""
+        lost = self._streams.pop(node.id, {})
+        self._execute(self.router.on_replica_down(node.id, self._simulation.now_s))
+        for job_id, call in lost.items():
+            self._fail_attempt(node, job_id, call)
+
+    def _evacuate(self, node: Node) -> None:
+        simulation = self._simulation
+        left, self._streams[node.id] = self._streams[node.id], {}
+        for job_id, call in left.items():
+            simulation.at(simulation.now_s + simulation.network.submit_s, node.cancel, job_id)
+            self._fail_attempt(node, job_id, call)
+
+    def _fail_attempt(self, node: Node, job_id: str, call: "Call") -> None:
+        """The engine did not carry it through: another goes on where it stopped."""
+        num_output_tokens = node.num_output_tokens(job_id)
+        call.num_output_tokens += num_output_tokens
+        call.awaits_first_token = True
+        call.num_attempts += 1
+        self._execute(
+            self.router.on_attempt_failed(
+                call.request.id,
+                None,
+                self._simulation.now_s,
+                has_begun=call.has_begun,
+                num_output_tokens=num_output_tokens,
+            )
+        )
+
+    # Decisions
+
+    def _execute(self, decisions: list[Decision]) -> None:
+        for decision in decisions:
+            if isinstance(decision, Hold):
+                self._held.add(decision.request_id)
+                continue
+            if self._held and not isinstance(decision, Evacuate):
+                self._held.discard(decision.request_id)
+            if isinstance(decision, Dispatch):
+                self._dispatch(decision)
+            elif isinstance(decision, Fallback):
+                self._fall_back(decision)
+            elif isinstance(decision, Reject):
+                expired = decision.reason is RejectReason.EXPIRED
+                self._close(decision.request_id, Outcome.EXPIRED if expired else Outcome.REJECTED)
+            elif isinstance(decision, Fail):
+                self._close(decision.request_id, Outcome.FAILED)
+            elif isinstance(decision, Evacuate):
+                self._evacuate(self._simulation.nodes[decision.replica_id])
+        if self.listens != bool(self._held):
+            self._listen(bool(self._held))
+        wake_s = self.router.next_wake_s()
+        if wake_s != self._wake_s:
+            self._wake_s = wake_s
+            if wake_s is not None:
+                simulation = self._simulation
+                simulation.at(max(wake_s, simulation.now_s), self._tick, wake_s)
+
+    def _listen(self, listens: bool) -> None:
+        """Want the engines' news at once from now on, or no more."""
+        simulation = self._simulation
+        if simulation.always_listens:
+            return
+        if not listens:
+            simulation.num_listening -= 1
+            self.listens = False
+            return
+        for node in simulation.nodes.values():
+            node.tell(simulation.now_s)
+        simulation.num_listening += 1
+        self.listens = True
+        for node in simulation.nodes.values():
+            node.arm()
+            for came_s, *_ in node.lines[self.number].news:
+                simulation.at(came_s, self.on_news, node)
+
+    def _tick(self, wake_s: float) -> None:
+        if wake_s == self._wake_s:
+            self._wake_s = None
+            self.look()
+            self._execute(self.router.on_tick(self._simulation.now_s))
+
+    def _dispatch(self, decision: Dispatch) -> None:
+        simulation = self._simulation
+        call = self._calls[decision.request_id]
+        node = simulation.nodes[decision.replica_id]
+        arrival = simulation.workload.arrivals[call.number]
+        if not call.has_begun:
+            simulation.journal.placed_s[call.number] = simulation.now_s
+        job = Job(
+            # An engine may get the same request twice: each time is a job of its own.
+            id=f"{call.number}.{call.num_attempts}",
+            num_prompt_tokens=arrival.num_prompt_tokens + call.num_output_tokens,
+            num_output_tokens=max(1, arrival.num_output_tokens - call.num_output_tokens),
+            priority=simulation.priority_of(self, call.request, arrival),
+            block_hashes=arrival.block_hashes(simulation.segment_tokens, with_reply=True),
+            num_expected_cached_tokens=decision.num_cached_tokens,
+        )
+        self._streams[node.id][job.id] = call
+        arrive_s = simulation.now_s + simulation.network.submit_s
+        simulation.at(arrive_s, node.submit, (self, decision.booking, job))
+
+    def _fall_back(self, decision: Fallback) -> None:
+        simulation = self._simulation
+        call = self._calls[decision.request_id]
+        simulation.journal.placed_s[call.number] = simulation.now_s
+        arrive_s = simulation.now_s + simulation.network.submit_s
+        simulation.at(arrive_s, self._reach, (decision, call))
+
+    def _reach(self, news: tuple[Fallback, "Call"]) -> None:
+        """A request has come to a provider; what it says comes back when it answers."""
+        decision, call = news
+        simulation = self._simulation
+        arrival = simulation.workload.arrivals[call.number]
+        times_s, report = simulation.providers[decision.provider].take(
+            arrival.num_prompt_tokens, arrival.num_output_tokens, simulation.now_s
+        )
+        if times_s is None:
+            refused_s = simulation.now_s + simulation.network.reply_s
+            simulation.at(refused_s, self._on_refused, (call.request.id, report))
+            return
+        first_s = simulation.now_s + times_s[0]
+        simulation.at(first_s, self._on_provider_first, (call, report))
+        simulation.at(first_s + times_s[1], self._on_provider_end, call)
+
+    def _on_refused(self, news: tuple[str, RateReport]) -> None:
+        request_id, report = news
+        now_s = self._simulation.now_s
+        self._execute(self.router.on_provider_refused(request_id, report, now_s))
+
+    def _on_provider_first(self, news: tuple["Call", RateReport]) -> None:
+        call, report = news
+        now_s, request_id = self._simulation.now_s, call.request.id
+        self._simulation.journal.first_s[call.number] = now_s
+        self._execute(self.router.on_provider_answer(request_id, report, now_s))
+        self._execute(self.router.on_first_token(request_id, now_s))
+
+    def _on_provider_end(self, call: "Call") -> None:
+        simulation, request_id = self._simulation, call.request.id
+        arrival = simulation.workload.arrivals[call.number]
+        usage = Usage(
+            num_prompt_tokens=arrival.num_prompt_tokens, num_output_tokens=arrival.num_output_tokens
+        )
+        self._close(request_id, Outcome.COMPLETED)
+        self._execute(self.router.on_finish(request_id, usage, simulation.now_s))
+
+    def _close(self, request_id: str, outcome: Outcome) -> None:
+        call = self._calls.pop(request_id)
+        self._simulation.num_open -= 1
+        self._simulation.journal.end(call.number, outcome, self._simulation.now_s)
+
+
+@dataclass(slots=True)
+class Call:
+    """A request that is open at a gateway."""
+
+    number: int  # of the arrival
+    request: Request
+    num_output_tokens: int = 0  # that engines have sent which then failed
+    num_attempts: int = 0  # that have failed
+    has_begun: bool = False  # its first token has come
+    awaits_first_token: bool = True  # from the engine that has it
