@@ -9,23 +9,21 @@ A request's states, and who moves it:
       |                     \--engines late or gone--> at a provider (`router.fallback`)
       \--queue full, unknown model--> REJECTED
 
-New requests are placed at once where possible. One that its engine does not
-carry through is placed again, elsewhere if there is an elsewhere: a retry, or,
-if its reply had begun, a resumption; only the shell knows which. Every request
-ends in exactly one Outcome, and its booking with it. An id that ended, or never was, is not
-known any more: events about it change nothing, so a shell may report an end
-twice, or late. An id must not be used again while its request is open.
+New requests are placed at once where possible (`router.open_requests`). One
+that its engine does not carry through is placed again, elsewhere if there is an
+elsewhere: a retry, or, if its reply had begun, a resumption; only the shell
+knows which. Every request ends in exactly one Outcome, and its booking with it.
+An id that ended, or never was, is not known any more: events about it change
+nothing, so a shell may report an end twice, or late. An id must not be used
+again while its request is open.
 
 What never happens: a decision about a request that has ended; a dispatch to a
 replica that is draining or lost, or past an open breaker; a new request held past
 the queue's bounds.
 """
 
-import math
 import random
-from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import get_args
 
 import msgspec
 
@@ -35,24 +33,22 @@ from router.fallback import FallbackSettings, Spill, own_budget
 from router.fleet import Fleet
 from router.health import Health
 from router.hold import HoldQueue
-from router.placement import Placement, Placer
-from router.policies import POLICIES, Policy
+from router.open_requests import OpenRequests
+from router.placement import Placer
+from router.policies import Policy, make_policy
 from router.predictions import Predictions
 from router.promise import promised_s
 from router.provider import MakeBudget, ProviderSettings
 from router.replica import Replica
 from router.retry_budget import RetryBudget
-from router.settings import Part, RouterSettings
+from router.settings import RouterSettings
 from router.types import (
     BlockUpdate,
     Decision,
     EngineInfo,
     EngineSnapshot,
     Fail,
-    Hold,
     Outcome,
-    Reject,
-    RejectReason,
     Request,
     Usage,
 )
@@ -71,7 +67,6 @@ class Router:
 
     def __init__(self, settings: RouterSettings, rng: random.Random | None = None) -> None:
         self.settings = settings
-        self.outcomes: Counter[Outcome] = Counter()
         self.num_retries = 0  # resumptions included
         self._rng = rng if rng is not None else random.Random(settings.seed)
         self._fleet = Fleet()
@@ -80,33 +75,27 @@ class Router:
         self._retries = RetryBudget(settings.retry, now_s=0.0)
         self._spill = Spill(self._fleet, self._queue, settings, self._rng)
         self._predictions = Predictions(settings.max_prediction_error)
-        self._policy_name: str = settings.policy
-        policy = self._make_policy(settings.policy)
+        policy = make_policy(settings.policy, self._rng, settings.ablate)
         self._placer = Placer(
             self._fleet, self._queue, policy, holds=True, tpot_targets_s=settings.tpot_target_s
         )
-        self._use(policy, settings.ablate)
+        self._open = OpenRequests(self._fleet, self._queue, self._placer, self._spill)
+        self.outcomes = self._open.outcomes
+        self._use(policy)
 
     # Requests
 
     def on_arrival(self, request: Request, now_s: float) -> list[Decision]:
         """Place, hold or reject a new request; one whose id is open is ignored."""
-        if request.id in self._placer or request.id in self._queue or request.id in self._spill:
+        if request.id in self._open:
             return []
         self._retries.deposit()
-        if now_s < self._health.next_check_s:
-            return self._admit(request, now_s)
-        # Nobody looked while there was no work: an engine may have fallen silent meanwhile.
-        return [*self._health.check(self._fleet, now_s), *self._admit(request, now_s)]
-
-    def _admit(self, request: Request, now_s: float) -> list[Decision]:
-        # While no engine is there at all, any of them may be the one that is starting.
-        is_known = self._fleet.knows(request.model) or self._spill.serves(request.model)
-        if len(self._fleet) and not is_known:
-            return [self._reject(request, RejectReason.UNKNOWN_MODEL, None)]
-        if "length" not in self._ablate:
+        if "length" not in self._placer.policy.ablated:
             request = self._predictions.with_length(request)
-        return self._enter(request, now_s)
+        if now_s < self._health.next_check_s:
+            return self._open.admit(request, now_s)
+        # Nobody looked while there was no work: an engine may have fallen silent meanwhile.
+        return [*self._health.check(self._fleet, now_s), *self._open.admit(request, now_s)]
 
     def on_first_token(self, request_id: str, now_s: float) -> list[Decision]:
         """Learn from a first token: compare it with what was predicted."""
@@ -116,9 +105,9 @@ class Router:
             self._predictions.on_first_token(placement, now_s)
             self._placer.policy.observe(placement.replica, ttft_s, now_s)
             if self.settings.breaker.is_slow(ttft_s, placement.predicted_ttft_s):
-                self._judge_slow([placement], now_s)
-            if self._reorder():
-                return self._place_held(now_s)
+                self._health.judge_slow([placement], self._fleet, now_s)
+            if self._use(self._placer.policy):
+                return self._open.place_held(now_s)
         else:
             self._spill.start(request_id, now_s)
         return []
@@ -126,8 +115,7 @@ class Router:
     def on_finish(self, request_id: str, usage: Usage | None, now_s: float) -> list[Decision]:
         """End a request that its engine, or provider, has answered: COMPLETED."""
         if self._spill.finish(request_id, usage, now_s):
-            self.outcomes[Outcome.COMPLETED] += 1
-            return self._place_held(now_s, at_once=True)
+            return self._open.close(Outcome.COMPLETED, now_s, at_once=True)
         placement = self._placer.start(request_id, now_s)
         if placement is not None:  # the whole response came at once
             latency_s = max(0.0, now_s - placement.placed_s)
@@ -136,7 +124,7 @@ class Router:
             placement.replica.breaker.succeed(placement.permit, now_s)
             if usage is not None:
                 self._predictions.on_finish(placement, usage, now_s)
-        return self._end(request_id, Outcome.COMPLETED, now_s, usage)
+        return self._open.end(request_id, Outcome.COMPLETED, now_s, usage)
 
     def on_attempt_failed(
         self,
@@ -150,14 +138,14 @@ class Router:
     ) -> list[Decision]:
         """Place a request again that its engine did not carry through, or give it up.
 
-        Through no fault of the client's; past the last retry a provider may have it.
-        `failure` is what the engine did to this
-        request alone: it counts for the breaker, and the retry against the budget.
-        None where the engine as a whole was lost or left: then its breaker keeps
-        a storm off, and what the other engines get is no more than it had. The
-        shell knows whether it `can_retry`, whether the reply `has_begun`, so that
-        only an engine can go on with it, and how many tokens this engine has
-        generated that another will have to prefill.
+        Through no fault of the client's; past the last retry a provider may have
+        it. `failure` is what the engine did to this request alone: it counts for
+        the breaker, and the retry against the budget. None where the engine as a
+        whole was lost or left: then its breaker keeps a storm off, and what the
+        other engines get is no more than it had. The shell knows whether it
+        `can_retry`, whether the reply `has_begun`, so that only an engine can go
+        on with it, and how many tokens this engine has generated that another
+        will have to prefill.
 
         The request keeps its first arrival, so it has not lost its turn.
         """
@@ -168,13 +156,11 @@ class Router:
         if failure is not None:
             replica.breaker.fail(placement.permit, failure, now_s)
         if not can_retry:
-            return [Fail(request_id), *self._end(request_id, Outcome.FAILED, now_s)]
+            return [Fail(request_id), *self._open.end(request_id, Outcome.FAILED, now_s)]
         no_engine = len(request.tried) + 1 >= self.settings.max_attempts or (
             failure is not None and not self._retries.try_withdraw(now_s)
         )
-        replica.breaker.release(placement.permit)
-        self._placer.release(request_id)
-        self._queue.settle(request, Usage())  # it is charged anew where it goes next
+        self._open.take_back(placement, Usage())  # it is charged anew where it goes next
         again = msgspec.structs.replace(
             request,
             num_prompt_tokens=request.num_prompt_tokens + num_output_tokens,
@@ -184,20 +170,18 @@ class Router:
         )
         decision: Decision | None = None
         if no_engine and (decision := self._spill.send_now(again, now_s)) is None:
-            self.outcomes[Outcome.FAILED] += 1
-            return [Fail(request_id), *self._place_held(now_s)]
+            return [Fail(request_id), *self._open.close(Outcome.FAILED, now_s)]
         self.num_retries += 1
         if decision is None:
-            return self._enter(again, now_s)
-        return [decision, *self._place_held(now_s)]
+            return self._open.enter(again, now_s)
+        return [decision, *self._open.place_held(now_s)]
 
     def on_cancel(self, request_id: str, now_s: float) -> list[Decision]:
         """End a request whose client has left, held or placed: RENEGED."""
         was_away = self._spill.cancel(request_id, now_s)
         if not was_away and self._queue.remove(request_id) is None:
-            return self._end(request_id, Outcome.RENEGED, now_s)
-        self.outcomes[Outcome.RENEGED] += 1
-        return self._place_held(now_s)
+            return self._open.end(request_id, Outcome.RENEGED, now_s)
+        return self._open.close(Outcome.RENEGED, now_s)
 
     def on_prompt(self, request_id: str, num_prompt_tokens: int, block_hashes: list[int]) -> None:
         """Learn what an engine has made of a request's prompt, by its own tokeniser."""
@@ -218,7 +202,7 @@ class Router:
         gone end there.
         """
         self._spill.use(providers, settings, make_budget, now_s)
-        return self._place_held(now_s, at_once=True)
+        return self._open.place_held(now_s, at_once=True)
 
     def on_provider_answer(
         self, request_id: str, report: RateReport, now_s: float
@@ -232,7 +216,7 @@ class Router:
     ) -> list[Decision]:
         """Place a request again that a provider refused for its rate: 429."""
         request = self._spill.refuse(request_id, report, now_s)
-        return [] if request is None else self._enter(request, now_s)
+        return [] if request is None else self._open.enter(request, now_s)
 
     def on_provider_failed(
         self,
@@ -254,9 +238,8 @@ class Router:
         if request is None:
             return []
         if can_retry and len(request.tried) < _MAX_TRIED:
-            return self._enter(request, now_s)
-        self.outcomes[Outcome.FAILED] += 1
-        return [Fail(request_id), *self._place_held(now_s, at_once=True)]
+            return self._open.enter(request, now_s)
+        return [Fail(request_id), *self._open.close(Outcome.FAILED, now_s, at_once=True)]
 
     # Replicas
 
@@ -269,7 +252,7 @@ class Router:
         self._lose(replica_id, now_s)
         breaker = self._health.breaker(replica_id, info, self._fleet, now_s)
         self._fleet.add(Replica(replica_id, info, now_s, breaker))
-        return self._place_held(now_s)
+        return self._open.place_held(now_s)
 
     def on_snapshot(
         self, replica_id: str, snapshot: EngineSnapshot, now_s: float
@@ -283,8 +266,8 @@ class Router:
             return []
         self._fleet.refresh(replica)
         if was_slow:
-            self._judge_slow(self._placer.on(replica), now_s)
-        return self._place_held(now_s)
+            self._health.judge_slow(self._placer.on(replica), self._fleet, now_s)
+        return self._open.place_held(now_s)
 
     def on_blocks(self, replica_id: str, update: BlockUpdate) -> bool:
         """Take in what an engine's prefix cache holds; False if an update was missed.
@@ -301,7 +284,7 @@ class Router:
         if replica is not None:
             replica.is_draining = True
             self._fleet.refresh(replica)
-        return self._place_held(now_s)
+        return self._open.place_held(now_s)
 
     def on_replica_down(self, replica_id: str, now_s: float) -> list[Decision]:
         """Forget an engine and all bookings on it.
@@ -311,7 +294,7 @@ class Router:
         would stay open for ever.
         """
         self._lose(replica_id, now_s)
-        return self._place_held(now_s)
+        return self._open.place_held(now_s)
 
     # Time and people
 
@@ -320,7 +303,7 @@ class Router:
         decisions: list[Decision] = []
         if now_s >= self._health.next_check_s:
             decisions += self._health.check(self._fleet, now_s)
-        return [*decisions, *self._place_held(now_s, at_once=True)]
+        return [*decisions, *self._open.place_held(now_s, at_once=True)]
 
     def next_wake_s(self) -> float | None:
         """When to call `on_tick`, whatever happens; None while no request is open."""
@@ -342,11 +325,10 @@ class Router:
         It may hold less than the former. Raises `ValueError` for a name that is
         not in `POLICIES` and for a part that does not exist.
         """
-        policy = self._make_policy(name)
-        self._use(policy, ablate)
-        self._policy_name = name
+        policy = make_policy(name, self._rng, ablate)
         self._predictions.restart()
-        return self._place_held(now_s)
+        self._use(policy)
+        return self._open.place_held(now_s)
 
     def engine_priority_s(self, request: Request) -> float | None:
         """By what time the engine should order the request, too; None: as they arrive.
@@ -361,16 +343,11 @@ class Router:
     def state(self, now_s: float) -> dict[str, object]:
         """Everything worth knowing about the router now; JSON-able."""
         return {
-            "policy": self._policy_name,
-            "ablate": self._ablate,
+            "policy": self._placer.policy.name,
+            "ablate": self._placer.policy.ablated,
             "holds": self._placer.holds,
             "replicas": {replica.id: replica.state(now_s) for replica in self._fleet},
-            "held": {
-                "num_requests": len(self._queue),
-                "num_tokens": self._queue.num_tokens,
-                "num_bytes": self._queue.num_bytes,
-                "num_tokens_by_model": dict(self._queue.num_tokens_by_model),
-            },
+            "held": self._queue.state(),
             "num_placed": len(self._placer),
             "outcomes": {outcome.value: self.outcomes[outcome] for outcome in Outcome},
             "is_by_arrival": self._queue.by_arrival,
@@ -382,159 +359,20 @@ class Router:
 
     # Steps that several events share
 
-    def _enter(self, request: Request, now_s: float) -> list[Decision]:
-        """Place, hold or reject a request that is neither placed nor held."""
-        # Passes nobody: who waits could not go now either, or would have gone with the event
-        # that made room, and what is kept for them this request does not get.
-        dispatch = self._placer.place(request, now_s)
-        if dispatch is not None:
-            return [dispatch]
-        decisions = self._expire(now_s)
-        expires_s = self._queue.expires_s(request)
-        if expires_s <= now_s:
-            decisions.append(self._reject(request, RejectReason.EXPIRED, None))
-        elif self._is_hopeless(request, now_s):
-            decisions.append(self._give_up(request, now_s))
-        elif (late_s := self._turn_s(request, now_s) - expires_s) > 0.0:
-            # Held, it would only take room until it expired. Once what is too much has
-            # drained, one like it would be in time.
-            decisions.append(self._turn_away(request, RejectReason.HOPELESS, late_s, now_s))
-        elif not self._queue.push(request):
-            drain_s = self._drain_s(request.model)
-            decisions.append(self._turn_away(request, RejectReason.QUEUE_FULL, drain_s, now_s))
-        # A request that is not the next one changes nothing for the others.
-        if decisions or self._spill.providers or self._queue.is_head(request):
-            at_once = not self._fleet.working(request.model)
-            decisions += self._give_out(now_s, at_once=at_once)
-        if request.id in self._queue:
-            decisions.append(Hold(request.id))
-        return decisions
-
-    def _turn_away(
-        self, request: Request, reason: RejectReason, retry_after_s: float | None, now_s: float
-    ) -> Decision:
-        """What becomes of a request that cannot be held."""
-        if self._spill.settings.spill != "unavailable" or not self._fleet.working(request.model):
-            fallback = self._spill.send_now(request, now_s)
-            if fallback is not None:
-                return fallback
-        return self._reject(request, reason, retry_after_s)
-
-    def _is_hopeless(self, request: Request, now_s: float) -> bool:
-        """Whether only providers serve the model, and no budget has room in time."""
-        if self._fleet.knows(request.model) or not self._spill.serves(request.model):
-            return False
-        return now_s + self._spill.wait_s(request, now_s) >= self._queue.expires_s(request)
-
-    def _give_up(self, request: Request, now_s: float) -> Decision:
-        """End a request that is hopeless."""
-        if request.tried:
-            self.outcomes[Outcome.FAILED] += 1
-            return Fail(request.id)
-        wait_s = self._spill.wait_s(request, now_s)
-        retry_after_s = None if math.isinf(wait_s) else wait_s
-        return self._reject(request, RejectReason.NO_BUDGET, retry_after_s)
-
-    def _end(
-        self, request_id: str, outcome: Outcome, now_s: float, usage: Usage | None = None
-    ) -> list[Decision]:
-        """End a placed request; its room may let others go."""
-        placement = self._placer.get(request_id)
-        if placement is None:
-            return []
-        placement.replica.breaker.release(placement.permit)  # if it had no verdict yet
-        self._placer.release(request_id)
-        if usage is not None:
-            self._queue.settle(placement.request, usage)
-        self.outcomes[outcome] += 1
-        return self._place_held(now_s)
-
     def _lose(self, replica_id: str, now_s: float) -> None:
         """Forget an engine; an unknown id changes nothing."""
         if (replica := self._fleet.get(replica_id)) is not None:
             self._fleet.remove(replica_id)
             self._health.lose(replica, now_s)
 
-    def _judge_slow(self, placements: list[Placement], now_s: float) -> None:
-        """Count calls to one engine as slow, unless most engines of the model are out already."""
-        if placements and self._health.may_judge_slow(placements[0].replica, self._fleet):
-            for placement in placements:
-                placement.replica.breaker.slow(placement.permit, now_s)
-            self._fleet.refresh(placements[0].replica)
+    def _use(self, policy: Policy) -> bool:
+        """Choose by this policy, and hold and order as it wants; whether the order has changed.
 
-    def _place_held(self, now_s: float, *, at_once: bool = False) -> list[Decision]:
-        """Reject what has been held too long, place what can be."""
-        return [*self._expire(now_s), *self._give_out(now_s, at_once=at_once)]
-
-    def _give_out(self, now_s: float, *, at_once: bool) -> list[Decision]:
-        """Place what engines have room for; send to providers what should not wait for them."""
-        dispatches = self._placer.place_held(now_s)
-        if not self._spill.providers:
-            return list(dispatches)
-        num_tokens: Counter[str] = Counter()
-        for dispatch in dispatches:
-            if (placement := self._placer.get(dispatch.request_id)) is not None:
-                num_tokens[placement.request.model] += placement.request.num_prompt_tokens
-        self._spill.took(num_tokens, now_s)
-        return [*dispatches, *self._spill.send_held(now_s, at_once=at_once)]
-
-    def _expire(self, now_s: float) -> list[Decision]:
-        return [
-            self._reject(request, RejectReason.EXPIRED, None)
-            for request in self._queue.expire(now_s)
-        ]
-
-    def _reject(
-        self, request: Request, reason: RejectReason, retry_after_s: float | None
-    ) -> Reject:
-        """The decision, counted."""
-        expired = reason is RejectReason.EXPIRED
-        self.outcomes[Outcome.EXPIRED if expired else Outcome.REJECTED] += 1
-        return Reject(request.id, reason, retry_after_s)
-
-    def _turn_s(self, request: Request, now_s: float) -> float:
-        """When what is held before a request will have been prefilled, as predicted.
-
-        `now_s` where nothing is known of engines that could do it.
+        By arrival while predictions are bad, whatever it wants.
         """
-        num_tokens = self._queue.num_tokens_by_model.get(request.model, 0)
-        drain_s = self._fleet.drain_s(request.model, num_tokens)
-        if drain_s is None:
-            return now_s
-        if now_s + drain_s > self._queue.expires_s(request):  # look closer: some come after it
-            num_tokens = self._queue.num_tokens_before(request)
-            drain_s = self._fleet.drain_s(request.model, num_tokens)
-        return now_s + (drain_s or 0.0)
-
-    def _reorder(self) -> bool:
-        """Whether the order has changed: by arrival while predictions are bad."""
-        by_arrival = "order" in self._ablate or self._predictions.are_bad
-        if by_arrival == self._queue.by_arrival:
-            return False
-        self._placer.use(self._placer.policy, holds=self._placer.holds, by_arrival=by_arrival)
-        return True
-
-    def _drain_s(self, model: str) -> float | None:
-        """Predicted seconds until the queue is empty; None if no engine empties it.
-
-        Models drain side by side, so the slowest counts. By prefill rates
-        alone: true while prefill is what engines are short of.
-        """
-        held = {model: 0} | self._queue.num_tokens_by_model
-        drains_s = [self._fleet.drain_s(name, num_tokens) for name, num_tokens in held.items()]
-        return max((drain_s for drain_s in drains_s if drain_s is not None), default=None)
-
-    def _make_policy(self, name: str) -> Policy:
-        if name not in POLICIES:
-            raise ValueError(f"unknown policy {name!r}: one of {', '.join(POLICIES)}")
-        return POLICIES[name](self._rng)
-
-    def _use(self, policy: Policy, ablate: Collection[str]) -> None:
-        """Choose, hold and order by this policy without these parts."""
-        parts = get_args(Part)
-        if unknown := set(ablate).difference(parts):
-            raise ValueError(f"unknown part {min(unknown)!r} to ablate: one of {', '.join(parts)}")
-        self._ablate = sorted(set(ablate))
-        policy.ablate(ablate)
         holds = policy.holds if self.settings.hold is None else self.settings.hold
-        self._placer.use(policy, holds=holds and "hold" not in ablate, by_arrival="order" in ablate)
+        return self._placer.use(
+            policy,
+            holds=holds and "hold" not in policy.ablated,
+            by_arrival="order" in policy.ablated or self._predictions.are_bad,
+        )

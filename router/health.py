@@ -8,11 +8,12 @@ tokens reach the breaker by the calls themselves (`router.core`).
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from router.admission import takes_work
 from router.breaker import Breaker, BreakerEvent, BreakerLog, BreakerState, TripReason
 from router.fleet import Fleet
+from router.placement import Placement
 from router.replica import Replica
 from router.settings import RouterSettings
 from router.types import EngineInfo, Evacuate
@@ -94,17 +95,23 @@ class Health:
             if replica.ledger.num_open and fleet.working(replica.info.model)
         ]
 
-    def may_judge_slow(self, replica: Replica, fleet: Fleet) -> bool:
-        """Whether slowness may count against an engine.
+    def judge_slow(self, placements: Sequence[Placement], fleet: Fleet, now_s: float) -> None:
+        """Count these calls to one engine as slow, if slowness may count against it.
 
         Always against a probe. Else not where half of its fellows are out already:
         what slows all of them is load, and fewer engines would only be slower
         (Envoy's panic threshold).
         """
-        if replica.breaker.status is BreakerState.HALF_OPEN:
-            return True
-        fellows = [other for other in fleet if other.info.model == replica.info.model]
-        return 2 * sum(map(takes_work, fellows)) > len(fellows)
+        if not placements:
+            return
+        replica = placements[0].replica
+        if replica.breaker.status is not BreakerState.HALF_OPEN:
+            fellows = [other for other in fleet if other.info.model == replica.info.model]
+            if 2 * sum(map(takes_work, fellows)) <= len(fellows):
+                return
+        for placement in placements:
+            replica.breaker.slow(placement.permit, now_s)
+        fleet.refresh(replica)
 
     def state(self) -> list[dict[str, object]]:
         """The last events of all breakers, oldest first; JSON-able."""

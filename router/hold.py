@@ -213,6 +213,15 @@ class HoldQueue:
             expired.append(request)
         return expired
 
+    def state(self) -> dict[str, object]:
+        """How full it is, for people to read; JSON-able."""
+        return {
+            "num_requests": len(self._held),
+            "num_tokens": self.num_tokens,
+            "num_bytes": self.num_bytes,
+            "num_tokens_by_model": dict(self.num_tokens_by_model),
+        }
+
     def _set_turns(self, tenant: str) -> None:
         for model in self._models_by_tenant[tenant]:
             self._set_turn(self._lanes[model], tenant)

@@ -10,13 +10,13 @@ from types import MappingProxyType
 
 import msgspec
 
-from router.admission import keeps_pace, kv_need_tokens, takes_work
+from router.admission import keeps_pace, kv_need_tokens
 from router.fleet import Fleet
 from router.hold import HoldQueue
-from router.lazy_heap import Key
 from router.policies import Policy
 from router.prompt_blocks import PromptBlocks
 from router.replica import Replica
+from router.reservations import Reservations
 from router.types import Dispatch, Request
 
 # Followers of a blocked head that are tried elsewhere: bounds the work per event
@@ -48,15 +48,11 @@ class Placer:
     """Gives requests to replicas: at once, or as their turn comes.
 
     With `holds`, an engine gets work only while it is open and has KV room, and
-    the head of a lane that no open engine has room for is given a reservation
-    (EASY back-filling, Lifka 1995): one engine takes nobody promised later
-    until the head fits there. It empties at the latest when all it runs has
-    ended, and an empty engine has room for anything, so nobody starves.
-    Followers may go to the other engines meanwhile; none of that delays the
-    head on its own. A head that KV has room for, and that only waits its turn
-    behind other long prompts, gets its reservation when its promise is due; until
-    then short prompts may pass it. Which engine is kept does not change while the head waits,
-    or two could take turns at filling up.
+    for the head of a lane that no open engine has room for one is kept
+    (`router.reservations`). Followers may go to the other engines meanwhile;
+    none of that delays the head on its own. A head that KV has room for, and
+    that only waits its turn behind other long prompts, gets its reservation
+    when its promise is due; until then short prompts may pass it.
     """
 
     def __init__(
@@ -75,7 +71,7 @@ class Placer:
         self._queue = queue
         self._tpot_targets_s = tpot_targets_s
         self._placed: dict[str, Placement] = {}
-        self._kept: dict[str, tuple[Key, str]] = {}  # replica id: who it is kept for
+        self._reservations = Reservations(fleet, queue)
 
     def __len__(self) -> int:
         return len(self._placed)
@@ -83,12 +79,14 @@ class Placer:
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._placed
 
-    def use(self, policy: Policy, *, holds: bool, by_arrival: bool) -> None:
-        """Choose by this policy from now on; hold or not; order what is held so."""
+    def use(self, policy: Policy, *, holds: bool, by_arrival: bool) -> bool:
+        """Choose by this policy from now on; hold or not; whether the order has changed."""
         self.policy, self.holds = policy, holds
-        if by_arrival != self._queue.by_arrival:
-            self._queue.reorder(by_arrival=by_arrival)
-            self._kept.clear()  # keys of one order say nothing in the other
+        if by_arrival == self._queue.by_arrival:
+            return False
+        self._queue.reorder(by_arrival=by_arrival)
+        self._reservations.clear()
+        return True
 
     def get(self, request_id: str) -> Placement | None:
         """The placement of this request, None if there is none."""
@@ -115,8 +113,8 @@ class Placer:
             replicas = [
                 replica for replica in self._open_to(request) if need_tokens <= replica.room_tokens
             ]
-            if self._kept:
-                replicas = self._not_kept_from(request, replicas)
+            if self._reservations:
+                replicas = self._reservations.open_to(request, replicas)
         if not replicas:
             return None
         if request.tried:  # elsewhere, if there is an elsewhere
@@ -179,7 +177,7 @@ class Placer:
         """
         dispatches: list[Dispatch] = []
         blocked: set[str] = set()
-        self._drop_lapsed()
+        self._reservations.drop_lapsed()
         while (head := self._queue.head(blocked)) is not None:
             dispatch = self.place(head, now_s)
             if dispatch is None:
@@ -188,7 +186,7 @@ class Placer:
             else:
                 dispatches.append(dispatch)
                 self._queue.remove(head.id)
-                self._drop_lapsed()
+                self._reservations.drop_lapsed()
         return dispatches
 
     def _backfill(self, head: Request, now_s: float) -> list[Dispatch]:
@@ -199,19 +197,13 @@ class Placer:
         # while it is not due: they take room in steps that it could not have.
         lacks_kv = bool(self._open_to(self._with_blocks(head)))
         if lacks_kv or now_s >= self._queue.key(head)[0]:
-            self._keep_replica_for(head)
+            self._reservations.reserve(head)
         dispatches = []
         roomiest = self._most_room(head)
         followers = list(islice(self._queue.in_order(head.model), 1, 1 + _BACKFILL_DEPTH))
         if self._queue.num_tenants > 1:  # then who an engine is kept for may be far behind
-            followers += [
-                holder
-                for _, holder_id in self._kept.values()
-                if (holder := self._queue.get(holder_id)) is not None
-                and holder.model == head.model
-                and holder is not head
-                and holder not in followers
-            ]
+            holders = self._reservations.holders(head.model)
+            followers += [each for each in holders if each is not head and each not in followers]
         for request in followers:
             if kv_need_tokens(request) > roomiest:
                 continue
@@ -228,31 +220,10 @@ class Placer:
             (
                 replica.room_tokens
                 for replica in self._open_to_short(head.model)
-                if self._kept.get(replica.id, (None, None))[1] != head.id
+                if not self._reservations.is_for(replica, head)
             ),
             default=-1,
         )
-
-    def _keep_replica_for(self, head: Request) -> None:
-        """Reserve the engine that lacks the least for `head`, unless one is kept already."""
-        for replica_id, (_, holder_id) in self._kept.items():
-            if holder_id == head.id:
-                kept = self._fleet.get(replica_id)
-                if kept is not None and takes_work(kept):
-                    return
-                del self._kept[replica_id]
-                break
-        replicas = self._not_kept_from(head, self._fleet.working(head.model))
-        if replicas:
-            need_tokens = kv_need_tokens(head)
-
-            def readiness(replica: Replica) -> tuple[bool, int]:
-                has_room = need_tokens <= replica.room_tokens
-                if has_room:
-                    return True, -replica.num_pending_prefill_tokens
-                return False, replica.num_free_kv_tokens
-
-            self._kept[max(replicas, key=readiness).id] = (self._queue.key(head), head.id)
 
     def _is_any_open(self, model: str) -> bool:
         """Whether any engine of the model should get anything now, KV room aside."""
@@ -280,23 +251,3 @@ class Placer:
         if not request.prefix_hashes or not self.policy.wants_blocks:
             return request
         return msgspec.structs.replace(request, block_hashes=self._prompts.find(request))
-
-    def _not_kept_from(self, request: Request, replicas: list[Replica]) -> list[Replica]:
-        """The replicas not kept for a request that is more urgent than this one."""
-        key = self._queue.key(request)
-        return [
-            replica
-            for replica in replicas
-            if (kept := self._kept.get(replica.id)) is None
-            or kept[1] == request.id
-            or key < kept[0]
-        ]
-
-    def _drop_lapsed(self) -> None:
-        """Drop reservations whose holder is held no longer."""
-        if self._kept:
-            self._kept = {
-                replica_id: kept
-                for replica_id, kept in self._kept.items()
-                if kept[1] in self._queue
-            }

@@ -19,11 +19,11 @@ class Predictions:
     def __init__(self, max_error: float) -> None:
         self._max_error = max_error
         self._lengths = OutputLengths()
-        self._are_bad = False
         self.restart()
 
     def restart(self) -> None:
         """Compare anew from here on: another policy places otherwise."""
+        self._are_bad = False
         # From placing: to the first token, per output token, to the end.
         self._accuracy = {"ttft": Accuracy(), "tpot": Accuracy(), "latency": Accuracy()}
 

@@ -1,6 +1,8 @@
 """Policies by the names that the configuration has for them."""
 
-from collections.abc import Mapping
+import random
+from collections.abc import Collection, Mapping
+from typing import get_args
 
 from router.policies.base import Policy
 from router.policies.cache_aware import CacheAware
@@ -11,6 +13,7 @@ from router.policies.least_response_time import LeastResponseTime
 from router.policies.power_of_two import PowerOfTwo
 from router.policies.round_robin import RoundRobin
 from router.policies.weighted_score import WeightedScore
+from router.settings import Part
 
 POLICIES: Mapping[str, type[Policy]] = {
     "headway": Headway,
@@ -23,4 +26,21 @@ POLICIES: Mapping[str, type[Policy]] = {
     "weighted_score": WeightedScore,
 }
 
-__all__ = ["POLICIES", "Policy"]
+__all__ = ["POLICIES", "Policy", "make_policy"]
+
+
+def make_policy(name: str, rng: random.Random, ablate: Collection[str]) -> Policy:
+    """A new policy of this name, without the parts named in `ablate`.
+
+    Raises `ValueError` for a name that is not in `POLICIES` and for a part that
+    does not exist.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"unknown policy {name!r}: one of {', '.join(POLICIES)}")
+    parts = get_args(Part)
+    if unknown := set(ablate).difference(parts):
+        raise ValueError(f"unknown part {min(unknown)!r} to ablate: one of {', '.join(parts)}")
+    policy = POLICIES[name](rng)
+    policy.name = name
+    policy.ablate(ablate)
+    return policy

@@ -17,6 +17,8 @@ class Policy:
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng  # injected: a seed reproduces a run
+        self.name = ""  # that the configuration has for it
+        self.ablated: list[str] = []  # parts that the router does without
         # Requests of the model that wait for an engine, over the engines to choose from.
         self.num_held_per_engine = 0.0
 
@@ -31,10 +33,11 @@ class Policy:
         """
 
     def ablate(self, parts: Collection[str]) -> None:
-        """Choose without these parts from now on, to see what they are worth.
+        """Do without these parts from now on, to see what they are worth.
 
-        Optional: most policies have no parts that could be switched off.
+        Parts of the choice are the policy's own to leave out; most have none.
         """
+        self.ablated = sorted(set(parts))
 
     def draw_lowest(
         self, replicas: Sequence[Replica], key: Callable[[Replica], tuple[float, ...]]

@@ -45,6 +45,7 @@ class Headway(Policy):
 
     def ablate(self, parts: Collection[str]) -> None:
         """Choose without these parts; it has `externality` and `prefix`."""
+        super().ablate(parts)
         self._cost_s = own_cost_s if "externality" in parts else cost_s
         self.wants_prefix = self.wants_blocks = "prefix" not in parts
 

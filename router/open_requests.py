@@ -1,0 +1,183 @@
+"""Where every open request is, and how each one ends.
+
+A request is open from `admit` until its one Outcome is counted here, and all
+that time it is in exactly one place:
+
+    at an engine     `Placer`, with a booking; it leaves by `end`, or to be placed again
+    in the queue     `HoldQueue`; it leaves for an engine or a provider, or expires
+    at a provider    `Spill`; it leaves by the provider's word, or the client's
+
+What can go nowhere at once is held, or refused where holding it is of no use:
+the queue is full, it would expire before its turn, or nobody may serve it.
+"""
+
+import math
+from collections import Counter
+
+from router.fallback import Spill
+from router.fleet import Fleet
+from router.hold import HoldQueue
+from router.placement import Placement, Placer
+from router.types import Decision, Fail, Hold, Outcome, Reject, RejectReason, Request, Usage
+
+
+class OpenRequests:
+    """Puts requests where they can go: at once, or as room and time allow."""
+
+    def __init__(self, fleet: Fleet, queue: HoldQueue, placer: Placer, spill: Spill) -> None:
+        self.outcomes: Counter[Outcome] = Counter()
+        self._fleet = fleet
+        self._queue = queue
+        self._placer = placer
+        self._spill = spill
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._placer or request_id in self._queue or request_id in self._spill
+
+    # In
+
+    def admit(self, request: Request, now_s: float) -> list[Decision]:
+        """Place, hold or reject a new request."""
+        # While no engine is there at all, any of them may be the one that is starting.
+        is_known = self._fleet.knows(request.model) or self._spill.serves(request.model)
+        if len(self._fleet) and not is_known:
+            return [self._reject(request, RejectReason.UNKNOWN_MODEL, None)]
+        return self.enter(request, now_s)
+
+    def enter(self, request: Request, now_s: float) -> list[Decision]:
+        """Place, hold or reject a request that is in no place, new or to be placed again."""
+        # Passes nobody: who waits could not go now either, or would have gone with the event
+        # that made room, and what is kept for them this request does not get.
+        dispatch = self._placer.place(request, now_s)
+        if dispatch is not None:
+            return [dispatch]
+        decisions = self._expire(now_s)
+        expires_s = self._queue.expires_s(request)
+        if expires_s <= now_s:
+            decisions.append(self._reject(request, RejectReason.EXPIRED, None))
+        elif self._is_hopeless(request, now_s):
+            decisions.append(self._give_up(request, now_s))
+        elif (late_s := self._turn_s(request, now_s) - expires_s) > 0.0:
+            # Held, it would only take room until it expired. Once what is too much has
+            # drained, one like it would be in time.
+            decisions.append(self._turn_away(request, RejectReason.HOPELESS, late_s, now_s))
+        elif not self._queue.push(request):
+            drain_s = self._drain_s(request.model)
+            decisions.append(self._turn_away(request, RejectReason.QUEUE_FULL, drain_s, now_s))
+        # A request that is not the next one changes nothing for the others.
+        if decisions or self._spill.providers or self._queue.is_head(request):
+            at_once = not self._fleet.working(request.model)
+            decisions += self._give_out(now_s, at_once=at_once)
+        if request.id in self._queue:
+            decisions.append(Hold(request.id))
+        return decisions
+
+    # On
+
+    def place_held(self, now_s: float, *, at_once: bool = False) -> list[Decision]:
+        """Reject what has been held too long, place what can be.
+
+        Providers are thought of every 50 ms only, unless `at_once`.
+        """
+        return [*self._expire(now_s), *self._give_out(now_s, at_once=at_once)]
+
+    def _give_out(self, now_s: float, *, at_once: bool) -> list[Decision]:
+        """Place what engines have room for; send to providers what should not wait for them."""
+        dispatches = self._placer.place_held(now_s)
+        if not self._spill.providers:
+            return list(dispatches)
+        num_tokens: Counter[str] = Counter()
+        for dispatch in dispatches:
+            if (placement := self._placer.get(dispatch.request_id)) is not None:
+                num_tokens[placement.request.model] += placement.request.num_prompt_tokens
+        self._spill.took(num_tokens, now_s)
+        return [*dispatches, *self._spill.send_held(now_s, at_once=at_once)]
+
+    # Out
+
+    def end(
+        self, request_id: str, outcome: Outcome, now_s: float, usage: Usage | None = None
+    ) -> list[Decision]:
+        """End a placed request, if there is one of this id; its room may let others go."""
+        placement = self._placer.get(request_id)
+        if placement is None:
+            return []
+        self.take_back(placement, usage)
+        return self.close(outcome, now_s)
+
+    def take_back(self, placement: Placement, usage: Usage | None) -> None:
+        """Take a request off its engine, and its booking with it; it took so much, if known."""
+        placement.replica.breaker.release(placement.permit)  # if it had no verdict yet
+        self._placer.release(placement.request.id)
+        if usage is not None:
+            self._queue.settle(placement.request, usage)
+
+    def close(self, outcome: Outcome, now_s: float, *, at_once: bool = False) -> list[Decision]:
+        """Count the end of a request that has left its place; see `place_held`."""
+        self.outcomes[outcome] += 1
+        return self.place_held(now_s, at_once=at_once)
+
+    def _turn_away(
+        self, request: Request, reason: RejectReason, retry_after_s: float | None, now_s: float
+    ) -> Decision:
+        """What becomes of a request that cannot be held."""
+        if self._spill.settings.spill != "unavailable" or not self._fleet.working(request.model):
+            fallback = self._spill.send_now(request, now_s)
+            if fallback is not None:
+                return fallback
+        return self._reject(request, reason, retry_after_s)
+
+    def _give_up(self, request: Request, now_s: float) -> Decision:
+        """End a request that is hopeless."""
+        if request.tried:
+            self.outcomes[Outcome.FAILED] += 1
+            return Fail(request.id)
+        wait_s = self._spill.wait_s(request, now_s)
+        retry_after_s = None if math.isinf(wait_s) else wait_s
+        return self._reject(request, RejectReason.NO_BUDGET, retry_after_s)
+
+    def _expire(self, now_s: float) -> list[Decision]:
+        return [
+            self._reject(request, RejectReason.EXPIRED, None)
+            for request in self._queue.expire(now_s)
+        ]
+
+    def _reject(
+        self, request: Request, reason: RejectReason, retry_after_s: float | None
+    ) -> Reject:
+        """The decision, counted."""
+        expired = reason is RejectReason.EXPIRED
+        self.outcomes[Outcome.EXPIRED if expired else Outcome.REJECTED] += 1
+        return Reject(request.id, reason, retry_after_s)
+
+    # What holding a request would come to
+
+    def _is_hopeless(self, request: Request, now_s: float) -> bool:
+        """Whether only providers serve the model, and no budget has room in time."""
+        if self._fleet.knows(request.model) or not self._spill.serves(request.model):
+            return False
+        return now_s + self._spill.wait_s(request, now_s) >= self._queue.expires_s(request)
+
+    def _turn_s(self, request: Request, now_s: float) -> float:
+        """When what is held before a request will have been prefilled, as predicted.
+
+        `now_s` where nothing is known of engines that could do it.
+        """
+        num_tokens = self._queue.num_tokens_by_model.get(request.model, 0)
+        drain_s = self._fleet.drain_s(request.model, num_tokens)
+        if drain_s is None:
+            return now_s
+        if now_s + drain_s > self._queue.expires_s(request):  # look closer: some come after it
+            num_tokens = self._queue.num_tokens_before(request)
+            drain_s = self._fleet.drain_s(request.model, num_tokens)
+        return now_s + (drain_s or 0.0)
+
+    def _drain_s(self, model: str) -> float | None:
+        """Predicted seconds until the queue is empty; None if no engine empties it.
+
+        Models drain side by side, so the slowest counts. By prefill rates
+        alone: true while prefill is what engines are short of.
+        """
+        held = {model: 0} | self._queue.num_tokens_by_model
+        drains_s = [self._fleet.drain_s(name, num_tokens) for name, num_tokens in held.items()]
+        return max((drain_s for drain_s in drains_s if drain_s is not None), default=None)
