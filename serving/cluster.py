@@ -63,6 +63,8 @@ def environment(folder: Path, *, haproxy: bool, given: Mapping[str, str]) -> dic
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default to be; silences a warning
         "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
+        # Ray's default of 15 would let anything else on the machine go before gateway and engines.
+        "RAY_worker_niceness": "0",
         # Nobody but our own HAProxy has to notice that a gateway leaves.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         # Compiled kernels are worth keeping; the rest of vLLM's files is not.

@@ -18,6 +18,8 @@ import psutil
 
 from serving.cgroup import read_limits
 
+# As Linux names them: x86's AVX-512 and AMX, Arm's.
+_BFLOAT16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 _MAX_NVLINKS = 18  # per GPU: 18 on H100 and B200, 12 on A100
 
 
@@ -42,6 +44,7 @@ class Hardware:
     num_ram_bytes: int
     num_free_ram_bytes: int
     cpu_name: str = ""
+    has_bfloat16: bool = True  # the CPU has instructions for it
     gpus: tuple[Gpu, ...] = ()
     driver: str = ""  # NVIDIA driver version
     cuda: str = ""  # highest CUDA version that the driver supports
@@ -72,7 +75,8 @@ def detect(nvml: Any = None, root: Path = Path("/")) -> Hardware:
             if limits.num_free_memory_bytes is None
             else limits.num_free_memory_bytes,
         ),
-        cpu_name=_cpu_name(root),
+        cpu_name=_cpu_field(root, "model name") or platform.processor() or platform.machine(),
+        has_bfloat16=_has_bfloat16(root),
         gpus=gpus,
         driver=driver,
         cuda=cuda,
@@ -87,14 +91,21 @@ def _affinity() -> tuple[int, ...]:
     return tuple(range(os.cpu_count() or 1))  # macOS and Windows have no mask to ask for
 
 
-def _cpu_name(root: Path) -> str:
+def _cpu_field(root: Path, name: str) -> str:
+    """A field of the first core in Linux's `/proc/cpuinfo`; empty where there is none."""
     try:
         for line in (root / "proc/cpuinfo").read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
+            if line.startswith(name):
                 return line.partition(":")[2].strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return ""
+
+
+def _has_bfloat16(root: Path) -> bool:
+    """Whether the CPU multiplies bfloat16; taken to be so where it does not tell."""
+    flags = (_cpu_field(root, "flags") or _cpu_field(root, "Features")).split()  # x86, Arm
+    return not flags or not _BFLOAT16_FLAGS.isdisjoint(flags)
 
 
 def _vllm_build() -> Literal["cpu", "cuda", ""]:

@@ -1,7 +1,7 @@
 """How large a model is, read from its folder without loading it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,15 @@ class ModelSize:
     max_model_len: int | None = None  # tokens that the model was trained for
     num_kv_bytes_per_token: int | None = None  # at two bytes per value, all layers
     num_attention_heads: int | None = None  # must divide by tensor_parallel_size
+
+    def in_float32(self) -> "ModelSize":
+        """The size with weights and KV cache of four bytes per value, where files have two."""
+        per_token = self.num_kv_bytes_per_token
+        return replace(
+            self,
+            num_weight_bytes=2 * self.num_weight_bytes,
+            num_kv_bytes_per_token=per_token and 2 * per_token,
+        )
 
 
 # The model on board (`serving.onboard`): 135 M parameters in bfloat16, 30 layers

@@ -182,3 +182,19 @@ def test_a_quota_takes_cores_away(tmp_path: Path) -> None:
         {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"},
     )
     assert len(detect(FakeNvml(0), root).cores) == 1
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "has_bfloat16"),
+    [
+        ("model name\t: Zen 4\nflags\t\t: avx2 avx512f avx512_bf16\n", True),
+        ("model name\t: Zen 3\nflags\t\t: avx avx2\n", False),
+        ("Features\t: asimd bf16\n", True),
+        ("Features\t: asimd\n", False),
+        ("", True),  # a system that does not tell
+    ],
+)
+def test_bfloat16_by_the_flags_of_the_cpu(tmp_path: Path, cpuinfo: str, has_bfloat16: bool) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(cpuinfo)
+    assert detect(FakeNvml(0), tmp_path).has_bfloat16 is has_bfloat16

@@ -76,6 +76,17 @@ class TestOnCpu:
         assert logical_cpus(the_plan, num_gateways) <= num_cores + 1e-9
         assert the_plan.engine_actor_options["num_cpus"] > 0
 
+    def test_without_bfloat16_instructions_it_is_float32_and_twice_the_memory(self) -> None:
+        old = dataclasses.replace(laptop(), has_bfloat16=False)
+        size = ModelSize(GIB, 32768, 1 << 20)
+        args = {"engine": {"args": {"max_model_len": 3000}}, "replicas": 1, "model": "m"}
+        the_plan = make(old, size, **args)
+        assert the_plan.engine_args["dtype"] == "float32"
+        assert the_plan.num_kv_bytes == 3000 << 21
+        assert any("engine.args.dtype" in sentence for sentence in the_plan.why)
+        args["engine"]["args"]["dtype"] = "bfloat16"
+        assert make(old, size, **args).num_kv_bytes == 3000 << 20
+
     def test_arguments_of_the_user_win(self) -> None:
         args = {"block_size": 16, "max_model_len": 1024, "kv_cache_memory_bytes": GIB // 2}
         the_plan = make(laptop(), engine={"args": {**args, "seed": 7}})
