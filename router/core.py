@@ -34,6 +34,7 @@ from router.fleet import Fleet
 from router.health import Health
 from router.hold import HoldQueue
 from router.open_requests import OpenRequests
+from router.overload import Overloads
 from router.placement import Placer
 from router.policies import Policy, make_policy
 from router.predictions import Predictions
@@ -52,6 +53,7 @@ from router.types import (
     Request,
     Usage,
 )
+from router.waits import Waits
 
 # Attempts at one request, after which the request itself is the likely cause of its failures.
 _MAX_TRIED = 6
@@ -73,13 +75,17 @@ class Router:
         self._queue = HoldQueue(settings)
         self._health = Health(settings, self._rng)
         self._retries = RetryBudget(settings.retry, now_s=0.0)
-        self._spill = Spill(self._fleet, self._queue, settings, self._rng)
+        waits = Waits(self._fleet, self._queue)
+        self._spill = Spill(self._queue, waits, settings, self._rng)
+        self._overloads = Overloads(self._fleet, self._queue, waits, settings)
         self._predictions = Predictions(settings.max_prediction_error)
         policy = make_policy(settings.policy, self._rng, settings.ablate)
         self._placer = Placer(
             self._fleet, self._queue, policy, holds=True, tpot_targets_s=settings.tpot_target_s
         )
-        self._open = OpenRequests(self._fleet, self._queue, self._placer, self._spill)
+        self._open = OpenRequests(
+            self._fleet, self._queue, self._placer, self._spill, waits, self._overloads
+        )
         self.outcomes = self._open.outcomes
         self._use(policy)
 
@@ -348,6 +354,7 @@ class Router:
             "holds": self._placer.holds,
             "replicas": {replica.id: replica.state(now_s) for replica in self._fleet},
             "held": self._queue.state(),
+            "is_overloaded": self._overloads.state(now_s),
             "num_placed": len(self._placer),
             "outcomes": {outcome.value: self.outcomes[outcome] for outcome in Outcome},
             "is_by_arrival": self._queue.by_arrival,

@@ -6,6 +6,7 @@ import math
 # of load is seen within seconds.
 _MEMORY_S = 5.0
 _LEAST_S = 0.5  # of backlogged time, before which a rate says nothing
+_SURE_TIMES = 4.0  # that something was taken: then the rate is known to a factor of two
 
 
 class Drain:
@@ -15,12 +16,13 @@ class Drain:
     where a prediction by prefill rates alone sees the first only.
     """
 
-    __slots__ = ("_at_s", "_num_tokens", "_time_s", "_was_backlogged")
+    __slots__ = ("_at_s", "_num_times", "_num_tokens", "_time_s", "_was_backlogged")
 
     def __init__(self, now_s: float) -> None:
         self._at_s = now_s
         self._time_s = 0.0  # backlogged, fading
         self._num_tokens = 0.0  # taken in it, fading
+        self._num_times = 0.0  # that some were, fading
         self._was_backlogged = False
 
     def advance(self, num_taken_tokens: int, is_backlogged: bool, now_s: float) -> None:
@@ -30,8 +32,14 @@ class Drain:
             keep = math.exp(-passed_s / _MEMORY_S)
             self._time_s = self._time_s * keep + _MEMORY_S * (1.0 - keep)
             self._num_tokens = self._num_tokens * keep + num_taken_tokens
+            self._num_times = self._num_times * keep + (num_taken_tokens > 0)
         self._at_s = now_s
         self._was_backlogged = is_backlogged
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether enough has been taken lately to tell a rate from chance."""
+        return self._num_times >= _SURE_TIMES
 
     def wait_s(self, num_tokens: int) -> float:
         """Seconds in which so many tokens should leave; 0 while nothing is known."""

@@ -34,6 +34,13 @@ class FairShare:
         """Virtual time of a tenant that waits, tokens over weight."""
         return self._tags[tenant]
 
+    def entry_tag(self, tenant: str) -> float:
+        """The same of any tenant, if it began to wait now."""
+        tag = self._tags.get(tenant, 0.0)
+        if tenant in self._waiting or not self._waiting:
+            return tag
+        return max(self._now, self._waiting.head()[0][0], tag)
+
     def join(self, tenant: str) -> None:
         """The tenant begins to wait; one that waits already changes nothing."""
         if tenant not in self._waiting:

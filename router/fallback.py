@@ -26,14 +26,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from router.breaker import BreakerLog, BreakerState, Failure, TripReason
 from router.budget import Amount, Budget, BudgetLimits, RateReport
-from router.drain import Drain
-from router.fleet import Fleet
 from router.hold import HoldQueue
 from router.lease import LeasedBudget
 from router.promise import promised_s
 from router.provider import Key, MakeBudget, Provider, ProviderSettings
 from router.settings import RouterSettings
 from router.types import Fallback, Request, Usage
+from router.waits import Waits
 
 # How often waits are looked at when nothing else happens: a tenth of the shortest promises.
 _LOOK_S = 0.05
@@ -79,17 +78,16 @@ class Spill:
     """Sends requests to providers; knows which are there."""
 
     def __init__(
-        self, fleet: Fleet, queue: HoldQueue, settings: RouterSettings, rng: random.Random
+        self, queue: HoldQueue, waits: Waits, settings: RouterSettings, rng: random.Random
     ) -> None:
         self.providers: list[Provider] = []
         self.log = BreakerLog(maxlen=_LOG_LENGTH)
         self.settings = FallbackSettings()
-        self._fleet = fleet
         self._queue = queue
+        self._waits = waits
         self._router_settings = settings
         self._rng = rng
         self._sent: dict[str, Sent] = {}
-        self._drains: dict[str, Drain] = {}
         self._looked_s = -math.inf
         self._next_look_s: float | None = None
         self.num_spilled = 0
@@ -125,17 +123,6 @@ class Spill:
 
     # Sending
 
-    def took(self, num_tokens_by_model: dict[str, int], now_s: float) -> None:
-        """Engines have just taken so many tokens from the hold queue."""
-        if not self.providers:
-            return
-        waiting = self._queue.num_tokens_by_model
-        for model in self._drains.keys() | waiting.keys() | num_tokens_by_model.keys():
-            drain = self._drains.get(model)
-            if drain is None:
-                drain = self._drains[model] = Drain(now_s)
-            drain.advance(num_tokens_by_model.get(model, 0), model in waiting, now_s)
-
     def send_held(self, now_s: float, *, at_once: bool = False) -> list[Fallback]:
         """Send what should not wait here any longer, the most urgent first.
 
@@ -154,7 +141,7 @@ class Spill:
         num_waiting = 0
         for request in list(self._most_urgent()):
             num_tokens[request.model] += request.num_prompt_tokens
-            here_s = now_s + self._wait_s(request.model, num_tokens[request.model])
+            here_s = now_s + self._waits.wait_s(request.model, num_tokens[request.model])
             offer = None
             if self._is_due(request, here_s):
                 offer = self._offer(request, here_s, now_s, ahead)
@@ -321,14 +308,6 @@ class Spill:
         for _, request in zip(range(_LOOK_DEPTH), merged, strict=False):
             if not request.has_begun:
                 yield request
-
-    def _wait_s(self, model: str, num_tokens: int) -> float:
-        """Predicted seconds until engines here have prefilled so many held tokens; inf if none."""
-        drain_s = self._fleet.drain_s(model, num_tokens)
-        if drain_s is None:
-            return math.inf
-        drain = self._drains.get(model)
-        return drain_s if drain is None else max(drain_s, drain.wait_s(num_tokens))
 
     def _is_due(self, request: Request, here_s: float) -> bool:
         """Whether the request may go, if its first token comes at `here_s` here."""

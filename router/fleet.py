@@ -135,6 +135,10 @@ class Fleet:
                 ]
         return replicas
 
+    def prefill_rates(self, model: str) -> list[float]:
+        """What each engine of a model that takes work prefills in full steps, tokens/s."""
+        return [replica.prefill_tokens_per_s for replica in self.working(model)]
+
     def drain_s(self, model: str, num_tokens: int) -> float | None:
         """Predicted seconds until a model's engines have prefilled so many tokens more.
 

@@ -1,5 +1,6 @@
 """Requests that wait in the gateway for an engine to have room."""
 
+import math
 from collections.abc import Collection, Iterator
 
 from router.fair_share import FairShare, charged_tokens, owed_tokens
@@ -171,12 +172,27 @@ class HoldQueue:
         return self._held[min(heads)[2]]
 
     def num_tokens_before(self, request: Request) -> int:
-        """Prompt tokens held that are promised before this request, to a second.
+        """Prompt tokens held that are to go before this request, about.
 
-        Between tenants the order is another one; this takes them for one.
+        Its tenant's that are promised before it, or hardly after; and of each other
+        tenant that waits for the model what its turns come to until then.
         """
         lane = self._lanes.get(request.model)
-        return lane.num_tokens_before(self.key(request)) if lane is not None else 0
+        if lane is None:
+            return 0
+        own = lane.num_tokens_before(request.tenant, self.key(request))
+        if self.num_tenants == 1 and request.tenant in lane.turns:
+            return own
+        yields = request.priority_class is RequestClass.BATCH
+        tag = self._share.entry_tag(request.tenant) + own / request.weight
+        num_tokens = own
+        for other, (other_yields, other_tag) in lane.turns.items():
+            if other == request.tenant or other_tag > tag or (other_yields and not yields):
+                continue
+            first = self._held[lane.first_of(other)]
+            num_turns = (tag - other_tag) * first.weight + charged_tokens(first)
+            num_tokens += min(lane.num_tokens(other), math.ceil(num_turns))
+        return num_tokens
 
     def num_held(self, model: str) -> int:
         """Requests held for this model name."""

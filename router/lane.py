@@ -10,6 +10,9 @@ from router.types import Request
 
 Turn = tuple[bool, float]  # (yields to all others, virtual time)
 
+# Tokens are counted by so much of their keys: a quarter of the shortest promise.
+_GRAIN_S = 0.125
+
 
 class Lane:
     """Tenants by their turn, and each tenant's requests by their own order.
@@ -17,11 +20,12 @@ class Lane:
     With one tenant that is its requests' order and nothing else.
     """
 
-    __slots__ = ("_by_tenant", "_num_requests", "_tokens_by_second", "_turns", "turns")
+    __slots__ = ("_by_tenant", "_num_requests", "_tokens", "_turns", "turns")
 
     def __init__(self) -> None:
         self._num_requests = 0
-        self._tokens_by_second: Counter[int] = Counter()  # by the second of their keys
+        # Prompt tokens of each tenant, by the grain of their keys; only those that are not empty.
+        self._tokens: dict[str, Counter[int]] = {}
         self._by_tenant: dict[str, LazyHeap] = {}  # only those that are not empty
         self._turns = LazyHeap()
         self.turns: dict[str, Turn] = {}
@@ -34,27 +38,34 @@ class Lane:
         heap = self._by_tenant.get(request.tenant)
         if heap is None:
             heap = self._by_tenant[request.tenant] = LazyHeap()
+            self._tokens[request.tenant] = Counter()
         heap.push(request.id, key)
         self._num_requests += 1
-        self._tokens_by_second[int(key[0])] += request.num_prompt_tokens
+        self._tokens[request.tenant][_grain(key)] += request.num_prompt_tokens
 
-    def num_tokens_before(self, key: Key) -> int:
-        """Prompt tokens of the requests of lower keys, to a second."""
-        limit = int(key[0])
-        return sum(num for second, num in self._tokens_by_second.items() if second < limit)
+    def num_tokens(self, tenant: str) -> int:
+        """Prompt tokens of a tenant's requests."""
+        return sum(self._tokens.get(tenant, {}).values())
+
+    def num_tokens_before(self, tenant: str, key: Key) -> int:
+        """Of these, those of lower keys, and of some up to 0.125 s above."""
+        limit = _grain(key)
+        grains = self._tokens.get(tenant, {}).items()
+        return sum(num_tokens for grain, num_tokens in grains if grain <= limit)
 
     def remove(self, request: Request, key: Key) -> bool:
         """Take out a request of this key; whether its tenant waits here for another."""
         self._num_requests -= 1
-        second = int(key[0])
-        self._tokens_by_second[second] -= request.num_prompt_tokens
-        if not self._tokens_by_second[second]:
-            del self._tokens_by_second[second]
+        tokens, grain = self._tokens[request.tenant], _grain(key)
+        tokens[grain] -= request.num_prompt_tokens
+        if not tokens[grain]:
+            del tokens[grain]
         heap = self._by_tenant[request.tenant]
         heap.remove(request.id)
         if heap:
             return True
-        del self._by_tenant[request.tenant], self.turns[request.tenant]
+        for by_tenant in (self._by_tenant, self._tokens, self.turns):
+            del by_tenant[request.tenant]
         self._turns.remove(request.tenant)
         return False
 
@@ -103,3 +114,7 @@ class Lane:
             if (request_id := next(ids, None)) is not None:
                 num_pushed += 1
                 heapq.heappush(going, (turn, num_pushed, held[request_id], ids))
+
+
+def _grain(key: Key) -> int:
+    return int(key[0] / _GRAIN_S)

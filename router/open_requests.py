@@ -8,7 +8,8 @@ that time it is in exactly one place:
     at a provider    `Spill`; it leaves by the provider's word, or the client's
 
 What can go nowhere at once is held, or refused where holding it is of no use:
-the queue is full, it would expire before its turn, or nobody may serve it.
+the queue is full, it would expire before its turn, everybody would be late, or
+nobody may serve it.
 """
 
 import math
@@ -17,19 +18,31 @@ from collections import Counter
 from router.fallback import Spill
 from router.fleet import Fleet
 from router.hold import HoldQueue
+from router.overload import Overloads
 from router.placement import Placement, Placer
 from router.types import Decision, Fail, Hold, Outcome, Reject, RejectReason, Request, Usage
+from router.waits import Waits
 
 
 class OpenRequests:
     """Puts requests where they can go: at once, or as room and time allow."""
 
-    def __init__(self, fleet: Fleet, queue: HoldQueue, placer: Placer, spill: Spill) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        queue: HoldQueue,
+        placer: Placer,
+        spill: Spill,
+        waits: Waits,
+        overloads: Overloads,
+    ) -> None:
         self.outcomes: Counter[Outcome] = Counter()
         self._fleet = fleet
         self._queue = queue
         self._placer = placer
         self._spill = spill
+        self._waits = waits
+        self._overloads = overloads
 
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._placer or request_id in self._queue or request_id in self._spill
@@ -50,6 +63,7 @@ class OpenRequests:
         # that made room, and what is kept for them this request does not get.
         dispatch = self._placer.place(request, now_s)
         if dispatch is not None:
+            self._overloads.let_in(request, now_s)
             return [dispatch]
         decisions = self._expire(now_s)
         expires_s = self._queue.expires_s(request)
@@ -61,6 +75,8 @@ class OpenRequests:
             # Held, it would only take room until it expired. Once what is too much has
             # drained, one like it would be in time.
             decisions.append(self._turn_away(request, RejectReason.HOPELESS, late_s, now_s))
+        elif (again_s := self._overloads.refuse_s(request, now_s)) is not None:
+            decisions.append(self._turn_away(request, RejectReason.OVERLOADED, again_s, now_s))
         elif not self._queue.push(request):
             drain_s = self._drain_s(request.model)
             decisions.append(self._turn_away(request, RejectReason.QUEUE_FULL, drain_s, now_s))
@@ -84,13 +100,11 @@ class OpenRequests:
     def _give_out(self, now_s: float, *, at_once: bool) -> list[Decision]:
         """Place what engines have room for; send to providers what should not wait for them."""
         dispatches = self._placer.place_held(now_s)
-        if not self._spill.providers:
-            return list(dispatches)
         num_tokens: Counter[str] = Counter()
         for dispatch in dispatches:
             if (placement := self._placer.get(dispatch.request_id)) is not None:
                 num_tokens[placement.request.model] += placement.request.num_prompt_tokens
-        self._spill.took(num_tokens, now_s)
+        self._waits.took(num_tokens, now_s)
         return [*dispatches, *self._spill.send_held(now_s, at_once=at_once)]
 
     # Out

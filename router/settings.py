@@ -34,6 +34,13 @@ class RouterSettings(BaseModel):
     max_held_tokens: int = Field(20_000_000, ge=0, description="bound, prompt tokens")
     max_held_bytes: int = Field(1 << 30, ge=0, description="bound, bytes of request bodies")
     max_hold_s: float = Field(300.0, gt=0, description="a request held longer expires, seconds")
+    max_late_s: float | None = Field(
+        30.0,
+        gt=0,
+        description="a request that would get its first token so much later than promised means "
+        "overload: it is refused, and so is every other that would be late, until none has been "
+        "for as long, seconds; unset: all that would be in time for max_hold_s are held",
+    )
     promise_base_s: float = Field(
         0.5, ge=0, description="promised time to first token of an empty prompt, seconds"
     )

@@ -34,6 +34,7 @@ class RejectReason(enum.Enum):
     QUEUE_FULL = "queue_full"
     EXPIRED = "expired"
     HOPELESS = "hopeless"  # it would expire before its turn came
+    OVERLOADED = "overloaded"  # its first token would come too late, as everybody's would
     UNKNOWN_MODEL = "unknown_model"
     NO_BUDGET = "no_budget"  # only providers serve the model, and none may be sent it
 

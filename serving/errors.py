@@ -62,6 +62,10 @@ def from_rejection(reason: RejectReason, retry_after_s: float | None) -> ApiErro
         RejectReason.QUEUE_FULL: (429, "All engines are busy and the queue is full."),
         RejectReason.EXPIRED: (503, "No engine became free within router.max_hold_s."),
         RejectReason.HOPELESS: (429, "All engines are busy for longer than router.max_hold_s."),
+        RejectReason.OVERLOADED: (
+            429,
+            "More requests come than can be answered in time (router.max_late_s).",
+        ),
         RejectReason.UNKNOWN_MODEL: (404, "No engine serves this model."),
         RejectReason.NO_BUDGET: (
             429,

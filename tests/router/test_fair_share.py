@@ -14,7 +14,7 @@ from router.core import Router
 from router.fair_share import FairShare
 from router.hold import HoldQueue
 from router.settings import RouterSettings
-from router.types import Dispatch, EngineSnapshot, Request, RequestClass, Usage
+from router.types import Dispatch, EngineSnapshot, Reject, Request, RequestClass, Usage
 
 NUM_TOKENS_PER_STEP = 100
 STEP_S = 0.1
@@ -71,11 +71,14 @@ class World:
     """Two engines behind a router, and tenants that ask for more than they can give."""
 
     def __init__(self, num_engines: int = 2, **settings) -> None:
-        self.router = Router(RouterSettings(max_hold_s=1e6, **settings))
+        # Fairness of the queue; that of the door is in `test_overload`.
+        self.router = Router(RouterSettings(**{"max_hold_s": 1e6, "max_late_s": None} | settings))
         self.engines = {f"r{index}": Engine() for index in range(num_engines)}
         self.requests: dict[str, Request] = {}
         self.num_tokens: Counter[str] = Counter()  # served, prompt and output, by tenant
         self.waited_s: dict[str, list[float]] = {}
+        self.placed_s: dict[str, float] = {}
+        self.refused: dict[str, Reject] = {}
         self.now_s = 0.0
         for engine_id in self.engines:
             engine = info(max_num_batched_tokens=NUM_TOKENS_PER_STEP, num_kv_tokens=20_000)
@@ -112,6 +115,9 @@ class World:
                 engine.last_booking = decision.booking
                 waits_s = self.waited_s.setdefault(request.tenant, [])
                 waits_s.append(self.now_s - request.arrival_s)
+                self.placed_s[request.id] = self.now_s
+            elif isinstance(decision, Reject):
+                self.refused[decision.request_id] = decision
 
 
 def flood(

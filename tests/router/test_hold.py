@@ -5,6 +5,7 @@ from router_builders import req
 
 from router.hold import HoldQueue
 from router.settings import RouterSettings
+from router.types import RequestClass
 
 
 def queue(**settings) -> HoldQueue:
@@ -103,7 +104,7 @@ def test_an_id_is_held_once():
     st.lists(st.tuples(st.integers(0, 2000), st.floats(0, 20), st.booleans()), max_size=20),
     st.booleans(),
 )
-def test_tokens_before_a_request_are_those_promised_in_earlier_seconds(requests, by_arrival):
+def test_tokens_before_a_request_are_those_promised_before_it(requests, by_arrival):
     held = queue()
     held.reorder(by_arrival=by_arrival)
     waiting = []
@@ -117,6 +118,28 @@ def test_tokens_before_a_request_are_those_promised_in_earlier_seconds(requests,
     held.reorder(by_arrival=not by_arrival)
     left = [request for request, leaves in waiting if not leaves]
     for request, _ in waiting:
-        second = int(held.key(request)[0])
-        before = [each for each in left if int(held.key(each)[0]) < second]
-        assert held.num_tokens_before(request) == sum(each.num_prompt_tokens for each in before)
+        due_s = held.key(request)[0]
+        surely, possibly = (
+            sum(each.num_prompt_tokens for each in left if held.key(each)[0] <= limit_s)
+            for limit_s in (due_s, due_s + 0.125)
+        )
+        assert surely <= held.num_tokens_before(request) <= possibly
+
+
+def test_before_a_request_go_other_tenants_turns_only():
+    held = queue()
+    for number in range(100):
+        held.push(req(f"greedy{number}", 10, tenant="greedy"))
+    assert held.num_tokens_before(req("next", 10, tenant="greedy")) == 1000
+    # A newcomer's turn comes with the first: one of theirs may be before it.
+    assert held.num_tokens_before(req("modest", 10, tenant="modest")) <= 10
+    for number in range(3):
+        held.push(req(f"modest{number}", 10, tenant="modest", weight=0.5))
+    # Three of its own, and of the others twice as much in the same time, and one more.
+    assert held.num_tokens_before(req("last", 10, tenant="modest", weight=0.5)) == 30 + 60 + 10
+
+
+def test_batch_work_that_yields_is_not_before_another_tenants():
+    held = queue()
+    held.push(req("batch", 500, tenant="a", priority_class=RequestClass.BATCH))
+    assert held.num_tokens_before(req("now", tenant="b")) == 0

@@ -1,0 +1,46 @@
+"""How long who joins the hold queue now will wait, as predicted."""
+
+import math
+from collections.abc import Mapping
+
+from router.drain import Drain
+from router.fleet import Fleet
+from router.hold import HoldQueue
+
+
+class Waits:
+    """Waits by what engines can prefill, and by what they have in fact taken: the longer counts.
+
+    The first knows of engines that have just come or gone, the second of whatever
+    else engines are short of.
+    """
+
+    def __init__(self, fleet: Fleet, queue: HoldQueue) -> None:
+        self._fleet = fleet
+        self._queue = queue
+        self._drains: dict[str, Drain] = {}
+
+    def took(self, num_tokens_by_model: Mapping[str, int], now_s: float) -> None:
+        """Engines have just taken so many prompt tokens from the hold queue."""
+        waiting = self._queue.num_tokens_by_model
+        for model in self._drains.keys() | waiting.keys() | num_tokens_by_model.keys():
+            drain = self._drains.get(model)
+            if drain is None:
+                drain = self._drains[model] = Drain(now_s)
+            drain.advance(num_tokens_by_model.get(model, 0), model in waiting, now_s)
+
+    def wait_s(self, model: str, num_tokens: int) -> float:
+        """Predicted seconds until engines have prefilled so many held tokens; inf if none can."""
+        drain_s = self._fleet.drain_s(model, num_tokens)
+        if drain_s is None:
+            return math.inf
+        drain = self._drains.get(model)
+        return drain_s if drain is None else max(drain_s, drain.wait_s(num_tokens))
+
+    def sure_wait_s(self, model: str, num_tokens: int) -> float:
+        """The same, but nothing is concluded from a queue that hardly anything has left yet."""
+        drain = self._drains.get(model)
+        if drain is not None and drain.is_sure:
+            return self.wait_s(model, num_tokens)
+        drain_s = self._fleet.drain_s(model, num_tokens)
+        return math.inf if drain_s is None else drain_s
