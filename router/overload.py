@@ -117,7 +117,7 @@ class Overloads:
         return self._queue.num_tokens_by_model.get(model, 0)
 
     def _wait_s(self, model: str, num_tokens: int, is_on: bool) -> float:
-        """Seconds until so many held tokens are prefilled, and to be on the safe side if `is_on`."""
+        """Seconds until so many held tokens are prefilled, on the safe side if `is_on`."""
         wait_s = self._waits.sure_wait_s(model, num_tokens)
         if not is_on:
             return wait_s

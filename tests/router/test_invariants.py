@@ -96,8 +96,9 @@ class Shell(RuleBasedStateMachine):
         policy=st.sampled_from(sorted(POLICIES)),
         hold=st.sampled_from([None, True, False]),
         tpot_target_s=st.sampled_from([{}, {"m": 1e-9}, {"m": 0.0205, "*": 10.0}]),
+        max_late_s=st.sampled_from([None, 0.01, 1.0]),
     )
-    def start(self, policy, hold, tpot_target_s):
+    def start(self, policy, hold, tpot_target_s, max_late_s):
         self.policy = policy
         self.router = Router(
             RouterSettings(
@@ -108,6 +109,7 @@ class Shell(RuleBasedStateMachine):
                 max_held_bytes=MAX_BYTES,
                 max_hold_s=MAX_HOLD_S,
                 max_attempts=MAX_ATTEMPTS,
+                max_late_s=max_late_s,
                 breaker={"max_consecutive_failures": 2, "cooldown_jitter": 0.0},
                 tpot_target_s=tpot_target_s,
             )
@@ -175,7 +177,7 @@ class Shell(RuleBasedStateMachine):
             assert not was_held
             assert not self.num_attempts[request.id]
             self.ended[Outcome.REJECTED] += 1
-            if reject.reason is RejectReason.HOPELESS:
+            if reject.reason in (RejectReason.HOPELESS, RejectReason.OVERLOADED):
                 assert self.expires_s(request) > self.now_s
                 assert 0.0 < reject.retry_after_s < float("inf")
                 serving = [e for i, e in self.engines.items() if request.model in NAMES[i]]

@@ -148,7 +148,8 @@ def test_what_an_engine_failed_is_not_refused():
     router.on_snapshot("r0", busy(1, num_pending_prefill_tokens=10_000), 0.0)
     router.on_arrival(req("a", 100_000), 0.0)
     [refused] = router.on_arrival(req("b"), 1.0)
-    assert isinstance(refused, Reject) and refused.reason is RejectReason.OVERLOADED
+    assert isinstance(refused, Reject)
+    assert refused.reason is RejectReason.OVERLOADED
     assert router.on_arrival(req("c", tried=("r9",), retried_s=1.0), 1.0) == [Hold("c")]
     assert router.outcomes == {Outcome.REJECTED: 1}
 
