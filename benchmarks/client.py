@@ -61,6 +61,7 @@ class Record:
     num_events: int = 0  # server-sent events, `[DONE]` left out
     num_output_tokens: int | None = None  # from the response's usage, where it has one
     status: int = 0
+    retry_after_s: float | None = None  # of the response's header
     completed: bool = False  # 200, whole, without an error event, and `[DONE]` where it streams
     error: str = ""
 
@@ -109,6 +110,10 @@ class _Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self.abort(f"not HTTP: {error}")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"retry-after" and self.record is not None:
+            self.record.retry_after_s = float(value)
 
     def on_body(self, body: bytes) -> None:
         record = self.record

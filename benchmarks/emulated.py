@@ -46,6 +46,7 @@ class EmulatedArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens: int = 200  # of a request that sets no limit
     seed: int = 0  # of the noise on step times; each engine adds its rank
     prefill_chunk: int | None = None  # the profile's `max_prefill_chunk`
+    max_num_batched_tokens: int | None = None  # likewise
     priority: bool = True  # a waiting queue by priority, as Headway sets its engines
     paces: bool = True  # steps as by `serving/scheduler.py`; false: by vLLM alone
 
@@ -56,8 +57,12 @@ class EmulatedEngine:
     def __init__(self, args: EmulatedArgs, model: str | None = None, rank: int = 0) -> None:
         """Raises `ProfileError` when the profile cannot be read."""
         profile = Profile.load(args.profile)
-        if args.prefill_chunk is not None:
-            profile = profile.model_copy(update={"max_prefill_chunk": args.prefill_chunk})
+        changed = {
+            "max_prefill_chunk": args.prefill_chunk,
+            "max_num_batched_tokens": args.max_num_batched_tokens,
+        }
+        changed = {name: value for name, value in changed.items() if value is not None}
+        profile = profile.model_copy(update=changed)
         self.model = EngineModel(
             profile,
             random.Random(f"{args.seed} {rank}"),

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from contextvars import ContextVar
 
+from router.resume import Resume
 from router.types import Usage
 from serving.record import Recorder
-from serving.wire import Resume
 
 
 class Account:

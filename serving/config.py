@@ -69,6 +69,12 @@ class GatewayConfig(_Section):
     max_body_bytes: int = Field(
         16 * 2**20, ge=1024, description="a larger request body is answered 413"
     )
+    max_incoming_bytes: int = Field(
+        256 * 2**20,
+        ge=1024,
+        description="bytes of bodies being received, over all requests; beyond these, requests are "
+        "answered 429",
+    )
     max_connections: int = Field(
         20_000, ge=1, description="beyond this many connections requests are answered 503"
     )

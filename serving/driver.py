@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 
 from router.breaker import Failure
 from router.core import Router
+from router.resume import Records, Reply
 from router.types import (
     BlockUpdate,
     Decision,
@@ -59,8 +60,7 @@ class Driver:
         self.engines: dict[str, EngineInfo] = {}
         self.providers: Providers  # set by whoever makes both
         self._gateway_id = gateway_id
-        self.num_record_bytes = 0  # over all exchanges
-        self._max_record_bytes = max_record_bytes
+        self.records = Records(max_record_bytes)
         self._ack_bytes = window_bytes // 2
         self._links: dict[str, Link] = {}
         self._streams: dict[str, dict[int, Exchange]] = {}
@@ -74,6 +74,7 @@ class Driver:
     def open(self, exchange: Exchange) -> None:
         """A request has arrived: place it, hold it or refuse it."""
         self.exchanges[exchange.request.id] = exchange
+        exchange.reply = Reply(self.records, can_resume=exchange.path in _RESUMABLE)
         self.execute(self.router.on_arrival(exchange.request, time.monotonic()))
 
     def cancel(self, exchange: Exchange) -> None:
@@ -81,7 +82,7 @@ class Driver:
         if self.exchanges.get(exchange.request.id) is not exchange:
             return
         if (link := self._release(exchange)) is not None:
-            link.post(Cancel(exchange.booking))
+            link.post(Cancel(exchange.reply.booking))
         self.providers.cancel(exchange)
         self._close(exchange, EngineFailed("the client left"))
         self.execute(self.router.on_cancel(exchange.request.id, time.monotonic()))
@@ -89,11 +90,12 @@ class Driver:
     def taken(self, exchange: Exchange, num_bytes: int) -> None:
         """The client has taken so much of the response: let the engine send more."""
         exchange.num_taken_bytes += num_bytes
-        if exchange.num_taken_bytes >= self._ack_bytes and exchange.replica_id is not None:
-            if (link := self._links.get(exchange.replica_id)) is not None:
-                link.post(Ack(exchange.booking, exchange.num_taken_bytes))
+        replica_id = exchange.reply.replica_id
+        if exchange.num_taken_bytes >= self._ack_bytes and replica_id is not None:
+            if (link := self._links.get(replica_id)) is not None:
+                link.post(Ack(exchange.reply.booking, exchange.num_taken_bytes))
             exchange.num_taken_bytes = 0
-        elif exchange.replica_id is None:
+        elif replica_id is None:
             self.providers.taken(exchange, num_bytes)
 
     def set_policy(self, name: str, ablate: Collection[str] = ()) -> None:
@@ -163,33 +165,16 @@ class Driver:
         exchange = self._streams[link.replica_id].get(frame.stream)
         if exchange is None:
             return  # cancelled; these bytes were under way
-        if frame.record:
-            self._keep(exchange, frame.record)
-        if not frame.body:
-            return  # progress of a reply that comes all at once
-        if exchange.awaits_first_byte:
+        was_begun = exchange.reply.has_begun
+        if exchange.reply.take(frame.body, frame.record):
             now_s = time.monotonic()
-            exchange.awaits_first_byte = False
-            if not exchange.started:
+            if not was_begun:
                 self.metrics.first_token(exchange.request, now_s)
             else:
                 self.metrics.resumed(exchange.request, now_s - exchange.failed_s)
             self.execute(self.router.on_first_token(exchange.request.id, now_s))
-        exchange.on_data(frame.body)
-
-    def _keep(self, exchange: Exchange, groups: bytes) -> None:
-        """Add to the exchange's record; past the bound of all records it has none."""
-        if exchange.record is None:
-            return
-        if self.num_record_bytes + len(groups) > self._max_record_bytes:
-            self._drop_record(exchange)
-            return
-        exchange.record += groups
-        self.num_record_bytes += len(groups)
-
-    def _drop_record(self, exchange: Exchange) -> None:
-        self.num_record_bytes -= len(exchange.record or b"")
-        exchange.record = None
+        if frame.body:
+            exchange.on_data(frame.body)
 
     def on_end(self, link: Link, frame: End) -> None:
         exchange = self._streams[link.replica_id].get(frame.stream)
@@ -215,7 +200,7 @@ class Driver:
         # First close the door, then find the requests another place.
         self.execute(self.router.on_replica_down(replica_id, time.monotonic()))
         for exchange in lost.values():
-            exchange.replica_id = None
+            exchange.reply.lose()
             self._fail_attempt(exchange, None, "it was lost")
         if (metadata := self._members.pop(replica_id, None)) is not None:
             self.set_members({**self._members, replica_id: metadata})
@@ -259,7 +244,7 @@ class Driver:
         logger.warning("engine %s is left: %s", decision.replica_id, decision.reason)
         link = self._links[decision.replica_id]
         for exchange in list(self._streams[decision.replica_id].values()):
-            link.post(Cancel(exchange.booking))
+            link.post(Cancel(exchange.reply.booking))
             self._fail_attempt(exchange, None, f"it is {decision.reason}")
 
     def _fail_attempt(
@@ -269,28 +254,21 @@ class Driver:
         self._release(exchange)
         now_s = time.monotonic()
         exchange.failure, exchange.failed_s = words, now_s
-        exchange.awaits_first_byte = True
-        if exchange.started and (exchange.record is None or exchange.path not in _RESUMABLE):
-            can_retry = False
-        num_tokens = record.num_tokens(bytes(exchange.record or b""))
-        num_new_tokens, exchange.num_output_tokens = (
-            num_tokens - exchange.num_output_tokens,
-            num_tokens,
-        )
+        reply = exchange.reply
         self.execute(
             self.router.on_attempt_failed(
                 exchange.request.id,
                 failure,
                 now_s,
-                can_retry=can_retry,
-                has_begun=exchange.started,
-                num_output_tokens=num_new_tokens,
+                can_retry=can_retry and reply.can_go_on,
+                has_begun=reply.has_begun,
+                num_output_tokens=reply.moved_tokens(record.num_tokens(reply.record)),
             )
         )
 
     def _dispatch(self, decision: Dispatch) -> None:
         exchange = self.exchanges[decision.request_id]
-        exchange.replica_id, exchange.booking = decision.replica_id, decision.booking
+        resume = exchange.reply.begin(decision.replica_id, decision.booking)
         exchange.num_attempts += 1
         self._streams[decision.replica_id][decision.booking] = exchange
         self._links[decision.replica_id].post(
@@ -305,7 +283,7 @@ class Driver:
                 exchange.headers,
                 exchange.body,
                 exchange.created_s,
-                exchange.resume(),
+                resume,
             )
         )
 
@@ -340,15 +318,16 @@ class Driver:
 
     def _release(self, exchange: Exchange) -> Link | None:
         """Take the exchange off its engine; return the link to it, if there is one."""
-        replica_id, exchange.replica_id = exchange.replica_id, None
+        replica_id = exchange.reply.replica_id
         if replica_id is None:
             return None
-        self._streams[replica_id].pop(exchange.booking, None)
+        exchange.reply.lose()
+        self._streams[replica_id].pop(exchange.reply.booking, None)
         return self._links.get(replica_id)
 
     def _close(self, exchange: Exchange, error: Exception | None = None) -> None:
         del self.exchanges[exchange.request.id]
-        self._drop_record(exchange)
+        exchange.reply.end()
         exchange.on_end(error)
 
     def _close_if_drained(self, replica_id: str) -> None:

@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-import zlib
 
+from router.resume import Reply
 from router.types import RejectReason, Request, Usage
-from serving.wire import Headers, Resume
+from serving.wire import Headers
 
 
 class Rejected(Exception):
@@ -25,19 +25,14 @@ class Exchange:
     """Collects what the engine sends until the client's connection takes it.
 
     Holds at most the stream's window of bytes: the engine waits for the
-    acknowledgement of what the client has taken. And the record of what the
-    engine has generated, so that another can go on.
+    acknowledgement of what the client has taken.
     """
 
     __slots__ = (
-        "_checksum",
         "_chunks",
         "_error",
-        "_num_bytes",
         "_waiter",
-        "awaits_first_byte",
         "body",
-        "booking",
         "created_s",
         "ended",
         "failed_s",
@@ -46,14 +41,11 @@ class Exchange:
         "method",
         "num_attempts",
         "num_error_replies",
-        "num_output_tokens",
         "num_taken_bytes",
         "path",
-        "record",
-        "replica_id",
+        "reply",
         "request",
         "response_headers",
-        "started",
         "status",
         "usage",
     )
@@ -66,24 +58,17 @@ class Exchange:
         self.path = path
         self.headers = headers
         self.body = body
-        self.replica_id: str | None = None  # set while an engine has it
-        self.booking = 0
+        self.reply: Reply  # set by the driver that opens it
         self.num_attempts = 0
         self.num_error_replies = 0  # 5xx, which were not passed on
-        self.num_output_tokens = 0  # in its record when it last moved
-        self.awaits_first_byte = True  # from the engine that has it now
         self.failure = ""  # of the last attempt, in words
         self.failed_s = 0.0  # when that was
         self.created_s = int(time.time())
-        self.record: bytearray | None = bytearray()  # None: too much was kept already
         self.status = 0
         self.response_headers: Headers = []
-        self.started = False  # the first byte of the response's body is here
         self.ended = False
         self.usage: Usage | None = None  # as vLLM counted, once it has ended
         self.num_taken_bytes = 0  # taken by the client, not yet acknowledged
-        self._num_bytes = 0  # of the body, received
-        self._checksum = 0  # of these
         self._chunks: list[bytes] = []
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -91,13 +76,11 @@ class Exchange:
     def on_head(self, status: int, headers: Headers) -> None:
         # Not passed on before the first byte of the body: until then the
         # request can still move to another engine without the client's notice.
-        if not self.started:
+        if not self.reply.has_begun:
             self.status, self.response_headers = status, headers
 
     def on_data(self, body: bytes) -> None:
-        self.started = True
-        self._num_bytes += len(body)
-        self._checksum = zlib.crc32(body, self._checksum)
+        """These bytes, which `reply` has counted, are the client's."""
         self._chunks.append(body)
         self._wake()
 
@@ -105,12 +88,6 @@ class Exchange:
         self.ended = True
         self._error = error
         self._wake()
-
-    def resume(self) -> Resume | None:
-        """How far the engines have come that had it before; None if there is nothing to keep."""
-        if not self._num_bytes and not self.record:
-            return None
-        return Resume(bytes(self.record or b""), self._num_bytes, self._checksum)
 
     def _wake(self) -> None:
         if (waiter := self._waiter) is not None:

@@ -17,6 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from router.core import Router
 from router.types import RequestClass, Usage
+from serving.bodies import Bodies
 from serving.budgets import Ask, Leases
 from serving.config import Config, read
 from serving.driver import Driver
@@ -38,9 +39,6 @@ logger = logging.getLogger(__name__)
 # What vLLM's API layer reads of a request's headers.
 _FORWARDED = re.compile(rb"traceparent|tracestate|x-session-id|x-data-parallel-rank")
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
-# An oversized body is read to its end before the refusal, or many clients
-# would see a reset connection and never the reply; past this it is cut.
-_DISCARD_FACTOR = 8
 
 
 class Gateway:
@@ -69,6 +67,7 @@ class Gateway:
         self.driver.providers = self.providers
         self.providers.use(config)
         self.intake = Intake()
+        self.bodies = Bodies(config.gateway)
         self.cache = ResponseCache(config, self.driver)
         self.watches: dict[str, FileWatch] = {}
         self.tenants = self._make_tenants()
@@ -136,7 +135,8 @@ class Gateway:
         return {
             "gateway_id": self.gateway_id,
             "num_open_requests": len(self.driver.exchanges),
-            "num_record_bytes": self.driver.num_record_bytes,
+            "num_record_bytes": self.driver.records.num_bytes,
+            "num_incoming_bytes": self.bodies.num_bytes,
             "tokens_per_byte": self.intake.tokens_per_byte,
             "tenants": self.tenants.state(time.monotonic()),
             "cache": self.cache.state(),
@@ -233,7 +233,7 @@ class Gateway:
         """Answer one request to one of `ENDPOINTS`."""
         try:
             caller = self.tenants.authenticate(scope["headers"])
-            body = await self._read_body(scope, receive)
+            body = await self.bodies.read(scope, receive)
             if body is None:
                 return  # the client left before it had sent its request
             exchange, num_text_bytes = self._admit(scope, body, caller)
@@ -268,36 +268,6 @@ class Gateway:
         finally:
             leaving.cancel()
             leave()
-
-    async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
-        limit = self.config.gateway.max_body_bytes
-        headers = dict(scope["headers"])
-        too_large = int(headers.get(b"content-length", b"0") or 0) > limit
-        if not (too_large and b"expect" in headers):
-            chunks: list[bytes] = []
-            num_bytes = 0
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return None
-                chunk = message.get("body", b"")
-                num_bytes += len(chunk)
-                if num_bytes > limit:
-                    too_large = True
-                    chunks.clear()
-                    if num_bytes > _DISCARD_FACTOR * limit:
-                        break
-                else:
-                    chunks.append(chunk)
-                if not message.get("more_body", False):
-                    break
-            if not too_large:
-                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        raise ApiError(
-            413,
-            f"The request body is larger than gateway.max_body_bytes ({limit} bytes).",
-            code="request_too_large",
-        )
 
     def _admit(self, scope: Scope, body: bytes, caller: Caller | None) -> tuple[Exchange, int]:
         forwarded: Headers = []

@@ -68,6 +68,7 @@ class Call:
 
     async def pass_on(self, data: bytes) -> None:
         """Give bytes to the client; returns when it keeps up."""
+        self.exchange.reply.write(data)
         self.exchange.on_data(data)
         self._credit_bytes -= len(data)
         while self._credit_bytes <= 0:
@@ -183,7 +184,7 @@ class Providers:
         except ProviderFailed as failed:
             self._failed(call, name, failed)
         except TimeoutError:
-            words = "no first token in time" if not exchange.started else "it stalled"
+            words = "no first token in time" if not exchange.reply.has_begun else "it stalled"
             self._failed(call, name, ProviderFailed(words, Failure.TIMEOUT))
         except Exception as error:  # a client library's own: the exchange must end all the same
             logger.exception("call to provider %s", name)
@@ -202,7 +203,7 @@ class Providers:
                 exchange.request.id,
                 failed.failure,
                 time.monotonic(),
-                can_retry=not exchange.started,
+                can_retry=not exchange.reply.has_begun,
                 was_sent=failed.was_sent,
                 lasts=failed.lasts,
             )
@@ -233,7 +234,7 @@ class Providers:
                 passed += reader.feed(chunk)
                 if not passed:
                     continue
-                if not exchange.started:
+                if not exchange.reply.has_begun:
                     if reader.error is not None:
                         raise ProviderFailed(f"it answered with an error: {reader.error}")
                     self._begin(exchange, config, reply)
@@ -245,10 +246,10 @@ class Providers:
             if not reader.is_complete and reply.status == 200:
                 raise ProviderFailed("the reply broke off")
             if rest := reader.end():
-                if not exchange.started:
+                if not exchange.reply.has_begun:
                     self._begin(exchange, config, reply)
                 await call.pass_on(rest)
-            if not exchange.started:
+            if not exchange.reply.has_begun:
                 raise ProviderFailed("it answered nothing")
         return reader.usage
 

@@ -2,19 +2,15 @@
 
 import asyncio
 import logging
-import zlib
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message
 
+from router.resume import Seam, SeamError
 from serving.account import Account, current_account
-from serving.wire import Data, End, Head, Headers, Resume, Submit, ToGateway
+from serving.wire import Data, End, Head, Headers, Submit, ToGateway
 
 logger = logging.getLogger(__name__)
-
-
-class SeamError(Exception):
-    """The response does not begin with what the client has of it."""
 
 
 class EngineDied(Exception):
@@ -147,25 +143,3 @@ class Stream:
             self._credit_bytes -= len(body)
             self._post(Data(self.id, body, self._account.recorder.take()))
         self._complete = not message.get("more_body", False)
-
-
-class Seam:
-    """Cuts off a response what the client has of it."""
-
-    def __init__(self, resume: Resume) -> None:
-        self._num_left = resume.num_bytes
-        self._checksum = 0
-        self._expected = resume.checksum
-
-    def cut(self, body: bytes, *, is_last: bool) -> bytes:
-        """What of the next bytes the client lacks. Raises `SeamError` if the others differ."""
-        if not self._num_left:
-            return body
-        known = body[: self._num_left]
-        self._num_left -= len(known)
-        self._checksum = zlib.crc32(known, self._checksum)
-        if self._num_left and is_last:
-            raise SeamError("the other engine's response was shorter than what had been sent")
-        if not self._num_left and self._checksum != self._expected:
-            raise SeamError("the other engine's response differs from what had been sent")
-        return body[len(known) :]

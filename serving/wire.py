@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from router.resume import Resume
 from router.types import BlockUpdate, EngineInfo, EngineSnapshot, Usage
 
 MAX_MESSAGE_BYTES = 256 * 2**20  # a length beyond this is garbage, not a message
@@ -23,14 +24,6 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
     secret: str
     gateway_id: str
-
-
-class Resume(msgspec.Struct, frozen=True, array_like=True):
-    """How far another engine has come with a request; the engine goes on from there."""
-
-    record: bytes  # what was generated, see `serving.record`
-    num_bytes: int  # of the response's body that the gateway has: not to be sent again
-    checksum: int  # CRC-32 of these: the engine must make the same ones
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=2):

@@ -3,9 +3,8 @@ import zlib
 import msgspec
 import pytest
 
+from router.resume import Resume, Seam, SeamError
 from serving.record import Entry, Recorder, groups, num_tokens
-from serving.stream import Seam, SeamError
-from serving.wire import Resume
 
 
 def test_what_was_taken_together_is_a_group():

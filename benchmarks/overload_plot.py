@@ -1,0 +1,63 @@
+"""What a `Watch` wrote, one line per look, to a figure; nothing else.
+
+`python -m benchmarks.overload_plot benchmarks/results/overload.csv` draws `overload.svg` anew.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+
+import matplotlib.pyplot as plt
+
+
+def plot_watch(path: Path, bound_mb: float | None = None) -> Path:
+    """Draw memory and queue over time, phases shaded; return the figure's path.
+
+    `bound_mb` is the gateway's stated bound.
+    """
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    at_s = [float(row["at_s"]) for row in rows]
+    # Text stays text, and neither date nor random ids: the same data give the same file.
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "headway", "font.size": 9})
+    figure, (memory, queue) = plt.subplots(
+        2, 1, figsize=(9, 5), sharex=True, layout="constrained", height_ratios=(3, 2)
+    )
+    for name, label, color in (
+        ("gateway_mb", "gateway", "black"),
+        ("engines_mb", "emulated engines together", "C0"),
+    ):
+        memory.plot(at_s, [float(row[name]) for row in rows], label=label, color=color)
+    if bound_mb is not None:
+        memory.axhline(bound_mb, color="C3", linestyle="--", label="bound of the gateway")
+    memory.set(ylabel="resident memory, MB", ylim=(0, None))
+    memory.legend(loc="center right")
+    queue.plot(at_s, [int(row["num_held"]) for row in rows], color="black", label="held")
+    queue.plot(at_s, [int(row["num_placed"]) for row in rows], color="C0", label="at engines")
+    queue.set(ylabel="requests", xlabel="seconds", ylim=(0, None))
+    queue.legend(loc="upper right")
+    starts = [0, *(n for n in range(1, len(rows)) if rows[n]["phase"] != rows[n - 1]["phase"])]
+    for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(rows) - 1], strict=True)):
+        for panel in (memory, queue):
+            panel.axvspan(at_s[start], at_s[end], color="C7", alpha=0.12 * (number % 2), lw=0)
+        memory.annotate(
+            rows[start]["phase"],
+            (at_s[start], 1.01),
+            xycoords=("data", "axes fraction"),
+            fontsize=7,
+            rotation=20,
+        )
+    for panel in (memory, queue):
+        panel.grid(alpha=0.3)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    plt.close(figure)
+    return path.with_suffix(".svg")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(plot_watch(Path(name)))

@@ -1,0 +1,167 @@
+r"""A reply that outlives its engines: what of it there is, and how another engine goes on.
+
+    nowhere --begin--> at an engine --end--> over
+       ^                 |    ^ |
+       \------lose-------/    | \--take: bytes for the client, groups for the record
+                              |
+    At the engine that comes next: the record is played through, which gives the same
+    bytes again; `Seam` drops those that the client has, after comparing them.
+
+Groups are what the engine has generated, opaque here, and the bytes are made of them
+(`serving.record`). So that nothing is missing, an engine sends a group before, or with, the
+first byte made of it: the record is never behind the client. It may be ahead.
+
+What never happens: a byte that the client gets twice, or not at all, or from an engine
+that had lost the reply; a second end; a record kept for a reply that is over, or
+more kept than the bound of all records.
+"""
+
+import zlib
+
+import msgspec
+
+
+class Resume(msgspec.Struct, frozen=True, array_like=True):
+    """What an engine needs to go on with a reply that another one has begun."""
+
+    record: bytes  # what was generated, in groups
+    num_bytes: int  # of the body, that the client has
+    checksum: int  # CRC-32 of these
+
+
+class Records:
+    """The records of all open replies together, bounded."""
+
+    __slots__ = ("max_bytes", "num_bytes")
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+
+
+class Reply:
+    """One request's reply, from whichever engine."""
+
+    __slots__ = (
+        "_checksum",
+        "_num_bytes",
+        "_num_moved_tokens",
+        "_record",
+        "_records",
+        "awaits_first_byte",
+        "booking",
+        "is_over",
+        "replica_id",
+    )
+
+    def __init__(self, records: Records, *, can_resume: bool) -> None:
+        """Without `can_resume` nothing is recorded, and once it has begun no other can go on."""
+        self.replica_id: str | None = None  # the engine that has it now, under this booking
+        self.booking = 0
+        self.awaits_first_byte = True  # from the engine that has it now
+        self.is_over = False
+        self._records = records
+        self._record: bytearray | None = bytearray() if can_resume else None
+        self._num_bytes = 0
+        self._checksum = 0
+        self._num_moved_tokens = 0  # in the record when it last moved
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the client has any of it."""
+        return self._num_bytes > 0
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether an engine can take it over: from the beginning, or from where it is."""
+        return not self.has_begun or self._record is not None
+
+    @property
+    def record(self) -> bytes:
+        """What engines have generated of it, as far as it was kept."""
+        return bytes(self._record or b"")
+
+    def begin(self, replica_id: str, booking: int) -> Resume | None:
+        """An engine gets it, with what it needs to go on; None where there is nothing to keep."""
+        self.replica_id, self.booking = replica_id, booking
+        self.awaits_first_byte = True
+        if not self._num_bytes and not self._record:
+            return None
+        return Resume(self.record, self._num_bytes, self._checksum)
+
+    def take(self, body: bytes, groups: bytes) -> bool:
+        """The engine that has it sends this; whether it is the first byte of it from there.
+
+        Past the bound of all records this one is given up.
+        """
+        if groups and self._record is not None:
+            if self._records.num_bytes + len(groups) > self._records.max_bytes:
+                self._drop_record()
+            else:
+                self._record += groups
+                self._records.num_bytes += len(groups)
+        if not body:
+            return False  # progress of a reply that comes all at once
+        return self.write(body)
+
+    def write(self, body: bytes) -> bool:
+        """The client gets these bytes, whoever made them; whether they are the first from there."""
+        self._num_bytes += len(body)
+        self._checksum = zlib.crc32(body, self._checksum)
+        is_first, self.awaits_first_byte = self.awaits_first_byte, False
+        return is_first
+
+    def lose(self) -> None:
+        """The engine that had it does not carry it through."""
+        self.replica_id = None
+        self.awaits_first_byte = True
+
+    def moved_tokens(self, num_tokens: int) -> int:
+        """How many of the `num_tokens` in the record the last engine has added to it.
+
+        Negative where the record was given up: then it has to begin anew.
+        """
+        num_new = num_tokens - self._num_moved_tokens
+        self._num_moved_tokens = num_tokens
+        return num_new
+
+    def end(self) -> bool:
+        """It is over, whichever way; False if it was."""
+        if self.is_over:
+            return False
+        self.is_over = True
+        self.replica_id = None
+        self._drop_record()
+        return True
+
+    def _drop_record(self) -> None:
+        self._records.num_bytes -= len(self._record or b"")
+        self._record = None
+
+
+class SeamError(Exception):
+    """The reply does not begin with what the client has of it."""
+
+
+class Seam:
+    """Cuts off a reply what the client has of it, in the engine that goes on."""
+
+    __slots__ = ("_checksum", "_expected", "_num_left")
+
+    def __init__(self, resume: Resume) -> None:
+        self._num_left = resume.num_bytes
+        self._checksum = 0
+        self._expected = resume.checksum
+
+    def cut(self, body: bytes, *, is_last: bool) -> bytes:
+        """What of the next bytes the client lacks. Raises `SeamError` if the others differ."""
+        if not self._num_left:
+            return body
+        known = body[: self._num_left]
+        self._num_left -= len(known)
+        self._checksum = zlib.crc32(known, self._checksum)
+        if self._num_left and is_last:
+            raise SeamError("the other engine's response was shorter than what had been sent")
+        if not self._num_left and self._checksum != self._expected:
+            raise SeamError("the other engine's response differs from what had been sent")
+        return body[len(known) :]

@@ -1,0 +1,217 @@
+"""Generated losses: whatever engines do, the client gets the reply's bytes once, and one end.
+
+The machine below is the shell and the engines of up to three replies that share a bound of
+records. Each reply is a row of groups, each group some bytes (none, if what was generated is
+not due yet); engines send these in frames of any size, and are lost between any two.
+"""
+
+import zlib
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from router.resume import Records, Reply, Resume, Seam, SeamError
+
+MAX_RECORD_BYTES = 12
+SLOTS = st.integers(0, 2)
+
+
+def text(name: str, groups: list[int]) -> bytes:
+    """The bytes made of these groups, each of which says how many."""
+    made = b"".join(
+        bytes((zlib.crc32(f"{name} {number} {n}".encode()) % 251,))
+        for number, size in enumerate(groups)
+        for n in range(size)
+    )
+    return made
+
+
+@dataclass
+class Engine:
+    """One attempt: what it has generated, and how far it has sent."""
+
+    seam: Seam | None
+    groups: list[int]  # generated here or before
+    num_told: int  # groups that the gateway has been told of
+    unsent: bytes  # made of these, and still to come, what the client has first
+
+
+@dataclass
+class Case:
+    """One reply, what its client has, and who has it."""
+
+    name: str
+    whole: list[int]  # groups
+    reply: Reply
+    client: bytearray = field(default_factory=bytearray)
+    known: list[int] | None = field(default_factory=list)  # groups recorded, by our own count
+    engine: Engine | None = None
+    place: tuple[str, int] | None = None
+    num_ends: int = 0
+
+
+class Gateway(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records = Records(MAX_RECORD_BYTES)
+        self.cases: dict[int, Case] = {}
+        self.num_bookings = 0
+        self.num_opened = 0
+
+    @rule(slot=SLOTS, groups=st.lists(st.integers(0, 3), min_size=1, max_size=8), ok=st.booleans())
+    def open(self, slot, groups, ok):
+        if slot in self.cases:
+            return
+        self.num_opened += 1
+        case = Case(f"q{self.num_opened}", groups, Reply(self.records, can_resume=ok))
+        if not ok:
+            case.known = None
+        self.cases[slot] = case
+
+    @rule(slot=SLOTS)
+    def dispatch(self, slot):
+        """An engine gets it, and plays through what is recorded."""
+        case = self.cases.get(slot)
+        if case is None or case.engine is not None or not case.reply.can_go_on:
+            return
+        self.num_bookings += 1
+        case.place = (f"r{self.num_bookings % 3}", self.num_bookings)
+        resume = case.reply.begin(*case.place)
+        known = case.known or []
+        assert (resume is None) == (not case.client and not known)
+        if resume is not None:
+            assert list(resume.record) == known
+            assert resume.num_bytes == len(case.client)
+        case.engine = Engine(
+            None if resume is None else Seam(resume),
+            list(known),
+            len(known),
+            text(case.name, known),
+        )
+
+    @rule(slot=SLOTS, num_groups=st.integers(1, 3))
+    def generate(self, slot, num_groups):
+        case = self.cases.get(slot)
+        if case is None or case.engine is None:
+            return
+        engine = case.engine
+        before = text(case.name, engine.groups)
+        engine.groups = case.whole[: len(engine.groups) + num_groups]
+        engine.unsent += text(case.name, engine.groups)[len(before) :]
+
+    @rule(slot=SLOTS, num_bytes=st.integers(0, 5))
+    def send(self, slot, num_bytes):
+        """One frame: so many bytes at most, and the groups that were not told yet."""
+        case = self.cases.get(slot)
+        if case is None or case.engine is None:
+            return
+        engine, reply = case.engine, case.reply
+        body, engine.unsent = engine.unsent[:num_bytes], engine.unsent[num_bytes:]
+        groups = engine.groups[engine.num_told :]
+        engine.num_told = len(engine.groups)
+        if engine.seam is not None:
+            body = engine.seam.cut(body, is_last=False)
+        kept_before = self.records.num_bytes
+        was_first = reply.awaits_first_byte
+        is_first = reply.take(body, bytes(groups))
+        assert is_first == (was_first and bool(body))
+        case.client += body
+        if groups and case.known is not None:
+            if kept_before + len(groups) > MAX_RECORD_BYTES:
+                case.known = None
+            else:
+                case.known += groups
+
+    @rule(slot=SLOTS)
+    def lose(self, slot):
+        """Its engine is gone; what was not sent is lost with it."""
+        case = self.cases.get(slot)
+        if case is None or case.engine is None:
+            return
+        case.engine = case.place = None
+        case.reply.lose()
+        assert case.reply.can_go_on == (case.known is not None or not case.client)
+        if not case.reply.can_go_on:
+            self.over(slot)  # an error to the client
+
+    @rule(slot=SLOTS)
+    def finish(self, slot):
+        """Everything is generated and sent; the end may be said twice."""
+        case = self.cases.get(slot)
+        if case is None or case.engine is None:
+            return
+        self.generate(slot, len(case.whole))
+        while case.engine.unsent or case.engine.num_told < len(case.engine.groups):
+            self.send(slot, 5)
+        assert bytes(case.client) == text(case.name, case.whole)
+        self.over(slot)
+
+    @rule(slot=SLOTS)
+    def leave(self, slot):
+        """The client is gone, wherever the reply is."""
+        if slot in self.cases:
+            self.over(slot)
+
+    def over(self, slot):
+        reply = self.cases.pop(slot).reply
+        assert [reply.end(), reply.end()] == [True, False]
+        assert reply.is_over
+        assert reply.replica_id is None
+
+    @invariant()
+    def clients_have_the_beginning_of_their_reply(self):
+        for case in self.cases.values():
+            assert text(case.name, case.whole).startswith(bytes(case.client))
+            assert case.reply.has_begun == bool(case.client)
+
+    @invariant()
+    def an_engine_has_it_or_none(self):
+        for case in self.cases.values():
+            place = (case.reply.replica_id, case.reply.booking)
+            assert case.reply.replica_id is None if case.place is None else place == case.place
+
+    @invariant()
+    def memory_is_what_open_replies_keep(self):
+        kept = sum(len(case.known or ()) for case in self.cases.values())
+        assert self.records.num_bytes == kept <= MAX_RECORD_BYTES
+        for case in self.cases.values():
+            assert list(case.reply.record) == (case.known or [])
+
+
+TestGateway = Gateway.TestCase
+TestGateway.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def test_another_reply_is_not_passed_on():
+    reply = Reply(Records(100), can_resume=True)
+    reply.begin("r0", 1)
+    assert reply.take(b"ab", b"\x02")
+    reply.lose()
+    seam = Seam(reply.begin("r1", 1))
+    with pytest.raises(SeamError, match="differs"):
+        seam.cut(b"axe", is_last=False)
+    with pytest.raises(SeamError, match="shorter"):
+        Seam(Resume(b"", 2, 0)).cut(b"a", is_last=True)
+
+
+def test_what_an_engine_has_added_is_prefilled_by_the_next_one():
+    records = Records(3)
+    reply = Reply(records, can_resume=True)
+    reply.begin("r0", 1)
+    reply.take(b"", b"\x01\x01")
+    reply.lose()
+    assert reply.moved_tokens(2) == 2
+    reply.begin("r1", 1)
+    reply.take(b"", b"\x01")
+    reply.lose()
+    assert reply.moved_tokens(3) == 1
+    reply.begin("r2", 1)
+    reply.take(b"", b"\x01")  # beyond the bound: given up, and nothing of it is kept
+    reply.lose()
+    assert reply.can_go_on
+    assert reply.begin("r3", 1) is None
+    assert reply.moved_tokens(0) == -3
+    assert records.num_bytes == 0
