@@ -1,13 +1,15 @@
-"""Many engines without a model failing under load: `python -m benchmarks.chaos_fleet`.
+"""Many emulated engines failing under load: `python -m benchmarks.chaos_fleet`.
 
 The deployed gateway, its listener and the engines' ports run in one process;
 faults hit random engines at random moments, several at a time. Every reply is
-compared with that of an undisturbed run.
+compared with that of an undisturbed run. The engines are vLLM's scheduler at a
+profile's step times, without a model (`benchmarks.emulated`).
 """
 
 import argparse
 import asyncio
 import enum
+import itertools
 import random
 import sys
 import time
@@ -20,15 +22,20 @@ import httpx
 from benchmarks.chaos_check import probe_faults, seam_gaps_s
 from benchmarks.chaos_client import Question, Reply, ask
 from benchmarks.comparison import say
+from benchmarks.emulated import EmulatedArgs, EmulatedEngine
 from benchmarks.frail import FrailEngine, FrailFleet
-from benchmarks.report import Report
+from benchmarks.report import Report, percentile
 from benchmarks.runner import run_to_the_end
-from benchmarks.stand_in import MODEL, StandInArgs, StandInEngine
 from benchmarks.subjects import BenchmarkError, free_ports
 from serving.config import parse
 from serving.gateway import Gateway
 from serving.listener import Listener
 
+_MODEL = "emulated"
+_PROFILE = "h100-llama8b"
+# Of every step: 8 engines with 48 streams make as many tokens as one process can pass on,
+# read and compare beside them. A token takes about 33 ms.
+_SLOWNESS = 5.0
 _DETECT_S = 6.0
 _SIZES = (20, 50, 120)  # tokens of an answer
 _RESTART_S = (0.5, 3.0)  # how long a lost engine is away, from and to
@@ -69,9 +76,7 @@ class Fleet:
         self._http = http
         self._rng = random.Random(f"fleet {plan.seed}")
         self._num_left = plan.num_requests
-        engines = [
-            FrailEngine(StandInEngine(StandInArgs(step_ms=10.0))) for _ in range(plan.num_engines)
-        ]
+        engines = [FrailEngine(_engine(rank)) for rank in range(plan.num_engines)]
         self.fleet = FrailFleet(engines, gateway.driver.set_members)
         self._failing: set[FrailEngine] = set()
 
@@ -93,7 +98,7 @@ class Fleet:
             faults.cancel()
 
     async def _ask(self, num_tokens: int) -> Reply:
-        return await ask(self._http, MODEL, Question("Count.", num_tokens))
+        return await ask(self._http, _MODEL, Question("Count.", num_tokens))
 
     async def _work(self, number: int) -> None:
         rng = random.Random(f"worker {self.plan.seed} {number}")
@@ -155,15 +160,26 @@ class Fleet:
             different=len(different),
             retries_and_resumptions=state["retries"]["num_made"],
         )
-        gaps_s = seam_gaps_s(whole, [at_s for at_s, _ in self.faults], _DETECT_S)
-        if gaps_s:
-            report.row(
-                "extra delay at the seam, s",
-                replies=len(gaps_s),
-                p50=gaps_s[len(gaps_s) // 2],
-                p99=gaps_s[min(len(gaps_s) - 1, int(0.99 * len(gaps_s)))],
-                max=gaps_s[-1],
-            )
+        kinds_of = {fault.value: (fault,) for fault in Fault} | {"any": tuple(Fault)}
+        for name, chosen in kinds_of.items():
+            times_s = [at_s for at_s, fault in self.faults if fault in chosen]
+            if gaps_s := seam_gaps_s(whole, times_s, _DETECT_S):
+                report.row(
+                    "extra delay at the seam, s",
+                    fault=name,
+                    replies=len(gaps_s),
+                    p50=percentile(gaps_s, 50),
+                    p99=percentile(gaps_s, 99),
+                    most=gaps_s[-1],
+                )
+        usual_s = sorted(
+            after - before for reply in whole for before, after in itertools.pairwise(reply.times_s)
+        )
+        report.row(
+            "between two chunks, s",
+            p50=percentile(usual_s, 50),
+            p99=percentile(usual_s, 99),
+        )
         _, wrong_probes = probe_faults(state["breaker_events"])
         num_open = state["num_open_requests"] + state["num_placed"] + state["num_record_bytes"]
         num_booked = sum(replica["ledger"]["num_open"] for replica in state["replicas"].values())
@@ -174,9 +190,24 @@ class Fleet:
         report.target("requests and bookings left over", num_open + num_booked, "== 0")
         outcomes = {name: count for name, count in state["outcomes"].items() if count}
         report.note(f"Outcomes as the gateway counts them: {outcomes}.")
-        report.note("Engines without a model, in the gateway's process: their time is not a GPU's.")
+        report.note(
+            "Extra delay at the seam: the longest pause in a reply that begins within "
+            f"{_DETECT_S:g} s of a fault of this kind, less the reply's median pause; only pauses "
+            "of five times that. Of a hang most of it is the time until it is noticed "
+            "(router.hang_s). Faults overlap, so a pause may be counted under several."
+        )
+        report.note(
+            f"Emulated engines, every step {_SLOWNESS:g} times as long as the profile says, in one "
+            "process with gateway and clients."
+        )
         for error, count in failed.items():
             report.note(f"Failed {count} times: {error}")
+
+
+def _engine(rank: int) -> EmulatedEngine:
+    engine = EmulatedEngine(EmulatedArgs(profile=_PROFILE), _MODEL, rank)
+    engine.model.slowness = _SLOWNESS
+    return engine
 
 
 async def run(plan: Plan) -> Report:
@@ -185,7 +216,8 @@ async def run(plan: Plan) -> Report:
     gateway = Gateway(parse({"gateway": {"port": port}}), "gateway")
     listener = Listener(gateway.app, gateway.config.gateway)
     await listener.start()
-    report = Report("chaos-fleet", "measured", plan.seed, asdict(plan))
+    config = asdict(plan) | {"profile": _PROFILE, "slowness": _SLOWNESS}
+    report = Report("chaos-fleet", "emulated", plan.seed, config)
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits) as http:
         fleet = Fleet(plan, gateway, http)

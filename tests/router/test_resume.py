@@ -21,12 +21,11 @@ SLOTS = st.integers(0, 2)
 
 def text(name: str, groups: list[int]) -> bytes:
     """The bytes made of these groups, each of which says how many."""
-    made = b"".join(
+    return b"".join(
         bytes((zlib.crc32(f"{name} {number} {n}".encode()) % 251,))
         for number, size in enumerate(groups)
         for n in range(size)
     )
-    return made
 
 
 @dataclass
