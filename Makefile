@@ -56,7 +56,11 @@ bench-spill: install  ## goodput and cost of a provider in a spike, simulated
 bench-peers: install  ## other routers and ours in front of the same eight emulated engines
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
-chaos: install  ## eight engines without a model failing under 5,000 streams, every reply checked
+.PHONY: bench-overload
+bench-overload: install  ## five times the capacity of emulated engines for ten minutes
+	$(BIN)/python -m benchmarks.overload $(ARGS)
+
+chaos: install  ## eight emulated engines failing under 5,000 streams, every reply checked
 	$(BIN)/python -m benchmarks.chaos_fleet $(ARGS)
 
 clean:  ## remove .venv and caches, not the model

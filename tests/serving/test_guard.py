@@ -87,3 +87,22 @@ async def test_a_client_that_does_not_read_is_cut_and_its_engine_freed():
         await system.until(lambda: system.num_engine_streams == 0)
         system.assert_empty()
         writer.close()
+
+
+async def test_bodies_on_their_way_are_bounded_together():
+    limits = {"max_incoming_bytes": 10_000, "body_timeout_s": 0.5}
+    async with running(gateway=limits) as system:
+        halves = []
+        for _ in range(2):
+            _, writer = await connect(system)
+            writer.write(HEAD + b"content-length: 10000\r\n\r\n" + b" " * 5000)
+            halves.append(writer)
+        await system.until(lambda: system.gateway.bodies.num_bytes == 10_000)
+        refused = await system.client.post(CHAT, json=system.chat())
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "too_many_bodies"
+        assert int(refused.headers["retry-after"]) >= 1
+        await system.until(lambda: system.gateway.bodies.num_bytes == 0)  # they are cut
+        assert (await system.client.post(CHAT, json=system.chat())).status_code == 200
+        for writer in halves:
+            writer.close()
