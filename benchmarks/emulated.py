@@ -29,8 +29,9 @@ from benchmarks.emulated_metrics import render
 from benchmarks.emulated_reply import EmulatedReply
 from benchmarks.emulated_request import Body, parse
 from benchmarks.engine_clock import EngineClock
-from benchmarks.engine_model import EngineModel, Progress
+from benchmarks.engine_model import EngineModel
 from benchmarks.profile import Profile, ProfileError
+from benchmarks.sequence import Progress
 from router.types import EngineSnapshot
 from serving.account import Account, current_account
 from serving.config import Config, ConfigError

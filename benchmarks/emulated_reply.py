@@ -8,7 +8,8 @@ from benchmarks.asgi import EVENTS, Send, reply, send_part
 from benchmarks.completion_text import CompletionText
 from benchmarks.emulated_request import Body
 from benchmarks.emulated_text import Prompt
-from benchmarks.engine_model import EngineModel, Job, Progress
+from benchmarks.engine_model import EngineModel
+from benchmarks.sequence import Job, Progress
 from serving.account import Account
 from serving.record import Entry, num_tokens
 

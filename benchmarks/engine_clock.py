@@ -4,7 +4,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from benchmarks.engine_model import EngineModel, Job, Progress
+from benchmarks.engine_model import EngineModel
+from benchmarks.sequence import Job, Progress
 
 logger = logging.getLogger(__name__)
 

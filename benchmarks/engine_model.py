@@ -13,95 +13,23 @@ nothing but counts changes can be taken at once (`begin_step(until_s=...)`).
 """
 
 import bisect
-import heapq
 import itertools
 import math
 import random
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum, auto
+from collections.abc import Hashable, Iterator
+from collections.abc import Sequence as Row
 
-from benchmarks.kv_cache import KvCache, Lease
+from benchmarks.decode_batch import DecodeBatch
+from benchmarks.kv_cache import KvCache
 from benchmarks.profile import Profile
-from router.lazy_heap import LazyHeap
+from benchmarks.sequence import Job, Progress, Sequence, State
+from benchmarks.waiting_sequences import WaitingSequences
 from router.types import EngineInfo, EngineSnapshot
 from serving.block_log import BlockLog
 
 # As in serving/monitor.py: what one step replaces of the prefill rate's memory.
 _RATE_FORGETTING = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A request as an engine knows it. Jobs arrive in the order in which they are added."""
-
-    id: str
-    num_prompt_tokens: int
-    num_output_tokens: int
-    priority: int = 0  # vLLM's: lower is first
-    # Of the successive whole segments of prompt and output, as far as somebody
-    # else may share them: equal means equal up to there.
-    block_hashes: tuple[int, ...] = ()
-    num_sequences: int = 1
-    num_expected_cached_tokens: int = 0  # the router's word, until the cache is looked at
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """A sequence that began or ended its output with this step."""
-
-    job_id: str
-    index: int  # of the job's sequences, from 0
-    num_tokens: int  # emitted so far
-    finished: bool
-    num_cached_tokens: int  # of the prompt, found in the prefix cache
-
-
-class _State(Enum):
-    WAITING = auto()
-    PREFILL = auto()
-    DECODE = auto()
-    STALLED = auto()  # decoding, yet not in the current step
-    DONE = auto()
-
-
-class _Sequence:
-    __slots__ = (
-        "admission",
-        "id",
-        "index",
-        "job",
-        "joined_tick",
-        "lease",
-        "num_cached",
-        "num_computed",
-        "num_emitted",
-        "num_output",
-        "num_preemptions",
-        "serial",
-        "state",
-    )
-
-    def __init__(self, job: Job, index: int, serial: int, keys: Sequence[Hashable]) -> None:
-        self.id = f"{job.id}/{index}"
-        self.job = job
-        self.index = index
-        self.serial = serial
-        self.lease = Lease(keys)
-        self.state = _State.WAITING
-        self.num_output = 0
-        self.num_computed = 0  # while decoding: when it joined
-        self.num_emitted = 0  # likewise
-        self.joined_tick = 0
-        self.num_cached = 0
-        self.num_preemptions = 0
-        self.admission = 0  # counts all admissions of the engine: the order of running
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and output so far; not while decoding."""
-        return self.job.num_prompt_tokens + self.num_emitted
 
 
 class EngineModel:
@@ -156,35 +84,26 @@ class EngineModel:
         self._rng = rng
         self._priority = priority
         self._paces = paces
-        self._deferred: list[_Sequence] = []  # left out of the current step
+        self._deferred: list[Sequence] = []  # left out of the current step
         self._block_size = profile.block_size
         self._chunk = profile.prefill_chunk or profile.max_num_batched_tokens
         self._serials = itertools.count()
         self._num_prepended = 0
         self._num_admissions = 0
-        self._jobs: dict[str, list[_Sequence]] = {}
-        self._waiting = LazyHeap()
-        self._waiting_sequences: dict[str, _Sequence] = {}
-        self._num_waiting_tokens = 0
-        self._num_waiting_demand = 0
-        self._running: dict[_Sequence, None] = {}
-        self._prefilling: dict[_Sequence, None] = {}
+        self._jobs: dict[str, list[Sequence]] = {}
+        self._waiting = WaitingSequences(self._chunk)
+        self._running: dict[Sequence, None] = {}
+        self._prefilling: dict[Sequence, None] = {}
         # The head that found no room, and the cache's epoch at that time.
-        self._blocked: tuple[_Sequence, int] | None = None
-        # Decoding sequences, as counts. A tick is a step in which they advance.
-        self._tick = 0
-        self._num_decoding = 0
-        self._num_context_tokens = 0
-        # [r]: how many need a new block when the tick is r modulo the block size.
-        self._num_crossing = [0] * profile.block_size
-        self._finishes: list[tuple[int, int, _Sequence]] = []
+        self._blocked: tuple[Sequence, int] | None = None
+        self._decoding = DecodeBatch(self.kv, self._block_size)
         # The step in progress.
         self._ends_s: list[float] = []  # of it, or of each of a run of steps
         self._num_settled = 0
         self._began_s = 0.0
         self._factors: deque[float] = deque()  # noise of the coming steps, as far as drawn
-        self._prefills: dict[_Sequence, int] = {}
-        self._stalled: list[_Sequence] = []
+        self._prefills: dict[Sequence, int] = {}
+        self._stalled: list[Sequence] = []
         self._aborted: list[str] = []
         self._prefill_rate_tokens = 0.0
         self._prefill_rate_s = 0.0
@@ -209,17 +128,19 @@ class EngineModel:
             )
         if job.id in self._jobs:
             raise ValueError(f"job {job.id}: is here already")
-        keys: Sequence[Hashable] = job.block_hashes
+        keys: Row[Hashable] = job.block_hashes
         if job.num_sequences > 1 and not keys:
             # The sequences of one job share its prompt, whoever else may.
             size = self.kv.segment_blocks * self._block_size
             keys = [(job.id, index) for index in range(job.num_prompt_tokens // size)]
         sequences = []
         for index in range(job.num_sequences):
-            sequence = _Sequence(job, index, next(self._serials), keys)
+            sequence = Sequence(job, index, next(self._serials), keys)
             sequence.num_output = min(job.num_output_tokens, room)
             sequences.append(sequence)
-            self._enqueue(sequence, (float(job.priority if self._priority else 0), sequence.serial))
+            self._waiting.push(
+                sequence, (float(job.priority if self._priority else 0), sequence.serial)
+            )
         self._jobs[job.id] = sequences
 
     def abort(self, job_id: str) -> None:
@@ -231,7 +152,10 @@ class EngineModel:
 
     def num_output_tokens(self, job_id: str, index: int = 0) -> int:
         """Tokens that this sequence of a job in the engine has emitted."""
-        return self._num_emitted(self._jobs[job_id][index])
+        sequence = self._jobs[job_id][index]
+        if sequence.state is State.DECODE:
+            return self._decoding.num_emitted(sequence)
+        return sequence.num_emitted
 
     def job_ids(self) -> Iterator[str]:
         """The jobs that have not ended."""
@@ -240,7 +164,7 @@ class EngineModel:
     # Steps
 
     @property
-    def step_ends_s(self) -> Sequence[float]:
+    def step_ends_s(self) -> Row[float]:
         """When the steps of the run in progress end; empty between runs."""
         return self._ends_s
 
@@ -257,15 +181,15 @@ class EngineModel:
         `until_s`. Its steps are those that single calls would have made.
         """
         assert not self._ends_s, "the step in progress has not ended"
-        if not self._running and not self._waiting_sequences:
+        if not self._running and not self._waiting:
             return None
         self._began_s = now_s
         self._num_settled = 0
         if not (
             self._prefilling
-            or self._waiting_sequences
-            or self._num_crossing[self._tick % self._block_size] > self.kv.num_free
-            or self._num_decoding > self.profile.max_num_batched_tokens
+            or self._waiting
+            or self._decoding.num_new_blocks() > self.kv.num_free
+            or self._decoding.num_sequences > self.profile.max_num_batched_tokens
         ):
             return self._begin_run(now_s, until_s)
         self._schedule()
@@ -277,7 +201,10 @@ class EngineModel:
             self.slowness
             * self._noise(0)
             * self.profile.step_s(
-                num_prefill_tokens, self._num_decoding, self._num_context_tokens, num_pairs
+                num_prefill_tokens,
+                self._decoding.num_sequences,
+                self._decoding.num_context_tokens,
+                num_pairs,
             )
         )
         self._ends_s.append(now_s + duration_s)
@@ -300,11 +227,11 @@ class EngineModel:
         first = self._num_settled
         end = bisect.bisect_right(self._ends_s, now_s, first, max(first, len(self._ends_s) - 1))
         if end > first:
-            tick, size = self._tick, self._block_size
-            self._account(end - first)
-            # Those of the first were taken when the run began.
-            ticks = range(tick + 1, tick + 1 + end - first)
-            self.kv.take(sum(self._num_crossing[each % size] for each in ticks))
+            # The blocks of the first were taken when the run began.
+            num_steps = end - first
+            num_blocks = sum(map(self._decoding.num_new_blocks, range(1, num_steps + 1)))
+            self._account(num_steps)
+            self.kv.take(num_blocks)
 
     def end_step(self, now_s: float) -> list[Progress]:
         """End the step, or run, and return who began or ended its output with it.
@@ -315,13 +242,7 @@ class EngineModel:
         self._account(1)
         self._ends_s.clear()
         progress: list[Progress] = []
-        finished: list[_Sequence] = []
-        finishes = self._finishes
-        while finishes and finishes[0][0] <= self._tick:
-            tick, _, sequence = heapq.heappop(finishes)
-            if sequence.state is _State.DECODE and tick == self._finish_tick(sequence):
-                self._leave_decode(sequence)
-                finished.append(sequence)
+        finished = self._decoding.leave_finished()
         for sequence, num_tokens in self._prefills.items():
             sequence.num_computed += num_tokens
             if sequence.num_computed < sequence.num_tokens:
@@ -332,14 +253,14 @@ class EngineModel:
             if sequence.num_emitted == sequence.num_output:
                 finished.append(sequence)
                 continue
-            self._join_decode(sequence)
+            self._decoding.join(sequence)
             if sequence.num_emitted == 1:
                 progress.append(self._progress(sequence, finished=False))
         # Blocks are released, and so evicted, in the order of running.
         for sequence in sorted(finished, key=lambda each: each.admission):
             self._finish(sequence, progress)
         for sequence in self._stalled:
-            self._join_decode(sequence)
+            self._decoding.join(sequence)
         self._prefills.clear()
         self._stalled.clear()
         if self._aborted:
@@ -352,13 +273,13 @@ class EngineModel:
 
     def snapshot(self, seq: int, last_booking: int) -> EngineSnapshot:
         """The state after the last step, or after the last one settled."""
-        pending = self._num_waiting_tokens
-        demand = self._num_waiting_demand
+        pending = self._waiting.num_tokens
+        demand = self._waiting.num_demand_tokens
         for sequence in self._prefilling:
             num_left = sequence.num_tokens - sequence.num_computed
             pending += num_left
             demand += min(num_left, self._chunk)
-        num_context = self._num_context_tokens
+        num_context = self._decoding.num_context_tokens
         for sequence in self._stalled:
             num_context += sequence.num_tokens
         num_free = self.kv.num_free
@@ -366,13 +287,13 @@ class EngineModel:
             seq=seq,
             last_booking=last_booking,
             num_running_reqs=len(self._running),
-            num_waiting_reqs=len(self._waiting_sequences),
+            num_waiting_reqs=len(self._waiting),
             num_inflight_reqs=len(self._jobs),
             kv_cache_usage=1.0 - num_free / self.kv.num_blocks,
             num_free_kv_tokens=num_free * self._block_size,
             num_pending_prefill_tokens=pending,
             num_step_demand_tokens=demand,
-            num_decoding_reqs=self._num_decoding + len(self._stalled),
+            num_decoding_reqs=self._decoding.num_sequences + len(self._stalled),
             num_decode_context_tokens=num_context,
             prefill_tokens_per_s=(
                 self._prefill_rate_tokens / self._prefill_rate_s if self._prefill_rate_s else 0.0
@@ -391,23 +312,22 @@ class EngineModel:
     # Runs of steps in which all that happens is that everybody decodes
 
     def _begin_run(self, now_s: float, until_s: float) -> float:
-        num_decoding, num_context = self._num_decoding, self._num_context_tokens
+        decoding, kv = self._decoding, self.kv
+        num_decoding, num_context = decoding.num_sequences, decoding.num_context_tokens
         fixed_s = self.profile.step_s(0, num_decoding, 0, 0.0)
         s_per_context_token = self.profile.s_per_context_token
         is_noisy = self.profile.noise > 0.0
-        crossing, size = self._num_crossing, self._block_size
-        tick, last_tick = self._tick, self._next_finish_tick() - 1
-        num_free = self.kv.num_free - crossing[tick % size]
-        self.kv.take(crossing[tick % size])
+        num_steps = decoding.next_finish_tick() - decoding.tick
+        kv.take(decoding.num_new_blocks())
+        num_free = kv.num_free
         ends_s, end_s = self._ends_s, now_s
         while True:
             step_s = self.slowness * (fixed_s + s_per_context_token * num_context)
             end_s += self._noise(len(ends_s)) * step_s if is_noisy else step_s
             ends_s.append(end_s)
-            tick += 1
             num_context += num_decoding
-            num_free -= crossing[tick % size]
-            if end_s >= until_s or tick > last_tick or num_free < 0:
+            num_free -= decoding.num_new_blocks(len(ends_s))
+            if end_s >= until_s or len(ends_s) == num_steps or num_free < 0:
                 return end_s - now_s
 
     def _account(self, num_steps: int) -> None:
@@ -420,16 +340,15 @@ class EngineModel:
                 self._factors.popleft()
         num_prefill_tokens = sum(self._prefills.values())
         self.step_num_prefill_tokens = num_prefill_tokens
-        self.step_num_decode_reqs = self._num_decoding
+        self.step_num_decode_reqs = self._decoding.num_sequences
         self.num_prefill_tokens_total += num_prefill_tokens
         if num_prefill_tokens:
             keep = 1.0 - _RATE_FORGETTING
             self._prefill_rate_tokens = keep * self._prefill_rate_tokens + num_prefill_tokens
             self._prefill_rate_s = keep * self._prefill_rate_s + self.step_s
         self.num_steps_total += num_steps
-        self._tick += num_steps
-        self._num_context_tokens += num_steps * self._num_decoding
-        self.num_output_tokens_total += num_steps * self._num_decoding
+        self._decoding.advance(num_steps)
+        self.num_output_tokens_total += num_steps * self._decoding.num_sequences
 
     def _noise(self, index: int) -> float:
         """The factor on the step that comes so many after the last one settled."""
@@ -444,7 +363,7 @@ class EngineModel:
     def _schedule(self) -> None:
         """Choose what the step computes; allocate its blocks."""
         budget = self.profile.max_num_batched_tokens
-        alone = len(self._running) + len(self._waiting_sequences) <= 1
+        alone = len(self._running) + len(self._waiting) <= 1
         chunk = budget if alone and not self._paces else self._chunk
         self._deferred = self._to_defer() if self._paces else []
         for sequence in self._deferred:
@@ -455,12 +374,12 @@ class EngineModel:
             self._running = dict.fromkeys(self._deferred) | self._running
             self._prefilling = dict.fromkeys(self._deferred) | self._prefilling
 
-    def _to_defer(self) -> list[_Sequence]:
+    def _to_defer(self) -> list[Sequence]:
         """The long prompts that this step does without; never two steps in a row."""
-        num_here = len(self._running) + len(self._waiting_sequences)
-        if self._deferred or not self._waiting_sequences or num_here > self.profile.max_num_seqs:
+        num_here = len(self._running) + len(self._waiting)
+        if self._deferred or not self._waiting or num_here > self.profile.max_num_seqs:
             return []
-        urgent = self._waiting_sequences[self._waiting.head()[1]].job.priority
+        urgent = self._waiting.head().job.priority
         return [
             sequence
             for sequence in self._prefilling
@@ -470,15 +389,15 @@ class EngineModel:
         ]
 
     def _fill(self, budget: int, chunk: int) -> None:
-        num_new_blocks = self._num_crossing[self._tick % self._block_size]
-        demand = self._num_decoding
+        num_new_blocks = self._decoding.num_new_blocks()
+        demand = self._decoding.num_sequences
         for sequence in self._prefilling:
             num_tokens = min(chunk, sequence.num_tokens - sequence.num_computed)
             demand += num_tokens
             num_new_blocks += self._num_missing(sequence, sequence.num_computed + num_tokens)
         if demand <= budget and num_new_blocks <= self.kv.num_free:
             # All of them fit: then their order does not matter.
-            self.kv.take(self._num_crossing[self._tick % self._block_size])
+            self.kv.take(self._decoding.num_new_blocks())
             for sequence in self._prefilling:
                 num_tokens = min(chunk, sequence.num_tokens - sequence.num_computed)
                 self._compute(sequence, num_tokens)
@@ -490,15 +409,15 @@ class EngineModel:
 
     def _schedule_in_order(self, budget: int, chunk: int) -> tuple[bool, int]:
         """Running sequences one by one, as vLLM does; whether one was preempted, budget left."""
-        chosen: dict[_Sequence, int] = {}
+        chosen: dict[Sequence, int] = {}
         preempted = False
         for sequence in list(self._running):
             if budget <= 0:
                 break
             if sequence not in self._running:  # preempted in this very pass
                 continue
-            if sequence.state is _State.DECODE:
-                num_tokens, num_computed = 1, self._num_decode_computed(sequence)
+            if sequence.state is State.DECODE:
+                num_tokens, num_computed = 1, self._decoding.num_computed(sequence)
             else:
                 num_computed = sequence.num_computed
                 num_tokens = min(chunk, sequence.num_tokens - num_computed, budget)
@@ -517,24 +436,20 @@ class EngineModel:
             budget -= num_tokens
         for sequence in self._running:
             num_tokens = chosen.get(sequence, 0)
-            if sequence.state is _State.PREFILL:
+            if sequence.state is State.PREFILL:
                 if num_tokens:
                     self._compute(sequence, num_tokens)
             elif not num_tokens:
                 self._stalled.append(sequence)
         for sequence in self._stalled:
-            self._leave_decode(sequence)
-            sequence.state = _State.STALLED
+            self._decoding.leave(sequence)
+            sequence.state = State.STALLED
         return preempted, budget
 
     def _admit(self, budget: int, chunk: int) -> None:
         kv, size = self.kv, self._block_size
-        while (
-            budget > 0
-            and self._waiting_sequences
-            and len(self._running) < self.profile.max_num_seqs
-        ):
-            sequence = self._waiting_sequences[self._waiting.head()[1]]
+        while budget > 0 and self._waiting and len(self._running) < self.profile.max_num_seqs:
+            sequence = self._waiting.head()
             if self._blocked == (sequence, kv.epoch):
                 return
             num_tokens = sequence.num_tokens
@@ -543,7 +458,7 @@ class EngineModel:
             if -(-num_tokens // size) - hit.num_blocks + hit.num_evictable > kv.num_free:
                 self._blocked = sequence, kv.epoch
                 return
-            self._dequeue(sequence)
+            self._waiting.remove(sequence)
             kv.adopt(sequence.lease, hit)
             num_hit_tokens = hit.num_blocks * size
             if not sequence.num_preemptions:
@@ -551,7 +466,7 @@ class EngineModel:
                 self.num_prefix_hits_total += num_hit_tokens
                 sequence.num_cached = num_hit_tokens
             sequence.num_computed = num_hit_tokens
-            sequence.state = _State.PREFILL
+            sequence.state = State.PREFILL
             self._num_admissions += 1
             sequence.admission = self._num_admissions
             self._running[sequence] = None
@@ -560,7 +475,7 @@ class EngineModel:
             self._compute(sequence, num_new_tokens)
             budget -= num_new_tokens
 
-    def _compute(self, sequence: _Sequence, num_tokens: int) -> None:
+    def _compute(self, sequence: Sequence, num_tokens: int) -> None:
         """Put a chunk of a prefill into the step."""
         num_computed = sequence.num_computed + num_tokens
         self.kv.extend(sequence.lease, self._num_missing(sequence, num_computed))
@@ -568,20 +483,20 @@ class EngineModel:
         self.kv.commit(sequence.lease, num_computed // self._block_size)
         self._prefills[sequence] = num_tokens
 
-    def _num_missing(self, sequence: _Sequence, num_tokens: int) -> int:
+    def _num_missing(self, sequence: Sequence, num_tokens: int) -> int:
         """Blocks that so many computed tokens need and the sequence has not."""
-        if sequence.state is _State.DECODE:
-            self._sync(sequence)
+        if sequence.state is State.DECODE:
+            self._decoding.sync(sequence)
         return max(0, -(-num_tokens // self._block_size) - self.kv.num_held(sequence.lease))
 
-    def _victim(self) -> _Sequence:
+    def _victim(self) -> Sequence:
         if not self._priority:
             return next(reversed(self._running))
         return max(self._running, key=lambda each: (each.job.priority, each.serial))
 
-    def _preempt(self, sequence: _Sequence) -> None:
-        if sequence.state is _State.DECODE:
-            self._leave_decode(sequence)
+    def _preempt(self, sequence: Sequence) -> None:
+        if sequence.state is State.DECODE:
+            self._decoding.leave(sequence)
         else:
             del self._prefilling[sequence]
         del self._running[sequence]
@@ -590,112 +505,40 @@ class EngineModel:
         sequence.num_preemptions += 1
         self.num_preemptions_total += 1
         if self._priority:
-            self._enqueue(sequence, (float(sequence.job.priority), sequence.serial))
+            self._waiting.push(sequence, (float(sequence.job.priority), sequence.serial))
         else:
             self._num_prepended += 1
-            self._enqueue(sequence, (-1.0, -self._num_prepended))
-
-    # Sequences that decode, kept as counts
-
-    def _join_decode(self, sequence: _Sequence) -> None:
-        sequence.state = _State.DECODE
-        sequence.joined_tick = self._tick
-        self._num_decoding += 1
-        self._num_context_tokens += sequence.num_tokens
-        self._num_crossing[self._crossing(sequence)] += 1
-        finish_tick = self._finish_tick(sequence)
-        heapq.heappush(self._finishes, (finish_tick, sequence.serial, sequence))
-
-    def _leave_decode(self, sequence: _Sequence) -> None:
-        self._sync(sequence)
-        self._num_crossing[self._crossing(sequence)] -= 1
-        num_ticks = self._tick - sequence.joined_tick
-        sequence.num_emitted += num_ticks
-        sequence.num_computed += num_ticks
-        self._num_decoding -= 1
-        self._num_context_tokens -= sequence.num_tokens
-
-    def _sync(self, sequence: _Sequence) -> None:
-        """Write the blocks that a decoding sequence took into its lease."""
-        lease = sequence.lease
-        num_blocks = -(-self._num_decode_computed(sequence) // self._block_size)
-        num_shared = len(lease.shared) * self.kv.segment_blocks
-        lease.num_private = max(lease.num_private, num_blocks - num_shared)
-
-    def _crossing(self, sequence: _Sequence) -> int:
-        """At which ticks, modulo the block size, its blocks are full."""
-        return (sequence.joined_tick - sequence.num_computed) % self._block_size
-
-    def _finish_tick(self, sequence: _Sequence) -> int:
-        return sequence.joined_tick + sequence.num_output - sequence.num_emitted
-
-    def _next_finish_tick(self) -> int:
-        finishes = self._finishes
-        while True:
-            tick, _, sequence = finishes[0]
-            if sequence.state is _State.DECODE and tick == self._finish_tick(sequence):
-                return tick
-            heapq.heappop(finishes)
-
-    def _num_decode_computed(self, sequence: _Sequence) -> int:
-        return sequence.num_computed + self._tick - sequence.joined_tick
-
-    def _num_emitted(self, sequence: _Sequence) -> int:
-        if sequence.state is _State.DECODE:
-            return sequence.num_emitted + self._tick - sequence.joined_tick
-        return sequence.num_emitted
+            self._waiting.push(sequence, (-1.0, -self._num_prepended))
 
     # Comings and goings
 
-    def _enqueue(self, sequence: _Sequence, key: tuple[float, ...]) -> None:
-        sequence.state = _State.WAITING
-        self._waiting.push(sequence.id, key)
-        self._waiting_sequences[sequence.id] = sequence
-        num_left = self._num_expected(sequence)
-        self._num_waiting_tokens += num_left
-        self._num_waiting_demand += min(num_left, self._chunk)
-
-    def _dequeue(self, sequence: _Sequence) -> None:
-        self._waiting.remove(sequence.id)
-        del self._waiting_sequences[sequence.id]
-        num_left = self._num_expected(sequence)
-        self._num_waiting_tokens -= num_left
-        self._num_waiting_demand -= min(num_left, self._chunk)
-
-    @staticmethod
-    def _num_expected(sequence: _Sequence) -> int:
-        """Tokens to compute of a sequence that waits, before the cache is looked at."""
-        if sequence.num_preemptions:
-            return sequence.num_tokens
-        return max(1, sequence.num_tokens - sequence.job.num_expected_cached_tokens)
-
-    def _progress(self, sequence: _Sequence, finished: bool) -> Progress:
+    def _progress(self, sequence: Sequence, finished: bool) -> Progress:
         return Progress(
             sequence.job.id, sequence.index, sequence.num_emitted, finished, sequence.num_cached
         )
 
-    def _finish(self, sequence: _Sequence, progress: list[Progress]) -> None:
+    def _finish(self, sequence: Sequence, progress: list[Progress]) -> None:
         progress.append(self._progress(sequence, finished=True))
         self._end(sequence)
         sequences = self._jobs[sequence.job.id]
-        if all(each.state is _State.DONE for each in sequences):
+        if all(each.state is State.DONE for each in sequences):
             del self._jobs[sequence.job.id]
 
-    def _end(self, sequence: _Sequence) -> None:
-        sequence.state = _State.DONE
+    def _end(self, sequence: Sequence) -> None:
+        sequence.state = State.DONE
         del self._running[sequence]
         self.kv.release(sequence.lease, sequence.num_computed // self._block_size)
 
     def _drop(self, job_id: str) -> None:
         for sequence in self._jobs.pop(job_id, ()):
-            if sequence.state is _State.DONE:
+            if sequence.state is State.DONE:
                 continue
-            if sequence.state is _State.WAITING:
-                self._dequeue(sequence)
-                sequence.state = _State.DONE
+            if sequence.state is State.WAITING:
+                self._waiting.remove(sequence)
+                sequence.state = State.DONE
                 continue
-            if sequence.state is _State.DECODE:
-                self._leave_decode(sequence)
+            if sequence.state is State.DECODE:
+                self._decoding.leave(sequence)
             else:
                 del self._prefilling[sequence]
             self._end(sequence)

@@ -24,8 +24,9 @@ from rich.table import Table
 from scipy.optimize import minimize
 
 from benchmarks import surroundings
-from benchmarks.engine_model import EngineModel, Job
+from benchmarks.engine_model import EngineModel
 from benchmarks.profile import Profile
+from benchmarks.sequence import Job
 from benchmarks.vllm_run import VllmRun, halves
 
 _FITTED = ("base_s", "s_per_token", "s_per_decode_req", "s_per_context_token")

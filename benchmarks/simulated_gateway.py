@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from benchmarks.engine_model import Job, Progress
+from benchmarks.sequence import Job, Progress
 from benchmarks.simulated_node import HEARTBEAT_S, Node
 from router.budget import RateReport
 from router.core import Router

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from benchmarks.engine_model import Job, Progress
+from benchmarks.sequence import Job, Progress
 from router.types import BlockUpdate, EngineInfo, EngineSnapshot
 from serving.block_log import BlockLog
 

@@ -5,7 +5,7 @@ A job's output tokens are its service time, `SERVICE_S` each.
 
 from collections import deque
 
-from benchmarks.engine_model import Job, Progress
+from benchmarks.sequence import Job, Progress
 from router.types import EngineInfo, EngineSnapshot
 from serving.block_log import BlockLog
 

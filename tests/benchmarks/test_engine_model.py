@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.engine_model import EngineModel, Job, Progress
+from benchmarks.engine_model import EngineModel
 from benchmarks.profile import Profile
+from benchmarks.sequence import Job, Progress
 
 
 def make_profile(**changes: Any) -> Profile:
@@ -72,9 +73,11 @@ def check(engine: EngineModel) -> None:
         for sequence in sequences:
             lease = sequence.lease
             if sequence.state.name == "DECODE":
-                engine._sync(sequence)
+                engine._decoding.sync(sequence)
                 num_decoding += 1
-                num_context += sequence.job.num_prompt_tokens + engine._num_emitted(sequence)
+                num_context += sequence.job.num_prompt_tokens + engine._decoding.num_emitted(
+                    sequence
+                )
             shared.update(lease.shared)
             num_private += lease.num_private
     assert kv.num_used == len(shared) * kv.segment_blocks + num_private
@@ -85,7 +88,7 @@ def check(engine: EngineModel) -> None:
         num_decoding,
         num_context,
     )
-    assert sum(engine._num_crossing) == num_decoding
+    assert sum(engine._decoding._num_crossing) == num_decoding
     prefill, decode = snapshot.step_num_prefill_tokens, snapshot.step_num_decode_reqs
     assert prefill + decode <= engine.profile.max_num_batched_tokens
     assert snapshot.num_running_reqs <= engine.profile.max_num_seqs
@@ -215,7 +218,7 @@ def test_preemption_computes_anew_what_it_lost(priority: bool, victim: str) -> N
             break
     # The whole cache is 10 blocks: both fill their fifth, then one gives way.
     assert (snapshot.num_preemptions_total, snapshot.num_waiting_reqs) == (1, 1)
-    assert engine._waiting_sequences[f"{victim}/0"].num_emitted == 16
+    assert engine._waiting._sequences[f"{victim}/0"].num_emitted == 16
     assert snapshot.num_pending_prefill_tokens == 64 + 16
     run.to_end()
     assert {each.num_tokens for each in run.progress if each.finished} == {40}

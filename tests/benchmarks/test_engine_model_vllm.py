@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.engine_model import EngineModel, Job
+from benchmarks.engine_model import EngineModel
 from benchmarks.profile import Profile
+from benchmarks.sequence import Job
 from serving.onboard import onboard_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]

@@ -1,0 +1,49 @@
+"""Sequences that wait in an engine for their turn."""
+
+from benchmarks.sequence import Sequence, State
+from router.lazy_heap import Key, LazyHeap
+
+
+class WaitingSequences:
+    """In the order of their keys, and what they will take of coming steps.
+
+    `chunk`: the most that one sequence may take of a step, tokens.
+    """
+
+    def __init__(self, chunk: int) -> None:
+        self.num_tokens = 0  # to compute, before the prefix cache is looked at
+        self.num_demand_tokens = 0  # of these, what the next step would compute
+        self._chunk = chunk
+        self._order = LazyHeap()
+        self._sequences: dict[str, Sequence] = {}
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def head(self) -> Sequence:
+        """Return whose turn is next; somebody must be in here."""
+        return self._sequences[self._order.head()[1]]
+
+    def push(self, sequence: Sequence, key: Key) -> None:
+        """Let a sequence wait."""
+        sequence.state = State.WAITING
+        self._order.push(sequence.id, key)
+        self._sequences[sequence.id] = sequence
+        num_left = _num_expected(sequence)
+        self.num_tokens += num_left
+        self.num_demand_tokens += min(num_left, self._chunk)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Let a sequence that is in here wait no longer."""
+        self._order.remove(sequence.id)
+        del self._sequences[sequence.id]
+        num_left = _num_expected(sequence)
+        self.num_tokens -= num_left
+        self.num_demand_tokens -= min(num_left, self._chunk)
+
+
+def _num_expected(sequence: Sequence) -> int:
+    """Return its tokens to compute, by what the router said of the prefix cache."""
+    if sequence.num_preemptions:
+        return sequence.num_tokens
+    return max(1, sequence.num_tokens - sequence.job.num_expected_cached_tokens)
