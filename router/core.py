@@ -38,7 +38,7 @@ from router.overload import Overloads
 from router.placement import Placer
 from router.policies import Policy, make_policy
 from router.predictions import Predictions
-from router.promise import promised_s
+from router.promise import turn_s
 from router.provider import MakeBudget, ProviderSettings
 from router.replica import Replica
 from router.retry_budget import RetryBudget
@@ -98,6 +98,8 @@ class Router:
         self._retries.deposit()
         if "length" not in self._placer.policy.ablated:
             request = self._predictions.with_length(request)
+        s_per_token = self._fleet.prefill_s_per_token(request.model)
+        request = msgspec.structs.replace(request, prefill_s_per_token=s_per_token)
         if now_s < self._health.next_check_s:
             return self._open.admit(request, now_s)
         # Nobody looked while there was no work: an engine may have fallen silent meanwhile.
@@ -344,7 +346,8 @@ class Router:
         """
         if not self._placer.holds or self._queue.by_arrival:
             return None
-        return promised_s(request, self.settings)
+        placement = self._placer.get(request.id)
+        return turn_s(placement.request if placement is not None else request, self.settings)
 
     def state(self, now_s: float) -> dict[str, object]:
         """Everything worth knowing about the router now; JSON-able."""

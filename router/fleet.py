@@ -1,5 +1,6 @@
 """The replicas of one gateway, found by model name and by whether they take work."""
 
+import math
 from collections.abc import Iterator
 
 from router.admission import is_open, is_open_to_short, takes_work
@@ -138,6 +139,14 @@ class Fleet:
     def prefill_rates(self, model: str) -> list[float]:
         """What each engine of a model that takes work prefills in full steps, tokens/s."""
         return [replica.prefill_tokens_per_s for replica in self.working(model)]
+
+    def prefill_s_per_token(self, model: str) -> float:
+        """What a model's engines take per prompt token, seconds, on average; inf if none works."""
+        pools = [pool for pool in self._pools_by_name.get(model, ()) if pool.working]
+        if not pools:
+            return math.inf
+        num_engines = sum(len(pool.working) for pool in pools)
+        return num_engines / sum(pool.tokens_per_s for pool in pools)
 
     def drain_s(self, model: str, num_tokens: int) -> float | None:
         """Predicted seconds until a model's engines have prefilled so many tokens more.

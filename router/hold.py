@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from router.fair_share import FairShare, charged_tokens, owed_tokens
 from router.lane import Lane
 from router.lazy_heap import Key, LazyHeap
-from router.promise import promised_s
+from router.promise import promised_s, turn_s
 from router.settings import RouterSettings
 from router.types import Request, RequestClass, Usage
 
@@ -66,10 +66,10 @@ class HoldQueue:
         return self._held.get(request_id)
 
     def key(self, request: Request) -> Key:
-        """Place in the order: (promised first token, arrival), seconds."""
+        """Place in the order: (turn, arrival), seconds; see `router.promise`."""
         if self.by_arrival:
             return (request.arrival_s, request.arrival_s)
-        return (promised_s(request, self._settings), request.arrival_s)
+        return (turn_s(request, self._settings), request.arrival_s)
 
     def reorder(self, *, by_arrival: bool) -> None:
         """Order by arrival alone, or by promise, from now on; what is held already, too."""

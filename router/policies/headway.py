@@ -88,17 +88,20 @@ def _within(factor: float, costs: list[float], replicas: Sequence[Replica]) -> l
 def cost_s(request: Request, replica: Replica, now_s: float, num_held: float) -> float:
     """Seconds waited by the request for its first token, and by others for it.
 
-    Whatever decodes on the engine gets its next tokens later by the time the
-    new tokens take to prefill, and then each step by what one more sequence
-    adds to it; each of those requests by the same. So is whatever is held and
-    would have gone there: `num_held` of them, held requests per engine.
+    While it decodes, each step of every other sequence there takes longer by what one
+    more adds to it; those still in prefill will be decoding by then. Whatever is held
+    and would have gone there waits for its prefill: `num_held` of them, held
+    requests per engine.
+
+    That its prefill also delays what decodes there is left out: it delays as many
+    wherever and whenever it is done. Counting it sends a burst to the engine that decodes
+    least, where the burst waits for itself and delays those few for long.
     """
     num_new_tokens = replica.num_new_tokens(request)
     num_outputs = request.num_sequences * request.num_expected_output_tokens
-    prefill_s = num_new_tokens * replica.token_s
-    decode_s = num_outputs * replica.predictor.decode_s
-    delay_s = (prefill_s + decode_s) * replica.snapshot.num_decoding_reqs + prefill_s * num_held
-    return replica.ttft_s(num_new_tokens, now_s) + delay_s
+    decode_s = num_outputs * replica.predictor.decode_s * replica.num_sequences
+    held_s = num_new_tokens * replica.token_s * num_held
+    return replica.ttft_s(num_new_tokens, now_s) + decode_s + held_s
 
 
 def own_cost_s(request: Request, replica: Replica, now_s: float, num_held: float) -> float:

@@ -75,17 +75,33 @@ def test_headway_counts_tokens_not_requests():
 
 def test_headway_spares_those_who_decode():
     quiet, crowded = replicas(2)
-    quiet.receive(busy(num_decoding_reqs=1), 0.0)
-    crowded.receive(busy(num_decoding_reqs=7), 0.0)
-    delay_s = 50 * quiet.token_s + 128 * quiet.predictor.decode_s
+    quiet.receive(busy(num_running_reqs=1, num_decoding_reqs=1), 0.0)
+    crowded.receive(busy(num_running_reqs=7, num_decoding_reqs=7), 0.0)
+    delay_s = 128 * quiet.predictor.decode_s
     assert cost_s(req("a", 50), quiet, 0.0, 0.0) == pytest.approx(quiet.ttft_s(50, 0.0) + delay_s)
     assert make("headway").choose(req("a", 50), [crowded, quiet], 0.0) is quiet
+
+
+def test_headway_does_not_send_a_burst_to_whoever_decodes_least():
+    """What is in prefill will be decoding, too."""
+    policy, (few, more) = make("headway"), replicas(2)
+    few.receive(busy(num_running_reqs=2, num_decoding_reqs=2), 0.0)
+    more.receive(busy(num_running_reqs=6, num_decoding_reqs=6), 0.0)
+    chosen = []
+    for number in range(8):
+        request = req(f"r{number}", 200)
+        replica = policy.choose(request, [few, more], 0.0)
+        replica.book(request, 200, 0.0)
+        chosen.append(replica.id)
+    assert chosen[0] == few.id
+    assert chosen.count(more.id) >= 3
 
 
 def test_headway_without_externality_looks_at_its_own_wait_only():
     quiet, crowded = replicas(2)
     quiet.receive(snapshot(prefill_tokens_per_s=400.0), 0.0)
-    crowded.receive(busy(num_decoding_reqs=7, prefill_tokens_per_s=600.0), 0.0)
+    seven = {"num_running_reqs": 7, "num_decoding_reqs": 7}
+    crowded.receive(busy(**seven, prefill_tokens_per_s=600.0), 0.0)
     policy = make("headway")
     assert policy.choose(req("a", 50), [quiet, crowded], 9.0) is quiet
     policy.ablate(["externality"])

@@ -1,9 +1,10 @@
 """Classes and promises: who is served first, in the gateway and inside the engine."""
 
+import msgspec
 import pytest
 from router_builders import busy, make_router, req
 
-from router.promise import promised_s
+from router.promise import promised_s, turn_s
 from router.settings import RouterSettings
 from router.types import Dispatch, Hold, RequestClass
 
@@ -20,6 +21,28 @@ def test_the_promise_grows_with_the_prompt_and_shrinks_with_the_class():
     settings = RouterSettings(promise_base_s=1.0, promise_s_per_token=0.01, promise_batch_s=100.0)
     promises = [promised_s(of("a", 200, kind, 7.0), settings) - 7.0 for kind in RequestClass]
     assert promises == pytest.approx([1.5, 3.0, 103.0])
+
+
+def test_the_order_asks_no_more_patience_than_the_engines_need():
+    """Eight times what a prompt's prefill takes, where that is less than its promise."""
+    settings = RouterSettings(promise_base_s=0.5, promise_s_per_token=0.002)
+    request = of("a", 1000, RequestClass.STANDARD, 7.0)
+    assert turn_s(request, settings) == promised_s(request, settings) == 9.5
+    slow, fast = (msgspec.structs.replace(request, prefill_s_per_token=s) for s in (1.7e-3, 2.5e-5))
+    assert turn_s(slow, settings) == 9.5
+    assert turn_s(fast, settings) == pytest.approx(7.7)
+    assert promised_s(fast, settings) == 9.5
+
+
+def test_a_long_prompt_is_not_passed_for_as_long_where_prefill_is_fast():
+    """It is promised after 6.5 s; ten thousand tokens/s take 0.3 s, and so it waits 2.9 s."""
+    router = make_router(engine={"max_num_batched_tokens": 1000})
+    fast = busy(1, prefill_tokens_per_s=10_000.0, num_pending_prefill_tokens=50_000)
+    router.on_snapshot("r0", fast, 0.0)
+    for name, num_tokens, arrival_s in (("long", 3000, 0.0), ("soon", 10, 1.0), ("late", 10, 3.0)):
+        request = req(name, num_tokens, arrival_s=arrival_s)
+        assert router.on_arrival(request, arrival_s) == [Hold(name)]
+    assert [request.id for request in router._queue.in_order("m")] == ["soon", "long", "late"]
 
 
 def test_classes_leave_the_queue_in_their_order():
