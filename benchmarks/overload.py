@@ -304,13 +304,10 @@ async def run(plan: Plan) -> tuple[Report, Watch, float]:
     _memory(report, watch, name)
     refused = [visit for visit in visits if visit.record.status not in (0, 200)]
     overload_looks = watch.during(name)
-    share = one.goodputs[name] / one.goodputs["1x"]
-    report.target(f"goodput at {name}, of that at 1x", share, ">= 0.9")
-    report.target(
-        "goodput at 1x afterwards, of that before",
-        one.goodputs["afterwards 1x"] / one.goodputs["1x"],
-        ">= 0.9",
-    )
+    for title, phase in ((f"at {name}", name), ("at 1x afterwards", "afterwards 1x")):
+        usual = one.goodputs["1x"]
+        share = one.goodputs[phase] / usual if usual else None
+        report.target(f"goodput {title}, of that at 1x", share, ">= 0.9")
     wrong = [v for v in refused if not v.is_refused or v.record.retry_after_s is None]
     report.target("refusals other than 429 with Retry-After", len(wrong), "== 0")
     num_lost = sum(v.record.status == 0 or bool(v.record.error) for v in visits) - len(refused)
