@@ -19,7 +19,7 @@ import math
 from router.entry_share import EntryShare
 from router.fleet import Fleet
 from router.hold import HoldQueue
-from router.promise import promised_s
+from router.promise import turn_s
 from router.settings import RouterSettings
 from router.types import Request
 from router.waits import Waits
@@ -90,9 +90,10 @@ class Overloads:
             overload = self._by_model[model] = Overload(max_late_s)
         is_on = overload.is_on(now_s)
         own_s = request.num_prompt_tokens * len(rates) / sum(rates)
-        # A promise that no engine could keep does not make everybody late: who waits no
-        # longer than its own prompt takes is in time.
-        slack_s = max(promised_s(request, self._settings) - now_s - own_s, own_s)
+        # By its turn, which is never after its promise: by promises alone, long prompts would be
+        # let in until only they had time to wait for one another. And a promise that no engine
+        # could keep makes nobody late who waits no longer than its own prompt takes.
+        slack_s = max(turn_s(request, self._settings) - now_s - own_s, own_s)
         others_s = overload.share.tokens_ahead(tenant, now_s) / sum(rates) if is_on else 0.0
         late_s = self._wait_s(model, self._num_tokens(model), is_on) + others_s - slack_s
         if late_s > 0.0:  # look closer: some of what is held comes after this request
