@@ -101,6 +101,7 @@ class Run:
         self.report = report
         self.slo = Slo()
         self.goodputs: dict[str, float] = {}
+        self.share_beside_crowd = 0.0  # of requests that got what was promised
 
     async def capacity(self) -> float:
         """Return the requests per second that the engines carry, all of them always full."""
@@ -233,7 +234,8 @@ class Run:
             await crowd.idle(plan.num_idle)
             say(f"open: {dict(crowd.open)}; not connected: {dict(crowd.not_connected)}")
             num_open = crowd.open["idle"]
-            await self.load("beside the crowd", 0.5 * rate, 10.0)
+            visits = await self.load("beside the crowd", 0.5 * rate, 10.0)
+            self.share_beside_crowd = sum(visit.met(self.slo) for visit in visits) / len(visits)
             self.watch.phase = "crowd"
             await crowd.until_cut(3 * _HEAD_TIMEOUT_S)
         finally:
@@ -320,11 +322,7 @@ async def run(plan: Plan) -> tuple[Report, Watch, float]:
     gateway_mb = max(look.gateway_mb for look in watch.looks)
     report.target("gateway's memory at most, of its bound", gateway_mb / bound_mb, "<= 1")
     report.target("idle connections at the same time", crowd.cut["idle"], f">= {plan.num_idle}")
-    report.target(
-        "goodput beside them, of what was asked for",
-        one.goodputs["beside the crowd"] / (0.5 * rate),
-        ">= 0.95",
-    )
+    report.target("promises kept beside them", one.share_beside_crowd, ">= 0.95")
     num_left = last.num_held + last.num_placed + state.get("num_record_bytes", -1)
     num_booked = sum(each["ledger"]["num_open"] for each in state.get("replicas", {}).values())
     report.target("requests, records and bookings left over", num_left + num_booked, "== 0")

@@ -13,6 +13,8 @@ matplotlib.use("svg")
 
 import matplotlib.pyplot as plt
 
+_LEAST_LABELLED = 0.05  # of the whole time; shorter phases have no room for their name
+
 
 def plot_watch(path: Path, bound_mb: float | None = None) -> Path:
     """Draw memory and queue over time, phases shaded; return the figure's path.
@@ -44,13 +46,13 @@ def plot_watch(path: Path, bound_mb: float | None = None) -> Path:
     for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(rows) - 1], strict=True)):
         for panel in (memory, queue):
             panel.axvspan(at_s[start], at_s[end], color="C7", alpha=0.12 * (number % 2), lw=0)
-        memory.annotate(
-            rows[start]["phase"],
-            (at_s[start], 1.01),
-            xycoords=("data", "axes fraction"),
-            fontsize=7,
-            rotation=20,
-        )
+        if at_s[end] - at_s[start] > _LEAST_LABELLED * at_s[-1]:
+            memory.annotate(
+                rows[start]["phase"],
+                (at_s[start], 1.01),
+                xycoords=("data", "axes fraction"),
+                fontsize=7,
+            )
     for panel in (memory, queue):
         panel.grid(alpha=0.3)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

@@ -136,17 +136,16 @@ class Fleet:
                 ]
         return replicas
 
-    def prefill_rates(self, model: str) -> list[float]:
-        """What each engine of a model that takes work prefills in full steps, tokens/s."""
-        return [replica.prefill_tokens_per_s for replica in self.working(model)]
+    def prefill_rate(self, model: str) -> tuple[int, float]:
+        """Engines of a model that take work, and what they prefill together, tokens/s."""
+        pools = [pool for pool in self._pools_by_name.get(model, ()) if pool.working]
+        num_engines = sum(len(pool.working) for pool in pools)
+        return num_engines, sum(pool.tokens_per_s for pool in pools)
 
     def prefill_s_per_token(self, model: str) -> float:
         """What a model's engines take per prompt token, seconds, on average; inf if none works."""
-        pools = [pool for pool in self._pools_by_name.get(model, ()) if pool.working]
-        if not pools:
-            return math.inf
-        num_engines = sum(len(pool.working) for pool in pools)
-        return num_engines / sum(pool.tokens_per_s for pool in pools)
+        num_engines, tokens_per_s = self.prefill_rate(model)
+        return num_engines / tokens_per_s if num_engines else math.inf
 
     def drain_s(self, model: str, num_tokens: int) -> float | None:
         """Predicted seconds until a model's engines have prefilled so many tokens more.

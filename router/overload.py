@@ -82,24 +82,24 @@ class Overloads:
         if max_late_s is None or request.tried:
             return None
         model, tenant = request.model, request.tenant
-        rates = self._fleet.prefill_rates(model)
-        if not rates:
+        num_engines, tokens_per_s = self._fleet.prefill_rate(model)
+        if not num_engines:
             return None
         overload = self._by_model.get(model)
         if overload is None:
             overload = self._by_model[model] = Overload(max_late_s)
         is_on = overload.is_on(now_s)
-        own_s = request.num_prompt_tokens * len(rates) / sum(rates)
+        own_s = request.num_prompt_tokens * num_engines / tokens_per_s
         # By its turn, which is never after its promise: by promises alone, long prompts would be
         # let in until only they had time to wait for one another. And a promise that no engine
         # could keep makes nobody late who waits no longer than its own prompt takes.
         slack_s = max(turn_s(request, self._settings) - now_s - own_s, own_s)
-        others_s = overload.share.tokens_ahead(tenant, now_s) / sum(rates) if is_on else 0.0
+        others_s = overload.share.tokens_ahead(tenant, now_s) / tokens_per_s if is_on else 0.0
         late_s = self._wait_s(model, self._num_tokens(model), is_on) + others_s - slack_s
         if late_s > 0.0:  # look closer: some of what is held comes after this request
             num_tokens = self._queue.num_tokens_before(request)
             late_s = self._wait_s(model, num_tokens, is_on) + others_s - slack_s
-        retry_after_s = overload.refuse_s(late_s, own_s / len(rates), now_s)
+        retry_after_s = overload.refuse_s(late_s, own_s / num_engines, now_s)
         if retry_after_s is not None:
             overload.share.refuse(tenant, request.weight, now_s)
         else:

@@ -37,7 +37,7 @@ class RouterSettings(BaseModel):
     max_late_s: float | None = Field(
         30.0,
         gt=0,
-        description="a request that would get its first token so much later than promised means "
+        description="a request that would get its first token so much after its turn means "
         "overload: it is refused, and so is every other that would be late, until none has been "
         "for as long, seconds; unset: all that would be in time for max_hold_s are held",
     )

@@ -143,6 +143,12 @@ class _StateCollector(Collector):
             "kept of what engines have generated for open requests",
             value=state["num_record_bytes"],
         )
+        overloaded = GaugeMetricFamily(
+            "headway_overloaded", "1 while whoever would be late is refused", labels=["model"]
+        )
+        for model, is_overloaded in state["is_overloaded"].items():
+            overloaded.add_metric([model], float(is_overloaded))
+        yield overloaded
         yield from _provider_metrics(state["fallback"])
         cache = CounterMetricFamily(
             "headway_cache_requests", "requests by how the response cache took them", labels=["how"]
