@@ -14,8 +14,10 @@ Closed, calls flow; open, none begins; half-open, exactly one, the probe, whose
 verdict decides. After a probe the share of calls grows from a tenth to all of
 them (slow start), and only when it has, the next cooldown is the first again.
 
-What never happens: a second probe before the first has its verdict; a state
-moved by the verdict of a call that began before the breaker last opened.
+What never happens: a second probe while the first is open; a state moved by the
+verdict of a call that began before the breaker last opened. A probe that ends
+without a verdict (its client has left, say) has told nothing: the next call is
+the probe, or nothing would ever close the breaker.
 Client errors are no verdict: whoever makes the calls ends them by `release`.
 
 The states are Nygard's (*Release It!*, 2007), the windows those of

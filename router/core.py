@@ -103,7 +103,12 @@ class Router:
         if now_s < self._health.next_check_s:
             return self._open.admit(request, now_s)
         # Nobody looked while there was no work: an engine may have fallen silent meanwhile.
-        return [*self._health.check(self._fleet, now_s), *self._open.admit(request, now_s)]
+        # Or one may be looked at whose turn to be called has come: then that is for who waits.
+        return [
+            *self._health.check(self._fleet, now_s),
+            *self._open.place_held(now_s),
+            *self._open.admit(request, now_s),
+        ]
 
     def on_first_token(self, request_id: str, now_s: float) -> list[Decision]:
         """Learn from a first token: compare it with what was predicted."""
@@ -169,9 +174,12 @@ class Router:
             failure is not None and not self._retries.try_withdraw(now_s)
         )
         self._open.take_back(placement, Usage())  # it is charged anew where it goes next
+        num_prompt_tokens = request.num_prompt_tokens + num_output_tokens
+        prefix_tokens_each = request.prefix_block_share * request.num_prompt_tokens
         again = msgspec.structs.replace(
             request,
-            num_prompt_tokens=request.num_prompt_tokens + num_output_tokens,
+            num_prompt_tokens=num_prompt_tokens,
+            prefix_block_share=prefix_tokens_each / max(1, num_prompt_tokens),
             tried=(*request.tried, replica.id),
             retried_s=now_s,
             has_begun=has_begun,

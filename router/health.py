@@ -45,13 +45,14 @@ class Health:
         """The breaker of an engine that has connected: its former one if it was lost before.
 
         A new engine among others that have been at work for a while starts
-        slowly; where all are new there is nobody to leave the work to.
+        slowly; where all are new, or out, there is nobody to leave the work to.
         """
         if (breaker := self._lost.pop(replica_id, None)) is not None:
             return breaker
         ramp_s = self._settings.breaker.slow_start_s
         others_are_warm = any(
-            info.model in replica.names and now_s - replica.up_s > ramp_s for replica in fleet
+            info.model in replica.names and takes_work(replica) and now_s - replica.up_s > ramp_s
+            for replica in fleet
         )
         return Breaker(
             self._settings.breaker,

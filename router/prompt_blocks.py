@@ -48,7 +48,7 @@ class PromptBlocks:
         pieces = []
         first = 0
         for number, text in enumerate(request.prefix_hashes, start=1):
-            end = int(number * num_tokens_each) // block_size
+            end = round(number * num_tokens_each) // block_size
             pieces.append((text, _Piece(first, tuple(block_hashes[first:end]))))
             first = end
         # The beginning of a prompt last: forgotten after what follows it.

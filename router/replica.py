@@ -107,7 +107,7 @@ class Replica:
         num_tokens = _num_leading(request.block_hashes, self._blocks) * self.info.block_size
         if self._coming and request.prefix_hashes:
             share = _num_leading(request.prefix_hashes, self._coming) * request.prefix_block_share
-            num_tokens = max(num_tokens, int(share * request.num_prompt_tokens))
+            num_tokens = max(num_tokens, round(share * request.num_prompt_tokens))
         # The prompt's own size may be an estimate still, and its last token is always computed.
         return min(num_tokens, max(0, request.num_prompt_tokens - 1))
 

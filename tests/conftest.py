@@ -1,4 +1,8 @@
-"""Order and selection of all tests."""
+"""Order and selection of all tests, and how many examples generated ones go through.
+
+A hundred each, new ones in every run; `make test ARGS=--hypothesis-profile=long` goes
+through 2,500, half an hour for the largest machine, and is for changes to the router.
+"""
 
 import ctypes
 
@@ -6,6 +10,9 @@ import ctypes
 # failed, Python 3.11's parser then breaks off the whole report.
 import hypothesis.internal.observability  # noqa: F401
 import pytest
+from hypothesis import settings
+
+settings.register_profile("long", max_examples=2500)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -52,6 +52,22 @@ def test_it_goes_elsewhere_when_that_engine_is_far_busier(seed):
     assert (again.replica_id, again.num_cached_tokens) == (other, 640)
 
 
+def test_what_was_generated_makes_no_more_of_a_prompt_cached():
+    """A reply that breaks off grows the prompt; the text in front of it is as long as before."""
+    router = make_router(engine={"max_num_batched_tokens": 8192})
+    router.on_arrival(turn("first", 10), 0.0)
+    [dispatch] = router.on_arrival(turn("second", 12), 0.0)
+    assert dispatch.num_cached_tokens == 640
+    [again] = router.on_attempt_failed("second", None, 1.0, num_output_tokens=100)
+    assert again.num_cached_tokens == 640
+    # What its engine then tells is the whole, in which that text is so much less.
+    router.on_prompt("second", 868, list(range(54)))
+    router.on_blocks("r0", BlockUpdate(since=0, until=54, stored=list(range(54))))
+    router.on_prompt("first", 640, BLOCKS)
+    [third] = router.on_arrival(turn("third", 14), 2.0)
+    assert third.num_cached_tokens == 768
+
+
 def test_without_the_prefix_it_goes_anywhere():
     chosen = set()
     for seed in range(20):
