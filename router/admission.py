@@ -4,6 +4,8 @@ Filters before the policy chooses. What no engine admits waits in the hold
 queue, where it can still go to whichever engine frees up first.
 """
 
+import enum
+
 from router.replica import Replica
 from router.types import Request
 
@@ -34,26 +36,32 @@ def takes_work(replica: Replica) -> bool:
     return not replica.is_draining and replica.breaker.admits(replica.info.max_num_seqs)
 
 
-def is_open(replica: Replica) -> bool:
-    """Whether the engine should get more work now, KV blocks aside.
+class Opening(enum.Enum):
+    """What an engine should be sent now, KV blocks aside."""
+
+    SHUT = "shut"  # nothing, whatever happens to what it has
+    FULL = "full"  # nothing yet
+    SHORT = "short"  # prompts that are `Replica.is_short`
+    OPEN = "open"
+
+
+def opening(replica: Replica) -> Opening:
+    """What the engine should be sent now, KV blocks aside.
 
     An engine with nothing to prefill is always below its window. A hung engine
-    closes by itself: its snapshots stop while its bookings add up.
+    closes by itself: its snapshots stop while its bookings add up. Beside a long
+    prompt, which takes a capped part of each step, there is room for short ones:
+    what counts for these is what the next step would compute already.
     """
-    return is_open_to_short(replica) and replica.num_pending_prefill_tokens < window_tokens(replica)
-
-
-def is_open_to_short(replica: Replica) -> bool:
-    """Whether the engine should get a prompt that `Replica.is_short`; so if it `is_open`.
-
-    Beside a long prompt, which takes a capped part of each step, there is room
-    for short ones: what counts is what the next step would compute already.
-    """
-    return (
-        takes_work(replica)
-        and replica.num_sequences < replica.info.max_num_seqs
-        and replica.num_step_demand_tokens < window_tokens(replica)
-    )
+    if not takes_work(replica):
+        return Opening.SHUT
+    window = window_tokens(replica)
+    if (
+        replica.num_sequences >= replica.info.max_num_seqs
+        or replica.num_step_demand_tokens >= window
+    ):
+        return Opening.FULL
+    return Opening.OPEN if replica.num_pending_prefill_tokens < window else Opening.SHORT
 
 
 def kv_need_tokens(request: Request) -> int:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from router.admission import is_open, is_open_to_short, takes_work
+from router.admission import Opening, opening
 from router.replica import Replica
 from router.types import Request
 
@@ -83,11 +83,11 @@ class Fleet:
         if self._replicas.get(replica.id) is not replica:
             return
         pool = self._pools[replica.names]
-        is_open_now = is_open(replica)
+        now = opening(replica)
         for replicas, belongs in (
-            (pool.open, is_open_now),
-            (pool.open_to_short_only, not is_open_now and is_open_to_short(replica)),
-            (pool.working, takes_work(replica)),
+            (pool.open, now is Opening.OPEN),
+            (pool.open_to_short_only, now is Opening.SHORT),
+            (pool.working, now is not Opening.SHUT),
         ):
             if belongs:
                 replicas[replica.id] = replica

@@ -55,14 +55,14 @@ class LazyHeap:
         was taken: k ids cost O(k log k), however many there are (Frederickson
         1993 has the bound without the logarithm).
         """
-        entries = self._entries
+        entries, live, num_entries = self._entries, self._live, len(self._entries)
         frontier = [(entries[0], 0)] if entries else []
         while frontier:
             entry, index = heapq.heappop(frontier)
             for child in (2 * index + 1, 2 * index + 2):
-                if child < len(entries):
+                if child < num_entries:
                     heapq.heappush(frontier, (entries[child], child))
-            if self._is_live(entry):
+            if live.get(entry[2]) is entry:  # see `_is_live`
                 yield entry[2]
 
     def _is_live(self, entry: _Entry) -> bool:

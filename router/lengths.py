@@ -1,7 +1,6 @@
 """How many tokens an answer will have, predicted before it begins."""
 
 from collections import OrderedDict
-from math import log2
 
 from router.types import Request
 
@@ -65,5 +64,5 @@ def _groups(request: Request) -> tuple[_Group, ...]:
     """The groups that the request belongs to, the widest first."""
     limit = request.max_output_tokens
     wide = (request.model,)
-    middle = (*wide, request.tenant, int(log2(max(1, limit))) if limit is not None else None)
-    return wide, middle, (*middle, int(log2(max(1, request.num_prompt_tokens))))
+    middle = (*wide, request.tenant, limit.bit_length() if limit is not None else None)
+    return wide, middle, (*middle, request.num_prompt_tokens.bit_length())

@@ -124,9 +124,10 @@ class Placer:
         self.policy.num_held_per_engine = self._queue.num_held(request.model) / len(replicas)
         replica = self.policy.choose(request, replicas, now_s)
         num_cached_tokens = replica.num_cached_tokens(request)
-        predicted_ttft_s = replica.ttft_s(replica.num_new_tokens(request), now_s)
+        num_new_tokens = max(1, request.num_prompt_tokens - num_cached_tokens)
+        predicted_ttft_s = replica.ttft_s(num_new_tokens, now_s)
         predicted_tpot_s = replica.tpot_s(request.num_sequences)
-        booking = replica.book(request, kv_need_tokens(request), now_s)
+        booking = replica.book(request, kv_need_tokens(request), now_s, num_cached_tokens)
         if self.policy.wants_blocks:
             replica.expect_blocks(request)
         permit = replica.breaker.begin(now_s)
@@ -250,4 +251,7 @@ class Placer:
         """The request with the KV blocks of its prompt, as far as they are known by now."""
         if not request.prefix_hashes or not self.policy.wants_blocks:
             return request
-        return msgspec.structs.replace(request, block_hashes=self._prompts.find(request))
+        block_hashes = self._prompts.find(request)
+        if block_hashes == request.block_hashes:
+            return request
+        return msgspec.structs.replace(request, block_hashes=block_hashes)

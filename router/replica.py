@@ -3,7 +3,6 @@
 import math
 import random
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Container, Sequence
 
 from router.breaker import Breaker, BreakerSettings
@@ -36,10 +35,12 @@ class Replica:
         "breaker",
         "chunk_overhead_s",
         "chunk_tokens",
+        "decode_s",
         "id",
         "info",
         "is_draining",
         "ledger",
+        "max_prefill_chunk",
         "names",
         "num_free_kv_tokens",
         "num_pending_prefill_tokens",
@@ -62,6 +63,7 @@ class Replica:
         self.up_s = now_s  # since when there is this connection
         self.breaker = breaker or Breaker(BreakerSettings(), random.Random(0), now_s)
         self.names = frozenset((info.model, *info.aliases))
+        self.max_prefill_chunk = info.max_prefill_chunk
         # Until it reports, an engine is taken to be empty: it has just been started,
         # or its first snapshot is already on its way.
         self.snapshot = EngineSnapshot(seq=-1, num_free_kv_tokens=info.num_kv_tokens)
@@ -71,7 +73,7 @@ class Replica:
         self._blocks: set[int] = set()  # KV blocks in its prefix cache, by hash
         self._block_position = 0  # changes to them that we know of
         # Text blocks of prompts sent here of which the engine has not told us yet, counted.
-        self._coming: Counter[int] = Counter()
+        self._coming: dict[int, int] = {}
         self.is_draining = False  # finishes what it has, takes nothing new
 
         self.num_pending_prefill_tokens = 0  # in the engine and on their way to it
@@ -83,6 +85,7 @@ class Replica:
         self.chunk_tokens = 1  # prefilled in one full step
         self.chunk_overhead_s = 0.0  # what a step costs besides prefill
         self.token_s = 0.0  # what each prefilled token adds to it
+        self.decode_s = 0.0  # and each decoding sequence
         self.prefill_tokens_per_s = 0.0  # in full steps
         self._rest_tokens = 0  # pending after the current step
         self._short_ahead_tokens = 0  # of these, what comes before a short prompt
@@ -94,7 +97,7 @@ class Replica:
     def num_new_tokens(self, request: Request) -> int:
         """Prompt tokens the engine would have to prefill for this request, ≥ 1."""
         if not (request.block_hashes or self._coming):
-            return max(1, request.num_prompt_tokens)  # the usual case, read for every engine
+            return request.num_prompt_tokens or 1  # the usual case, read for every engine
         return max(1, request.num_prompt_tokens - self.num_cached_tokens(request))
 
     def num_cached_tokens(self, request: Request) -> int:
@@ -117,7 +120,9 @@ class Replica:
 
     def expect_blocks(self, request: Request) -> None:
         """The prompt of this request is on its way into the prefix cache."""
-        self._coming.update(request.prefix_hashes)
+        coming = self._coming
+        for text in request.prefix_hashes:
+            coming[text] = coming.get(text, 0) + 1
 
     def settle_blocks(self, request: Request) -> None:
         """The engine has told of this prompt, or never will: its own word counts from here."""
@@ -147,7 +152,7 @@ class Replica:
         It does where the engine gives no prompt more than `max_prefill_chunk`
         tokens of a step and this one needs no more: the next step has room for it.
         """
-        return num_new_tokens <= self.info.max_prefill_chunk
+        return num_new_tokens <= self.max_prefill_chunk
 
     def ttft_s(self, num_new_tokens: int, now_s: float) -> float:
         """Predicted seconds until a prompt of so many new tokens is prefilled here.
@@ -159,14 +164,19 @@ class Replica:
         `serving.scheduler`). A wait for KV blocks is not in it: admission does
         not send where they lack.
         """
-        chunk = self.info.max_prefill_chunk
-        num_ahead = self._rest_tokens
-        if num_new_tokens <= chunk and self._short_ahead_tokens < num_ahead:
-            num_ahead = self._short_ahead_tokens
-        num_tokens = num_ahead + num_new_tokens
-        num_steps = -(-num_tokens // self.chunk_tokens)
-        if chunk:
-            num_steps = max(num_steps, -(-num_new_tokens // chunk))
+        # Read for every engine at every decision, hence no calls in here.
+        chunk = self.max_prefill_chunk
+        num_tokens = self._rest_tokens
+        if num_new_tokens <= chunk:
+            if self._short_ahead_tokens < num_tokens:
+                num_tokens = self._short_ahead_tokens
+            num_tokens += num_new_tokens
+            num_steps = -(-num_tokens // self.chunk_tokens)
+        else:
+            num_tokens += num_new_tokens
+            num_steps = -(-num_tokens // self.chunk_tokens)
+            if chunk and (num_chunks := -(-num_new_tokens // chunk)) > num_steps:
+                num_steps = num_chunks
         ttft_s = num_steps * self.chunk_overhead_s + num_tokens * self.token_s
         rest_s = self._step_end_s - now_s
         return ttft_s + rest_s if rest_s > 0.0 else ttft_s
@@ -213,19 +223,21 @@ class Replica:
         self._derive()
         return True
 
-    def book(self, request: Request, num_kv_tokens: int, now_s: float) -> int:
+    def book(
+        self, request: Request, num_kv_tokens: int, now_s: float, num_cached_tokens: int = 0
+    ) -> int:
         """Booking number under which the request is counted here from now on.
 
-        Cached blocks are part of the free room until somebody uses them again, so the
-        request takes all of `num_kv_tokens` of it; once it runs, only what it does not
-        share with others makes the cache grow.
+        `num_cached_tokens` of its prompt are taken to be cached here. They are part of
+        the free room until somebody uses them again, so the request takes all of
+        `num_kv_tokens` of it; once it runs, only what it does not share with others
+        makes the cache grow.
         """
-        num_cached_tokens = self.num_cached_tokens(request)
         num_new_tokens = max(1, request.num_prompt_tokens - num_cached_tokens)
         number = self.ledger.book(
             request.id,
             num_prefill_tokens=num_new_tokens,
-            num_step_tokens=min(num_new_tokens, self.info.max_prefill_chunk or num_new_tokens),
+            num_step_tokens=min(num_new_tokens, self.max_prefill_chunk or num_new_tokens),
             num_kv_tokens=num_kv_tokens,
             num_own_kv_tokens=num_kv_tokens - num_cached_tokens,
             num_sequences=request.num_sequences,
@@ -293,6 +305,7 @@ class Replica:
         overhead_s = predictor.step_s(0, num_decoding)
         self.chunk_overhead_s = overhead_s
         self.token_s = predictor.token_s
+        self.decode_s = predictor.decode_s
         self.prefill_tokens_per_s = predictor.prefill_tokens_per_s(self.info, num_decoding)
 
         # The current step began when the last one ended, about when that was reported.

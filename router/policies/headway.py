@@ -46,7 +46,7 @@ class Headway(Policy):
     def ablate(self, parts: Collection[str]) -> None:
         """Choose without these parts; it has `externality` and `prefix`."""
         super().ablate(parts)
-        self._cost_s = own_cost_s if "externality" in parts else cost_s
+        self._costs_s = own_costs_s if "externality" in parts else costs_s
         self.wants_prefix = self.wants_blocks = "prefix" not in parts
 
     def choose(self, request: Request, replicas: Sequence[Replica], now_s: float) -> Replica:
@@ -55,8 +55,7 @@ class Headway(Policy):
             return replicas[0]
         if len(replicas) > _MAX_COMPARED:
             replicas = self._some(request, replicas)
-        num_held = self.num_held_per_engine
-        costs = [self._cost_s(request, replica, now_s, num_held) for replica in replicas]
+        costs = self._costs_s(request, replicas, now_s, self.num_held_per_engine)
         equals = _within(_TIE, costs, replicas)
         if request.block_hashes:
             nearly = _within(_CACHED_TIE, costs, replicas)
@@ -85,8 +84,10 @@ def _within(factor: float, costs: list[float], replicas: Sequence[Replica]) -> l
     return [replica for replica, cost in zip(replicas, costs, strict=True) if cost <= limit]
 
 
-def cost_s(request: Request, replica: Replica, now_s: float, num_held: float) -> float:
-    """Seconds waited by the request for its first token, and by others for it.
+def costs_s(
+    request: Request, replicas: Sequence[Replica], now_s: float, num_held: float
+) -> list[float]:
+    """Seconds waited by the request for its first token, and by others for it, per replica.
 
     While it decodes, each step of every other sequence there takes longer by what one
     more adds to it; those still in prefill will be decoding by then. Whatever is held
@@ -97,13 +98,18 @@ def cost_s(request: Request, replica: Replica, now_s: float, num_held: float) ->
     wherever and whenever it is done. Counting it sends a burst to the engine that decodes
     least, where the burst waits for itself and delays those few for long.
     """
-    num_new_tokens = replica.num_new_tokens(request)
     num_outputs = request.num_sequences * request.num_expected_output_tokens
-    decode_s = num_outputs * replica.predictor.decode_s * replica.num_sequences
-    held_s = num_new_tokens * replica.token_s * num_held
-    return replica.ttft_s(num_new_tokens, now_s) + decode_s + held_s
+    costs = []
+    for replica in replicas:
+        num_new_tokens = replica.num_new_tokens(request)
+        decode_s = num_outputs * replica.decode_s * replica.num_sequences
+        held_s = num_new_tokens * replica.token_s * num_held
+        costs.append(replica.ttft_s(num_new_tokens, now_s) + decode_s + held_s)
+    return costs
 
 
-def own_cost_s(request: Request, replica: Replica, now_s: float, num_held: float) -> float:
-    """Seconds waited by the request alone for its first token."""
-    return replica.ttft_s(replica.num_new_tokens(request), now_s)
+def own_costs_s(
+    request: Request, replicas: Sequence[Replica], now_s: float, num_held: float
+) -> list[float]:
+    """Seconds waited by the request alone for its first token, per replica."""
+    return [replica.ttft_s(replica.num_new_tokens(request), now_s) for replica in replicas]

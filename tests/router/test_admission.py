@@ -2,7 +2,7 @@ import math
 
 from router_builders import busy, make_replica, req, snapshot
 
-from router.admission import is_open, keeps_pace, kv_need_tokens, takes_work, window_tokens
+from router.admission import Opening, keeps_pace, kv_need_tokens, opening, takes_work, window_tokens
 from router.breaker import TripReason
 
 
@@ -17,17 +17,25 @@ def test_window_is_one_step_and_what_is_prefilled_while_we_react():
 def test_closes_at_the_window_and_opens_below_it():
     replica = make_replica()
     replica.book(req("a", 5000), num_kv_tokens=5000, now_s=0.0)
-    assert not is_open(replica)
+    assert opening(replica) is Opening.FULL
     replica.receive(busy(last_booking=1, num_pending_prefill_tokens=99), 1.0)
-    assert is_open(replica)
+    assert opening(replica) is Opening.OPEN
+
+
+def test_beside_a_long_prompt_it_is_open_to_short_ones():
+    replica = make_replica(max_prefill_chunk=50)
+    replica.receive(busy(num_pending_prefill_tokens=5000, num_step_demand_tokens=50), 0.0)
+    assert opening(replica) is Opening.SHORT
+    replica.receive(busy(2, num_pending_prefill_tokens=5000, num_step_demand_tokens=200), 0.0)
+    assert opening(replica) is Opening.FULL
 
 
 def test_closes_when_all_sequences_are_taken():
     replica = make_replica(max_num_seqs=4)
     replica.receive(busy(num_running_reqs=2, num_waiting_reqs=1), 0.0)
-    assert is_open(replica)
+    assert opening(replica) is Opening.OPEN
     replica.book(req("a", 1), num_kv_tokens=1, now_s=0.0)
-    assert not is_open(replica)
+    assert opening(replica) is Opening.FULL
 
 
 def test_engines_that_drain_or_whose_breaker_is_open_take_nothing():
@@ -35,7 +43,7 @@ def test_engines_that_drain_or_whose_breaker_is_open_take_nothing():
     assert takes_work(replica)
     replica.is_draining = True
     assert not takes_work(replica)
-    assert not is_open(replica)
+    assert opening(replica) is Opening.SHUT
     replica.is_draining = False
     replica.breaker.trip(TripReason.LOST, 0.0)
     assert not takes_work(replica)

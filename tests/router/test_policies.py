@@ -5,7 +5,7 @@ import pytest
 from router_builders import busy, info, make_replica, req, snapshot
 
 from router.policies import POLICIES
-from router.policies.headway import cost_s
+from router.policies.headway import costs_s
 from router.policies.least_kv_usage import kv_usage
 from router.policies.least_response_time import LeastResponseTime
 from router.policies.prefix_index import BLOCK_TOKENS, PrefixIndex
@@ -78,7 +78,8 @@ def test_headway_spares_those_who_decode():
     quiet.receive(busy(num_running_reqs=1, num_decoding_reqs=1), 0.0)
     crowded.receive(busy(num_running_reqs=7, num_decoding_reqs=7), 0.0)
     delay_s = 128 * quiet.predictor.decode_s
-    assert cost_s(req("a", 50), quiet, 0.0, 0.0) == pytest.approx(quiet.ttft_s(50, 0.0) + delay_s)
+    [cost_s] = costs_s(req("a", 50), [quiet], 0.0, 0.0)
+    assert cost_s == pytest.approx(quiet.ttft_s(50, 0.0) + delay_s)
     assert make("headway").choose(req("a", 50), [crowded, quiet], 0.0) is quiet
 
 
