@@ -304,6 +304,22 @@ class TestHealth:
         placed = [router.on_arrival(req(str(n), 1), 30.0)[0].replica_id for n in range(12)]
         assert placed.count("r2") == 1
 
+    def test_a_newcomer_whose_fellows_are_out_starts_at_once(self):
+        router = make_router(2, engine=ALIVE, breaker={"slow_start_s": 10.0})
+        router.on_tick(60.0)
+        router.on_replica_up("r2", info(), 60.0)
+        replicas = router.state(60.0)["replicas"]
+        assert [replicas[name]["breaker"]["state"] for name in ("r0", "r1")] == ["open"] * 2
+        assert replicas["r2"]["breaker"]["share"] == 1.0
+
+    def test_who_waits_is_the_probe_before_who_comes(self):
+        """Also when the arrival is what makes the router look at its engines."""
+        router = make_router(breaker={"cooldown_jitter": 0.0, "cooldown_s": 1.0})
+        router.on_replica_down("r0", 0.0)
+        router.on_replica_up("r0", info(), 0.0)
+        assert router.on_arrival(req("a"), 0.5) == [Hold("a")]
+        assert router.on_arrival(req("b"), 1.5) == [Dispatch("a", "r0", 1), Hold("b")]
+
     def test_a_slow_first_token_fails_the_probe(self):
         router = make_router(2, breaker={"cooldown_jitter": 0.0, "slow_floor_s": 2.0})
         router.on_replica_down("r0", 0.0)
