@@ -83,11 +83,11 @@ class Fleet:
         if self._replicas.get(replica.id) is not replica:
             return
         pool = self._pools[replica.names]
-        now = opening(replica)
+        is_now = opening(replica)
         for replicas, belongs in (
-            (pool.open, now is Opening.OPEN),
-            (pool.open_to_short_only, now is Opening.SHORT),
-            (pool.working, now is not Opening.SHUT),
+            (pool.open, is_now is Opening.OPEN),
+            (pool.open_to_short_only, is_now is Opening.SHORT),
+            (pool.working, is_now is not Opening.SHUT),
         ):
             if belongs:
                 replicas[replica.id] = replica

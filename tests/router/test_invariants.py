@@ -525,11 +525,11 @@ class Shell(RuleBasedStateMachine):
         breakers = self.breakers()
         for replica_id, engine in self.engines.items():
             breaker = breakers[replica_id]
+            # Slow start goes by calls: idle by its report, it may have one whose end is on its way.
             num_calls = max(1.0, breaker["share"] * MAX_NUM_SEQS)
-            if breaker["state"] != "closed" or (
-                breaker["share"] < 1.0 <= len(engine.calls) / num_calls
-            ):
-                continue  # in slow start it has all that it should: what it ends is not known yet
+            is_full = breaker["share"] < 1.0 and len(engine.calls) >= num_calls
+            if breaker["state"] != "closed" or is_full:
+                continue
             if engine.takes_work and (engine.is_idle or not holds):
                 waiting = [r.id for r in self.held.values() if r.model in NAMES[replica_id]]
                 assert waiting == []
