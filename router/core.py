@@ -188,9 +188,8 @@ class Router:
         if no_engine and (decision := self._spill.send_now(again, now_s)) is None:
             return [Fail(request_id), *self._open.close(Outcome.FAILED, now_s)]
         self.num_retries += 1
-        if decision is None:
-            return self._open.enter(again, now_s)
-        return [decision, *self._open.place_held(now_s)]
+        decisions = self._open.enter(again, now_s) if decision is None else [decision]
+        return [*decisions, *self._open.place_held(now_s)]  # in the room that it has left
 
     def on_cancel(self, request_id: str, now_s: float) -> list[Decision]:
         """End a request whose client has left, held or placed: RENEGED."""

@@ -180,6 +180,16 @@ class TestFailedAttempt:
         router.on_arrival(req("a"), 0.0)
         assert router.on_attempt_failed("a", Failure.ERROR, 0.1) == [Dispatch("a", "r0", 2)]
 
+    def test_leaves_its_room_to_who_waits(self):
+        """Here to one who is held with a sooner promise, and for whom the engine is kept."""
+        engine = {"max_num_batched_tokens": 2000, "num_kv_tokens": 1000}
+        router = make_router(engine=engine, promise_s_per_token=1.0)
+        router.on_snapshot("r0", snapshot(num_free_kv_tokens=400), 0.0)
+        router.on_arrival(req("long", 500), 0.0)
+        assert router.on_arrival(req("short", 300, arrival_s=0.1), 0.1) == [Hold("short")]
+        decisions = router.on_attempt_failed("long", None, 0.2)
+        assert decisions == [Hold("long"), Dispatch("short", "r0", 2)]
+
     def test_with_what_was_generated_as_part_of_its_prompt(self):
         router = make_router()
         router.on_arrival(req("a", 10), 0.0)

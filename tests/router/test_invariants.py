@@ -349,11 +349,11 @@ class Shell(RuleBasedStateMachine):
         if request is None or not request.prefix_hashes:
             self.router.on_prompt(request_id, 100, [1, 2, 3])
             return
-        engine.coming.pop(request_id, None)
         talk, num_turns = request.prefix_hashes[-1] // 100, len(request.prefix_hashes)
         blocks = kv_blocks(talk, 0, num_turns * TURN_TOKENS // BLOCK_TOKENS)
         self.router.on_prompt(request_id, request.num_prompt_tokens, blocks)
-        self.num_turns_known[talk] = max(self.num_turns_known[talk], num_turns)
+        if engine.coming.pop(request_id, None) is not None:  # else nobody wants to know it
+            self.num_turns_known[talk] = max(self.num_turns_known[talk], num_turns)
 
     # Engines
 
