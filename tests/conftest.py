@@ -1,7 +1,7 @@
 """Order and selection of all tests, and how many examples generated ones go through.
 
-A hundred each, new ones in every run; `make test ARGS=--hypothesis-profile=long` goes
-through 2,500, half an hour for the largest machine, and is for changes to the router.
+A hundred each or what they say, new ones in every run; `make test
+ARGS=--hypothesis-profile=long` goes through 2,500, for changes to the router.
 """
 
 import ctypes

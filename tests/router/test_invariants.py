@@ -570,7 +570,11 @@ class Shell(RuleBasedStateMachine):
 
 
 Shell.TestCase.settings = settings(
-    stateful_step_count=40, deadline=None, print_blob=True, database=None
+    max_examples=max(300, settings().max_examples),  # this is where the router is held to its word
+    stateful_step_count=40,
+    deadline=None,
+    print_blob=True,
+    database=None,
 )
 
 
