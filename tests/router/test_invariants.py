@@ -578,6 +578,7 @@ Shell.TestCase.settings = settings(
 )
 
 
-@pytest.mark.timeout(600)  # seconds pass; shrinking a failure to something readable takes minutes
+# A tenth of a second each; shrinking a failure to something readable takes minutes.
+@pytest.mark.timeout(600 + Shell.TestCase.settings.max_examples)
 class TestInvariants(Shell.TestCase):
     pass
