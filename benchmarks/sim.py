@@ -7,7 +7,6 @@ hardware: every figure says "simulated".
 
 import argparse
 import csv
-import math
 import os
 import signal
 import sys
@@ -22,14 +21,14 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from benchmarks import clairvoyant
 from benchmarks.curves import plot_sweep
-from benchmarks.figures import Figures, interval, knee
 from benchmarks.profile import Profile, ProfileError
-from benchmarks.report import RESULTS, Figure, Report
+from benchmarks.report import RESULTS, Report
+from benchmarks.sim_tables import Results, Tables
 from benchmarks.slo import Slo
 from benchmarks.sweep import Case, Sweep
 from benchmarks.synthetic import SYNTHETIC
 from benchmarks.traces import TraceError, read_trace
-from benchmarks.variant import OURS, ablations, policies, split
+from benchmarks.variant import ablations, policies, split
 from benchmarks.workload import Workload
 
 # Public traces by the names that they are published under, and likely ones.
@@ -44,20 +43,11 @@ _ENGINES_PER_COPY = 8
 _LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
 # Of fleets larger than that: a run costs as much more as they have requests.
 _LOADS_OF_LARGE = (0.5, 0.8, 0.95)
-# Ours is said to lose where another is better by more than this.
-_NOISE = 0.05
-_JUDGED = {  # figure: whether less is better
-    "ttft_p50_s": True,
-    "ttft_p99_s": True,
-    "short_ttft_p99_s": True,
-    "long_ttft_p99_s": True,
-    "tpot_p99_s": True,
-    "goodput": False,
-    "output_tokens_per_s": False,
-}
+# A run has --requests, or so many tokens if those are fewer requests: what it costs grows with the
+# time that it covers, in which there are few requests where prompts are long.
+_TOKENS_PER_RUN = 8_000_000
 
 console = Console(highlight=False)
-Results = dict[Case, Figures]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with Sweep(workloads, profile, slo, num_gateways=options.gateways) as sweep:
             capacities = _capacities(options, sweep, list(workloads))
-            results = _run(sweep, list(_cases(options, list(workloads), capacities)))
+            results, cpu_s = _run(sweep, list(_cases(options, list(workloads), capacities)))
     except KeyboardInterrupt:
         console.print("Stopped before the end: nothing is written.")
         return 130
@@ -84,16 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "loads": options.loads or {"small": _LOADS, "large": _LOADS_OF_LARGE},
         "variants": options.policies,
         "slo": str(slo),
-        "num_repeats": options.repeats,
+        "num_repeats": {num: _num_repeats(options, num) for num in options.engines},
         "capacities_requests_per_s": {
             f"{name}, {num_engines} engines": capacity
             for (name, num_engines), capacity in capacities.items()
         },
         "workloads": {key: each.describe() for key, each in workloads.items()},
         "wall_s": time.perf_counter() - started_s,
+        "cpu_s_of_runs": cpu_s,
     }
     report = Report(options.name, "simulated", options.seed, config)
-    _fill(report, options, results)
+    Tables(results).fill(report)
     if options.dry:
         report.show(console)
         return 0
@@ -132,9 +123,23 @@ def _workloads(options: argparse.Namespace, profile: Profile) -> Iterator[tuple[
         fitted = base.fitted(profile.max_model_len)
         for num_engines in options.engines:
             num_copies = max(1, num_engines // _ENGINES_PER_COPY)
-            for repeat in range(options.repeats):
-                part = fitted.part(repeat, options.requests).overlaid(num_copies)
+            for repeat in range(_num_repeats(options, num_engines)):
+                num_requests = _num_requests(options, fitted, num_copies)
+                part = fitted.part(repeat, num_requests).overlaid(num_copies)
                 yield _key(title, num_engines, repeat), part
+
+
+def _num_requests(options: argparse.Namespace, workload: Workload, num_copies: int) -> int:
+    """Return how many requests of a workload a run has, per copy of it: half where there are
+    several."""
+    num_tokens = sum(each.num_prompt_tokens + each.num_output_tokens for each in workload.arrivals)
+    most = min(options.requests, round(_TOKENS_PER_RUN * len(workload) / num_tokens))
+    return most // 2 if num_copies > 1 else most
+
+
+def _num_repeats(options: argparse.Namespace, num_engines: int) -> int:
+    """Return how often each run is made on another part: less where a run has more requests."""
+    return max(1, options.repeats // max(1, num_engines // _ENGINES_PER_COPY))
 
 
 def _key(title: str, num_engines: int, repeat: int) -> str:
@@ -177,110 +182,21 @@ def _loads(options: argparse.Namespace, num_engines: int) -> list[float]:
     return list(_LOADS if num_engines <= _ENGINES_PER_COPY else _LOADS_OF_LARGE)
 
 
-def _run(sweep: Sweep, cases: Sequence[Case]) -> Results:
-    results: Results = {}
+def _run(sweep: Sweep, cases: Sequence[Case]) -> tuple[Results, float]:
+    """Return the figures of all runs, and what they took of a core, seconds."""
+    found: Results = {}
+    cpu_s = 0.0
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("simulated runs", total=len(cases))
-        for case, figures in zip(cases, sweep.figures(cases), strict=True):
-            results[case] = figures
+        # The long ones first, or the last one would run alone.
+        for case, figures, case_cpu_s in sweep.run(
+            sorted(cases, key=lambda each: -each.num_engines)
+        ):
+            found[case] = figures
+            cpu_s += case_cpu_s
             progress.advance(task)
-    return results
-
-
-def _fill(report: Report, options: argparse.Namespace, results: Results) -> None:
-    """Make the tables and say where ours loses."""
-    groups: dict[tuple[str, int], None] = {}
-    by_place: dict[tuple[str, int, float, str], list[Figures]] = {}
-    for case, figures in results.items():
-        title = case.workload.partition("/")[0]
-        groups[title, case.num_engines] = None
-        place = (title, case.num_engines, case.load, case.variant)
-        by_place.setdefault(place, []).append(figures)
-
-    def mean(place: tuple[str, int, float, str], name: str) -> float:
-        values = [each[name] for each in by_place[place] if not math.isnan(each[name])]
-        return sum(values) / len(values) if values else float("nan")
-
-    for title, num_engines in groups:
-        loads = _loads(options, num_engines)
-        shown = max((load for load in loads if load <= 0.8), default=loads[0])
-        for variant in options.policies:
-            place = (title, num_engines, shown, variant)
-            row: dict[str, Figure] = {"policy": variant}
-            for label, name in (
-                ("short_p50", "short_ttft_p50_s"),
-                ("short_p99", "short_ttft_p99_s"),
-                ("long_p99", "long_ttft_p99_s"),
-                ("p50", "ttft_p50_s"),
-                ("p90", "ttft_p90_s"),
-                ("p99", "ttft_p99_s"),
-            ):
-                row[label] = _known(mean(place, name))
-            if options.repeats > 1:
-                low, high = interval([each["ttft_p99_s"] for each in by_place[place]])
-                row["p99_95%"] = f"{low:.2f} to {high:.2f}"
-            row |= {
-                "hold_mean_ms": _known(1e3 * mean(place, "hold_mean_s")),
-                "tpot_p50_ms": _known(1e3 * mean(place, "tpot_p50_s")),
-                "tpot_p99_ms": _known(1e3 * mean(place, "tpot_p99_s")),
-                "e2e_p99": _known(mean(place, "e2e_p99_s")),
-                "goodput": _known(mean(place, "goodput")),
-                "tokens/s": _known(mean(place, "output_tokens_per_s")),
-                "fairness": _known(mean(place, "fairness")),
-                "prefix_hits": _known(mean(place, "prefix_hit_share")),
-                "shed": _known(mean(place, "num_shed")),
-                "preempted": _known(mean(place, "num_preemptions")),
-            }
-            report.row(
-                f"{title}, {num_engines} engines, {shown:.0%} load, simulated: TTFT and more, s",
-                **row,
-            )
-        if len(loads) < 2:
-            continue
-        for variant in options.policies:
-            p99_s = [mean((title, num_engines, load, variant), "ttft_p99_s") for load in loads]
-            goodput = [mean((title, num_engines, load, variant), "goodput") for load in loads]
-            report.row(
-                f"{title}, {num_engines} engines, simulated: over the load",
-                policy=variant,
-                **{
-                    f"p99_{load:.0%}": _known(value)
-                    for load, value in zip(loads, p99_s, strict=True)
-                },
-                knee=knee(loads, p99_s),
-                **{
-                    f"goodput_{load:.0%}": _known(value)
-                    for load, value in zip(loads, goodput, strict=True)
-                },
-            )
-    rivals = [name for name in options.policies if name in policies() and name != OURS]
-    if OURS in options.policies and rivals:
-        for title, num_engines in groups:
-            for load in _loads(options, num_engines):
-                for figure, less in _JUDGED.items():
-                    ours = mean((title, num_engines, load, OURS), figure)
-                    theirs = {
-                        rival: mean((title, num_engines, load, rival), figure) for rival in rivals
-                    }
-                    best = (min if less else max)(theirs, key=lambda rival: theirs[rival])
-                    worse = ours / theirs[best] if less else theirs[best] / ours
-                    if worse > 1.0 + _NOISE:
-                        report.note(
-                            f"Headway loses (simulated): {title}, {num_engines} engines, load "
-                            f"{load:.0%}: {figure} {ours:.3g}, {best} {theirs[best]:.3g}"
-                        )
-    report.note(
-        "The knee is the highest load at which the p99 of TTFT is at most twice that of the "
-        "lowest load. Load: share of what the fleet completes when all requests are there from "
-        f"the start. Goodput: {report.config['slo']}. Fairness: Jain's index of goodput over "
-        "tenants, or over short and long prompts. Short: the lower half of the prompts by size; "
-        "long: the upper tenth. The first tenth of each run is not counted."
-    )
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    return {case: found[case] for case in cases}, cpu_s
 
 
 def _write_csv(results: Results, path: Path) -> None:
@@ -328,9 +244,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "headway:hold,order is headway without these two",
     )
     parser.add_argument(
-        "--requests", type=int, default=3000, help="of a run of 8 engines; more with more"
+        "--requests", type=int, default=2000, help="of a run of 8 engines; more with more"
     )
-    parser.add_argument("--repeats", type=int, default=1, help="on successive parts of a trace")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="on successive parts; fewer of large fleets"
+    )
     parser.add_argument("--slo-ttft", type=float, help="s; default: what the router promises")
     parser.add_argument("--slo-tpot", type=float, default=0.05, help="s")
     parser.add_argument("--seed", type=int, default=0)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -129,6 +130,11 @@ class Sweep:
         assert self._pool is not None
         yield from self._pool.imap(_capacity, wanted)
 
+    def run(self, cases: Sequence[Case]) -> Iterator[tuple[Case, Figures, float]]:
+        """Yield each case, its figures and what it took of a core, seconds; as they end."""
+        assert self._pool is not None
+        yield from self._pool.imap_unordered(_timed, cases)
+
     def figures(self, cases: Sequence[Case]) -> Iterator[Figures]:
         """Yield the figures of each case, in their order."""
         assert self._pool is not None
@@ -157,6 +163,12 @@ def _figures(case: Case) -> Figures:
     fleet = Fleet(profile, case.num_engines, num_gateways)
     run = simulate(workload, fleet, case.variant, seed=case.seed)
     return figures_of(run, slo)
+
+
+def _timed(case: Case) -> tuple[Case, Figures, float]:
+    began_s = time.process_time()
+    figures = _figures(case)
+    return case, figures, time.process_time() - began_s
 
 
 def _segment_tokens(workload: Workload, profile: Profile) -> int:

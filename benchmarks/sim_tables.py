@@ -1,0 +1,181 @@
+"""What `make bench-sim` shows of its runs, where Headway loses included."""
+
+import math
+from collections.abc import Iterator
+from functools import cached_property
+from statistics import fmean
+
+from benchmarks import clairvoyant
+from benchmarks.figures import Figures, interval, knee
+from benchmarks.report import Figure, Report
+from benchmarks.sweep import Case
+from benchmarks.variant import OURS, policies
+
+Results = dict[Case, Figures]
+
+# Of the loads, the highest that is not past this is shown in full.
+_SHOWN_LOAD = 0.8
+_SHOWN = {  # column: (figure, factor)
+    "short_p50": ("short_ttft_p50_s", 1.0),
+    "short_p99": ("short_ttft_p99_s", 1.0),
+    "long_p99": ("long_ttft_p99_s", 1.0),
+    "p50": ("ttft_p50_s", 1.0),
+    "p90": ("ttft_p90_s", 1.0),
+    "p99": ("ttft_p99_s", 1.0),
+    "hold_mean_ms": ("hold_mean_s", 1e3),
+    "tpot_p50_ms": ("tpot_p50_s", 1e3),
+    "tpot_p99_ms": ("tpot_p99_s", 1e3),
+    "e2e_p99": ("e2e_p99_s", 1.0),
+    "goodput": ("goodput", 1.0),
+    "tokens/s": ("output_tokens_per_s", 1.0),
+    "fairness": ("fairness", 1.0),
+    "prefix_hits": ("prefix_hit_share", 1.0),
+    "shed": ("num_shed", 1.0),
+    "preempted": ("num_preemptions", 1.0),
+}
+_JUDGED = {  # figure: whether less is better
+    "ttft_p50_s": True,
+    "ttft_p99_s": True,
+    "short_ttft_p99_s": True,
+    "long_ttft_p99_s": True,
+    "tpot_p99_s": True,
+    "goodput": False,
+    "output_tokens_per_s": False,
+}
+# Ours is said to lose where another is better by more than this.
+_NOISE = 0.05
+
+
+class Tables:
+    """Means over the repeats of runs at the same place: workload, fleet, load and variant."""
+
+    def __init__(self, results: Results) -> None:
+        self._by_place: dict[tuple[str, int, float, str], list[Figures]] = {}
+        for case, figures in results.items():
+            place = (case.workload.partition("/")[0], case.num_engines, case.load, case.variant)
+            self._by_place.setdefault(place, []).append(figures)
+
+    @cached_property
+    def _groups(self) -> dict[tuple[str, int], list[float]]:
+        """The loads of each workload and fleet, ascending."""
+        groups: dict[tuple[str, int], set[float]] = {}
+        for title, num_engines, load, _ in self._by_place:
+            groups.setdefault((title, num_engines), set()).add(load)
+        return {group: sorted(loads) for group, loads in groups.items()}
+
+    @cached_property
+    def _variants(self) -> list[str]:
+        return list(dict.fromkeys(variant for *_, variant in self._by_place))
+
+    def fill(self, report: Report) -> None:
+        """Add all tables."""
+        for (title, num_engines), loads in self._groups.items():
+            self._add_details(report, title, num_engines, loads)
+            if len(loads) > 1:
+                self._add_loads(report, title, num_engines, loads)
+        for row in self.losses():
+            report.row("Where headway loses (simulated), by more than 5 %", **row)
+        report.note(
+            "The knee is the highest load at which the p99 of TTFT is at most twice that of the "
+            "lowest load. Load: share of what the fleet completes when all requests are there from "
+            f"the start. Goodput: {report.config['slo']}. Fairness: Jain's index of goodput over "
+            "tenants, or over short and long prompts. Short: the lower half of the prompts by "
+            "size; long: the upper tenth. The first tenth of each run is not counted. In brackets: "
+            "95 % bootstrap interval of the mean over repeats."
+        )
+
+    def losses(self) -> Iterator[dict[str, Figure]]:
+        """Yield a row for each workload, fleet and figure in which another policy is better.
+
+        At the load where it is so by the largest factor, with all loads where it is so at all.
+        """
+        rivals = [name for name in self._variants if name in policies() and name != OURS]
+        if OURS not in self._variants or not rivals:
+            return
+        for (title, num_engines), loads in self._groups.items():
+            for figure, less in _JUDGED.items():
+                lost: dict[float, tuple[float, str]] = {}  # by load: by what factor, to whom
+                for load in loads:
+                    values = {
+                        name: self._mean((title, num_engines, load, name), figure)
+                        for name in (OURS, *rivals)
+                    }
+                    best = (min if less else max)(rivals, key=lambda name: values[name])
+                    one, other = values[OURS], values[best]
+                    factor = one / other if less else other / one
+                    if factor > 1.0 + _NOISE:
+                        lost[load] = factor, best
+                if not lost:
+                    continue
+                worst = max(lost, key=lambda load: lost[load])
+                factor, best = lost[worst]
+                yield {
+                    "workload": title,
+                    "engines": str(num_engines),
+                    "figure": figure,
+                    "at_loads": ", ".join(f"{load:.0%}" for load in lost),
+                    "worst_at": f"{worst:.0%}",
+                    OURS: self._spread((title, num_engines, worst, OURS), figure),
+                    "best_other": best,
+                    "its": self._spread((title, num_engines, worst, best), figure),
+                    "factor": factor,
+                    clairvoyant.NAME: self._known(
+                        (title, num_engines, worst, clairvoyant.NAME), figure
+                    ),
+                }
+
+    def _add_details(
+        self, report: Report, title: str, num_engines: int, loads: list[float]
+    ) -> None:
+        shown = max((load for load in loads if load <= _SHOWN_LOAD), default=loads[0])
+        for variant in self._variants:
+            place = (title, num_engines, shown, variant)
+            row: dict[str, Figure] = {"policy": variant}
+            for column, (figure, factor) in _SHOWN.items():
+                value = self._known(place, figure)
+                row[column] = None if value is None else factor * value
+                if column == "p99" and len(self._by_place[place]) > 1:
+                    row["p99_95%"] = self._interval(place, figure)
+            report.row(
+                f"{title}, {num_engines} engines, {shown:.0%} load, simulated: TTFT and more, s",
+                **row,
+            )
+
+    def _add_loads(self, report: Report, title: str, num_engines: int, loads: list[float]) -> None:
+        for variant in self._variants:
+            p99_s, goodput = (
+                [self._mean((title, num_engines, load, variant), figure) for load in loads]
+                for figure in ("ttft_p99_s", "goodput")
+            )
+            row: dict[str, Figure] = {"policy": variant}
+            row |= {
+                f"p99_{load:.0%}": _known(each) for load, each in zip(loads, p99_s, strict=True)
+            }
+            row["knee"] = knee(loads, p99_s)
+            row |= {
+                f"goodput_{load:.0%}": _known(each)
+                for load, each in zip(loads, goodput, strict=True)
+            }
+            report.row(f"{title}, {num_engines} engines, simulated: over the load", **row)
+
+    def _mean(self, place: tuple[str, int, float, str], figure: str) -> float:
+        known = [each[figure] for each in self._by_place.get(place, ())]
+        known = [value for value in known if not math.isnan(value)]
+        return fmean(known) if known else math.nan
+
+    def _known(self, place: tuple[str, int, float, str], figure: str) -> float | None:
+        return _known(self._mean(place, figure))
+
+    def _interval(self, place: tuple[str, int, float, str], figure: str) -> str:
+        low, high = interval([each[figure] for each in self._by_place[place]])
+        return f"{low:.3g} to {high:.3g}"
+
+    def _spread(self, place: tuple[str, int, float, str], figure: str) -> str:
+        mean = f"{self._mean(place, figure):.3g}"
+        if len(self._by_place[place]) < 2:
+            return mean
+        return f"{mean} [{self._interval(place, figure)}]"
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
