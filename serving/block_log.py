@@ -2,6 +2,7 @@
 
 from collections import Counter, deque
 from collections.abc import Iterable
+from itertools import islice
 
 from router.types import BlockUpdate
 
@@ -64,7 +65,8 @@ class BlockLog:
         if position < self._last_clear or num_new > len(self._changes):
             return BlockUpdate(since=-1, until=self._num_changes, stored=list(self._copies))
         # Of several changes to one block, the last is what counts.
-        last = dict(list(self._changes)[-num_new:])
+        newest_first = list(islice(reversed(self._changes), num_new))
+        last = dict(reversed(newest_first))
         return BlockUpdate(
             since=position,
             until=self._num_changes,
