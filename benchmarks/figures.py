@@ -43,6 +43,7 @@ def figures_of(run: Run, slo: Slo) -> Figures:
     steady = np.arange(len(run)) >= int(_WARM_UP * len(run))
     met = slo.met(run)
     classes = size_classes(run)
+    shed = run.has(Outcome.REJECTED) | run.has(Outcome.EXPIRED)
     found: Figures = {}
     for name, members in classes.items():
         prefix = "" if name == "all" else f"{name}_"
@@ -57,17 +58,19 @@ def figures_of(run: Run, slo: Slo) -> Figures:
                 found[f"{prefix}{figure}_p{percent}_s"] = percentile(values[chosen], percent)
             found[f"{prefix}{figure}_mean_s"] = _mean(values[chosen])
         found[f"{prefix}goodput"] = _mean(met[chosen])
+        found[f"{prefix}num_shed"] = float((shed & members).sum())
+        found[f"{prefix}prefix_hit_tokens"] = float(run.num_cached_tokens[members].sum())
+        num_prompt_tokens = run.num_prompt_tokens[members & run.completed].sum()
+        found[f"{prefix}prefix_hit_share"] = _ratio(
+            found[f"{prefix}prefix_hit_tokens"], num_prompt_tokens
+        )
     for percent in (50, 99):
         found[f"itl_p{percent}_s"] = weighted_percentile(run.gaps_s, run.gap_counts, percent)
     start_s, end_s = run.arrival_s[steady][0], run.arrival_s[-1]
     counted = run.completed & (run.end_s >= start_s) & (run.end_s <= end_s)
     found["output_tokens_per_s"] = _ratio(run.num_output_tokens[counted].sum(), end_s - start_s)
-    num_prompt_tokens = run.num_prompt_tokens[run.completed].sum()
-    found["prefix_hit_share"] = _ratio(run.num_cached_tokens.sum(), num_prompt_tokens)
-    found["prefix_hit_tokens"] = float(run.num_cached_tokens.sum())
     found["fairness"] = jain(_shares_met(run, met & steady, steady, classes))
     found["completed"] = float(run.completed.mean())
-    found["num_shed"] = float((run.has(Outcome.REJECTED) | run.has(Outcome.EXPIRED)).sum())
     found["num_failed"] = float(run.has(Outcome.FAILED).sum())
     found["num_preemptions"] = float(run.num_preemptions)
     return found

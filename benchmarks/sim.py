@@ -45,7 +45,7 @@ _LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
 _LOADS_OF_LARGE = (0.5, 0.8, 0.95)
 # A run has --requests, or so many tokens if those are fewer requests: what it costs grows with the
 # time that it covers, in which there are few requests where prompts are long.
-_TOKENS_PER_RUN = 8_000_000
+_TOKENS_PER_RUN = 6_000_000
 
 console = Console(highlight=False)
 
@@ -55,15 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         profile = Profile.load(options.profile)
-        workloads = dict(_workloads(options, profile))
+        bases = {title: base.fitted(profile.max_model_len) for title, base in _bases(options)}
+        parts = {title: base.part(0, _num_requests(options, base)) for title, base in bases.items()}
+        workloads = dict(_workloads(options, bases))
     except (ProfileError, TraceError) as error:
         console.print(str(error), markup=False)
         return 1
     slo = Slo(options.slo_ttft, options.slo_tpot)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end the processes, too
     try:
-        with Sweep(workloads, profile, slo, num_gateways=options.gateways) as sweep:
-            capacities = _capacities(options, sweep, list(workloads))
+        with Sweep(parts | workloads, profile, slo, num_gateways=options.gateways) as sweep:
+            capacities = _capacities(options, sweep, list(bases))
             results, cpu_s = _run(sweep, list(_cases(options, list(workloads), capacities)))
     except KeyboardInterrupt:
         console.print("Stopped before the end: nothing is written.")
@@ -96,8 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _workloads(options: argparse.Namespace, profile: Profile) -> Iterator[tuple[str, Workload]]:
-    """Yield each workload for each fleet and repeat, by its key."""
+def _bases(options: argparse.Namespace) -> Iterator[tuple[str, Workload]]:
+    """Yield each workload as a whole, by its title."""
     found = [(path.name.partition(".")[0], path) for path in options.trace]
     if options.traces is not None:
         files = sorted(options.traces.iterdir()) if options.traces.is_dir() else []
@@ -117,24 +119,32 @@ def _workloads(options: argparse.Namespace, profile: Profile) -> Iterator[tuple[
     synthetic = options.synthetic
     if synthetic is None:
         synthetic = [] if found else ["poisson", "bursty", "conversations"]
-    bases = [(title, read_trace(path, options.seed)) for title, path in found]
-    bases += [(name, SYNTHETIC[name](4 * options.requests, options.seed)) for name in synthetic]
-    for title, base in bases:
-        fitted = base.fitted(profile.max_model_len)
+    for title, path in found:
+        yield title, read_trace(path, options.seed)
+    for name in synthetic:
+        yield name, SYNTHETIC[name](4 * options.requests, options.seed)
+
+
+def _workloads(
+    options: argparse.Namespace, bases: dict[str, Workload]
+) -> Iterator[tuple[str, Workload]]:
+    """Yield the part of each workload for each fleet and repeat, by its key.
+
+    Of a large fleet, the parts that are laid over one another are half as long.
+    """
+    for title, base in bases.items():
         for num_engines in options.engines:
             num_copies = max(1, num_engines // _ENGINES_PER_COPY)
+            num_requests = _num_requests(options, base) // min(2, num_copies)
             for repeat in range(_num_repeats(options, num_engines)):
-                num_requests = _num_requests(options, fitted, num_copies)
-                part = fitted.part(repeat, num_requests).overlaid(num_copies)
-                yield _key(title, num_engines, repeat), part
+                part = base.part(repeat, num_requests).overlaid(num_copies)
+                yield f"{title}/{num_engines}/{repeat}", part
 
 
-def _num_requests(options: argparse.Namespace, workload: Workload, num_copies: int) -> int:
-    """Return how many requests of a workload a run has, per copy of it: half where there are
-    several."""
+def _num_requests(options: argparse.Namespace, workload: Workload) -> int:
+    """Return how many requests of a workload a run of 8 engines has."""
     num_tokens = sum(each.num_prompt_tokens + each.num_output_tokens for each in workload.arrivals)
-    most = min(options.requests, round(_TOKENS_PER_RUN * len(workload) / num_tokens))
-    return most // 2 if num_copies > 1 else most
+    return min(options.requests, round(_TOKENS_PER_RUN * len(workload) / num_tokens))
 
 
 def _num_repeats(options: argparse.Namespace, num_engines: int) -> int:
@@ -142,24 +152,21 @@ def _num_repeats(options: argparse.Namespace, num_engines: int) -> int:
     return max(1, options.repeats // max(1, num_engines // _ENGINES_PER_COPY))
 
 
-def _key(title: str, num_engines: int, repeat: int) -> str:
-    return f"{title}/{num_engines}/{repeat}"
-
-
 def _capacities(
-    options: argparse.Namespace, sweep: Sweep, keys: Sequence[str]
+    options: argparse.Namespace, sweep: Sweep, titles: Sequence[str]
 ) -> dict[tuple[str, int], float]:
-    """Return the capacity of each (workload, fleet); that of its first part stands for all."""
-    wanted = []
-    for key in keys:
-        title, num_engines, repeat = key.split("/")
-        if repeat == "0":
-            wanted.append((title, int(num_engines)))
+    """Return the capacity of each (workload, fleet): that of 8 engines, in proportion.
+
+    Twice the engines carry twice as much, but need twice as many requests to show it.
+    """
     found = {}
-    pairs = [(_key(title, num_engines, 0), num_engines) for title, num_engines in wanted]
-    for (title, num_engines), capacity in zip(wanted, sweep.capacities(pairs), strict=True):
-        console.print(f"{title}, {num_engines} engines: {capacity:.1f} requests/s (simulated)")
-        found[title, num_engines] = capacity
+    wanted = [(title, _ENGINES_PER_COPY) for title in titles]
+    for title, capacity in zip(titles, sweep.capacities(wanted), strict=True):
+        console.print(
+            f"{title}: {_ENGINES_PER_COPY} engines carry {capacity:.1f} requests/s (simulated)"
+        )
+        for num_engines in options.engines:
+            found[title, num_engines] = capacity * num_engines / _ENGINES_PER_COPY
     return found
 
 
@@ -244,7 +251,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "headway:hold,order is headway without these two",
     )
     parser.add_argument(
-        "--requests", type=int, default=2000, help="of a run of 8 engines; more with more"
+        "--requests", type=int, default=1500, help="of a run of 8 engines; more with more"
     )
     parser.add_argument(
         "--repeats", type=int, default=2, help="on successive parts; fewer of large fleets"
