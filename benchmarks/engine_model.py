@@ -514,7 +514,12 @@ class EngineModel:
 
     def _progress(self, sequence: Sequence, finished: bool) -> Progress:
         return Progress(
-            sequence.job.id, sequence.index, sequence.num_emitted, finished, sequence.num_cached
+            sequence.job.id,
+            sequence.index,
+            sequence.num_emitted,
+            finished,
+            sequence.num_cached,
+            sequence.num_preemptions,
         )
 
     def _finish(self, sequence: Sequence, progress: list[Progress]) -> None:

@@ -58,6 +58,7 @@ def figures_of(run: Run, slo: Slo) -> Figures:
                 found[f"{prefix}{figure}_p{percent}_s"] = percentile(values[chosen], percent)
             found[f"{prefix}{figure}_mean_s"] = _mean(values[chosen])
         found[f"{prefix}goodput"] = _mean(met[chosen])
+        found[f"{prefix}num_preemptions"] = float(run.num_preemptions_each[members].sum())
         found[f"{prefix}num_shed"] = float((shed & members).sum())
         found[f"{prefix}prefix_hit_tokens"] = float(run.num_cached_tokens[members].sum())
         num_prompt_tokens = run.num_prompt_tokens[members & run.completed].sum()

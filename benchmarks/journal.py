@@ -26,9 +26,10 @@ class Journal:
         self.end_s = [nan] * num_requests
         self.outcome = [NOT_ENDED] * num_requests
         self.num_cached_tokens = [0] * num_requests
+        self.num_preemptions_each = [0] * num_requests
         self.step_gaps_s: list[float] = []  # between tokens, and how many had that gap
         self.step_gap_counts: list[int] = []
-        self.num_preemptions = 0
+        self.num_preemptions = 0  # also of what was lost or left
         self.num_events = 0
 
     def step(self, began_s: float, ends_s: Sequence[float], num_decode_reqs: int) -> None:
@@ -60,6 +61,7 @@ class Journal:
             end_s=np.array(self.end_s),
             outcome=np.array(self.outcome, dtype=np.int8),
             num_cached_tokens=np.array(self.num_cached_tokens),
+            num_preemptions_each=np.array(self.num_preemptions_each),
             gaps_s=gaps_s,
             gap_counts=np.array(self.step_gap_counts, dtype=int),
             num_preemptions=self.num_preemptions,
@@ -81,6 +83,7 @@ class Run:
     end_s: np.ndarray
     outcome: np.ndarray
     num_cached_tokens: np.ndarray
+    num_preemptions_each: np.ndarray
     gaps_s: np.ndarray = field(repr=False)
     gap_counts: np.ndarray = field(repr=False)
     num_preemptions: int = 0

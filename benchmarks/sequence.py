@@ -32,6 +32,7 @@ class Progress:
     num_tokens: int  # emitted so far
     finished: bool
     num_cached_tokens: int  # of the prompt, found in the prefix cache
+    num_preemptions: int = 0  # how often it had to begin again
 
 
 class State(Enum):

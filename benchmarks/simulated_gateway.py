@@ -165,6 +165,7 @@ class Gateway:
                     num_output_tokens=arrival.num_output_tokens,
                 )
                 journal.num_cached_tokens[call.number] = progress.num_cached_tokens
+                journal.num_preemptions_each[call.number] += progress.num_preemptions
                 del self._streams[node.id][progress.job_id]
                 self._close(request_id, Outcome.COMPLETED)
                 self._execute(self.router.on_finish(request_id, usage, now_s))
