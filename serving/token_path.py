@@ -1,0 +1,197 @@
+"""The way of one request through the gateway: body in, tokens out."""
+
+import asyncio
+import contextlib
+import functools
+import re
+import time
+import uuid
+from collections.abc import Callable
+
+import msgspec
+from starlette.types import Message, Receive, Scope, Send
+
+from router.types import RequestClass, Usage
+from serving.bodies import Bodies
+from serving.config import Config
+from serving.driver import Driver
+from serving.errors import ApiError, from_rejection
+from serving.exchange import EngineFailed, Exchange, Rejected
+from serving.flight import Reader
+from serving.intake import Intake
+from serving.providers import Providers
+from serving.response_cache import Replay, ResponseCache
+from serving.tenants import Caller, Tenants
+from serving.wire import Headers
+
+# What vLLM's API layer reads of a request's headers.
+_FORWARDED = re.compile(rb"traceparent|tracestate|x-session-id|x-data-parallel-rank")
+_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
+
+
+class TokenPath:
+    """A plain ASGI application: tokens pass through no response object.
+
+    Who asks, what for, whether they may; then the cache, or the router by the driver.
+    An instance, not a function, or Starlette would make request and response of it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        driver: Driver,
+        bodies: Bodies,
+        intake: Intake,
+        providers: Providers,
+        tenants: Tenants,
+        cache: ResponseCache,
+    ) -> None:
+        self._config = config
+        self._driver = driver
+        self._bodies = bodies
+        self._intake = intake
+        self._providers = providers
+        self._tenants = tenants
+        self._cache = cache
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request to one of `ENDPOINTS`."""
+        try:
+            caller = self._tenants.authenticate(scope["headers"])
+            body = await self._bodies.read(scope, receive)
+            if body is None:
+                return  # the client left before it had sent its request
+            exchange, num_text_bytes = self._admit(scope, body, caller)
+            if caller is None:
+                await self._answer(exchange, scope, receive, send, [])
+            else:
+                visit = self._tenants.enter(caller.tenant, exchange.request)
+                try:
+                    await self._answer(exchange, scope, receive, send, visit.headers)
+                finally:
+                    self._tenants.leave(visit, _settlement(exchange))
+            self._intake.learn(num_text_bytes, exchange.usage)
+        except ApiError as error:
+            await _send_error(send, error)
+
+    async def _answer(
+        self, exchange: Exchange, scope: Scope, receive: Receive, send: Send, headers: Headers
+    ) -> None:
+        """Have the request answered, by the cache or by an engine; `headers` go with the reply."""
+        source: Exchange | Reader | Replay = exchange
+        leave: Callable[[], None] = functools.partial(self._driver.cancel, exchange)
+        if self._cache.enabled:
+            verdict, cached = await self._cache.open(exchange, scope["headers"])
+            headers = [*headers, (b"x-headway-cache", verdict.encode())]
+            if cached is not None:
+                source, leave = cached, cached.leave
+        if source is exchange:
+            self._driver.open(exchange)
+        leaving = asyncio.ensure_future(_leave_with_client(receive, leave))
+        try:
+            await self._relay(source, send, headers)
+        finally:
+            leaving.cancel()
+            leave()
+
+    def _admit(self, scope: Scope, body: bytes, caller: Caller | None) -> tuple[Exchange, int]:
+        forwarded: Headers = []
+        request_id = ""
+        priority_class = self._config.router.default_class
+        if caller is not None:
+            priority_class = caller.tenant.default_class(priority_class)
+        for name, value in scope["headers"]:
+            if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+                request_id = value.decode()
+            elif name == b"x-headway-class":
+                priority_class = _class(value)
+            elif _FORWARDED.fullmatch(name):
+                forwarded.append((name, value))
+        if not request_id or request_id in self._driver.exchanges:
+            request_id = uuid.uuid4().hex
+        # The body is JSON, whatever the client called it (curl -d calls it a form).
+        forwarded.append((b"content-type", b"application/json"))
+        forwarded.append((b"x-request-id", request_id.encode()))
+        path = scope["path"]
+        request, num_text_bytes = self._intake.parse(
+            path,
+            body,
+            request_id,
+            self._driver.engines,
+            time.monotonic(),
+            self._config.router.max_hold_s,
+            priority_class=priority_class,
+            wants_prefix=self._driver.router.wants_prefix,
+            models_elsewhere=self._providers.models,
+        )
+        if caller is not None:
+            caller.tenant.check(request)
+            request = msgspec.structs.replace(
+                request, tenant=caller.tenant.name, weight=caller.tenant.config.weight
+            )
+        return Exchange(request, "POST", path, forwarded, body), num_text_bytes
+
+    async def _relay(
+        self, source: Exchange | Reader | Replay, send: Send, headers: Headers
+    ) -> None:
+        """Pass the response on as it comes; raises `ApiError` while it can still be one."""
+        started = False
+        try:
+            while True:
+                chunk = await source.next_chunk()
+                if not started:
+                    started = True
+                    await send(_start(source.status, [*source.response_headers, *headers]))
+                await send({"type": "http.response.body", "body": chunk, "more_body": bool(chunk)})
+                if not chunk:
+                    return
+                if isinstance(source, Exchange):
+                    self._driver.taken(source, len(chunk))
+        except Rejected as rejected:
+            raise from_rejection(rejected.reason, rejected.retry_after_s) from None
+        except EngineFailed as failed:
+            error = ApiError(502, f"The engine failed: {failed}", kind="InternalServerError")
+            if not started:
+                raise error from None
+            # An SSE client reads this as an error; without [DONE] the reply is
+            # visibly incomplete. Other clients see the connection break.
+            event = b"data: " + error.body() + b"\n\n"
+            with contextlib.suppress(RuntimeError):
+                await send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+async def _leave_with_client(receive: Receive, leave: Callable[[], None]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    leave()
+
+
+def _class(value: bytes) -> RequestClass:
+    try:
+        return RequestClass(value.decode("latin-1"))
+    except ValueError:
+        raise ApiError(
+            400,
+            "x-headway-class: one of " + ", ".join(known.value for known in RequestClass),
+            param="x-headway-class",
+        ) from None
+
+
+def _settlement(exchange: Exchange) -> Usage | None:
+    """What the request took, as far as that is known; nothing if no engine ran it."""
+    if exchange.usage is None and (exchange.num_attempts == 0 or exchange.status >= 400):
+        return Usage()
+    return exchange.usage
+
+
+def _start(status: int, headers: Headers) -> Message:
+    return {"type": "http.response.start", "status": status, "headers": headers}
+
+
+async def _send_error(send: Send, error: ApiError) -> None:
+    body = error.body()
+    headers = [*error.headers(), (b"content-length", b"%d" % len(body))]
+    if error.status == 413:
+        headers.append((b"connection", b"close"))
+    await send(_start(error.status, headers))
+    await send({"type": "http.response.body", "body": body})
