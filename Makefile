@@ -8,7 +8,7 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test check lock bench-overhead bench-decision bench-real bench-sim
-.PHONY: bench-fidelity bench-spill chaos clean
+.PHONY: bench-fidelity bench-spill bench-cache chaos clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ bench-sim: install  ## policies compared in simulation on 8 and 64 H100s; HEADWA
 
 bench-fidelity: install  ## the simulator against two real engines on CPU cores
 	$(BIN)/python -m benchmarks.fidelity $(ARGS)
+
+bench-cache: install  ## what a reply from the response cache costs
+	$(BIN)/python -m benchmarks.cache $(ARGS)
 
 bench-spill: install  ## goodput and cost of a provider in a spike, simulated
 	$(BIN)/python -m benchmarks.spill $(ARGS)
