@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from router.fair_share import FairShare, charged_tokens, owed_tokens
 from router.lane import Lane
 from router.lazy_heap import Key, LazyHeap
+from router.occupancy import Occupancy
 from router.promise import promised_s, turn_s
 from router.settings import RouterSettings
 from router.types import Request, RequestClass, Usage
@@ -28,12 +29,11 @@ class HoldQueue:
         "_held",
         "_lanes",
         "_models_by_tenant",
+        "_occupancy",
         "_settings",
         "_share",
         "_yielding",
         "by_arrival",
-        "num_bytes",
-        "num_tokens",
         "num_tokens_by_model",
     )
 
@@ -43,12 +43,11 @@ class HoldQueue:
         self._lanes: dict[str, Lane] = {}  # only those that are not empty
         self._expiry = LazyHeap()
         self._share = FairShare()
+        self._occupancy = Occupancy(settings)
         self._models_by_tenant: dict[str, set[str]] = {}  # that each waits for
         self._yielding = LazyHeap()  # batch requests whose promise is not due yet
         self.by_arrival = False  # order by arrival alone; changed by `reorder`
-        self.num_tokens = 0  # prompt tokens held
-        self.num_tokens_by_model: dict[str, int] = {}
-        self.num_bytes = 0  # bytes of bodies held
+        self.num_tokens_by_model: dict[str, int] = {}  # prompt tokens held
 
     def __len__(self) -> int:
         return len(self._held)
@@ -60,6 +59,16 @@ class HoldQueue:
     def num_tenants(self) -> int:
         """Tenants that wait."""
         return self._share.num_waiting
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt tokens held."""
+        return self._occupancy.num_tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of bodies held."""
+        return self._occupancy.num_bytes
 
     def get(self, request_id: str) -> Request | None:
         """The request of this id, None if it is not held."""
@@ -101,16 +110,10 @@ class HoldQueue:
         """
         if request.id in self._held:
             raise ValueError(f"request {request.id} is held already")
-        settings = self._settings
-        if not request.tried and (
-            len(self._held) >= settings.max_held_requests
-            or self.num_tokens + request.num_prompt_tokens > settings.max_held_tokens
-            or self.num_bytes + request.num_bytes > settings.max_held_bytes
-        ):
+        if not request.tried and not self._occupancy.has_room(request):
             return False
         self._held[request.id] = request
-        self.num_tokens += request.num_prompt_tokens
-        self.num_bytes += request.num_bytes
+        self._occupancy.add(request)
         lane = self._lanes.get(request.model)
         if lane is None:
             lane = self._lanes[request.model] = Lane()
@@ -125,13 +128,22 @@ class HoldQueue:
         self._expiry.push(request.id, (self.expires_s(request),))
         return True
 
+    def make_room(self, request: Request) -> list[Request]:
+        """Requests of others, held no longer, so that this one can be; empty if it should not.
+
+        Of those who take most of the queue over their weight (`router.occupancy`).
+        """
+        leaving = self._occupancy.in_the_way(request)
+        for each in leaving:
+            self.remove(each.id)
+        return leaving
+
     def remove(self, request_id: str) -> Request | None:
         """The request, held no longer; None if it was not."""
         request = self._held.pop(request_id, None)
         if request is None:
             return None
-        self.num_tokens -= request.num_prompt_tokens
-        self.num_bytes -= request.num_bytes
+        self._occupancy.remove(request)
         self.num_tokens_by_model[request.model] -= request.num_prompt_tokens
         lane = self._lanes[request.model]
         self._yielding.remove(request_id)

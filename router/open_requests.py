@@ -78,8 +78,7 @@ class OpenRequests:
         elif (again_s := self._overloads.refuse_s(request, now_s)) is not None:
             decisions.append(self._turn_away(request, RejectReason.OVERLOADED, again_s, now_s))
         elif not self._queue.push(request):
-            drain_s = self._drain_s(request.model)
-            decisions.append(self._turn_away(request, RejectReason.QUEUE_FULL, drain_s, now_s))
+            decisions += self._make_room(request, now_s)
         # A request that is not the next one changes nothing for the others.
         if decisions or self._spill.providers or self._queue.is_head(request):
             at_once = not self._fleet.working(request.model)
@@ -130,6 +129,16 @@ class OpenRequests:
         """Count the end of a request that has left its place; see `place_held`."""
         self.outcomes[outcome] += 1
         return self.place_held(now_s, at_once=at_once)
+
+    def _make_room(self, request: Request, now_s: float) -> list[Decision]:
+        """Hold a request for which the queue has no room in the stead of others, or refuse it."""
+        leaving = self._queue.make_room(request)
+        if leaving:
+            self._queue.push(request)
+        return [
+            self._turn_away(each, RejectReason.QUEUE_FULL, self._drain_s(each.model), now_s)
+            for each in leaving or [request]
+        ]
 
     def _turn_away(
         self, request: Request, reason: RejectReason, retry_after_s: float | None, now_s: float

@@ -14,7 +14,7 @@ class Outcome(enum.Enum):
     """How a request ended. Every request ends in exactly one of these."""
 
     COMPLETED = "completed"
-    REJECTED = "rejected"  # never held: the queue was full or nothing can serve it
+    REJECTED = "rejected"  # the queue was full, had to make room, or nothing can serve it
     EXPIRED = "expired"  # its deadline passed while it was held
     RENEGED = "reneged"  # the client left
     FAILED = "failed"  # an engine or the connection to it failed

@@ -146,7 +146,7 @@ class Shell(RuleBasedStateMachine):
                     assert not was_held
                     self.held[request.id] = request
                 case Reject():
-                    self.reject(request, decision, was_held)
+                    self.reject(request, decision, entering if was_held else None)
                 case Fail():
                     assert not was_held
                     assert self.num_attempts[request.id]
@@ -179,13 +179,16 @@ class Shell(RuleBasedStateMachine):
         self.num_booked_tokens[request.id] = max(1, num_new_tokens)
         self.placed[request.id] = (request, engine)
 
-    def reject(self, request: Request, reject: Reject, was_held: bool) -> None:
+    def reject(self, request: Request, reject: Reject, entering: Request | None) -> None:
+        """`entering` is for whom a request that was held had to leave, if it had to."""
+        if request.id in self.held and reject.reason is not RejectReason.EXPIRED:
+            assert reject.reason is RejectReason.QUEUE_FULL
+            self.assert_took_most(request, entering)
         self.held.pop(request.id, None)
         if reject.reason is RejectReason.EXPIRED:
             assert self.expires_s(request) <= self.now_s
             self.ended[Outcome.EXPIRED] += 1
         else:
-            assert not was_held
             assert not self.num_attempts[request.id]
             self.ended[Outcome.REJECTED] += 1
             if reject.reason in (RejectReason.HOPELESS, RejectReason.OVERLOADED):
@@ -193,6 +196,30 @@ class Shell(RuleBasedStateMachine):
                 assert 0.0 < reject.retry_after_s < float("inf")
                 serving = [e for i, e in self.engines.items() if request.model in NAMES[i]]
                 assert any(e.takes_work for e in serving)
+
+    def assert_took_most(self, leaving: Request, entering: Request) -> None:
+        """Only of the tenant that takes most of the queue, for another that takes less."""
+
+        def sizes(tenant: str, *more: Request) -> list[float]:
+            requests = [r for r in self.held.values() if r.tenant == tenant] + list(more)
+            weight = requests[0].weight if requests else 1.0
+            return [
+                len(requests) / weight,
+                sum(r.num_prompt_tokens for r in requests) / weight,
+                sum(r.num_bytes for r in requests) / weight,
+            ]
+
+        assert leaving.tenant != entering.tenant
+        others = {r.tenant for r in self.held.values()} - {entering.tenant}
+        assert any(
+            theirs > ours and theirs == most
+            for theirs, ours, most in zip(
+                sizes(leaving.tenant),
+                sizes(entering.tenant, entering),
+                map(max, zip(*map(sizes, others), strict=True)),
+                strict=True,
+            )
+        )
 
     def num_cached_tokens(self, request: Request, engine: Engine) -> int:
         """What the router has to take to be cached of the prompt, and no more."""
