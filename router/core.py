@@ -6,7 +6,8 @@ A request's states, and who moves it:
       |                     |  \                     |   \--on_attempt_failed--> as if new,
       |                     |   \--deadline--> EXPIRED           or FAILED
       |                     |\--on_cancel--> RENEGED <--on_cancel--/
-      |                     \--engines late or gone--> at a provider (`router.fallback`)
+      |                     |\--engines late or gone--> at a provider (`router.fallback`)
+      |                     \--queue full, and another tenant has less in it--> REJECTED
       \--queue full, unknown model--> REJECTED
 
 New requests are placed at once where possible (`router.open_requests`). One
@@ -40,6 +41,7 @@ from router.policies import Policy, make_policy
 from router.predictions import Predictions
 from router.promise import turn_s
 from router.provider import MakeBudget, ProviderSettings
+from router.provider_calls import ProviderCalls
 from router.replica import Replica
 from router.retry_budget import RetryBudget
 from router.settings import RouterSettings
@@ -76,7 +78,8 @@ class Router:
         self._health = Health(settings, self._rng)
         self._retries = RetryBudget(settings.retry, now_s=0.0)
         waits = Waits(self._fleet, self._queue)
-        self._spill = Spill(self._queue, waits, settings, self._rng)
+        self._calls = ProviderCalls(self._queue)
+        self._spill = Spill(self._queue, waits, self._calls, settings, self._rng)
         self._overloads = Overloads(self._fleet, self._queue, waits, settings)
         self._predictions = Predictions(settings.max_prediction_error)
         policy = make_policy(settings.policy, self._rng, settings.ablate)
@@ -122,12 +125,12 @@ class Router:
             if self._use(self._placer.policy):
                 return self._open.place_held(now_s)
         else:
-            self._spill.start(request_id, now_s)
+            self._calls.start(request_id, now_s)
         return []
 
     def on_finish(self, request_id: str, usage: Usage | None, now_s: float) -> list[Decision]:
         """End a request that its engine, or provider, has answered: COMPLETED."""
-        if self._spill.finish(request_id, usage, now_s):
+        if self._calls.finish(request_id, usage, now_s):
             return self._open.close(Outcome.COMPLETED, now_s, at_once=True)
         placement = self._placer.start(request_id, now_s)
         if placement is not None:  # the whole response came at once
@@ -193,7 +196,7 @@ class Router:
 
     def on_cancel(self, request_id: str, now_s: float) -> list[Decision]:
         """End a request whose client has left, held or placed: RENEGED."""
-        was_away = self._spill.cancel(request_id, now_s)
+        was_away = self._calls.cancel(request_id, now_s)
         if not was_away and self._queue.remove(request_id) is None:
             return self._open.end(request_id, Outcome.RENEGED, now_s)
         return self._open.close(Outcome.RENEGED, now_s)
@@ -223,15 +226,19 @@ class Router:
         self, request_id: str, report: RateReport, now_s: float
     ) -> list[Decision]:
         """Take in that a provider has begun to answer, and what it says of its limits."""
-        self._spill.count(request_id, report, now_s)
+        self._calls.count(request_id, report, now_s)
         return []
 
     def on_provider_refused(
         self, request_id: str, report: RateReport, now_s: float
     ) -> list[Decision]:
         """Place a request again that a provider refused for its rate: 429."""
-        request = self._spill.refuse(request_id, report, now_s)
-        return [] if request is None else self._open.enter(request, now_s)
+        request = self._calls.refuse(request_id, report, now_s)
+        if request is None:
+            return []
+        return (
+            self._go_on(request, now_s) if request.has_begun else self._open.enter(request, now_s)
+        )
 
     def on_provider_failed(
         self,
@@ -240,21 +247,33 @@ class Router:
         now_s: float,
         *,
         can_retry: bool = True,
+        num_output_tokens: int | None = None,
         was_sent: bool = True,
         lasts: bool = False,
     ) -> list[Decision]:
         """Place a request again that a provider did not carry through, or give it up.
 
-        `can_retry` while nothing of the answer has been passed on; `was_sent`
+        `can_retry` while nothing of the answer has been passed on; after that another
+        provider may go on with it, if `num_output_tokens` tells how many this one has
+        sent; `was_sent`
         unless the provider never saw the request; `lasts` if whatever is sent
         under this key would fail in the same way.
         """
-        request = self._spill.fail(request_id, failure, was_sent=was_sent, lasts=lasts, now_s=now_s)
+        request = self._calls.fail(request_id, failure, was_sent=was_sent, lasts=lasts, now_s=now_s)
         if request is None:
             return []
         if can_retry and len(request.tried) < _MAX_TRIED:
             return self._open.enter(request, now_s)
+        if num_output_tokens is not None and len(request.tried) < _MAX_TRIED:
+            return self._go_on(_rest(request, num_output_tokens), now_s)
         return [Fail(request_id), *self._open.close(Outcome.FAILED, now_s, at_once=True)]
+
+    def _go_on(self, request: Request, now_s: float) -> list[Decision]:
+        """Have another provider go on at once with what one has begun, or give it up."""
+        if (fallback := self._spill.go_on(request, now_s)) is None:
+            return [Fail(request.id), *self._open.close(Outcome.FAILED, now_s, at_once=True)]
+        self.num_retries += 1
+        return [fallback, *self._open.place_held(now_s)]
 
     # Replicas
 
@@ -393,3 +412,14 @@ class Router:
             holds=holds and "hold" not in policy.ablated,
             by_arrival="order" in policy.ablated or self._predictions.are_bad,
         )
+
+
+def _rest(request: Request, num_output_tokens: int) -> Request:
+    """A request for the rest of a reply of which so many tokens are out: they join its prompt."""
+    most = request.max_output_tokens
+    return msgspec.structs.replace(
+        request,
+        num_prompt_tokens=request.num_prompt_tokens + num_output_tokens,
+        max_output_tokens=None if most is None else max(1, most - num_output_tokens),
+        has_begun=True,
+    )

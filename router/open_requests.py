@@ -45,14 +45,18 @@ class OpenRequests:
         self._overloads = overloads
 
     def __contains__(self, request_id: object) -> bool:
-        return request_id in self._placer or request_id in self._queue or request_id in self._spill
+        return (
+            request_id in self._placer
+            or request_id in self._queue
+            or request_id in self._spill.calls
+        )
 
     # In
 
     def admit(self, request: Request, now_s: float) -> list[Decision]:
         """Place, hold or reject a new request."""
         # While no engine is there at all, any of them may be the one that is starting.
-        is_known = self._fleet.knows(request.model) or self._spill.serves(request.model)
+        is_known = self._fleet.knows(request.model) or self._spill.offers.serves(request.model)
         if len(self._fleet) and not is_known:
             return [self._reject(request, RejectReason.UNKNOWN_MODEL, None)]
         return self.enter(request, now_s)
@@ -99,10 +103,11 @@ class OpenRequests:
     def _give_out(self, now_s: float, *, at_once: bool) -> list[Decision]:
         """Place what engines have room for; send to providers what should not wait for them."""
         dispatches = self._placer.place_held(now_s)
-        num_tokens: Counter[str] = Counter()
+        num_tokens: dict[str, int] = {}
         for dispatch in dispatches:
             if (placement := self._placer.get(dispatch.request_id)) is not None:
-                num_tokens[placement.request.model] += placement.request.num_prompt_tokens
+                model, num_more = placement.request.model, placement.request.num_prompt_tokens
+                num_tokens[model] = num_tokens.get(model, 0) + num_more
         self._waits.took(num_tokens, now_s)
         return [*dispatches, *self._spill.send_held(now_s, at_once=at_once)]
 
@@ -155,7 +160,7 @@ class OpenRequests:
         if request.tried:
             self.outcomes[Outcome.FAILED] += 1
             return Fail(request.id)
-        wait_s = self._spill.wait_s(request, now_s)
+        wait_s = self._spill.offers.wait_s(request, now_s)
         retry_after_s = None if math.isinf(wait_s) else wait_s
         return self._reject(request, RejectReason.NO_BUDGET, retry_after_s)
 
@@ -177,9 +182,9 @@ class OpenRequests:
 
     def _is_hopeless(self, request: Request, now_s: float) -> bool:
         """Whether only providers serve the model, and no budget has room in time."""
-        if self._fleet.knows(request.model) or not self._spill.serves(request.model):
+        if self._fleet.knows(request.model) or not self._spill.offers.serves(request.model):
             return False
-        return now_s + self._spill.wait_s(request, now_s) >= self._queue.expires_s(request)
+        return now_s + self._spill.offers.wait_s(request, now_s) >= self._queue.expires_s(request)
 
     def _turn_s(self, request: Request, now_s: float) -> float:
         """When what is held before a request will have been prefilled, as predicted.

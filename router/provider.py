@@ -17,6 +17,9 @@ _PER_MILLION = 1e-6
 # First tokens over which a provider's usual time is learned: enough to even out single
 # ones, few enough to follow its good and bad hours.
 _TTFT_MEMORY = 20.0
+# By so many mean deviations beyond the mean a reply counts as overdue: as TCP's
+# retransmission timer has it (Jacobson 1988); at first half the mean (RFC 6298).
+_SURE_DEVIATIONS = 4.0
 # Until replies have taught better: real traffic's median answer (Azure 2023, LMSYS-Chat-1M).
 _PRIOR_OUTPUT_TOKENS = 128.0
 _OUTPUT_MEMORY = 50.0
@@ -49,7 +52,12 @@ class ProviderSettings(BaseModel):
         None, gt=0, description="requests predicted to cost more stay here"
     )
     ttft_s: float = Field(
-        1.0, gt=0, description="expected time to first token, until it is learned, seconds"
+        0.5, gt=0, description="expected time to first token, until it is learned, seconds"
+    )
+    continues: bool = Field(
+        False,
+        description="goes on with a chat's reply that another provider has begun "
+        "(continue_final_message: vLLM, Headway; the same model, or the text will show it)",
     )
     breaker: BreakerSettings = BreakerSettings(max_consecutive_failures=2)
 
@@ -82,6 +90,8 @@ class Provider:
         self.settings = settings
         self.keys: list[Key] = []
         self.ttft_s = settings.ttft_s
+        self._ttft_deviation_s = settings.ttft_s / 2.0
+        self._num_ttfts = 0
         self.cost = 0.0  # spent since the start, as settled
         self._num_output_tokens = _PRIOR_OUTPUT_TOKENS
         self._prompt_error = _PRIOR_PROMPT_ERROR
@@ -165,9 +175,21 @@ class Provider:
                 best = (key, wait_s)
         return best
 
+    @property
+    def sure_ttft_s(self) -> float:
+        """Within which a first token comes, all but surely, seconds."""
+        return self.ttft_s + _SURE_DEVIATIONS * self._ttft_deviation_s
+
     def learn_ttft(self, ttft_s: float) -> None:
         """Take in how long a first token took."""
-        self.ttft_s += (ttft_s - self.ttft_s) / _TTFT_MEMORY
+        self._num_ttfts += 1
+        if self._num_ttfts == 1:
+            self.ttft_s, self._ttft_deviation_s = ttft_s, ttft_s / 2.0
+            return
+        memory = min(self._num_ttfts, _TTFT_MEMORY)
+        error_s = ttft_s - self.ttft_s
+        self.ttft_s += error_s / memory
+        self._ttft_deviation_s += (abs(error_s) - self._ttft_deviation_s) / memory
 
     def learn_usage(self, request: Request, usage: Usage) -> None:
         """Take in what a request really took."""

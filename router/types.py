@@ -65,7 +65,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     # Engines that took it and did not carry it through, and when the last one gave up.
     tried: tuple[str, ...] = ()
     retried_s: float = float("-inf")
-    has_begun: bool = False  # part of its reply was sent: only an engine can go on with it
+    # Part of its reply was sent: by an engine, and then only engines can go on with it, or by a
+    # provider, and then such as say so.
+    has_begun: bool = False
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,17 +12,21 @@ class Waits:
     """Waits by what engines can prefill, and by what they have in fact taken: the longer counts.
 
     The first knows of engines that have just come or gone, the second of whatever
-    else engines are short of.
+    else engines are short of. What they have already comes first in both.
     """
 
     def __init__(self, fleet: Fleet, queue: HoldQueue) -> None:
         self._fleet = fleet
         self._queue = queue
         self._drains: dict[str, Drain] = {}
+        self._was_any_waiting = False
 
     def took(self, num_tokens_by_model: Mapping[str, int], now_s: float) -> None:
         """Engines have just taken so many prompt tokens from the hold queue."""
         waiting = self._queue.num_tokens_by_model
+        if not (waiting or num_tokens_by_model or self._was_any_waiting):
+            return  # the usual case
+        self._was_any_waiting = bool(waiting)
         for model in self._drains.keys() | waiting.keys() | num_tokens_by_model.keys():
             drain = self._drains.get(model)
             if drain is None:
@@ -35,7 +39,15 @@ class Waits:
         if drain_s is None:
             return math.inf
         drain = self._drains.get(model)
-        return drain_s if drain is None else max(drain_s, drain.wait_s(num_tokens))
+        if drain is None:
+            return drain_s
+        engines_s = self._fleet.drain_s(model, 0) or 0.0
+        return max(drain_s, engines_s + drain.wait_s(num_tokens))
+
+    def own_s_per_token(self, model: str) -> float:
+        """Seconds that a prompt takes by itself, on one engine, per token; 0 if there is none."""
+        rates = self._fleet.prefill_rates(model)
+        return len(rates) / sum(rates) if rates else 0.0
 
     def sure_wait_s(self, model: str, num_tokens: int) -> float:
         """The same, but nothing is concluded from a queue that hardly anything has left yet."""
