@@ -210,7 +210,10 @@ class Driver:
     def on_first_byte(self, exchange: Exchange) -> None:
         """A provider has begun to answer."""
         now_s = time.monotonic()
-        self.metrics.first_token(exchange.request, now_s)
+        if exchange.reply.has_begun:
+            self.metrics.resumed(exchange.request, now_s - exchange.failed_s)
+        else:
+            self.metrics.first_token(exchange.request, now_s)
         self.execute(self.router.on_first_token(exchange.request.id, now_s))
 
     def on_complete(self, exchange: Exchange, usage: Usage | None) -> None:

@@ -5,6 +5,7 @@ import time
 
 from router.resume import Reply
 from router.types import RejectReason, Request, Usage
+from serving.continuation import Continuation
 from serving.wire import Headers
 
 
@@ -33,6 +34,7 @@ class Exchange:
         "_error",
         "_waiter",
         "body",
+        "continuation",
         "created_s",
         "ended",
         "failed_s",
@@ -64,6 +66,7 @@ class Exchange:
         self.failure = ""  # of the last attempt, in words
         self.failed_s = 0.0  # when that was
         self.created_s = int(time.time())
+        self.continuation: Continuation | None = None  # of what a provider has begun
         self.status = 0
         self.response_headers: Headers = []
         self.ended = False

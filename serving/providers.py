@@ -15,6 +15,7 @@ from router.types import Decision, Fallback, Usage
 from serving.api_key import read_api_keys
 from serving.budgets import Leases
 from serving.config import Config, ProviderConfig
+from serving.continuation import Continuation, can_continue
 from serving.exchange import Exchange
 from serving.provider_client import Client, HttpClient, ProviderFailed, Reply
 from serving.provider_reply import ReplyReader
@@ -29,6 +30,7 @@ _CLIENTS_FAULT = frozenset((400, 413, 415, 422))
 _KEYS_FAULT = frozenset((401, 402, 403))
 # OpenAI's codes of a 429 that no waiting helps against.
 _OUT_OF_MONEY = (b"insufficient_quota", b"billing_hard_limit_reached")
+_DONE = b"data: [DONE]\n\n"
 _MAX_ERROR_BYTES = 64 * 2**10
 # Fields of the body that mean something to us alone.
 _OURS = ("priority_class",)
@@ -57,6 +59,7 @@ class Call:
 
     def __init__(self, exchange: Exchange, window_bytes: int) -> None:
         self.exchange = exchange
+        self.has_begun = False  # the reply
         self.task: asyncio.Task[None] | None = None
         self._credit_bytes = window_bytes
         self._credit = asyncio.Event()
@@ -122,6 +125,11 @@ class Providers:
         """Our names of the models that providers answer for, those of the first first."""
         return list(dict.fromkeys(name for each in self._configs.values() for name in each.models))
 
+    @property
+    def _continues(self) -> bool:
+        """Whether any provider goes on with what another has begun."""
+        return any(each.continues for each in self._configs.values())
+
     def start(self, exchange: Exchange, decision: Fallback) -> None:
         """Send the exchange to the provider."""
         call = self._calls[exchange.request.id] = Call(exchange, self._window_bytes)
@@ -184,7 +192,7 @@ class Providers:
         except ProviderFailed as failed:
             self._failed(call, name, failed)
         except TimeoutError:
-            words = "no first token in time" if not exchange.reply.has_begun else "it stalled"
+            words = "it stalled" if call.has_begun else "no first token in time"
             self._failed(call, name, ProviderFailed(words, Failure.TIMEOUT))
         except Exception as error:  # a client library's own: the exchange must end all the same
             logger.exception("call to provider %s", name)
@@ -197,13 +205,23 @@ class Providers:
         exchange = call.exchange
         logger.warning("provider %s failed: %s", name, failed)
         self._end(call)
-        exchange.failure = f"provider {name}: {failed}"
+        exchange.failure, exchange.failed_s = f"provider {name}: {failed}", time.monotonic()
+        continuation = exchange.continuation
+        if continuation is not None and continuation.has_finished:
+            exchange.on_data(_DONE)  # nothing is missing but the end, and perhaps the usage
+            self._owner.on_complete(exchange, None)
+            return
         self._owner.execute(
             self._router.on_provider_failed(
                 exchange.request.id,
                 failed.failure,
                 time.monotonic(),
                 can_retry=not exchange.reply.has_begun,
+                num_output_tokens=(
+                    continuation.num_new_tokens
+                    if continuation is not None and continuation.is_text
+                    else None
+                ),
                 was_sent=failed.was_sent,
                 lasts=failed.lasts,
             )
@@ -219,6 +237,12 @@ class Providers:
         """Pass the provider's reply on; return its usage if it said."""
         exchange = call.exchange
         body, hides_usage = _body_for(config, exchange)
+        continuation = exchange.continuation
+        if continuation is not None:
+            continuation.move()
+            body = continuation.body(body)
+        elif self._continues and can_continue(exchange.path, body):
+            continuation = Continuation()
         is_stream = bool(body.get("stream"))
         reader = ReplyReader(stream=is_stream, hides_usage=hides_usage)
         first_s = config.first_token_timeout_s if is_stream else config.whole_timeout_s
@@ -226,7 +250,7 @@ class Providers:
             asyncio.timeout(first_s) as timer,
             client.ask(exchange.path, body, api_key) as reply,
         ):
-            await self._judge(exchange, reply)
+            await self._judge(call, reply)
             # Nothing is passed on before a first event shows that all is well.
             passed = b""
             loop = asyncio.get_running_loop()
@@ -234,10 +258,13 @@ class Providers:
                 passed += reader.feed(chunk)
                 if not passed:
                     continue
-                if not exchange.reply.has_begun:
-                    if reader.error is not None:
-                        raise ProviderFailed(f"it answered with an error: {reader.error}")
-                    self._begin(exchange, config, reply)
+                if reader.error is not None and (continuation is not None or not call.has_begun):
+                    raise ProviderFailed(f"it answered with an error: {reader.error}")
+                if continuation is not None and not (passed := continuation.take(passed)):
+                    continue
+                if not call.has_begun:
+                    exchange.continuation = continuation
+                    self._begin(call, config, reply)
                 timer.reschedule(None)  # a slow reader is not the provider's fault
                 await call.pass_on(passed)
                 passed = b""
@@ -246,15 +273,16 @@ class Providers:
             if not reader.is_complete and reply.status == 200:
                 raise ProviderFailed("the reply broke off")
             if rest := reader.end():
-                if not exchange.reply.has_begun:
-                    self._begin(exchange, config, reply)
+                if not call.has_begun:
+                    self._begin(call, config, reply)
                 await call.pass_on(rest)
-            if not exchange.reply.has_begun:
+            if not call.has_begun:
                 raise ProviderFailed("it answered nothing")
         return reader.usage
 
-    async def _judge(self, exchange: Exchange, reply: Reply) -> None:
+    async def _judge(self, call: Call, reply: Reply) -> None:
         """Take in status and headers; raises for what is not to be passed on."""
+        exchange = call.exchange
         status = reply.status
         if status == 429:
             text = await _error_text(reply)
@@ -265,10 +293,12 @@ class Providers:
         self._router.on_provider_answer(exchange.request.id, report, time.monotonic())
         if status in _KEYS_FAULT:
             raise ProviderFailed(f"it answered {status}: the key is not accepted", lasts=True)
-        if status != 200 and status not in _CLIENTS_FAULT:
+        if status != 200 and (exchange.reply.has_begun or status not in _CLIENTS_FAULT):
             raise ProviderFailed(f"it answered {status}")
 
-    def _begin(self, exchange: Exchange, config: ProviderConfig, reply: Reply) -> None:
+    def _begin(self, call: Call, config: ProviderConfig, reply: Reply) -> None:
+        call.has_begun = True
+        exchange = call.exchange
         kind = reply.headers.get("content-type", "application/json")
         headers: Headers = [
             (b"content-type", kind.encode("latin-1")),

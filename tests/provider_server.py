@@ -23,7 +23,8 @@ class ProviderServer:
     api_key: str | None = None
     sends_headers: bool = True
     max_events: int = 1_000_000  # in one stream, several tokens each where there are more
-    trouble: str | None = None  # see `_make_trouble`
+    trouble: str | None = None
+    words: tuple[str, ...] = ()  # its tokens, if not its name; goes on where another stopped
     url: str = ""
     name: str = "provider"
     first_s: float | None = None
@@ -36,6 +37,7 @@ class ProviderServer:
     refusals_s: list[float] = field(default_factory=list)  # since the first request
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     _log: deque[tuple[float, int]] = field(default_factory=deque)
+    _transports: set[asyncio.Transport] = field(default_factory=set)  # with an open reply
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -63,6 +65,11 @@ class ProviderServer:
             }
         return taken, headers
 
+    def cut(self) -> None:
+        """Break every open reply off, as the kernel does for a process that is killed."""
+        for transport in self._transports:
+            transport.abort()
+
     async def answer(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions, streamed or not."""
         if self.api_key and request.headers.get("authorization") != f"Bearer {self.api_key}":
@@ -85,6 +92,7 @@ class ProviderServer:
         if self.trouble == "no money":
             return _error(429, "You exceeded your quota", headers, code="insufficient_quota")
         self.num_open += 1
+        self._transports.add(request.transport)
         try:
             usage = {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_output_tokens}
             if not body.get("stream"):
@@ -95,6 +103,7 @@ class ProviderServer:
             return await self._stream(request, body, num_output_tokens, usage, headers)
         finally:
             self.num_open -= 1
+            self._transports.discard(request.transport)
 
     async def _stream(self, request, body, num_tokens, usage, headers) -> web.StreamResponse:
         response = web.StreamResponse(headers={**headers, "content-type": "text/event-stream"})
@@ -112,6 +121,8 @@ class ProviderServer:
             self.num_begun -= 1
 
     async def _write(self, request, response, body, num_tokens, usage) -> web.StreamResponse:
+        said = body["messages"][-1] if body.get("continue_final_message") else {"content": ""}
+        first = len(said["content"].split())
         for number in range(min(num_tokens, self.max_events)):
             if number == 2 and self.trouble == "stall":
                 await asyncio.sleep(1000)
@@ -119,7 +130,10 @@ class ProviderServer:
                 request.transport.close()
                 return response
             await self.gate.wait()
-            chunk = {"model": MODEL, "choices": [_choice("delta", f"{self.name} ")]}
+            word = self.words[first + number] if self.words else self.name
+            chunk = {"id": self.name, "model": MODEL, "choices": [_choice("delta", f"{word} ")]}
+            if number == num_tokens - 1:
+                chunk["choices"][0]["finish_reason"] = "length"
             await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
             await asyncio.sleep(self.token_s)
         if (body.get("stream_options") or {}).get("include_usage"):
