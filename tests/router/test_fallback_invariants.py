@@ -29,7 +29,12 @@ def providers(*, with_second: bool = True) -> list[ProviderSettings]:
             "price_prompt": 1.0,
             "max_cost_per_request": 0.003,
         },
-        {"name": "p1", "models": {"m": "other"}, "keys": [{"rpm": 3, "max_concurrency": 1}]},
+        {
+            "name": "p1",
+            "models": {"m": "other"},
+            "keys": [{"rpm": 3, "max_concurrency": 1}],
+            "continues": True,
+        },
     ]
     return [ProviderSettings.model_validate(each) for each in settings[: 1 + with_second]]
 
@@ -42,7 +47,8 @@ class Shell(RuleBasedStateMachine):
         self.now_s = 0.0
         self.num_arrived = 0
         self.where: dict[str, str] = {}  # open requests: held, an engine, or a key
-        self.started: set[str] = set()
+        self.started: set[str] = set()  # replies of providers that have begun
+        self.silent: set[str] = set()  # of these, such as another has not gone on with yet
         self.ended: Counter[Outcome] = Counter()
         self.sent: dict[str, dict[str, float]] = {key_id: {} for key_id in LIMITS}
 
@@ -60,6 +66,7 @@ class Shell(RuleBasedStateMachine):
                 entering = None
             match decision:
                 case Dispatch(replica_id=replica_id):
+                    assert request_id not in self.started
                     self.where[request_id] = replica_id
                 case Fallback(provider=provider, key=key):
                     self.send(request_id, f"{provider}/{key}")
@@ -73,6 +80,10 @@ class Shell(RuleBasedStateMachine):
         assert entering is None, "no decision about the request"
 
     def send(self, request_id: str, key_id: str) -> None:
+        # What has begun at a provider goes on at one that continues it, or nowhere.
+        assert request_id not in self.started or key_id.startswith("p1/")
+        if request_id in self.started:
+            self.silent.add(request_id)
         self.where[request_id] = key_id
         log = self.sent[key_id]
         log[f"{request_id} {self.now_s} {len(log)}"] = self.now_s
@@ -82,6 +93,7 @@ class Shell(RuleBasedStateMachine):
     def end(self, request_id: str, outcome: Outcome) -> None:
         self.where.pop(request_id, None)
         self.started.discard(request_id)
+        self.silent.discard(request_id)
         self.ended[outcome] += 1
 
     def pick(self, number: int) -> str:
@@ -102,8 +114,9 @@ class Shell(RuleBasedStateMachine):
     @rule(number=ANY_REQUEST)
     def first_token(self, number):
         request_id = self.pick(number)
-        if request_id in self.where:
+        if self.is_away(request_id):
             self.started.add(request_id)
+            self.silent.discard(request_id)
         self.router.on_provider_answer(request_id, RateReport(), self.now_s)
         assert self.router.on_first_token(request_id, self.now_s) == []
 
@@ -124,6 +137,8 @@ class Shell(RuleBasedStateMachine):
     @rule(number=ANY_REQUEST, retry_after_s=st.sampled_from([None, 0.0, 30.0]))
     def refused(self, number, retry_after_s):
         request_id = self.pick(number)
+        if request_id in self.started - self.silent:
+            return  # a 429 comes before any token
         entering = request_id if self.is_away(request_id) else None
         report = RateReport(retry_after_s=retry_after_s)
         decisions = self.router.on_provider_refused(request_id, report, self.now_s)
@@ -134,8 +149,9 @@ class Shell(RuleBasedStateMachine):
         failure=st.sampled_from(list(Failure)),
         was_sent=st.booleans(),
         lasts=st.booleans(),
+        num_output_tokens=st.sampled_from([None, 0, 5]),
     )
-    def provider_fails(self, number, failure, was_sent, lasts):
+    def provider_fails(self, number, failure, was_sent, lasts, num_output_tokens):
         request_id = self.pick(number)
         entering = request_id if self.is_away(request_id) else None
         if entering and not was_sent:
@@ -148,6 +164,7 @@ class Shell(RuleBasedStateMachine):
             failure,
             self.now_s,
             can_retry=request_id not in self.started,
+            num_output_tokens=num_output_tokens,
             was_sent=was_sent,
             lasts=lasts,
         )

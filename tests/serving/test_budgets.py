@@ -119,7 +119,9 @@ def test_half_an_hour_of_triple_load_meets_no_429_and_leaves_nothing_unused(num_
     statuses = virtual_time.run(_drive(num_gateways, server, MINUTES))
     print(f"{len(statuses)} requests, {server.num_refused} refused, {_used_share(server):.3f} used")
     assert server.num_refused == 0
-    assert _used_share(server) >= 0.95
+    # The server's own windows say what was taken. A window that slides lets a whole minute's worth
+    # through at once in the beginning, so half an hour has room for 31 minutes'.
+    assert 0.95 <= _used_share(server) <= (MINUTES + 1) / MINUTES
     assert set(statuses) <= {200, 429, 503}  # ours: the queue was full, or the wait too long
     assert statuses.count(200) == server.num_taken
 
