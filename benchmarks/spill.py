@@ -38,8 +38,8 @@ _TTFT_S, _TTFT_SIGMA, _TPOT_S = 0.4, 0.3, 0.012
 # By requests held per engine: from a queue that hardly delays to one that hides a spike.
 # Which of them suits a load shows in hindsight only. By default neither vLLM's queue nor those of
 # other routers have a bound that a spike would reach: they never answer 429.
-_BOUNDS = (1, 2, 4, 8, 12, 16, 32, 64)
-_FACTORS = (0.8, 0.9, 1.0)
+_BOUNDS = (2, 4, 8, 12, 16, 32, 64)
+_FACTORS = (0.9, 1.0)
 _DEFAULT = f"by predicted wait, late after {FallbackSettings().late_factor:g} promises"
 
 # What engines run short of: prefill, by the medians of Azure's code trace (2023), and
