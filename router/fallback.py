@@ -195,7 +195,7 @@ class Spill:
         """Who should go, and to whom, so that a request is in time; None if it is, or nobody."""
         # What comes first is spread over all engines; its own prompt is for one of them.
         num_tokens = request.num_prompt_tokens
-        wait_s = self._waits.wait_s(request.model, relief.num_tokens - num_tokens)
+        wait_s = self._waits.first_token_s(request.model, relief.num_tokens - num_tokens)
         wait_s += num_tokens * relief.own_s_per_token
         here_s = now_s + wait_s
         if math.isinf(wait_s):

@@ -12,7 +12,7 @@ class Waits:
     """Waits by what engines can prefill, and by what they have in fact taken: the longer counts.
 
     The first knows of engines that have just come or gone, the second of whatever
-    else engines are short of. What they have already comes first in both.
+    else engines are short of.
     """
 
     def __init__(self, fleet: Fleet, queue: HoldQueue) -> None:
@@ -41,8 +41,15 @@ class Waits:
         drain = self._drains.get(model)
         if drain is None:
             return drain_s
-        engines_s = self._fleet.drain_s(model, 0) or 0.0
-        return max(drain_s, engines_s + drain.wait_s(num_tokens))
+        return max(drain_s, drain.wait_s(num_tokens))
+
+    def first_token_s(self, model: str, num_tokens: int) -> float:
+        """The same, when what has left the queue has also passed what engines have before it."""
+        drain = self._drains.get(model)
+        engines_s = self._fleet.drain_s(model, 0)
+        if drain is None or engines_s is None:
+            return self.wait_s(model, num_tokens)
+        return max(self.wait_s(model, num_tokens), engines_s + drain.wait_s(num_tokens))
 
     def own_s_per_token(self, model: str) -> float:
         """Seconds that a prompt takes by itself, on one engine, per token; 0 if there is none."""
