@@ -131,8 +131,7 @@ class Spill:
         for request in list(self._most_urgent()):
             relief = reliefs.get(request.model)
             if relief is None:
-                own_s_per_token = self._waits.own_s_per_token(request.model)
-                relief = reliefs[request.model] = Relief(self.offers.price, own_s_per_token)
+                relief = reliefs[request.model] = Relief(self.offers.price)
             relief.pass_by(request)
             while (offered := self._relieve(request, relief, now_s, ahead)) is not None:
                 leaving, offer = offered
@@ -193,10 +192,8 @@ class Spill:
         self, request: Request, relief: Relief, now_s: float, ahead: dict[str, Amount]
     ) -> tuple[Request, Offer] | None:
         """Who should go, and to whom, so that a request is in time; None if it is, or nobody."""
-        # What comes first is spread over all engines; its own prompt is for one of them.
-        num_tokens = request.num_prompt_tokens
-        wait_s = self._waits.first_token_s(request.model, relief.num_tokens - num_tokens)
-        wait_s += num_tokens * relief.own_s_per_token
+        num_tokens_before = relief.num_tokens - request.num_prompt_tokens
+        wait_s = self._waits.first_token_s(request, num_tokens_before)
         here_s = now_s + wait_s
         if math.isinf(wait_s):
             offer = self._offer(request, here_s, now_s, ahead)

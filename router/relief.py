@@ -16,14 +16,10 @@ class Relief:
     taking the cheapest per token is off by less than one request (Dantzig 1957).
     """
 
-    __slots__ = ("_by_price", "_passed", "_price", "num_tokens", "own_s_per_token")
+    __slots__ = ("_by_price", "_passed", "_price", "num_tokens")
 
-    def __init__(self, price: Callable[[Request], float | None], own_s_per_token: float) -> None:
-        """`price(request)`: what another would take for it, None if nobody may have it.
-
-        `own_s_per_token`: how long an engine takes for a token of who has its turn.
-        """
-        self.own_s_per_token = own_s_per_token
+    def __init__(self, price: Callable[[Request], float | None]) -> None:
+        """`price(request)`: what another would take for it, None if nobody may have it."""
         self.num_tokens = 0  # prompt tokens of those passed who have not left
         self._price = price
         self._passed: list[Request] = []  # not looked at: nobody was late after them

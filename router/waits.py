@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from router.drain import Drain
 from router.fleet import Fleet
 from router.hold import HoldQueue
+from router.types import Request
 
 
 class Waits:
@@ -43,18 +44,20 @@ class Waits:
             return drain_s
         return max(drain_s, drain.wait_s(num_tokens))
 
-    def first_token_s(self, model: str, num_tokens: int) -> float:
-        """The same, when what has left the queue has also passed what engines have before it."""
-        drain = self._drains.get(model)
-        engines_s = self._fleet.drain_s(model, 0)
-        if drain is None or engines_s is None:
-            return self.wait_s(model, num_tokens)
-        return max(self.wait_s(model, num_tokens), engines_s + drain.wait_s(num_tokens))
+    def first_token_s(self, request: Request, num_tokens_before: int) -> float:
+        """Predicted seconds to a held request's first token, so many held tokens before it.
 
-    def own_s_per_token(self, model: str) -> float:
-        """Seconds that a prompt takes by itself, on one engine, per token; 0 if there is none."""
-        rates = self._fleet.prefill_rates(model)
-        return len(rates) / sum(rates) if rates else 0.0
+        What has left the queue at its own rate still passes what engines have; and what
+        comes first is spread over all of them, while its own prompt is for one.
+        """
+        wait_s = self.wait_s(request.model, num_tokens_before)
+        engines_s = self._fleet.drain_s(request.model, 0)
+        if engines_s is None:
+            return wait_s
+        if (drain := self._drains.get(request.model)) is not None:
+            wait_s = max(wait_s, engines_s + drain.wait_s(num_tokens_before))
+        own_s = request.num_prompt_tokens * self._fleet.prefill_s_per_token(request.model)
+        return wait_s + own_s
 
     def sure_wait_s(self, model: str, num_tokens: int) -> float:
         """The same, but nothing is concluded from a queue that hardly anything has left yet."""
