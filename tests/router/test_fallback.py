@@ -79,6 +79,47 @@ def test_who_would_wait_past_its_promise_goes_and_nobody_else():
     assert held + len(gone) + router.state(0.06)["num_placed"] == 40
 
 
+def crowd(*providers: ProviderSettings) -> list[str]:
+    """Who goes of a document and twenty questions, if 2 s are promised to all.
+
+    They are 5,000 tokens; the engine prefills about 2,200 a second (its cold start's guess).
+    """
+    router = make(*providers, num_replicas=1, promise_base_s=2.0, promise_s_per_token=0.0)
+    router.on_snapshot("r0", busy(1, num_pending_prefill_tokens=300), 0.0)
+    decisions = router.on_arrival(req("document", 3000), 0.0)
+    for number in range(20):
+        decisions += router.on_arrival(req(f"question{number}", 100), 0.0)
+    return fallbacks([*decisions, *router.on_tick(0.06)])
+
+
+def test_who_costs_least_for_the_room_it_makes_leaves():
+    """Not those that would be late: twelve would have to go, and each cost its answer, too."""
+    assert crowd(provider(price_prompt=1.0, price_output=10.0)) == ["document"]
+
+
+def test_who_is_too_dear_stays_and_others_leave_for_it():
+    dear = provider(price_prompt=1e6, max_cost_per_request=1000.0)
+    gone = crowd(dear)
+    assert len(gone) > 5
+    assert "document" not in gone
+
+
+def test_nobody_in_time_leaves_who_might_be_late_there():
+    """However cheap. Who would be late here goes itself: it may be sooner there."""
+    gone = crowd(provider(price_prompt=1.0, ttft_s=1.9))
+    assert "document" not in gone
+    assert gone == sorted(gone, key=lambda name: int(name.removeprefix("question")))
+
+
+def test_a_providers_first_tokens_are_learned_from_the_first_on():
+    router = make(provider(ttft_s=5.0))
+    for number, ttft_s in enumerate((0.2, 0.4, 0.3)):
+        router.on_arrival(req(f"q{number}"), 10.0 * number)
+        router.on_first_token(f"q{number}", 10.0 * number + ttft_s)
+    learned = router.state(30.0)["fallback"]["providers"]["p0"]["ttft_s"]
+    assert learned == pytest.approx(0.3)
+
+
 @pytest.mark.parametrize("spill", ["full", "unavailable"])
 def test_late_is_no_reason_where_it_is_not_asked_for(spill):
     router = make(provider(), num_replicas=1, spill=spill)
