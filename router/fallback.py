@@ -183,10 +183,14 @@ class Spill:
         lanes = [
             self._queue.in_order(model)
             for model in self._queue.num_tokens_by_model
-            if self.offers.serves(model)
+            if self.offers.serves(model) and self._may_leave(model)
         ]
         merged = lanes[0] if len(lanes) == 1 else heapq.merge(*lanes, key=self._queue.key)
         return islice(merged, _LOOK_DEPTH)
+
+    def _may_leave(self, model: str) -> bool:
+        """Whether anybody who waits for this model may go at all."""
+        return self.settings.spill == "late" or math.isinf(self._waits.wait_s(model, 0))
 
     def _relieve(
         self, request: Request, relief: Relief, now_s: float, ahead: dict[str, Amount]
@@ -212,9 +216,7 @@ class Spill:
         return None if offer is None else (request, offer)
 
     def _is_late(self, request: Request, here_s: float) -> bool:
-        """Whether a first token at `here_s` comes too late, as far as that is a reason to go."""
-        if self.settings.spill != "late":
-            return False
+        """Whether a first token at `here_s` comes too late."""
         promise_s = promised_s(request, self._router_settings) - request.arrival_s
         return here_s > request.arrival_s + self.settings.late_factor * promise_s
 
