@@ -46,6 +46,10 @@ _LOADS_OF_LARGE = (0.5, 0.8, 0.95)
 # A run has --requests, or so many tokens if those are fewer requests: what it costs grows with the
 # time that it covers, in which there are few requests where prompts are long.
 _TOKENS_PER_RUN = 6_000_000
+# What engines carry is measured on so many, with so many times what their KV caches take: with
+# less they would still be filling up, which takes no decoding, in the part that is looked at.
+_ENGINES_FOR_CAPACITY = 2
+_FILLS_FOR_CAPACITY = 5
 
 console = Console(highlight=False)
 
@@ -56,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         profile = Profile.load(options.profile)
         bases = {title: base.fitted(profile.max_model_len) for title, base in _bases(options)}
-        parts = {title: base.part(0, _num_requests(options, base)) for title, base in bases.items()}
+        parts = {title: _saturating(base, profile) for title, base in bases.items()}
         workloads = dict(_workloads(options, bases))
     except (ProfileError, TraceError) as error:
         console.print(str(error), markup=False)
@@ -141,6 +145,16 @@ def _workloads(
                 yield f"{title}/{num_engines}/{repeat}", part
 
 
+def _saturating(base: Workload, profile: Profile) -> Workload:
+    """Return as much of the beginning of a workload as keeps a few engines full for long."""
+    left = _FILLS_FOR_CAPACITY * _ENGINES_FOR_CAPACITY * profile.num_kv_tokens
+    for number, each in enumerate(base.arrivals, start=1):
+        left -= each.num_prompt_tokens + each.num_output_tokens
+        if left <= 0:
+            return base.part(0, number)
+    return base
+
+
 def _num_requests(options: argparse.Namespace, workload: Workload) -> int:
     """Return how many requests of a workload a run of 8 engines has."""
     num_tokens = sum(each.num_prompt_tokens + each.num_output_tokens for each in workload.arrivals)
@@ -155,18 +169,14 @@ def _num_repeats(options: argparse.Namespace, num_engines: int) -> int:
 def _capacities(
     options: argparse.Namespace, sweep: Sweep, titles: Sequence[str]
 ) -> dict[tuple[str, int], float]:
-    """Return the capacity of each (workload, fleet): that of 8 engines, in proportion.
-
-    Twice the engines carry twice as much, but need twice as many requests to show it.
-    """
+    """Return the capacity of each (workload, fleet): that of a few engines, in proportion."""
     found = {}
-    wanted = [(title, _ENGINES_PER_COPY) for title in titles]
+    wanted = [(title, _ENGINES_FOR_CAPACITY) for title in titles]
     for title, capacity in zip(titles, sweep.capacities(wanted), strict=True):
-        console.print(
-            f"{title}: {_ENGINES_PER_COPY} engines carry {capacity:.1f} requests/s (simulated)"
-        )
+        each = capacity / _ENGINES_FOR_CAPACITY
+        console.print(f"{title}: an engine carries {each:.2f} requests/s (simulated)")
         for num_engines in options.engines:
-            found[title, num_engines] = capacity * num_engines / _ENGINES_PER_COPY
+            found[title, num_engines] = each * num_engines
     return found
 
 
