@@ -1,6 +1,7 @@
 """A gateway of a simulation: a router and the shell around it, as `serving/driver.py` is one."""
 
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -89,11 +90,19 @@ class Gateway:
     # Engines
 
     def look(self) -> None:
-        """Tell the router all that has come by now."""
+        """Tell the router all that has come by now, in the order in which it came."""
         now_s = self._simulation.now_s
+        come: list[tuple[float, EngineSnapshot, BlockUpdate | None, Node]] = []
         for node in self._simulation.nodes.values():
-            if node.next_push_s <= now_s or node.lines[self.number].news:
-                self._take_in(node, now_s)
+            if node.next_push_s <= now_s:
+                node.tell(now_s)
+            news = node.lines[self.number].news
+            while news and news[0][0] < now_s:
+                come.append((*news.popleft(), node))
+        come.sort(key=itemgetter(0))
+        for came_s, snapshot, update, node in come:
+            decisions = self._tell(node, came_s, snapshot, update)
+            assert not decisions, "news that nobody listened for made a difference"
 
     def on_news(self, node: Node) -> None:
         """A snapshot has come, and somebody waits for what it says."""
@@ -101,13 +110,6 @@ class Gateway:
         news = node.lines[self.number].news
         while news and news[0][0] <= now_s and node.is_up:
             self._execute(self._tell(node, *news.popleft()))
-
-    def _take_in(self, node: Node, now_s: float) -> None:
-        node.tell(now_s)
-        news = node.lines[self.number].news
-        while news and news[0][0] < now_s:
-            decisions = self._tell(node, *news.popleft())
-            assert not decisions, "news that nobody listened for made a difference"
 
     def _tell(
         self, node: Node, came_s: float, snapshot: EngineSnapshot, update: BlockUpdate | None
@@ -133,6 +135,7 @@ class Gateway:
         node, jobs, progresses = news
         if not node.is_up:
             return
+        self.look()
         segment_tokens = self._simulation.segment_tokens
         streams = self._streams[node.id]
         for job in jobs:
@@ -140,7 +143,6 @@ class Gateway:
                 hashes = job.block_hashes[: job.num_prompt_tokens // segment_tokens]
                 self.router.on_prompt(call.request.id, job.num_prompt_tokens, list(hashes))
         if progresses:
-            self.look()
             self._receive(node, progresses)
 
     def _receive(self, node: Node, progresses: list[Progress]) -> None:
