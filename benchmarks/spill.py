@@ -224,8 +224,10 @@ def _verdict(gain: tuple[float, float], cost: tuple[float, float]) -> str:
     if (gain[0] > 0.0 and cost[0] <= 0.0) or (cost[1] < 0.0 and gain[1] >= 0.0):
         return "dominated: surely better in one and not surely worse in the other"
     if gain[0] > 0.0:
-        return "not dominated: keeps less, for less"
-    return "NOT dominated"
+        return "not dominated: it keeps surely less, for surely less"
+    if cost[1] < 0.0:
+        return "NOT dominated: it keeps surely more, for surely more"
+    return "not surely better or worse"
 
 
 def _places(row: dict[str, Any]) -> list[tuple[float, float]]:
