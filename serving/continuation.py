@@ -89,9 +89,9 @@ class Continuation:
         for choice in chunk.get("choices") or ():
             delta = choice.get("delta") or {}
             delta.pop("role", None)  # it has been said
-            if content and self.text[-1:].isspace():
-                # Templates trim the last message, so that its last blank comes again.
-                content = delta["content"] = content.lstrip()
+            # Some templates trim the last message, so that the blanks at its end come again.
+            if content and (blanks := self.text[len(self.text.rstrip()) :]):
+                content = delta["content"] = content.removeprefix(blanks)
             if not content and choice.get("finish_reason") is None:
                 return b""
         if (usage := chunk.get("usage")) is not None:

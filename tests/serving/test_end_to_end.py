@@ -15,8 +15,6 @@ import psutil
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
-from tests.provider_server import serving
-from tests.system import running
 from tests.tiny_model import tiny_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
@@ -193,32 +191,6 @@ def test_when_both_engines_are_killed_the_same_curl_answers_through_a_second_ser
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(90) == 0, log.read_text()
-
-
-async def test_a_reply_that_a_provider_broke_off_goes_on_in_a_real_engine(server):
-    """Headway as the provider that continues: vLLM reads what has been said, and says the rest."""
-    words = ("The capital", "of France is", "lost")
-    async with serving(name="first", words=words, trouble="break") as broken:
-        models = {MODEL: MODEL}
-        providers = [
-            {"name": "first", "url": broken.url, "models": models},
-            {"name": "second", "url": f"{server.url}/v1", "models": models, "continues": True},
-        ]
-        async with running(num_engines=0, providers=providers) as system:
-            body = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 20}
-            reply = await system.client.post(
-                "/v1/chat/completions", json={**body, "stream": True}, timeout=60
-            )
-            events = [json.loads(line[6:]) for line in reply.text.split("\n") if "{" in line]
-            text = "".join(
-                choice["delta"].get("content") or ""
-                for event in events
-                for choice in event["choices"]
-            )
-            assert text.startswith("The capital of France is Paris")
-            assert {event["id"] for event in events} == {"first"}
-            assert reply.text.endswith("data: [DONE]\n\n")
-            assert system.outcomes["completed"] == 1
 
 
 def test_vllms_own_features_pass_through(server):
