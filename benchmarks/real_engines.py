@@ -11,8 +11,6 @@ from typing import Any
 from benchmarks.subjects import BenchmarkError, Headway
 from benchmarks.variant import split
 
-# A machine's first start downloads the model and converts it.
-_START_TIMEOUT_S = 900.0
 _IDLE_POLL_S = 0.25
 _CACHED_TOKENS = "headway_cached_prompt_tokens_total"
 _PROMPT_TOKENS = "headway_prompt_tokens_total"
@@ -20,6 +18,9 @@ _PROMPT_TOKENS = "headway_prompt_tokens_total"
 
 class RealEngines(Headway):
     """The model on board on `num_engines` engines, behind the gateway's own listener."""
+
+    # A machine's first start downloads the model and converts it.
+    start_timeout_s = 900.0
 
     def __init__(self, num_engines: int) -> None:
         super().__init__("own", num_engines)
@@ -30,13 +31,6 @@ class RealEngines(Headway):
         args = config["applications"][0]["args"]
         del args["engine"], args["served_model_name"]
         return config
-
-    async def _wait_until_ready(self) -> None:
-        deadline_s = time.monotonic() + _START_TIMEOUT_S
-        while not await asyncio.to_thread(self._is_ready):
-            if self.launches[0].returncode is not None or time.monotonic() > deadline_s:
-                raise BenchmarkError(f"the engines did not start:\n{self.launches[0].log_tail()}")
-            await asyncio.sleep(1.0)
 
     async def model(self) -> str:
         """Return the name of the model that is served."""

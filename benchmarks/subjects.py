@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import yaml
 
@@ -17,7 +17,6 @@ from benchmarks.processes import Launch
 from benchmarks.stand_in import MODEL
 
 _ROOT = Path(__file__).parent.parent
-_START_TIMEOUT_S = 120.0
 
 
 class BenchmarkError(Exception):
@@ -26,6 +25,8 @@ class BenchmarkError(Exception):
 
 class Subject:
     """An endpoint under test, up between `async with` and its end."""
+
+    start_timeout_s: ClassVar[float] = 120.0
 
     def __init__(self, name: str, num_engines: int) -> None:
         self.name = name
@@ -62,12 +63,12 @@ class Subject:
         raise NotImplementedError
 
     async def _wait_until_ready(self) -> None:
-        deadline_s = time.monotonic() + _START_TIMEOUT_S
+        deadline_s = time.monotonic() + self.start_timeout_s
         while not await asyncio.to_thread(self._is_ready):
             ended = any(launch.returncode is not None for launch in self.launches)
             if ended or time.monotonic() > deadline_s:
                 logs = "\n".join(launch.log_tail() for launch in self.launches)
-                reason = "ended" if ended else f"is not ready after {_START_TIMEOUT_S:g} s"
+                reason = "ended" if ended else f"is not ready after {self.start_timeout_s:g} s"
                 raise BenchmarkError(f"{self.name} {reason}:\n{logs}")
             await asyncio.sleep(0.25)
 
@@ -85,7 +86,7 @@ class Floor(Subject):
             self.launches.append(Launch(command, folder / f"engine-{number}.log", _ROOT))
 
     def _is_ready(self) -> bool:
-        return all(_get(f"{url}/health") is not None for url in self.urls)
+        return all(get_json(f"{url}/health") is not None for url in self.urls)
 
 
 class Headway(Subject):
@@ -123,7 +124,7 @@ class Headway(Subject):
         self.launches = [Launch(command, folder / "headway.log", _ROOT)]
 
     def _is_ready(self) -> bool:
-        if _get(f"{self.urls[0]}/health") is None:
+        if get_json(f"{self.urls[0]}/health") is None:
             return False
         return len(self._snapshots()) == self.num_engines
 
@@ -135,7 +136,7 @@ class Headway(Subject):
         )
 
     def _snapshots(self) -> list[dict[str, Any]]:
-        state = _get(f"{self.urls[0]}/headway/state")
+        state = get_json(f"{self.urls[0]}/headway/state")
         if state is None:
             return []
         return [
@@ -157,7 +158,7 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def _get(url: str) -> Any:
+def get_json(url: str) -> Any:
     """Return the JSON at `url`, `None` unless it answers 200."""
     try:
         with urllib.request.urlopen(url, timeout=5) as reply:

@@ -6,9 +6,10 @@ are vLLM's, whatever the version brings.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, Self
 
 from starlette.types import ASGIApp
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp
 from router.types import EngineInfo, EngineSnapshot
 from serving.account import Account
 from serving.block_log import BlockLog
+from serving.chunk import prefill_chunk_tokens
 from serving.config import Config, ConfigError
 from serving.plan import Plan
 
@@ -78,16 +80,10 @@ class VllmEngine:
         Raises `ConfigError` for an unknown key in `engine.args`; vLLM's own
         errors pass through.
         """
-        cores = os.sched_getaffinity(0)
-        if plan.device == "cpu":
-            # The engine core inherits affinity and thread count when spawned;
-            # OpenMP threads that share a core stretch steps up to 15-fold.
-            os.environ.update(OMP_NUM_THREADS="1", VLLM_ENABLE_V1_MULTIPROCESSING="1")
-            os.sched_setaffinity(0, {sorted(cores)[local_rank % len(cores)]})
-        try:
+        if plan.device != "cpu":
             return await cls._start(plan)
-        finally:
-            os.sched_setaffinity(0, cores)  # the API layer beside it may float
+        with on_core(local_rank):
+            return await cls._start(plan)
 
     @classmethod
     async def _start(cls, plan: Plan) -> "VllmEngine":
@@ -102,7 +98,7 @@ class VllmEngine:
         from serving.monitor import EngineMonitor
         from serving.replay import Replayer
 
-        args = _vllm_arguments(plan)
+        args = vllm_arguments(plan)
         engine_args = AsyncEngineArgs.from_cli_args(args)
         if engine_args.kv_events_config is None:
             # They come with the statistics of their step (serving.scheduler), not by socket.
@@ -115,8 +111,10 @@ class VllmEngine:
             "HeadwayAsyncScheduler" if scheduler.async_scheduling else "HeadwayScheduler"
         )
         if "long_prefill_token_threshold" not in plan.engine_args:
-            # Half of each step stays free of any one long prompt: short ones get in.
-            scheduler.long_prefill_token_threshold = scheduler.max_num_batched_tokens // 2
+            # Most of each step stays free of any one long prompt: short ones get in.
+            scheduler.long_prefill_token_threshold = prefill_chunk_tokens(
+                scheduler.max_num_batched_tokens
+            )
         monitors: list[EngineMonitor] = []
 
         def make_monitor(*arguments: Any) -> EngineMonitor:
@@ -165,8 +163,27 @@ class VllmEngine:
         await asyncio.to_thread(self._llm.shutdown, 1.0)
 
 
-def _vllm_arguments(plan: Plan) -> Any:
-    """vLLM's own argument namespace: its defaults, then the plan's, the user's among them."""
+@contextlib.contextmanager
+def on_core(local_rank: int) -> Iterator[None]:
+    """Have the engine core that is started within on one CPU core, with one thread.
+
+    It inherits affinity and thread count when spawned; OpenMP threads that share a core
+    stretch steps up to 15-fold. The API layer beside it may float again afterwards.
+    """
+    os.environ.update(OMP_NUM_THREADS="1", VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(cores)[local_rank % len(cores)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def vllm_arguments(plan: Plan) -> Any:
+    """vLLM's own argument namespace: its defaults, then the plan's, the user's among them.
+
+    Raises `ConfigError` for a key of `engine.args` that vLLM does not have.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -40,6 +40,8 @@ class EmulatedFleet(Subject):
 class VllmFleet(Subject):
     """Real vLLM servers with the model on board, one CPU core each."""
 
+    start_timeout_s = 900.0  # a machine's first start downloads the model and converts it
+
     def __init__(self, num_engines: int) -> None:
         super().__init__("vLLM engines", num_engines)
 

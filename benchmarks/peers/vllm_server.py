@@ -2,19 +2,21 @@
 
     python -m benchmarks.peers.vllm_server --port 8001 --rank 0
 
-vLLM's own OpenAI application, served by uvicorn. `--rank` is the core that it
-is pinned to on a CPU.
+vLLM's own scheduler, first come, first served, and vLLM's own OpenAI
+application, served by uvicorn; of Headway's part there is nothing in it.
+`--rank` is the core that it is pinned to on a CPU.
 """
 
 import argparse
-import asyncio
 import dataclasses
 import os
 
 import uvicorn
+import uvloop
 
+from serving.chunk import prefill_chunk_tokens
 from serving.config import parse
-from serving.engine import VllmEngine
+from serving.engine import on_core, vllm_arguments
 from serving.hardware import detect
 from serving.onboard import onboard_model
 from serving.plan import plan
@@ -22,16 +24,27 @@ from serving.plan import plan
 
 async def serve(port: int, rank: int, num_engines: int) -> None:
     """Serve until a signal ends it."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.v1.engine.async_llm import AsyncLLM
+
     config = parse({"device": "cpu", "replicas": num_engines})
-    the_plan = dataclasses.replace(plan(config, detect()), model=str(onboard_model()))
-    engine = await VllmEngine.start(config, the_plan, rank)
-    settings = uvicorn.Config(
-        engine.app, host="127.0.0.1", port=port, lifespan="off", log_level="warning"
-    )
+    args = vllm_arguments(dataclasses.replace(plan(config, detect()), model=str(onboard_model())))
+    args.scheduling_policy = "fcfs"
+    args.long_prefill_token_threshold = prefill_chunk_tokens(args.max_num_batched_tokens)
+    with on_core(rank):
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
     try:
+        tasks = await llm.get_supported_tasks()
+        app = build_app(args, tasks, llm.model_config)
+        await init_app_state(llm, app.state, args, tasks)
+        settings = uvicorn.Config(
+            app, host="127.0.0.1", port=port, lifespan="off", log_level="warning"
+        )
         await uvicorn.Server(settings).serve()
     finally:
-        await engine.shutdown()
+        llm.shutdown()
 
 
 def main() -> None:
@@ -41,7 +54,7 @@ def main() -> None:
     parser.add_argument("--engines", type=int, default=2, help="how many share the memory")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    asyncio.run(serve(options.port, options.rank, options.engines))
+    uvloop.run(serve(options.port, options.rank, options.engines))
 
 
 if __name__ == "__main__":
