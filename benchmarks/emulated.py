@@ -30,6 +30,7 @@ from benchmarks.emulated_reply import EmulatedReply
 from benchmarks.emulated_request import Body, parse
 from benchmarks.engine_clock import EngineClock
 from benchmarks.engine_model import EngineModel
+from benchmarks.kv_events import KvEvents
 from benchmarks.profile import Profile, ProfileError
 from benchmarks.sequence import Progress
 from router.types import EngineSnapshot
@@ -78,6 +79,7 @@ class EmulatedEngine:
         self.app = self._serve
         self.dead = False
         self.blocks = self.model.blocks
+        self.kv_events: KvEvents | None = None  # who wants them sets it before the first request
         self.clock = EngineClock(self.model, self._stepped)
         self._args = args
         self._replies: dict[str, EmulatedReply] = {}
@@ -173,6 +175,8 @@ class EmulatedEngine:
         finally:
             gone.cancel()
             del self._replies[live.job.id]
+            if self.kv_events is not None:
+                self.kv_events.leave(live.job.block_hashes)
             self.clock.abort(live.job.id)
 
     def _admit(self, body: Body, chat: bool) -> EmulatedReply:
@@ -195,8 +199,10 @@ class EmulatedEngine:
             self.info.block_size,
             account,
         )
-        self._replies[live.job.id] = live
         self.clock.add(live.job)
+        self._replies[live.job.id] = live
+        if self.kv_events is not None:
+            self.kv_events.enter(prompt, live.job.block_hashes)
         if account is not None:
             account.entered, account.num_prompt_tokens = True, prompt.num_tokens
             if account.on_prompt is not None:

@@ -3,17 +3,23 @@
     python -m benchmarks.emulated_server --profile h100-llama8b --port 8001
 
 Speaks as `vllm serve` does: `/v1/chat/completions`, `/v1/completions`,
-`/v1/models`, `/health`, and `/metrics` under vLLM's names.
+`/v1/models`, `/health`, `/metrics` under vLLM's names, and KV events over ZMQ
+with `--kv-events-config`, as there:
+
+    --kv-events-config '{"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}'
 """
 
 import asyncio
 import socket
 from typing import Annotated
 
+import msgspec
 import typer
 import uvicorn
+import zmq
 
 from benchmarks.emulated import EmulatedArgs, EmulatedEngine
+from benchmarks.kv_events import KvEventPublisher, KvEvents, KvEventsConfig
 from benchmarks.profile import ProfileError
 
 
@@ -40,10 +46,17 @@ def serve(
         str, typer.Option(metavar="fcfs|priority", help="Order of the waiting queue, as vLLM's.")
     ] = "fcfs",
     seed: Annotated[int, typer.Option(help="Of the noise on step times.")] = 0,
+    kv_events_config: Annotated[
+        str, typer.Option(metavar="JSON", help="vLLM's option of this name; default: no events.")
+    ] = "{}",
 ) -> None:
     """Serve one emulated engine until a signal ends it."""
     if scheduling_policy not in ("fcfs", "priority"):
         raise typer.BadParameter("fcfs or priority", param_hint="--scheduling-policy")
+    try:
+        events = msgspec.json.decode(kv_events_config, type=KvEventsConfig)
+    except msgspec.DecodeError as error:
+        raise typer.BadParameter(str(error), param_hint="--kv-events-config") from None
     args = EmulatedArgs(
         profile=profile,
         tokens=tokens,
@@ -63,6 +76,13 @@ def serve(
         listener.bind((host, port))
     except OSError as error:
         raise typer.BadParameter(f"{port}: {error.strerror}", param_hint="--port") from None
+    try:
+        asyncio.run(_serve(engine, listener, events))
+    except zmq.ZMQError as error:
+        raise typer.BadParameter(str(error), param_hint="--kv-events-config") from None
+
+
+async def _serve(engine: EmulatedEngine, listener: socket.socket, events: KvEventsConfig) -> None:
     config = uvicorn.Config(
         engine.app,
         http="httptools",
@@ -72,7 +92,17 @@ def serve(
         access_log=False,
         log_level="warning",
     )
-    asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+    server = uvicorn.Server(config)
+    if not events.is_on:
+        await server.serve(sockets=[listener])
+        return
+    engine.kv_events = KvEvents(engine.blocks, engine.info.block_size)
+    publisher = KvEventPublisher(engine.kv_events, events)
+    engine.subscribe(publisher.on_step)
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        publisher.close()
 
 
 if __name__ == "__main__":

@@ -48,6 +48,13 @@ class Prompt:
             hashes.append(int.from_bytes(chain, "big"))
         return tuple(hashes)
 
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Return ids of the tokens from `start` to before `end`; of text, checksums of it."""
+        return [
+            token if isinstance(token, int) else zlib.crc32(token.encode())
+            for token in self._tokens[start:end]
+        ]
+
     def word(self, index: int) -> Callable[[int], bytes]:
         """Return what gives the text of a reply's token by its number, from 1.
 
