@@ -28,6 +28,9 @@ _ROLES = (
     ("ServeReplica:headway:Gateway", "gateway"),
     ("ServeReplica:headway:Engine", "engines"),
     ("benchmarks.stand_in", "engines"),
+    ("benchmarks.emulated_server", "engines"),
+    ("vllm_server", "engines"),
+    ("VLLM::", "engines"),
     ("haproxy", "front"),
 )
 OTHER_ROLE = "ray"
@@ -127,7 +130,7 @@ class Launch:
         ]
 
     def _is_ours(self, process: psutil.Process) -> bool:
-        if process in self._known:
+        if process in self._known or process.pid == self._first.pid:
             return True
         with contextlib.suppress(psutil.Error):
             if process.environ().get(_MARK) == self._mark:

@@ -4,7 +4,8 @@ Eight emulated H100s, or with `--real` two vLLM engines with the model on board.
 
 All run side by side and idle until it is their turn, in an order that is
 shuffled anew per repeat; each gets the same requests at the same times.
-Engines, routers and load generator share the machine's cores.
+Engines, routers and load generator share the machine's cores. So a turn in
+which the load generator itself was late is taken again, whoever's turn it was.
 """
 
 import argparse
@@ -12,29 +13,28 @@ import asyncio
 import contextlib
 import random
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.client import Client
 from benchmarks.comparison import finish, say
 from benchmarks.latency import Latencies, Sample
-from benchmarks.load import open_loop
 from benchmarks.mix import Mix
 from benchmarks.peers import PEERS
 from benchmarks.peers.fleet import EmulatedFleet, EmulatedHeadway, VllmFleet
 from benchmarks.peers.peer import MissingError
+from benchmarks.peers.turn import MAX_LATE_S, MAX_OTHERS_CPU, Stage, Turn
 from benchmarks.real_engines import RealEngines
-from benchmarks.report import Report, Spread, brief, percentile
+from benchmarks.report import Report, Spread
 from benchmarks.runner import run_to_the_end
-from benchmarks.subjects import BenchmarkError, Headway, Subject
+from benchmarks.subjects import BenchmarkError, Headway, Subject, get_json
 from benchmarks.variant import OURS
 from serving.onboard import SERVED_MODEL_NAME
 
-_NUM_CONNECTIONS = 64
-_TIMEOUT_S = 60.0
-_PAUSE_S = 1.0  # between runs: what the one before left behind is over
+# How often a turn is taken that was disturbed: the last one counts, whatever it was, for a
+# router may itself be what takes the processor from the generator.
+_MAX_TURNS = 3
 # Sizes that keep 8 emulated H100s busy at a rate that two cores can carry: by the model
 # alone, each carries 12.5 requests/s of them.
 _EMULATED_MIX = Mix(short_tokens=(100, 800), long_tokens=(6000, 16_000), output_tokens=(16, 64))
@@ -83,8 +83,8 @@ async def run(plan: Plan) -> tuple[Report, list[Sample]]:
                 say(f"{peer.title} is skipped: {error}")
                 report.note(f"{peer.title} is skipped: {error}.")
     report.config["peer_versions"] = versions
-    samples: list[Sample] = []
-    late_ms: dict[str, list[float]] = {}
+    turns: dict[str, list[Turn]] = defaultdict(list)
+    repeated: Counter[str] = Counter()
     async with contextlib.AsyncExitStack() as stack:
         fleet, ours = plan.subjects()
         await stack.enter_async_context(fleet)
@@ -100,67 +100,77 @@ async def run(plan: Plan) -> tuple[Report, list[Sample]]:
                     say(f"{subject.name} is skipped: {error}")
                     report.note(f"{subject.name} is skipped: it did not start.")
         say(f"up: {', '.join(subjects)}")
+        stage = Stage(subjects, {name: ours if name == OURS else fleet for name in subjects})
         for repeat in range(-1, plan.num_repeats):  # the first warms everything up
             order = list(subjects)
             random.Random(f"order {plan.seed} {repeat}").shuffle(order)
             for name in order:
-                found, late_s = await _one(plan, subjects[name], name, repeat)
+                duration_s = plan.duration_s if repeat >= 0 else min(3.0, plan.duration_s)
+                asks = plan.mix.arrivals(plan.rate, duration_s, f"{plan.seed} {repeat}")
+                for attempt in range(_MAX_TURNS if repeat >= 0 else 1):
+                    turn = await stage.take_turn(
+                        name,
+                        asks,
+                        plan.mix,
+                        plan.model,
+                        repeat,
+                        f"{plan.seed} {repeat} {name} {attempt}",
+                    )
+                    if not turn.was_disturbed:
+                        break
                 if repeat >= 0:
-                    samples += found
-                    late_ms.setdefault(name, []).append(late_s * 1e3)
+                    turns[name].append(turn)
+                    repeated[name] += attempt
         num_late = fleet.num_late() if isinstance(fleet, EmulatedFleet) else 0
+        state = await asyncio.to_thread(get_json, f"{ours.urls[0]}/headway/state")
+    samples = [sample for taken in turns.values() for turn in taken for sample in turn.samples]
     latencies = Latencies(samples)
     latencies.fill(report)
-    for name, values in late_ms.items():
-        report.row("Load generator", policy=name, sent_late_p99_ms=Spread.of(values))
+    for name, taken in turns.items():
+        report.row(
+            "Turns that count, and what they cost",
+            policy=name,
+            taken_again=repeated[name],
+            sent_late_p99_ms=Spread.of([1e3 * turn.late_s for turn in taken]),
+            router_cpu_s=Spread.of([turn.cost.router_s for turn in taken]),
+            engines_cpu_s=Spread.of([turn.cost.engines_s for turn in taken]),
+            others_cpu_s=Spread.of([turn.cost.others_s for turn in taken]),
+        )
+    report.config["prediction_accuracy"] = state["accuracy"]
     rivals = [name for name in subjects if name != OURS]
     latencies.set_targets(report, OURS, rivals)
     for (name, reason), count in Counter(
         (each.policy, each.error) for each in samples if each.error
     ).most_common(10):
         report.note(f"{name}: {count} requests failed: {reason}")
-    if plan.profile:
-        report.note(
-            "Engines are emulated: vLLM's scheduler in real time at a profile's step times, and "
-            "no model."
-        )
-    report.note(
-        "All engines have the same settings. The order of promises in the waiting queue inside "
-        "an engine is a part of Headway; the peers' engines serve first come, first served."
-    )
-    report.note(
-        "Ray Serve LLM's own router is skipped: it starts vLLM engines of its own and cannot be "
-        "put in front of these."
-    )
-    if num_late:
-        report.note(f"{num_late} times an engine was late: this machine is too slow for the rate.")
+    for note in _notes(plan, num_late):
+        report.note(note)
     return report, samples
 
 
-async def _one(plan: Plan, subject: Subject, name: str, repeat: int) -> tuple[list[Sample], float]:
-    """One subject's turn; its samples and how late requests were sent (p99, seconds)."""
-    duration_s = plan.duration_s if repeat >= 0 else min(3.0, plan.duration_s)
-    asks = plan.mix.arrivals(plan.rate, duration_s, f"{plan.seed} {repeat}")
-    salt = f"{plan.seed} {repeat} {name}"
-    arrivals = [(ask.offset_s, plan.mix.call(ask, plan.model, salt)) for ask in asks]
-    async with Client(subject.urls) as client:
-        await client.connect(_NUM_CONNECTIONS)
-        records = await open_loop(client, arrivals, _TIMEOUT_S)
-    await asyncio.sleep(_PAUSE_S)
-    samples = [
-        Sample.of(repeat, name, ask, record) for ask, record in zip(asks, records, strict=True)
-    ]
-    late_s = percentile([record.late_s for record in records], 99)
-    found = Latencies(samples)
-    figures = [
-        f"{kind} p{percent} {'-' if value is None else brief(value)} s"
-        for kind, percent in (("short", 50), ("short", 99), ("long", 99))
-        for value in [found.ttft_s(name, kind, percent)]
-    ]
-    num_failed = sum(not sample.completed for sample in samples)
-    turn = f"repeat {repeat + 1}" if repeat >= 0 else "warming up"
-    say(f"{turn}: {name:24} {', '.join(figures)}; {len(samples)} requests, {num_failed} failed")
-    return samples, late_s
+def _notes(plan: Plan, num_late: int) -> Iterator[str]:
+    """What a reader must know."""
+    if plan.profile:
+        yield (
+            "Engines are emulated: vLLM's scheduler in real time at a profile's step times, and "
+            "no model."
+        )
+    yield (
+        "All engines have the same settings, what one prompt may take of a step among them. "
+        "Promises as priorities and paced steps inside an engine are a part of Headway; the "
+        "peers' engines schedule as vLLM does, first come, first served."
+    )
+    yield (
+        "Ray Serve LLM's own router is skipped: it starts vLLM engines of its own and cannot be "
+        "put in front of these."
+    )
+    yield (
+        f"A turn in which requests were sent more than {1e3 * MAX_LATE_S:g} ms late (p99), or in "
+        f"which other work kept {MAX_OTHERS_CPU:g} processors busy, was taken again, up to "
+        f"{_MAX_TURNS} times in all; the last one counts."
+    )
+    if num_late:
+        yield f"{num_late} times an engine was late: this machine is too slow for the rate."
 
 
 def _parse(arguments: Sequence[str] | None) -> Plan:

@@ -43,9 +43,10 @@ class Peer(Subject):
         done = folder / "headway-installed"
         if not done.exists() or done.read_text() != cls.package:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            _run("uv", "venv", "--quiet", "--clear", "--python", sys.executable, str(folder))
+            uv = sys.executable, "-m", "uv"
+            _run(*uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder))
             python = folder / "bin" / "python"
-            _run("uv", "pip", "install", "--quiet", "--python", str(python), cls.package)
+            _run(*uv, "pip", "install", "--quiet", "--python", str(python), cls.package)
             done.write_text(cls.package)
         return cls.package.replace("==", " ")
 
