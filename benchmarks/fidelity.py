@@ -3,14 +3,14 @@
 `python -m benchmarks.fidelity` measures, then compares; `--judge-only` compares anew with
 what was measured last. Real runs go through everything that users go through: HTTP, the
 gateway, the stream, vLLM. The simulation knows the profile of one engine, which
-`headway profile` measured on its own. On a machine that the engines share with each
-other, the gateway and the load generator, two numbers more are needed: how much longer
-steps take while the other engine steps too, and how long requests are under way outside
-of any step. They are fitted on the run of the first seed, which is not judged.
+`headway profile` measured: alone, and how much longer steps take while the other engine
+steps too. One number more is fitted, on the run of the first seed, which is not judged:
+how long requests are under way outside of any step, on cores that the engines are busy on.
 """
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import sys
@@ -61,9 +61,9 @@ class Measured:
 
 
 async def measure(
-    loads: Sequence[float], capacity: float, duration_s: float, seed: int
+    loads: Sequence[float], capacity: float, duration_s: float, seeds: Sequence[int]
 ) -> tuple[list[Measured], dict[str, Any]]:
-    """Return every request of a run at each load, and what there is to know of the runs."""
+    """Return every request of each seed's run at each load, and what there is to know of them."""
     subject = RealEngines(NUM_ENGINES)
     mix = Mix()
     found: list[Measured] = []
@@ -71,8 +71,8 @@ async def measure(
     async with subject:
         model = await subject.model()
         await subject.switch(OURS)
-        await _send(subject, mix, model, 0.5 * capacity, 10.0, f"{seed} warm-up")
-        for load in loads:
+        await _send(subject, mix, model, 0.5 * capacity, 15.0, f"{seeds[0]} warm-up")
+        for seed, load in itertools.product(seeds, loads):
             rate = load * capacity
             num_prompt_before, _ = await subject.prompt_tokens()
             samples = await _send(subject, mix, model, rate, duration_s, f"{seed} {load}")
@@ -89,7 +89,7 @@ async def measure(
                     "step_models": [each["step_model"] for each in state["replicas"].values()],
                 }
             )
-            console.print(f"{load:.0%}: {len(samples)} requests")
+            console.print(f"seed {seed}, {load:.0%}: {len(samples)} requests")
         infos = [each["info"] for each in (await subject.state())["replicas"].values()]
     return found, {"model": model, "engines": infos, "runs": runs}
 
@@ -107,30 +107,17 @@ async def _send(
     return [Sample.of(0, OURS, ask, record) for ask, record in zip(asks, records, strict=True)]
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What the machine adds to an engine alone."""
-
-    contention: float  # how much longer steps take while the other engine steps, a share
-    path_s: float  # from client to engine, tokenising included
-
-    def fleet(self, profile: Profile) -> Fleet:
-        """Return the engines on such a machine."""
-        network = Network(submit_s=self.path_s)
-        return Fleet(profile, NUM_ENGINES, network=network, contention=self.contention)
-
-
-def fit(
+def fit_path_s(
     by_load: Mapping[float, Sequence[Sample]], profile: Profile, template_tokens: int
-) -> Surroundings:
-    """Return what brings the median and the p90 of TTFT nearest to those measured, over all
-    loads, by trying a grid (least squares of their logarithms)."""
+) -> float:
+    """Return the seconds on the way that bring the median and the p90 of TTFT nearest to those
+    measured, over all loads, by trying each of a row (least squares of their logarithms)."""
 
-    def error(surroundings: Surroundings) -> float:
+    def error(path_s: float) -> float:
         total = 0.0
         for samples in by_load.values():
             real = _figures_of_all([samples])
-            fleet = surroundings.fleet(profile)
+            fleet = _fleet(profile, path_s)
             runs = [
                 _figures_of_all([simulated(samples, fleet, template_tokens, number)])
                 for number in range(_NUM_FIT_SIMULATIONS)
@@ -140,12 +127,11 @@ def fit(
                 total += math.log(mean / real[figure]) ** 2
         return total
 
-    candidates = [
-        Surroundings(percent / 100, path_ms / 1000)
-        for percent in range(0, 70, 10)
-        for path_ms in (10, 20, 30)
-    ]
-    return min(candidates, key=error)
+    return min((path_ms / 1000 for path_ms in range(5, 85, 5)), key=error)
+
+
+def _fleet(profile: Profile, path_s: float) -> Fleet:
+    return Fleet(profile, NUM_ENGINES, network=Network(submit_s=path_s))
 
 
 def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) -> Report:
@@ -161,15 +147,15 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
     samples: dict[int, dict[float, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for each in measured:
         samples[each.seed][each.load].append(each.sample)
-    surroundings = fit(samples[fitted_seed], profile, template_tokens)
-    fleet = surroundings.fleet(profile)
+    path_s = fit_path_s(samples[fitted_seed], profile, template_tokens)
+    fleet = _fleet(profile, path_s)
     config = {
         "profile": profile.model_dump(),
         "num_engines": NUM_ENGINES,
         "policy": OURS,
         "template_tokens": template_tokens,
         "num_simulations": _NUM_SIMULATIONS,
-        "fitted": {**asdict(surroundings), "on_seed": fitted_seed},
+        "fitted": {"path_s": path_s, "on_seed": fitted_seed},
         "judged_seeds": judged_seeds,
         **runs,
     }
@@ -206,9 +192,9 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
                 f"<= {tolerance}",
             )
     report.note(
-        f"Fitted on the run of seed {fitted_seed}, judged on others: steps take "
-        f"{surroundings.contention:.0%} longer while the other engine steps too, and requests are "
-        f"{1e3 * surroundings.path_s:g} ms under way before an engine has them."
+        f"Fitted on the run of seed {fitted_seed}, judged on others: requests are "
+        f"{1e3 * path_s:g} ms under way before an engine has them. Measured with the profile: "
+        f"steps take {profile.contention:.0%} longer while the other engine steps too."
     )
     report.note(
         "Simulated: the median of as many runs as `num_simulations`, which differ in the noise of "
@@ -301,11 +287,10 @@ def main() -> int:
     parser.add_argument("--judge-only", action="store_true")
     options = parser.parse_args()
     if not options.judge_only:
-        for number, seed in enumerate(options.seeds):
-            measured, runs = run_to_the_end(
-                lambda seed=seed: measure(options.loads, options.capacity, options.duration, seed)
-            )
-            _write(measured, runs, options.append or number > 0)
+        measured, runs = run_to_the_end(
+            lambda: measure(options.loads, options.capacity, options.duration, options.seeds)
+        )
+        _write(measured, runs, options.append)
     if not options.measure_only:
         measured, runs = _read()
         judge(measured, runs, Profile.load(options.profile)).finish()

@@ -1,4 +1,4 @@
-"""`headway profile`: starts one engine, measures its steps and writes its profile."""
+"""`headway profile`: starts engines, measures their steps and writes the profile of one."""
 
 import asyncio
 import dataclasses
@@ -6,14 +6,16 @@ import datetime
 import importlib
 import os
 import platform
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.profile import Profile
-from benchmarks.step_fit import TERMS, fit
+from benchmarks.step_fit import TERMS, Step, fit
 from benchmarks.step_probe import StepProbe
 from router.types import EngineInfo
 from serving.config import Config
@@ -25,45 +27,68 @@ _MAX_NOISE = 0.3  # what `Profile` allows
 
 
 async def measure(config: Config, plan: Plan, name: str, console: Console) -> Profile:
-    """Return the profile of the first engine that `plan` would start.
+    """Return the profile of one of the engines that `plan` would start.
 
-    Raises `ConfigError` as starting it does.
+    On CPU cores it is measured alone and then with all of them doing the same, for they
+    share memory and the cores' spare time. Raises `ConfigError` as starting it does.
     """
     if plan.uses_model_on_board:
         plan = dataclasses.replace(plan, model=str(onboard_model()))
     module, _, cls = config.engine.factory.partition(":")
     factory: type[Engine] = getattr(importlib.import_module(module), cls)
-    console.print(f"Starting one engine: {plan.device_name}")
+    num_engines = plan.num_replicas if plan.device == "cpu" else 1
+    console.print(f"Starting {num_engines} × {plan.device_name}")
     begin_s = time.monotonic()
-    engine = await factory.start(config, plan, 0)
+    engines = [await factory.start(config, plan, 0)]
     start_s = time.monotonic() - begin_s
     try:
-        probe = StepProbe(engine)
-        columns = (
-            TextColumn("{task.description:32}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=console) as bars:
-            jobs = probe.plan()
-            bar = bars.add_task("", total=len(jobs))
-            for title, job in jobs:
-                bars.update(bar, description=title)
-                await job()
-                if title == "warming up":
-                    probe.steps.clear()
-                bars.advance(bar)
+        alone = await _steps(engines, console)
+        first = engines[0]
+        fitted, error = fit(alone, _blank(name, first.info, start_s), has_outliers=True)
+        contention = 0.0
+        if num_engines > 1:
+            for rank in range(1, num_engines):
+                engines.append(await factory.start(config, plan, rank))
+            together = await _steps(engines, console)
+            shares = [each.step_s / each.foretold_s(fitted) for each in together]
+            contention = max(0.0, statistics.median(shares) - 1.0)
     finally:
-        await engine.shutdown()
-    fitted, error = fit(probe.steps, _blank(name, engine.info, start_s), has_outliers=True)
-    where = f"{engine.info.engine} on {engine.info.device}, Python {platform.python_version()}"
+        await asyncio.gather(*(engine.shutdown() for engine in engines))
+    where = f"{first.info.engine} on {first.info.device}, Python {platform.python_version()}"
     source = (
-        f"Measured by `headway profile`, {datetime.date.today()}: {where}; {len(probe.steps)} "
+        f"Measured by `headway profile`, {datetime.date.today()}: {where}; {len(alone)} "
         f"steps, fitted to {error:.1%} (root mean square), which stands for their noise."
     )
-    noise = round(min(error, _MAX_NOISE), 4)
-    return fitted.model_copy(update={"source": source, "noise": noise})
+    values = {
+        "source": source,
+        "noise": round(min(error, _MAX_NOISE), 4),
+        "contention": round(contention, 4),
+    }
+    return fitted.model_copy(update=values)
+
+
+async def _steps(engines: Sequence[Engine], console: Console) -> list[Step]:
+    """Return the steps of all engines, which do the same side by side."""
+    probes = [StepProbe(engine) for engine in engines]
+    columns = (
+        TextColumn("{task.description:32}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        plans = [probe.plan() for probe in probes]
+        bar = bars.add_task("", total=len(plans[0]))
+        for jobs in zip(*plans, strict=True):
+            title = jobs[0][0]
+            beside = f", {len(engines)} engines" if len(engines) > 1 else ""
+            bars.update(bar, description=title + beside)
+            await asyncio.gather(*(job() for _, job in jobs))
+            if title == "warming up":
+                for probe in probes:
+                    probe.steps.clear()
+            bars.advance(bar)
+    return [step for probe in probes for step in probe.steps]
 
 
 def _blank(name: str, info: EngineInfo, start_s: float) -> Profile:
@@ -90,6 +115,6 @@ def run(config: Config, plan: Plan, output: Path, console: Console) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would hide our progress
     profile = asyncio.run(measure(config, plan, output.stem, console))
     profile.save(output)
-    for name in (*TERMS, "noise"):
+    for name in (*TERMS, "noise", "contention"):
         console.print(f"{name:20} {getattr(profile, name):.4g}")
     console.print(f"Written: {output}")

@@ -6,6 +6,8 @@ from typing import Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from serving.chunk import prefill_chunk_tokens
+
 FOLDER = Path(__file__).parent / "profiles"
 
 
@@ -40,7 +42,7 @@ class Profile(BaseModel):
         None,
         ge=0,
         description="of that, what one prompt may take while others wait; 0: all; "
-        "unset: half, as Headway sets its engines",
+        "unset: as Headway sets its engines",
     )
     num_kv_tokens: int = Field(ge=1, description="capacity of the KV cache")
     block_size: int = Field(16, ge=1, description="tokens per KV block")
@@ -56,6 +58,12 @@ class Profile(BaseModel):
     )
     noise: float = Field(
         0.0, ge=0, le=0.3, description="standard deviation of a step's time, relative to it"
+    )
+    contention: float = Field(
+        0.0,
+        ge=0,
+        description="how much longer a step takes, as a share of it, while all other engines of "
+        "the machine step too: those that share its cores and memory, not GPUs",
     )
 
     @model_validator(mode="after")
@@ -74,7 +82,7 @@ class Profile(BaseModel):
     def prefill_chunk(self) -> int:
         """What one prompt may take of a step while others wait; 0: all."""
         if self.max_prefill_chunk is None:
-            return self.max_num_batched_tokens // 2
+            return prefill_chunk_tokens(self.max_num_batched_tokens)
         return self.max_prefill_chunk
 
     def step_s(

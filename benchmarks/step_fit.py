@@ -28,6 +28,15 @@ class Step:
     num_prefill_pairs: float  # as in `Profile.step_s`
     step_s: float
 
+    def foretold_s(self, profile: Profile) -> float:
+        """How long the profile says that it takes, seconds."""
+        return profile.step_s(
+            self.num_prefill_tokens,
+            self.num_decode_reqs,
+            self.num_decode_context_tokens,
+            self.num_prefill_pairs,
+        )
+
 
 def fit(
     steps: Sequence[Step], profile: Profile, *, has_outliers: bool = False

@@ -35,7 +35,6 @@ class Fleet:
     num_engines: int
     num_gateways: int = 1
     network: Network | None = None  # unset: loopback
-    contention: float = 0.0  # see `Simulation`
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def simulate(
         num_gateways=fleet.num_gateways,
         network=fleet.network,
         segment_tokens=segment_tokens,
-        contention=fleet.contention,
+        contention=fleet.profile.contention,
         seed=seed,
         on_progress=on_progress,
     )
