@@ -57,6 +57,34 @@ def num_served(records: Sequence[Record], start_s: float, end_s: float) -> float
     )
 
 
+async def capacity(subject: RealEngines, mix: Mix, model: str, seed: int, window_s: float) -> float:
+    """Return the requests per second that the engines carry of this mix, kept full.
+
+    Counted for `window_s` seconds. Raises `BenchmarkError` if a request fails.
+    """
+    await subject.switch(SATURATING_POLICY)
+    salt = f"{seed} capacity"
+    calls = (mix.call(ask, model, salt) for ask in mix.asks(salt))
+    async with Client(subject.urls) as client:
+        await client.connect(NUM_WORKERS)
+        loop = ClosedLoop(client, calls, NUM_WORKERS)
+        await loop.start(ramp_s=2.0)
+        # The users start with all their prompts at once: until as many requests have
+        # ended, the engines prefill and little else.
+        deadline_s = time.perf_counter() + _TIMEOUT_S
+        while client.num_ended < NUM_WORKERS and time.perf_counter() < deadline_s:
+            await asyncio.sleep(0.1)
+        start_s = time.perf_counter()
+        await asyncio.sleep(window_s)
+        end_s = time.perf_counter()
+        records = await loop.stop(_TIMEOUT_S)
+    failed = Counter(record.error for record in records if not record.completed)
+    if failed:
+        raise BenchmarkError(f"requests failed while the capacity was measured: {failed}")
+    await subject.wait_until_idle()
+    return num_served(records, start_s, end_s) / (end_s - start_s)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is run."""
@@ -85,27 +113,8 @@ class Comparison:
 
     async def capacity(self) -> float:
         """Return the requests per second that the engines carry of this mix, kept full."""
-        await self._subject.switch(SATURATING_POLICY)
-        salt = f"{self.plan.seed} capacity"
-        calls = (self.mix.call(ask, self._model, salt) for ask in self.mix.asks(salt))
-        async with Client(self._subject.urls) as client:
-            await client.connect(NUM_WORKERS)
-            loop = ClosedLoop(client, calls, NUM_WORKERS)
-            await loop.start(ramp_s=2.0)
-            # The users start with all their prompts at once: until as many requests have
-            # ended, the engines prefill and little else.
-            deadline_s = time.perf_counter() + _TIMEOUT_S
-            while client.num_ended < NUM_WORKERS and time.perf_counter() < deadline_s:
-                await asyncio.sleep(0.1)
-            start_s = time.perf_counter()
-            await asyncio.sleep(self.plan.calibration_s)
-            end_s = time.perf_counter()
-            records = await loop.stop(_TIMEOUT_S)
-        failed = Counter(record.error for record in records if not record.completed)
-        if failed:
-            raise BenchmarkError(f"requests failed while the capacity was measured: {failed}")
-        await self._subject.wait_until_idle()
-        return num_served(records, start_s, end_s) / (end_s - start_s)
+        seed, window_s = self.plan.seed, self.plan.calibration_s
+        return await capacity(self._subject, self.mix, self._model, seed, window_s)
 
     async def run(self, repeat: int, policy: str, rate: float) -> None:
         """One policy's turn, from idle to idle."""

@@ -18,13 +18,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.comparison import finish, say
+from benchmarks.comparison import capacity, finish, say
 from benchmarks.latency import Latencies, Sample
 from benchmarks.mix import Mix
 from benchmarks.peers import PEERS
 from benchmarks.peers.fleet import EmulatedFleet, EmulatedHeadway, VllmFleet
 from benchmarks.peers.peer import MissingError
-from benchmarks.peers.turn import MAX_LATE_S, MAX_OTHERS_CPU, Stage, Turn
+from benchmarks.peers.turn import MAX_OTHERS_CPU, Stage, Turn
 from benchmarks.real_engines import RealEngines
 from benchmarks.report import Report, Spread
 from benchmarks.runner import run_to_the_end
@@ -35,6 +35,8 @@ from serving.onboard import SERVED_MODEL_NAME
 # How often a turn is taken that was disturbed: the last one counts, whatever it was, for a
 # router may itself be what takes the processor from the generator.
 _MAX_TURNS = 3
+_LOAD = 0.75  # of what two real engines carry, unless a rate is asked for
+_CALIBRATION_S = 30.0
 # Sizes that keep 8 emulated H100s busy at a rate that two cores can carry: by the model
 # alone, each carries 12.5 requests/s of them.
 _EMULATED_MIX = Mix(short_tokens=(100, 800), long_tokens=(6000, 16_000), output_tokens=(16, 64))
@@ -47,11 +49,24 @@ class Plan:
     peers: tuple[str, ...]
     profile: str | None  # None: real engines
     num_engines: int
-    rate: float  # requests per second
+    rate: float | None  # requests per second; unset: by what real engines carry
     duration_s: float
     num_repeats: int
     seed: int
     one_policy: bool  # of each peer its first only
+
+    @property
+    def max_late_s(self) -> float:
+        """Lateness of the generator (p99) from which a turn is disturbed.
+
+        Steps of emulated engines take some 25 ms, those of real ones on CPU cores, which the
+        generator shares with them, hundreds.
+        """
+        return 0.02 if self.profile else 0.1
+
+    @property
+    def warm_up_s(self) -> float:
+        return 3.0 if self.profile else 10.0
 
     @property
     def mix(self) -> Mix:
@@ -100,13 +115,15 @@ async def run(plan: Plan) -> tuple[Report, list[Sample]]:
                     say(f"{subject.name} is skipped: {error}")
                     report.note(f"{subject.name} is skipped: it did not start.")
         say(f"up: {', '.join(subjects)}")
+        rate = plan.rate or await _rate(plan, ours)
+        report.config["sent_requests_per_s"] = rate
         stage = Stage(subjects, {name: ours if name == OURS else fleet for name in subjects})
         for repeat in range(-1, plan.num_repeats):  # the first warms everything up
             order = list(subjects)
             random.Random(f"order {plan.seed} {repeat}").shuffle(order)
             for name in order:
-                duration_s = plan.duration_s if repeat >= 0 else min(3.0, plan.duration_s)
-                asks = plan.mix.arrivals(plan.rate, duration_s, f"{plan.seed} {repeat}")
+                duration_s = plan.duration_s if repeat >= 0 else plan.warm_up_s
+                asks = plan.mix.arrivals(rate, duration_s, f"{plan.seed} {repeat}")
                 for attempt in range(_MAX_TURNS if repeat >= 0 else 1):
                     turn = await stage.take_turn(
                         name,
@@ -116,7 +133,7 @@ async def run(plan: Plan) -> tuple[Report, list[Sample]]:
                         repeat,
                         f"{plan.seed} {repeat} {name} {attempt}",
                     )
-                    if not turn.was_disturbed:
+                    if not turn.was_disturbed(plan.max_late_s):
                         break
                 if repeat >= 0:
                     turns[name].append(turn)
@@ -148,6 +165,15 @@ async def run(plan: Plan) -> tuple[Report, list[Sample]]:
     return report, samples
 
 
+async def _rate(plan: Plan, ours: Headway) -> float:
+    """What to send to real engines, requests per second."""
+    assert isinstance(ours, RealEngines), "emulated engines have a rate"
+    carried = await capacity(ours, plan.mix, plan.model, plan.seed, _CALIBRATION_S)
+    await ours.switch(OURS)
+    say(f"two engines carry {carried:.2f} requests/s; sending {_LOAD:.0%} of that")
+    return _LOAD * carried
+
+
 def _notes(plan: Plan, num_late: int) -> Iterator[str]:
     """What a reader must know."""
     if plan.profile:
@@ -165,8 +191,8 @@ def _notes(plan: Plan, num_late: int) -> Iterator[str]:
         "put in front of these."
     )
     yield (
-        f"A turn in which requests were sent more than {1e3 * MAX_LATE_S:g} ms late (p99), or in "
-        f"which other work kept {MAX_OTHERS_CPU:g} processors busy, was taken again, up to "
+        f"A turn in which requests were sent more than {1e3 * plan.max_late_s:g} ms late (p99), "
+        f"or in which other work kept {MAX_OTHERS_CPU:g} processors busy, was taken again, up to "
         f"{_MAX_TURNS} times in all; the last one counts."
     )
     if num_late:
@@ -180,8 +206,10 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
     parser.add_argument("--profile", default="h100-llama8b", help="what is emulated")
     parser.add_argument("--real", action="store_true", help="two vLLM engines on CPU cores")
     parser.add_argument("--engines", type=int, help="8, or 2 if real")
-    parser.add_argument("--rate", type=float, help="requests/s: 70, or 2.2 if real")
-    parser.add_argument("--duration", type=float, help="of arrivals per run, s: 15, or 30 if real")
+    parser.add_argument(
+        "--rate", type=float, help="requests/s: 70, or 75 %% of what real ones carry"
+    )
+    parser.add_argument("--duration", type=float, help="of arrivals per run, s: 15, or 45 if real")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--one-policy", action="store_true", help="of each peer its first only")
     parser.add_argument("--seed", type=int, default=0)
@@ -190,8 +218,8 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
         tuple(options.peers),
         None if options.real else options.profile,
         options.engines or (2 if options.real else 8),
-        options.rate or (2.2 if options.real else 70.0),
-        options.duration or (30.0 if options.real else 15.0),
+        options.rate or (None if options.real else 70.0),
+        options.duration or (45.0 if options.real else 15.0),
         options.repeats,
         options.seed,
         options.one_policy,

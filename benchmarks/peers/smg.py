@@ -9,7 +9,7 @@ from benchmarks.subjects import free_ports
 class Smg(Peer):
     title = "smg"
     package = "smg==1.13.0"
-    policies = ("cache_aware", "least_load")
+    policies = ("least_load", "cache_aware")
 
     def command(self, folder: Path, port: int) -> list[str]:
         (metrics_port,) = free_ports(1)

@@ -9,7 +9,7 @@ from benchmarks.subjects import free_ports
 class VllmRouter(Peer):
     title = "vllm-router"
     package = "vllm-router==0.1.17"
-    policies = ("cache_aware", "power_of_two")
+    policies = ("power_of_two", "cache_aware")
 
     def command(self, folder: Path, port: int) -> list[str]:
         (metrics_port,) = free_ports(1)
