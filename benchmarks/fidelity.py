@@ -4,15 +4,15 @@
 what was measured last. Real runs go through everything that users go through: HTTP, the
 gateway, the stream, vLLM. The simulation knows the profile of one engine, which
 `headway profile` measured: alone, and how much longer steps take while the other engine
-steps too. One number more is fitted, on the run of the first seed, which is not judged:
-how long requests are under way outside of any step, on cores that the engines are busy on.
+steps too. One number more is measured before the runs: how long a request is under way
+outside of any step, by short prompts that come one at a time. Nothing is fitted to what is judged.
 """
 
 import argparse
 import csv
 import itertools
 import json
-import math
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -34,6 +34,7 @@ from benchmarks.report import RESULTS, Report
 from benchmarks.runner import run_to_the_end
 from benchmarks.simulator import Network
 from benchmarks.sweep import Fleet, simulate
+from benchmarks.sweep import capacity as simulated_capacity
 from benchmarks.variant import OURS
 from benchmarks.workload import Arrival, Workload
 
@@ -44,7 +45,11 @@ _NUM_CONNECTIONS = 64
 _TIMEOUT_S = 120.0
 # One run of the simulation is as much chance as one of the engines: the median of many.
 _NUM_SIMULATIONS = 15
-_NUM_FIT_SIMULATIONS = 3
+# Long prompts are shorter than those of other comparisons: on slow cores, ten minutes of these
+# are enough requests for a percentile.
+_MIX = Mix(long_tokens=(200, 600))
+_TEMPLATE_TOKENS = 30  # of SmolLM2's chats, about: measured with each run
+_NUM_SINGLE = 25  # short prompts that come alone
 _TARGETS = {"ttft_p50_s": 0.15, "ttft_p90_s": 0.15, "ttft_p99_s": 0.30, "tokens_per_s": 0.15}
 
 console = Console(highlight=False)
@@ -65,13 +70,14 @@ async def measure(
 ) -> tuple[list[Measured], dict[str, Any]]:
     """Return every request of each seed's run at each load, and what there is to know of them."""
     subject = RealEngines(NUM_ENGINES)
-    mix = Mix()
+    mix = _MIX
     found: list[Measured] = []
     runs: list[dict[str, Any]] = []
     async with subject:
         model = await subject.model()
         await subject.switch(OURS)
         await _send(subject, mix, model, 0.5 * capacity, 15.0, f"{seeds[0]} warm-up")
+        single = await _send_singly(subject, mix, model, f"{seeds[0]} single")
         for seed, load in itertools.product(seeds, loads):
             rate = load * capacity
             num_prompt_before, _ = await subject.prompt_tokens()
@@ -91,7 +97,7 @@ async def measure(
             )
             console.print(f"seed {seed}, {load:.0%}: {len(samples)} requests")
         infos = [each["info"] for each in (await subject.state())["replicas"].values()]
-    return found, {"model": model, "engines": infos, "runs": runs}
+    return found, {"model": model, "engines": infos, "runs": runs, "single": single}
 
 
 async def _send(
@@ -107,67 +113,60 @@ async def _send(
     return [Sample.of(0, OURS, ask, record) for ask, record in zip(asks, records, strict=True)]
 
 
-def fit_path_s(
-    by_load: Mapping[float, Sequence[Sample]], profile: Profile, template_tokens: int
-) -> float:
-    """Return the seconds on the way that bring the median and the p90 of TTFT nearest to those
-    measured, over all loads, by trying each of a row (least squares of their logarithms)."""
-
-    def error(path_s: float) -> float:
-        total = 0.0
-        for samples in by_load.values():
-            real = _figures_of_all([samples])
-            fleet = _fleet(profile, path_s)
-            runs = [
-                _figures_of_all([simulated(samples, fleet, template_tokens, number)])
-                for number in range(_NUM_FIT_SIMULATIONS)
-            ]
-            for figure in ("ttft_p50_s", "ttft_p90_s"):
-                mean = sum(run[figure] for run in runs) / len(runs)
-                total += math.log(mean / real[figure]) ** 2
-        return total
-
-    return min((path_ms / 1000 for path_ms in range(5, 85, 5)), key=error)
+async def _send_singly(
+    subject: RealEngines, mix: Mix, model: str, seed: str
+) -> list[dict[str, float]]:
+    """Send short prompts, each when the one before has ended; return sizes and times."""
+    shorts = (ask for ask in mix.asks(seed) if ask.kind == "short")
+    found = []
+    async with Client(subject.urls) as client:
+        await client.connect(1)
+        for ask in itertools.islice(shorts, _NUM_SINGLE):
+            record = client.send(mix.call(ask, model, seed))
+            await client.wait(_TIMEOUT_S)
+            found.append({"num_text_tokens": ask.num_text_tokens, "ttft_s": record.ttft_s})
+    return found
 
 
-def _fleet(profile: Profile, path_s: float) -> Fleet:
-    return Fleet(profile, NUM_ENGINES, network=Network(submit_s=path_s))
+def path_s(single: Sequence[Mapping[str, float]], profile: Profile, template_tokens: int) -> float:
+    """Return the median time to first token of prompts that came alone, less their step."""
+    rests_s = []
+    for each in single:
+        num_tokens = round(each["num_text_tokens"]) + template_tokens
+        rests_s.append(each["ttft_s"] - profile.step_s(num_tokens, 0, 0, num_tokens**2 / 2))
+    return max(0.0, statistics.median(rests_s))
 
 
 def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) -> Report:
-    """Return the report that holds the simulation against what was measured.
-
-    Raises `ValueError` where there is but one seed: nothing would be left to judge.
-    """
+    """Return the report that holds the simulation against what was measured."""
     template_tokens = round(sum(run["template_tokens"] for run in runs["runs"]) / len(runs["runs"]))
     rates = {each.load: each.rate for each in measured}
-    fitted_seed, *judged_seeds = dict.fromkeys(each.seed for each in measured)
-    if not judged_seeds:
-        raise ValueError("two seeds are needed: what the first one shows is fitted, not judged")
+    seeds = list(dict.fromkeys(each.seed for each in measured))
     samples: dict[int, dict[float, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for each in measured:
         samples[each.seed][each.load].append(each.sample)
-    path_s = fit_path_s(samples[fitted_seed], profile, template_tokens)
-    fleet = _fleet(profile, path_s)
+    on_the_way_s = path_s(runs["single"], profile, template_tokens)
+    fleet = Fleet(profile, NUM_ENGINES, network=Network(submit_s=on_the_way_s))
     config = {
         "profile": profile.model_dump(),
         "num_engines": NUM_ENGINES,
         "policy": OURS,
         "template_tokens": template_tokens,
         "num_simulations": _NUM_SIMULATIONS,
-        "fitted": {"path_s": path_s, "on_seed": fitted_seed},
-        "judged_seeds": judged_seeds,
+        "path_s": on_the_way_s,
+        "seeds": seeds,
+        "mix": asdict(_MIX),
         **runs,
     }
     report = Report("fidelity", "simulated", 0, config)
     for load, rate in sorted(rates.items()):
-        judged = [samples[seed][load] for seed in judged_seeds]
+        judged = [samples[seed][load] for seed in seeds]
         real = _figures_of_all(judged)
         simulated_runs = [
             _figures_of_all(
                 [
                     simulated(each, fleet, template_tokens, 1000 * number + seed)
-                    for seed, each in zip(judged_seeds, judged, strict=True)
+                    for seed, each in zip(seeds, judged, strict=True)
                 ]
             )
             for number in range(_NUM_SIMULATIONS)
@@ -192,9 +191,9 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
                 f"<= {tolerance}",
             )
     report.note(
-        f"Fitted on the run of seed {fitted_seed}, judged on others: requests are "
-        f"{1e3 * path_s:g} ms under way before an engine has them. Measured with the profile: "
-        f"steps take {profile.contention:.0%} longer while the other engine steps too."
+        f"Requests are {1e3 * on_the_way_s:.0f} ms under way outside of any step, measured on "
+        f"{len(runs['single'])} that came alone; steps take {profile.contention:.0%} longer while "
+        "the other engine steps too, measured with the profile. Nothing was fitted to these runs."
     )
     report.note(
         "Simulated: the median of as many runs as `num_simulations`, which differ in the noise of "
@@ -259,7 +258,8 @@ def _write(measured: Sequence[Measured], runs: dict[str, Any], append: bool) -> 
             row = {"load": each.load, "rate": each.rate, "seed": each.seed}
             writer.writerow(row | asdict(each.sample))
     if append:
-        runs = {**runs, "runs": json.loads(SURROUNDINGS.read_text())["runs"] + runs["runs"]}
+        former = json.loads(SURROUNDINGS.read_text())
+        runs = {**runs, **{key: former[key] + runs[key] for key in ("runs", "single")}}
     SURROUNDINGS.write_text(json.dumps(runs, indent=1) + "\n")
 
 
@@ -275,25 +275,44 @@ def _read() -> tuple[list[Measured], dict[str, Any]]:
     return found, json.loads(SURROUNDINGS.read_text())
 
 
+def _capacity(profile: Profile) -> float:
+    """Requests per second that both engines carry, as the simulation has it."""
+    workload = Workload.of(
+        "mix",
+        (
+            Arrival(
+                offset_s=0.0,
+                num_prompt_tokens=ask.num_text_tokens + _TEMPLATE_TOKENS,
+                num_output_tokens=ask.num_output_tokens,
+                max_output_tokens=ask.num_output_tokens,
+            )
+            for ask in itertools.islice(_MIX.asks("capacity"), 400)
+        ),
+    )
+    return simulated_capacity(workload, Fleet(profile, NUM_ENGINES))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--profile", default="smollm2-cpu", help="of one engine")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.4, 0.6, 0.8])
-    parser.add_argument("--capacity", type=float, default=3.16, help="requests/s of both engines")
-    parser.add_argument("--duration", type=float, default=60.0, help="of arrivals at each load, s")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--capacity", type=float, help="requests/s; default: by the simulation")
+    parser.add_argument("--duration", type=float, default=75.0, help="of arrivals at each load, s")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--append", action="store_true", help="keep what other seeds have shown")
     parser.add_argument("--measure-only", action="store_true")
     parser.add_argument("--judge-only", action="store_true")
     options = parser.parse_args()
+    profile = Profile.load(options.profile)
+    capacity = options.capacity or _capacity(profile)
     if not options.judge_only:
         measured, runs = run_to_the_end(
-            lambda: measure(options.loads, options.capacity, options.duration, options.seeds)
+            lambda: measure(options.loads, capacity, options.duration, options.seeds)
         )
         _write(measured, runs, options.append)
     if not options.measure_only:
         measured, runs = _read()
-        judge(measured, runs, Profile.load(options.profile)).finish()
+        judge(measured, runs, profile).finish()
     return 0
 
 

@@ -24,6 +24,7 @@ from serving.onboard import onboard_model
 from serving.plan import Plan
 
 _MAX_NOISE = 0.3  # what `Profile` allows
+_EVERY_TOGETHER = 3  # one factor is to be found, and some of all kinds of steps will do
 
 
 async def measure(config: Config, plan: Plan, name: str, console: Console) -> Profile:
@@ -49,7 +50,7 @@ async def measure(config: Config, plan: Plan, name: str, console: Console) -> Pr
         if num_engines > 1:
             for rank in range(1, num_engines):
                 engines.append(await factory.start(config, plan, rank))
-            together = await _steps(engines, console)
+            together = await _steps(engines, console, every=_EVERY_TOGETHER)
             shares = [each.step_s / each.foretold_s(fitted) for each in together]
             contention = max(0.0, statistics.median(shares) - 1.0)
     finally:
@@ -67,8 +68,9 @@ async def measure(config: Config, plan: Plan, name: str, console: Console) -> Pr
     return fitted.model_copy(update=values)
 
 
-async def _steps(engines: Sequence[Engine], console: Console) -> list[Step]:
-    """Return the steps of all engines, which do the same side by side."""
+async def _steps(engines: Sequence[Engine], console: Console, every: int = 1) -> list[Step]:
+    """Return the steps of all engines, which do the same side by side; of what there is to
+    measure, one in `every`."""
     probes = [StepProbe(engine) for engine in engines]
     columns = (
         TextColumn("{task.description:32}"),
@@ -77,7 +79,7 @@ async def _steps(engines: Sequence[Engine], console: Console) -> list[Step]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as bars:
-        plans = [probe.plan() for probe in probes]
+        plans = [probe.plan()[::every] for probe in probes]
         bar = bars.add_task("", total=len(plans[0]))
         for jobs in zip(*plans, strict=True):
             title = jobs[0][0]
