@@ -56,7 +56,7 @@ bench-spill: install  ## goodput and cost of a provider in a spike, simulated
 	$(BIN)/python -m benchmarks.spill $(ARGS)
 
 .PHONY: bench-peers
-bench-peers: install  ## other routers and ours in front of the same eight emulated engines
+bench-peers: install  ## other routers and ours, before 8 emulated and 2 real engines (half an hour)
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 .PHONY: bench-overload

@@ -33,8 +33,11 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+_EMULATED = "benchmarks.emulated:EmulatedEngine"
+
+
 class EngineConfig(_Section):
-    """One engine replica."""
+    """One engine replica. The word `emulated` alone stands for an emulated one."""
 
     factory: str = Field(
         "serving.engine:VllmEngine", description="module:class of the engine behind the stream"
@@ -54,6 +57,11 @@ class EngineConfig(_Section):
     drain_timeout_s: float = Field(
         60.0, ge=0, description="running streams may finish for so long on shutdown, seconds"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelled_out(cls, section: Any) -> Any:
+        return {"factory": _EMULATED} if section == "emulated" else section
 
 
 class GatewayConfig(_Section):

@@ -1,6 +1,7 @@
 """Headway and other routers in front of the same engines: `python -m benchmarks.peers`.
 
-Eight emulated H100s, or with `--real` two vLLM engines with the model on board.
+First eight emulated H100s, then two vLLM engines with the model on board;
+`--emulated` or `--real` takes one of the two.
 
 All run side by side and idle until it is their turn, in an order that is
 shuffled anew per repeat; each gets the same requests at the same times.
@@ -199,36 +200,42 @@ def _notes(plan: Plan, num_late: int) -> Iterator[str]:
         yield f"{num_late} times an engine was late: this machine is too slow for the rate."
 
 
-def _parse(arguments: Sequence[str] | None) -> Plan:
+def _parse(arguments: Sequence[str] | None) -> list[Plan]:
     titles = [peer.title for peer in PEERS]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--emulated", action="store_true", help="only in front of emulated H100s")
+    parts.add_argument("--real", action="store_true", help="only in front of real vLLM engines")
     parser.add_argument("--peers", nargs="+", choices=titles, default=titles, metavar="PEER")
     parser.add_argument("--profile", default="h100-llama8b", help="what is emulated")
-    parser.add_argument("--real", action="store_true", help="two vLLM engines on CPU cores")
-    parser.add_argument("--engines", type=int, help="8, or 2 if real")
+    parser.add_argument("--engines", type=int, help="8 emulated, 2 real")
     parser.add_argument(
         "--rate", type=float, help="requests/s: 70, or 75 %% of what real ones carry"
     )
-    parser.add_argument("--duration", type=float, help="of arrivals per run, s: 15, or 45 if real")
+    parser.add_argument("--duration", type=float, help="of arrivals per turn, s: 15, real 45")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--one-policy", action="store_true", help="of each peer its first only")
     parser.add_argument("--seed", type=int, default=0)
     options: Any = parser.parse_args(arguments)
-    return Plan(
-        tuple(options.peers),
-        None if options.real else options.profile,
-        options.engines or (2 if options.real else 8),
-        options.rate or (None if options.real else 70.0),
-        options.duration or (45.0 if options.real else 15.0),
-        options.repeats,
-        options.seed,
-        options.one_policy,
-    )
+    return [
+        Plan(
+            tuple(options.peers),
+            None if is_real else options.profile,
+            options.engines or (2 if is_real else 8),
+            options.rate or (None if is_real else 70.0),
+            options.duration or (45.0 if is_real else 15.0),
+            options.repeats,
+            options.seed,
+            options.one_policy,
+        )
+        for is_real in (False, True)
+        if not (options.emulated if is_real else options.real)
+    ]
 
 
 def main() -> int:
-    plan = _parse(None)
-    finish(*run_to_the_end(lambda: run(plan)))
+    for plan in _parse(None):
+        finish(*run_to_the_end(lambda plan=plan: run(plan)))
     return 0
 
 

@@ -1,6 +1,7 @@
 """The emulated engine through its ASGI application, and behind the real gateway."""
 
 import asyncio
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,11 @@ def test_bad_engine_args_name_the_key() -> None:
         config = parse({"engine": {"args": args}})
         with pytest.raises(ConfigError, match=rf"engine\.args.*{key}"):
             asyncio.run(EmulatedEngine.start(config, _Plan(), 0))
+
+
+def test_one_word_in_a_deploy_file_is_enough() -> None:
+    module, _, name = parse({"engine": "emulated"}).engine.factory.partition(":")
+    assert getattr(importlib.import_module(module), name) is EmulatedEngine
 
 
 class _Plan:
