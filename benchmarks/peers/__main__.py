@@ -35,7 +35,7 @@ from serving.onboard import SERVED_MODEL_NAME
 
 # How often a turn is taken that was disturbed: the last one counts, whatever it was, for a
 # router may itself be what takes the processor from the generator.
-_MAX_TURNS = 3
+_MAX_TURNS = 2
 _LOAD = 0.75  # of what two real engines carry, unless a rate is asked for
 _CALIBRATION_S = 30.0
 # Sizes that keep 8 emulated H100s busy at a rate that two cores can carry: by the model
@@ -64,6 +64,11 @@ class Plan:
         generator shares with them, hundreds.
         """
         return 0.02 if self.profile else 0.1
+
+    @property
+    def timeout_s(self) -> float:
+        """After the last arrival: many times what any request takes where nothing is wrong."""
+        return 30.0 if self.profile else 120.0
 
     @property
     def warm_up_s(self) -> float:
@@ -118,7 +123,8 @@ async def run(plan: Plan) -> tuple[Report, list[Sample]]:
         say(f"up: {', '.join(subjects)}")
         rate = plan.rate or await _rate(plan, ours)
         report.config["sent_requests_per_s"] = rate
-        stage = Stage(subjects, {name: ours if name == OURS else fleet for name in subjects})
+        behind = {name: ours if name == OURS else fleet for name in subjects}
+        stage = Stage(subjects, behind, plan.timeout_s)
         for repeat in range(-1, plan.num_repeats):  # the first warms everything up
             order = list(subjects)
             random.Random(f"order {plan.seed} {repeat}").shuffle(order)

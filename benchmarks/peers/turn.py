@@ -15,7 +15,6 @@ from benchmarks.report import brief, percentile
 from benchmarks.subjects import Headway, Subject
 
 _NUM_CONNECTIONS = 64
-_TIMEOUT_S = 60.0
 _PAUSE_S = 1.0  # what the turn before left behind is over
 # Processors that other work on the machine keeps busy, of which there should be none.
 MAX_OTHERS_CPU = 0.1
@@ -47,8 +46,12 @@ class Turn:
 class Stage:
     """Everything that is up, and whose turn it is."""
 
-    def __init__(self, subjects: Mapping[str, Subject], engines: Mapping[str, Subject]) -> None:
-        """`engines`: those behind each of the subjects."""
+    def __init__(
+        self, subjects: Mapping[str, Subject], engines: Mapping[str, Subject], timeout_s: float
+    ) -> None:
+        """`engines`: those behind each of the subjects. What has not ended `timeout_s` after the
+        last arrival has failed."""
+        self._timeout_s = timeout_s
         self.subjects = subjects
         self._engines = engines
 
@@ -62,7 +65,7 @@ class Stage:
         start_s = time.perf_counter()
         async with Client(subject.urls) as client:
             await client.connect(_NUM_CONNECTIONS)
-            records = await open_loop(client, arrivals, _TIMEOUT_S)
+            records = await open_loop(client, arrivals, self._timeout_s)
         span_s = time.perf_counter() - start_s
         after = await asyncio.to_thread(self._costs, name)
         await asyncio.sleep(_PAUSE_S)
