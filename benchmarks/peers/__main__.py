@@ -25,7 +25,7 @@ from benchmarks.mix import Mix
 from benchmarks.peers import PEERS
 from benchmarks.peers.fleet import EmulatedFleet, EmulatedHeadway, VllmFleet
 from benchmarks.peers.peer import MissingError
-from benchmarks.peers.turn import MAX_OTHERS_CPU, Stage, Turn
+from benchmarks.peers.turn import BUSY_ROUTER_CPU, MAX_OTHERS_CPU, Stage, Turn
 from benchmarks.real_engines import RealEngines
 from benchmarks.report import Report, Spread
 from benchmarks.runner import run_to_the_end
@@ -68,7 +68,7 @@ class Plan:
     @property
     def timeout_s(self) -> float:
         """After the last arrival: many times what any request takes where nothing is wrong."""
-        return 30.0 if self.profile else 120.0
+        return 15.0 if self.profile else 120.0
 
     @property
     def warm_up_s(self) -> float:
@@ -199,7 +199,8 @@ def _notes(plan: Plan, num_late: int) -> Iterator[str]:
     )
     yield (
         f"A turn in which requests were sent more than {1e3 * plan.max_late_s:g} ms late (p99), "
-        f"or in which other work kept {MAX_OTHERS_CPU:g} processors busy, was taken again, up to "
+        f"unless by a router that took more than {BUSY_ROUTER_CPU:g} processors itself, or in "
+        f"which other work kept {MAX_OTHERS_CPU:g} processors busy, was taken again, up to "
         f"{_MAX_TURNS} times in all; the last one counts."
     )
     if num_late:

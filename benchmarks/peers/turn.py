@@ -18,6 +18,7 @@ _NUM_CONNECTIONS = 64
 _PAUSE_S = 1.0  # what the turn before left behind is over
 # Processors that other work on the machine keeps busy, of which there should be none.
 MAX_OTHERS_CPU = 0.1
+BUSY_ROUTER_CPU = 0.5  # of a processor: then it is the router that makes the generator late
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,13 @@ class Turn:
     cost: Cost
 
     def was_disturbed(self, max_late_s: float) -> bool:
-        """Whether it shows something else than the subject."""
-        return self.late_s > max_late_s or self.cost.others_s > MAX_OTHERS_CPU * self.span_s
+        """Whether it shows something else than the subject.
+
+        A router that takes the processor from the generator is measured with that.
+        """
+        if self.cost.others_s > MAX_OTHERS_CPU * self.span_s:
+            return True
+        return self.late_s > max_late_s and self.cost.router_s < BUSY_ROUTER_CPU * self.span_s
 
 
 class Stage:
