@@ -24,16 +24,19 @@ from serving.plan import plan
 
 async def serve(port: int, rank: int, num_engines: int) -> None:
     """Serve until a signal ends it."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.launchers.app import build_app
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    config = parse({"device": "cpu", "replicas": num_engines})
-    args = vllm_arguments(dataclasses.replace(plan(config, detect()), model=str(onboard_model())))
-    args.scheduling_policy = "fcfs"
-    args.long_prefill_token_threshold = prefill_chunk_tokens(args.max_num_batched_tokens)
     with on_core(rank):
+        # vLLM is imported late: it reads the environment set here.
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        config = parse({"device": "cpu", "replicas": num_engines})
+        the_plan = dataclasses.replace(plan(config, detect()), model=str(onboard_model()))
+        args = vllm_arguments(the_plan)
+        args.scheduling_policy = "fcfs"
+        args.enable_logging_iteration_details = False
+        args.long_prefill_token_threshold = prefill_chunk_tokens(args.max_num_batched_tokens)
         llm = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
     try:
         tasks = await llm.get_supported_tasks()
