@@ -99,10 +99,9 @@ class Router:
         if request.id in self._open:
             return []
         self._retries.deposit()
-        if "length" not in self._placer.policy.ablated:
-            request = self._predictions.with_length(request)
         s_per_token = self._fleet.prefill_s_per_token(request.model)
-        request = msgspec.structs.replace(request, prefill_s_per_token=s_per_token)
+        has_length = "length" not in self._placer.policy.ablated
+        request = self._predictions.on_arrival(request, s_per_token, has_length=has_length)
         if now_s < self._health.next_check_s:
             return self._open.admit(request, now_s)
         # Nobody looked while there was no work: an engine may have fallen silent meanwhile.

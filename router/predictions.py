@@ -35,10 +35,19 @@ class Predictions:
             self._are_bad = error > (self._max_error / 2.0 if self._are_bad else self._max_error)
         return self._are_bad
 
-    def with_length(self, request: Request) -> Request:
-        """The request with the length that its answer is expected to have."""
-        num_tokens = self._lengths.predict(request)
-        return msgspec.structs.replace(request, num_expected_output_tokens=num_tokens)
+    def on_arrival(
+        self, request: Request, prefill_s_per_token: float, *, has_length: bool
+    ) -> Request:
+        """The request with what its prompt takes and, unless not wanted, how long its answer is."""
+        if has_length:
+            num_output_tokens = self._lengths.predict(request)
+        else:
+            num_output_tokens = request.num_expected_output_tokens
+        return msgspec.structs.replace(
+            request,
+            num_expected_output_tokens=num_output_tokens,
+            prefill_s_per_token=prefill_s_per_token,
+        )
 
     def on_first_token(self, placement: Placement, now_s: float) -> None:
         """Compare a first token with its prediction."""
