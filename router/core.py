@@ -26,8 +26,6 @@ the queue's bounds.
 import random
 from collections.abc import Collection, Sequence
 
-import msgspec
-
 from router.breaker import Failure
 from router.budget import RateReport
 from router.fallback import FallbackSettings, Spill, own_budget
@@ -42,6 +40,7 @@ from router.predictions import Predictions
 from router.promise import turn_s
 from router.provider import MakeBudget, ProviderSettings
 from router.provider_calls import ProviderCalls
+from router.remainder import continued, retried
 from router.replica import Replica
 from router.retry_budget import RetryBudget
 from router.settings import RouterSettings
@@ -176,16 +175,7 @@ class Router:
             failure is not None and not self._retries.try_withdraw(now_s)
         )
         self._open.take_back(placement, Usage())  # it is charged anew where it goes next
-        num_prompt_tokens = request.num_prompt_tokens + num_output_tokens
-        prefix_tokens_each = request.prefix_block_share * request.num_prompt_tokens
-        again = msgspec.structs.replace(
-            request,
-            num_prompt_tokens=num_prompt_tokens,
-            prefix_block_share=prefix_tokens_each / max(1, num_prompt_tokens),
-            tried=(*request.tried, replica.id),
-            retried_s=now_s,
-            has_begun=has_begun,
-        )
+        again = retried(request, replica.id, num_output_tokens, now_s, has_begun=has_begun)
         decision: Decision | None = None
         if no_engine and (decision := self._spill.send_now(again, now_s)) is None:
             return [Fail(request_id), *self._open.close(Outcome.FAILED, now_s)]
@@ -254,9 +244,8 @@ class Router:
 
         `can_retry` while nothing of the answer has been passed on; after that another
         provider may go on with it, if `num_output_tokens` tells how many this one has
-        sent; `was_sent`
-        unless the provider never saw the request; `lasts` if whatever is sent
-        under this key would fail in the same way.
+        sent; `was_sent` unless the provider never saw the request; `lasts` if whatever
+        is sent under this key would fail in the same way.
         """
         request = self._calls.fail(request_id, failure, was_sent=was_sent, lasts=lasts, now_s=now_s)
         if request is None:
@@ -264,7 +253,7 @@ class Router:
         if can_retry and len(request.tried) < _MAX_TRIED:
             return self._open.enter(request, now_s)
         if num_output_tokens is not None and len(request.tried) < _MAX_TRIED:
-            return self._go_on(_rest(request, num_output_tokens), now_s)
+            return self._go_on(continued(request, num_output_tokens), now_s)
         return [Fail(request_id), *self._open.close(Outcome.FAILED, now_s, at_once=True)]
 
     def _go_on(self, request: Request, now_s: float) -> list[Decision]:
@@ -282,7 +271,8 @@ class Router:
         A known id means a new connection: the old one, and all that was booked
         on it, is lost.
         """
-        self._lose(replica_id, now_s)
+        if (lost := self._fleet.remove(replica_id)) is not None:
+            self._health.lose(lost, now_s)
         breaker = self._health.breaker(replica_id, info, self._fleet, now_s)
         self._fleet.add(Replica(replica_id, info, now_s, breaker))
         return self._open.place_held(now_s)
@@ -326,7 +316,8 @@ class Router:
         got, and so reports each by `on_attempt_failed`. If it did not, they
         would stay open for ever.
         """
-        self._lose(replica_id, now_s)
+        if (lost := self._fleet.remove(replica_id)) is not None:
+            self._health.lose(lost, now_s)
         return self._open.place_held(now_s)
 
     # Time and people
@@ -392,14 +383,6 @@ class Router:
             "breaker_events": self._health.state(),
         }
 
-    # Steps that several events share
-
-    def _lose(self, replica_id: str, now_s: float) -> None:
-        """Forget an engine; an unknown id changes nothing."""
-        if (replica := self._fleet.get(replica_id)) is not None:
-            self._fleet.remove(replica_id)
-            self._health.lose(replica, now_s)
-
     def _use(self, policy: Policy) -> bool:
         """Choose by this policy, and hold and order as it wants; whether the order has changed.
 
@@ -411,14 +394,3 @@ class Router:
             holds=holds and "hold" not in policy.ablated,
             by_arrival="order" in policy.ablated or self._predictions.are_bad,
         )
-
-
-def _rest(request: Request, num_output_tokens: int) -> Request:
-    """A request for the rest of a reply of which so many tokens are out: they join its prompt."""
-    most = request.max_output_tokens
-    return msgspec.structs.replace(
-        request,
-        num_prompt_tokens=request.num_prompt_tokens + num_output_tokens,
-        max_output_tokens=None if most is None else max(1, most - num_output_tokens),
-        has_begun=True,
-    )

@@ -69,14 +69,15 @@ class Fleet:
                 self._pools_by_name.setdefault(name, []).append(pool)
         self.refresh(replica)
 
-    def remove(self, replica_id: str) -> None:
-        """Forget a replica; an unknown id changes nothing. Its names stay known."""
+    def remove(self, replica_id: str) -> Replica | None:
+        """Forget a replica and return it; None if there is none. Its names stay known."""
         replica = self._replicas.pop(replica_id, None)
         if replica is not None:
             pool = self._pools[replica.names]
             for replicas in (pool.working, pool.open, pool.open_to_short_only):
                 replicas.pop(replica_id, None)
             pool.count(replica)
+        return replica
 
     def refresh(self, replica: Replica) -> None:
         """File the replica by its present state; one that was removed is left alone."""
