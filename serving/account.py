@@ -19,6 +19,7 @@ class Account:
     __slots__ = (
         "created_s",
         "entered",
+        "has_diverged",
         "num_cached_tokens",
         "num_expected_cached_tokens",
         "num_ids",
@@ -54,6 +55,7 @@ class Account:
         self.created_s = created_s  # what the response says, seconds since the epoch
         self.num_ids = 0  # random ones that the API layer has asked for
         self.resume = resume  # how far another engine has come; None: it is new
+        self.has_diverged = False  # generated again, its tokens were not those it had
         self.recorder = Recorder()
 
     def usage(self) -> Usage | None:

@@ -42,11 +42,12 @@ _decoder = msgspec.msgpack.Decoder(Group)
 class Recorder:
     """Writes the record of one request, in its engine."""
 
-    __slots__ = ("_entries", "_groups", "_is_spoiled", "_owner", "on_progress")
+    __slots__ = ("_entries", "_groups", "_is_spoiled", "_num_known", "_owner", "on_progress")
 
     def __init__(self) -> None:
         self._owner: str | None = None
         self._is_spoiled = False
+        self._num_known = 0
         self.on_progress: Callable[[], None] = lambda: None
         self._entries: Group = []
         self._groups = bytearray()
@@ -58,9 +59,16 @@ class Recorder:
             self._write([])
         self._owner = owner
 
+    def skip(self, num_entries: int) -> None:
+        """The gateway has so many already: they are generated once more."""
+        self._num_known = num_entries
+
     def add(self, entry: Entry, *, is_streamed: bool) -> None:
         """A step has brought this."""
         if self._is_spoiled:
+            return
+        if self._num_known:
+            self._num_known -= 1
             return
         self._entries.append(entry)
         if not is_streamed and len(self._entries) >= _PROGRESS_ENTRIES:

@@ -10,19 +10,17 @@ what was generated is prefilled, not generated again.
 
 Some requests the core cannot take up in the middle: what it has generated
 counts for penalties, seeds and grammars. Where the same tokens can be expected
-to come again (greedy, or a seed), they are generated again from the start, in
-groups of the recorded sizes; else the core goes on with what a prompt lets it
-know, which is a valid answer, though drawn from a slightly other distribution.
+to come again (greedy, or a seed), the core generates them again from the start
+and they are kept here, once they are found to be the same; else it goes on with
+what a prompt lets it know, which is a valid answer, though drawn from a slightly
+other distribution.
 """
 
-import hashlib
-import sys
-import time
 from collections import deque
 from typing import Any
 
+import msgspec
 import numpy as np
-import vllm.utils
 from vllm.sampling_params import RequestOutputKind, SamplingParams, SamplingType
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, async_llm
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
@@ -31,16 +29,7 @@ from vllm.v1.outputs import LogprobsLists
 
 from serving.account import Account, current_account
 from serving.record import Entry, Group, Recorder, groups
-
-_API_MODULES = tuple(
-    f"vllm.entrypoints.openai.{name}"
-    for name in (
-        "chat_completion.protocol",
-        "chat_completion.serving",
-        "completion.protocol",
-        "completion.serving",
-    )
-)
+from serving.repeatable import make_repeatable
 
 
 class Collector(RequestOutputCollector):
@@ -51,45 +40,41 @@ class Collector(RequestOutputCollector):
         self.recorder: Recorder | None = None
         self.output: Any = None
         self.replayed: deque[Any] = deque()
-        self.sizes: deque[int] = deque()  # of groups to be generated again, outputs each
-        self._num_put = 0
-
-    def put(self, output: Any) -> None:
-        super().put(output)
-        if not self.sizes or isinstance(output, Exception):
-            return
-        # The first engine's API layer had taken so many at once: so shall this one's.
-        self._num_put += 1
-        if self._num_put < self.sizes[0] and not output.finished:
-            self.ready.clear()
-            return
-        self.sizes.popleft()
-        self._num_put = 0
-        self.replayed.append(self.output)  # apart from what follows, which would be merged
-        self.output = None
-        self.ready.set()
 
     async def get(self) -> Any:
-        while not self._has_any():
+        while not self.replayed and self.output is None:
             self.ready.clear()
             await self.ready.wait()
         return self.get_nowait()
 
     def get_nowait(self) -> Any:
-        if self.replayed:
-            output = self.replayed.popleft()
-        elif self._has_any():
-            output = super().get_nowait()
-        else:
-            return None
-        if self.recorder is not None:
+        output = self.replayed.popleft() if self.replayed else super().get_nowait()
+        if output is not None and self.recorder is not None:
             self.recorder.cut()
         return output
 
-    def _has_any(self) -> bool:
-        if self.replayed:
-            return True
-        return self.output is not None and (not self.sizes or isinstance(self.output, Exception))
+
+class _Again:
+    """A request whose recorded tokens the core generates once more."""
+
+    def __init__(
+        self,
+        recorded: list[Group],
+        requests: list[EngineCoreRequest],
+        queue: Collector,
+        account: Account,
+    ) -> None:
+        self.account = account
+        self.queue = queue
+        self.is_replayed = False
+        self.recorded = recorded
+        self.requests = requests  # in the order of their index
+        ids = [request.request_id for request in requests]
+        # What is still to come, by vLLM's request id.
+        self.left: dict[str, list[int]] = {request_id: [] for request_id in ids}
+        for group in recorded:
+            for entry in group:
+                self.left[ids[entry.index]].extend(entry.token_ids)
 
 
 class Replayer:
@@ -98,6 +83,7 @@ class Replayer:
     def __init__(self, output_processor: OutputProcessor) -> None:
         """Watch the requests of this engine, from the moment vLLM registers them."""
         self._recorders: dict[str, tuple[Recorder, int, bool]] = {}  # by vLLM's request id
+        self._again: dict[str, _Again] = {}  # likewise
         self._children: dict[str, list[EngineCoreRequest]] = {}  # registered so far, by parent
         self._processor = output_processor
         self._process = output_processor.process_outputs
@@ -105,15 +91,18 @@ class Replayer:
         output_processor.process_outputs = self._record
         output_processor.add_request = self._add_request
         async_llm.RequestOutputCollector = Collector
-        _make_repeatable()
+        make_repeatable()
 
     def forget(self, account: Account) -> None:
         """The request has ended, whichever way."""
         for key in [key for key, value in self._recorders.items() if value[0] is account.recorder]:
             del self._recorders[key]
+            self._again.pop(key, None)
 
     def _record(self, outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> Any:
-        """vLLM's `process_outputs`, written down."""
+        """vLLM's `process_outputs`, without what was replayed, the rest written down."""
+        if self._again:
+            outputs = [new for output in outputs if (new := self._without_known(output))]
         for output in outputs:
             if (known := self._recorders.get(output.request_id)) is None:
                 continue
@@ -147,28 +136,46 @@ class Replayer:
         if account.resume is None or not (recorded := groups(account.resume.record)):
             return
         account.resume = None  # a second prompt would be another one
-        if _comes_again(request.sampling_params):
-            if parent is None:
-                queue.sizes.extend(len(group) for group in recorded)
-            return
-        self._replay(recorded, siblings, queue, account)
+        if not _comes_again(request.sampling_params):
+            self._replay(recorded, siblings, queue)
+            self._go_on(recorded, siblings, account)
+        elif is_streamed:
+            again = _Again(recorded, siblings, queue, account)
+            self._again.update(dict.fromkeys(again.left, again))
+        else:  # the client has nothing yet, so nothing needs to be the same
+            account.recorder.skip(sum(map(len, recorded)))
 
     def _replay(
         self,
         recorded: list[Group],
         requests: list[EngineCoreRequest],
         queue: Collector,
-        account: Account,
+        first: EngineCoreOutput | None = None,
     ) -> None:
-        """Put the request, its sequences in the order of their index, where it was."""
+        """Have the output processor come, group by group, to where it was.
+
+        What the core tells of a prompt goes with the `first` output of it.
+        """
+        for group in recorded:
+            for entry in group:
+                output = _output(requests[entry.index].request_id, entry)
+                if first is not None and first.request_id == output.request_id:
+                    output.prefill_stats = first.prefill_stats
+                    output.new_prompt_logprobs_tensors = first.new_prompt_logprobs_tensors
+                    first = None
+                self._process([output])
+            if queue.output is not None:
+                queue.replayed.append(queue.output)
+                queue.output = None
+
+    def _go_on(
+        self, recorded: list[Group], requests: list[EngineCoreRequest], account: Account
+    ) -> None:
+        """Have the core begin where the record ends, with prompt and tokens as one prompt."""
         tokens: list[list[int]] = [[] for _ in requests]
         for group in recorded:
             for entry in group:
                 tokens[entry.index].extend(entry.token_ids)
-                self._process([_output(requests[entry.index].request_id, entry)])
-            if queue.output is not None:
-                queue.replayed.append(queue.output)
-                queue.output = None
         for request, token_ids in zip(requests, tokens, strict=True):
             state = self._processor.request_states.get(request.request_id)
             params = request.sampling_params.clone()
@@ -186,6 +193,38 @@ class Replayer:
                 params.min_tokens = max(0, params.min_tokens - len(token_ids))
             request.sampling_params = params
             request.prompt_token_ids = [*(request.prompt_token_ids or ()), *token_ids]
+
+    def _without_known(self, output: EngineCoreOutput) -> EngineCoreOutput | None:
+        """What of an output was not in the record; None if nothing.
+
+        Where it is not what was recorded, the request ends: the client has the other.
+        """
+        if (again := self._again.get(output.request_id)) is None:
+            return output
+        if not again.is_replayed:
+            again.is_replayed = True
+            self._replay(again.recorded, again.requests, again.queue, output)
+            if again.queue.replayed:
+                again.queue.ready.set()
+        left, token_ids = again.left[output.request_id], output.new_token_ids
+        num_known = min(len(left), len(token_ids))
+        is_short = output.finish_reason is not None and len(left) > len(token_ids)
+        if token_ids[:num_known] != left[:num_known] or is_short:
+            again.account.has_diverged = True
+            again.queue.put(ValueError("other tokens than before"))
+            del self._again[output.request_id]
+            return None
+        del left[:num_known]
+        state = self._processor.request_states.get(output.request_id)
+        if state is not None and state.stats is not None:
+            state.stats.num_generation_tokens += num_known
+        elif state is None:
+            again.account.num_output_tokens += num_known
+        if not left:
+            del self._again[output.request_id]
+        if num_known == len(token_ids):
+            return None
+        return _rest(output, num_known)
 
 
 def _comes_again(params: SamplingParams) -> bool:
@@ -216,6 +255,19 @@ def _entry(index: int, output: EngineCoreOutput) -> Entry:
     return Entry(index, tuple(output.new_token_ids), finish_reason, output.stop_reason, logprobs)
 
 
+def _rest(output: EngineCoreOutput, num_known: int) -> EngineCoreOutput:
+    """The output without its first tokens."""
+    if not num_known:
+        return output
+    logprobs = output.new_logprobs
+    if logprobs is not None:
+        ids, values, ranks, _ = logprobs
+        logprobs = LogprobsLists(ids[num_known:], values[num_known:], ranks[num_known:])
+    return msgspec.structs.replace(
+        output, new_token_ids=output.new_token_ids[num_known:], new_logprobs=logprobs
+    )
+
+
 def _output(request_id: str, entry: Entry) -> EngineCoreOutput:
     logprobs = None
     if entry.logprobs is not None:
@@ -230,34 +282,3 @@ def _output(request_id: str, entry: Entry) -> EngineCoreOutput:
         finish_reason=None if entry.finish_reason is None else FinishReason(entry.finish_reason),
         stop_reason=entry.stop_reason,
     )
-
-
-class _RequestTime:
-    """The module `time` as the API layer sees it: a request is as old as its gateway says."""
-
-    def time(self) -> float:
-        account = current_account.get()
-        return float(account.created_s) if account and account.created_s else time.time()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(time, name)
-
-
-def _make_repeatable() -> None:
-    """Let the ids and dates in a response follow from its request, in whichever engine."""
-    random_uuid = vllm.utils.random_uuid
-
-    def repeatable_uuid() -> str:
-        account = current_account.get()
-        if account is None or not account.request_id:
-            return random_uuid()
-        account.num_ids += 1
-        text = f"{account.request_id} {account.created_s} {account.num_ids}"
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-    vllm.utils.random_uuid = repeatable_uuid
-    for name, module in list(sys.modules.items()):
-        if name.startswith("vllm.") and getattr(module, "random_uuid", None) is random_uuid:
-            module.random_uuid = repeatable_uuid  # type: ignore[attr-defined]
-    for name in _API_MODULES:
-        sys.modules[name].time = _RequestTime()  # type: ignore[attr-defined]

@@ -129,6 +129,8 @@ class Stream:
             raise ConnectionResetError
         if self._is_dead():
             raise EngineDied
+        if self._account.has_diverged:
+            raise SeamError("generated again, it differs from what had been sent")
         if message["type"] == "http.response.start":
             headers: Headers = [(bytes(name), bytes(value)) for name, value in message["headers"]]
             self._post(Head(self.id, message["status"], headers))

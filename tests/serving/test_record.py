@@ -33,6 +33,15 @@ def test_records_of_two_engines_add_up():
     assert num_tokens(first.take() + second.take()) == 2
 
 
+def test_what_is_generated_once_more_is_not_recorded_twice():
+    recorder = Recorder()
+    recorder.skip(2)
+    for number in range(4):
+        recorder.add(Entry(0, (number,)), is_streamed=True)
+    recorder.cut()
+    assert groups(recorder.take()) == [[Entry(0, (2,)), Entry(0, (3,))]]
+
+
 def test_of_a_reply_that_comes_at_once_progress_is_reported():
     recorder = Recorder()
     records = []

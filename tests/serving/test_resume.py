@@ -150,12 +150,20 @@ CASES = {
         {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
     ),
     "log probabilities": (CHAT, {"logprobs": True, "top_logprobs": 3}),
+    # vLLM takes no n > 1 with temperature 0, and what it takes for nearly that is 0.01, at
+    # which a draw may fall either way: of one candidate it can only fall one way.
     "three sequences": (
         CHAT,
-        {"n": 3, "temperature": 0.001, "stream_options": {"include_usage": True}},
+        {"n": 3, "temperature": 1.0, "top_k": 1, "stream_options": {"include_usage": True}},
     ),
+    "three sequences, each with its seed": (CHAT, {"n": 3, "temperature": 1.0, "seed": 7}),
     "tools": (CHAT, {"tools": [{"type": "function", "function": TOOL}]}),
     "penalty on what was generated": (CHAT, {"frequency_penalty": 1.5}),
+    "penalty and log probabilities": (
+        COMPLETIONS,
+        {"prompt": PROMPT, "presence_penalty": 1.0, "logprobs": 2},
+    ),
+    "echo with log probabilities": (COMPLETIONS, {"prompt": PROMPT, "logprobs": 2, "echo": True}),
     "structured output": (
         CHAT,
         {"response_format": {"type": "json_schema", "json_schema": SCHEMA}},
@@ -168,30 +176,46 @@ CASES = {
 
 
 def content(body: bytes) -> tuple:
-    """All that a reply says, whatever portions it came in, which differ from run to run."""
+    """All that a reply says, whatever portions it came in, which differ from run to run.
+
+    Log probabilities last: they are the same only to what float32 is good for.
+    """
     choices: dict[int, list] = {}
+    values: dict[int, list[float]] = {}
     for event in events(body):
         for choice in event["choices"]:
             said = choices.setdefault(choice["index"], ["", [], [], None, None])
             delta = choice.get("delta") or {}
             said[0] += delta.get("content") or choice.get("text") or ""
             said[1] += choice.get("token_ids") or []
-            said[2] += logprobs(choice)
+            tokens, logprobs = top_tokens(choice.get("logprobs") or {})
+            said[2] += tokens
+            values.setdefault(choice["index"], []).extend(logprobs)
             said[3] = choice["finish_reason"] or said[3]
             said[4] = choice.get("stop_reason") or said[4]
     (one_id,) = {event["id"] for event in events(body)}
     assert len({event["created"] for event in events(body)}) == 1
-    return one_id, choices, events(body)[-1].get("usage")
+    return one_id, choices, events(body)[-1].get("usage"), values
 
 
-def logprobs(choice: dict) -> list:
-    """Tokens with their log probabilities, to what float32 is good for."""
-    found = choice.get("logprobs") or {}
-    rounded = [round(value, 3) for value in found.get("token_logprobs") or []]
-    return rounded + [
-        [(top["token"], round(top["logprob"], 3)) for top in token["top_logprobs"]]
-        for token in found.get("content") or []
-    ]
+def assert_same(resumed: bytes, undisturbed: bytes) -> None:
+    *said, values = content(resumed)
+    *expected, expected_values = content(undisturbed)
+    assert said == expected
+    assert values.keys() == expected_values.keys()
+    for index, each in expected_values.items():
+        assert values[index] == pytest.approx(each, abs=2e-3)
+
+
+def top_tokens(found: dict) -> tuple[list[str], list[float]]:
+    """Tokens that log probabilities are told of, and these, in one order."""
+    tops = [each["top_logprobs"] for each in found.get("content") or []]
+    pairs = [(top["token"], top["logprob"]) for each in tops for top in each]
+    for token, value in zip(
+        found.get("tokens") or [], found.get("token_logprobs") or [], strict=True
+    ):
+        pairs.append((token, 0.0 if value is None else value))  # the first of a prompt has none
+    return [token for token, _ in pairs], [value for _, value in pairs]
 
 
 def request(path: str, fields: dict) -> dict:
@@ -199,29 +223,17 @@ def request(path: str, fields: dict) -> dict:
     return {"model": "tiny", **question, **GREEDY, **fields}
 
 
-# Seen to differ at the seam on some runs and not on others: not promised until that is understood.
-UNSURE = {"three sequences", "penalty on what was generated", "structured output"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason="differs on some runs", strict=False))
-        if name in UNSURE
-        else name
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("name", CASES)
 async def test_nothing_shows(pair, name):
     path, fields = CASES[name]
     body = request(path, fields)
     undisturbed = await pair.ask(path, body)
-    assert await pair.ask(path, body) != b""
-    before = pair.state()["retries"]["num_made"]
-    resumed = await pair.ask(path, body, cut_at=(3, 11))
-    assert pair.state()["retries"]["num_made"] == before + 2
-    assert content(resumed) == content(undisturbed)
-    assert pair.state()["num_open_requests"] == pair.state()["num_record_bytes"] == 0
+    for cut_at in ((3, 11), (1, 2, 30)):
+        before = pair.state()["retries"]["num_made"]
+        resumed = await pair.ask(path, body, cut_at=cut_at)
+        assert pair.state()["retries"]["num_made"] == before + len(cut_at)
+        assert_same(resumed, undisturbed)
+        assert pair.state()["num_open_requests"] == pair.state()["num_record_bytes"] == 0
 
 
 async def test_a_stop_string_across_the_seam(pair):
@@ -236,7 +248,7 @@ async def test_a_stop_string_across_the_seam(pair):
     assert events(undisturbed)[-1]["choices"][0]["stop_reason"] == stop
     for cut_at in range(1, len(events(undisturbed))):
         resumed = await pair.ask(COMPLETIONS, body, cut_at=(cut_at,))
-        assert content(resumed) == content(undisturbed)
+        assert_same(resumed, undisturbed)
 
 
 async def test_a_reply_that_is_not_streamed_keeps_what_was_generated(pair):
