@@ -71,9 +71,10 @@ class RouterSettings(BaseModel):
         3.0, gt=0, description="an engine that is silent for longer is given no work, seconds"
     )
     hang_s: float = Field(
-        3.5,
+        4.0,
         gt=0,
-        description="so long may a scheduler step take beyond five times its prediction, seconds",
+        description="so long may a scheduler step take, seconds, or five times its prediction "
+        "where that is longer; past it the engine is hung",
     )
     max_attempts: int = Field(
         4, ge=1, description="engines that may fail under one request before it is given up"

@@ -268,15 +268,37 @@ class TestHealth:
         assert router.on_arrival(req("a"), 100.0) == [Dispatch("a", "r1", 1)]
 
     def test_a_hung_engine_is_left_and_an_idle_one_is_not(self):
-        router = make_router(2, hang_s=3.5)
+        router = make_router(2)
         [first] = router.on_arrival(req("a"), 0.0)
         hung = first.replica_id
         report = {"last_booking": 1, "num_inflight_reqs": 1, "num_steps_total": 7}
         for seq in range(1, 5):
             router.on_snapshot(hung, busy(seq, **report), float(seq))
             assert router.on_tick(float(seq)) == []
-        [evacuate] = router.on_tick(5.0)
+        [evacuate] = router.on_tick(5.1)
         assert evacuate == Evacuate(hung, "hung")
+
+    @pytest.mark.parametrize("step_s", [0.01, 0.1, 0.25, 0.5, 0.9])
+    def test_a_hang_is_seen_within_five_seconds_whatever_the_step(self, step_s):
+        """And a step of four times its prediction is none."""
+        router, now_s = make_router(2), 0.0
+        [first] = router.on_arrival(req("a"), now_s)
+        hung = first.replica_id
+        report = {"last_booking": 1, "num_inflight_reqs": 1, "num_decoding_reqs": 1}
+        step = {"step_s": step_s, "step_num_decode_reqs": 1, "num_pending_prefill_tokens": 0}
+        for number in range(1, 60):
+            now_s += 4.0 * step_s if number == 50 else step_s
+            router.on_tick(now_s)
+            router.on_snapshot(hung, busy(number, **report, **step, num_steps_total=number), now_s)
+        assert router.state(now_s)["breaker_events"] == []
+        hung_s, seq, decisions = now_s, 60, []
+        while not decisions:
+            now_s += 0.25
+            seq += 1
+            router.on_snapshot(hung, busy(seq, **report, **step, num_steps_total=59), now_s)
+            decisions = router.on_tick(now_s)
+        assert decisions == [Evacuate(hung, "hung")]
+        assert 3.0 < now_s - hung_s <= 5.0
 
     def test_the_last_engine_is_not_left(self):
         router = make_router(engine=ALIVE)
