@@ -12,23 +12,32 @@ _TIMEOUT = httpx.Timeout(30.0, read=400.0)  # a reply may wait for an engine to 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and how many tokens of an answer to ask for."""
+    """What to ask, how, and for how many tokens of an answer."""
 
     text: str
-    num_tokens: int
+    num_tokens: int  # at most
+    is_chat: bool = True
+    is_streamed: bool = True
+    ends_early: bool = False  # where the model says so; else it always runs to its last token
+
+    @property
+    def path(self) -> str:
+        return "/v1/chat/completions" if self.is_chat else "/v1/completions"
 
     def body(self, model: str) -> dict[str, Any]:
-        """A greedy, streamed chat request that always runs to its last token."""
-        return {
+        """A greedy request."""
+        message = {"role": "user", "content": self.text}
+        body: dict[str, Any] = {
             "model": model,
-            "messages": [{"role": "user", "content": self.text}],
+            **({"messages": [message]} if self.is_chat else {"prompt": self.text}),
             "temperature": 0,
             "max_tokens": self.num_tokens,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
+            "ignore_eos": not self.ends_early,
             "return_token_ids": True,
         }
+        if self.is_streamed:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        return body
 
 
 @dataclass
@@ -50,12 +59,16 @@ class Reply:
         """What is wrong with it in itself, in words; empty if nothing."""
         if self.error:
             return self.error
-        num_tokens = self.question.num_tokens
-        if len(self.token_ids) != num_tokens:
-            return f"{len(self.token_ids)} tokens instead of {num_tokens}"
+        num_tokens = len(self.token_ids)
+        is_early = self.question.ends_early and num_tokens < self.question.num_tokens
+        if num_tokens != self.question.num_tokens and not is_early:
+            return f"{num_tokens} tokens instead of {self.question.num_tokens}"
         if len(self.response_ids) != 1 or len(self.dates) != 1:
             return "more than one id or date"
-        if self.finish_reasons != ["length"]:
+        # The last token may be the one that says so.
+        if self.finish_reasons != ["length"] and not (
+            self.question.ends_early and self.finish_reasons == ["stop"]
+        ):
             return f"finish reasons {self.finish_reasons}"
         if [usage["completion_tokens"] for usage in self.usages] != [num_tokens]:
             return f"usages {self.usages}"
@@ -65,13 +78,16 @@ class Reply:
 async def ask(http: httpx.AsyncClient, model: str, question: Question) -> Reply:
     """Ask and read to the end, whatever it is."""
     reply = Reply(question)
-    is_done = False
+    is_done = not question.is_streamed
     try:
         async with http.stream(
-            "POST", "/v1/chat/completions", json=question.body(model), timeout=_TIMEOUT
+            "POST", question.path, json=question.body(model), timeout=_TIMEOUT
         ) as response:
             if response.status_code != 200:
                 reply.error = f"HTTP {response.status_code}: {(await response.aread())[:300]!r}"
+                return reply
+            if not question.is_streamed:
+                _take(reply, json.loads(await response.aread()))
                 return reply
             async for line in response.aiter_lines():
                 if line == "data: [DONE]":
@@ -96,7 +112,9 @@ def _take(reply: Reply, event: dict[str, Any]) -> None:
         reply.usages.append(event["usage"])
     for choice in event["choices"]:
         reply.times_s.append(time.monotonic())
-        reply.text += choice["delta"].get("content") or ""
+        said = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
+        reply.text += said.get("content") or ""
         reply.token_ids += choice.get("token_ids") or []
+        reply.prompt_ids = choice.get("prompt_token_ids") or reply.prompt_ids
         if choice["finish_reason"]:
             reply.finish_reasons.append(choice["finish_reason"])

@@ -57,6 +57,11 @@ class Launch:
             )
 
     @property
+    def pid(self) -> int:
+        """Of the command itself."""
+        return self._first.pid
+
+    @property
     def returncode(self) -> int | None:
         """Exit status of the command itself, `None` while it runs."""
         return self._first.poll()

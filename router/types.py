@@ -85,6 +85,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str = ""  # hardware, in words
     engine: str = ""  # engine and version; says "simulated" where it is
     heartbeat_s: float = 0.0  # longest time between snapshots while it lives; 0 = no promise
+    pid: int = 0  # of the replica's process, on its node; for people
 
 
 class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):

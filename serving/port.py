@@ -1,6 +1,7 @@
 """The engine's end of the multiplexed stream: a TCP port that gateways connect to."""
 
 import asyncio
+import os
 import secrets
 
 import msgspec
@@ -170,7 +171,9 @@ class Connection(FrameConnection):
             raise ValueError("no valid Hello")
         self._greeted = True
         self._port.connected(self)
-        info = msgspec.structs.replace(self._port.engine.info, heartbeat_s=HEARTBEAT_S)
+        info = msgspec.structs.replace(
+            self._port.engine.info, heartbeat_s=HEARTBEAT_S, pid=os.getpid()
+        )
         self.post(Welcome(info))
         self.push_snapshot()
 

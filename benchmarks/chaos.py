@@ -1,0 +1,412 @@
+"""Two real vLLM engines killed and hung under load: `python -m benchmarks.chaos`.
+
+`headway serve` as a user starts it, on one core per engine. Replies of an
+undisturbed run come first. Then streams go on without a pause while signals hit
+engines that have streams: SIGKILL to engine cores and to actors, SIGSTOP to
+cores. The next one waits until both engines are at work again. Every reply is
+compared with the undisturbed one, token by token.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import httpx
+import psutil
+
+from benchmarks.chaos_check import probe_faults, seam_gaps_s
+from benchmarks.chaos_client import Question, Reply, ask
+from benchmarks.chaos_faults import EngineProcesses, Fault, Inflicted, schedule
+from benchmarks.chaos_texts import TIE_NATS, Kind, Verdict, gaps, judge, questions
+from benchmarks.comparison import say
+from benchmarks.real_engines import RealEngines
+from benchmarks.report import Report, percentile
+from benchmarks.runner import run_to_the_end
+from benchmarks.subjects import BenchmarkError
+
+_NUM_ENGINES = 2
+# Not the engines' usual bfloat16, in which many a choice is a near tie that the next batch
+# turns, with or without a failure: here a text that differs should mean something.
+_DTYPE = "float32"
+_POLL_S = 0.5  # of the state, with its log of breakers: never more than a few new lines
+_RECOVERY_TIMEOUT_S = 240.0
+_HANG_S = (7.0, 14.0)  # well past detection, well before the engine is started anew
+# A stream stops with the fault; its last chunk may have been under way.
+_SEAM_STARTS_WITHIN_S = 2.0
+_DETECTION_TARGET_S = 5.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done."""
+
+    num_kills: int
+    num_hangs: int
+    min_requests: int
+    num_workers: int
+    dtype: str
+    seed: int
+
+
+class ChaosEngines(RealEngines):
+    """The model on board, computed in numbers of this type."""
+
+    def __init__(self, dtype: str) -> None:
+        super().__init__(_NUM_ENGINES)
+        self._dtype = dtype
+
+    def config(self, port: int, gateway_port: int) -> dict[str, Any]:
+        config = super().config(port, gateway_port)
+        config["applications"][0]["args"]["engine"] = {"args": {"dtype": self._dtype}}
+        return config
+
+
+class Chaos:
+    """One run."""
+
+    def __init__(self, plan: Plan, subject: ChaosEngines, http: httpx.AsyncClient, model: str):
+        self.plan = plan
+        self.subject = subject
+        self.model = model
+        self.questions = questions()
+        self.references: dict[Question, Reply] = {}
+        self.replies: list[Reply] = []
+        self.verdicts: list[tuple[Reply, Verdict]] = []
+        self.num_undisturbed_different = 0
+        self.reference_gaps: list[float] = []  # of all tokens of the undisturbed replies
+        self.faults: list[Inflicted] = []
+        self.breaker_events: dict[tuple[float, str, str], dict[str, Any]] = {}
+        self.outcomes: Counter[str] = Counter()
+        self.before: dict[str, Any] = {}
+        self.after: dict[str, Any] = {}
+        self._http = http
+        self._state: dict[str, Any] = {}
+        self._rng = random.Random(f"faults {plan.seed}")
+        self._is_over = False
+
+    async def run(self) -> None:
+        """Undisturbed replies, then load and faults, then the verdicts."""
+        for reply in await self._ask_all():
+            if fault := reply.fault():
+                raise BenchmarkError(f"an undisturbed reply is wrong: {fault}")
+            self.references[reply.question] = reply
+        # Once more, now with a prefix cache: what differs here, differs without any failure.
+        again = await self._ask_all()
+        self.num_undisturbed_different = sum(
+            reply.token_ids != self.references[reply.question].token_ids for reply in again
+        )
+        await self.subject.wait_until_idle()
+        self.before = await self.subject.state()
+        say(f"{len(self.references)} undisturbed replies, {self.num_undisturbed_different} vary")
+        watch = asyncio.create_task(self._watch())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for number in range(self.plan.num_workers):
+                    tasks.create_task(self._work(number))
+                await self._disturb()
+                while len(self.replies) < self.plan.min_requests:
+                    await asyncio.sleep(_POLL_S)
+                self._is_over = True
+            await self.subject.wait_until_idle()
+        finally:
+            watch.cancel()
+        self._look(await self.subject.state())
+        self.after = self._state
+        await self._judge()
+
+    async def _ask_all(self) -> list[Reply]:
+        """Every question once, as many at a time as later."""
+        queue = list(reversed(self.questions))
+        replies: list[Reply] = []
+
+        async def work() -> None:
+            while queue:
+                replies.append(await ask(self._http, self.model, queue.pop()))
+
+        await asyncio.gather(*(work() for _ in range(self.plan.num_workers)))
+        return replies
+
+    async def _work(self, number: int) -> None:
+        rng = random.Random(f"worker {self.plan.seed} {number}")
+        while not self._is_over:
+            self.replies.append(await ask(self._http, self.model, rng.choice(self.questions)))
+
+    async def _watch(self) -> None:
+        while True:
+            with contextlib.suppress(BenchmarkError):
+                self._look(await self.subject.state())
+            await asyncio.sleep(_POLL_S)
+
+    def _look(self, state: dict[str, Any]) -> None:
+        self._state = state
+        for event in state["breaker_events"]:
+            self.breaker_events[event["at_s"], event["breaker"], event["event"]] = event
+
+    async def _disturb(self) -> None:
+        for fault in schedule(self.plan.num_kills, self.plan.num_hangs, self._rng):
+            await self._inflict(fault)
+
+    async def _inflict(self, fault: Fault) -> None:
+        replica_id, processes = await self._victim()
+        num_streams = self._state["replicas"][replica_id]["snapshot"]["num_inflight_reqs"]
+        inflicted = Inflicted(fault, replica_id, num_streams)
+        self.faults.append(inflicted)
+        processes.inflict(fault)
+        say(f"{fault.value}: {replica_id} with {num_streams} streams, {len(self.replies)} replies")
+        if fault is Fault.HANG:
+            await asyncio.sleep(self._rng.uniform(*_HANG_S))
+            processes.go_on()
+        else:
+            await self._until(lambda: replica_id not in self._state["replicas"])
+        await self._until(self._are_both_at_work)
+        inflicted.recovered_s = time.monotonic()
+        if fault is not Fault.HANG:
+            inflicted.outlived = await processes.outlived()
+
+    async def _victim(self) -> tuple[str, EngineProcesses]:
+        """Some engine that has streams, at some moment of these."""
+        while True:
+            await self._until(self._are_both_at_work)
+            await asyncio.sleep(self._rng.uniform(0.5, 4.0))
+            self._look(await self.subject.state())
+            replica_id = self._rng.choice(sorted(self._state["replicas"]))
+            replica = self._state["replicas"][replica_id]
+            if self._are_both_at_work() and replica["snapshot"]["num_inflight_reqs"]:
+                with contextlib.suppress(psutil.Error, LookupError):
+                    return replica_id, EngineProcesses(replica["info"]["pid"])
+
+    def _are_both_at_work(self) -> bool:
+        """Breakers closed, and both have streams."""
+        replicas = self._state["replicas"].values()
+        return len(replicas) == _NUM_ENGINES and all(
+            replica["breaker"]["state"] == "closed"
+            and replica["snapshot"]
+            and replica["snapshot"]["num_inflight_reqs"]
+            for replica in replicas
+        )
+
+    async def _until(self, condition: Any) -> None:
+        deadline_s = time.monotonic() + _RECOVERY_TIMEOUT_S
+        while not (self._state and condition()):
+            if time.monotonic() > deadline_s:
+                log = self.subject.launches[0].log_tail()
+                raise BenchmarkError(f"no recovery in {_RECOVERY_TIMEOUT_S:g} s:\n{log}")
+            await asyncio.sleep(_POLL_S / 2)
+
+    async def _judge(self) -> None:
+        tie = TIE_NATS[self.plan.dtype]
+        for reference in self.references.values():
+            self.reference_gaps += await gaps(self._http, self.model, reference)
+        for reply in self.replies:
+            if reply.error:
+                continue
+            reference = self.references[reply.question]
+            verdict = judge(reply, reference, None, tie)
+            if verdict.kind is not Kind.EQUAL and reply.prompt_ids:
+                own = await gaps(self._http, self.model, reply)
+                verdict = judge(reply, reference, own, tie)
+            self.verdicts.append((reply, verdict))
+
+    # --- the report -------------------------------------------------------
+
+    def detections_s(self) -> list[float]:
+        """From each SIGSTOP to the moment at which the engine was taken for hung."""
+        found = []
+        for fault in self.faults:
+            if not fault.fault.is_kill:
+                seen_s = [
+                    event["at_s"]
+                    for event in self.breaker_events.values()
+                    if event["breaker"] == fault.replica_id
+                    and event["event"] == "open"
+                    and event["at_s"] >= fault.at_s
+                ]
+                found.append(min(seen_s, default=float("inf")) - fault.at_s)
+        return found
+
+    def fill(self, report: Report) -> None:
+        """Judge what came back."""
+        for fault in Fault:
+            own = [each for each in self.faults if each.fault is fault]
+            if own:
+                recoveries_s = [(each.recovered_s or 0.0) - each.at_s for each in own]
+                report.row(
+                    "faults",
+                    fault=fault.value,
+                    times=len(own),
+                    streams_hit=sum(each.num_streams for each in own),
+                    until_both_work_again_mean_s=sum(recoveries_s) / len(own),
+                    longest_s=max(recoveries_s),
+                )
+        self._fill_replies(report)
+        self._fill_seams(report)
+        self._fill_state(report)
+
+    def _fill_replies(self, report: Report) -> None:
+        tie = TIE_NATS[self.plan.dtype]
+        wrong = [fault for reply in self.replies if (fault := reply.fault())]
+        kinds = Counter(verdict.kind for _, verdict in self.verdicts)
+        streamed = sum(reply.question.is_streamed for reply in self.replies)
+        report.row(
+            "replies",
+            sent=len(self.replies),
+            streamed=streamed,
+            failed=len(wrong),
+            **{kind.name.lower(): kinds[kind] for kind in Kind},
+        )
+        for reply, verdict in self.verdicts:
+            if verdict.kind is not Kind.EQUAL:
+                report.row(
+                    "replies unlike the undisturbed ones",
+                    question=reply.question.text[-50:],
+                    judged=verdict.kind.name.lower(),
+                    first_difference=verdict.first_difference,
+                    of_tokens=len(reply.token_ids),
+                    gap_there_nats=verdict.gap,
+                    widest_gap_nats=verdict.widest_gap,
+                )
+        report.target("streamed requests", streamed, ">= 200")
+        report.target("failed requests", len(wrong), "== 0")
+        report.target("replies that differ, unexplained", kinds[Kind.UNEXPLAINED], "== 0")
+        report.note(
+            f"A near tie: given prompt and reply, vLLM ranks every token of the reply first or "
+            f"at most {tie} nats below the first. Of the {len(self.reference_gaps)} tokens of "
+            f"undisturbed replies it ranks {sum(gap > 0 for gap in self.reference_gaps)} not first "
+            f"when it prefills them instead of decoding them, by up to "
+            f"{max(self.reference_gaps):.3f} nats; of {len(self.references)} undisturbed replies "
+            f"{self.num_undisturbed_different} differed when asked for once more."
+        )
+        for fault, count in Counter(wrong).items():
+            report.note(f"Wrong {count} times: {fault}")
+
+    def _fill_seams(self, report: Report) -> None:
+        for name, is_kill in (("kills", True), ("hangs", False)):
+            times_s = [fault.at_s for fault in self.faults if fault.fault.is_kill is is_kill]
+            extra_s = seam_gaps_s(self.replies, times_s, _SEAM_STARTS_WITHIN_S)
+            if extra_s:
+                report.row(
+                    "extra delay at the seam as the client sees it, s",
+                    after=name,
+                    replies=len(extra_s),
+                    p50=percentile(extra_s, 50),
+                    p99=percentile(extra_s, 99),
+                    max=extra_s[-1],
+                )
+        detections_s = self.detections_s()
+        if detections_s:
+            report.row(
+                "from SIGSTOP to the engine being left, s",
+                hangs=len(detections_s),
+                mean=sum(detections_s) / len(detections_s),
+                max=max(detections_s),
+            )
+            report.target(
+                "slowest detection of a hang, s", max(detections_s), f"<= {_DETECTION_TARGET_S:g}"
+            )
+
+    def _fill_state(self, report: Report) -> None:
+        state = self.after
+        events = sorted(self.breaker_events.values(), key=lambda event: event["at_s"])
+        num_half_open, wrong_probes = probe_faults(events)
+        outcomes = {
+            name: count - self.before["outcomes"].get(name, 0)
+            for name, count in state["outcomes"].items()
+            if count - self.before["outcomes"].get(name, 0)
+        }
+        kinds = Counter(event["event"] for event in events)
+        report.row(
+            "breakers and outcomes",
+            opened=kinds["open"],
+            half_open_with_a_probe=num_half_open,
+            probes=kinds["probe"],
+            closed_again=kinds["closed"],
+            outcomes=str(outcomes),
+            retries_and_resumptions=state["retries"]["num_made"]
+            - self.before["retries"]["num_made"],
+        )
+        num_left = state["num_open_requests"] + state["num_placed"] + state["num_record_bytes"]
+        num_left += sum(replica["ledger"]["num_open"] for replica in state["replicas"].values())
+        kills = sum(fault.fault.is_kill for fault in self.faults)
+        report.target("kills", kills, ">= 10")
+        report.target("hangs", len(self.faults) - kills, ">= 3")
+        report.target("probes beyond one per half-open", len(wrong_probes), "== 0")
+        report.target("breakers not closed at the end", self._num_not_closed(), "== 0")
+        report.target("requests and bookings left over", num_left, "== 0")
+        num_missing = len(self.replies) - sum(outcomes.values())
+        report.target("requests without exactly one outcome", abs(num_missing), "== 0")
+        for sentence in wrong_probes:
+            report.note(f"Probes: {sentence}")
+
+    def _num_not_closed(self) -> int:
+        replicas = self.after["replicas"].values()
+        return sum(replica["breaker"]["state"] != "closed" for replica in replicas)
+
+
+async def run(plan: Plan) -> Report:
+    """Carry out the plan."""
+    subject = ChaosEngines(plan.dtype)
+    report = Report(
+        "chaos-real" if plan.dtype == _DTYPE else f"chaos-real-{plan.dtype}",
+        "measured",
+        plan.seed,
+        {**asdict(plan), "num_engines": _NUM_ENGINES},
+    )
+    say("starting the engines")
+    async with subject:
+        model = await subject.model()
+        report.config["model"] = model
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=subject.urls[0], limits=limits) as http:
+            chaos = Chaos(plan, subject, http, model)
+            started_s = time.monotonic()
+            await chaos.run()
+        say(f"{len(chaos.replies)} replies in {time.monotonic() - started_s:.0f} s")
+    chaos.fill(report)
+    outlived = [title for fault in chaos.faults for title in fault.outlived]
+    report.target("processes left over", len(outlived) + len(subject.killed), "== 0")
+    for title in (*outlived, *subject.killed):
+        report.note(f"Left over: {title}")
+    report.note("Engines, gateway and clients share the cores of one machine.")
+    return report
+
+
+def _parse(arguments: Sequence[str] | None) -> Plan:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=10, help="half cores, half actors")
+    parser.add_argument("--hangs", type=int, default=4, help="every fourth for good")
+    parser.add_argument("--requests", type=int, default=220, help="at least")
+    parser.add_argument("--workers", type=int, default=6, help="requests open at any time")
+    parser.add_argument(
+        "--dtype",
+        choices=list(TIE_NATS),
+        default=_DTYPE,
+        help="what engines compute in",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    return Plan(
+        options.kills,
+        options.hangs,
+        options.requests,
+        options.workers,
+        options.dtype,
+        options.seed,
+    )
+
+
+def main() -> int:
+    plan = _parse(None)
+    report = run_to_the_end(lambda: run(plan))
+    report.finish()
+    return 0 if all(target["met"] for target in report.targets) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
