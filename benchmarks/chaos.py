@@ -3,13 +3,15 @@
 `headway serve` as a user starts it, on one core per engine. Replies of an
 undisturbed run come first. Then streams go on without a pause while signals hit
 engines that have streams: SIGKILL to engine cores and to actors, SIGSTOP to
-cores. The next one waits until both engines are at work again. Every reply is
-compared with the undisturbed one, token by token.
+cores. Some kills come in pairs, so that for a while there is no engine at all; else
+the next one waits until both engines are at work again. Every reply is compared
+with the undisturbed one, token by token.
 """
 
 import argparse
 import asyncio
 import contextlib
+import itertools
 import random
 import sys
 import time
@@ -24,9 +26,9 @@ import psutil
 from benchmarks.chaos_check import probe_faults, seam_gaps_s
 from benchmarks.chaos_client import Question, Reply, ask
 from benchmarks.chaos_faults import EngineProcesses, Fault, Inflicted, schedule
-from benchmarks.chaos_texts import TIE_NATS, Kind, Verdict, gaps, judge, questions
+from benchmarks.chaos_texts import TIE_NATS, Kind, Verdict, judge, questions, vllm_going_on
 from benchmarks.comparison import say
-from benchmarks.real_engines import RealEngines
+from benchmarks.real_engines import RealEngines, total
 from benchmarks.report import Report, percentile
 from benchmarks.runner import run_to_the_end
 from benchmarks.subjects import BenchmarkError
@@ -41,6 +43,7 @@ _HANG_S = (7.0, 14.0)  # well past detection, well before the engine is started 
 # A stream stops with the fault; its last chunk may have been under way.
 _SEAM_STARTS_WITHIN_S = 2.0
 _DETECTION_TARGET_S = 5.0
+_RESUME_DELAY = "headway_resume_delay_seconds"
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,15 @@ class ChaosEngines(RealEngines):
         config["applications"][0]["args"]["engine"] = {"args": {"dtype": self._dtype}}
         return config
 
+    async def resumed(self) -> tuple[int, float]:
+        """Return how many replies that had begun have gone on elsewhere, and after how long.
+
+        Mean seconds from the engine's failure, or from its being left, to the next byte.
+        """
+        text = await asyncio.to_thread(self._ask, "/metrics")
+        count = total(text, f"{_RESUME_DELAY}_count")
+        return int(count), total(text, f"{_RESUME_DELAY}_sum") / max(1.0, count)
+
 
 class Chaos:
     """One run."""
@@ -80,10 +92,9 @@ class Chaos:
         self.replies: list[Reply] = []
         self.verdicts: list[tuple[Reply, Verdict]] = []
         self.num_undisturbed_different = 0
-        self.reference_gaps: list[float] = []  # of all tokens of the undisturbed replies
         self.faults: list[Inflicted] = []
         self.breaker_events: dict[tuple[float, str, str], dict[str, Any]] = {}
-        self.outcomes: Counter[str] = Counter()
+        self.resumed = (0, 0.0)
         self.before: dict[str, Any] = {}
         self.after: dict[str, Any] = {}
         self._http = http
@@ -119,6 +130,7 @@ class Chaos:
             watch.cancel()
         self._look(await self.subject.state())
         self.after = self._state
+        self.resumed = await self.subject.resumed()
         await self._judge()
 
     async def _ask_all(self) -> list[Reply]:
@@ -150,37 +162,52 @@ class Chaos:
             self.breaker_events[event["at_s"], event["breaker"], event["event"]] = event
 
     async def _disturb(self) -> None:
-        for fault in schedule(self.plan.num_kills, self.plan.num_hangs, self._rng):
-            await self._inflict(fault)
+        for faults in schedule(self.plan.num_kills, self.plan.num_hangs, self._rng):
+            await self._until(self._are_both_at_work)
+            hit = [await self._inflict(faults[0], is_last=False)]
+            if faults[1:]:
+                # Until the other one has what this one had.
+                await self._until(lambda: len(self._state["replicas"]) < _NUM_ENGINES)
+                hit.append(await self._inflict(faults[1], is_last=True))
+            await self._recover(hit)
 
-    async def _inflict(self, fault: Fault) -> None:
+    async def _inflict(self, fault: Fault, *, is_last: bool) -> tuple[Inflicted, EngineProcesses]:
         replica_id, processes = await self._victim()
         num_streams = self._state["replicas"][replica_id]["snapshot"]["num_inflight_reqs"]
-        inflicted = Inflicted(fault, replica_id, num_streams)
+        inflicted = Inflicted(fault, replica_id, num_streams, is_last)
         self.faults.append(inflicted)
         processes.inflict(fault)
         say(f"{fault.value}: {replica_id} with {num_streams} streams, {len(self.replies)} replies")
-        if fault is Fault.HANG:
-            await asyncio.sleep(self._rng.uniform(*_HANG_S))
-            processes.go_on()
-        else:
-            await self._until(lambda: replica_id not in self._state["replicas"])
+        return inflicted, processes
+
+    async def _recover(self, hit: list[tuple[Inflicted, EngineProcesses]]) -> None:
+        for inflicted, processes in hit:
+            if inflicted.fault is Fault.HANG:
+                await asyncio.sleep(self._rng.uniform(*_HANG_S))
+                processes.go_on()
+        lost = {each.replica_id for each, _ in hit if each.fault is not Fault.HANG}
+        await self._until(lambda: lost.isdisjoint(self._state["replicas"]))
         await self._until(self._are_both_at_work)
-        inflicted.recovered_s = time.monotonic()
-        if fault is not Fault.HANG:
-            inflicted.outlived = await processes.outlived()
+        for inflicted, processes in hit:
+            inflicted.recovered_s = time.monotonic()
+            if inflicted.fault is not Fault.HANG:
+                inflicted.outlived = await processes.outlived()
 
     async def _victim(self) -> tuple[str, EngineProcesses]:
         """Some engine that has streams, at some moment of these."""
         while True:
-            await self._until(self._are_both_at_work)
-            await asyncio.sleep(self._rng.uniform(0.5, 4.0))
+            await asyncio.sleep(self._rng.uniform(0.5, 5.0))
             self._look(await self.subject.state())
-            replica_id = self._rng.choice(sorted(self._state["replicas"]))
-            replica = self._state["replicas"][replica_id]
-            if self._are_both_at_work() and replica["snapshot"]["num_inflight_reqs"]:
+            busy = [
+                replica_id
+                for replica_id, replica in sorted(self._state["replicas"].items())
+                if replica["snapshot"] and replica["snapshot"]["num_inflight_reqs"]
+            ]
+            if busy:
+                replica_id = self._rng.choice(busy)
                 with contextlib.suppress(psutil.Error, LookupError):
-                    return replica_id, EngineProcesses(replica["info"]["pid"])
+                    pid = self._state["replicas"][replica_id]["info"]["pid"]
+                    return replica_id, EngineProcesses(pid)
 
     def _are_both_at_work(self) -> bool:
         """Breakers closed, and both have streams."""
@@ -201,17 +228,18 @@ class Chaos:
             await asyncio.sleep(_POLL_S / 2)
 
     async def _judge(self) -> None:
-        tie = TIE_NATS[self.plan.dtype]
-        for reference in self.references.values():
-            self.reference_gaps += await gaps(self._http, self.model, reference)
         for reply in self.replies:
             if reply.error:
                 continue
-            reference = self.references[reply.question]
-            verdict = judge(reply, reference, None, tie)
-            if verdict.kind is not Kind.EQUAL and reply.prompt_ids:
-                own = await gaps(self._http, self.model, reply)
-                verdict = judge(reply, reference, own, tie)
+            question = reply.question
+            go_on = vllm_going_on(self._http, self.model, ignore_eos=not question.ends_early)
+            try:
+                verdict = await judge(
+                    reply, self.references[question], go_on, TIE_NATS[self.plan.dtype]
+                )
+            except BenchmarkError as error:  # what cannot be compared is not explained
+                say(str(error))
+                verdict = Verdict(Kind.UNEXPLAINED)
             self.verdicts.append((reply, verdict))
 
     # --- the report -------------------------------------------------------
@@ -241,6 +269,7 @@ class Chaos:
                     "faults",
                     fault=fault.value,
                     times=len(own),
+                    of_these_the_last_engine=sum(each.is_last for each in own),
                     streams_hit=sum(each.num_streams for each in own),
                     until_both_work_again_mean_s=sum(recoveries_s) / len(own),
                     longest_s=max(recoveries_s),
@@ -270,26 +299,37 @@ class Chaos:
                     first_difference=verdict.first_difference,
                     of_tokens=len(reply.token_ids),
                     gap_there_nats=verdict.gap,
-                    widest_gap_nats=verdict.widest_gap,
+                    further_ties=verdict.num_ties,
                 )
         report.target("streamed requests", streamed, ">= 200")
         report.target("failed requests", len(wrong), "== 0")
         report.target("replies that differ, unexplained", kinds[Kind.UNEXPLAINED], "== 0")
         report.note(
-            f"A near tie: given prompt and reply, vLLM ranks every token of the reply first or "
-            f"at most {tie} nats below the first. Of the {len(self.reference_gaps)} tokens of "
-            f"undisturbed replies it ranks {sum(gap > 0 for gap in self.reference_gaps)} not first "
-            f"when it prefills them instead of decoding them, by up to "
-            f"{max(self.reference_gaps):.3f} nats; of {len(self.references)} undisturbed replies "
-            f"{self.num_undisturbed_different} differed when asked for once more."
+            f"A near tie: up to the first difference the tokens are those of the undisturbed "
+            f"reply; there vLLM gives both at most {tie} nats less than its first choice; and "
+            f"from the reply's own tokens it goes on as the reply does. Of "
+            f"{len(self.references)} undisturbed replies {self.num_undisturbed_different} "
+            f"differed when asked for once more."
         )
         for fault, count in Counter(wrong).items():
             report.note(f"Wrong {count} times: {fault}")
 
     def _fill_seams(self, report: Report) -> None:
-        for name, is_kill in (("kills", True), ("hangs", False)):
-            times_s = [fault.at_s for fault in self.faults if fault.fault.is_kill is is_kill]
-            extra_s = seam_gaps_s(self.replies, times_s, _SEAM_STARTS_WITHIN_S)
+        last_s = [fault.at_s for fault in self.faults if fault.is_last]
+        without = [reply for reply in self.replies if _waited_through(reply, last_s)]
+        groups = {
+            "a kill, another engine at work": (
+                [each for each in self.replies if each not in without],
+                [each.at_s for each in self.faults if each.fault.is_kill and not each.is_last],
+            ),
+            "a hang, another engine at work": (
+                [each for each in self.replies if each not in without],
+                [each.at_s for each in self.faults if not each.fault.is_kill],
+            ),
+            "a kill of the last engine": (without, [each.at_s for each in self.faults]),
+        }
+        for name, (replies, times_s) in groups.items():
+            extra_s = seam_gaps_s(replies, times_s, _SEAM_STARTS_WITHIN_S)
             if extra_s:
                 report.row(
                     "extra delay at the seam as the client sees it, s",
@@ -299,6 +339,12 @@ class Chaos:
                     p99=percentile(extra_s, 99),
                     max=extra_s[-1],
                 )
+        num_resumed, mean_s = self.resumed
+        report.row(
+            "begun replies that went on elsewhere, as the gateway counts them",
+            resumptions=num_resumed,
+            mean_delay_s=mean_s,
+        )
         detections_s = self.detections_s()
         if detections_s:
             report.row(
@@ -336,6 +382,7 @@ class Chaos:
         kills = sum(fault.fault.is_kill for fault in self.faults)
         report.target("kills", kills, ">= 10")
         report.target("hangs", len(self.faults) - kills, ">= 3")
+        report.target("breakers closed again by a probe", kinds["closed"], ">= 3")
         report.target("probes beyond one per half-open", len(wrong_probes), "== 0")
         report.target("breakers not closed at the end", self._num_not_closed(), "== 0")
         report.target("requests and bookings left over", num_left, "== 0")
@@ -347,6 +394,15 @@ class Chaos:
     def _num_not_closed(self) -> int:
         replicas = self.after["replicas"].values()
         return sum(replica["breaker"]["state"] != "closed" for replica in replicas)
+
+
+def _waited_through(reply: Reply, times_s: list[float]) -> bool:
+    """Whether the reply stood still for a second or more across one of these moments."""
+    return any(
+        before <= time_s + 0.5 and time_s + 1.5 <= after
+        for before, after in itertools.pairwise(reply.times_s)
+        for time_s in times_s
+    )
 
 
 async def run(plan: Plan) -> Report:

@@ -27,13 +27,22 @@ class Fault(enum.Enum):
         return self in (Fault.CORE, Fault.ACTOR)
 
 
-def schedule(num_kills: int, num_hangs: int, rng: random.Random) -> list[Fault]:
-    """So many of each, in random order; one hang in four is for good."""
+def schedule(num_kills: int, num_hangs: int, rng: random.Random) -> list[tuple[Fault, ...]]:
+    """So many of each, in random order; one hang in four is for good.
+
+    Two thirds of the kills come in pairs: the second one hits the last engine, when it has
+    taken over what the first one had.
+    """
     kills = [Fault.CORE if number % 2 == 0 else Fault.ACTOR for number in range(num_kills)]
-    hangs = [Fault.HANG_FOR_GOOD if number % 4 == 3 else Fault.HANG for number in range(num_hangs)]
-    faults = kills + hangs
-    rng.shuffle(faults)
-    return faults
+    rng.shuffle(kills)
+    num_pairs = num_kills // 3
+    rounds: list[tuple[Fault, ...]] = [(kills.pop(), kills.pop()) for _ in range(num_pairs)]
+    rounds += [(kill,) for kill in kills]
+    rounds += [
+        (Fault.HANG_FOR_GOOD if number % 4 == 3 else Fault.HANG,) for number in range(num_hangs)
+    ]
+    rng.shuffle(rounds)
+    return rounds
 
 
 @dataclass
@@ -43,6 +52,7 @@ class Inflicted:
     fault: Fault
     replica_id: str
     num_streams: int  # that the engine had
+    is_last: bool  # no other engine was at work
     at_s: float = field(default_factory=time.monotonic)
     recovered_s: float | None = None  # when as many engines were at work again
     outlived: list[str] = field(default_factory=list)  # its processes that did not go

@@ -1,24 +1,27 @@
 """What is asked of real engines under chaos, and how their replies are judged.
 
-A greedy reply is *equal* to the one of an undisturbed run, token by token, or a
-*near tie*: then vLLM itself, given the prompt and the reply's own tokens, ranks
-every single one of them first or within a rounding error of the first, so that
-another batch is enough to turn the choice. Anything else is *unexplained*.
+A greedy reply is *equal* to the one of an undisturbed run, token by token, or
+*near ties* explain it: up to the first difference they agree, there vLLM itself
+gives both tokens the same probability within a rounding error, and asked to go on
+from the reply's own tokens it says what the reply says (but for further near
+ties, from behind which it is asked again). Anything else is *unexplained*.
 """
 
 import enum
 import itertools
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 
 from benchmarks.chaos_client import Question, Reply
+from benchmarks.subjects import BenchmarkError
 
-# Two neighbouring numbers of the type that logits are computed in lie so far apart, at
-# the size that they have (up to 32): what adding up in another order may turn. Float32
-# adds up a few hundred such errors over the layers.
+# What adding up in another order may turn: for bfloat16 two steps between neighbouring
+# numbers at the size that logits have (up to 32); for float32 some hundred such steps,
+# which add up over the layers.
 TIE_NATS = {"bfloat16": 0.25, "float32": 0.002}
+_NUM_TOP = 5
 
 _TOPICS = (
     "the water cycle", "the French Revolution", "how bread is made", "the planet Mars",
@@ -28,7 +31,7 @@ _TOPICS = (
 _TIMEOUT = httpx.Timeout(120.0)
 
 
-def questions(num_tokens: tuple[int, ...] = (60, 100, 140)) -> list[Question]:
+def questions(num_tokens: tuple[int, ...] = (40, 70, 100)) -> list[Question]:
     """Chats, completions and documents, most of them streamed; each fails in its own way."""
     sizes = itertools.cycle(num_tokens)
     found = [Question(f"Tell me about {topic}.", next(sizes), ends_early=True) for topic in _TOPICS]
@@ -59,7 +62,7 @@ class Kind(enum.Enum):
     """How a reply compares with the undisturbed one."""
 
     EQUAL = "equal"
-    NEAR_TIE = "near tie, shown by vLLM's own log probabilities"
+    NEAR_TIE = "near tie"
     UNEXPLAINED = "unexplained"
 
 
@@ -69,56 +72,71 @@ class Verdict:
 
     kind: Kind
     first_difference: int | None = None
-    gap: float = 0.0  # nats that the token there lacks to the first, given what comes before
-    widest_gap: float = 0.0  # over all tokens of the reply
+    gap: float = 0.0  # nats between the two tokens there
+    num_ties: int = 0  # that vLLM had to be told of until it said what the reply says
 
 
-async def gaps(http: httpx.AsyncClient, model: str, reply: Reply) -> list[float]:
-    """Return by how many nats vLLM ranks each token of the reply below the first.
-
-    All in one prefill of prompt and reply: 0 is the greedy choice.
-    """
-    body = {
-        "model": model,
-        "prompt": reply.prompt_ids + reply.token_ids,
-        "max_tokens": 1,
-        "temperature": 0,
-        "prompt_logprobs": 1,
-    }
-    response = await http.post("/v1/completions", json=body, timeout=_TIMEOUT)
-    response.raise_for_status()
-    per_token = response.json()["choices"][0]["prompt_logprobs"]
-    return gaps_of(per_token[len(reply.prompt_ids) :], reply.token_ids)
+# What vLLM says behind these token ids, so many at most: ids, and for each position the
+# log probabilities of the likeliest.
+GoOn = Callable[[list[int], int], Awaitable[tuple[list[int], list[dict[int, float]]]]]
 
 
-def gaps_of(per_token: list[dict[str, Any]], token_ids: list[int]) -> list[float]:
-    """The same from vLLM's `prompt_logprobs`, which name the token itself and the first."""
-    found = []
-    for logprobs, token_id in zip(per_token, token_ids, strict=True):
-        best = max(each["logprob"] for each in logprobs.values())
-        found.append(best - logprobs[str(token_id)]["logprob"])
-    return found
+def vllm_going_on(http: httpx.AsyncClient, model: str, *, ignore_eos: bool) -> GoOn:
+    """Ask the service, as anybody may."""
+
+    async def go_on(token_ids: list[int], num_tokens: int) -> tuple[list[int], list[dict]]:
+        body = {
+            "model": model,
+            "prompt": token_ids,
+            "max_tokens": num_tokens,
+            "temperature": 0,
+            "ignore_eos": ignore_eos,
+            "logprobs": _NUM_TOP,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+        }
+        response = await http.post("/v1/completions", json=body, timeout=_TIMEOUT)
+        if response.status_code != 200:
+            raise BenchmarkError(f"cannot compare: {response.text[:500]}")
+        choice = response.json()["choices"][0]
+        tops = [
+            {int(name.removeprefix("token_id:")): value for name, value in top.items()}
+            for top in choice["logprobs"]["top_logprobs"]
+        ]
+        return choice["token_ids"], tops
+
+    return go_on
 
 
-def judge(reply: Reply, reference: Reply, own_gaps: list[float] | None, tie: float) -> Verdict:
-    """Compare with the undisturbed reply; `own_gaps` are needed only if they differ."""
+async def judge(reply: Reply, reference: Reply, go_on: GoOn, tie: float) -> Verdict:
+    """Compare with the undisturbed reply; ask vLLM only where they differ."""
     if (reply.token_ids, reply.text) == (reference.token_ids, reference.text):
         return Verdict(Kind.EQUAL)
-    if own_gaps is None or reply.prompt_ids != reference.prompt_ids:
+    said, expected = reply.token_ids, reference.token_ids
+    first = _first_difference(said, expected)
+    if first >= min(len(said), len(expected)) or reply.prompt_ids != reference.prompt_ids:
         return Verdict(Kind.UNEXPLAINED)
-    first = next(
-        (
-            position
-            for position, (mine, other) in enumerate(
-                itertools.zip_longest(reply.token_ids, reference.token_ids)
-            )
-            if mine != other
-        ),
-        None,
-    )
-    if first is None or first >= len(own_gaps):  # the same tokens say something else, or too few
-        return Verdict(Kind.UNEXPLAINED, first, 0.0, max(own_gaps, default=0.0))
-    is_tie = max(own_gaps) <= tie
-    return Verdict(
-        Kind.NEAR_TIE if is_tie else Kind.UNEXPLAINED, first, own_gaps[first], max(own_gaps)
-    )
+    position, gap, num_ties = first, 0.0, 0
+    while position < len(said):
+        new, tops = await go_on(reply.prompt_ids + said[:position], len(said) - position)
+        if position == first:
+            both = [tops[0].get(token, float("-inf")) for token in (said[first], expected[first])]
+            gap = max(tops[0].values()) - min(both)
+            if gap > tie:
+                return Verdict(Kind.UNEXPLAINED, first, gap)
+        at = _first_difference(new, said[position:])
+        if position + at == len(said):
+            break
+        token = said[position + at]
+        if at >= len(new) or max(tops[at].values()) - tops[at].get(token, float("-inf")) > tie:
+            return Verdict(Kind.UNEXPLAINED, first, gap, num_ties)
+        num_ties += 1
+        position += at + 1
+    return Verdict(Kind.NEAR_TIE, first, gap, num_ties)
+
+
+def _first_difference(some: list[int], others: list[int]) -> int:
+    """Where they differ first; the length of the shorter one if they do not until there."""
+    pairs = zip(some, others, strict=False)
+    length = min(len(some), len(others))
+    return next((at for at, (one, other) in enumerate(pairs) if one != other), length)

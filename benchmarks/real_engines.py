@@ -50,7 +50,7 @@ class RealEngines(Headway):
     async def prompt_tokens(self) -> tuple[float, float]:
         """Return the prompt tokens served so far, and those of them found in a prefix cache."""
         text = await asyncio.to_thread(self._ask, "/metrics")
-        return _total(text, _PROMPT_TOKENS), _total(text, _CACHED_TOKENS)
+        return total(text, _PROMPT_TOKENS), total(text, _CACHED_TOKENS)
 
     async def wait_until_idle(self, timeout_s: float = 120.0) -> None:
         """Return when neither the gateway nor an engine has a request any more."""
@@ -95,7 +95,7 @@ class HoldWatch:
         return sum(self.num_held) / len(self.num_held) * span_s / num_requests
 
 
-def _total(text: str, name: str) -> float:
+def total(text: str, name: str) -> float:
     """Return the sum of a counter over all its labels, from Prometheus's text format."""
     return sum(
         float(line.rpartition(" ")[2])

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.chaos_check import probe_faults, seam_gaps_s
 from benchmarks.chaos_client import Question, Reply
 from benchmarks.chaos_faults import Fault, schedule
-from benchmarks.chaos_texts import Kind, gaps_of, judge, questions
+from benchmarks.chaos_texts import Kind, judge, questions
 
 QUESTION = Question("Why?", 4)
 TIE = 0.25
@@ -19,43 +19,60 @@ def reply(*token_ids: int, **fields: Any) -> Reply:
     return Reply(QUESTION, text=text, token_ids=list(token_ids), prompt_ids=[7, 8], **fields)
 
 
+class Model:
+    """Says what follows from what it is given: `likeliest[prefix]`, by log probability."""
+
+    def __init__(self, likeliest: dict[tuple[int, ...], dict[int, float]]) -> None:
+        self.likeliest = likeliest
+
+    async def go_on(self, token_ids: list[int], num_tokens: int) -> tuple[list, list]:
+        said: list[int] = []
+        tops = []
+        for _ in range(num_tokens):
+            top = self.likeliest.get(tuple(token_ids[2:] + said), {0: -0.1})
+            tops.append(top)
+            said.append(max(top, key=lambda token: top[token]))
+        return said, tops
+
+
 class TestJudge:
-    def test_the_same_is_equal_and_needs_no_look_at_vllm(self):
-        assert judge(reply(1, 2, 3, 4), reply(1, 2, 3, 4), None, TIE).kind is Kind.EQUAL
+    async def test_the_same_is_equal(self):
+        verdict = await judge(reply(1, 2, 3, 4), reply(1, 2, 3, 4), Model({}).go_on, TIE)
+        assert verdict.kind is Kind.EQUAL
 
-    def test_a_turned_near_tie_and_what_follows_from_it(self):
-        verdict = judge(reply(1, 2, 9, 8), reply(1, 2, 3, 4), [0.0, 0.0, 0.1, 0.0], TIE)
-        assert verdict.kind is Kind.NEAR_TIE
-        assert (verdict.first_difference, verdict.gap, verdict.widest_gap) == (2, 0.1, 0.1)
+    @pytest.mark.parametrize(("gap", "kind"), [(0.1, Kind.NEAR_TIE), (0.5, Kind.UNEXPLAINED)])
+    @pytest.mark.parametrize("sign", [1, -1])
+    async def test_a_tie_that_fell_the_other_way_must_be_one(self, gap, kind, sign):
+        model = Model({(1, 2): {3: -1.0, 9: -1.0 - sign * gap}, (1, 2, 9): {8: -0.1}})
+        verdict = await judge(reply(1, 2, 9, 8), reply(1, 2, 3, 4), model.go_on, TIE)
+        assert (verdict.kind, verdict.first_difference) == (kind, 2)
+        assert verdict.gap == pytest.approx(gap)
 
-    @pytest.mark.parametrize(
-        "own_gaps",
-        [
-            [0.0, 0.0, 0.5, 0.0],  # the token there is not what vLLM would choose
-            [0.0, 0.0, 0.1, 3.0],  # nor is a later one, given the first: lost or repeated tokens
-            [0.4, 0.0, 0.0, 0.0],
-            None,
-        ],
-    )
-    def test_anything_else_is_unexplained(self, own_gaps):
-        verdict = judge(reply(1, 2, 9, 8), reply(1, 2, 3, 4), own_gaps, TIE)
+    async def test_what_follows_must_follow(self):
+        """Else a token was lost or repeated."""
+        model = Model({(1, 2): {3: -1.0, 9: -1.1}, (1, 2, 9): {8: -0.1, 7: -3.0}})
+        verdict = await judge(reply(1, 2, 9, 7), reply(1, 2, 3, 4), model.go_on, TIE)
         assert verdict.kind is Kind.UNEXPLAINED
 
-    def test_a_reply_that_is_only_shorter_is_unexplained(self):
-        verdict = judge(reply(1, 2), reply(1, 2, 3, 4), [0.0, 0.0], TIE)
+    async def test_a_further_tie_is_counted(self):
+        model = Model({(1, 2): {3: -1.0, 9: -1.1}, (1, 2, 9): {8: -0.1, 7: -0.2}})
+        verdict = await judge(reply(1, 2, 9, 7), reply(1, 2, 3, 4), model.go_on, TIE)
+        assert (verdict.kind, verdict.num_ties) == (Kind.NEAR_TIE, 2)
+
+    async def test_a_token_that_vllm_does_not_think_of_is_unexplained(self):
+        model = Model({(1, 2): {3: -1.0}})
+        verdict = await judge(reply(1, 2, 9, 7), reply(1, 2, 3, 4), model.go_on, TIE)
         assert verdict.kind is Kind.UNEXPLAINED
 
-    def test_the_same_tokens_with_another_text_are_unexplained(self):
+    async def test_a_reply_that_is_only_shorter_is_unexplained(self):
+        verdict = await judge(reply(1, 2), reply(1, 2, 3, 4), Model({}).go_on, TIE)
+        assert verdict.kind is Kind.UNEXPLAINED
+
+    async def test_the_same_tokens_with_another_text_are_unexplained(self):
         other = reply(1, 2)
         other.text = "1 2 2"
-        assert judge(other, reply(1, 2), [0.0, 0.0], TIE).kind is Kind.UNEXPLAINED
-
-    def test_gaps_are_taken_from_the_first_ranked(self):
-        per_token = [
-            {"5": {"logprob": -0.1, "rank": 1}},
-            {"6": {"logprob": -1.5, "rank": 2}, "9": {"logprob": -1.25, "rank": 1}},
-        ]
-        assert gaps_of(per_token, [5, 6]) == [0.0, 0.25]
+        verdict = await judge(other, reply(1, 2), Model({}).go_on, TIE)
+        assert verdict.kind is Kind.UNEXPLAINED
 
 
 def events(*names: str) -> list[dict[str, Any]]:
@@ -87,10 +104,12 @@ def test_the_pause_at_a_seam_is_told_without_the_usual_one():
 
 
 def test_faults_are_as_many_as_asked_for_and_follow_from_the_seed():
-    faults = schedule(10, 4, random.Random(1))
+    rounds = schedule(10, 4, random.Random(1))
+    assert sorted(map(len, rounds)) == [1] * 8 + [2] * 3
+    faults = [fault for each in rounds for fault in each]
     assert sum(fault.is_kill for fault in faults) == 10
     assert [faults.count(fault) for fault in Fault] == [5, 5, 3, 1]
-    assert faults == schedule(10, 4, random.Random(1)) != schedule(10, 4, random.Random(2))
+    assert rounds == schedule(10, 4, random.Random(1)) != schedule(10, 4, random.Random(2))
 
 
 def test_every_question_is_another_one_and_most_are_streamed():

@@ -264,11 +264,39 @@ async def test_a_reply_that_is_not_streamed_keeps_what_was_generated(pair):
     assert resumed["id"] == undisturbed["id"]
 
 
+async def test_prompt_log_probabilities(pair):
+    """Asked for without a stream only: all is computed again, and nothing of it twice."""
+    fields = {"prompt": list(range(1000, 1600)), "prompt_logprobs": 1, "stream": False}
+    body = request(COMPLETIONS, {**fields, "max_tokens": 300})
+    undisturbed = json.loads(await pair.ask(COMPLETIONS, body))
+    task = asyncio.create_task(pair.ask(COMPLETIONS, body))
+    while pair.state()["num_record_bytes"] < 300:
+        await asyncio.sleep(0.01)
+    await pair.cut()
+    resumed = json.loads(await task)
+    assert resumed["usage"] == undisturbed["usage"]
+    (choice,), (expected,) = resumed["choices"], undisturbed["choices"]
+    assert choice["token_ids"] == expected["token_ids"]
+    assert len(choice["prompt_logprobs"]) == len(expected["prompt_logprobs"]) == 600
+
+
 async def test_without_a_seed_the_rest_is_another_sample_behind_the_same_beginning(pair):
     body = request(CHAT, {"temperature": 1.0, "stream_options": {"include_usage": True}})
     resumed = events(await pair.ask(CHAT, body, cut_at=(20,)))
     assert resumed[-1]["usage"]["completion_tokens"] == 40
     assert len({event["id"] for event in resumed}) == 1
+
+
+async def test_what_does_not_come_again_ends_in_an_error(pair, monkeypatch):
+    """A draw without a seed, taken for one that can be repeated."""
+    monkeypatch.setattr("serving.replay._comes_again", lambda params: True)
+    reply = await pair.ask(CHAT, request(CHAT, {"temperature": 1.0}), cut_at=(10,))
+    assert b"generated again, it differs from what had been sent" in reply
+    assert b"[DONE]" not in reply
+    assert pair.state()["num_open_requests"] == 0
+    async with asyncio.timeout(5):
+        while any(port.num_streams for port in pair.ports.values()):
+            await asyncio.sleep(0.01)
 
 
 async def test_a_resumed_request_is_counted_once(pair):
