@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, Self
 
@@ -127,6 +128,9 @@ class VllmEngine:
         (monitor,) = monitors
         monitor.attach(llm.output_processor)
         tasks = await llm.get_supported_tasks()
+        if "generate" in tasks and (plan.device != "cpu" or _has_compiler()):
+            await _warm_up(llm)
+            monitor.start_over()
         app = build_app(args, tasks, llm.model_config)
         await init_app_state(llm, app.state, args, tasks)
         replayer = Replayer(llm.output_processor)
@@ -177,6 +181,35 @@ def on_core(local_rank: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, cores)
+
+
+async def _warm_up(llm: Any) -> None:
+    """Have vLLM compile what it compiles at the first draw and the first log probability.
+
+    It takes seconds in the middle of a step, in which an engine would be taken for hung.
+    One sequence and several are compiled apart.
+    """
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    for num_sequences in (1, 4):
+        params = SamplingParams(
+            n=num_sequences,
+            temperature=1.0,
+            max_tokens=4,
+            ignore_eos=True,
+            logprobs=1,
+            prompt_logprobs=1,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        async for _ in llm.generate(
+            {"prompt_token_ids": [0, 1]}, params, f"warm-up-{num_sequences}"
+        ):
+            pass
+
+
+def _has_compiler() -> bool:
+    """Whether PyTorch can compile for the CPU; without it nothing compiled is asked for here."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def vllm_arguments(plan: Plan) -> Any:

@@ -38,6 +38,10 @@ class EngineMonitor(StatLoggerBase):
         self._live: dict[str, RequestState] = {}
         self._accounts: dict[str, Account] = {}
         self._on_step: Callable[[], None] = lambda: None
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget all steps so far: they were a warm-up, and longer than any that will come."""
         self._last_record_s: float | None = None
         self._prefill_step_tokens = 0.0
         self._prefill_step_s = 0.0

@@ -50,7 +50,7 @@ class Stream:
                 assert reply.status_code == 200
                 async for line in reply.aiter_lines():
                     self.num_chunks += '"content":" ' in line
-                    self.is_whole = line == "data: [DONE]"
+                    self.is_whole |= line == "data: [DONE]"
         except httpx.HTTPError as error:
             self.error = error
         assert not self.is_whole or self.num_chunks == num_tokens
