@@ -23,8 +23,8 @@ _CHECK_PERIOD_S = 0.25
 # Predicted steps that a step may take before it counts as hung, where that is longer than
 # `hang_s`: the prediction is of the mean, and a long prompt beside others, or a neighbour on
 # the same core, makes several of it. With both defaults a hang is seen within 5 s wherever
-# steps take up to nine tenths of a second.
-_HANG_STEPS = 5.0
+# steps take up to 1.1 s.
+_HANG_STEPS = 4.0
 # Lost engines whose breakers are remembered in case the same one connects again. One
 # that Ray started anew has another id, so most of these never come back.
 _MAX_LOST = 64

@@ -73,7 +73,7 @@ class RouterSettings(BaseModel):
     hang_s: float = Field(
         4.0,
         gt=0,
-        description="so long may a scheduler step take, seconds, or five times its prediction "
+        description="so long may a scheduler step take, seconds, or four times its prediction "
         "where that is longer; past it the engine is hung",
     )
     max_attempts: int = Field(
