@@ -51,6 +51,7 @@ class Plan:
     """What is done."""
 
     num_kills: int
+    num_pairs: int
     num_hangs: int
     min_requests: int
     num_workers: int
@@ -162,7 +163,8 @@ class Chaos:
             self.breaker_events[event["at_s"], event["breaker"], event["event"]] = event
 
     async def _disturb(self) -> None:
-        for faults in schedule(self.plan.num_kills, self.plan.num_hangs, self._rng):
+        plan = self.plan
+        for faults in schedule(plan.num_kills, plan.num_pairs, plan.num_hangs, self._rng):
             await self._until(self._are_both_at_work)
             hit = [await self._inflict(faults[0], is_last=False)]
             if faults[1:]:
@@ -436,6 +438,7 @@ async def run(plan: Plan) -> Report:
 def _parse(arguments: Sequence[str] | None) -> Plan:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=10, help="half cores, half actors")
+    parser.add_argument("--pairs", type=int, default=3, help="so many kills hit the last engine")
     parser.add_argument("--hangs", type=int, default=4, help="every fourth for good")
     parser.add_argument("--requests", type=int, default=220, help="at least")
     parser.add_argument("--workers", type=int, default=6, help="requests open at any time")
@@ -449,6 +452,7 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
     options = parser.parse_args(arguments)
     return Plan(
         options.kills,
+        options.pairs,
         options.hangs,
         options.requests,
         options.workers,

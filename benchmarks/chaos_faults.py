@@ -27,16 +27,19 @@ class Fault(enum.Enum):
         return self in (Fault.CORE, Fault.ACTOR)
 
 
-def schedule(num_kills: int, num_hangs: int, rng: random.Random) -> list[tuple[Fault, ...]]:
+def schedule(
+    num_kills: int, num_pairs: int, num_hangs: int, rng: random.Random
+) -> list[tuple[Fault, ...]]:
     """So many of each, in random order; one hang in four is for good.
 
-    Two thirds of the kills come in pairs: the second one hits the last engine, when it has
-    taken over what the first one had.
+    So many kills come in pairs: the second one hits the last engine, when it has taken over
+    what the first one had.
     """
     kills = [Fault.CORE if number % 2 == 0 else Fault.ACTOR for number in range(num_kills)]
     rng.shuffle(kills)
-    num_pairs = num_kills // 3
-    rounds: list[tuple[Fault, ...]] = [(kills.pop(), kills.pop()) for _ in range(num_pairs)]
+    rounds: list[tuple[Fault, ...]] = [
+        (kills.pop(), kills.pop()) for _ in range(min(num_pairs, num_kills // 2))
+    ]
     rounds += [(kill,) for kill in kills]
     rounds += [
         (Fault.HANG_FOR_GOOD if number % 4 == 3 else Fault.HANG,) for number in range(num_hangs)

@@ -104,12 +104,12 @@ def test_the_pause_at_a_seam_is_told_without_the_usual_one():
 
 
 def test_faults_are_as_many_as_asked_for_and_follow_from_the_seed():
-    rounds = schedule(10, 4, random.Random(1))
+    rounds = schedule(10, 3, 4, random.Random(1))
     assert sorted(map(len, rounds)) == [1] * 8 + [2] * 3
     faults = [fault for each in rounds for fault in each]
     assert sum(fault.is_kill for fault in faults) == 10
     assert [faults.count(fault) for fault in Fault] == [5, 5, 3, 1]
-    assert rounds == schedule(10, 4, random.Random(1)) != schedule(10, 4, random.Random(2))
+    assert rounds == schedule(10, 3, 4, random.Random(1)) != schedule(10, 3, 4, random.Random(2))
 
 
 def test_every_question_is_another_one_and_most_are_streamed():
