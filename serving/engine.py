@@ -197,8 +197,7 @@ async def _warm_up(llm: Any) -> None:
             temperature=1.0,
             max_tokens=4,
             ignore_eos=True,
-            logprobs=1,
-            prompt_logprobs=1,
+            logprobs=1 if llm.model_config.max_logprobs else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         async for _ in llm.generate(
