@@ -53,6 +53,7 @@ class Plan:
     num_kills: int
     num_pairs: int
     num_hangs: int
+    max_fault_s: float  # no fault begins later, counted from the first
     min_requests: int
     num_workers: int
     dtype: str
@@ -163,8 +164,11 @@ class Chaos:
             self.breaker_events[event["at_s"], event["breaker"], event["event"]] = event
 
     async def _disturb(self) -> None:
-        plan = self.plan
+        plan, started_s = self.plan, time.monotonic()
         for faults in schedule(plan.num_kills, plan.num_pairs, plan.num_hangs, self._rng):
+            if time.monotonic() - started_s > plan.max_fault_s:
+                say("out of time: the other faults are left out")
+                return
             await self._until(self._are_both_at_work)
             hit = [await self._inflict(faults[0], is_last=False)]
             if faults[1:]:
@@ -440,6 +444,7 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
     parser.add_argument("--kills", type=int, default=10, help="half cores, half actors")
     parser.add_argument("--pairs", type=int, default=3, help="so many kills hit the last engine")
     parser.add_argument("--hangs", type=int, default=4, help="every fourth for good")
+    parser.add_argument("--max-fault-s", type=float, default=3600.0, help="no fault later")
     parser.add_argument("--requests", type=int, default=220, help="at least")
     parser.add_argument("--workers", type=int, default=6, help="requests open at any time")
     parser.add_argument(
@@ -454,6 +459,7 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
         options.kills,
         options.pairs,
         options.hangs,
+        options.max_fault_s,
         options.requests,
         options.workers,
         options.dtype,
