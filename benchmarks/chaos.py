@@ -102,6 +102,7 @@ class Chaos:
         self._http = http
         self._state: dict[str, Any] = {}
         self._rng = random.Random(f"faults {plan.seed}")
+        self._num_answered = [0] * plan.num_workers
         self._is_over = False
 
     async def run(self) -> None:
@@ -151,6 +152,7 @@ class Chaos:
         rng = random.Random(f"worker {self.plan.seed} {number}")
         while not self._is_over:
             self.replies.append(await ask(self._http, self.model, rng.choice(self.questions)))
+            self._num_answered[number] += 1
 
     async def _watch(self) -> None:
         while True:
@@ -176,6 +178,17 @@ class Chaos:
                 await self._until(lambda: len(self._state["replicas"]) < _NUM_ENGINES)
                 hit.append(await self._inflict(faults[1], is_last=True))
             await self._recover(hit)
+            await self._until_all_are_others()
+
+    async def _until_all_are_others(self) -> None:
+        """Let who has been hit come to an end.
+
+        A request under which four engines fail is given up (`router.max_attempts`).
+        """
+        before = list(self._num_answered)
+        await self._until(
+            lambda: all(now > then for now, then in zip(self._num_answered, before, strict=True))
+        )
 
     async def _inflict(self, fault: Fault, *, is_last: bool) -> tuple[Inflicted, EngineProcesses]:
         replica_id, processes = await self._victim()

@@ -62,6 +62,9 @@ class EngineMonitor(StatLoggerBase):
 
         def add_request(request: EngineCoreRequest, *args: object, **kwargs: object) -> None:
             register(request, *args, **kwargs)
+            if len(self._live) == 1:
+                # It was idle. After an abort no step says so, and the pause would be one.
+                self._last_record_s = None
             if (account := current_account.get()) is not None:
                 request.priority += account.priority  # before it goes to the engine core
                 if not account.entered:
