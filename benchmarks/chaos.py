@@ -183,7 +183,8 @@ class Chaos:
     async def _until_all_are_others(self) -> None:
         """Let who has been hit come to an end.
 
-        A request under which four engines fail is given up (`router.max_attempts`).
+        A request under which four engines fail in a row without a token between is given up
+        (`router.max_attempts`).
         """
         before = list(self._num_answered)
         await self._until(

@@ -208,7 +208,8 @@ class Fleet:
             "(router.hang_s, router.stale_s)."
         )
         report.note(
-            "A request under which four engines have failed (router.max_attempts) is given up."
+            "A request under which four engines in a row have failed, and whose reply got no "
+            "further meanwhile (router.max_attempts), is given up."
         )
         report.note(
             f"Emulated engines, every step {_SLOWNESS:g} times as long as the profile says, in one "

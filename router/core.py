@@ -58,6 +58,9 @@ from router.waits import Waits
 
 # Attempts at one request, after which the request itself is the likely cause of its failures.
 _MAX_TRIED = 6
+# Times `max_attempts` that engines may fail under a reply that gets on between: a bound on
+# what a request can do that ends each engine a little later than the one before.
+_MAX_MOVES = 3
 
 
 class Router:
@@ -171,17 +174,26 @@ class Router:
             replica.breaker.fail(placement.permit, failure, now_s)
         if not can_retry:
             return [Fail(request_id), *self._open.end(request_id, Outcome.FAILED, now_s)]
-        no_engine = len(request.tried) + 1 >= self.settings.max_attempts or (
-            failure is not None and not self._retries.try_withdraw(now_s)
-        )
         self._open.take_back(placement, Usage())  # it is charged anew where it goes next
         again = retried(request, replica.id, num_output_tokens, now_s, has_begun=has_begun)
+        no_engine = self._is_suspect(again) or (
+            failure is not None and not self._retries.try_withdraw(now_s)
+        )
         decision: Decision | None = None
         if no_engine and (decision := self._spill.send_now(again, now_s)) is None:
             return [Fail(request_id), *self._open.close(Outcome.FAILED, now_s)]
         self.num_retries += 1
         decisions = self._open.enter(again, now_s) if decision is None else [decision]
         return [*decisions, *self._open.place_held(now_s)]  # in the room that it has left
+
+    def _is_suspect(self, request: Request) -> bool:
+        """Whether engines fail because of a request, rather than under it.
+
+        One that ends them does so at the same token again and again; one whose
+        reply got further each time was just there.
+        """
+        most = self.settings.max_attempts
+        return request.num_stuck >= most or len(request.tried) >= _MAX_MOVES * most
 
     def on_cancel(self, request_id: str, now_s: float) -> list[Decision]:
         """End a request whose client has left, held or placed: RENEGED."""

@@ -77,7 +77,10 @@ class RouterSettings(BaseModel):
         "where that is longer; past it the engine is hung",
     )
     max_attempts: int = Field(
-        4, ge=1, description="engines that may fail under one request before it is given up"
+        4,
+        ge=1,
+        description="engines that may fail in a row under one request whose reply gets no "
+        "further, before it is given up; three times as many in all",
     )
     breaker: BreakerSettings = BreakerSettings()
     retry: RetryBudgetSettings = RetryBudgetSettings()

@@ -64,6 +64,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     block_hashes: tuple[int, ...] = ()
     # Engines that took it and did not carry it through, and when the last one gave up.
     tried: tuple[str, ...] = ()
+    num_stuck: int = 0  # of these, in a row, the last that got its reply no further
     retried_s: float = float("-inf")
     # Part of its reply was sent: by an engine, and then only engines can go on with it, or by a
     # provider, and then such as say so.

@@ -224,6 +224,22 @@ class TestFailedAttempt:
         assert router.on_attempt_failed("a", None, 0.0) == [Fail("a")]
         assert ends(router) == {Outcome.FAILED: 1}
 
+    def test_is_not_blamed_while_its_reply_gets_on(self):
+        router = make_router(max_attempts=2)
+        router.on_arrival(req("a"), 0.0)
+        for _ in range(5):
+            [again] = router.on_attempt_failed("a", None, 0.0, num_output_tokens=1)
+            assert isinstance(again, Dispatch)
+        assert router.on_attempt_failed("a", None, 0.0, num_output_tokens=1) == [Fail("a")]
+
+    def test_is_blamed_for_what_happens_at_the_same_token(self):
+        router = make_router(max_attempts=3)
+        router.on_arrival(req("a"), 0.0)
+        for num_output_tokens in (7, 7, 0):
+            [again] = router.on_attempt_failed("a", None, 0.0, num_output_tokens=num_output_tokens)
+            assert isinstance(again, Dispatch)
+        assert router.on_attempt_failed("a", None, 0.0) == [Fail("a")]
+
     def test_failures_of_single_requests_draw_on_the_budget_and_losses_do_not(self):
         router = make_router(retry={"max_balance": 1.0, "share": 0.0, "reserve_per_s": 0.0})
         for request_id in "abc":

@@ -92,6 +92,7 @@ class Shell(RuleBasedStateMachine):
         self.placed: dict[str, tuple[Request, Engine]] = {}
         self.retried_s: dict[str, float] = {}  # when the last attempt failed
         self.num_attempts: Counter[str] = Counter()  # that failed
+        self.num_stuck: Counter[str] = Counter()  # of these, since the reply last got further
         self.ended: Counter[Outcome] = Counter()
         self.num_turns_known: Counter[int] = Counter()  # of which the router knows the KV blocks
         self.limits: dict[str, int] = {}  # of the predicted answer, by request
@@ -260,12 +261,15 @@ class Shell(RuleBasedStateMachine):
             num_tokens = request.num_prompt_tokens + options.get("num_output_tokens", 0)
             request = msgspec.structs.replace(request, num_prompt_tokens=num_tokens)
             self.num_attempts[request_id] += 1
+            has_got_on = options.get("num_output_tokens", 0) > 0
+            self.num_stuck[request_id] = 1 if has_got_on else self.num_stuck[request_id] + 1
             self.retried_s[request_id] = self.now_s
         decisions = self.router.on_attempt_failed(request_id, failure, self.now_s, **options)
         if request is not None:
             # There is budget enough in these sequences: it is the attempts that run out.
             may_retry = options.get("can_retry", True)
-            is_last = self.num_attempts[request_id] == MAX_ATTEMPTS
+            is_last = self.num_stuck[request_id] == MAX_ATTEMPTS
+            is_last = is_last or self.num_attempts[request_id] == 3 * MAX_ATTEMPTS
             assert (Fail(request_id) in decisions) == (is_last or not may_retry)
         self.carry_out(decisions, entering=request)
 
