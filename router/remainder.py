@@ -15,7 +15,7 @@ def retried(
     return msgspec.structs.replace(
         _grown(request, num_output_tokens),
         tried=(*request.tried, replica_id),
-        num_stuck=1 if num_output_tokens else request.num_stuck + 1,
+        num_stuck=1 if num_output_tokens > 0 else request.num_stuck + 1,
         retried_s=now_s,
         has_begun=has_begun,
     )

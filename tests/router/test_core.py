@@ -240,6 +240,13 @@ class TestFailedAttempt:
             assert isinstance(again, Dispatch)
         assert router.on_attempt_failed("a", None, 0.0) == [Fail("a")]
 
+    def test_a_record_that_is_given_up_is_no_progress(self):
+        router = make_router(max_attempts=2)
+        router.on_arrival(req("a", num_tokens=20), 0.0)
+        [again] = router.on_attempt_failed("a", None, 0.0, num_output_tokens=7)
+        assert isinstance(again, Dispatch)
+        assert router.on_attempt_failed("a", None, 0.0, num_output_tokens=-7) == [Fail("a")]
+
     def test_failures_of_single_requests_draw_on_the_budget_and_losses_do_not(self):
         router = make_router(retry={"max_balance": 1.0, "share": 0.0, "reserve_per_s": 0.0})
         for request_id in "abc":
