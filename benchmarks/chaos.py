@@ -30,7 +30,7 @@ from benchmarks.chaos_texts import TIE_NATS, Kind, Verdict, judge, questions, vl
 from benchmarks.comparison import say
 from benchmarks.real_engines import RealEngines, total
 from benchmarks.report import Report, percentile
-from benchmarks.runner import run_to_the_end
+from benchmarks.runner import run_and_judge
 from benchmarks.subjects import BenchmarkError
 
 _NUM_ENGINES = 2
@@ -483,9 +483,7 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
 
 def main() -> int:
     plan = _parse(None)
-    report = run_to_the_end(lambda: run(plan))
-    report.finish()
-    return 0 if all(target["met"] for target in report.targets) else 1
+    return run_and_judge(lambda: run(plan))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from benchmarks.comparison import say
 from benchmarks.emulated import EmulatedArgs, EmulatedEngine
 from benchmarks.frail import FrailEngine, FrailFleet
 from benchmarks.report import Report, percentile
-from benchmarks.runner import run_to_the_end
+from benchmarks.runner import run_and_judge
 from benchmarks.subjects import BenchmarkError, free_ports
 from router.types import Request
 from serving.config import parse
@@ -260,9 +260,7 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
 
 def main() -> int:
     plan = _parse(None)
-    report = run_to_the_end(lambda: run(plan))
-    report.finish()
-    return 0 if all(target["met"] for target in report.targets) else 1
+    return run_and_judge(lambda: run(plan))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import uvloop
 
+from benchmarks.report import Report
 from benchmarks.subjects import BenchmarkError
 
 T = TypeVar("T")
@@ -28,6 +29,13 @@ def run_to_the_end(run: Callable[[], Awaitable[T]]) -> T:
     except BenchmarkError as error:
         print(f"{error}\nStopped before the end: nothing is written.", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def run_and_judge(run: Callable[[], Awaitable[Report]]) -> int:
+    """Run to the end, show and write the report; return 1 if a target was missed, else 0."""
+    report = run_to_the_end(run)
+    report.finish()
+    return 0 if all(target["met"] for target in report.targets) else 1
 
 
 async def _until_told(run: Callable[[], Awaitable[T]]) -> T:
