@@ -215,7 +215,8 @@ class Chaos:
 
     async def _victim(self) -> tuple[str, EngineProcesses]:
         """Some engine that has streams, at some moment of these."""
-        while True:
+        deadline_s = time.monotonic() + _RECOVERY_TIMEOUT_S
+        while time.monotonic() < deadline_s:
             await asyncio.sleep(self._rng.uniform(0.5, 5.0))
             self._look(await self.subject.state())
             busy = [
@@ -228,6 +229,7 @@ class Chaos:
                 with contextlib.suppress(psutil.Error, LookupError):
                     pid = self._state["replicas"][replica_id]["info"]["pid"]
                     return replica_id, EngineProcesses(pid)
+        raise BenchmarkError(f"no engine to hit in {_RECOVERY_TIMEOUT_S:g} s")
 
     def _are_both_at_work(self) -> bool:
         """Breakers closed, and both have streams."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import psutil
 
-_CORE_TITLE = "EngineCore"
+from benchmarks.processes import engine_core
+
 _ORPHAN_S = 30.0
 
 
@@ -67,12 +68,7 @@ class EngineProcesses:
     def __init__(self, pid: int) -> None:
         """Raises `psutil.NoSuchProcess` or `LookupError` if one of them is gone."""
         self.actor = psutil.Process(pid)
-        for child in self.actor.children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if _CORE_TITLE in f"{child.name()} {' '.join(child.cmdline())}":
-                    self.core = child
-                    return
-        raise LookupError(f"process {pid} has no engine core")
+        self.core = engine_core(self.actor)
 
     def inflict(self, fault: Fault) -> None:
         if fault is Fault.ACTOR:

@@ -36,6 +36,21 @@ _ROLES = (
 OTHER_ROLE = "ray"
 
 
+def engine_core(actor: psutil.Process) -> psutil.Process:
+    """Return the process in which vLLM computes, by the actor that started it.
+
+    Its title says `EngineCore`, but `setproctitle` now and then finds no room for one.
+
+    Raises `LookupError` or `psutil.Error` if one of them is gone.
+    """
+    for child in actor.children():
+        with contextlib.suppress(psutil.Error):
+            line = " ".join(child.cmdline())
+            if "EngineCore" in line or "spawn_main" in line:
+                return child
+    raise LookupError(f"process {actor.pid} has no engine core")
+
+
 class Launch:
     """One command and all that it starts."""
 

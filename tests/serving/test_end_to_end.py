@@ -15,6 +15,7 @@ import psutil
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
+from benchmarks.processes import engine_core
 from tests.tiny_model import tiny_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
@@ -173,11 +174,8 @@ def test_when_both_engines_are_killed_the_same_curl_answers_through_a_second_ser
         assert process.poll() is None, log.read_text()
         reply = subprocess.run(curl, capture_output=True, check=True, text=True).stdout
         assert "x-headway-provider" not in reply
-        cores = [
-            child
-            for child in psutil.Process(process.pid).children(recursive=True)
-            if "EngineCore" in " ".join(child.cmdline())
-        ]
+        replicas = first.state()["replicas"].values()
+        cores = [engine_core(psutil.Process(each["info"]["pid"])) for each in replicas]
         assert len(cores) == 2
         for core in cores:
             core.kill()
