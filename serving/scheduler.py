@@ -1,4 +1,4 @@
-"""vLLM's schedulers, with more to tell and with steps that a long prompt does not fill.
+"""vLLM's schedulers: with more to tell, steps that a long prompt does not fill, and a mended cache.
 
 These subclasses run inside vLLM's EngineCore process. vLLM 0.32 publishes no
 gauge of pending prefill (vllm#38025), its KV events go over a socket of their
@@ -155,9 +155,34 @@ class _Paces:
         ]
 
 
-class HeadwayScheduler(_Paces, _Reports, Scheduler):
+class _Withdraws:
+    """Mixin: no block is found in the prefix cache that nobody computed.
+
+    vLLM 0.32 puts a block into its prefix cache when it schedules the tokens
+    that fill it. By priority it may preempt, later in the same step, a request
+    that is scheduled already: its tokens are withdrawn, its blocks go back, and
+    what they were to hold would still be found by whoever has the same prompt.
+    """
+
+    kv_cache_manager: Any
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        # The tokens of this step are not counted as computed yet.
+        num_computed = request.num_computed_tokens
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        groups = self.kv_cache_manager.get_block_ids(request.request_id)
+        void = {
+            block_id
+            for manager, block_ids in zip(managers, groups, strict=True)
+            for block_id in block_ids[num_computed // manager.block_size :]
+        }
+        super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
+        self.kv_cache_manager.evict_blocks(void)
+
+
+class HeadwayScheduler(_Paces, _Reports, _Withdraws, Scheduler):
     """For engines without async scheduling (CPU)."""
 
 
-class HeadwayAsyncScheduler(_Paces, _Reports, AsyncScheduler):
+class HeadwayAsyncScheduler(_Paces, _Reports, _Withdraws, AsyncScheduler):
     """For engines with async scheduling (CUDA). Never run on a GPU yet."""

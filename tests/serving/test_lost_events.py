@@ -78,11 +78,6 @@ class Said:
         return len(self.tokens) == len(other.tokens)
 
 
-# Of the 36 replies of a round, a vLLM engine short of KV blocks gives now and then one that parts
-# from the others not at a near tie: in two of five runs with losses, in none of 576 replies
-# without. That is not understood (docs/reliability.md), and wants to be.
-MAX_DIFFERING_ON_VLLM = 2
-
 Replies = dict[tuple[int, int], Said]
 
 
@@ -163,7 +158,7 @@ async def running(engines: list[Engine]) -> AsyncIterator[Run]:
         yield run
 
 
-async def nothing_breaks(run: Run, max_differing: int = 0) -> None:
+async def nothing_breaks(run: Run) -> None:
     undisturbed = await run.ask_all()
     await run.until(run.knows_what_is_cached)
     assert all(relay.num_kept and not relay.num_resyncs for relay in run.relays)
@@ -171,7 +166,7 @@ async def nothing_breaks(run: Run, max_differing: int = 0) -> None:
     for relay in run.relays:
         relay.keeps = lambda: False
     num_kept = [relay.num_kept for relay in run.relays]
-    assert len(differing(await run.ask_all(), undisturbed)) <= max_differing
+    assert not differing(await run.ask_all(), undisturbed)
     assert all(relay.num_lost for relay in run.relays)
     assert num_kept == [relay.num_kept for relay in run.relays]
 
@@ -179,15 +174,15 @@ async def nothing_breaks(run: Run, max_differing: int = 0) -> None:
     for relay in run.relays:
         relay.keeps = lambda: rng.random() < 0.5
     for _ in range(3):
-        assert len(differing(await run.ask_all(), undisturbed)) <= max_differing
+        assert not differing(await run.ask_all(), undisturbed)
     assert all(relay.num_resyncs for relay in run.relays)
 
     for relay in run.relays:
         relay.keeps = lambda: True
-    assert len(differing(await run.ask_all(), undisturbed)) <= max_differing
+    assert not differing(await run.ask_all(), undisturbed)
     await run.until(run.knows_what_is_cached)
     num_resyncs = [relay.num_resyncs for relay in run.relays]
-    assert len(differing(await run.ask_all(), undisturbed)) <= max_differing
+    assert not differing(await run.ask_all(), undisturbed)
     await run.until(run.knows_what_is_cached)
     assert num_resyncs == [relay.num_resyncs for relay in run.relays]
     # And what is known is gone by: somebody's prompt is expected where it is cached.
@@ -245,6 +240,6 @@ async def test_on_a_real_engine(tmp_path):
     engine = await VllmEngine.start(config, plan(config, detect()), local_rank=0)
     try:
         async with running([engine] * NUM_ENGINES) as run:
-            await nothing_breaks(run, MAX_DIFFERING_ON_VLLM)
+            await nothing_breaks(run)
     finally:
         await engine.shutdown()

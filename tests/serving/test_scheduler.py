@@ -1,0 +1,33 @@
+"""Headway's scheduler inside of vLLM, over a KV cache that remembers what was written to it."""
+
+import pytest
+
+from benchmarks.sequence import Job
+from serving.onboard import onboard_model
+from tests.vllm_scheduler import BLOCK, VllmScheduler, make_profile
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+
+def test_a_chunk_that_is_withdrawn_leaves_the_prefix_cache() -> None:
+    """An urgent request's block is taken from one whose chunk is in the same step already.
+
+    With vLLM 0.32's own preemption that one, when it comes again, attends to 32 tokens which
+    nobody has computed.
+    """
+    from serving.scheduler import HeadwayScheduler
+
+    size = 7 * BLOCK
+    profile = make_profile(num_kv_tokens=size, max_model_len=size, max_prefill_chunk=3 * BLOCK)
+    engine = VllmScheduler(onboard_model(), profile, priority=True, kind=HeadwayScheduler)
+    engine.add(Job("long", 7 * BLOCK - 1, 1, priority=1), list(range(7 * BLOCK - 1)))
+    assert engine.step()[0] == {"long/0": 3 * BLOCK}
+    engine.add(Job("urgent", BLOCK, 3, priority=0), [10_000] * BLOCK)
+    assert engine.step()[0] == {"urgent/0": BLOCK}
+    assert engine.step()[0] == {"urgent/0": 1}
+    assert engine.num_preemptions == 1
+    computed = []
+    while engine.scheduler.has_unfinished_requests():
+        computed.append(engine.step()[0].get("long/0", 0))
+    assert sum(computed) == 4 * BLOCK - 1  # three blocks were computed the first time
+    assert engine.num_wrong_tokens == 0
