@@ -2,7 +2,9 @@
 
 The deployed router over simulated engines and a simulated provider, in virtual
 time: never spill; spill where a bounded queue is full, which is where a server
-without predictions answers 429; spill by the predicted wait. Goodput against cost.
+without predictions answers 429; spill by the predicted wait. Goodput against cost:
+by the predicted wait also with no more money than each bound spent, which it may
+not exceed (`max_cost_per_hour`).
 """
 
 import argparse
@@ -39,7 +41,9 @@ _TTFT_S, _TTFT_SIGMA, _TPOT_S = 0.4, 0.3, 0.012
 # Which of them suits a load shows in hindsight only. By default neither vLLM's queue nor those of
 # other routers have a bound that a spike would reach: they never answer 429.
 _BOUNDS = (2, 4, 8, 12, 16, 32, 64)
-_FACTORS = (0.9, 1.0)
+_FACTORS = (0.9, 1.0, 1.1)
+_NEVER, _AT_429 = "never", "at 429"
+_SAME_MONEY = "by predicted wait, for the money of "
 _DEFAULT = f"by predicted wait, late after {FallbackSettings().late_factor:g} promises"
 
 # What engines run short of: prefill, by the medians of Azure's code trace (2023), and
@@ -67,9 +71,9 @@ def spike(sizes: str, num_requests: int, seed: int, profile: Profile) -> Workloa
 
 def variants(num_engines: int) -> dict[str, tuple[dict[str, Any], FallbackSettings | None]]:
     """Return what is compared, by name: settings of the router, and when it spills."""
-    found: dict[str, tuple[dict[str, Any], FallbackSettings | None]] = {"never": ({}, None)}
+    found: dict[str, tuple[dict[str, Any], FallbackSettings | None]] = {_NEVER: ({}, None)}
     for bound in _BOUNDS:
-        found[f"at 429, {bound} held per engine"] = (
+        found[f"{_AT_429}, {bound} held per engine"] = (
             {"max_held_requests": bound * num_engines},
             FallbackSettings(spill="full"),
         )
@@ -89,15 +93,17 @@ def measure(
     fallback: FallbackSettings | None,
     options: argparse.Namespace,
     seed: int,
+    most_cost: float | None = None,
 ) -> dict[str, float]:
-    """Return the figures of one run."""
+    """Return the figures of one run, in which no more than `most_cost` is spent."""
+    limits = {"rpm": options.rpm, "tpm": options.tpm, "max_cost_per_hour": most_cost}
     terms = ProviderSettings.model_validate(
         {
             "name": "far",
             "models": {profile.model: profile.model},
             "price_prompt": _PRICE_PROMPT,
             "price_output": _PRICE_OUTPUT,
-            "keys": [{"rpm": options.rpm, "tpm": options.tpm}],
+            "keys": [limits],
         }
     )
     provider = ProviderModel(
@@ -171,13 +177,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for seed in range(options.seed, options.seed + options.repeats)
         ]
         results = pool.imap(_measure, jobs)
-        for sizes, load, name in track(cases, "simulated runs", console=console):
-            runs = [next(results) for _ in range(options.repeats)]
-            report.row(
-                f"{sizes}, mean load {load:.0%}, {options.engines} engines, simulated",
-                spill=name,
-                **{figure: Spread.of([run[figure] for run in runs]) for figure in runs[0]},
-            )
+        for sizes, load, _ in track(cases, "simulated runs", console=console):
+            repeats = [next(results) for _ in range(options.repeats)]
+            for name in repeats[0]:
+                runs = [each[name] for each in repeats]
+                report.row(
+                    f"{sizes}, mean load {load:.0%}, {options.engines} engines, simulated",
+                    spill=name,
+                    **{figure: Spread.of([run[figure] for run in runs]) for figure in runs[0]},
+                )
     _judge(report)
     if options.dry:
         report.show(console)
@@ -186,16 +194,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measure(job: tuple[str, float, str, argparse.Namespace, int]) -> dict[str, float]:
+def _measure(job: tuple[str, float, str, argparse.Namespace, int]) -> dict[str, dict[str, float]]:
+    """Return the figures by name: of the variant, and of ours with as much money as it spent."""
     sizes, rate, name, options, seed = job
     profile = Profile.load(options.profile)
     workload = spike(sizes, options.requests, seed, profile).at_rate(rate)
-    settings, fallback = variants(options.engines)[name]
-    return measure(workload, profile, options.engines, settings, fallback, options, seed)
+
+    def run(name: str, most_cost: float | None = None) -> dict[str, float]:
+        settings, fallback = variants(options.engines)[name]
+        return measure(
+            workload, profile, options.engines, settings, fallback, options, seed, most_cost
+        )
+
+    found = {name: run(name)}
+    if name.startswith(_AT_429):
+        cost = found[name]["cost"]
+        found[_SAME_MONEY + name] = run(_DEFAULT, cost) if cost else run(_NEVER)
+    return found
 
 
 def _judge(report: Report) -> None:
-    """Compare the default with every bound of the queue, seed by seed, and all loads together."""
+    """Compare with every bound of the queue, seed by seed, and all loads together."""
     pooled: dict[str, list[tuple[float, float]]] = {}
     for title, rows in report.tables.items():
         places = {str(row["spill"]): _places(row) for row in rows}
@@ -206,17 +225,18 @@ def _judge(report: Report) -> None:
 
 
 def _compare(report: Report, title: str, places: dict[str, list[tuple[float, float]]]) -> None:
-    ours = places[_DEFAULT]
     for name, theirs in places.items():
-        if not (name.startswith("at 429") or name == "never"):
+        if not name.startswith(_AT_429):
             continue
-        gains = [mine[0] - its[0] for mine, its in zip(ours, theirs, strict=True)]
-        costs = [mine[1] - its[1] for mine, its in zip(ours, theirs, strict=True)]
-        report.note(
-            f"{title}: {_DEFAULT} beside {name}: goodput {_difference(gains)}, cost "
-            f"{_difference(costs)} of {np.mean([its[1] for its in theirs]):.4f}: "
-            f"{_verdict(interval(gains), interval(costs))}"
-        )
+        for ours in (_DEFAULT, _SAME_MONEY + name):
+            pairs = list(zip(places[ours], theirs, strict=True))
+            gains = [mine[0] - its[0] for mine, its in pairs]
+            costs = [mine[1] - its[1] for mine, its in pairs]
+            report.note(
+                f"{title}: {ours} beside {name}: goodput {_difference(gains)}, cost "
+                f"{_difference(costs)} of {np.mean([its[1] for its in theirs]):.4f}: "
+                f"{_verdict(interval(gains), interval(costs))}"
+            )
 
 
 def _verdict(gain: tuple[float, float], cost: tuple[float, float]) -> str:

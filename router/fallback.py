@@ -59,10 +59,10 @@ class FallbackSettings(BaseModel):
         "and the provider's is sooner",
     )
     late_factor: float = Field(
-        0.9,
+        1.0,
         gt=0,
-        description="late is a first token predicted after so many times its promise: what "
-        "predictions are off by",
+        description="late is a first token predicted after so many times its promise; below "
+        "1 keeps a margin for what predictions are off by",
     )
 
 

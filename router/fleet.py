@@ -148,6 +148,20 @@ class Fleet:
         num_engines, tokens_per_s = self.prefill_rate(model)
         return num_engines / tokens_per_s if num_engines else math.inf
 
+    def full_steps_s(self, model: str, num_tokens: int) -> float:
+        """Seconds of the full steps over which a prompt is spread, on one of a model's engines.
+
+        Where an engine gives no prompt more than a part of a step, others fill the
+        rest. 0 if none takes work, or a prompt gets all of a step.
+        """
+        for pool in self._pools_by_name.get(model, ()):
+            for replica in pool.working.values():
+                if not replica.max_prefill_chunk:
+                    return 0.0
+                num_steps = -(-num_tokens // replica.max_prefill_chunk)
+                return num_steps * replica.chunk_tokens / replica.prefill_tokens_per_s
+        return 0.0
+
     def drain_s(self, model: str, num_tokens: int) -> float | None:
         """Predicted seconds until a model's engines have prefilled so many tokens more.
 

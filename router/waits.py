@@ -48,7 +48,9 @@ class Waits:
         """Predicted seconds to a held request's first token, so many held tokens before it.
 
         What has left the queue at its own rate still passes what engines have; and what
-        comes first is spread over all of them, while its own prompt is for one.
+        comes first is spread over all of them, while its own prompt is for one. There it
+        is computed side by side with what comes before it, but in no more than its part of
+        a step.
         """
         wait_s = self.wait_s(request.model, num_tokens_before)
         engines_s = self._fleet.drain_s(request.model, 0)
@@ -57,7 +59,8 @@ class Waits:
         if (drain := self._drains.get(request.model)) is not None:
             wait_s = max(wait_s, engines_s + drain.wait_s(num_tokens_before))
         own_s = request.num_prompt_tokens * self._fleet.prefill_s_per_token(request.model)
-        return wait_s + own_s
+        steps_s = self._fleet.full_steps_s(request.model, request.num_prompt_tokens)
+        return wait_s + max(own_s, steps_s - engines_s)
 
     def sure_wait_s(self, model: str, num_tokens: int) -> float:
         """The same, but nothing is concluded from a queue that hardly anything has left yet."""
