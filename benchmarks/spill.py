@@ -3,8 +3,7 @@
 The deployed router over simulated engines and a simulated provider, in virtual
 time: never spill; spill where a bounded queue is full, which is where a server
 without predictions answers 429; spill by the predicted wait. Goodput against cost:
-by the predicted wait also with no more money than each bound spent, which it may
-not exceed (`max_cost_per_hour`).
+by the predicted wait also for less money than each bound spent (`max_cost_per_hour`).
 """
 
 import argparse
@@ -43,7 +42,9 @@ _TTFT_S, _TTFT_SIGMA, _TPOT_S = 0.4, 0.3, 0.012
 _BOUNDS = (2, 4, 8, 12, 16, 32, 64)
 _FACTORS = (0.9, 1.0, 1.1)
 _NEVER, _AT_429 = "never", "at 429"
-_SAME_MONEY = "by predicted wait, for the money of "
+_LESS_MONEY = "by predicted wait, for less money than "
+# Of the money. What is under way may end dearer than was expected and reserved, by up to 4 % here.
+_LESS = 0.95
 _DEFAULT = f"by predicted wait, late after {FallbackSettings().late_factor:g} promises"
 
 # What engines run short of: prefill, by the medians of Azure's code trace (2023), and
@@ -195,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(job: tuple[str, float, str, argparse.Namespace, int]) -> dict[str, dict[str, float]]:
-    """Return the figures by name: of the variant, and of ours with as much money as it spent."""
+    """Return the figures by name: of the variant, and of ours with less money than it spent."""
     sizes, rate, name, options, seed = job
     profile = Profile.load(options.profile)
     workload = spike(sizes, options.requests, seed, profile).at_rate(rate)
@@ -209,7 +210,7 @@ def _measure(job: tuple[str, float, str, argparse.Namespace, int]) -> dict[str, 
     found = {name: run(name)}
     if name.startswith(_AT_429):
         cost = found[name]["cost"]
-        found[_SAME_MONEY + name] = run(_DEFAULT, cost) if cost else run(_NEVER)
+        found[_LESS_MONEY + name] = run(_DEFAULT, _LESS * cost) if cost else run(_NEVER)
     return found
 
 
@@ -228,7 +229,7 @@ def _compare(report: Report, title: str, places: dict[str, list[tuple[float, flo
     for name, theirs in places.items():
         if not name.startswith(_AT_429):
             continue
-        for ours in (_DEFAULT, _SAME_MONEY + name):
+        for ours in (_DEFAULT, _LESS_MONEY + name):
             pairs = list(zip(places[ours], theirs, strict=True))
             gains = [mine[0] - its[0] for mine, its in pairs]
             costs = [mine[1] - its[1] for mine, its in pairs]
