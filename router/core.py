@@ -26,6 +26,8 @@ the queue's bounds.
 import random
 from collections.abc import Collection, Sequence
 
+import msgspec
+
 from router.breaker import Failure
 from router.budget import RateReport
 from router.fallback import FallbackSettings, Spill, own_budget
@@ -104,6 +106,8 @@ class Router:
         s_per_token = self._fleet.prefill_s_per_token(request.model)
         has_length = "length" not in self._placer.policy.ablated
         request = self._predictions.on_arrival(request, s_per_token, has_length=has_length)
+        if self._placer.holds and not self._queue.by_arrival:
+            request = msgspec.structs.replace(request, turn_s=turn_s(request, self.settings))
         if now_s < self._health.next_check_s:
             return self._open.admit(request, now_s)
         # Nobody looked while there was no work: an engine may have fallen silent meanwhile.

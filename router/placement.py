@@ -98,6 +98,7 @@ class Placer:
         if placement is None or placement.first_token_s is not None:
             return None
         placement.first_token_s = now_s
+        placement.replica.prefilled(request_id)
         return placement
 
     def place(self, request: Request, now_s: float) -> Dispatch | None:
@@ -125,7 +126,7 @@ class Placer:
         replica = self.policy.choose(request, replicas, now_s)
         num_cached_tokens = replica.num_cached_tokens(request)
         num_new_tokens = max(1, request.num_prompt_tokens - num_cached_tokens)
-        predicted_ttft_s = replica.ttft_s(num_new_tokens, now_s)
+        predicted_ttft_s = replica.ttft_s(num_new_tokens, now_s, request.turn_s)
         predicted_tpot_s = replica.tpot_s(request.num_sequences)
         booking = replica.book(request, kv_need_tokens(request), now_s, num_cached_tokens)
         if self.policy.wants_blocks:

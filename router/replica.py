@@ -27,7 +27,9 @@ class Replica:
         "_block_position",
         "_blocks",
         "_coming",
+        "_first_long_turn_s",
         "_is_at_work",
+        "_long_turns_s",
         "_rest_tokens",
         "_short_ahead_tokens",
         "_step_end_s",
@@ -74,6 +76,9 @@ class Replica:
         self._block_position = 0  # changes to them that we know of
         # Text blocks of prompts sent here of which the engine has not told us yet, counted.
         self._coming: dict[int, int] = {}
+        # Of the prompts sent here that one step cannot take and that are not prefilled yet.
+        self._long_turns_s: dict[str, float] = {}
+        self._first_long_turn_s = math.inf
         self.is_draining = False  # finishes what it has, takes nothing new
 
         self.num_pending_prefill_tokens = 0  # in the engine and on their way to it
@@ -154,22 +159,26 @@ class Replica:
         """
         return num_new_tokens <= self.max_prefill_chunk
 
-    def ttft_s(self, num_new_tokens: int, now_s: float) -> float:
+    def ttft_s(self, num_new_tokens: int, now_s: float, turn_s: float = -math.inf) -> float:
         """Predicted seconds until a prompt of so many new tokens is prefilled here.
 
         The rest of the current step, which a newcomer cannot join, then whole
         steps until what comes before it and its own tokens are prefilled
         (formula: `router.predict`): all that is pending, or, before a short
         prompt, the other short ones, as the engine lets these pass (see
-        `serving.scheduler`). A wait for KV blocks is not in it: admission does
-        not send where they lack.
+        `serving.scheduler`), unless a long one whose turn comes before `turn_s`
+        keeps its part of the step. A wait for KV blocks is not in it: admission
+        does not send where they lack.
         """
         # Read for every engine at every decision, hence no calls in here.
         chunk = self.max_prefill_chunk
         num_tokens = self._rest_tokens
         if num_new_tokens <= chunk:
-            if self._short_ahead_tokens < num_tokens:
-                num_tokens = self._short_ahead_tokens
+            num_ahead = self._short_ahead_tokens
+            if turn_s >= self._first_long_turn_s:
+                num_ahead += chunk
+            if num_ahead < num_tokens:
+                num_tokens = num_ahead
             num_tokens += num_new_tokens
             num_steps = -(-num_tokens // self.chunk_tokens)
         else:
@@ -243,12 +252,21 @@ class Replica:
             num_sequences=request.num_sequences,
             now_s=now_s,
         )
+        if 0 < self.max_prefill_chunk < num_new_tokens:
+            self._long_turns_s[request.id] = request.turn_s
+            self._first_long_turn_s = min(self._first_long_turn_s, request.turn_s)
         self._derive()
         return number
+
+    def prefilled(self, request_id: str) -> None:
+        """The prompt is computed, or will not be; an unknown id changes nothing."""
+        if self._long_turns_s.pop(request_id, None) is not None:
+            self._first_long_turn_s = min(self._long_turns_s.values(), default=math.inf)
 
     def release(self, request_id: str) -> None:
         """Count the request no longer; an unknown id changes nothing."""
         self.ledger.release(request_id)
+        self.prefilled(request_id)
         self._derive()
 
     def state(self, now_s: float) -> dict[str, object]:

@@ -112,7 +112,7 @@ def costs_s(
         num_new_tokens = replica.num_new_tokens(request)
         decode_s = num_outputs * replica.decode_s * replica.num_sequences
         held_s = num_new_tokens * replica.token_s * num_held
-        costs.append(replica.ttft_s(num_new_tokens, now_s) + decode_s + held_s)
+        costs.append(replica.ttft_s(num_new_tokens, now_s, request.turn_s) + decode_s + held_s)
     return costs
 
 
@@ -120,4 +120,5 @@ def own_costs_s(
     request: Request, replicas: Sequence[Replica], now_s: float, num_held: float
 ) -> list[float]:
     """Seconds waited by the request alone for its first token, per replica."""
-    return [replica.ttft_s(replica.num_new_tokens(request), now_s) for replica in replicas]
+    turn_s = request.turn_s
+    return [replica.ttft_s(replica.num_new_tokens(request), now_s, turn_s) for replica in replicas]

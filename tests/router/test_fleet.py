@@ -54,3 +54,18 @@ def test_drain_time_counts_what_engines_have_and_what_waits():
     replica.prefill_tokens_per_s = 10.0
     fleet.refresh(replica)
     assert fleet.drain_s("m", 100) == pytest.approx(15.0)
+
+
+def test_a_prompt_is_spread_over_the_steps_that_its_part_of_each_needs():
+    fleet, replica = Fleet(), make_replica(max_prefill_chunk=50)
+    fleet.add(replica)
+    full_step_s = 100 / replica.prefill_tokens_per_s
+    assert fleet.full_steps_s("m", 50) == pytest.approx(full_step_s)
+    assert fleet.full_steps_s("m", 120) == pytest.approx(3 * full_step_s)
+    assert fleet.full_steps_s("n", 120) == 0.0
+
+
+def test_where_a_prompt_gets_all_of_a_step_it_is_not():
+    fleet = Fleet()
+    fleet.add(make_replica())
+    assert fleet.full_steps_s("m", 120) == 0.0

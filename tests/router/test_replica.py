@@ -190,3 +190,32 @@ def test_what_is_on_its_way_counts_until_it_is_told_or_never_will_be():
     assert replica.num_cached_tokens(second) == 40
     replica.settle_blocks(first)
     assert replica.num_cached_tokens(first) == 0
+
+
+class TestLongPromptsAhead:
+    """A short prompt passes the long ones, but for those whose turn comes first."""
+
+    @pytest.fixture
+    def replica(self):
+        replica = make_replica(max_prefill_chunk=50)
+        replica.book(req("long", 500, turn_s=10.0), num_kv_tokens=500, now_s=0.0)
+        return replica
+
+    def test_a_long_one_promised_sooner_keeps_its_part_of_the_step(self, replica):
+        more_s = replica.ttft_s(20, 0.0, 11.0) - replica.ttft_s(20, 0.0, 9.0)
+        assert more_s >= 50 * replica.token_s
+
+    def test_until_it_is_prefilled(self, replica):
+        replica.prefilled("long")
+        assert replica.ttft_s(20, 0.0, 11.0) == replica.ttft_s(20, 0.0, 9.0)
+
+    def test_or_has_ended(self, replica):
+        before_s = replica.ttft_s(20, 0.0, 11.0)
+        replica.release("long")
+        assert replica.ttft_s(20, 0.0, 11.0) < before_s
+
+    def test_the_soonest_of_several_counts(self, replica):
+        replica.book(req("sooner", 500, turn_s=5.0), num_kv_tokens=500, now_s=0.0)
+        assert replica.ttft_s(20, 0.0, 6.0) > replica.ttft_s(20, 0.0, 4.0)
+        replica.release("sooner")
+        assert replica.ttft_s(20, 0.0, 6.0) == replica.ttft_s(20, 0.0, 4.0)
