@@ -33,6 +33,7 @@ from router.budget import RateReport
 from router.fallback import FallbackSettings, Spill, own_budget
 from router.fleet import Fleet
 from router.health import Health
+from router.hedges import Hedges
 from router.hold import HoldQueue
 from router.open_requests import OpenRequests
 from router.overload import Overloads
@@ -90,6 +91,7 @@ class Router:
         self._placer = Placer(
             self._fleet, self._queue, policy, holds=True, tpot_targets_s=settings.tpot_target_s
         )
+        self._hedges = Hedges(self._placer, self._queue, self._retries, settings.hedge_factor)
         self._open = OpenRequests(
             self._fleet, self._queue, self._placer, self._spill, waits, self._overloads
         )
@@ -120,6 +122,7 @@ class Router:
 
     def on_first_token(self, request_id: str, now_s: float) -> list[Decision]:
         """Learn from a first token: compare it with what was predicted."""
+        has_room = self._hedges.drop(request_id)
         placement = self._placer.start(request_id, now_s)
         if placement is not None:
             ttft_s = max(0.0, now_s - placement.placed_s)
@@ -127,16 +130,54 @@ class Router:
             self._placer.policy.observe(placement.replica, ttft_s, now_s)
             if self.settings.breaker.is_slow(ttft_s, placement.predicted_ttft_s):
                 self._health.judge_slow([placement], self._fleet, now_s)
-            if self._use(self._placer.policy):
+            if self._use(self._placer.policy) or has_room:
                 return self._open.place_held(now_s)
         else:
             self._calls.start(request_id, now_s)
         return []
 
+    def on_progress(self, request_id: str) -> bool:
+        """Learn that an engine generates a reply which comes all at once.
+
+        Whether the request had a second engine, which is taken back.
+        """
+        if (placement := self._placer.get(request_id)) is not None:
+            placement.is_under_way = True
+        return self._hedges.drop(request_id)
+
+    def on_hedge_won(
+        self, request_id: str, failure: Failure | None, now_s: float
+    ) -> list[Decision]:
+        """The second engine answers first, or alone: `failure` is what the first one did, if any.
+
+        Call it before `on_first_token`.
+        """
+        first = self._placer.get(request_id)
+        if first is None or self._hedges.get(request_id) is None:
+            return []
+        if failure is not None:
+            first.replica.breaker.fail(first.permit, failure, now_s)
+        elif self.settings.breaker.is_slow(now_s - first.placed_s, first.predicted_ttft_s):
+            self._health.judge_slow([first], self._fleet, now_s)
+        self._hedges.win(first)
+        return self._open.place_held(now_s)
+
+    def on_hedge_failed(
+        self, request_id: str, failure: Failure | None, now_s: float
+    ) -> list[Decision]:
+        """The second engine will not answer; the first one still may."""
+        if (second := self._hedges.get(request_id)) is None:
+            return []
+        if failure is not None:
+            second.replica.breaker.fail(second.permit, failure, now_s)
+        self._hedges.drop(request_id)
+        return self._open.place_held(now_s)
+
     def on_finish(self, request_id: str, usage: Usage | None, now_s: float) -> list[Decision]:
         """End a request that its engine, or provider, has answered: COMPLETED."""
         if self._calls.finish(request_id, usage, now_s):
             return self._open.close(Outcome.COMPLETED, now_s, at_once=True)
+        self._hedges.drop(request_id)
         placement = self._placer.start(request_id, now_s)
         if placement is not None:  # the whole response came at once
             latency_s = max(0.0, now_s - placement.placed_s)
@@ -170,6 +211,7 @@ class Router:
 
         The request keeps its first arrival, so it has not lost its turn.
         """
+        self._hedges.drop(request_id)  # one that might have gone on has taken over before
         placement = self._placer.get(request_id)
         if placement is None:
             return []
@@ -201,6 +243,7 @@ class Router:
 
     def on_cancel(self, request_id: str, now_s: float) -> list[Decision]:
         """End a request whose client has left, held or placed: RENEGED."""
+        self._hedges.drop(request_id)
         was_away = self._calls.cancel(request_id, now_s)
         if not was_away and self._queue.remove(request_id) is None:
             return self._open.end(request_id, Outcome.RENEGED, now_s)
@@ -343,11 +386,12 @@ class Router:
         decisions: list[Decision] = []
         if now_s >= self._health.next_check_s:
             decisions += self._health.check(self._fleet, now_s)
-        return [*decisions, *self._open.place_held(now_s, at_once=True)]
+        decisions += self._open.place_held(now_s, at_once=True)
+        return [*decisions, *self._hedges.look(now_s)]
 
     def next_wake_s(self) -> float | None:
         """When to call `on_tick`, whatever happens; None while no request is open."""
-        wakes_s = []
+        wakes_s = [self._hedges.next_look_s()]
         if len(self._queue):
             wakes_s += [self._queue.next_expiry_s(), self._spill.next_look_s()]
         if len(self._fleet) and (len(self._queue) or len(self._placer)):
@@ -395,6 +439,7 @@ class Router:
             "is_by_arrival": self._queue.by_arrival,
             "accuracy": self._predictions.state(),
             "fallback": self._spill.state(now_s),
+            "hedges": self._hedges.state(),
             "retries": {"num_made": self.num_retries, "budget": self._retries.state()},
             "breaker_events": self._health.state(),
         }

@@ -4,7 +4,7 @@ Were they two, two requests would see the same idle engine between them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
 
@@ -36,6 +36,7 @@ class Placement(msgspec.Struct):
     permit: int  # of the engine's breaker
     expects_prompt: bool = False  # the engine has yet to tell of its prompt
     first_token_s: float | None = None  # when it came
+    is_under_way: bool = False  # the engine generates; a reply may come all at once for all that
 
     @property
     def predicted_latency_s(self) -> float:
@@ -122,6 +123,30 @@ class Placer:
             replicas = [r for r in replicas if r.id not in request.tried] or replicas
         if self._tpot_targets_s and self.policy.holds:
             replicas = self._keeping_pace(request, replicas)
+        placement, dispatch = self._book(request, replicas, now_s)
+        self._placed[request.id] = placement
+        return dispatch
+
+    def place_beside(self, first: Placement, now_s: float) -> tuple[Placement, Dispatch] | None:
+        """Book a placed request on another engine as well, if one has room for it at once.
+
+        It is the caller's to `put` or to `unbook`.
+        """
+        request = first.request
+        need_tokens = kv_need_tokens(request)
+        replicas = [
+            replica
+            for replica in self._fleet.open_to(request)
+            if replica is not first.replica and need_tokens <= replica.room_tokens
+        ]
+        if self._reservations:
+            replicas = self._reservations.open_to(request, replicas)
+        return self._book(request, replicas, now_s) if replicas else None
+
+    def _book(
+        self, request: Request, replicas: Sequence[Replica], now_s: float
+    ) -> tuple[Placement, Dispatch]:
+        """Choose and book one of these engines."""
         self.policy.num_held_per_engine = self._queue.num_held(request.model) / len(replicas)
         replica = self.policy.choose(request, replicas, now_s)
         num_cached_tokens = replica.num_cached_tokens(request)
@@ -134,7 +159,7 @@ class Placer:
         permit = replica.breaker.begin(now_s)
         self._fleet.refresh(replica)
         self._queue.charge(request)
-        self._placed[request.id] = Placement(
+        placement = Placement(
             request,
             replica,
             now_s,
@@ -143,7 +168,7 @@ class Placer:
             permit,
             expects_prompt=self.policy.wants_blocks,
         )
-        return Dispatch(request.id, replica.id, booking, num_cached_tokens)
+        return placement, Dispatch(request.id, replica.id, booking, num_cached_tokens)
 
     def learn_prompt(
         self, request_id: str, num_prompt_tokens: int, block_hashes: list[int]
@@ -165,11 +190,28 @@ class Placer:
         """End a placement and its booking; None if there is none of this id."""
         placement = self._placed.pop(request_id, None)
         if placement is not None:
-            placement.replica.release(request_id)
-            if placement.expects_prompt:
-                placement.replica.settle_blocks(placement.request)
-            self._fleet.refresh(placement.replica)
+            self.unbook(placement)
         return placement
+
+    def unbook(self, placement: Placement) -> None:
+        """End the booking of a placement that is not filed, or no more."""
+        replica = placement.replica
+        replica.release(placement.request.id)
+        if placement.expects_prompt:
+            replica.settle_blocks(placement.request)
+        self._fleet.refresh(replica)
+
+    def put(self, placement: Placement) -> None:
+        """File a placement in the stead of the one of the same request."""
+        self._placed[placement.request.id] = placement
+
+    def unanswered(self) -> list[Placement]:
+        """The placements whose engine has not begun to answer, so far as is known."""
+        return [
+            each
+            for each in self._placed.values()
+            if each.first_token_s is None and not each.is_under_way
+        ]
 
     def place_held(self, now_s: float) -> list[Dispatch]:
         """Place what is held until nothing more is admissible, the most urgent first.

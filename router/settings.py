@@ -82,6 +82,12 @@ class RouterSettings(BaseModel):
         description="engines that may fail in a row under one request whose reply gets no "
         "further, before it is given up; three times as many in all",
     )
+    hedge_factor: float | None = Field(
+        None,
+        gt=1,
+        description="a request whose first token has not come after so many times its "
+        "prediction is sent to a second engine, too, out of the retry budget; unset: never",
+    )
     breaker: BreakerSettings = BreakerSettings()
     retry: RetryBudgetSettings = RetryBudgetSettings()
     seed: int = Field(0, description="seed of all that is drawn")

@@ -154,6 +154,12 @@ class Dispatch(msgspec.Struct, frozen=True):
     num_cached_tokens: int = 0  # of the prompt, expected in the engine's prefix cache
 
 
+class Hedge(msgspec.Struct, frozen=True):
+    """Send a placed request to a second replica, too; whichever answers first has it."""
+
+    dispatch: Dispatch
+
+
 class Hold(msgspec.Struct, frozen=True):
     """Keep the request; a later event dispatches or rejects it."""
 
@@ -189,4 +195,4 @@ class Evacuate(msgspec.Struct, frozen=True):
     reason: str
 
 
-Decision = Dispatch | Hold | Fallback | Reject | Fail | Evacuate
+Decision = Dispatch | Hedge | Hold | Fallback | Reject | Fail | Evacuate

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from router.breaker import Failure
 from router.core import Router
-from router.resume import Records, Reply
+from router.resume import Records, Reply, Resume
 from router.types import (
     BlockUpdate,
     Decision,
@@ -17,6 +17,7 @@ from router.types import (
     Evacuate,
     Fail,
     Fallback,
+    Hedge,
     Reject,
     Request,
     Usage,
@@ -83,6 +84,7 @@ class Driver:
             return
         if (link := self._release(exchange)) is not None:
             link.post(Cancel(exchange.reply.booking))
+        self._stop_second(exchange)
         self.providers.cancel(exchange)
         self._close(exchange, EngineFailed("the client left"))
         self.execute(self.router.on_cancel(exchange.request.id, time.monotonic()))
@@ -154,6 +156,10 @@ class Driver:
         exchange = self._streams[link.replica_id].get(frame.stream)
         if exchange is None:
             return
+        if frame.status in _ENGINE_TROUBLE and exchange.second == (link.replica_id, frame.stream):
+            link.post(Cancel(frame.stream))
+            self._lose_second(exchange, Failure.ERROR)
+            return
         if frame.status in _ENGINE_TROUBLE and not exchange.num_error_replies:
             exchange.num_error_replies += 1
             link.post(Cancel(frame.stream))
@@ -165,6 +171,11 @@ class Driver:
         exchange = self._streams[link.replica_id].get(frame.stream)
         if exchange is None:
             return  # cancelled; these bytes were under way
+        if exchange.second is not None:
+            self._choose(exchange, link, frame.stream)
+        if not (frame.body or exchange.is_under_way):
+            exchange.is_under_way = True
+            self.router.on_progress(exchange.request.id)
         was_begun = exchange.reply.has_begun
         if exchange.reply.take(frame.body, frame.record):
             now_s = time.monotonic()
@@ -180,9 +191,15 @@ class Driver:
         exchange = self._streams[link.replica_id].get(frame.stream)
         if exchange is None:
             return
+        if frame.error is not None and exchange.second == (link.replica_id, frame.stream):
+            self._lose_second(exchange, Failure.ERROR)
+            self._close_if_drained(link.replica_id)
+            return
         exchange.usage = frame.usage
         if frame.error is None:
             now_s = time.monotonic()
+            if exchange.second is not None:
+                self._choose(exchange, link, frame.stream)
             self._release(exchange)
             self._close(exchange)
             self.metrics.finished(exchange.request, frame.usage, now_s)
@@ -199,7 +216,10 @@ class Driver:
         lost = self._streams.pop(replica_id, {})
         # First close the door, then find the requests another place.
         self.execute(self.router.on_replica_down(replica_id, time.monotonic()))
-        for exchange in lost.values():
+        for booking, exchange in lost.items():
+            if exchange.second == (replica_id, booking):
+                self._lose_second(exchange, None)
+                continue
             exchange.reply.lose()
             self._fail_attempt(exchange, None, "it was lost")
         if (metadata := self._members.pop(replica_id, None)) is not None:
@@ -231,6 +251,8 @@ class Driver:
         for decision in decisions:
             if isinstance(decision, Dispatch):
                 self._dispatch(decision)
+            elif isinstance(decision, Hedge):
+                self._hedge(decision.dispatch)
             elif isinstance(decision, Fallback):
                 self.providers.start(self.exchanges[decision.request_id], decision)
             elif isinstance(decision, Reject):
@@ -246,14 +268,22 @@ class Driver:
     def _evacuate(self, decision: Evacuate) -> None:
         logger.warning("engine %s is left: %s", decision.replica_id, decision.reason)
         link = self._links[decision.replica_id]
-        for exchange in list(self._streams[decision.replica_id].values()):
-            link.post(Cancel(exchange.reply.booking))
-            self._fail_attempt(exchange, None, f"it is {decision.reason}")
+        for booking, exchange in list(self._streams[decision.replica_id].items()):
+            link.post(Cancel(booking))
+            if exchange.second == (decision.replica_id, booking):
+                self._lose_second(exchange, None)
+            else:
+                self._fail_attempt(exchange, None, f"it is {decision.reason}")
 
     def _fail_attempt(
         self, exchange: Exchange, failure: Failure | None, words: str, *, can_retry: bool = True
     ) -> None:
         """The engine did not carry the exchange through: another one may."""
+        if exchange.second is not None and can_retry:
+            self._release(exchange)
+            self._take_second(exchange, failure)
+            return
+        self._stop_second(exchange)
         self._release(exchange)
         now_s = time.monotonic()
         exchange.failure, exchange.failed_s = words, now_s
@@ -271,7 +301,12 @@ class Driver:
 
     def _dispatch(self, decision: Dispatch) -> None:
         exchange = self.exchanges[decision.request_id]
-        resume = exchange.reply.begin(decision.replica_id, decision.booking)
+        exchange.is_under_way = False
+        self._submit(
+            exchange, decision, exchange.reply.begin(decision.replica_id, decision.booking)
+        )
+
+    def _submit(self, exchange: Exchange, decision: Dispatch, resume: Resume | None) -> None:
         exchange.num_attempts += 1
         self._streams[decision.replica_id][decision.booking] = exchange
         self._links[decision.replica_id].post(
@@ -289,6 +324,47 @@ class Driver:
                 resume,
             )
         )
+
+    # --- two engines for one request --------------------------------------
+
+    def _hedge(self, decision: Dispatch) -> None:
+        """The first token is late: ask another engine as well."""
+        exchange = self.exchanges[decision.request_id]
+        exchange.second = (decision.replica_id, decision.booking)
+        self._submit(exchange, decision, None)
+
+    def _choose(self, exchange: Exchange, link: Link, stream: int) -> None:
+        """One of both engines answers: the other may stop."""
+        if exchange.second != (link.replica_id, stream):
+            self._stop_second(exchange)  # the router hears of the first one's answer
+            return
+        booking = exchange.reply.booking
+        if (first := self._release(exchange)) is not None:
+            first.post(Cancel(booking))
+        self._take_second(exchange, None)
+
+    def _take_second(self, exchange: Exchange, failure: Failure | None) -> None:
+        """The second engine has the request from here; the first one did this, if anything."""
+        assert exchange.second is not None
+        exchange.reply.begin(*exchange.second)
+        exchange.second = None
+        self.execute(self.router.on_hedge_won(exchange.request.id, failure, time.monotonic()))
+
+    def _lose_second(self, exchange: Exchange, failure: Failure | None) -> None:
+        """The second engine will not answer."""
+        self._forget_second(exchange)
+        self.execute(self.router.on_hedge_failed(exchange.request.id, failure, time.monotonic()))
+
+    def _stop_second(self, exchange: Exchange) -> None:
+        """The second engine's answer is not wanted any more, if there is one."""
+        if (second := exchange.second) is not None:
+            self._forget_second(exchange)
+            self._links[second[0]].post(Cancel(second[1]))
+
+    def _forget_second(self, exchange: Exchange) -> None:
+        if (second := exchange.second) is not None:
+            exchange.second = None
+            self._streams.get(second[0], {}).pop(second[1], None)
 
     def _engine_priority(self, request: Request) -> int:
         """vLLM's priority: the promised first token, in ms since the epoch.

@@ -40,6 +40,7 @@ class Exchange:
         "failed_s",
         "failure",
         "headers",
+        "is_under_way",
         "method",
         "num_attempts",
         "num_error_replies",
@@ -48,6 +49,7 @@ class Exchange:
         "reply",
         "request",
         "response_headers",
+        "second",
         "status",
         "usage",
     )
@@ -61,6 +63,9 @@ class Exchange:
         self.headers = headers
         self.body = body
         self.reply: Reply  # set by the driver that opens it
+        # Another engine that was asked as well, and the booking there, until one of both answers.
+        self.second: tuple[str, int] | None = None
+        self.is_under_way = False  # its engine generates what will come all at once
         self.num_attempts = 0
         self.num_error_replies = 0  # 5xx, which were not passed on
         self.failure = ""  # of the last attempt, in words
