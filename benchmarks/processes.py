@@ -91,7 +91,7 @@ class Launch:
                 with contextlib.suppress(psutil.Error):
                     if self._is_ours(process):
                         # A worker gets its title after it has started.
-                        self._known[process] = _role(process)
+                        self._known[process] = self._role(process)
 
     def titled(self, part: str) -> list[psutil.Process]:
         """Return the processes that live and have this in their title."""
@@ -142,6 +142,14 @@ class Launch:
         self._first.wait()
         return killed
 
+    def _role(self, process: psutil.Process) -> str:
+        """By its title, or, where that tells nothing, its parent's: an engine core may have none."""
+        title = f"{process.name()} {' '.join(process.cmdline())}"
+        role = next((role for part, role in _ROLES if part in title), None)
+        if role is None and (parent := process.parent()) is not None:
+            role = self._known.get(parent)
+        return role or OTHER_ROLE
+
     def _left(self) -> list[psutil.Process]:
         return [
             process
@@ -157,11 +165,6 @@ class Launch:
                 return True
         parent = process.parent()
         return parent is not None and parent in self._known
-
-
-def _role(process: psutil.Process) -> str:
-    title = f"{process.name()} {' '.join(process.cmdline())}"
-    return next((role for part, role in _ROLES if part in title), OTHER_ROLE)
 
 
 def machine_busy_s() -> float:
