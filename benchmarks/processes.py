@@ -143,7 +143,7 @@ class Launch:
         return killed
 
     def _role(self, process: psutil.Process) -> str:
-        """By its title, or, where that tells nothing, its parent's: an engine core may have none."""
+        """By its title, or its parent's if that tells nothing: an engine core may have none."""
         title = f"{process.name()} {' '.join(process.cmdline())}"
         role = next((role for part, role in _ROLES if part in title), None)
         if role is None and (parent := process.parent()) is not None:
