@@ -136,14 +136,11 @@ class Router:
             self._calls.start(request_id, now_s)
         return []
 
-    def on_progress(self, request_id: str) -> bool:
-        """Learn that an engine generates a reply which comes all at once.
-
-        Whether the request had a second engine, which is taken back.
-        """
+    def on_progress(self, request_id: str) -> None:
+        """Learn that an engine generates a reply which comes all at once: no second is wanted."""
         if (placement := self._placer.get(request_id)) is not None:
             placement.is_under_way = True
-        return self._hedges.drop(request_id)
+        self._hedges.drop(request_id)
 
     def on_hedge_won(
         self, request_id: str, failure: Failure | None, now_s: float

@@ -111,12 +111,7 @@ class Placer:
             return None  # the usual case while many are held, so found out first
         else:
             request = self._with_blocks(request)
-            need_tokens = kv_need_tokens(request)
-            replicas = [
-                replica for replica in self._open_to(request) if need_tokens <= replica.room_tokens
-            ]
-            if self._reservations:
-                replicas = self._reservations.open_to(request, replicas)
+            replicas = self._with_room(request)
         if not replicas:
             return None
         if request.tried:  # elsewhere, if there is an elsewhere
@@ -132,16 +127,8 @@ class Placer:
 
         It is the caller's to `put` or to `unbook`.
         """
-        request = first.request
-        need_tokens = kv_need_tokens(request)
-        replicas = [
-            replica
-            for replica in self._fleet.open_to(request)
-            if replica is not first.replica and need_tokens <= replica.room_tokens
-        ]
-        if self._reservations:
-            replicas = self._reservations.open_to(request, replicas)
-        return self._book(request, replicas, now_s) if replicas else None
+        others = [each for each in self._with_room(first.request) if each is not first.replica]
+        return self._book(first.request, others, now_s) if others else None
 
     def _book(
         self, request: Request, replicas: Sequence[Replica], now_s: float
@@ -284,6 +271,12 @@ class Placer:
         if self._queue.by_arrival:
             return self._fleet.open(request.model)
         return self._fleet.open_to(request)
+
+    def _with_room(self, request: Request) -> list[Replica]:
+        """Of these, those with KV room for it that are not kept for another."""
+        need_tokens = kv_need_tokens(request)
+        replicas = [each for each in self._open_to(request) if need_tokens <= each.room_tokens]
+        return self._reservations.open_to(request, replicas) if self._reservations else replicas
 
     def _keeping_pace(self, request: Request, replicas: list[Replica]) -> list[Replica]:
         """Those that can take the request at its model's TPOT target; all if none can."""
