@@ -1,5 +1,6 @@
 """Least cost in seconds: the default."""
 
+import math
 import random
 from collections.abc import Collection, Sequence
 from operator import attrgetter
@@ -98,21 +99,36 @@ def costs_s(
     """Seconds waited by the request for its first token, and by others for it, per replica.
 
     While it decodes, each step of every other sequence there takes longer by what one
-    more adds to it; those still in prefill will be decoding by then. Whatever is held
-    and would have gone there waits for its prefill: `num_held` of them, held
-    requests per engine.
+    more adds to it; those still in prefill will be decoding by then. That lasts until
+    later arrivals, which go elsewhere for it, have made up for it: engines with n sequences
+    each differ by some √n of them (Poisson), and of n with answers of L tokens, n / L end
+    per step and are replaced (Little), so for L / √n steps. How much one more adds is a
+    slope, and where all engines run about as many sequences, a slope is learned poorly:
+    differences between theirs are mostly noise, which would draw everybody to the same
+    engine. So they count together, as the share of a step that a sequence takes; how
+    long its steps are is each engine's own.
 
-    That its prefill also delays what decodes there is left out: it delays as many
-    wherever and whenever it is done. Counting it sends a burst to the engine that decodes
-    least, where the burst waits for itself and delays those few for long.
+    Whatever is held and would have gone there waits for its prefill: `num_held` of them,
+    held requests per engine. That its prefill also delays what decodes there is left out:
+    it delays as many wherever and whenever it is done. Counting it sends a burst to the
+    engine that decodes least, where the burst waits for itself and delays those few for long.
     """
+    base_s = decode_s = 0.0
+    num_sequences = 0
+    for replica in replicas:
+        base_s += replica.predictor.step_base_s
+        decode_s += replica.decode_s
+        num_sequences += replica.num_sequences
     num_outputs = request.num_sequences * request.num_expected_output_tokens
+    num_steps = num_outputs / math.sqrt(max(1.0, num_sequences / len(replicas)))
     costs = []
     for replica in replicas:
         num_new_tokens = replica.num_new_tokens(request)
-        decode_s = num_outputs * replica.decode_s * replica.num_sequences
-        held_s = num_new_tokens * replica.token_s * num_held
-        costs.append(replica.ttft_s(num_new_tokens, now_s, request.turn_s) + decode_s + held_s)
+        step_s = max(1e-9, base_s + decode_s * replica.snapshot.num_decoding_reqs)
+        one_more_s = replica.chunk_overhead_s * decode_s / step_s
+        others_s = num_steps * one_more_s * replica.num_sequences
+        others_s += num_new_tokens * replica.token_s * num_held
+        costs.append(replica.ttft_s(num_new_tokens, now_s, request.turn_s) + others_s)
     return costs
 
 

@@ -498,7 +498,7 @@ class TestPolicies:
         def chosen(**settings) -> str:
             router = make_router(2, **settings)
             router.on_snapshot("r0", snapshot(prefill_tokens_per_s=400.0), 0.0)
-            crowded = busy(num_running_reqs=7, num_decoding_reqs=7, prefill_tokens_per_s=600.0)
+            crowded = busy(num_running_reqs=7, num_decoding_reqs=7, prefill_tokens_per_s=450.0)
             router.on_snapshot("r1", crowded, 0.0)
             [dispatch] = router.on_arrival(req("a", 50), 9.0)
             return dispatch.replica_id

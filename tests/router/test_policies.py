@@ -83,6 +83,24 @@ def test_headway_spares_those_who_decode():
     assert make("headway").choose(req("a", 50), [crowded, quiet], 0.0) is quiet
 
 
+def test_headway_heeds_no_noise_in_what_one_more_sequence_costs():
+    """Steps of both take as long; by the slopes alone the crowded one would be cheaper."""
+    crowded, quiet = given = replicas(2)
+    for replica, num, base_s, decode_s in ((crowded, 12, 0.1, 0.001), (quiet, 10, 0.096, 0.0016)):
+        replica.predictor.step_base_s, replica.predictor.decode_s = base_s, decode_s
+        replica.receive(busy(num_running_reqs=num, num_decoding_reqs=num), 0.0)
+    assert choices(make("headway"), req("a", 50, num_expected_output_tokens=2000), given) == {"r1"}
+
+
+def test_headway_knows_that_one_more_sequence_costs_more_on_a_slow_engine():
+    """Half as fast with a few sequences less; a prompt of 1 token waits as long on both."""
+    slow, fast = given = replicas(2)
+    for replica, num, factor in ((slow, 10, 2.0), (fast, 12, 1.0)):
+        replica.predictor.step_base_s, replica.predictor.decode_s = 1e-4 * factor, 1e-3 * factor
+        replica.receive(busy(num_running_reqs=num, num_decoding_reqs=num), 0.0)
+    assert choices(make("headway"), req("a", 1, num_expected_output_tokens=4000), given) == {"r1"}
+
+
 def test_headway_does_not_send_a_burst_to_whoever_decodes_least():
     """What is in prefill will be decoding, too."""
     policy, (few, more) = make("headway"), replicas(2)
@@ -102,7 +120,7 @@ def test_headway_without_externality_looks_at_its_own_wait_only():
     quiet, crowded = replicas(2)
     quiet.receive(snapshot(prefill_tokens_per_s=400.0), 0.0)
     seven = {"num_running_reqs": 7, "num_decoding_reqs": 7}
-    crowded.receive(busy(**seven, prefill_tokens_per_s=600.0), 0.0)
+    crowded.receive(busy(**seven, prefill_tokens_per_s=450.0), 0.0)
     policy = make("headway")
     assert policy.choose(req("a", 50), [quiet, crowded], 9.0) is quiet
     policy.ablate(["externality"])
