@@ -134,12 +134,13 @@ def _workloads(
 ) -> Iterator[tuple[str, Workload]]:
     """Yield the part of each workload for each fleet and repeat, by its key.
 
-    Of a large fleet, the parts that are laid over one another are half as long.
+    Of a large fleet, the parts that are laid over one another are a third as long: a run costs as
+    much more as it has requests, and has plenty.
     """
     for title, base in bases.items():
         for num_engines in options.engines:
             num_copies = max(1, num_engines // _ENGINES_PER_COPY)
-            num_requests = _num_requests(options, base) // min(2, num_copies)
+            num_requests = _num_requests(options, base) // min(3, num_copies)
             for repeat in range(_num_repeats(options, num_engines)):
                 part = base.part(repeat, num_requests).overlaid(num_copies)
                 yield f"{title}/{num_engines}/{repeat}", part
