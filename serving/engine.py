@@ -94,6 +94,7 @@ class VllmEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from serving.monitor import EngineMonitor
@@ -106,7 +107,9 @@ class VllmEngine:
             engine_args.kv_events_config = KVEventsConfig(
                 enable_kv_cache_events=True, publisher="null"
             )
-        vllm_config = engine_args.create_engine_config()
+        # By who uses the engine vLLM chooses the step's budget and the most sequences: unless told
+        # that it serves, it gives a large GPU a quarter of the one and an eighth of the other.
+        vllm_config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         scheduler = vllm_config.scheduler_config
         scheduler.scheduler_cls = "serving.scheduler." + (
             "HeadwayAsyncScheduler" if scheduler.async_scheduling else "HeadwayScheduler"
