@@ -12,12 +12,12 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 from router.types import EngineSnapshot
 from serving.account import Account, current_account
 from serving.block_log import BlockLog
-from serving.scheduler import BLOCKS, PENDING, PROMPTS
+from serving.scheduler import BLOCKS, ENDED, PENDING, PROMPTS
 
 # Share of the measured prefill rate's memory that one prefill step replaces:
 # about the last 20 steps count, a few seconds of a busy engine.
 _RATE_FORGETTING = 0.05
-# Two records further apart than this are not one step: the engine slept between.
+# Two ends further apart than this are not of one step: the engine slept between.
 _LONGEST_STEP_S = 60.0
 
 
@@ -42,7 +42,7 @@ class EngineMonitor(StatLoggerBase):
 
     def start_over(self) -> None:
         """Forget all steps so far: they were a warm-up, and longer than any that will come."""
-        self._last_record_s: float | None = None
+        self._last_step_s: float | None = None
         self._prefill_step_tokens = 0.0
         self._prefill_step_s = 0.0
         self.step_s = 0.0
@@ -64,7 +64,7 @@ class EngineMonitor(StatLoggerBase):
             register(request, *args, **kwargs)
             if len(self._live) == 1:
                 # It was idle. After an abort no step says so, and the pause would be one.
-                self._last_record_s = None
+                self._last_step_s = None
             if (account := current_account.get()) is not None:
                 request.priority += account.priority  # before it goes to the engine core
                 if not account.entered:
@@ -106,7 +106,6 @@ class EngineMonitor(StatLoggerBase):
         self._on_step()
 
     def _record_step(self, stats: SchedulerStats) -> None:
-        now_s = time.monotonic()
         self._scheduler = stats
         reports = stats.kv_connector_stats or {}
         self._pending = reports.get(PENDING, {})
@@ -125,10 +124,13 @@ class EngineMonitor(StatLoggerBase):
             return
         self.num_steps_total += 1
         self.num_prefill_tokens_total += details.num_ctx_tokens
-        # vLLM's own elapsed_ms means nothing under the in-process executor: the
-        # gap between two records of a busy engine is the step.
-        if self._last_record_s is not None:
-            step_s = now_s - self._last_record_s
+        # vLLM's own elapsed_ms means nothing under the in-process executor: the gap
+        # between the ends of two steps of a busy engine is the step. By the core's
+        # clock: a loop that reads a long prompt gets to several records at once, and
+        # then a step of 6 ms would be one of 30, followed by some of none.
+        now_s = reports.get(ENDED, time.monotonic())
+        if self._last_step_s is not None:
+            step_s = now_s - self._last_step_s
             if step_s < _LONGEST_STEP_S:
                 self.step_s = step_s
                 self.step_num_prefill_tokens = details.num_ctx_tokens
@@ -140,7 +142,7 @@ class EngineMonitor(StatLoggerBase):
                     )
                     self._prefill_step_s = keep * self._prefill_step_s + step_s
         busy = stats.num_running_reqs or stats.num_waiting_reqs or stats.num_skipped_waiting_reqs
-        self._last_record_s = now_s if busy else None
+        self._last_step_s = now_s if busy else None
 
     def _tell_prompt(self, request_id: str, hashes: list[int]) -> None:
         """Pass on what a prompt consists of; only the first, where one call has several."""

@@ -8,6 +8,7 @@ its `SchedulerStats`. Not a public interface of vLLM, hence pinned to its versio
 and covered by a test against the real engine.
 """
 
+import time
 from typing import Any
 
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
@@ -20,6 +21,7 @@ from vllm.v1.request import Request, RequestStatus
 
 PENDING = "headway_pending_prefill"  # {request id: tokens to compute}
 PROMPTS = "headway_prompts"  # {request id: hashes of its prompt's whole blocks}
+ENDED = "headway_step_ended"  # by the clock of the engine core, seconds
 BLOCKS = "headway_blocks"  # [(hashes stored, hashes removed) | None = all cleared]
 
 
@@ -60,7 +62,7 @@ class _Reports:
                 pending[request_id] = request.num_tokens - request.num_computed_tokens
             else:
                 del self._preempted[request_id]
-        reports: dict[str, Any] = {PENDING: pending}
+        reports: dict[str, Any] = {PENDING: pending, ENDED: time.monotonic()}
         if self._new:
             reports[PROMPTS] = {
                 request.request_id: [
@@ -185,4 +187,4 @@ class HeadwayScheduler(_Paces, _Reports, _Withdraws, Scheduler):
 
 
 class HeadwayAsyncScheduler(_Paces, _Reports, _Withdraws, AsyncScheduler):
-    """For engines with async scheduling (CUDA). Never run on a GPU yet."""
+    """For engines with async scheduling (CUDA)."""
