@@ -30,7 +30,8 @@ class StepProbe:
         self._engine = engine
         self._ids = itertools.count()
         self._last = engine.snapshot(0, [])
-        self._num_prompt_tokens = 0  # of the one prompt that prefills; 0: several may
+        # Prefilled in all before the one prompt that prefills; None: several may.
+        self._num_before: int | None = None
         engine.subscribe(self._on_step)
 
     def plan(self) -> list[tuple[str, Callable[[], Any]]]:
@@ -72,9 +73,9 @@ class StepProbe:
         try:
             await self._until(lambda snapshot: snapshot.num_decoding_reqs == 1)
             for _ in range(_NUM_REPEATS):
-                self._num_prompt_tokens = num_tokens
+                self._num_before = self._last.num_prefill_tokens_total
                 await self._ask(num_tokens, 1)
-                self._num_prompt_tokens = 0
+                self._num_before = None
         finally:
             companion.cancel()
             await asyncio.gather(companion, return_exceptions=True)
@@ -89,9 +90,11 @@ class StepProbe:
             return
         num_pairs = 0.0
         if num_tokens := now.step_num_prefill_tokens:
-            if not self._num_prompt_tokens:
+            if self._num_before is None:
                 return
-            num_computed = self._num_prompt_tokens - now.num_pending_prefill_tokens
+            # Counted, not told by what is pending: with async scheduling, the next step's
+            # tokens are no longer pending when this step's time is known.
+            num_computed = now.num_prefill_tokens_total - self._num_before
             num_pairs = num_tokens * (num_computed - num_tokens / 2)
         self.steps.append(
             Step(
