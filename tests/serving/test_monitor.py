@@ -1,0 +1,25 @@
+"""`serving.monitor` on its own, fed as vLLM feeds it."""
+
+from types import SimpleNamespace
+
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+
+def test_a_step_lasts_by_the_cores_clock() -> None:
+    """Records that a busy event loop gets to all at once tell their steps' times all the same."""
+    from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
+
+    from serving.monitor import EngineMonitor
+    from serving.scheduler import ENDED
+
+    scheduler = SimpleNamespace(long_prefill_token_threshold=64, max_num_batched_tokens=512)
+    monitor = EngineMonitor(SimpleNamespace(scheduler_config=scheduler))
+    times_s = []
+    for ended_s in (100.0, 100.006, 100.013):
+        stats = SchedulerStats(num_running_reqs=1, kv_connector_stats={ENDED: ended_s})
+        stats.iteration_details = SchedulerIterationDetails(0, 0, 0, 1, 1, 0.0)
+        monitor.record(stats, None)
+        times_s.append(monitor.step_s)
+    assert times_s == pytest.approx([0.0, 0.006, 0.007])
