@@ -344,6 +344,8 @@ class Router:
         if not replica.receive(snapshot, now_s):
             return []
         self._fleet.refresh(replica)
+        if replica.predictor.has_learned_much:
+            self._fleet.learn(replica)
         if was_slow:
             self._health.judge_slow(self._placer.on(replica), self._fleet, now_s)
         return self._open.place_held(now_s)

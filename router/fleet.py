@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator
 
 from router.admission import Opening, opening
-from router.replica import Replica
+from router.predict import StepModel
+from router.replica import Kind, Replica
 from router.types import Request
 
 
@@ -41,14 +42,19 @@ class Fleet:
     that is full looks at nothing: there is nobody to look at. Pools by set of
     names, because an engine may have hundreds of names (LoRA adapters) that
     all open and close together.
+
+    An engine that has run few steps yet is judged by what others of its kind have
+    learned: by a guess that is far too slow it would never be sent any.
     """
 
-    __slots__ = ("_pools", "_pools_by_name", "_replicas")
+    __slots__ = ("_novices", "_pools", "_pools_by_name", "_replicas", "_step_models")
 
     def __init__(self) -> None:
         self._replicas: dict[str, Replica] = {}
         self._pools: dict[frozenset[str], _Pool] = {}
         self._pools_by_name: dict[str, list[_Pool]] = {}
+        self._step_models: dict[Kind, StepModel] = {}  # the one that has seen most steps
+        self._novices: dict[Kind, dict[str, Replica]] = {}  # have run few steps yet, by id
 
     def __len__(self) -> int:
         return len(self._replicas)
@@ -67,17 +73,35 @@ class Fleet:
             pool = self._pools[replica.names] = _Pool()
             for name in replica.names:
                 self._pools_by_name.setdefault(name, []).append(pool)
+        self._novices.setdefault(replica.kind, {})[replica.id] = replica
+        if (model := self._step_models.get(replica.kind)) is not None:
+            replica.start_from(model)
         self.refresh(replica)
 
     def remove(self, replica_id: str) -> Replica | None:
         """Forget a replica and return it; None if there is none. Its names stay known."""
         replica = self._replicas.pop(replica_id, None)
         if replica is not None:
+            self._novices[replica.kind].pop(replica_id, None)
             pool = self._pools[replica.names]
             for replicas in (pool.working, pool.open, pool.open_to_short_only):
                 replicas.pop(replica_id, None)
             pool.count(replica)
         return replica
+
+    def learn(self, replica: Replica) -> None:
+        """Tell those of its kind that have run few steps yet what the replica has learned."""
+        model = replica.predictor
+        known = self._step_models.get(replica.kind)
+        if known is None or model.num_steps >= known.num_steps:
+            self._step_models[replica.kind] = model
+        novices = self._novices[replica.kind]
+        for novice in list(novices.values()):
+            if novice.predictor.is_warm:
+                del novices[novice.id]
+            else:
+                novice.start_from(model)
+                self.refresh(novice)
 
     def refresh(self, replica: Replica) -> None:
         """File the replica by its present state; one that was removed is left alone."""

@@ -12,10 +12,8 @@ from router.types import EngineInfo, EngineSnapshot
 
 # Guesses for an engine that has not reported a step: the middle, on a log scale,
 # between a small model on one CPU core (40 ms, 1.7 ms/token) and an 8B model on
-# an H100 (8 ms, 40 µs/token). They decide nothing but the first few requests.
-_COLD_STEP_BASE_S = 0.02
-_COLD_TOKEN_S = 2.5e-4
-_COLD_DECODE_S = 1e-4
+# an H100 (8 ms, 40 µs/token). They decide nothing but the first few requests of a kind of engine.
+_GUESS = (0.02, 2.5e-4, 1e-4)  # base, prefilled token, decoding sequence, seconds
 
 # Steps scatter by about 10 %, the guess may be wrong tenfold: (0.1 / 10)² of one
 # step. It settles only what the steps seen so far leave open (say base against
@@ -46,17 +44,18 @@ class StepModel:
     Exponentially weighted least squares (Ljung, *System Identification*, 2nd
     ed., 11.2) of the *relative* error, so that a 2 ms decode step teaches as
     much as a 900 ms prefill step; errors clipped after Huber (1964); ridge
-    prior at the cold-start guess (Hoerl and Kennard 1970); coefficients never
-    negative. Kept as sums, not as a recursive covariance: the same estimate,
-    and it cannot wind up while the engine is not excited. Steps with and
+    prior at the cold-start guess (Hoerl and Kennard 1970), or at what another
+    engine of its kind has learned; coefficients never negative. Kept as sums, not
+    as a recursive covariance: the same estimate, and it cannot wind up while the
+    engine is not excited. Steps with and
     without prefill forget separately, so that minutes of mere decoding do not
     wipe out what prefill costs.
     """
 
     __slots__ = (
-        "_cold",
         "_error",
         "_last_step",
+        "_start",
         "_sums_decode",
         "_sums_prefill",
         "decode_s",
@@ -66,13 +65,31 @@ class StepModel:
     )
 
     def __init__(self) -> None:
-        self._cold: _Three = (_COLD_STEP_BASE_S, _COLD_TOKEN_S, _COLD_DECODE_S)
-        self.step_base_s, self.token_s, self.decode_s = self._cold
+        self._start: _Three = (1.0, 1.0, 1.0)  # what is taken for known, in units of the guess
+        self.step_base_s, self.token_s, self.decode_s = _GUESS
         self.num_steps = 0  # learned from
         self._sums_prefill = _Sums()
         self._sums_decode = _Sums()
         self._error = _COLD_ERROR  # usual absolute relative error of one step
         self._last_step = 0
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether it knows from steps of its own."""
+        return self.num_steps >= _WARM_UP_STEPS
+
+    @property
+    def has_learned_much(self) -> bool:
+        """Whether it has just learned from as many steps again as it had, or from the first."""
+        return self.num_steps > 0 and self.num_steps & (self.num_steps - 1) == 0
+
+    def start_from(self, other: "StepModel") -> None:
+        """Take what another engine has learned for the guess; too late once warmed up."""
+        if self.is_warm:
+            return
+        base, token, decode = _GUESS
+        self._start = (other.step_base_s / base, other.token_s / token, other.decode_s / decode)
+        self._solve()
 
     def step_s(self, num_prefill_tokens: int, num_decode_reqs: int) -> float:
         """Predicted duration of one such step, seconds."""
@@ -89,8 +106,9 @@ class StepModel:
         """Take in the snapshot's last step, unless it was learned from already."""
         if not self.num_steps and snapshot.prefill_tokens_per_s > 0.0:
             # An engine that ran before we met it knows its own rate better than we can guess.
-            self._cold = (self._cold[0], 1.0 / snapshot.prefill_tokens_per_s, self._cold[2])
-            self.token_s = self._cold[1]
+            self.token_s = 1.0 / snapshot.prefill_tokens_per_s
+            base, token, decode = self._start
+            self._start = (base, self.token_s / _GUESS[1], decode)
         num_tokens, num_decodes = snapshot.step_num_prefill_tokens, snapshot.step_num_decode_reqs
         is_new = snapshot.num_steps_total != self._last_step
         self._last_step = snapshot.num_steps_total
@@ -107,7 +125,7 @@ class StepModel:
             error = min(limit, max(-limit, snapshot.step_s / reference_s - 1.0))
             self._error += (max(abs(error), _MIN_ERROR) - self._error) / _ERROR_MEMORY_STEPS
             ratio = 1.0 + error
-        base, token, decode = self._cold
+        base, token, decode = _GUESS
         sums = self._sums_prefill if num_tokens else self._sums_decode
         sums.add(
             base / reference_s,
@@ -130,9 +148,10 @@ class StepModel:
             p.a12 + d.a12,
             p.a22 + d.a22 + k,
         )
-        b = (p.b0 + d.b0 + k, p.b1 + d.b1 + k, p.b2 + d.b2 + k)
+        base, token, decode = self._start
+        b = (p.b0 + d.b0 + k * base, p.b1 + d.b1 + k * token, p.b2 + d.b2 + k * decode)
         x0, x1, x2 = _solve_non_negative(a, b)
-        base, token, decode = self._cold
+        base, token, decode = _GUESS
         self.step_base_s, self.token_s, self.decode_s = x0 * base, x1 * token, x2 * decode
 
 

@@ -14,6 +14,9 @@ from router.types import BlockUpdate, EngineInfo, EngineSnapshot, Request
 _LOST = -2
 
 
+Kind = tuple[str, str, int]  # model, device, tokens in one step
+
+
 class Replica:
     """Last snapshot, bookings since, and what both predict.
 
@@ -97,6 +100,16 @@ class Replica:
         self._is_at_work = False  # has something to run, as of the snapshot
         self._step_start_s = now_s  # when the current step began, if it is at work
         self._step_end_s = 0.0  # when the current step should end
+        self._derive()
+
+    @property
+    def kind(self) -> Kind:
+        """What its steps depend on, as far as it tells: engines of one kind take as long."""
+        return self.info.model, self.info.device, self.info.max_num_batched_tokens
+
+    def start_from(self, model: StepModel) -> None:
+        """Predict by what another engine has learned, until there are steps of its own."""
+        self.predictor.start_from(model)
         self._derive()
 
     def num_new_tokens(self, request: Request) -> int:

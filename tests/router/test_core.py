@@ -494,6 +494,20 @@ class TestPolicies:
         freed = router.on_snapshot("r0", busy(last_booking=1), 1.0)
         assert freed[0].request_id == first
 
+    def test_engines_that_have_run_nothing_are_used_beside_fast_ones(self):
+        """What the one engine that has worked has learned holds for its like."""
+        router = make_router(8)
+        for number in range(1, 33):
+            router.on_snapshot("r0", stepped(number, 0.002, prefill=100, decodes=1), 0.01 * number)
+        for number in range(16):
+            router.on_arrival(req(str(number), 100), 1.0)
+        used = {
+            name
+            for name, each in router.state(1.0)["replicas"].items()
+            if each["ledger"]["num_open"]
+        }
+        assert len(used) == 8
+
     def test_without_externality_those_who_decode_do_not_count(self):
         def chosen(**settings) -> str:
             router = make_router(2, **settings)

@@ -1,5 +1,5 @@
 import pytest
-from router_builders import make_replica, req
+from router_builders import make_replica, req, stepped
 
 from router.fleet import Fleet
 
@@ -69,3 +69,37 @@ def test_where_a_prompt_gets_all_of_a_step_it_is_not():
     fleet = Fleet()
     fleet.add(make_replica())
     assert fleet.full_steps_s("m", 120) == 0.0
+
+
+def learned(replica_id: str, **fields):
+    """A replica whose steps have taken 2 ms: ten times less than anybody would guess."""
+    replica = make_replica(replica_id, **fields)
+    for seq in range(1, 65):
+        replica.receive(stepped(seq, 0.002, prefill=100, decodes=1), 0.002 * seq)
+    return replica
+
+
+def test_engines_with_few_steps_are_judged_by_others_of_their_kind():
+    fleet, old = Fleet(), learned("old", device="H100")
+    fast, other, experienced = (
+        make_replica("fast", device="H100"),
+        make_replica("other", device="A100"),
+        make_replica("experienced", device="H100"),
+    )
+    experienced.receive(stepped(1, 0.1, prefill=100), 0.0)
+    guess_s, own_s = other.ttft_s(100, 9.0), experienced.ttft_s(100, 9.0)
+    for replica in (old, fast, other, experienced):
+        fleet.add(replica)
+    fleet.learn(old)
+    assert fast.ttft_s(100, 9.0) == pytest.approx(old.ttft_s(100, 9.0))
+    assert other.ttft_s(100, 9.0) == guess_s
+    assert experienced.ttft_s(100, 9.0) == pytest.approx(own_s, rel=0.01)
+
+
+def test_an_engine_that_comes_later_starts_from_what_is_known():
+    fleet, late = Fleet(), make_replica("late")
+    fleet.add(old := learned("old"))
+    fleet.learn(old)
+    fleet.remove("old")
+    fleet.add(late)
+    assert late.ttft_s(100, 9.0) == pytest.approx(old.ttft_s(100, 9.0))

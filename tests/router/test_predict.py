@@ -85,3 +85,33 @@ def test_prefill_rate_counts_the_overhead_of_steps():
     assert model.prefill_tokens_per_s(info(), 0) == pytest.approx(100 / 1.1)
     assert model.prefill_tokens_per_s(info(), 50) == pytest.approx(50 / 0.6)
     assert model.prefill_tokens_per_s(info(), 1000) == pytest.approx(1 / 0.11)
+
+
+def test_an_engine_without_steps_starts_from_what_another_has_learned():
+    old, new = StepModel(), StepModel()
+    for seq in range(1, 100):
+        prefill, decodes = 100 * (seq % 3), 1 + seq % 7
+        step_s = 0.006 + 2e-5 * prefill + 1e-4 * decodes
+        old.learn(stepped(seq, step_s, prefill=prefill, decodes=decodes))
+    new.start_from(old)
+    assert new.step_s(2000, 10) == pytest.approx(old.step_s(2000, 10))
+    # Its own steps then count for more than where it started from.
+    for seq in range(1, 50):
+        new.learn(stepped(seq, 0.012 + 4e-5 * 100 * (seq % 3), prefill=100 * (seq % 3), decodes=1))
+    assert new.step_s(200, 1) == pytest.approx(0.02, rel=0.1)
+
+
+def test_an_engine_with_steps_of_its_own_keeps_them():
+    old, new = StepModel(), StepModel()
+    new.learn(stepped(1, 0.9, prefill=512))
+    new.start_from(old)
+    assert new.step_s(512, 0) == pytest.approx(0.9, rel=0.05)
+
+
+def test_what_costs_nothing_elsewhere_can_still_be_learned():
+    old, new = StepModel(), StepModel()
+    old.step_base_s, old.token_s, old.decode_s = 0.01, 1e-5, 0.0
+    new.start_from(old)
+    for seq in range(1, 200):
+        new.learn(stepped(seq, 0.01 + 1e-3 * (seq % 20), decodes=seq % 20))
+    assert new.decode_s == pytest.approx(1e-3, rel=0.1)
