@@ -79,8 +79,11 @@ class Driver:
         self.execute(self.router.on_arrival(exchange.request, time.monotonic()))
 
     def cancel(self, exchange: Exchange) -> None:
-        """The client has left. Does nothing if the response is complete."""
-        if self.exchanges.get(exchange.request.id) is not exchange:
+        """The client has left. Does nothing if the response is complete.
+
+        Many hang up at `[DONE]`, when the engine has yet to tell what the reply took.
+        """
+        if exchange.is_complete or self.exchanges.get(exchange.request.id) is not exchange:
             return
         if (link := self._release(exchange)) is not None:
             link.post(Cancel(exchange.reply.booking))

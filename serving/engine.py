@@ -190,22 +190,24 @@ async def _warm_up(llm: Any) -> None:
     """Have vLLM compile what it compiles at the first draw and the first log probability.
 
     It takes seconds in the middle of a step, in which an engine would be taken for hung.
-    One sequence and several are compiled apart.
+    One sequence, several, and drawing from the likeliest alone are compiled apart.
     """
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-    for num_sequences in (1, 4):
+    for number, (num_sequences, top_k, top_p) in enumerate(
+        [(1, 0, 1.0), (4, 0, 1.0), (1, 20, 0.9)]
+    ):
         params = SamplingParams(
             n=num_sequences,
             temperature=1.0,
+            top_k=top_k,
+            top_p=top_p,
             max_tokens=4,
             ignore_eos=True,
             logprobs=1 if llm.model_config.max_logprobs else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        async for _ in llm.generate(
-            {"prompt_token_ids": [0, 1]}, params, f"warm-up-{num_sequences}"
-        ):
+        async for _ in llm.generate({"prompt_token_ids": [0, 1]}, params, f"warm-up-{number}"):
             pass
 
 

@@ -8,6 +8,8 @@ from router.types import RejectReason, Request, Usage
 from serving.continuation import Continuation
 from serving.wire import Headers
 
+DONE = b"data: [DONE]\n\n"  # after it nothing comes in an event stream, by OpenAI's format
+
 
 class Rejected(Exception):
     """The router refused the request."""
@@ -40,6 +42,7 @@ class Exchange:
         "failed_s",
         "failure",
         "headers",
+        "is_complete",
         "is_under_way",
         "method",
         "num_attempts",
@@ -65,6 +68,7 @@ class Exchange:
         self.reply: Reply  # set by the driver that opens it
         # Another engine that was asked as well, and the booking there, until one of both answers.
         self.second: tuple[str, int] | None = None
+        self.is_complete = False  # the client has been sent all there is, but for the end
         self.is_under_way = False  # its engine generates what will come all at once
         self.num_attempts = 0
         self.num_error_replies = 0  # 5xx, which were not passed on
@@ -90,6 +94,7 @@ class Exchange:
     def on_data(self, body: bytes) -> None:
         """These bytes, which `reply` has counted, are the client's."""
         self._chunks.append(body)
+        self.is_complete = body.endswith(DONE)
         self._wake()
 
     def on_end(self, error: Exception | None = None) -> None:

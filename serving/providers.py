@@ -16,7 +16,7 @@ from serving.api_key import read_api_keys
 from serving.budgets import Leases
 from serving.config import Config, ProviderConfig
 from serving.continuation import Continuation, can_continue
-from serving.exchange import Exchange
+from serving.exchange import DONE, Exchange
 from serving.provider_client import Client, HttpClient, ProviderFailed, Reply
 from serving.provider_reply import ReplyReader
 from serving.rate_headers import rate_report
@@ -30,7 +30,6 @@ _CLIENTS_FAULT = frozenset((400, 413, 415, 422))
 _KEYS_FAULT = frozenset((401, 402, 403))
 # OpenAI's codes of a 429 that no waiting helps against.
 _OUT_OF_MONEY = (b"insufficient_quota", b"billing_hard_limit_reached")
-_DONE = b"data: [DONE]\n\n"
 _MAX_ERROR_BYTES = 64 * 2**10
 # Fields of the body that mean something to us alone.
 _OURS = ("priority_class",)
@@ -208,7 +207,7 @@ class Providers:
         exchange.failure, exchange.failed_s = f"provider {name}: {failed}", time.monotonic()
         continuation = exchange.continuation
         if continuation is not None and continuation.has_finished:
-            exchange.on_data(_DONE)  # nothing is missing but the end, and perhaps the usage
+            exchange.on_data(DONE)  # nothing is missing but the end, and perhaps the usage
             self._owner.on_complete(exchange, None)
             return
         self._owner.execute(

@@ -28,7 +28,8 @@ INFO = EngineInfo(
 class FakeEngine:
     """Answers with as many chunks as `max_tokens` asks for; steps when told to.
 
-    `gate` closed, no response goes on: tests see states that would be over at once.
+    `gate` closed, no response goes on: tests see states that would be over at once. It
+    closes by itself after the step `closes_at`.
     A `chunk` with `%d` in it is numbered; `status` is what every request is answered.
     """
 
@@ -37,6 +38,7 @@ class FakeEngine:
         self.blocks = BlockLog()
         self.gate = asyncio.Event()
         self.gate.set()
+        self.closes_at = 0
         self.dead = False
         self.chunk = b"data: {}\n\n"
         self.headers = [(b"content-type", b"text/event-stream")]
@@ -88,5 +90,7 @@ class FakeEngine:
             self.num_steps += 1
             chunk = self.chunk % number if b"%d" in self.chunk else self.chunk
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            if self.num_steps == self.closes_at:
+                self.gate.clear()
         leaving.cancel()
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})

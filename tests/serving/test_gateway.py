@@ -40,6 +40,23 @@ async def test_a_client_that_leaves_frees_its_engine():
         system.assert_empty()
 
 
+async def test_a_client_that_hangs_up_at_done_has_had_its_reply():
+    """It may do so before the engine has told what the reply took."""
+    async with running(num_engines=1) as system:
+        [engine] = system.engines
+        engine.chunk, engine.closes_at = b"data: [DONE]\n\n", 1
+        body = system.chat(max_tokens=2)
+        async with system.client.stream("POST", CHAT, json=body) as reply:
+            async for line in reply.aiter_lines():
+                if line == "data: [DONE]":
+                    break
+        await asyncio.sleep(0.1)
+        engine.gate.set()
+        await system.until(lambda: system.outcomes["completed"] == 1)
+        assert system.outcomes["reneged"] == engine.num_cancelled == 0
+        system.assert_empty()
+
+
 async def test_a_client_that_leaves_the_queue_is_forgotten():
     async with running(num_engines=0) as system:
         task = asyncio.create_task(system.client.post(CHAT, json=system.chat()))
