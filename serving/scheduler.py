@@ -33,6 +33,7 @@ class _Reports:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._preempted: dict[str, Request] = {}
+        self._in_flight: list[SchedulerOutput] = []  # steps that have not ended
         self._new: list[Request] = []
         self._events = _EventCollector(self.kv_event_publisher)  # type: ignore[has-type]
         self.kv_event_publisher = self._events
@@ -45,18 +46,33 @@ class _Reports:
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
         self._preempted[request.request_id] = request
 
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
+        self._in_flight.append(scheduler_output)
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any) -> Any:
+        for index, step in enumerate(self._in_flight):  # they end in their order
+            if step is scheduler_output:
+                del self._in_flight[: index + 1]
+                break
+        return super().update_from_output(scheduler_output, *args)  # type: ignore[misc]
+
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
         if stats is None:
             return None
         # A decoding request has exactly its newest token left to compute; that
         # is decode. One without any output yet is still in prefill, however
-        # little is left (nothing, once async scheduling has it all in flight).
+        # little is left. What async scheduling has in flight vLLM counts as computed.
         pending = {
             request.request_id: max(0, request.num_tokens - request.num_computed_tokens)
             for request in self.running
             if not request.num_output_tokens or request.num_tokens - request.num_computed_tokens > 1
         }
+        for step in self._in_flight:
+            for request_id, num_tokens in step.num_scheduled_tokens.items():
+                if request_id in pending:
+                    pending[request_id] += num_tokens
         for request_id, request in list(self._preempted.items()):
             if request.status == RequestStatus.PREEMPTED:
                 pending[request_id] = request.num_tokens - request.num_computed_tokens

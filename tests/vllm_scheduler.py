@@ -79,6 +79,7 @@ class VllmScheduler:
             log_stats=True,
         )
         self._rng = random.Random(1)
+        self._samples: list[list[bool]] = []  # of steps not ended: whose prompt is whole then
         # What each slot of the KV cache holds: the tokens up to this one, as a number.
         self._kv: dict[tuple[int, int], int] = {}
         self.num_wrong_tokens = self.num_preemptions = self.num_hits = 0
@@ -109,21 +110,31 @@ class VllmScheduler:
 
     def step(self) -> tuple[dict[str, int], int]:
         """Tokens per request in this step, and the free blocks after scheduling it."""
-        from vllm.v1.outputs import ModelRunnerOutput
+        output = self.schedule()
+        num_free = self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        self.update(output)
+        return dict(output.num_scheduled_tokens), num_free
 
+    def schedule(self) -> Any:
+        """Make up a step, vLLM's `SchedulerOutput`, and compute it."""
         output = self.scheduler.schedule()
-        scheduled = dict(output.num_scheduled_tokens)
         self.num_preemptions += len(output.preempted_req_ids or ())
         self.num_hits += sum(each.num_computed_tokens for each in output.scheduled_new_reqs)
-        self._compute(scheduled)
-        num_free = self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-        ids = list(scheduled)
-        sampled = []
-        for id_ in ids:
-            request = self.scheduler.requests[id_]
-            done = request.num_computed_tokens >= request.num_tokens
-            sampled.append([self._rng.randrange(10**6, 10**9)] if done else [])
-        self.scheduler.update_from_output(
+        self._compute(output.num_scheduled_tokens)
+        requests = map(self.scheduler.requests.get, output.num_scheduled_tokens)
+        self._samples.append([each.num_computed_tokens >= each.num_tokens for each in requests])
+        return output
+
+    def update(self, output: Any) -> Any:
+        """Tell of the end of the oldest step that has not ended; vLLM's `SchedulerStats` of it."""
+        from vllm.v1.outputs import ModelRunnerOutput
+
+        ids = list(output.num_scheduled_tokens)
+        sampled = [
+            [self._rng.randrange(10**6, 10**9)] if is_whole else []
+            for is_whole in self._samples.pop(0)
+        ]
+        outputs = self.scheduler.update_from_output(
             output,
             ModelRunnerOutput(
                 req_ids=ids,
@@ -131,7 +142,7 @@ class VllmScheduler:
                 sampled_token_ids=sampled,
             ),
         )
-        return scheduled, num_free
+        return next(iter(outputs.values())).scheduler_stats
 
     def _compute(self, scheduled: dict[str, int]) -> None:
         """Write the KV cache as a step does; count tokens attended to that are others' or void."""

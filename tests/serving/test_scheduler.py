@@ -31,3 +31,26 @@ def test_a_chunk_that_is_withdrawn_leaves_the_prefix_cache() -> None:
         computed.append(engine.step()[0].get("long/0", 0))
     assert sum(computed) == 4 * BLOCK - 1  # three blocks were computed the first time
     assert engine.num_wrong_tokens == 0
+
+
+def test_with_async_scheduling_a_step_that_runs_is_pending_as_well() -> None:
+    """The next step is made up before one ends; by the same measure as without, it is to come."""
+    from serving.scheduler import PENDING, HeadwayAsyncScheduler, HeadwayScheduler
+
+    size = 20 * BLOCK
+    profile = make_profile(num_kv_tokens=size, max_model_len=size, max_prefill_chunk=3 * BLOCK)
+
+    def told(kind: type, num_ahead: int) -> list[dict[str, int]]:
+        engine = VllmScheduler(onboard_model(), profile, priority=True, kind=kind)
+        engine.add(Job("long", 10 * BLOCK, 3), list(range(10 * BLOCK)))
+        steps = [engine.schedule() for _ in range(num_ahead)]
+        pending = []
+        for _ in range(4):
+            steps.append(engine.schedule())
+            stats = engine.update(steps.pop(0))
+            pending.append(stats.kv_connector_stats[PENDING])
+        return pending
+
+    alone = told(HeadwayScheduler, 0)
+    assert [each.get("long/0", 0) for each in alone] == [7 * BLOCK, 4 * BLOCK, BLOCK, 0]
+    assert told(HeadwayAsyncScheduler, 1)[:3] == alone[:3]
