@@ -21,6 +21,7 @@ http {{
     uwsgi_temp_path {folder}/uwsgi;
     scgi_temp_path {folder}/scgi;
     client_max_body_size 64m;
+    client_body_buffer_size 64m;  # its workers may not write files here
     upstream engines {{
         {policy};
         keepalive 512;
