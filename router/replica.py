@@ -47,6 +47,7 @@ class Replica:
         "ledger",
         "max_prefill_chunk",
         "names",
+        "num_decoding",
         "num_free_kv_tokens",
         "num_pending_prefill_tokens",
         "num_sequences",
@@ -56,6 +57,7 @@ class Replica:
         "room_tokens",
         "snapshot",
         "snapshot_s",
+        "step_base_s",
         "token_s",
         "up_s",
     )
@@ -94,6 +96,8 @@ class Replica:
         self.chunk_overhead_s = 0.0  # what a step costs besides prefill
         self.token_s = 0.0  # what each prefilled token adds to it
         self.decode_s = 0.0  # and each decoding sequence
+        self.step_base_s = 0.0  # without any of both
+        self.num_decoding = 0  # sequences, as of the snapshot
         self.prefill_tokens_per_s = 0.0  # in full steps
         self._rest_tokens = 0  # pending after the current step
         self._short_ahead_tokens = 0  # of these, what comes before a short prompt
@@ -337,6 +341,8 @@ class Replica:
         self.chunk_overhead_s = overhead_s
         self.token_s = predictor.token_s
         self.decode_s = predictor.decode_s
+        self.step_base_s = predictor.step_base_s
+        self.num_decoding = num_decoding
         self.prefill_tokens_per_s = predictor.prefill_tokens_per_s(self.info, num_decoding)
 
         # The current step began when the last one ended, about when that was reported.

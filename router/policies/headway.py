@@ -113,22 +113,21 @@ def costs_s(
     it delays as many wherever and whenever it is done. Counting it sends a burst to the
     engine that decodes least, where the burst waits for itself and delays those few for long.
     """
-    base_s = decode_s = 0.0
-    num_sequences = 0
+    base_s, decode_s, num_sequences = 1e-9, 0.0, 0  # a step takes some time
     for replica in replicas:
-        base_s += replica.predictor.step_base_s
+        base_s += replica.step_base_s
         decode_s += replica.decode_s
         num_sequences += replica.num_sequences
     num_outputs = request.num_sequences * request.num_expected_output_tokens
     num_steps = num_outputs / math.sqrt(max(1.0, num_sequences / len(replicas)))
+    factor_s = num_steps * decode_s  # read for every engine, hence what can be is done before
     costs = []
     for replica in replicas:
         num_new_tokens = replica.num_new_tokens(request)
-        step_s = max(1e-9, base_s + decode_s * replica.snapshot.num_decoding_reqs)
-        one_more_s = replica.chunk_overhead_s * decode_s / step_s
-        others_s = num_steps * one_more_s * replica.num_sequences
-        others_s += num_new_tokens * replica.token_s * num_held
-        costs.append(replica.ttft_s(num_new_tokens, now_s, request.turn_s) + others_s)
+        slowness = replica.chunk_overhead_s / (base_s + decode_s * replica.num_decoding)
+        others_s = factor_s * slowness * replica.num_sequences
+        held_s = num_new_tokens * replica.token_s * num_held
+        costs.append(replica.ttft_s(num_new_tokens, now_s, request.turn_s) + others_s + held_s)
     return costs
 
 
