@@ -104,12 +104,17 @@ class Gateway:
             decisions = self._tell(node, came_s, snapshot, update)
             assert not decisions, "news that nobody listened for made a difference"
 
-    def on_news(self, node: Node) -> None:
-        """A snapshot has come, and somebody waits for what it says."""
+    def on_news(self, _: Node) -> None:
+        """A snapshot has come, and somebody waits for what it says.
+
+        Of several that come at the same time, the order is that of the engines, however
+        they came to be on their way: each may be the one that lets the next request go.
+        """
         now_s = self._simulation.now_s
-        news = node.lines[self.number].news
-        while news and news[0][0] <= now_s and node.is_up:
-            self._execute(self._tell(node, *news.popleft()))
+        for node in self._simulation.nodes.values():
+            news = node.lines[self.number].news
+            while news and news[0][0] <= now_s and node.is_up:
+                self._execute(self._tell(node, *news.popleft()))
 
     def _tell(
         self, node: Node, came_s: float, snapshot: EngineSnapshot, update: BlockUpdate | None
