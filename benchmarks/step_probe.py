@@ -92,8 +92,6 @@ class StepProbe:
         if num_tokens := now.step_num_prefill_tokens:
             if self._num_before is None:
                 return
-            # Counted, not told by what is pending: with async scheduling, the next step's
-            # tokens are no longer pending when this step's time is known.
             num_computed = now.num_prefill_tokens_total - self._num_before
             num_pairs = num_tokens * (num_computed - num_tokens / 2)
         self.steps.append(

@@ -112,7 +112,7 @@ class Replica:
         return self.info.model, self.info.device, self.info.max_num_batched_tokens
 
     def start_from(self, model: StepModel) -> None:
-        """Predict by what another engine has learned, until there are steps of its own."""
+        """Predict by what another engine has learned, until there are enough steps of its own."""
         self.predictor.start_from(model)
         self._derive()
 

@@ -13,6 +13,7 @@ from pydantic import SecretStr
 
 from router.breaker import Failure
 from serving.config import ConfigError, ProviderConfig
+from serving.exchange import DONE
 from serving.provider_client import ProviderFailed, Reply
 
 _PINNED = "1.106.2"
@@ -39,7 +40,7 @@ class _LitellmReply:
             return
         async for chunk in self._answer:
             yield b"data: " + chunk.model_dump_json(exclude_none=True).encode() + b"\n\n"
-        yield b"data: [DONE]\n\n"
+        yield DONE
 
 
 class _ErrorReply:
