@@ -1,96 +1,114 @@
-"""`headway profile`: starts engines, measures their steps and writes the profile of one."""
+"""`headway profile`: starts the service, measures its engines' steps and writes a profile."""
 
-import asyncio
-import dataclasses
 import datetime
-import importlib
-import os
 import platform
-import statistics
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks import logged_steps
 from benchmarks.profile import Profile
-from benchmarks.step_fit import TERMS, Step, fit
+from benchmarks.real_engines import RealEngines
+from benchmarks.runner import run_to_the_end
+from benchmarks.step_fit import TERMS, fit
 from benchmarks.step_probe import StepProbe
 from router.types import EngineInfo
-from serving.config import Config
-from serving.engine import Engine
-from serving.onboard import onboard_model
 from serving.plan import Plan
+from serving.step_log import LoggedStep, read
 
 _MAX_NOISE = 0.3  # what `Profile` allows
-_EVERY_TOGETHER = 3  # one factor is to be found, and some of all kinds of steps will do
+_WARM_UP_TOKENS = 32
 
 
-async def measure(config: Config, plan: Plan, name: str, console: Console) -> Profile:
-    """Return the profile of one of the engines that `plan` would start.
+class Service(RealEngines):
+    """`headway serve` by a configuration of the user's, its engines' steps written down."""
 
-    On CPU cores it is measured alone and then with all of them doing the same, for they
-    share memory and the cores' spare time. Raises `ConfigError` as starting it does.
+    def __init__(self, args: Mapping[str, Any], num_engines: int, log_folder: Path) -> None:
+        super().__init__(num_engines)
+        self._args = args
+        self._log_folder = log_folder
+
+    def config(self, port: int, gateway_port: int) -> dict[str, Any]:
+        config = super().config(port, gateway_port)
+        ours = config["applications"][0]["args"]
+        args = {key: value for key, value in self._args.items() if key != "watch_file"}
+        engine = args.get("engine") or {}
+        if isinstance(engine, str):  # the word `emulated`
+            engine = {"factory": "benchmarks.emulated:EmulatedEngine"}
+        config["applications"][0]["args"] = {
+            **args,
+            "replicas": self.num_engines,
+            "engine": {**engine, "step_log": str(self._log_folder)},
+            "gateway": {**(args.get("gateway") or {}), **ours["gateway"]},
+        }
+        return config
+
+
+async def measure(args: Mapping[str, Any], plan: Plan, name: str, console: Console) -> Profile:
+    """Return the profile of one of the engines that `plan` would start for `args`.
+
+    Everything that users' requests go through is there: on CPU cores it takes its share of
+    them. There all engines are started, and do the same one alone and side by side, for they
+    share memory and the cores' spare time. Raises `BenchmarkError` if they do not start.
     """
-    if plan.uses_model_on_board:
-        plan = dataclasses.replace(plan, model=str(onboard_model()))
-    module, _, cls = config.engine.factory.partition(":")
-    factory: type[Engine] = getattr(importlib.import_module(module), cls)
     num_engines = plan.num_replicas if plan.device == "cpu" else 1
     console.print(f"Starting {num_engines} × {plan.device_name}")
     begin_s = time.monotonic()
-    engines = [await factory.start(config, plan, 0)]
-    start_s = time.monotonic() - begin_s
-    try:
-        alone = await _steps(engines, console)
-        first = engines[0]
-        fitted, error = fit(alone, _blank(name, first.info, start_s), has_outliers=True)
-        contention = 0.0
-        if num_engines > 1:
-            for rank in range(1, num_engines):
-                engines.append(await factory.start(config, plan, rank))
-            together = await _steps(engines, console, every=_EVERY_TOGETHER)
-            shares = [each.step_s / each.foretold_s(fitted) for each in together]
-            contention = max(0.0, statistics.median(shares) - 1.0)
-    finally:
-        await asyncio.gather(*(engine.shutdown() for engine in engines))
-    where = f"{first.info.engine} on {first.info.device}, Python {platform.python_version()}"
+    with tempfile.TemporaryDirectory(prefix="headway-steps-") as folder:
+        service = Service(args, num_engines, Path(folder))
+        async with service:
+            start_s = time.monotonic() - begin_s
+            state = await service.state()
+            info, *_ = (
+                msgspec.convert(replica["info"], EngineInfo, strict=False)
+                for replica in state["replicas"].values()
+            )
+            await service.switch("round_robin")
+            probe = StepProbe(
+                service.urls, info, num_engines, lambda: not service.num_streams_in_engines()
+            )
+            await probe.decode(2, _WARM_UP_TOKENS, num_engines)
+            since_s = time.monotonic()
+            await _carry_out(probe, console)
+        logs = _logs(Path(folder))
+    found = logged_steps.steps(logs, since_s, probe.prefills_s)
+    fitted, error = fit(found, _blank(name, info, start_s), has_outliers=True)
+    where = f"{info.engine} on {info.device}, Python {platform.python_version()}"
     source = (
-        f"Measured by `headway profile`, {datetime.date.today()}: {where}; {len(alone)} "
-        f"steps, fitted to {error:.1%} (root mean square), which stands for their noise."
+        f"Measured by `headway profile`, {datetime.date.today()}: {where}; {len(found)} steps of "
+        f"{num_engines} engines behind the gateway, fitted to {error:.1%} (root mean square), "
+        "which stands for their noise."
     )
-    values = {
-        "source": source,
-        "noise": round(min(error, _MAX_NOISE), 4),
-        "contention": round(contention, 4),
-    }
+    values = {"source": source, "noise": round(min(error, _MAX_NOISE), 4)}
     return fitted.model_copy(update=values)
 
 
-async def _steps(engines: Sequence[Engine], console: Console, every: int = 1) -> list[Step]:
-    """Return the steps of all engines, which do the same side by side; of what there is to
-    measure, one in `every`."""
-    probes = [StepProbe(engine) for engine in engines]
+def _logs(folder: Path) -> list[list[LoggedStep]]:
+    """What each engine wrote down."""
+    return [list(read(path)) for path in sorted(folder.glob("*.jsonl"))]
+
+
+async def _carry_out(probe: StepProbe, console: Console) -> None:
+    """Have everything done that there is to measure, and show how far it is."""
     columns = (
         TextColumn("{task.description:32}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
+    jobs = probe.plan()
     with Progress(*columns, console=console) as bars:
-        plans = [probe.plan()[::every] for probe in probes]
-        bar = bars.add_task("", total=len(plans[0]))
-        for jobs in zip(*plans, strict=True):
-            title = jobs[0][0]
-            beside = f", {len(engines)} engines" if len(engines) > 1 else ""
-            bars.update(bar, description=title + beside)
-            await asyncio.gather(*(job() for _, job in jobs))
-            if title == "warming up":
-                for probe in probes:
-                    probe.steps.clear()
+        bar = bars.add_task("", total=len(jobs))
+        for title, job in jobs:
+            bars.update(bar, description=title)
+            await job()
             bars.advance(bar)
-    return [step for probe in probes for step in probe.steps]
 
 
 def _blank(name: str, info: EngineInfo, start_s: float) -> Profile:
@@ -112,10 +130,9 @@ def _blank(name: str, info: EngineInfo, start_s: float) -> Profile:
     )
 
 
-def run(config: Config, plan: Plan, output: Path, console: Console) -> None:
+def run(args: Mapping[str, Any], plan: Plan, output: Path, console: Console) -> None:
     """Measure, write `output` and tell what came out."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would hide our progress
-    profile = asyncio.run(measure(config, plan, output.stem, console))
+    profile = run_to_the_end(lambda: measure(args, plan, output.stem, console))
     profile.save(output)
     for name in (*TERMS, "noise", "contention"):
         console.print(f"{name:20} {getattr(profile, name):.4g}")

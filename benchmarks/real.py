@@ -74,6 +74,9 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
     parser.add_argument("--rate", type=float, help="requests/s, whatever the capacity")
     parser.add_argument("--calibration", type=float, default=40.0, help="capacity's window, s")
     parser.add_argument("--shared-prefix", action="store_true", help="6 shared system prompts")
+    parser.add_argument(
+        "--warm-up", type=float, default=0.0, help="of arrivals before those that count, s"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     variants = tuple(dict.fromkeys(options.policies))
@@ -90,6 +93,7 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
         options.rate,
         options.calibration,
         options.shared_prefix,
+        options.warm_up,
         options.seed,
     )
 

@@ -17,6 +17,10 @@ TERMS = (
     "floor_s",
 )
 
+# Contention shows by steps beside others and steps alone; with less between them, by noise.
+_MIN_CONTRAST = 0.5
+_FIRST_CONTENTION = 0.1  # where the search begins
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -27,15 +31,7 @@ class Step:
     num_decode_context_tokens: int
     num_prefill_pairs: float  # as in `Profile.step_s`
     step_s: float
-
-    def foretold_s(self, profile: Profile) -> float:
-        """How long the profile says that it takes, seconds."""
-        return profile.step_s(
-            self.num_prefill_tokens,
-            self.num_decode_reqs,
-            self.num_decode_context_tokens,
-            self.num_prefill_pairs,
-        )
+    share_beside: float = 0.0  # of its time, in which the machine's other engines stepped too
 
 
 def fit(
@@ -66,13 +62,21 @@ def fit(
     start = lsq_linear(linear / step_s[:, None] / scale, np.ones(len(steps)), (0, np.inf)).x
     scale = np.append(scale, 1.0 / step_s.min())
 
+    beside = np.array([step.share_beside for step in steps])
+    has_beside = beside.max() - beside.min() > _MIN_CONTRAST
+    scale = np.append(scale, 1.0)
+
     def residuals(scaled: np.ndarray) -> np.ndarray:
         terms = scaled / scale
         products_s = np.maximum(terms[5], terms[0] + terms[1] * num_tokens)
-        return (products_s + additive @ terms[2:5]) / step_s - 1.0
+        slowness = 1.0 + terms[6] * beside if has_beside else 1.0
+        return slowness * (products_s + additive @ terms[2:5]) / step_s - 1.0
 
     # The floor has a kink: begun above it, a fit never finds it.
-    starts = [np.append(start, 0.0), np.concatenate([[0.0], start[1:], [0.9]])]
+    starts = [
+        np.concatenate([start, [0.0, _FIRST_CONTENTION]]),
+        np.concatenate([[0.0], start[1:], [0.9, _FIRST_CONTENTION]]),
+    ]
     bounds = (0, np.inf)
     plain = [least_squares(residuals, each, bounds=bounds, x_scale="jac") for each in starts]
     best = min(plain, key=lambda solution: solution.cost)
@@ -84,5 +88,10 @@ def fit(
     if terms[5] < terms[0]:  # then it never is what counts
         terms[5] = 0.0
     error = float(np.sqrt(np.mean(best.fun**2)))
-    values = {name: float(f"{value:.4g}") for name, value in zip(TERMS, terms, strict=True)}
+    if not has_beside:
+        terms[6] = 0.0
+    values = {
+        name: float(f"{value:.4g}")
+        for name, value in zip((*TERMS, "contention"), terms, strict=True)
+    }
     return profile.model_copy(update=values), error

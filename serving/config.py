@@ -33,6 +33,17 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _absolute(path: Path) -> Path:
+    path = path.expanduser()
+    if not path.is_absolute():
+        raise ValueError(
+            "must be absolute here; `headway serve` takes it relative to the config file"
+        )
+    return path
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+
 _EMULATED = "benchmarks.emulated:EmulatedEngine"
 
 
@@ -53,6 +64,11 @@ class EngineConfig(_Section):
         gt=0,
         description="an engine whose core has not answered for so long, between two steps, is "
         "started anew, seconds; longer than the longest step and any compilation",
+    )
+    step_log: AbsolutePath | None = Field(
+        None,
+        description="folder in which every replica writes a file with a line of JSON for each of "
+        "its engine's steps, by which its times can be studied; grows without bound",
     )
     drain_timeout_s: float = Field(
         60.0, ge=0, description="running streams may finish for so long on shutdown, seconds"
@@ -107,18 +123,6 @@ class GatewayConfig(_Section):
     stream_window_bytes: int = Field(
         64 * 2**10, ge=4096, description="bytes of one response in flight to a slow reader"
     )
-
-
-def _absolute(path: Path) -> Path:
-    path = path.expanduser()
-    if not path.is_absolute():
-        raise ValueError(
-            "must be absolute here; `headway serve` takes it relative to the config file"
-        )
-    return path
-
-
-AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class AuthConfig(_Section):
@@ -288,7 +292,7 @@ class Config(_Section):
 
 
 # Keys with a path that may be relative to the file they stand in.
-_PATHS = (("auth", "keys_file"),)
+_PATHS = (("auth", "keys_file"), ("engine", "step_log"))
 
 
 def resolved(args: dict[str, Any], folder: Path) -> dict[str, Any]:

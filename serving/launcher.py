@@ -141,11 +141,11 @@ def profile_command(
         "profile.yaml"
     ),
 ) -> None:
-    """Start one engine, measure what its steps cost, and write that for the simulator."""
+    """Start the service, measure what its engines' steps cost, and write that for the simulator."""
     with _errors_in_one_line():
         file, _, the_plan = _planned(ctx.params)
         console = Console(highlight=False, markup=False, soft_wrap=True)
-        _benchmark("measure").run(file.config, the_plan, output, console)
+        _benchmark("measure").run(file.application["args"], the_plan, output, console)
 
 
 @main.command()

@@ -14,6 +14,7 @@ from serving.engine import Engine
 from serving.loop import LoopThread
 from serving.plan import Plan
 from serving.port import Port
+from serving.step_log import StepLog
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,11 @@ async def _open(config: Config, plan: Plan, local_rank: int) -> tuple[Port, tupl
     factory: type[Engine] = getattr(importlib.import_module(module), name)
     engine = await factory.start(config, plan, local_rank)
     port = Port(engine, config.gateway.stream_window_bytes)
-    return port, await port.listen(ray.util.get_node_ip_address())
+    address = await port.listen(ray.util.get_node_ip_address())
+    if (folder := config.engine.step_log) is not None:
+        log = StepLog(engine, folder / f"{os.getpid()}.jsonl", port.on_step)
+        engine.subscribe(log.on_step)
+    return port, address
 
 
 async def _close(port: Port, timeout_s: float) -> None:

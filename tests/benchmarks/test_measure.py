@@ -1,18 +1,19 @@
-"""A profile measured on an emulated engine is the profile that it emulates."""
+"""A profile measured on emulated engines is the profile that they emulate."""
 
 import io
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 from rich.console import Console
 
-from benchmarks.emulated import EmulatedEngine
+from benchmarks.logged_steps import steps
 from benchmarks.measure import measure
 from benchmarks.profile import Profile
-from serving.config import Config, parse
+from router.types import EngineSnapshot
+from serving.config import parse
 from serving.hardware import Hardware
-from serving.plan import Plan, plan
+from serving.plan import plan
+from serving.step_log import LoggedStep
 
 
 def make_truth(folder: Path) -> tuple[Profile, str]:
@@ -36,46 +37,53 @@ def make_truth(folder: Path) -> tuple[Profile, str]:
     return truth, str(path)
 
 
-async def found(profile: str, num_cores: int, factory: str) -> Profile:
-    config = parse({"engine": {"factory": factory, "args": {"profile": profile}}})
-    cores = tuple(range(num_cores))
-    hardware = Hardware(cores=cores, num_ram_bytes=1 << 34, num_free_ram_bytes=1 << 34, gpus=())
-    console = Console(file=io.StringIO())
-    return await measure(config, plan(config, hardware), "found", console)
-
-
-async def test_finds_what_the_engine_was_made_of(tmp_path: Path) -> None:
+async def test_finds_what_the_engines_were_made_of(tmp_path: Path) -> None:
     truth, path = make_truth(tmp_path)
-    profile = await found(path, 1, "benchmarks.emulated:EmulatedEngine")
+    args = {"engine": {"factory": "benchmarks.emulated:EmulatedEngine", "args": {"profile": path}}}
+    hardware = Hardware(cores=(0, 1), num_ram_bytes=1 << 34, num_free_ram_bytes=1 << 34, gpus=())
+    console = Console(file=io.StringIO())
+    profile = await measure(args, plan(parse(args), hardware), "found", console)
     assert (profile.name, profile.max_num_seqs, profile.num_kv_tokens) == ("found", 16, 20_000)
-    assert profile.noise == pytest.approx(0.02, rel=0.3)
-    assert profile.contention == 0.0
     assert "emulated" in profile.source
+    assert "2 engines" in profile.source
+    assert profile.noise == pytest.approx(0.02, rel=0.3)
+    assert profile.contention < 0.05
     for sizes in ((0, 1, 100, 0.0), (0, 16, 4000, 0.0), (256, 1, 100, 32_768.0)):
         assert profile.step_s(*sizes) == pytest.approx(truth.step_s(*sizes), rel=0.05)
 
 
-class SharedCore(EmulatedEngine):
-    """Steps take half as long again as soon as there are two."""
-
-    engines: ClassVar[list["SharedCore"]] = []
-
-    @classmethod
-    async def start(cls, config: Config, plan: Plan, local_rank: int) -> "SharedCore":
-        engine = await super().start(config, plan, local_rank)
-        assert isinstance(engine, SharedCore)
-        cls.engines.append(engine)
-        if len(cls.engines) > 1:
-            for each in cls.engines:
-                each.model.slowness = 1.5
-        return engine
-
-
-async def test_finds_what_neighbours_cost(tmp_path: Path) -> None:
-    truth, path = make_truth(tmp_path)
-    profile = await found(path, 2, f"{__name__}:SharedCore")
-    assert len(SharedCore.engines) == 2
-    assert profile.contention == pytest.approx(0.5, abs=0.05)
-    assert profile.step_s(256, 1, 100, 0.0) == pytest.approx(
-        truth.step_s(256, 1, 100, 0.0), rel=0.05
+def logged(ended_s: float, number: int, prefilled: int, step_s: float, **sizes: int) -> LoggedStep:
+    snapshot = EngineSnapshot(
+        seq=0, num_steps_total=number, num_prefill_tokens_total=prefilled, step_s=step_s, **sizes
     )
+    return LoggedStep(ended_s, snapshot)
+
+
+def test_steps_of_a_log() -> None:
+    """A prompt of 300 tokens in two chunks beside one that decodes, then only that one."""
+    decodes = {"num_running_reqs": 1, "num_decoding_reqs": 1, "num_decode_context_tokens": 50}
+    both = {**decodes, "num_running_reqs": 2}
+    log = [
+        logged(10.0, 1, 100, 1.0, step_num_decode_reqs=1, **decodes),
+        logged(12.0, 2, 300, 2.0, step_num_decode_reqs=1, step_num_prefill_tokens=200, **both),
+        logged(13.5, 3, 400, 1.5, step_num_decode_reqs=1, step_num_prefill_tokens=100, **decodes),
+        logged(14.5, 4, 400, 1.0, step_num_decode_reqs=1, **decodes),
+    ]
+    neighbour = [
+        logged(11.0, 1, 0, 1.0, step_num_decode_reqs=1, **decodes),
+        logged(12.5, 2, 0, 1.5, step_num_decode_reqs=1, **decodes),
+    ]
+    found = steps([log, neighbour], 0.0, [(9.0, 14.0)])
+    assert [each.num_prefill_tokens for each in found] == [200, 100, 0, 0]
+    assert [each.num_prefill_pairs for each in found[:2]] == [200 * 100, 100 * 250]
+    assert [each.share_beside for each in found[:3]] == [1.0, pytest.approx(1 / 3), 0.0]
+    assert [each.num_prefill_tokens for each in steps([log], 0.0, [])] == [0]
+    assert len(steps([log], 12.0, [(9.0, 14.0)])) == 2
+
+
+def test_steps_of_which_not_all_is_known() -> None:
+    """One that an idle engine began, and one in which somebody left."""
+    idle = logged(10.0, 1, 0, 1.0)
+    first = logged(11.0, 2, 0, 1.0, num_running_reqs=2, num_decoding_reqs=2, step_num_decode_reqs=2)
+    fewer = logged(12.0, 3, 0, 1.0, num_running_reqs=1, num_decoding_reqs=1, step_num_decode_reqs=1)
+    assert steps([[idle, first, fewer]], 0.0, []) == []

@@ -1,3 +1,4 @@
+import dataclasses
 import random
 
 import pytest
@@ -47,6 +48,22 @@ def test_finds_the_terms_behind_noisy_steps(floor_s: float) -> None:
     assert error == pytest.approx(0.02, rel=0.2)
     for name in ("base_s", "s_per_token", "s_per_context_token", "s_per_prefill_pair", "floor_s"):
         assert getattr(fitted, name) == pytest.approx(getattr(truth, name), rel=0.15), name
+
+
+def test_finds_what_neighbours_cost() -> None:
+    truth = make_profile(base_s=0.002, s_per_token=2e-5, s_per_context_token=4e-8)
+    rng = random.Random(1)
+    steps = []
+    for each in make_steps(truth, noise=0.02):
+        share = rng.choice([0.0, 0.4, 1.0])
+        step_s = each.step_s * (1.0 + 0.3 * share)
+        steps.append(dataclasses.replace(each, step_s=step_s, share_beside=share))
+    fitted, error = fit(steps, make_profile())
+    assert fitted.contention == pytest.approx(0.3, abs=0.02)
+    assert fitted.base_s == pytest.approx(0.002, rel=0.1)
+    assert error == pytest.approx(0.02, rel=0.2)
+    beside = [dataclasses.replace(each, share_beside=1.0) for each in steps]
+    assert fit(beside, make_profile())[0].contention == 0.0  # nothing to compare with
 
 
 def test_too_few_steps() -> None:
