@@ -19,34 +19,34 @@ from benchmarks.runner import run_to_the_end
 from benchmarks.step_fit import TERMS, fit
 from benchmarks.step_probe import StepProbe
 from router.types import EngineInfo
+from serving.config import parse
 from serving.plan import Plan
 from serving.step_log import LoggedStep, read
 
 _MAX_NOISE = 0.3  # what `Profile` allows
 _WARM_UP_TOKENS = 32
+# Of a configuration; of the rest, keys and quotas would stand in the way.
+_WHAT_MAKES_AN_ENGINE = ("model", "served_model_name", "tensor_parallel_size", "engine")
 
 
 class Service(RealEngines):
     """`headway serve` by a configuration of the user's, its engines' steps written down."""
 
-    def __init__(self, args: Mapping[str, Any], num_engines: int, log_folder: Path) -> None:
+    def __init__(
+        self, args: Mapping[str, Any], device: str, num_engines: int, log_folder: Path
+    ) -> None:
         super().__init__(num_engines)
         self._args = args
+        self._device = device
         self._log_folder = log_folder
 
     def config(self, port: int, gateway_port: int) -> dict[str, Any]:
         config = super().config(port, gateway_port)
-        ours = config["applications"][0]["args"]
-        args = {key: value for key, value in self._args.items() if key != "watch_file"}
-        engine = args.get("engine") or {}
-        if isinstance(engine, str):  # the word `emulated`
-            engine = {"factory": "benchmarks.emulated:EmulatedEngine"}
-        config["applications"][0]["args"] = {
-            **args,
-            "replicas": self.num_engines,
-            "engine": {**engine, "step_log": str(self._log_folder)},
-            "gateway": {**(args.get("gateway") or {}), **ours["gateway"]},
-        }
+        args = config["applications"][0]["args"]
+        args |= {key: self._args[key] for key in _WHAT_MAKES_AN_ENGINE if key in self._args}
+        args["device"] = self._device
+        engine = parse(args).engine.model_dump(mode="json", exclude_unset=True)
+        args["engine"] = {**engine, "step_log": str(self._log_folder)}
         return config
 
 
@@ -61,7 +61,7 @@ async def measure(args: Mapping[str, Any], plan: Plan, name: str, console: Conso
     console.print(f"Starting {num_engines} × {plan.device_name}")
     begin_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="headway-steps-") as folder:
-        service = Service(args, num_engines, Path(folder))
+        service = Service(args, plan.device, num_engines, Path(folder))
         async with service:
             start_s = time.monotonic() - begin_s
             state = await service.state()
