@@ -4,8 +4,13 @@ import time
 from collections.abc import Callable
 
 from vllm.config import VllmConfig
-from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+from vllm.v1.engine import EngineCoreRequest, FinishReason
+from vllm.v1.engine.output_processor import (
+    OutputProcessor,
+    RequestOutputCollector,
+    RequestState,
+)
+from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
@@ -36,6 +41,8 @@ class EngineMonitor(StatLoggerBase):
         self._pending: dict[str, int] = {}
         self.blocks = BlockLog()
         self._live: dict[str, RequestState] = {}
+        # By vLLM's own request id: the client's may be in the engine twice, as when its stream
+        # was lost and it goes on here before what was lost has left.
         self._accounts: dict[str, Account] = {}
         self._on_step: Callable[[], None] = lambda: None
         self.start_over()
@@ -60,8 +67,14 @@ class EngineMonitor(StatLoggerBase):
         self._live = output_processor.request_states
         register = output_processor.add_request
 
-        def add_request(request: EngineCoreRequest, *args: object, **kwargs: object) -> None:
-            register(request, *args, **kwargs)
+        def add_request(
+            request: EngineCoreRequest,
+            prompt: str | None,
+            parent: ParentRequest | None = None,
+            index: int = 0,
+            queue: RequestOutputCollector | None = None,
+        ) -> None:
+            register(request, prompt, parent, index, queue)
             if len(self._live) == 1:
                 # It was idle. After an abort no step says so, and the pause would be one.
                 self._last_step_s = None
@@ -69,11 +82,22 @@ class EngineMonitor(StatLoggerBase):
                 request.priority += account.priority  # before it goes to the engine core
                 if not account.entered:
                     account.entered, account.num_prompt_tokens = True, 0
-                if request.external_req_id not in self._accounts:  # n > 1 shares one prompt
+                if index == 0:  # n > 1 shares one prompt
                     account.num_prompt_tokens += len(request.prompt_token_ids or ())
-                self._accounts[request.external_req_id] = account
+                self._accounts[request.request_id] = account
 
         output_processor.add_request = add_request
+        settle = output_processor._update_stats_from_finished
+
+        def finished(
+            state: RequestState, reason: FinishReason | None, stats: IterationStats | None
+        ) -> None:
+            settle(state, reason, stats)
+            if (account := self._accounts.get(state.request_id)) is not None and stats is not None:
+                account.num_output_tokens += state.stats.num_generation_tokens
+                account.num_cached_tokens += state.num_cached_tokens
+
+        output_processor._update_stats_from_finished = finished
 
     def forget(self, account: Account) -> None:
         """The request has ended, whichever way."""
@@ -99,10 +123,6 @@ class EngineMonitor(StatLoggerBase):
         if iteration_stats is not None:
             self.num_output_tokens_total += iteration_stats.num_generation_tokens
             self.num_preemptions_total += iteration_stats.num_preempted_reqs
-            for finished in iteration_stats.finished_requests:
-                if (account := self._accounts.get(finished.request_id or "")) is not None:
-                    account.num_output_tokens += finished.num_generation_tokens
-                    account.num_cached_tokens += finished.num_cached_tokens
         self._on_step()
 
     def _record_step(self, stats: SchedulerStats) -> None:
@@ -147,7 +167,7 @@ class EngineMonitor(StatLoggerBase):
     def _tell_prompt(self, request_id: str, hashes: list[int]) -> None:
         """Pass on what a prompt consists of; only the first, where one call has several."""
         state = self._live.get(request_id)
-        account = self._accounts.get(state.external_req_id) if state is not None else None
+        account = self._accounts.get(request_id)
         if state is not None and account is not None and account.on_prompt is not None:
             account.on_prompt(state.prompt_len, hashes)
             account.on_prompt = None
@@ -166,7 +186,7 @@ class EngineMonitor(StatLoggerBase):
             if request_id in self._pending:  # in the middle of its prefill, or preempted
                 num_left.append(self._pending[request_id])
             elif state.is_prefilling:  # not yet scheduled: all that is not cached is to come
-                account = self._accounts.get(state.external_req_id)
+                account = self._accounts.get(request_id)
                 num_cached = account.num_expected_cached_tokens if account is not None else 0
                 num_left.append(max(1, state.prompt_len - num_cached))
             else:
