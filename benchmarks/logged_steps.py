@@ -13,7 +13,7 @@ from serving.step_log import LoggedStep
 def steps(
     logs: Sequence[Sequence[LoggedStep]], since_s: float, prefills_s: Sequence[tuple[float, float]]
 ) -> list[Step]:
-    """Return the steps of all engines that ended after `since_s` and of which all is known.
+    """Return the steps of all engines that began after `since_s` and of which all is known.
 
     What a prefilled token attends to is known only where each engine prefilled one prompt at
     a time: in the intervals `prefills_s`. All times are of the monotonic clock.
