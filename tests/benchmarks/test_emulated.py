@@ -150,7 +150,7 @@ async def test_tells_which_blocks_are_cached(profile: str) -> None:
     update = engine.blocks.since(update.until)
     assert update is not None
     assert set(hashes) <= set(update.removed)
-    held = {key for key in engine.model.kv._found if isinstance(key, int)}
+    held = {key for key in engine.model.scheduler.kv._found if isinstance(key, int)}
     assert set(engine.blocks.since(-1).stored) == held
 
 
@@ -197,7 +197,7 @@ async def test_a_client_that_leaves_frees_everything(profile: str) -> None:
     caller.leave()
     await asyncio.wait_for(task, 1)
     await asyncio.sleep(0.01)
-    assert engine.model.kv.num_used == 0
+    assert engine.model.scheduler.kv.num_used == 0
     assert engine.model.end_s is None
 
 

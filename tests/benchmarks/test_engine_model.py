@@ -67,16 +67,16 @@ class Run:
 
 def check(engine: EngineModel) -> None:
     """KV blocks add up, and so do the counts of decoding sequences."""
-    kv = engine.kv
+    kv = engine.scheduler.kv
     shared, num_private, num_context, num_decoding = set(), 0, 0, 0
     for sequences in engine._jobs.values():
         for sequence in sequences:
             lease = sequence.lease
             if sequence.state.name == "DECODE":
-                engine._decoding.sync(sequence)
+                engine.scheduler.decoding.sync(sequence)
                 num_decoding += 1
-                num_context += sequence.job.num_prompt_tokens + engine._decoding.num_emitted(
-                    sequence
+                num_context += (
+                    sequence.job.num_prompt_tokens + engine.scheduler.decoding.num_emitted(sequence)
                 )
             shared.update(lease.shared)
             num_private += lease.num_private
@@ -88,7 +88,7 @@ def check(engine: EngineModel) -> None:
         num_decoding,
         num_context,
     )
-    assert sum(engine._decoding._num_crossing) == num_decoding
+    assert sum(engine.scheduler.decoding._num_crossing) == num_decoding
     prefill, decode = snapshot.step_num_prefill_tokens, snapshot.step_num_decode_reqs
     assert prefill + decode <= engine.profile.max_num_batched_tokens
     assert snapshot.num_running_reqs <= engine.profile.max_num_seqs
@@ -108,7 +108,7 @@ def test_a_prompt_in_chunks_then_one_token_per_step() -> None:
     assert engine.begin_step(run.now_s) is None
     # 3 steps of prefill and 2 of decode at contexts 251 and 252.
     assert run.now_s == pytest.approx(5 * 0.01 + 252 * 0.001 + 2 * 0.002 + 503 * 0.00001)
-    assert engine.kv.num_used == 0
+    assert engine.scheduler.kv.num_used == 0
     assert engine.snapshot(1, 0).num_output_tokens_total == 3
 
 
@@ -218,7 +218,7 @@ def test_preemption_computes_anew_what_it_lost(priority: bool, victim: str) -> N
             break
     # The whole cache is 10 blocks: both fill their fifth, then one gives way.
     assert (snapshot.num_preemptions_total, snapshot.num_waiting_reqs) == (1, 1)
-    assert engine._waiting._sequences[f"{victim}/0"].num_emitted == 16
+    assert engine.scheduler.waiting._sequences[f"{victim}/0"].num_emitted == 16
     assert snapshot.num_pending_prefill_tokens == 64 + 16
     run.to_end()
     assert {each.num_tokens for each in run.progress if each.finished} == {40}
@@ -287,7 +287,7 @@ def test_abort_frees_everything_at_the_end_of_the_step() -> None:
     assert list(engine.job_ids()) == ["b"]
     check(engine)
     engine.abort("b")
-    assert engine.kv.num_used == 0
+    assert engine.scheduler.kv.num_used == 0
     assert engine.begin_step(9.0) is None
     snapshot = engine.snapshot(1, 0)
     assert (snapshot.num_inflight_reqs, snapshot.num_pending_prefill_tokens) == (0, 0)
@@ -372,7 +372,7 @@ def test_everything_ends_and_nothing_leaks(
             break
         run.step()
     assert not list(engine.job_ids())
-    assert engine.kv.num_used == 0
+    assert engine.scheduler.kv.num_used == 0
     finished = [(each.job_id, each.index) for each in run.progress if each.finished]
     assert len(set(finished)) == len(finished)
     assert {(job.id, index) for job in waiting for index in range(job.num_sequences)} - set(

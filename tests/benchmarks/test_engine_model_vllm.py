@@ -17,12 +17,12 @@ def step(engine: EngineModel, now_s: float) -> tuple[dict[str, int], int, float]
     """The same of the engine model."""
     duration_s = engine.begin_step(now_s)
     if duration_s is None:
-        return {}, engine.kv.num_free, now_s
-    scheduled = {sequence.id: num for sequence, num in engine._prefills.items()}
-    for sequence in engine._running:
+        return {}, engine.scheduler.kv.num_free, now_s
+    scheduled = {sequence.id: num for sequence, num in engine.scheduler.prefills.items()}
+    for sequence in engine.scheduler.running:
         if sequence.state.name == "DECODE":
             scheduled[sequence.id] = 1
-    num_free = engine.kv.num_free
+    num_free = engine.scheduler.kv.num_free
     engine.end_step(now_s + duration_s)
     return scheduled, num_free, now_s + duration_s
 

@@ -1,0 +1,288 @@
+"""What each step of an engine computes: vLLM's continuous batching.
+
+Follows `Scheduler.schedule` of vLLM 0.32 (v1/core/sched/scheduler.py): one
+token budget per step; running sequences first, in the order of their
+admission, then waiting ones; chunked prefill; a whole prompt must fit into
+free KV blocks before it is admitted; a running sequence that finds no block
+preempts the last one, or the least urgent, which is computed anew later. Not
+modelled: asynchronous scheduling, by which a newcomer can wait one step more.
+"""
+
+from benchmarks.decode_batch import DecodeBatch
+from benchmarks.kv_cache import KvCache
+from benchmarks.profile import Profile
+from benchmarks.sequence import Sequence, State
+from benchmarks.waiting_sequences import WaitingSequences
+
+
+class StepScheduler:
+    """The sequences of one engine, and which of them the next step computes.
+
+    The caller alternates `schedule` and `complete`; `advance` stands for steps in
+    between in which everybody decodes. Sequences that decode are counted and not visited.
+
+    `paces`: steps are made up as by `serving/scheduler.py`, not by vLLM alone: no long
+    prompt takes more than its part, and every second step is without those that are less
+    urgent than who waits.
+    """
+
+    def __init__(
+        self, profile: Profile, segment_blocks: int, *, priority: bool, paces: bool
+    ) -> None:
+        self.kv = KvCache(profile.num_kv_blocks, segment_blocks)
+        self.decoding = DecodeBatch(self.kv, profile.block_size)
+        self.waiting = WaitingSequences(profile.prefill_chunk or profile.max_num_batched_tokens)
+        self.running: dict[Sequence, None] = {}
+        self.prefills: dict[Sequence, int] = {}  # the step's, tokens
+        self.num_prefix_queries_total = 0
+        self.num_prefix_hits_total = 0
+        self.num_preemptions_total = 0
+        self._profile = profile
+        self._priority = priority
+        self._paces = paces
+        self._block_size = profile.block_size
+        self._chunk = profile.prefill_chunk or profile.max_num_batched_tokens
+        self._num_prepended = 0
+        self._num_admissions = 0
+        self._prefilling: dict[Sequence, None] = {}
+        self._stalled: list[Sequence] = []  # decoding, yet not in the current step
+        self._deferred: list[Sequence] = []  # left out of the current step
+        # The head that found no room, and the cache's epoch at that time.
+        self._blocked: tuple[Sequence, int] | None = None
+
+    # Comings and goings
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn."""
+        urgency = sequence.job.priority if self._priority else 0
+        self.waiting.push(sequence, (float(urgency), sequence.serial))
+
+    def drop(self, sequence: Sequence) -> None:
+        """Let a sequence go between two steps; one that is done is gone already."""
+        if sequence.state is State.DONE:
+            return
+        if sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+            sequence.state = State.DONE
+            return
+        if sequence.state is State.DECODE:
+            self.decoding.leave(sequence)
+        else:
+            del self._prefilling[sequence]
+        self._end(sequence)
+
+    # What it has to do
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.running and not self.waiting
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether in the next step everybody here decodes, for which there is room."""
+        return not (
+            self._prefilling
+            or self.waiting
+            or self.decoding.num_new_blocks() > self.kv.num_free
+            or self.decoding.num_sequences > self._profile.max_num_batched_tokens
+        )
+
+    @property
+    def num_decoding(self) -> int:
+        return self.decoding.num_sequences + len(self._stalled)
+
+    @property
+    def num_decode_context_tokens(self) -> int:
+        return self.decoding.num_context_tokens + sum(each.num_tokens for each in self._stalled)
+
+    def pending_tokens(self) -> tuple[int, int]:
+        """Return the tokens yet to be prefilled, and how many of them the next step would take."""
+        pending = self.waiting.num_tokens
+        demand = self.waiting.num_demand_tokens
+        for sequence in self._prefilling:
+            num_left = sequence.num_tokens - sequence.num_computed
+            pending += num_left
+            demand += min(num_left, self._chunk)
+        return pending, demand
+
+    # Steps
+
+    def complete(self) -> tuple[list[Sequence], list[Sequence]]:
+        """End the step; return whose prompt is computed, a token each, and who is done."""
+        finished = self.decoding.leave_finished()
+        computed = []
+        for sequence, num_tokens in self.prefills.items():
+            sequence.num_computed += num_tokens
+            if sequence.num_computed < sequence.num_tokens:
+                continue
+            del self._prefilling[sequence]
+            sequence.num_emitted += 1
+            computed.append(sequence)
+            if sequence.num_emitted == sequence.num_output:
+                finished.append(sequence)
+            else:
+                self.decoding.join(sequence)
+        # Blocks are released, and so evicted, in the order of running.
+        finished.sort(key=lambda each: each.admission)
+        for sequence in finished:
+            self._end(sequence)
+        for sequence in self._stalled:
+            self.decoding.join(sequence)
+        self.prefills.clear()
+        self._stalled.clear()
+        return computed, finished
+
+    def schedule(self) -> None:
+        """Choose what the step computes; allocate its blocks."""
+        budget = self._profile.max_num_batched_tokens
+        alone = len(self.running) + len(self.waiting) <= 1
+        chunk = budget if alone and not self._paces else self._chunk
+        self._deferred = self._to_defer() if self._paces else []
+        for sequence in self._deferred:
+            del self._prefilling[sequence], self.running[sequence]
+        self._fill(budget, chunk)
+        if self._deferred:
+            # First again among those that run, as vLLM has them.
+            self.running = dict.fromkeys(self._deferred) | self.running
+            self._prefilling = dict.fromkeys(self._deferred) | self._prefilling
+
+    def _to_defer(self) -> list[Sequence]:
+        """The long prompts that this step does without; never two steps in a row."""
+        num_here = len(self.running) + len(self.waiting)
+        if self._deferred or not self.waiting or num_here > self._profile.max_num_seqs:
+            return []
+        urgent = self.waiting.head().job.priority
+        return [
+            sequence
+            for sequence in self._prefilling
+            if sequence.job.priority > urgent
+            and not sequence.num_emitted
+            and sequence.num_tokens - sequence.num_computed > self._chunk
+        ]
+
+    def _fill(self, budget: int, chunk: int) -> None:
+        num_new_blocks = self.decoding.num_new_blocks()
+        demand = self.decoding.num_sequences
+        for sequence in self._prefilling:
+            num_tokens = min(chunk, sequence.num_tokens - sequence.num_computed)
+            demand += num_tokens
+            num_new_blocks += self._num_missing(sequence, sequence.num_computed + num_tokens)
+        if demand <= budget and num_new_blocks <= self.kv.num_free:
+            # All of them fit: then their order does not matter.
+            self.kv.take(self.decoding.num_new_blocks())
+            for sequence in self._prefilling:
+                num_tokens = min(chunk, sequence.num_tokens - sequence.num_computed)
+                self._compute(sequence, num_tokens)
+            self._admit(budget - demand, chunk)
+            return
+        preempted, budget = self._schedule_in_order(budget, chunk)
+        if not preempted:
+            self._admit(budget, chunk)
+
+    def _schedule_in_order(self, budget: int, chunk: int) -> tuple[bool, int]:
+        """Running sequences one by one, as vLLM does; whether one was preempted, budget left."""
+        chosen: dict[Sequence, int] = {}
+        preempted = False
+        for sequence in list(self.running):
+            if budget <= 0:
+                break
+            if sequence not in self.running:  # preempted in this very pass
+                continue
+            if sequence.state is State.DECODE:
+                num_tokens, num_computed = 1, self.decoding.num_computed(sequence)
+            else:
+                num_computed = sequence.num_computed
+                num_tokens = min(chunk, sequence.num_tokens - num_computed, budget)
+            num_blocks = self._num_missing(sequence, num_computed + num_tokens)
+            while num_blocks > self.kv.num_free:
+                victim = self._victim()
+                budget += chosen.pop(victim, 0)
+                self._preempt(victim)
+                preempted = True
+                if victim is sequence:
+                    break
+            if sequence not in self.running:
+                break
+            self.kv.extend(sequence.lease, num_blocks)
+            chosen[sequence] = num_tokens
+            budget -= num_tokens
+        for sequence in self.running:
+            num_tokens = chosen.get(sequence, 0)
+            if sequence.state is State.PREFILL:
+                if num_tokens:
+                    self._compute(sequence, num_tokens)
+            elif not num_tokens:
+                self._stalled.append(sequence)
+        for sequence in self._stalled:
+            self.decoding.leave(sequence)
+            sequence.state = State.STALLED
+        return preempted, budget
+
+    def _admit(self, budget: int, chunk: int) -> None:
+        kv, size = self.kv, self._block_size
+        while budget > 0 and self.waiting and len(self.running) < self._profile.max_num_seqs:
+            sequence = self.waiting.head()
+            if self._blocked == (sequence, kv.epoch):
+                return
+            num_tokens = sequence.num_tokens
+            # The last token is computed in any case: its logits are wanted.
+            hit = kv.look_up(sequence.lease, (num_tokens - 1) // size)
+            if -(-num_tokens // size) - hit.num_blocks + hit.num_evictable > kv.num_free:
+                self._blocked = sequence, kv.epoch
+                return
+            self.waiting.remove(sequence)
+            kv.adopt(sequence.lease, hit)
+            num_hit_tokens = hit.num_blocks * size
+            if not sequence.num_preemptions:
+                self.num_prefix_queries_total += num_tokens
+                self.num_prefix_hits_total += num_hit_tokens
+                sequence.num_cached = num_hit_tokens
+            sequence.num_computed = num_hit_tokens
+            sequence.state = State.PREFILL
+            self._num_admissions += 1
+            sequence.admission = self._num_admissions
+            self.running[sequence] = None
+            self._prefilling[sequence] = None
+            num_new_tokens = min(num_tokens - num_hit_tokens, chunk, budget)
+            self._compute(sequence, num_new_tokens)
+            budget -= num_new_tokens
+
+    def _compute(self, sequence: Sequence, num_tokens: int) -> None:
+        """Put a chunk of a prefill into the step."""
+        num_computed = sequence.num_computed + num_tokens
+        self.kv.extend(sequence.lease, self._num_missing(sequence, num_computed))
+        # As soon as it is scheduled: what follows it in this step may share it.
+        self.kv.commit(sequence.lease, num_computed // self._block_size)
+        self.prefills[sequence] = num_tokens
+
+    def _num_missing(self, sequence: Sequence, num_tokens: int) -> int:
+        """Blocks that so many computed tokens need and the sequence has not."""
+        if sequence.state is State.DECODE:
+            self.decoding.sync(sequence)
+        return max(0, -(-num_tokens // self._block_size) - self.kv.num_held(sequence.lease))
+
+    def _victim(self) -> Sequence:
+        if not self._priority:
+            return next(reversed(self.running))
+        return max(self.running, key=lambda each: (each.job.priority, each.serial))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        if sequence.state is State.DECODE:
+            self.decoding.leave(sequence)
+        else:
+            del self._prefilling[sequence]
+        del self.running[sequence]
+        self.kv.release(sequence.lease, sequence.num_computed // self._block_size)
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions_total += 1
+        if self._priority:
+            self.waiting.push(sequence, (float(sequence.job.priority), sequence.serial))
+        else:
+            self._num_prepended += 1
+            self.waiting.push(sequence, (-1.0, -self._num_prepended))
+
+    def _end(self, sequence: Sequence) -> None:
+        sequence.state = State.DONE
+        del self.running[sequence]
+        self.kv.release(sequence.lease, sequence.num_computed // self._block_size)
