@@ -11,11 +11,9 @@ with the undisturbed one, token by token.
 import argparse
 import asyncio
 import contextlib
-import itertools
 import random
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,13 +21,13 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.chaos_check import probe_faults, seam_gaps_s
 from benchmarks.chaos_client import Question, Reply, ask
 from benchmarks.chaos_faults import EngineProcesses, Fault, Inflicted, schedule
+from benchmarks.chaos_report import Observed, fill
 from benchmarks.chaos_texts import TIE_NATS, Kind, Verdict, judge, questions, vllm_going_on
 from benchmarks.comparison import say
 from benchmarks.real_engines import RealEngines, total
-from benchmarks.report import Report, percentile
+from benchmarks.report import Report
 from benchmarks.runner import run_and_judge
 from benchmarks.subjects import BenchmarkError
 
@@ -40,9 +38,6 @@ _DTYPE = "float32"
 _POLL_S = 0.5  # of the state, with its log of breakers: never more than a few new lines
 _RECOVERY_TIMEOUT_S = 240.0
 _HANG_S = (7.0, 14.0)  # well past detection, well before the engine is started anew
-# A stream stops with the fault; its last chunk may have been under way.
-_SEAM_STARTS_WITHIN_S = 2.0
-_DETECTION_TARGET_S = 5.0
 _RESUME_DELAY = "headway_resume_delay_seconds"
 
 
@@ -91,14 +86,7 @@ class Chaos:
         self.model = model
         self.questions = questions()
         self.references: dict[Question, Reply] = {}
-        self.replies: list[Reply] = []
-        self.verdicts: list[tuple[Reply, Verdict]] = []
-        self.num_undisturbed_different = 0
-        self.faults: list[Inflicted] = []
-        self.breaker_events: dict[tuple[float, str, str], dict[str, Any]] = {}
-        self.resumed = (0, 0.0)
-        self.before: dict[str, Any] = {}
-        self.after: dict[str, Any] = {}
+        self.seen = Observed(TIE_NATS[plan.dtype])
         self._http = http
         self._state: dict[str, Any] = {}
         self._rng = random.Random(f"faults {plan.seed}")
@@ -113,27 +101,29 @@ class Chaos:
             self.references[reply.question] = reply
         # Once more, now with a prefix cache: what differs here, differs without any failure.
         again = await self._ask_all()
-        self.num_undisturbed_different = sum(
+        self.seen.num_undisturbed_different = sum(
             reply.token_ids != self.references[reply.question].token_ids for reply in again
         )
         await self.subject.wait_until_idle()
-        self.before = await self.subject.state()
-        say(f"{len(self.references)} undisturbed replies, {self.num_undisturbed_different} vary")
+        self.seen.before = await self.subject.state()
+        self.seen.num_references = len(self.references)
+        num_different = self.seen.num_undisturbed_different
+        say(f"{len(self.references)} undisturbed replies, {num_different} vary")
         watch = asyncio.create_task(self._watch())
         try:
             async with asyncio.TaskGroup() as tasks:
                 for number in range(self.plan.num_workers):
                     tasks.create_task(self._work(number))
                 await self._disturb()
-                while len(self.replies) < self.plan.min_requests:
+                while len(self.seen.replies) < self.plan.min_requests:
                     await asyncio.sleep(_POLL_S)
                 self._is_over = True
             await self.subject.wait_until_idle()
         finally:
             watch.cancel()
         self._look(await self.subject.state())
-        self.after = self._state
-        self.resumed = await self.subject.resumed()
+        self.seen.after = self._state
+        self.seen.resumed = await self.subject.resumed()
         await self._judge()
 
     async def _ask_all(self) -> list[Reply]:
@@ -151,7 +141,7 @@ class Chaos:
     async def _work(self, number: int) -> None:
         rng = random.Random(f"worker {self.plan.seed} {number}")
         while not self._is_over:
-            self.replies.append(await ask(self._http, self.model, rng.choice(self.questions)))
+            self.seen.replies.append(await ask(self._http, self.model, rng.choice(self.questions)))
             self._num_answered[number] += 1
 
     async def _watch(self) -> None:
@@ -163,7 +153,7 @@ class Chaos:
     def _look(self, state: dict[str, Any]) -> None:
         self._state = state
         for event in state["breaker_events"]:
-            self.breaker_events[event["at_s"], event["breaker"], event["event"]] = event
+            self.seen.breaker_events[event["at_s"], event["breaker"], event["event"]] = event
 
     async def _disturb(self) -> None:
         plan, started_s = self.plan, time.monotonic()
@@ -195,9 +185,10 @@ class Chaos:
         replica_id, processes = await self._victim()
         num_streams = self._state["replicas"][replica_id]["snapshot"]["num_inflight_reqs"]
         inflicted = Inflicted(fault, replica_id, num_streams, is_last)
-        self.faults.append(inflicted)
+        self.seen.faults.append(inflicted)
         processes.inflict(fault)
-        say(f"{fault.value}: {replica_id} with {num_streams} streams, {len(self.replies)} replies")
+        num_replies = len(self.seen.replies)
+        say(f"{fault.value}: {replica_id} with {num_streams} streams, {num_replies} replies")
         return inflicted, processes
 
     async def _recover(self, hit: list[tuple[Inflicted, EngineProcesses]]) -> None:
@@ -250,181 +241,17 @@ class Chaos:
             await asyncio.sleep(_POLL_S / 2)
 
     async def _judge(self) -> None:
-        for reply in self.replies:
+        for reply in self.seen.replies:
             if reply.error:
                 continue
             question = reply.question
             go_on = vllm_going_on(self._http, self.model, ignore_eos=not question.ends_early)
             try:
-                verdict = await judge(
-                    reply, self.references[question], go_on, TIE_NATS[self.plan.dtype]
-                )
+                verdict = await judge(reply, self.references[question], go_on, self.seen.tie_nats)
             except BenchmarkError as error:  # what cannot be compared is not explained
                 say(str(error))
                 verdict = Verdict(Kind.UNEXPLAINED)
-            self.verdicts.append((reply, verdict))
-
-    # --- the report -------------------------------------------------------
-
-    def detections_s(self) -> list[float]:
-        """From each SIGSTOP to the moment at which the engine was taken for hung."""
-        found = []
-        for fault in self.faults:
-            if not fault.fault.is_kill:
-                seen_s = [
-                    event["at_s"]
-                    for event in self.breaker_events.values()
-                    if event["breaker"] == fault.replica_id
-                    and event["event"] == "open"
-                    and event["at_s"] >= fault.at_s
-                ]
-                found.append(min(seen_s, default=float("inf")) - fault.at_s)
-        return found
-
-    def fill(self, report: Report) -> None:
-        """Judge what came back."""
-        for fault in Fault:
-            own = [each for each in self.faults if each.fault is fault]
-            if own:
-                recoveries_s = [(each.recovered_s or 0.0) - each.at_s for each in own]
-                report.row(
-                    "faults",
-                    fault=fault.value,
-                    times=len(own),
-                    of_these_the_last_engine=sum(each.is_last for each in own),
-                    streams_hit=sum(each.num_streams for each in own),
-                    until_both_work_again_mean_s=sum(recoveries_s) / len(own),
-                    longest_s=max(recoveries_s),
-                )
-        self._fill_replies(report)
-        self._fill_seams(report)
-        self._fill_state(report)
-
-    def _fill_replies(self, report: Report) -> None:
-        tie = TIE_NATS[self.plan.dtype]
-        wrong = [fault for reply in self.replies if (fault := reply.fault())]
-        kinds = Counter(verdict.kind for _, verdict in self.verdicts)
-        streamed = sum(reply.question.is_streamed for reply in self.replies)
-        report.row(
-            "replies",
-            sent=len(self.replies),
-            streamed=streamed,
-            failed=len(wrong),
-            **{kind.name.lower(): kinds[kind] for kind in Kind},
-        )
-        for reply, verdict in self.verdicts:
-            if verdict.kind is not Kind.EQUAL:
-                report.row(
-                    "replies unlike the undisturbed ones",
-                    question=reply.question.text[-50:],
-                    judged=verdict.kind.name.lower(),
-                    first_difference=verdict.first_difference,
-                    of_tokens=len(reply.token_ids),
-                    gap_there_nats=verdict.gap,
-                    further_ties=verdict.num_ties,
-                )
-        report.target("streamed requests", streamed, ">= 200")
-        report.target("failed requests", len(wrong), "== 0")
-        report.target("replies that differ, unexplained", kinds[Kind.UNEXPLAINED], "== 0")
-        report.note(
-            f"A near tie: up to the first difference the tokens are those of the undisturbed "
-            f"reply; there vLLM gives both at most {tie} nats less than its first choice; and "
-            f"from the reply's own tokens it goes on as the reply does. Of "
-            f"{len(self.references)} undisturbed replies {self.num_undisturbed_different} "
-            f"differed when asked for once more."
-        )
-        for fault, count in Counter(wrong).items():
-            report.note(f"Wrong {count} times: {fault}")
-
-    def _fill_seams(self, report: Report) -> None:
-        last_s = [fault.at_s for fault in self.faults if fault.is_last]
-        without = [reply for reply in self.replies if _waited_through(reply, last_s)]
-        groups = {
-            "a kill, another engine at work": (
-                [each for each in self.replies if each not in without],
-                [each.at_s for each in self.faults if each.fault.is_kill and not each.is_last],
-            ),
-            "a hang, another engine at work": (
-                [each for each in self.replies if each not in without],
-                [each.at_s for each in self.faults if not each.fault.is_kill],
-            ),
-            "a kill of the last engine": (without, [each.at_s for each in self.faults]),
-        }
-        for name, (replies, times_s) in groups.items():
-            extra_s = seam_gaps_s(replies, times_s, _SEAM_STARTS_WITHIN_S)
-            if extra_s:
-                report.row(
-                    "extra delay at the seam as the client sees it, s",
-                    after=name,
-                    replies=len(extra_s),
-                    p50=percentile(extra_s, 50),
-                    p99=percentile(extra_s, 99),
-                    max=extra_s[-1],
-                )
-        num_resumed, mean_s = self.resumed
-        report.row(
-            "begun replies that went on elsewhere, as the gateway counts them",
-            resumptions=num_resumed,
-            mean_delay_s=mean_s,
-        )
-        detections_s = self.detections_s()
-        if detections_s:
-            report.row(
-                "from SIGSTOP to the engine being left, s",
-                hangs=len(detections_s),
-                mean=sum(detections_s) / len(detections_s),
-                max=max(detections_s),
-            )
-            report.target(
-                "slowest detection of a hang, s", max(detections_s), f"<= {_DETECTION_TARGET_S:g}"
-            )
-
-    def _fill_state(self, report: Report) -> None:
-        state = self.after
-        events = sorted(self.breaker_events.values(), key=lambda event: event["at_s"])
-        num_half_open, wrong_probes = probe_faults(events)
-        outcomes = {
-            name: count - self.before["outcomes"].get(name, 0)
-            for name, count in state["outcomes"].items()
-            if count - self.before["outcomes"].get(name, 0)
-        }
-        kinds = Counter(event["event"] for event in events)
-        report.row(
-            "breakers and outcomes",
-            opened=kinds["open"],
-            half_open_with_a_probe=num_half_open,
-            probes=kinds["probe"],
-            closed_again=kinds["closed"],
-            outcomes=str(outcomes),
-            retries_and_resumptions=state["retries"]["num_made"]
-            - self.before["retries"]["num_made"],
-        )
-        num_left = state["num_open_requests"] + state["num_placed"] + state["num_record_bytes"]
-        num_left += sum(replica["ledger"]["num_open"] for replica in state["replicas"].values())
-        kills = sum(fault.fault.is_kill for fault in self.faults)
-        report.target("kills", kills, ">= 10")
-        report.target("hangs", len(self.faults) - kills, ">= 3")
-        report.target("breakers closed again by a probe", kinds["closed"], ">= 3")
-        report.target("probes beyond one per half-open", len(wrong_probes), "== 0")
-        report.target("breakers not closed at the end", self._num_not_closed(), "== 0")
-        report.target("requests and bookings left over", num_left, "== 0")
-        num_missing = len(self.replies) - sum(outcomes.values())
-        report.target("requests without exactly one outcome", abs(num_missing), "== 0")
-        for sentence in wrong_probes:
-            report.note(f"Probes: {sentence}")
-
-    def _num_not_closed(self) -> int:
-        replicas = self.after["replicas"].values()
-        return sum(replica["breaker"]["state"] != "closed" for replica in replicas)
-
-
-def _waited_through(reply: Reply, times_s: list[float]) -> bool:
-    """Whether the reply stood still for a second or more across one of these moments."""
-    return any(
-        before <= time_s + 0.5 and time_s + 1.5 <= after
-        for before, after in itertools.pairwise(reply.times_s)
-        for time_s in times_s
-    )
+            self.seen.verdicts.append((reply, verdict))
 
 
 async def run(plan: Plan) -> Report:
@@ -445,9 +272,9 @@ async def run(plan: Plan) -> Report:
             chaos = Chaos(plan, subject, http, model)
             started_s = time.monotonic()
             await chaos.run()
-        say(f"{len(chaos.replies)} replies in {time.monotonic() - started_s:.0f} s")
-    chaos.fill(report)
-    outlived = [title for fault in chaos.faults for title in fault.outlived]
+        say(f"{len(chaos.seen.replies)} replies in {time.monotonic() - started_s:.0f} s")
+    fill(report, chaos.seen)
+    outlived = [title for fault in chaos.seen.faults for title in fault.outlived]
     report.target("processes left over", len(outlived) + len(subject.killed), "== 0")
     for title in (*outlived, *subject.killed):
         report.note(f"Left over: {title}")
