@@ -123,24 +123,17 @@ class Comparison:
         await subject.switch(policy)
         asks = self.mix.arrivals(rate, plan.warm_up_s + plan.duration_s, f"{plan.seed} {repeat}")
         num_warm_up = sum(ask.offset_s < plan.warm_up_s for ask in asks)
+        warm_up, asks = asks[:num_warm_up], asks[num_warm_up:]
         salt = f"{plan.seed} {repeat} {policy}"
-        if num_warm_up:
-            _, num_cached_before = await subject.prompt_tokens()
-            await self._send(asks[:num_warm_up], salt)
-            _, num_cached = await subject.prompt_tokens()
-            self.figures[policy]["warm_up_hit_tokens"].append(num_cached - num_cached_before)
-            asks = asks[num_warm_up:]
+        _, num_cached_at_first = await subject.prompt_tokens()
+        if warm_up:
+            await self._send(warm_up, salt)
         num_prompt_before, num_cached_before = await subject.prompt_tokens()
+        if warm_up:
+            num_hits = num_cached_before - num_cached_at_first
+            self.figures[policy]["warm_up_hit_tokens"].append(num_hits)
         watch = HoldWatch(subject)
-        looking = asyncio.create_task(watch.look())
-        start_s = time.perf_counter()
-        try:
-            records = await self._send(asks, salt)
-            span_s = time.perf_counter() - start_s
-        finally:
-            looking.cancel()
-            with contextlib.suppress(asyncio.CancelledError, BenchmarkError):
-                await looking
+        records, span_s = await self._send_watched(asks, salt, watch)
         samples = [
             Sample.of(repeat, policy, ask, record)
             for ask, record in zip(asks, records, strict=True)
@@ -164,6 +157,19 @@ class Comparison:
             if value is not None:
                 self.figures[policy][name].append(value)
         self._say(policy, samples)
+
+    async def _send_watched(
+        self, asks: Sequence[Ask], salt: str, watch: HoldWatch
+    ) -> tuple[list[Record], float]:
+        """Send them with an eye on the hold queue; return also how long it took, seconds."""
+        looking = asyncio.create_task(watch.look())
+        start_s = time.perf_counter()
+        try:
+            return await self._send(asks, salt), time.perf_counter() - start_s
+        finally:
+            looking.cancel()
+            with contextlib.suppress(asyncio.CancelledError, BenchmarkError):
+                await looking
 
     async def _send(self, asks: Sequence[Ask], salt: str) -> list[Record]:
         """Send them at their times, the first of them at once, and wait until all is idle."""

@@ -87,8 +87,8 @@ class StepProbe:
                 for _ in range(self._num_engines)
             ]
             while not all(record.num_events for record in kept):
-                if any(record.error for record in kept):
-                    raise BenchmarkError(f"an engine refused a request: {kept[0].error}")
+                if errors := [record.error for record in kept if record.error]:
+                    raise BenchmarkError(f"an engine refused a request: {errors[0]}")
                 await asyncio.sleep(0.005)
             begin_s = time.monotonic()
             for _ in range(_NUM_REPEATS):
