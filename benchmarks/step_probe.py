@@ -5,6 +5,7 @@ import itertools
 import json
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from benchmarks.client import Call, Client
 from benchmarks.subjects import BenchmarkError
@@ -56,11 +57,11 @@ class StepProbe:
             ):
                 for num_busy in sorted({1, self._num_engines}):
                     name = f"{num_busy} decoding {batch} × {context} tokens"
-                    jobs.append((name, lambda b=batch, c=context, n=num_busy: self.decode(b, c, n)))
+                    jobs.append((name, partial(self.decode, batch, context, num_busy)))
                 batch *= 4
         sizes = [size for size in (1 << power for power in range(4, 20)) if size <= budget]
         jobs += [
-            (f"prefilling {size} tokens", lambda size=size: self._prefill(size))
+            (f"prefilling {size} tokens", partial(self._prefill, size))
             for size in [*sizes, longest]
         ]
         return jobs
