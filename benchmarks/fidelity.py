@@ -4,18 +4,17 @@
 what was measured last. Real runs go through everything that users go through: HTTP, the
 gateway, the stream, vLLM. The simulation knows the profile of one engine, which
 `headway profile` measured: alone, and how much longer steps take while the other engine
-steps too. One number more is measured before the runs: how long a request is under way
-outside of any step, by short prompts that come one at a time. Nothing is fitted to what is judged.
+steps too, and how long a request is under way outside of any step. Nothing is fitted to
+what is judged.
 """
 
 import argparse
 import csv
 import itertools
 import json
-import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,7 +31,6 @@ from benchmarks.profile import Profile
 from benchmarks.real_engines import RealEngines
 from benchmarks.report import RESULTS, Report
 from benchmarks.runner import run_to_the_end
-from benchmarks.simulator import Network
 from benchmarks.sweep import Fleet, simulate
 from benchmarks.sweep import capacity as simulated_capacity
 from benchmarks.variant import OURS
@@ -49,7 +47,6 @@ _NUM_SIMULATIONS = 15
 # are enough requests for a percentile.
 _MIX = Mix(long_tokens=(200, 600))
 _TEMPLATE_TOKENS = 30  # of SmolLM2's chats, about: measured with each run
-_NUM_SINGLE = 25  # short prompts that come alone
 _TARGETS = {"ttft_p50_s": 0.15, "ttft_p90_s": 0.15, "ttft_p99_s": 0.30, "tokens_per_s": 0.15}
 
 console = Console(highlight=False)
@@ -77,7 +74,6 @@ async def measure(
         model = await subject.model()
         await subject.switch(OURS)
         await _send(subject, mix, model, 0.5 * capacity, 15.0, f"{seeds[0]} warm-up")
-        single = await _send_singly(subject, mix, model, f"{seeds[0]} single")
         for seed, load in itertools.product(seeds, loads):
             rate = load * capacity
             num_prompt_before, _ = await subject.prompt_tokens()
@@ -97,7 +93,7 @@ async def measure(
             )
             console.print(f"seed {seed}, {load:.0%}: {len(samples)} requests")
         infos = [each["info"] for each in (await subject.state())["replicas"].values()]
-    return found, {"model": model, "engines": infos, "runs": runs, "single": single}
+    return found, {"model": model, "engines": infos, "runs": runs}
 
 
 async def _send(
@@ -113,30 +109,6 @@ async def _send(
     return [Sample.of(0, OURS, ask, record) for ask, record in zip(asks, records, strict=True)]
 
 
-async def _send_singly(
-    subject: RealEngines, mix: Mix, model: str, seed: str
-) -> list[dict[str, float]]:
-    """Send short prompts, each when the one before has ended; return sizes and times."""
-    shorts = (ask for ask in mix.asks(seed) if ask.kind == "short")
-    found = []
-    async with Client(subject.urls) as client:
-        await client.connect(1)
-        for ask in itertools.islice(shorts, _NUM_SINGLE):
-            record = client.send(mix.call(ask, model, seed))
-            await client.wait(_TIMEOUT_S)
-            found.append({"num_text_tokens": ask.num_text_tokens, "ttft_s": record.ttft_s})
-    return found
-
-
-def path_s(single: Sequence[Mapping[str, float]], profile: Profile, template_tokens: int) -> float:
-    """Return the median time to first token of prompts that came alone, less their step."""
-    rests_s = []
-    for each in single:
-        num_tokens = round(each["num_text_tokens"]) + template_tokens
-        rests_s.append(each["ttft_s"] - profile.step_s(num_tokens, 0, 0, num_tokens**2 / 2))
-    return max(0.0, statistics.median(rests_s))
-
-
 def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) -> Report:
     """Return the report that holds the simulation against what was measured."""
     template_tokens = round(sum(run["template_tokens"] for run in runs["runs"]) / len(runs["runs"]))
@@ -145,15 +117,13 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
     samples: dict[int, dict[float, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for each in measured:
         samples[each.seed][each.load].append(each.sample)
-    on_the_way_s = path_s(runs["single"], profile, template_tokens)
-    fleet = Fleet(profile, NUM_ENGINES, network=Network(submit_s=on_the_way_s))
+    fleet = Fleet(profile, NUM_ENGINES)
     config = {
         "profile": profile.model_dump(),
         "num_engines": NUM_ENGINES,
         "policy": OURS,
         "template_tokens": template_tokens,
         "num_simulations": _NUM_SIMULATIONS,
-        "path_s": on_the_way_s,
         "seeds": seeds,
         "mix": asdict(_MIX),
         **runs,
@@ -191,9 +161,9 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
                 f"<= {tolerance}",
             )
     report.note(
-        f"Requests are {1e3 * on_the_way_s:.0f} ms under way outside of any step, measured on "
-        f"{len(runs['single'])} that came alone; steps take {profile.contention:.0%} longer while "
-        "the other engine steps too, measured with the profile. Nothing was fitted to these runs."
+        f"As measured with the profile, requests are {1e3 * profile.path_s:.0f} ms under way "
+        f"outside of any step, and steps take {profile.contention:.0%} longer while the other "
+        "engine steps too. Nothing was fitted to these runs."
     )
     report.note(
         "Simulated: the median of as many runs as `num_simulations`, which differ in the noise of "
@@ -259,7 +229,7 @@ def _write(measured: Sequence[Measured], runs: dict[str, Any], append: bool) -> 
             writer.writerow(row | asdict(each.sample))
     if append:
         former = json.loads(SURROUNDINGS.read_text())
-        runs = {**runs, **{key: former[key] + runs[key] for key in ("runs", "single")}}
+        runs = {**runs, "runs": former["runs"] + runs["runs"]}
     SURROUNDINGS.write_text(json.dumps(runs, indent=1) + "\n")
 
 

@@ -2,9 +2,10 @@
 
 import datetime
 import platform
+import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ async def measure(args: Mapping[str, Any], plan: Plan, name: str, console: Conso
             since_s = time.monotonic()
             await _carry_out(probe, console)
         logs = _logs(Path(folder))
-    found = logged_steps.steps(logs, since_s, probe.prefills_s)
+    found = logged_steps.steps(logs, since_s, probe.prefills_s, overlap=info.async_scheduling)
     fitted, error = fit(found, _blank(name, info, start_s), has_outliers=True)
     where = f"{info.engine} on {info.device}, Python {platform.python_version()}"
     source = (
@@ -85,8 +86,27 @@ async def measure(args: Mapping[str, Any], plan: Plan, name: str, console: Conso
         f"{num_engines} engines behind the gateway, fitted to {error:.1%} (root mean square), "
         "which stands for their noise."
     )
-    values = {"source": source, "noise": round(min(error, _MAX_NOISE), 4)}
+    path_s = _path_s(probe.firsts, fitted, 1.0 + fitted.contention * (num_engines > 1))
+    values = {
+        "source": source,
+        "noise": round(min(error, _MAX_NOISE), 4),
+        "path_s": float(f"{path_s:.4g}"),
+    }
     return fitted.model_copy(update=values)
+
+
+def _path_s(firsts: Sequence[tuple[int, float]], profile: Profile, slowness: float) -> float:
+    """Return what first tokens took besides steps, seconds, the median.
+
+    A prompt came in the middle of a step of the sequence that decoded beside it, at any time
+    of it, and was prefilled in the next one.
+    """
+    waited_s = profile.step_s(0, 1, 0, 0.0) / 2
+    rests_s = [
+        ttft_s - slowness * (waited_s + profile.step_s(num_tokens, 1, 0, num_tokens**2 / 2))
+        for num_tokens, ttft_s in firsts
+    ]
+    return max(0.0, statistics.median(rests_s))
 
 
 def _logs(folder: Path) -> list[list[LoggedStep]]:
@@ -134,6 +154,6 @@ def run(args: Mapping[str, Any], plan: Plan, output: Path, console: Console) -> 
     """Measure, write `output` and tell what came out."""
     profile = run_to_the_end(lambda: measure(args, plan, output.stem, console))
     profile.save(output)
-    for name in (*TERMS, "noise", "contention"):
+    for name in (*TERMS, "noise", "contention", "path_s"):
         console.print(f"{name:20} {getattr(profile, name):.4g}")
     console.print(f"Written: {output}")

@@ -47,6 +47,12 @@ class Profile(BaseModel):
     num_kv_tokens: int = Field(ge=1, description="capacity of the KV cache")
     block_size: int = Field(16, ge=1, description="tokens per KV block")
     start_s: float = Field(60.0, ge=0, description="from start to ready")
+    path_s: float = Field(
+        0.0005,  # loopback, measured
+        ge=0,
+        description="of a request's time to first token, what is spent outside of any step: on "
+        "its way there and back",
+    )
 
     base_s: float = Field(ge=0, description="of every step")
     s_per_token: float = Field(ge=0, description="of each token in it")

@@ -24,7 +24,10 @@ _FIRST_CONTENTION = 0.1  # where the search begins
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step that was measured: what it computed and how long it took."""
+    """One step that was measured: what it computed and how long it took.
+
+    Or several of which only the sum is known, as are their sums.
+    """
 
     num_prefill_tokens: int
     num_decode_reqs: int
@@ -32,6 +35,7 @@ class Step:
     num_prefill_pairs: float  # as in `Profile.step_s`
     step_s: float
     share_beside: float = 0.0  # of its time, in which the machine's other engines stepped too
+    num_steps: int = 1
 
 
 def fit(
@@ -56,11 +60,12 @@ def fit(
             [step.num_prefill_pairs for step in steps],
         ]
     )
-    linear = np.column_stack([np.ones(len(steps)), num_tokens, additive])
+    num_steps = np.array([step.num_steps for step in steps], float)
+    linear = np.column_stack([num_steps, num_tokens, additive])
     # Columns of one size: seconds per pair are 10 orders below seconds per step.
     scale = np.maximum((linear / step_s[:, None]).max(axis=0), 1e-30)
     start = lsq_linear(linear / step_s[:, None] / scale, np.ones(len(steps)), (0, np.inf)).x
-    scale = np.append(scale, 1.0 / step_s.min())
+    scale = np.append(scale, (num_steps / step_s).max())
 
     beside = np.array([step.share_beside for step in steps])
     has_beside = beside.max() - beside.min() > _MIN_CONTRAST
@@ -68,7 +73,7 @@ def fit(
 
     def residuals(scaled: np.ndarray) -> np.ndarray:
         terms = scaled / scale
-        products_s = np.maximum(terms[5], terms[0] + terms[1] * num_tokens)
+        products_s = np.maximum(terms[5] * num_steps, terms[0] * num_steps + terms[1] * num_tokens)
         slowness = 1.0 + terms[6] * beside if has_beside else 1.0
         return slowness * (products_s + additive @ terms[2:5]) / step_s - 1.0
 

@@ -36,6 +36,8 @@ class StepProbe:
     ) -> None:
         # When prompts were prefilled one at a time in each engine, monotonic seconds.
         self.prefills_s: list[tuple[float, float]] = []
+        # Of those that one step takes: tokens, and seconds to the first one generated.
+        self.firsts: list[tuple[int, float]] = []
         self._urls = urls
         self._info = info
         self._num_engines = num_engines
@@ -92,10 +94,13 @@ class StepProbe:
                     raise BenchmarkError(f"an engine refused a request: {errors[0]}")
                 await asyncio.sleep(0.005)
             begin_s = time.monotonic()
+            records = []
             for _ in range(_NUM_REPEATS):
                 for _ in range(self._num_engines):
-                    client.send(self._call(num_tokens, 1))
+                    records.append(client.send(self._call(num_tokens, 1)))
                 await client.wait(_TIMEOUT_S)
+            if num_tokens <= (self._info.max_prefill_chunk or self._info.max_num_batched_tokens):
+                self.firsts += [(num_tokens, record.ttft_s) for record in records]
             self.prefills_s.append((begin_s, time.monotonic()))
         await self._until_idle()
 

@@ -34,7 +34,7 @@ class Fleet:
     profile: Profile
     num_engines: int
     num_gateways: int = 1
-    network: Network | None = None  # unset: loopback
+    network: Network | None = None  # unset: by the profile
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def simulate(
         lambda rng: EngineModel(fleet.profile, rng, paces=True, segment_tokens=segment_tokens),
         fleet.num_engines,
         num_gateways=fleet.num_gateways,
-        network=fleet.network,
+        network=fleet.network or Network(submit_s=fleet.profile.path_s),
         segment_tokens=segment_tokens,
         contention=fleet.profile.contention,
         seed=seed,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from router.admission import Opening, opening
+from router.path_time import PathTime
 from router.predict import StepModel
 from router.replica import Kind, Replica
 from router.types import Request
@@ -44,16 +45,18 @@ class Fleet:
     all open and close together.
 
     An engine that has run few steps yet is judged by what others of its kind have
-    learned: by a guess that is far too slow it would never be sent any.
+    learned: by a guess that is far too slow it would never be sent any. What requests take
+    outside of steps is learned of all of a kind.
     """
 
-    __slots__ = ("_novices", "_pools", "_pools_by_name", "_replicas", "_step_models")
+    __slots__ = ("_novices", "_paths", "_pools", "_pools_by_name", "_replicas", "_step_models")
 
     def __init__(self) -> None:
         self._replicas: dict[str, Replica] = {}
         self._pools: dict[frozenset[str], _Pool] = {}
         self._pools_by_name: dict[str, list[_Pool]] = {}
         self._step_models: dict[Kind, StepModel] = {}  # the one that has seen most steps
+        self._paths: dict[Kind, PathTime] = {}
         self._novices: dict[Kind, dict[str, Replica]] = {}  # have run few steps yet, by id
 
     def __len__(self) -> int:
@@ -76,6 +79,7 @@ class Fleet:
         self._novices.setdefault(replica.kind, {})[replica.id] = replica
         if (model := self._step_models.get(replica.kind)) is not None:
             replica.start_from(model)
+        replica.path = self._paths.setdefault(replica.kind, replica.path)
         self.refresh(replica)
 
     def remove(self, replica_id: str) -> Replica | None:

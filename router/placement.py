@@ -34,6 +34,7 @@ class Placement(msgspec.Struct):
     predicted_ttft_s: float
     predicted_tpot_s: float
     permit: int  # of the engine's breaker
+    path_s: float = 0.0  # of the predicted time, what is spent outside of steps
     expects_prompt: bool = False  # the engine has yet to tell of its prompt
     first_token_s: float | None = None  # when it came
     is_under_way: bool = False  # the engine generates; a reply may come all at once for all that
@@ -138,7 +139,8 @@ class Placer:
         replica = self.policy.choose(request, replicas, now_s)
         num_cached_tokens = replica.num_cached_tokens(request)
         num_new_tokens = max(1, request.num_prompt_tokens - num_cached_tokens)
-        predicted_ttft_s = replica.ttft_s(num_new_tokens, now_s, request.turn_s)
+        path_s = replica.path.time_s
+        predicted_ttft_s = replica.ttft_s(num_new_tokens, now_s, request.turn_s) + path_s
         predicted_tpot_s = replica.tpot_s(request.num_sequences)
         booking = replica.book(request, kv_need_tokens(request), now_s, num_cached_tokens)
         if self.policy.wants_blocks:
@@ -153,6 +155,7 @@ class Placer:
             predicted_ttft_s,
             predicted_tpot_s,
             permit,
+            path_s,
             expects_prompt=self.policy.wants_blocks,
         )
         return placement, Dispatch(request.id, replica.id, booking, num_cached_tokens)

@@ -50,8 +50,10 @@ class Predictions:
         )
 
     def on_first_token(self, placement: Placement, now_s: float) -> None:
-        """Compare a first token with its prediction."""
-        self._accuracy["ttft"].add(placement.predicted_ttft_s, now_s - placement.placed_s)
+        """Compare a first token with its prediction, and learn what comes on top of steps."""
+        ttft_s = now_s - placement.placed_s
+        self._accuracy["ttft"].add(placement.predicted_ttft_s, ttft_s)
+        placement.replica.path.learn(ttft_s - (placement.predicted_ttft_s - placement.path_s))
 
     def on_finish(self, placement: Placement, usage: Usage, now_s: float) -> None:
         """Learn from a complete answer how long such answers are, and how fast they come."""

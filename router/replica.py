@@ -7,6 +7,7 @@ from collections.abc import Container, Sequence
 
 from router.breaker import Breaker, BreakerSettings
 from router.ledger import Ledger
+from router.path_time import PathTime
 from router.predict import StepModel
 from router.types import BlockUpdate, EngineInfo, EngineSnapshot, Request
 
@@ -52,6 +53,7 @@ class Replica:
         "num_pending_prefill_tokens",
         "num_sequences",
         "num_step_demand_tokens",
+        "path",
         "predictor",
         "prefill_tokens_per_s",
         "room_tokens",
@@ -77,6 +79,7 @@ class Replica:
         self.snapshot_s = now_s  # when received
         self.ledger = Ledger()
         self.predictor = StepModel()
+        self.path = PathTime()  # outside of its steps
         self._blocks: set[int] = set()  # KV blocks in its prefix cache, by hash
         self._block_position = 0  # changes to them that we know of
         # Text blocks of prompts sent here of which the engine has not told us yet, counted.
@@ -310,6 +313,7 @@ class Replica:
                 "token_s": self.predictor.token_s,
                 "decode_s": self.predictor.decode_s,
             },
+            "path_s": self.path.time_s,
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
             "ttft_s": self.ttft_s(1, now_s),  # of the shortest prompt
         }

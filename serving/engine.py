@@ -44,7 +44,7 @@ class Engine(Protocol):
         ...
 
     def forget(self, account: Account) -> None:
-        """This request has ended, whichever way."""
+        """This request has ended, whichever way: nothing more is computed for it."""
         ...
 
     @property
@@ -73,6 +73,7 @@ class VllmEngine:
         self.snapshot = monitor.snapshot
         self._monitor = monitor
         self._replayer = replayer
+        self._aborts: set[asyncio.Task[None]] = set()  # kept until they are done
 
     @classmethod
     async def start(cls, config: Config, plan: Plan, local_rank: int) -> "VllmEngine":
@@ -147,6 +148,7 @@ class VllmEngine:
             max_num_seqs=scheduler.max_num_seqs,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
             max_prefill_chunk=scheduler.long_prefill_token_threshold,
+            async_scheduling=bool(scheduler.async_scheduling),
             num_kv_tokens=monitor.num_kv_tokens,
             block_size=vllm_config.cache_config.block_size,
             device=plan.device_name,
@@ -155,8 +157,14 @@ class VllmEngine:
         return cls(llm, app, monitor, replayer, info)
 
     def forget(self, account: Account) -> None:
-        self._monitor.forget(account)
+        left = self._monitor.forget(account)
         self._replayer.forget(account)
+        if left and not self.dead:
+            # vLLM aborts what nobody listens to when its generator is closed. One whose response
+            # ended with an exception waits for that until the garbage collector comes by.
+            task = asyncio.get_running_loop().create_task(self._llm.abort(left, internal=True))
+            self._aborts.add(task)
+            task.add_done_callback(self._aborts.discard)
 
     @property
     def dead(self) -> bool:
@@ -190,13 +198,13 @@ async def _warm_up(llm: Any) -> None:
     """Have vLLM compile what it compiles at the first draw and the first log probability.
 
     It takes seconds in the middle of a step, in which an engine would be taken for hung.
-    One sequence, several, and drawing from the likeliest alone are compiled apart.
+    One sequence, several, and drawing from the likeliest alone, by number, share or both, are
+    compiled apart.
     """
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-    for number, (num_sequences, top_k, top_p) in enumerate(
-        [(1, 0, 1.0), (4, 0, 1.0), (1, 20, 0.9)]
-    ):
+    kinds = [(1, 0, 1.0), (4, 0, 1.0), (1, 20, 0.9), (1, 20, 1.0), (1, 0, 0.9)]
+    for number, (num_sequences, top_k, top_p) in enumerate(kinds):
         params = SamplingParams(
             n=num_sequences,
             temperature=1.0,

@@ -18,10 +18,12 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.utils import compute_iteration_details
 
 PENDING = "headway_pending_prefill"  # {request id: tokens to compute}
 PROMPTS = "headway_prompts"  # {request id: hashes of its prompt's whole blocks}
 ENDED = "headway_step_ended"  # by the clock of the engine core, seconds
+NEXT = "headway_next_step"  # launched before this one ended: tokens prefilled, sequences decoding
 BLOCKS = "headway_blocks"  # [(hashes stored, hashes removed) | None = all cleared]
 
 
@@ -29,6 +31,7 @@ class _Reports:
     """Mixin: attaches to each step's stats what the gateway routes by."""
 
     running: list[Request]
+    overlaps = False  # whether a step is launched before the one before has ended
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -79,6 +82,8 @@ class _Reports:
             else:
                 del self._preempted[request_id]
         reports: dict[str, Any] = {PENDING: pending, ENDED: time.monotonic()}
+        if self.overlaps:
+            reports[NEXT] = _composition(self._in_flight[0]) if self._in_flight else (0, 0)
         if self._new:
             reports[PROMPTS] = {
                 request.request_id: [
@@ -92,6 +97,12 @@ class _Reports:
             self._events.changes = []
         stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), **reports}
         return stats
+
+
+def _composition(step: SchedulerOutput) -> tuple[int, int]:
+    """Return what a step computes: tokens prefilled, sequences decoding."""
+    details = compute_iteration_details(step)
+    return details.num_ctx_tokens, details.num_generation_requests
 
 
 class _EventCollector:
@@ -204,3 +215,5 @@ class HeadwayScheduler(_Paces, _Reports, _Withdraws, Scheduler):
 
 class HeadwayAsyncScheduler(_Paces, _Reports, _Withdraws, AsyncScheduler):
     """For engines with async scheduling (CUDA)."""
+
+    overlaps = True

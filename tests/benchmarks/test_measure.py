@@ -48,6 +48,7 @@ async def test_finds_what_the_engines_were_made_of(tmp_path: Path) -> None:
     assert "2 engines" in profile.source
     assert profile.noise == pytest.approx(0.02, rel=0.3)
     assert profile.contention < 0.05
+    assert 0.0 < profile.path_s < 0.1
     for sizes in ((0, 1, 100, 0.0), (0, 16, 4000, 0.0), (256, 1, 100, 32_768.0)):
         assert profile.step_s(*sizes) == pytest.approx(truth.step_s(*sizes), rel=0.05)
 
@@ -79,6 +80,24 @@ def test_steps_of_a_log() -> None:
     assert [each.share_beside for each in found[:3]] == [1.0, pytest.approx(1 / 3), 0.0]
     assert [each.num_prefill_tokens for each in steps([log], 0.0, [])] == [0]
     assert len(steps([log], 12.0, [(9.0, 14.0)])) == 2
+
+
+def test_steps_that_overlap_are_one_per_prompt() -> None:
+    """The same prompt where its time and tokens are partly in the step before it."""
+    decodes = {"num_running_reqs": 1, "num_decoding_reqs": 1, "num_decode_context_tokens": 50}
+    both = {**decodes, "num_running_reqs": 2}
+    log = [
+        logged(10.0, 1, 100, 1.0, step_num_decode_reqs=1, **decodes),
+        logged(11.5, 2, 100, 1.5, step_num_decode_reqs=1, step_num_prefill_tokens=100, **both),
+        logged(13.5, 3, 300, 2.0, step_num_decode_reqs=1, step_num_prefill_tokens=150, **both),
+        logged(14.0, 4, 400, 0.5, step_num_decode_reqs=1, step_num_prefill_tokens=50, **decodes),
+        logged(15.0, 5, 400, 1.0, step_num_decode_reqs=1, **decodes),
+    ]
+    prompt, decode = steps([log], 0.0, [(9.0, 16.0)], overlap=True)
+    assert (prompt.num_steps, prompt.num_prefill_tokens, prompt.step_s) == (3, 300, 4.0)
+    assert (prompt.num_decode_reqs, prompt.num_decode_context_tokens) == (3, 150)
+    assert prompt.num_prefill_pairs == 300**2 / 2
+    assert (decode.num_steps, decode.num_prefill_tokens, decode.step_s) == (1, 0, 1.0)
 
 
 def test_steps_of_which_not_all_is_known() -> None:

@@ -50,6 +50,23 @@ def test_finds_the_terms_behind_noisy_steps(floor_s: float) -> None:
         assert getattr(fitted, name) == pytest.approx(getattr(truth, name), rel=0.15), name
 
 
+def test_finds_the_terms_behind_sums_of_steps() -> None:
+    """A prompt's steps, of which only the whole is known, among single ones that decode."""
+    truth = make_profile(base_s=0.006, s_per_token=2e-5, s_per_context_token=4e-8)
+    rng = random.Random(2)
+    steps = []
+    for _ in range(200):
+        num_steps, num_tokens = rng.choice([(2, 512), (5, 4096), (9, 8192), (1, 0)])
+        num_decodes, context = num_steps * rng.choice([1, 16]), num_steps * rng.choice([100, 4000])
+        step_s = truth.base_s * num_steps + truth.s_per_token * (num_tokens + num_decodes)
+        step_s = (step_s + truth.s_per_context_token * context) * rng.gauss(1.0, 0.02)
+        steps.append(Step(num_tokens, num_decodes, context, 0.0, step_s, num_steps=num_steps))
+    fitted, error = fit(steps, make_profile())
+    assert error == pytest.approx(0.02, rel=0.2)
+    for name in ("base_s", "s_per_token"):
+        assert getattr(fitted, name) == pytest.approx(getattr(truth, name), rel=0.05), name
+
+
 def test_finds_what_neighbours_cost() -> None:
     truth = make_profile(base_s=0.002, s_per_token=2e-5, s_per_context_token=4e-8)
     rng = random.Random(1)

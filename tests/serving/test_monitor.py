@@ -23,3 +23,28 @@ def test_a_step_lasts_by_the_cores_clock() -> None:
         monitor.record(stats, None)
         times_s.append(monitor.step_s)
     assert times_s == pytest.approx([0.0, 0.006, 0.007])
+
+
+def test_a_step_that_overlaps_the_next_has_half_of_eithers_tokens() -> None:
+    """Two that decode, then a prompt of 256 beside them: its time is in two records, anyhow."""
+    from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
+
+    from serving.monitor import EngineMonitor
+    from serving.scheduler import ENDED, NEXT
+
+    scheduler = SimpleNamespace(long_prefill_token_threshold=64, max_num_batched_tokens=512)
+    monitor = EngineMonitor(SimpleNamespace(scheduler_config=scheduler))
+    found = []
+    for ended_s, own, following in [
+        (100.000, (0, 2), (0, 2)),
+        (100.015, (0, 2), (256, 2)),
+        (100.018, (256, 2), (0, 3)),
+        (100.024, (0, 3), (0, 0)),
+    ]:
+        stats = SchedulerStats(
+            num_running_reqs=1, kv_connector_stats={ENDED: ended_s, NEXT: following}
+        )
+        stats.iteration_details = SchedulerIterationDetails(1, own[0], 0, own[1], own[1], 0.0)
+        monitor.record(stats, None)
+        found.append((monitor.step_num_prefill_tokens, monitor.step_num_decode_reqs))
+    assert found[1:] == [(128, 2), (128, 3), (0, 2)]

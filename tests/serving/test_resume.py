@@ -7,6 +7,8 @@ it can be connected to again, under another name.
 """
 
 import asyncio
+import contextlib
+import gc
 import itertools
 import json
 
@@ -308,6 +310,37 @@ async def test_a_resumed_request_is_counted_once(pair):
     finally:
         pair.gateway.metrics.finished = settle
     assert [usage.num_output_tokens for usage in finished] == [40]
+
+
+async def test_nothing_is_computed_for_who_hung_up_with_a_token_on_its_way(pair):
+    """In the same turn of the loop; vLLM's own abort would come with the garbage collector."""
+    live = pair.engine._llm.output_processor.request_states
+    monitor = pair.engine._monitor
+    on_step, num_steps = monitor._on_step, 0
+
+    def step_and_hang_up() -> None:
+        nonlocal num_steps
+        on_step()
+        num_steps += 1
+        if num_steps == 5:
+            for port in pair.ports.values():
+                for connection in port._connections:
+                    for stream in list(connection._streams.values()):
+                        stream.cancel()
+
+    gc.collect()
+    gc.disable()
+    monitor._on_step = step_and_hang_up
+    try:
+        body = request(COMPLETIONS, {"prompt": PROMPT, "max_tokens": 900})
+        with contextlib.suppress(httpx.HTTPError):
+            await pair.ask(COMPLETIONS, body)
+        async with asyncio.timeout(2):
+            while live:
+                await asyncio.sleep(0.01)
+    finally:
+        monitor._on_step = on_step
+        gc.enable()
 
 
 async def test_several_prompts_in_one_request_are_answered_from_the_start(pair):
