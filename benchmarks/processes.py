@@ -59,11 +59,12 @@ class Launch:
         self._mark = uuid.uuid4().hex
         self._log = log
         self._known: dict[psutil.Process, str] = {}
+        path = os.pathsep.join(filter(None, (str(cwd), os.environ.get("PYTHONPATH"))))
         with log.open("wb") as output:
             self._first = subprocess.Popen(
                 command,
                 cwd=cwd,
-                env={**os.environ, _MARK: self._mark, "PYTHONPATH": str(cwd)},
+                env={**os.environ, _MARK: self._mark, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
