@@ -4,8 +4,9 @@
 what was measured last. Real runs go through everything that users go through: HTTP, the
 gateway, the stream, vLLM. The simulation knows the profile of one engine, which
 `headway profile` measured: alone, and how much longer steps take while the other engine
-steps too, and how long a request is under way outside of any step. Nothing is fitted to
-what is judged.
+steps too, and how long a request is under way outside of any step. How fast the machine is
+at the time is measured from idle before and after each run, by work of known shape. Nothing
+is fitted to what is judged.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from benchmarks.figures import percentile
 from benchmarks.latency import Sample
 from benchmarks.load import open_loop
 from benchmarks.mix import Mix
+from benchmarks.pace_probe import PaceProbe, expected_reply_s
 from benchmarks.profile import Profile
 from benchmarks.real_engines import RealEngines
 from benchmarks.report import RESULTS, Report
@@ -74,6 +76,8 @@ async def measure(
         model = await subject.model()
         await subject.switch(OURS)
         await _send(subject, mix, model, 0.5 * capacity, 15.0, f"{seeds[0]} warm-up")
+        probe = PaceProbe(subject.urls, model, NUM_ENGINES)
+        reply_s = await probe.reply_s()
         for seed, load in itertools.product(seeds, loads):
             rate = load * capacity
             num_prompt_before, _ = await subject.prompt_tokens()
@@ -81,6 +85,8 @@ async def measure(
             num_prompt, _ = await subject.prompt_tokens()
             state = await subject.state()
             num_text = sum(sample.num_text_tokens for sample in samples)
+            await subject.wait_until_idle()
+            before_s, reply_s = reply_s, await probe.reply_s()
             found += [Measured(load, rate, seed, sample) for sample in samples]
             runs.append(
                 {
@@ -89,9 +95,14 @@ async def measure(
                     "seed": seed,
                     "template_tokens": (num_prompt - num_prompt_before - num_text) / len(samples),
                     "step_models": [each["step_model"] for each in state["replicas"].values()],
+                    "probe_before_s": before_s,
+                    "probe_after_s": reply_s,
                 }
             )
-            console.print(f"seed {seed}, {load:.0%}: {len(samples)} requests")
+            console.print(
+                f"seed {seed}, {load:.0%}: {len(samples)} requests; a reply of known shape took "
+                f"{before_s:.2f} s before and {reply_s:.2f} s after"
+            )
         infos = [each["info"] for each in (await subject.state())["replicas"].values()]
     return found, {"model": model, "engines": infos, "runs": runs}
 
@@ -117,7 +128,11 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
     samples: dict[int, dict[float, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for each in measured:
         samples[each.seed][each.load].append(each.sample)
-    fleet = Fleet(profile, NUM_ENGINES)
+    expected_s = expected_reply_s(profile, NUM_ENGINES)
+    slowness = {
+        (run["seed"], run["load"]): (run["probe_before_s"] + run["probe_after_s"]) / 2 / expected_s
+        for run in runs["runs"]
+    }
     config = {
         "profile": profile.model_dump(),
         "num_engines": NUM_ENGINES,
@@ -135,7 +150,12 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
         simulated_runs = [
             _figures_of_all(
                 [
-                    simulated(each, fleet, template_tokens, 1000 * number + seed)
+                    simulated(
+                        each,
+                        Fleet(profile.slowed(slowness[seed, load]), NUM_ENGINES),
+                        template_tokens,
+                        1000 * number + seed,
+                    )
                     for seed, each in zip(seeds, judged, strict=True)
                 ]
             )
@@ -163,7 +183,9 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
     report.note(
         f"As measured with the profile, requests are {1e3 * profile.path_s:.0f} ms under way "
         f"outside of any step, and steps take {profile.contention:.0%} longer while the other "
-        "engine steps too. Nothing was fitted to these runs."
+        "engine steps too. By replies of known shape from idle, before and after each run, the "
+        f"machine took {min(slowness.values()):.2f} to {max(slowness.values()):.2f} times as long "
+        "as the profile says, and steps are simulated so. Nothing was fitted to these runs."
     )
     report.note(
         "Simulated: the median of as many runs as `num_simulations`, which differ in the noise of "
@@ -268,7 +290,7 @@ def main() -> int:
     parser.add_argument("--loads", type=float, nargs="+", default=[0.4, 0.6, 0.8])
     parser.add_argument("--capacity", type=float, help="requests/s; default: by the simulation")
     parser.add_argument("--duration", type=float, default=75.0, help="of arrivals at each load, s")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--append", action="store_true", help="keep what other seeds have shown")
     parser.add_argument("--measure-only", action="store_true")
     parser.add_argument("--judge-only", action="store_true")

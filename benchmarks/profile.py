@@ -109,6 +109,18 @@ class Profile(BaseModel):
             + self.s_per_prefill_pair * num_prefill_pairs
         )
 
+    def slowed(self, factor: float) -> "Profile":
+        """The same engine where every step takes so many times as long."""
+        terms = (
+            "base_s",
+            "s_per_token",
+            "floor_s",
+            "s_per_decode_req",
+            "s_per_context_token",
+            "s_per_prefill_pair",
+        )
+        return self.model_copy(update={name: factor * getattr(self, name) for name in terms})
+
     @classmethod
     def load(cls, name: str | Path) -> "Profile":
         """Read a file, or a profile of this package by its name; raise `ProfileError`.
