@@ -68,7 +68,7 @@ def test_the_very_same_steps(model: Path, priority: bool, chunk: int, num_blocks
             *found, now_s = step(ours, now_s)
             assert tuple(found) == expected, f"seed {seed} at {now_s}"
         num_preemptions += ours.num_preemptions_total
-        num_hits += ours.num_prefix_hits_total
+        num_hits += ours.scheduler.num_prefix_hits_total
     assert num_hits > 0
     if num_blocks == 18:
         assert num_preemptions > 0

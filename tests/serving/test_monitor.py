@@ -44,7 +44,7 @@ def test_a_step_that_overlaps_the_next_has_half_of_eithers_tokens() -> None:
         stats = SchedulerStats(
             num_running_reqs=1, kv_connector_stats={ENDED: ended_s, NEXT: following}
         )
-        stats.iteration_details = SchedulerIterationDetails(1, own[0], 0, own[1], own[1], 0.0)
+        stats.iteration_details = SchedulerIterationDetails(0, 1, own[0], own[1], own[1], 0.0)
         monitor.record(stats, None)
         found.append((monitor.step_num_prefill_tokens, monitor.step_num_decode_reqs))
     assert found[1:] == [(128, 2), (128, 3), (0, 2)]
