@@ -28,7 +28,7 @@ from benchmarks.figures import percentile
 from benchmarks.latency import Sample
 from benchmarks.load import open_loop
 from benchmarks.mix import Mix
-from benchmarks.pace_probe import PaceProbe, expected_reply_s
+from benchmarks.pace_probe import PaceProbe, slowness
 from benchmarks.profile import Profile
 from benchmarks.real_engines import RealEngines
 from benchmarks.report import RESULTS, Report
@@ -128,9 +128,10 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
     samples: dict[int, dict[float, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for each in measured:
         samples[each.seed][each.load].append(each.sample)
-    expected_s = expected_reply_s(profile, NUM_ENGINES)
-    slowness = {
-        (run["seed"], run["load"]): (run["probe_before_s"] + run["probe_after_s"]) / 2 / expected_s
+    paces = {
+        (run["seed"], run["load"]): slowness(
+            profile, NUM_ENGINES, (run["probe_before_s"] + run["probe_after_s"]) / 2
+        )
         for run in runs["runs"]
     }
     config = {
@@ -152,7 +153,7 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
                 [
                     simulated(
                         each,
-                        Fleet(profile.slowed(slowness[seed, load]), NUM_ENGINES),
+                        Fleet(profile.slowed(paces[seed, load]), NUM_ENGINES),
                         template_tokens,
                         1000 * number + seed,
                     )
@@ -184,8 +185,9 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
         f"As measured with the profile, requests are {1e3 * profile.path_s:.0f} ms under way "
         f"outside of any step, and steps take {profile.contention:.0%} longer while the other "
         "engine steps too. By replies of known shape from idle, before and after each run, the "
-        f"machine took {min(slowness.values()):.2f} to {max(slowness.values()):.2f} times as long "
-        "as the profile says, and steps are simulated so. Nothing was fitted to these runs."
+        f"machine took {min(paces.values()):.2f} to {max(paces.values()):.2f} times as long as the "
+        "profile says to read weights and KV cache, and steps are simulated so. Nothing was fitted "
+        "to these runs."
     )
     report.note(
         "Simulated: the median of as many runs as `num_simulations`, which differ in the noise of "

@@ -52,6 +52,14 @@ class PaceProbe:
         return Call("/v1/completions", json.dumps(body).encode(), stream=True)
 
 
+def slowness(profile: Profile, num_engines: int, reply_s: float) -> float:
+    """Return by what the profile is `slowed` while such a reply takes so long."""
+    as_it_is_s, twice_s = (
+        expected_reply_s(profile.slowed(factor), num_engines) for factor in (1.0, 2.0)
+    )
+    return max(0.0, 1.0 + (reply_s - as_it_is_s) / (twice_s - as_it_is_s))
+
+
 def expected_reply_s(profile: Profile, num_engines: int) -> float:
     """Return how long such a reply would take by the profile, seconds."""
     arrivals = [

@@ -110,15 +110,12 @@ class Profile(BaseModel):
         )
 
     def slowed(self, factor: float) -> "Profile":
-        """The same engine where every step takes so many times as long."""
-        terms = (
-            "base_s",
-            "s_per_token",
-            "floor_s",
-            "s_per_decode_req",
-            "s_per_context_token",
-            "s_per_prefill_pair",
-        )
+        """The same engine where reading weights and KV cache takes so many times as long.
+
+        On a shared machine that is what drifts, as others use its memory: what a step takes per
+        prefilled token stayed while the rest grew by a fifth (docs/simulator.md).
+        """
+        terms = ("base_s", "floor_s", "s_per_decode_req", "s_per_context_token")
         return self.model_copy(update={name: factor * getattr(self, name) for name in terms})
 
     @classmethod
