@@ -85,7 +85,6 @@ async def measure(
             num_prompt, _ = await subject.prompt_tokens()
             state = await subject.state()
             num_text = sum(sample.num_text_tokens for sample in samples)
-            await subject.wait_until_idle()
             before_s, reply_s = reply_s, await probe.reply_s()
             found += [Measured(load, rate, seed, sample) for sample in samples]
             runs.append(

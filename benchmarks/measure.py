@@ -86,7 +86,7 @@ async def measure(args: Mapping[str, Any], plan: Plan, name: str, console: Conso
         f"{num_engines} engines behind the gateway, fitted to {error:.1%} (root mean square), "
         "which stands for their noise."
     )
-    path_s = _path_s(probe.firsts, fitted, 1.0 + fitted.contention * (num_engines > 1))
+    path_s = _path_s(probe.firsts, fitted, 1.0 + fitted.contention)
     values = {
         "source": source,
         "noise": round(min(error, _MAX_NOISE), 4),

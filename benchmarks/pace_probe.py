@@ -1,9 +1,7 @@
 """How fast a shared machine is at the moment, by work of known shape: it drifts in minutes."""
 
-import itertools
-import json
-
-from benchmarks.client import Call, Client
+from benchmarks.client import Client
+from benchmarks.known_calls import KnownCalls
 from benchmarks.profile import Profile
 from benchmarks.subjects import BenchmarkError
 from benchmarks.sweep import Fleet, simulate
@@ -14,8 +12,6 @@ _NUM_PROMPT_TOKENS = 256
 _NUM_OUTPUT_TOKENS = 24
 _NUM_ROUNDS = 2
 _TIMEOUT_S = 120.0
-# Token ids to say nothing with: beyond the special ones, within every vocabulary.
-_FIRST_ID, _NUM_IDS = 1000, 20_000
 
 
 class PaceProbe:
@@ -23,33 +19,22 @@ class PaceProbe:
 
     def __init__(self, urls: list[str], model: str, num_engines: int) -> None:
         self._urls = urls
-        self._model = model
         self._num_engines = num_engines
-        self._ids = itertools.count()
+        self._calls = KnownCalls(model)
 
     async def reply_s(self) -> float:
         """Return how long such a reply takes, seconds, the mean; the engines must be idle."""
         records = []
         async with Client(self._urls) as client:
             for _ in range(_NUM_ROUNDS):
-                records += [client.send(self._call()) for _ in range(self._num_engines)]
+                records += [
+                    client.send(self._calls.make(_NUM_PROMPT_TOKENS, _NUM_OUTPUT_TOKENS))
+                    for _ in range(self._num_engines)
+                ]
                 await client.wait(_TIMEOUT_S)
         if errors := [record.error for record in records if not record.completed]:
             raise BenchmarkError(f"a request of known shape failed: {errors[0]}")
         return sum(record.last_s - record.sent_s for record in records) / len(records)
-
-    def _call(self) -> Call:
-        """A prompt that no other shares a block with."""
-        first = next(self._ids) * 7919
-        ids = [_FIRST_ID + (first + each * each) % _NUM_IDS for each in range(_NUM_PROMPT_TOKENS)]
-        body = {
-            "model": self._model,
-            "prompt": ids,
-            "max_tokens": _NUM_OUTPUT_TOKENS,
-            "ignore_eos": True,
-            "stream": True,
-        }
-        return Call("/v1/completions", json.dumps(body).encode(), stream=True)
 
 
 def slowness(profile: Profile, num_engines: int, reply_s: float) -> float:

@@ -1,13 +1,12 @@
 """Work of known shape for a whole service, by which its engines' steps can be measured."""
 
 import asyncio
-import itertools
-import json
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from benchmarks.client import Call, Client
+from benchmarks.client import Client
+from benchmarks.known_calls import KnownCalls
 from benchmarks.subjects import BenchmarkError
 from router.types import EngineInfo
 
@@ -16,8 +15,6 @@ _NUM_REPEATS = 3
 _LARGEST_BATCH = 64
 # A batch whose prompts alone take more steps than this would measure prefill.
 _MAX_PREFILL_STEPS = 16
-# Token ids to say nothing with: beyond the special ones, within every vocabulary.
-_FIRST_ID, _NUM_IDS = 1000, 20_000
 _TIMEOUT_S = 600.0
 
 Job = Callable[[], Awaitable[None]]
@@ -42,7 +39,7 @@ class StepProbe:
         self._info = info
         self._num_engines = num_engines
         self._is_idle = is_idle
-        self._ids = itertools.count()
+        self._calls = KnownCalls(info.model)
 
     def plan(self) -> list[tuple[str, Job]]:
         """Return what there is to measure: each its name, and what has it done."""
@@ -74,7 +71,7 @@ class StepProbe:
             for _ in range(num_requests):
                 for number in range(self._num_engines):
                     num_output_tokens = _NUM_DECODE_STEPS if number < num_busy else 1
-                    client.send(self._call(num_tokens, num_output_tokens))
+                    client.send(self._calls.make(num_tokens, num_output_tokens))
             await client.wait(_TIMEOUT_S)
         await self._until_idle()
 
@@ -86,7 +83,7 @@ class StepProbe:
         """
         async with Client(self._urls) as companions, Client(self._urls) as client:
             kept = [
-                companions.send(self._call(16, self._info.max_model_len - 32))
+                companions.send(self._calls.make(16, self._info.max_model_len - 32))
                 for _ in range(self._num_engines)
             ]
             while not all(record.num_events for record in kept):
@@ -97,7 +94,7 @@ class StepProbe:
             records = []
             for _ in range(_NUM_REPEATS):
                 for _ in range(self._num_engines):
-                    records.append(client.send(self._call(num_tokens, 1)))
+                    records.append(client.send(self._calls.make(num_tokens, 1)))
                 await client.wait(_TIMEOUT_S)
             if num_tokens <= (self._info.max_prefill_chunk or self._info.max_num_batched_tokens):
                 self.firsts += [(num_tokens, record.ttft_s) for record in records]
@@ -107,16 +104,3 @@ class StepProbe:
     async def _until_idle(self) -> None:
         while not await asyncio.to_thread(self._is_idle):
             await asyncio.sleep(0.1)
-
-    def _call(self, num_tokens: int, num_output_tokens: int) -> Call:
-        """A prompt that no other shares a block with."""
-        number = next(self._ids)
-        ids = [_FIRST_ID + (number * 7919 + each * each) % _NUM_IDS for each in range(num_tokens)]
-        body = {
-            "model": self._info.model,
-            "prompt": ids,
-            "max_tokens": num_output_tokens,
-            "ignore_eos": True,
-            "stream": True,
-        }
-        return Call("/v1/completions", json.dumps(body).encode(), stream=True)

@@ -170,10 +170,10 @@ class EngineMonitor(StatLoggerBase):
                     self.step_num_decode_reqs = -(
                         -(details.num_generation_requests + num_decodes) // 2
                     )
-                if details.num_ctx_tokens:
+                if self.step_num_prefill_tokens:
                     keep = 1.0 - _RATE_FORGETTING
                     self._prefill_step_tokens = (
-                        keep * self._prefill_step_tokens + details.num_ctx_tokens
+                        keep * self._prefill_step_tokens + self.step_num_prefill_tokens
                     )
                     self._prefill_step_s = keep * self._prefill_step_s + step_s
         busy = stats.num_running_reqs or stats.num_waiting_reqs or stats.num_skipped_waiting_reqs
