@@ -49,13 +49,22 @@ class Fleet:
     outside of steps is learned of all of a kind.
     """
 
-    __slots__ = ("_novices", "_paths", "_pools", "_pools_by_name", "_replicas", "_step_models")
+    __slots__ = (
+        "_novices",
+        "_num_told_steps",
+        "_paths",
+        "_pools",
+        "_pools_by_name",
+        "_replicas",
+        "_step_models",
+    )
 
     def __init__(self) -> None:
         self._replicas: dict[str, Replica] = {}
         self._pools: dict[frozenset[str], _Pool] = {}
         self._pools_by_name: dict[str, list[_Pool]] = {}
-        self._step_models: dict[Kind, StepModel] = {}  # the one that has seen most steps
+        self._step_models: dict[Kind, StepModel] = {}  # the one that told last
+        self._num_told_steps: dict[Kind, int] = {}  # from how many steps it had learned then
         self._paths: dict[Kind, PathTime] = {}
         self._novices: dict[Kind, dict[str, Replica]] = {}  # have run few steps yet, by id
 
@@ -94,11 +103,15 @@ class Fleet:
         return replica
 
     def learn(self, replica: Replica) -> None:
-        """Tell those of its kind that have run few steps yet what the replica has learned."""
+        """Tell those of its kind that have run few steps yet what the replica has learned.
+
+        If no other has told as much: engines that start together would else all tell all.
+        """
         model = replica.predictor
-        known = self._step_models.get(replica.kind)
-        if known is None or model.num_steps >= known.num_steps:
-            self._step_models[replica.kind] = model
+        if model.num_steps <= self._num_told_steps.get(replica.kind, 0):
+            return
+        self._num_told_steps[replica.kind] = model.num_steps
+        self._step_models[replica.kind] = model
         novices = self._novices[replica.kind]
         for novice in list(novices.values()):
             if novice.predictor.is_warm:

@@ -96,6 +96,24 @@ def test_engines_with_few_steps_are_judged_by_others_of_their_kind():
     assert experienced.ttft_s(100, 9.0) == pytest.approx(own_s, rel=0.01)
 
 
+def test_only_who_has_learned_more_than_was_told_tells():
+    fleet, old, newer, novice = (
+        Fleet(),
+        learned("old"),
+        make_replica("newer"),
+        make_replica("novice"),
+    )
+    newer.receive(stepped(1, 0.1, prefill=100), 0.0)
+    for replica in (old, newer, novice):
+        fleet.add(replica)
+    fleet.learn(newer)
+    assert novice.ttft_s(100, 9.0) == pytest.approx(newer.ttft_s(100, 9.0), rel=0.01)
+    fleet.learn(old)
+    told_s = novice.ttft_s(100, 9.0)
+    fleet.learn(newer)
+    assert novice.ttft_s(100, 9.0) == told_s == pytest.approx(old.ttft_s(100, 9.0))
+
+
 def test_an_engine_that_comes_later_starts_from_what_is_known():
     fleet, late = Fleet(), make_replica("late")
     fleet.add(old := learned("old"))
