@@ -9,6 +9,7 @@ from router.breaker import Breaker, BreakerSettings
 from router.ledger import Ledger
 from router.path_time import PathTime
 from router.predict import StepModel
+from router.recent_prefill import RecentPrefill
 from router.types import BlockUpdate, EngineInfo, EngineSnapshot, Request
 
 # No update continues from here, so only a whole one is taken.
@@ -34,6 +35,7 @@ class Replica:
         "_first_long_turn_s",
         "_is_at_work",
         "_long_turns_s",
+        "_recent_prefill",
         "_rest_tokens",
         "_short_ahead_tokens",
         "_step_end_s",
@@ -79,6 +81,7 @@ class Replica:
         self.snapshot_s = now_s  # when received
         self.ledger = Ledger()
         self.predictor = StepModel()
+        self._recent_prefill = RecentPrefill()
         self.path = PathTime()  # outside of its steps
         self._blocks: set[int] = set()  # KV blocks in its prefix cache, by hash
         self._block_position = 0  # changes to them that we know of
@@ -213,10 +216,14 @@ class Replica:
     def tpot_s(self, num_more: int) -> float:
         """Predicted seconds per output token with so many more sequences decoding here.
 
-        In steps without prefill: what is pending passes, the batch stays.
+        A step without prefill, stretched because of the time that prompts take: they go on
+        coming as they did lately. No longer than if each step were full of them.
         """
         num_decoding = self.snapshot.num_decoding_reqs + self.ledger.num_sequences + num_more
-        return self.predictor.step_s(0, num_decoding)
+        step_s = self.predictor.step_s(0, num_decoding)
+        share = 1.0 - self._recent_prefill.tokens_per_s * self.token_s  # that is left for decoding
+        full_step_s = self.predictor.step_s(self.chunk_tokens, num_decoding)
+        return step_s / share if step_s < share * full_step_s else full_step_s
 
     def step_wait_s(self, now_s: float) -> tuple[float, float]:
         """Seconds since the engine's last sign of progress, and what a step should take.
@@ -249,6 +256,7 @@ class Replica:
         self.snapshot_s = now_s
         self.ledger.acknowledge(snapshot.last_booking)
         self.predictor.learn(snapshot)
+        self._recent_prefill.see(snapshot.num_prefill_tokens_total, now_s)
         self._derive()
         return True
 

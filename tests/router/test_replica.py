@@ -140,6 +140,25 @@ def test_tpot_is_a_step_of_all_that_decode():
     assert replica.tpot_s(1) == pytest.approx(0.1 + 5 * 0.01)
 
 
+@pytest.mark.parametrize(("prefill_tokens_per_s", "tpot_s"), [(250, 0.2), (400, 0.5), (900, 1.1)])
+def test_tpot_allows_for_the_time_that_prompts_take(prefill_tokens_per_s, tpot_s):
+    """A half of it, four fifths, and more than there is: then all steps are full ones."""
+    replica = make_replica()
+    for seq in range(800):
+        total = seq * prefill_tokens_per_s // 10
+        replica.receive(busy(seq, num_decoding_reqs=4, num_prefill_tokens_total=total), 0.1 * seq)
+    predictor = replica.predictor
+    predictor.step_base_s, predictor.decode_s, predictor.token_s = 0.05, 0.01, 0.002
+    replica.token_s, replica.chunk_tokens = 0.002, 500
+    assert replica.tpot_s(1) == pytest.approx(tpot_s, rel=0.1)
+
+
+def test_what_an_engine_prefilled_before_we_met_it_counts_for_nothing():
+    replica = known(make_replica())
+    replica.receive(busy(num_decoding_reqs=4, num_prefill_tokens_total=1 << 40), 0.0)
+    assert replica.tpot_s(1) == pytest.approx(replica.predictor.step_s(0, 5))
+
+
 @given(
     num_sequences=st.integers(1, 50),
     size=st.integers(0, 300),
