@@ -8,6 +8,8 @@ context, which the linear form leaves to forgetting: it follows the contexts of
 the moment (R² of TTFT predicted this way on SmolLM2: 0.97).
 """
 
+import math
+
 from router.types import EngineInfo, EngineSnapshot
 
 # Guesses for an engine that has not reported a step: the middle, on a log scale,
@@ -25,12 +27,13 @@ _PRIOR_WEIGHT = 1e-4
 _MEMORY_STEPS = 512
 _KEEP = 1.0 - 1.0 / _MEMORY_STEPS
 
-# Errors beyond three times the usual absolute error are cut to that. For normal
-# noise (mean absolute error 0.8 sigma) this touches 2 % of the steps; a step
-# that was stretched tenfold by a neighbour then moves nothing much.
-_CLIP = 3.0
+# A step whose error is beyond three times the usual absolute error counts as much less as it
+# is beyond. For normal noise (mean absolute error 0.8 sigma) this touches 2 % of the steps; a
+# step that was stretched tenfold by a neighbour then moves nothing much. Not its error is cut:
+# a false value that counts in full would hold off all the true ones after it.
+_LARGEST_ERROR = 3.0
 _ERROR_MEMORY_STEPS = 64  # its average is then sure to about a tenth
-_COLD_ERROR = 1.0 / 3.0  # cuts at twice the prediction until errors are known
+_COLD_ERROR = 1.0 / 3.0  # up to twice the prediction counts in full until errors are known
 _MIN_ERROR = 0.01  # so that a stretch of perfect steps cannot lock out all change
 _WARM_UP_STEPS = 16  # five per coefficient; before, every error is the guess's
 
@@ -43,17 +46,17 @@ class StepModel:
 
     Exponentially weighted least squares (Ljung, *System Identification*, 2nd
     ed., 11.2) of the *relative* error, so that a 2 ms decode step teaches as
-    much as a 900 ms prefill step; errors clipped after Huber (1964); ridge
+    much as a 900 ms prefill step; weighted after Huber (1964); ridge
     prior at the cold-start guess (Hoerl and Kennard 1970), or at what another
     engine of its kind has learned; coefficients never negative. Kept as sums, not
     as a recursive covariance: the same estimate, and it cannot wind up while the
-    engine is not excited. Steps with and
-    without prefill forget separately, so that minutes of mere decoding do not
-    wipe out what prefill costs.
+    engine is not excited. Steps with and without prefill forget separately, so that
+    minutes of mere decoding do not wipe out what prefill costs, and have errors of their own:
+    decoding is as even as clockwork on a GPU, by which all that is first learned of
+    prefill would be taken for noise.
     """
 
     __slots__ = (
-        "_error",
         "_last_step",
         "_start",
         "_sums_decode",
@@ -70,7 +73,6 @@ class StepModel:
         self.num_steps = 0  # learned from
         self._sums_prefill = _Sums()
         self._sums_decode = _Sums()
-        self._error = _COLD_ERROR  # usual absolute relative error of one step
         self._last_step = 0
 
     @property
@@ -115,23 +117,21 @@ class StepModel:
         if not is_new or snapshot.step_s <= 0.0 or num_tokens + num_decodes <= 0:
             return
 
-        if self.num_steps < _WARM_UP_STEPS:
-            reference_s = snapshot.step_s
-            ratio = 1.0
-        else:
-            # Weights from the prediction: from the noisy step itself they would favour fast ones.
-            reference_s = max(1e-9, self.step_s(num_tokens, num_decodes))
-            limit = _CLIP * self._error
-            error = min(limit, max(-limit, snapshot.step_s / reference_s - 1.0))
-            self._error += (max(abs(error), _MIN_ERROR) - self._error) / _ERROR_MEMORY_STEPS
-            ratio = 1.0 + error
-        base, token, decode = _GUESS
         sums = self._sums_prefill if num_tokens else self._sums_decode
+        if sums.num_steps < _WARM_UP_STEPS:
+            reference_s = snapshot.step_s
+            weight = 1.0
+        else:
+            # Relative to the prediction: to the noisy step itself it would favour fast ones.
+            reference_s = max(1e-9, self.step_s(num_tokens, num_decodes))
+            weight = sums.weight(snapshot.step_s / reference_s - 1.0)
+        base, token, decode = _GUESS
+        share = math.sqrt(weight) / reference_s
         sums.add(
-            base / reference_s,
-            token * num_tokens / reference_s,
-            decode * num_decodes / reference_s,
-            ratio,
+            base * share,
+            token * num_tokens * share,
+            decode * num_decodes * share,
+            snapshot.step_s * share,
         )
         self.num_steps += 1
         self._solve()
@@ -158,9 +158,11 @@ class StepModel:
 class _Sums:
     """Decaying sums of products of (base, token, decode) shares and of the target."""
 
-    __slots__ = ("a00", "a01", "a02", "a11", "a12", "a22", "b0", "b1", "b2")
+    __slots__ = ("_error", "a00", "a01", "a02", "a11", "a12", "a22", "b0", "b1", "b2", "num_steps")
 
     def __init__(self) -> None:
+        self.num_steps = 0
+        self._error = _COLD_ERROR  # usual absolute relative error of one step
         self.a00 = self.a01 = self.a02 = self.a11 = self.a12 = self.a22 = 0.0
         self.b0 = self.b1 = self.b2 = 0.0
 
@@ -175,6 +177,14 @@ class _Sums:
         self.b0 = _KEEP * self.b0 + z0 * target
         self.b1 = _KEEP * self.b1 + z1 * target
         self.b2 = _KEEP * self.b2 + z2 * target
+        self.num_steps += 1
+
+    def weight(self, error: float) -> float:
+        """How much a step of this relative error counts beside the usual ones; 1 for these."""
+        limit = _LARGEST_ERROR * self._error
+        counted = min(limit, abs(error))
+        self._error += (max(counted, _MIN_ERROR) - self._error) / _ERROR_MEMORY_STEPS
+        return counted / abs(error) if error else 1.0
 
 
 def _solve_non_negative(a: _Six, b: _Three) -> _Three:

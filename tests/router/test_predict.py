@@ -45,6 +45,26 @@ def test_decoding_for_hours_does_not_forget_what_prefill_costs():
     assert model.token_s == pytest.approx(token_s, rel=0.03)
 
 
+def test_prefill_is_learned_at_once_after_decoding_as_even_as_clockwork():
+    """As on an H100: what is usual among decode steps says nothing about the first prompts."""
+    model = StepModel()
+    for seq in range(1, 400):
+        model.learn(stepped(seq, 0.0061, decodes=1))
+    for seq in range(400, 404):
+        model.learn(stepped(seq, 0.006 + 18e-6 * 1000, prefill=1000, decodes=0))
+    assert model.token_s == pytest.approx(18e-6, rel=0.05)
+
+
+def test_what_small_prompts_could_not_tell_is_learned_from_few_large_ones():
+    model, rng = StepModel(), random.Random(0)
+    for seq in range(1, 400):
+        model.learn(stepped(seq, 0.0061 * rng.gauss(1.0, 0.01), prefill=10 + seq % 10, decodes=1))
+    for seq in range(400, 416):
+        step_s = (0.006 + 18e-6 * 8000) * rng.gauss(1.0, 0.01)
+        model.learn(stepped(seq, step_s, prefill=8000, decodes=1))
+    assert model.step_s(8000, 1) == pytest.approx(0.15, rel=0.1)
+
+
 def test_the_first_step_counts():
     """From the guess to the right order of magnitude at once, and to the right term."""
     model = StepModel()
