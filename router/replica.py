@@ -34,7 +34,6 @@ class Replica:
         "_coming",
         "_first_long_turn_s",
         "_is_at_work",
-        "_long_turns_s",
         "_recent_prefill",
         "_rest_tokens",
         "_short_ahead_tokens",
@@ -48,6 +47,7 @@ class Replica:
         "info",
         "is_draining",
         "ledger",
+        "long_turns_s",
         "max_prefill_chunk",
         "names",
         "num_decoding",
@@ -87,8 +87,8 @@ class Replica:
         self._block_position = 0  # changes to them that we know of
         # Text blocks of prompts sent here of which the engine has not told us yet, counted.
         self._coming: dict[int, int] = {}
-        # Of the prompts sent here that one step cannot take and that are not prefilled yet.
-        self._long_turns_s: dict[str, float] = {}
+        # Of the prompts sent here that one step cannot take and that are not prefilled yet, by id.
+        self.long_turns_s: dict[str, float] = {}
         self._first_long_turn_s = math.inf
         self.is_draining = False  # finishes what it has, takes nothing new
 
@@ -213,6 +213,20 @@ class Replica:
         rest_s = self._step_end_s - now_s
         return ttft_s + rest_s if rest_s > 0.0 else ttft_s
 
+    def passing_s(self, num_new_tokens: int, turn_s: float) -> float:
+        """Predicted seconds that long prompts here will wait for this one, summed over them.
+
+        Those whose turn comes later: a short prompt has the next step for itself and those
+        that decode (see `serving.scheduler`), unless it joins other short ones there.
+        """
+        num_passed = sum(long_turn_s > turn_s for long_turn_s in self.long_turns_s.values())
+        if not num_passed:
+            return 0.0
+        step_s = num_new_tokens * self.token_s
+        if num_new_tokens <= self.max_prefill_chunk and not self._short_ahead_tokens:
+            step_s += self.chunk_overhead_s
+        return num_passed * step_s
+
     def tpot_s(self, num_more: int) -> float:
         """Predicted seconds per output token with so many more sequences decoding here.
 
@@ -281,15 +295,15 @@ class Replica:
             now_s=now_s,
         )
         if 0 < self.max_prefill_chunk < num_new_tokens:
-            self._long_turns_s[request.id] = request.turn_s
+            self.long_turns_s[request.id] = request.turn_s
             self._first_long_turn_s = min(self._first_long_turn_s, request.turn_s)
         self._derive()
         return number
 
     def prefilled(self, request_id: str) -> None:
         """The prompt is computed, or will not be; an unknown id changes nothing."""
-        if self._long_turns_s.pop(request_id, None) is not None:
-            self._first_long_turn_s = min(self._long_turns_s.values(), default=math.inf)
+        if self.long_turns_s.pop(request_id, None) is not None:
+            self._first_long_turn_s = min(self.long_turns_s.values(), default=math.inf)
 
     def release(self, request_id: str) -> None:
         """Count the request no longer; an unknown id changes nothing."""

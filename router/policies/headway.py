@@ -109,9 +109,10 @@ def costs_s(
     long its steps are is each engine's own.
 
     Whatever is held and would have gone there waits for its prefill: `num_held` of them,
-    held requests per engine. That its prefill also delays what decodes there is left out:
-    it delays as many wherever and whenever it is done. Counting it sends a burst to the
-    engine that decodes least, where the burst waits for itself and delays those few for long.
+    held requests per engine. So do the long prompts there that it passes. That its prefill
+    also delays what decodes there is left out: it delays as many wherever and whenever it
+    is done. Counting it sends a burst to the engine that decodes least, where the burst waits
+    for itself and delays those few for long.
     """
     base_s, decode_s, num_sequences = 1e-9, 0.0, 0  # a step takes some time
     for replica in replicas:
@@ -126,8 +127,10 @@ def costs_s(
         num_new_tokens = replica.num_new_tokens(request)
         slowness = replica.chunk_overhead_s / (base_s + decode_s * replica.num_decoding)
         others_s = factor_s * slowness * replica.num_sequences
-        held_s = num_new_tokens * replica.token_s * num_held
-        costs.append(replica.ttft_s(num_new_tokens, now_s, request.turn_s) + others_s + held_s)
+        others_s += num_new_tokens * replica.token_s * num_held
+        if replica.long_turns_s:
+            others_s += replica.passing_s(num_new_tokens, request.turn_s)
+        costs.append(replica.ttft_s(num_new_tokens, now_s, request.turn_s) + others_s)
     return costs
 
 

@@ -116,6 +116,18 @@ def test_headway_does_not_send_a_burst_to_whoever_decodes_least():
     assert chosen.count(more.id) >= 3
 
 
+def test_headway_spares_long_prompts_that_would_be_passed():
+    """It would be answered as soon beside the long one, which would have to wait for it."""
+    given = [make_replica(f"r{index}", max_prefill_chunk=50) for index in range(2)]
+    for replica, num_tokens in zip(given, (500, 50), strict=True):
+        replica.receive(busy(num_running_reqs=7, num_decoding_reqs=7), 0.0)
+        replica.book(req(f"on-{replica.id}", num_tokens, turn_s=10.0), num_tokens, 0.0)
+    asked = req("a", 20, turn_s=9.0)
+    beside_long_s, beside_short_s = (replica.ttft_s(20, 0.0, 9.0) for replica in given)
+    assert beside_long_s <= beside_short_s
+    assert choices(make("headway"), asked, given) == {"r1"}
+
+
 def test_headway_without_externality_looks_at_its_own_wait_only():
     quiet, crowded = replicas(2)
     quiet.receive(snapshot(prefill_tokens_per_s=400.0), 0.0)
