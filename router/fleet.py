@@ -51,20 +51,19 @@ class Fleet:
 
     __slots__ = (
         "_novices",
-        "_num_told_steps",
         "_paths",
         "_pools",
         "_pools_by_name",
         "_replicas",
-        "_step_models",
+        "_told",
     )
 
     def __init__(self) -> None:
         self._replicas: dict[str, Replica] = {}
         self._pools: dict[frozenset[str], _Pool] = {}
         self._pools_by_name: dict[str, list[_Pool]] = {}
-        self._step_models: dict[Kind, StepModel] = {}  # the one that told last
-        self._num_told_steps: dict[Kind, int] = {}  # from how many steps it had learned then
+        # The one that told last, and from how many steps it had learned then.
+        self._told: dict[Kind, tuple[StepModel, int]] = {}
         self._paths: dict[Kind, PathTime] = {}
         self._novices: dict[Kind, dict[str, Replica]] = {}  # have run few steps yet, by id
 
@@ -86,8 +85,8 @@ class Fleet:
             for name in replica.names:
                 self._pools_by_name.setdefault(name, []).append(pool)
         self._novices.setdefault(replica.kind, {})[replica.id] = replica
-        if (model := self._step_models.get(replica.kind)) is not None:
-            replica.start_from(model)
+        if (told := self._told.get(replica.kind)) is not None:
+            replica.start_from(told[0])
         replica.path = self._paths.setdefault(replica.kind, replica.path)
         self.refresh(replica)
 
@@ -108,10 +107,10 @@ class Fleet:
         If no other has told as much: engines that start together would else all tell all.
         """
         model = replica.predictor
-        if model.num_steps <= self._num_told_steps.get(replica.kind, 0):
+        told = self._told.get(replica.kind)
+        if told is not None and model.num_steps <= told[1]:
             return
-        self._num_told_steps[replica.kind] = model.num_steps
-        self._step_models[replica.kind] = model
+        self._told[replica.kind] = model, model.num_steps
         novices = self._novices[replica.kind]
         for novice in list(novices.values()):
             if novice.predictor.is_warm:

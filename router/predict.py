@@ -62,7 +62,6 @@ class StepModel:
         "_sums_decode",
         "_sums_prefill",
         "decode_s",
-        "num_steps",
         "step_base_s",
         "token_s",
     )
@@ -70,10 +69,14 @@ class StepModel:
     def __init__(self) -> None:
         self._start: _Three = (1.0, 1.0, 1.0)  # what is taken for known, in units of the guess
         self.step_base_s, self.token_s, self.decode_s = _GUESS
-        self.num_steps = 0  # learned from
         self._sums_prefill = _Sums()
         self._sums_decode = _Sums()
         self._last_step = 0
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps it has learned from."""
+        return self._sums_prefill.num_steps + self._sums_decode.num_steps
 
     @property
     def is_warm(self) -> bool:
@@ -83,7 +86,8 @@ class StepModel:
     @property
     def has_learned_much(self) -> bool:
         """Whether it has just learned from as many steps again as it had, or from the first."""
-        return self.num_steps > 0 and self.num_steps & (self.num_steps - 1) == 0
+        num_steps = self.num_steps
+        return num_steps > 0 and num_steps & (num_steps - 1) == 0
 
     def start_from(self, other: "StepModel") -> None:
         """Take what another engine has learned for the guess; too late once warmed up."""
@@ -133,7 +137,6 @@ class StepModel:
             decode * num_decodes * share,
             snapshot.step_s * share,
         )
-        self.num_steps += 1
         self._solve()
 
     def _solve(self) -> None:

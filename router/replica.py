@@ -235,8 +235,8 @@ class Replica:
         """
         num_decoding = self.snapshot.num_decoding_reqs + self.ledger.num_sequences + num_more
         step_s = self.predictor.step_s(0, num_decoding)
+        full_step_s = step_s + self.chunk_tokens * self.token_s
         share = 1.0 - self._recent_prefill.tokens_per_s * self.token_s  # that is left for decoding
-        full_step_s = self.predictor.step_s(self.chunk_tokens, num_decoding)
         return step_s / share if step_s < share * full_step_s else full_step_s
 
     def step_wait_s(self, now_s: float) -> tuple[float, float]:
