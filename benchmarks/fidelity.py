@@ -2,8 +2,8 @@
 
 `python -m benchmarks.fidelity` measures, then compares; `--judge-only` compares anew with
 what was measured last. Real runs go through everything that users go through: HTTP, the
-gateway, the stream, vLLM. The simulation knows the profile of one engine, which
-`headway profile` measured: alone, and how much longer steps take while the other engine
+gateway, the stream, vLLM. The simulation knows the profile of one engine, measured before
+as by `headway profile`: alone, and how much longer steps take while the other engine
 steps too, and how long a request is under way outside of any step. How fast the machine is
 at the time is measured from idle before and after each run, by work of known shape. Nothing
 is fitted to what is judged.
@@ -27,6 +27,7 @@ from benchmarks.client import Client
 from benchmarks.figures import percentile
 from benchmarks.latency import Sample
 from benchmarks.load import open_loop
+from benchmarks.measure import measure as measure_profile
 from benchmarks.mix import Mix
 from benchmarks.pace_probe import PaceProbe, slowness
 from benchmarks.profile import Profile
@@ -37,6 +38,9 @@ from benchmarks.sweep import Fleet, simulate
 from benchmarks.sweep import capacity as simulated_capacity
 from benchmarks.variant import OURS
 from benchmarks.workload import Arrival, Workload
+from serving.config import parse
+from serving.hardware import detect
+from serving.plan import plan
 
 NUM_ENGINES = 2
 LINES = RESULTS / "fidelity-measured.csv"
@@ -62,6 +66,13 @@ class Measured:
     rate: float
     seed: int
     sample: Sample
+
+
+def measured_profile() -> Profile:
+    """Return the profile of an engine as it is here and now."""
+    args = {"device": "cpu", "replicas": NUM_ENGINES}
+    the_plan = plan(parse(args), detect())
+    return run_to_the_end(lambda: measure_profile(args, the_plan, "as-measured", console))
 
 
 async def measure(
@@ -134,7 +145,6 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
         for run in runs["runs"]
     }
     config = {
-        "profile": profile.model_dump(),
         "num_engines": NUM_ENGINES,
         "policy": OURS,
         "template_tokens": template_tokens,
@@ -142,6 +152,7 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
         "seeds": seeds,
         "mix": asdict(_MIX),
         **runs,
+        "profile": profile.model_dump(),
     }
     report = Report("fidelity", "simulated", 0, config)
     for load, rate in sorted(rates.items()):
@@ -287,7 +298,9 @@ def _capacity(profile: Profile) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--profile", default="smollm2-cpu", help="of one engine")
+    parser.add_argument(
+        "--profile", help="of one engine here; default: measured first, or what that was last time"
+    )
     parser.add_argument("--loads", type=float, nargs="+", default=[0.4, 0.6, 0.8])
     parser.add_argument("--capacity", type=float, help="requests/s; default: by the simulation")
     parser.add_argument("--duration", type=float, default=75.0, help="of arrivals at each load, s")
@@ -296,12 +309,19 @@ def main() -> int:
     parser.add_argument("--measure-only", action="store_true")
     parser.add_argument("--judge-only", action="store_true")
     options = parser.parse_args()
-    profile = Profile.load(options.profile)
-    capacity = options.capacity or _capacity(profile)
+    former = options.judge_only or options.append
+    if options.profile:
+        profile = Profile.load(options.profile)
+    elif former:
+        profile = Profile.model_validate(json.loads(SURROUNDINGS.read_text())["profile"])
+    else:
+        profile = measured_profile()
     if not options.judge_only:
+        capacity = options.capacity or _capacity(profile)
         measured, runs = run_to_the_end(
             lambda: measure(options.loads, capacity, options.duration, options.seeds)
         )
+        runs["profile"] = profile.model_dump()
         _write(measured, runs, options.append)
     if not options.measure_only:
         measured, runs = _read()

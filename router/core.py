@@ -357,7 +357,7 @@ class Router:
         that tells all of it.
         """
         replica = self._fleet.get(replica_id)
-        return replica is None or replica.receive_blocks(update)
+        return replica is None or replica.prefix_cache.receive(update)
 
     def on_replica_draining(self, replica_id: str, now_s: float) -> list[Decision]:
         """Send an engine no new work; what it has may finish."""

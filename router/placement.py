@@ -137,14 +137,14 @@ class Placer:
         """Choose and book one of these engines."""
         self.policy.num_held_per_engine = self._queue.num_held(request.model) / len(replicas)
         replica = self.policy.choose(request, replicas, now_s)
-        num_cached_tokens = replica.num_cached_tokens(request)
+        num_cached_tokens = replica.prefix_cache.num_tokens(request)
         num_new_tokens = max(1, request.num_prompt_tokens - num_cached_tokens)
         path_s = replica.path.time_s
         predicted_ttft_s = replica.ttft_s(num_new_tokens, now_s, request.turn_s) + path_s
         predicted_tpot_s = replica.tpot_s(request.num_sequences)
         booking = replica.book(request, kv_need_tokens(request), now_s, num_cached_tokens)
         if self.policy.wants_blocks:
-            replica.expect_blocks(request)
+            replica.prefix_cache.expect(request)
         permit = replica.breaker.begin(now_s)
         self._fleet.refresh(replica)
         self._queue.charge(request)
@@ -169,7 +169,7 @@ class Placer:
             return
         placement.expects_prompt = False
         request, replica = placement.request, placement.replica
-        replica.settle_blocks(request)
+        replica.prefix_cache.settle(request)
         self._prompts.learn(request, num_prompt_tokens, block_hashes, replica.info.block_size)
 
     def on(self, replica: Replica) -> list[Placement]:
@@ -188,7 +188,7 @@ class Placer:
         replica = placement.replica
         replica.release(placement.request.id)
         if placement.expects_prompt:
-            replica.settle_blocks(placement.request)
+            replica.prefix_cache.settle(placement.request)
         self._fleet.refresh(replica)
 
     def put(self, placement: Placement) -> None:

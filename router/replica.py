@@ -2,19 +2,14 @@
 
 import math
 import random
-from bisect import bisect_left
-from collections.abc import Container, Sequence
 
 from router.breaker import Breaker, BreakerSettings
 from router.ledger import Ledger
 from router.path_time import PathTime
 from router.predict import StepModel
+from router.prefix_cache import PrefixCache
 from router.recent_prefill import RecentPrefill
-from router.types import BlockUpdate, EngineInfo, EngineSnapshot, Request
-
-# No update continues from here, so only a whole one is taken.
-_LOST = -2
-
+from router.types import EngineInfo, EngineSnapshot, Request
 
 Kind = tuple[str, str, int]  # model, device, tokens in one step
 
@@ -29,9 +24,6 @@ class Replica:
 
     __slots__ = (
         "__weakref__",
-        "_block_position",
-        "_blocks",
-        "_coming",
         "_first_long_turn_s",
         "_is_at_work",
         "_recent_prefill",
@@ -58,6 +50,7 @@ class Replica:
         "path",
         "predictor",
         "prefill_tokens_per_s",
+        "prefix_cache",
         "room_tokens",
         "snapshot",
         "snapshot_s",
@@ -83,10 +76,7 @@ class Replica:
         self.predictor = StepModel()
         self._recent_prefill = RecentPrefill()
         self.path = PathTime()  # outside of its steps
-        self._blocks: set[int] = set()  # KV blocks in its prefix cache, by hash
-        self._block_position = 0  # changes to them that we know of
-        # Text blocks of prompts sent here of which the engine has not told us yet, counted.
-        self._coming: dict[int, int] = {}
+        self.prefix_cache = PrefixCache(info.block_size)
         # Of the prompts sent here that one step cannot take and that are not prefilled yet, by id.
         self.long_turns_s: dict[str, float] = {}
         self._first_long_turn_s = math.inf
@@ -124,55 +114,9 @@ class Replica:
 
     def num_new_tokens(self, request: Request) -> int:
         """Prompt tokens the engine would have to prefill for this request, ≥ 1."""
-        if not (request.block_hashes or self._coming):
+        if not (request.block_hashes or self.prefix_cache.coming):
             return request.num_prompt_tokens or 1  # the usual case, read for every engine
-        return max(1, request.num_prompt_tokens - self.num_cached_tokens(request))
-
-    def num_cached_tokens(self, request: Request) -> int:
-        """Prompt tokens that the engine's prefix cache holds or will, as far as is known.
-
-        Whole blocks. vLLM frees the last blocks of a prompt first, so those held
-        come before those that are not, and their number is found by bisection.
-        What is on its way there counts as held: whoever comes second finds it.
-        """
-        num_tokens = _num_leading(request.block_hashes, self._blocks) * self.info.block_size
-        if self._coming and request.prefix_hashes:
-            share = _num_leading(request.prefix_hashes, self._coming) * request.prefix_block_share
-            num_tokens = max(num_tokens, round(share * request.num_prompt_tokens))
-        # The prompt's own size may be an estimate still, and its last token is always computed.
-        return min(num_tokens, max(0, request.num_prompt_tokens - 1))
-
-    def holds(self, block: int) -> bool:
-        """Whether this KV block is in its prefix cache."""
-        return block in self._blocks
-
-    def expect_blocks(self, request: Request) -> None:
-        """The prompt of this request is on its way into the prefix cache."""
-        coming = self._coming
-        for text in request.prefix_hashes:
-            coming[text] = coming.get(text, 0) + 1
-
-    def settle_blocks(self, request: Request) -> None:
-        """The engine has told of this prompt, or never will: its own word counts from here."""
-        coming = self._coming
-        for text in request.prefix_hashes:
-            if coming[text] > 1:
-                coming[text] -= 1
-            else:
-                del coming[text]
-
-    def receive_blocks(self, update: BlockUpdate) -> bool:
-        """Whether the update continues what is known; if not, nothing is taken to be cached."""
-        if update.since < 0:
-            self._blocks = set(update.stored)
-        elif update.since == self._block_position:
-            self._blocks.update(update.stored)
-            self._blocks.difference_update(update.removed)
-        else:
-            self._blocks, self._block_position = set(), _LOST
-            return False
-        self._block_position = update.until
-        return True
+        return max(1, request.num_prompt_tokens - self.prefix_cache.num_tokens(request))
 
     def is_short(self, num_new_tokens: float) -> bool:
         """Whether a prompt passes the long ones that the engine is prefilling.
@@ -328,7 +272,7 @@ class Replica:
             },
             "num_pending_prefill_tokens": self.num_pending_prefill_tokens,
             "num_free_kv_tokens": self.num_free_kv_tokens,
-            "num_cached_blocks": len(self._blocks),
+            "num_cached_blocks": len(self.prefix_cache),
             "step_model": {
                 "num_steps": self.predictor.num_steps,
                 "step_base_s": self.predictor.step_base_s,
@@ -386,13 +330,6 @@ class Replica:
         num_left_over = max(0, num_demand - chunk_tokens)
         self._short_ahead_tokens = num_left_over + ledger.num_step_tokens
         self._step_end_s = step_start_s + overhead_s + step_tokens * self.token_s
-
-
-def _num_leading(hashes: Sequence[int], held: Container[int]) -> int:
-    """How many of the first hashes are held, if those that are come first."""
-    if not hashes or hashes[0] not in held:
-        return 0
-    return bisect_left(hashes, True, key=lambda each: each not in held)
 
 
 def peak_growth_tokens(num_sequences: int, num_tokens: int, num_to_come: int) -> float:

@@ -64,7 +64,7 @@ class Headway(Policy):
         equals = _within(_TIE, costs, replicas)
         if request.block_hashes:
             nearly = _within(_CACHED_TIE, costs, replicas)
-            cached = [replica.num_cached_tokens(request) for replica in nearly]
+            cached = [replica.prefix_cache.num_tokens(request) for replica in nearly]
             if (most := max(cached)) > 0:
                 equals = [
                     replica for replica, num in zip(nearly, cached, strict=True) if num == most
@@ -83,7 +83,7 @@ class Headway(Policy):
         if not request.block_hashes:
             return some
         first = request.block_hashes[0]
-        homes = [replica for replica in turned if replica.holds(first)][:_MAX_COMPARED]
+        homes = [replica for replica in turned if first in replica.prefix_cache][:_MAX_COMPARED]
         return list(dict.fromkeys([*homes, *some]))
 
 

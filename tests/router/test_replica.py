@@ -5,7 +5,6 @@ from router_builders import busy, make_replica, req, snapshot, stepped
 
 from router.breaker import BreakerSettings
 from router.replica import Replica, peak_growth_tokens
-from router.types import BlockUpdate
 
 
 def known(replica: Replica, *, base_s: float = 0.1, token_s: float = 0.01) -> Replica:
@@ -108,30 +107,6 @@ def test_a_slow_step_is_one_far_beyond_what_it_should_have_taken():
     assert not replica.was_step_slow(snapshot(1), settings)
 
 
-@given(
-    num_held=st.integers(0, 20), num_known=st.integers(0, 20), others=st.sets(st.integers(100, 999))
-)
-def test_cached_tokens_are_those_of_the_longest_held_prefix(num_held, num_known, others):
-    replica = make_replica()
-    stored = [*range(num_held), *others]
-    assert replica.receive_blocks(BlockUpdate(since=0, until=len(stored), stored=stored))
-    request = req("a", 1000, block_hashes=tuple(range(num_known)))
-    assert replica.num_cached_tokens(request) == 16 * min(num_held, num_known)
-    assert replica.num_new_tokens(request) == 1000 - 16 * min(num_held, num_known)
-
-
-def test_after_a_missed_update_nothing_is_cached_until_all_is_told():
-    replica, request = make_replica(), req("a", 1000, block_hashes=(1, 2, 3))
-    assert replica.receive_blocks(BlockUpdate(since=0, until=2, stored=[1, 2]))
-    assert replica.num_cached_tokens(request) == 32
-    assert not replica.receive_blocks(BlockUpdate(since=5, until=6, stored=[3]))
-    assert replica.num_cached_tokens(request) == 0
-    assert replica.receive_blocks(BlockUpdate(since=-1, until=6, stored=[1, 2, 3]))
-    assert replica.num_cached_tokens(request) == 48
-    assert replica.receive_blocks(BlockUpdate(since=6, until=7, removed=[3]))
-    assert replica.num_cached_tokens(request) == 32
-
-
 def test_tpot_is_a_step_of_all_that_decode():
     replica = known(make_replica())
     replica.predictor.decode_s = 0.01
@@ -177,38 +152,6 @@ def test_peak_growth_is_the_most_over_all_steps_to_come(num_sequences, size, mea
 def test_nothing_runs_so_nothing_grows():
     assert peak_growth_tokens(0, 0, 100) == peak_growth_tokens(3, 100, 0) == 0.0
     assert peak_growth_tokens(3, 100, -50) == 0.0
-
-
-def test_what_is_cached_never_passes_the_prompt():
-    """The size of a prompt may be estimated below what is known of its blocks."""
-    replica = make_replica()
-    replica.receive_blocks(BlockUpdate(since=-1, until=9, stored=list(range(9))))
-    request = req("a", 100, block_hashes=tuple(range(9)))
-    assert replica.num_cached_tokens(request) == 99
-    assert replica.num_new_tokens(request) == 1
-
-
-def test_after_a_gap_only_a_whole_update_counts():
-    replica = make_replica()
-    assert replica.receive_blocks(BlockUpdate(since=0, until=1, stored=[1]))
-    assert not replica.receive_blocks(BlockUpdate(since=2, until=3, stored=[3]))
-    assert not replica.receive_blocks(BlockUpdate(since=1, until=2, stored=[2]))
-    assert replica.num_cached_tokens(req("a", 100, block_hashes=(1, 2, 3))) == 0
-    assert replica.receive_blocks(BlockUpdate(since=-1, until=3, stored=[1, 2, 3]))
-    assert replica.num_cached_tokens(req("a", 100, block_hashes=(1, 2, 3))) == 48
-
-
-def test_what_is_on_its_way_counts_until_it_is_told_or_never_will_be():
-    replica = make_replica()
-    first = req("a", 100, prefix_hashes=(1, 2), prefix_block_share=0.4)
-    second = req("b", 100, prefix_hashes=(1, 3), prefix_block_share=0.4)
-    replica.expect_blocks(first)
-    replica.expect_blocks(second)
-    assert replica.num_cached_tokens(second) == 80
-    replica.settle_blocks(second)
-    assert replica.num_cached_tokens(second) == 40
-    replica.settle_blocks(first)
-    assert replica.num_cached_tokens(first) == 0
 
 
 class TestLongPromptsAhead:

@@ -200,7 +200,7 @@ async def test_lost_news_of_the_cache_is_asked_for_anew():
         posted, post = [], driver._links["r0"].post
         driver._links["r0"].post = lambda frame: (posted.append(frame), post(frame))
         engine.blocks.store([1, 2, 3])
-        await system.until(lambda: replica._blocks == {1, 2, 3})
+        await system.until(lambda: replica.prefix_cache._blocks == {1, 2, 3})
         lost, receive = [], driver.on_blocks
         driver.on_blocks = lambda link, update: lost.append(update)
         engine.blocks.remove([2])
@@ -208,10 +208,10 @@ async def test_lost_news_of_the_cache_is_asked_for_anew():
         driver.on_blocks = receive
         assert not any(isinstance(frame, Resync) for frame in posted)
         engine.blocks.store([4])
-        await system.until(lambda: replica._blocks == {1, 3, 4})
+        await system.until(lambda: replica.prefix_cache._blocks == {1, 3, 4})
         assert sum(isinstance(frame, Resync) for frame in posted) == 1
         engine.blocks.clear()
-        await system.until(lambda: not replica._blocks)
+        await system.until(lambda: not replica.prefix_cache._blocks)
 
 
 async def test_no_engine_is_not_healthy():

@@ -1,0 +1,77 @@
+"""What an engine's prefix cache holds, as far as a gateway knows."""
+
+from bisect import bisect_left
+from collections.abc import Container, Sequence
+
+from router.types import BlockUpdate, Request
+
+# No update continues from here, so only a whole one is taken.
+_LOST = -2
+
+
+class PrefixCache:
+    """The KV blocks that an engine told of, and the prompts on their way there."""
+
+    __slots__ = ("_block_tokens", "_blocks", "_position", "coming")
+
+    def __init__(self, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self._blocks: set[int] = set()  # by hash
+        self._position = 0  # changes to them that we know of
+        # Text blocks of prompts sent there of which the engine has not told us yet, counted.
+        self.coming: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._blocks
+
+    def num_tokens(self, request: Request) -> int:
+        """Prompt tokens that it holds or will, as far as is known.
+
+        Whole blocks. vLLM frees the last blocks of a prompt first, so those held
+        come before those that are not, and their number is found by bisection.
+        What is on its way there counts as held: whoever comes second finds it.
+        """
+        num_tokens = _num_leading(request.block_hashes, self._blocks) * self._block_tokens
+        if self.coming and request.prefix_hashes:
+            share = _num_leading(request.prefix_hashes, self.coming) * request.prefix_block_share
+            num_tokens = max(num_tokens, round(share * request.num_prompt_tokens))
+        # The prompt's own size may be an estimate still, and its last token is always computed.
+        return min(num_tokens, max(0, request.num_prompt_tokens - 1))
+
+    def expect(self, request: Request) -> None:
+        """The prompt of this request is on its way there."""
+        coming = self.coming
+        for text in request.prefix_hashes:
+            coming[text] = coming.get(text, 0) + 1
+
+    def settle(self, request: Request) -> None:
+        """The engine has told of this prompt, or never will: its own word counts from here."""
+        coming = self.coming
+        for text in request.prefix_hashes:
+            if coming[text] > 1:
+                coming[text] -= 1
+            else:
+                del coming[text]
+
+    def receive(self, update: BlockUpdate) -> bool:
+        """Whether the update continues what is known; if not, nothing is taken to be cached."""
+        if update.since < 0:
+            self._blocks = set(update.stored)
+        elif update.since == self._position:
+            self._blocks.update(update.stored)
+            self._blocks.difference_update(update.removed)
+        else:
+            self._blocks, self._position = set(), _LOST
+            return False
+        self._position = update.until
+        return True
+
+
+def _num_leading(hashes: Sequence[int], held: Container[int]) -> int:
+    """How many of the first hashes are held, if those that are come first."""
+    if not hashes or hashes[0] not in held:
+        return 0
+    return bisect_left(hashes, True, key=lambda each: each not in held)
