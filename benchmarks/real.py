@@ -44,6 +44,7 @@ async def run(plan: Plan) -> tuple[Report, list[Sample]]:
                 say(f"repeat {repeat + 1} of {plan.num_repeats}, run {number} of {len(order)}")
                 await comparison.run(repeat, policy, rate)
     name = "real-shared-prefix" if plan.shared_prefix else "real"
+    name += "-primed" if plan.primed else ""
     config: dict[str, Any] = {
         **asdict(plan),
         "mix": asdict(comparison.mix),
@@ -75,7 +76,7 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
     parser.add_argument("--calibration", type=float, default=40.0, help="capacity's window, s")
     parser.add_argument("--shared-prefix", action="store_true", help="6 shared system prompts")
     parser.add_argument(
-        "--warm-up", type=float, default=0.0, help="of arrivals before those that count, s"
+        "--primed", action="store_true", help="each engine knows the system prompts before a run"
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -85,6 +86,8 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
             split(variant)
         except ValueError as error:
             parser.error(str(error))
+    if options.primed and not options.shared_prefix:
+        parser.error("--primed: there are system prompts with --shared-prefix only")
     return Plan(
         variants,
         options.duration,
@@ -93,7 +96,7 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
         options.rate,
         options.calibration,
         options.shared_prefix,
-        options.warm_up,
+        options.primed,
         options.seed,
     )
 
