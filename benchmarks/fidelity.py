@@ -29,7 +29,7 @@ from benchmarks.latency import Sample
 from benchmarks.load import open_loop
 from benchmarks.measure import measure as measure_profile
 from benchmarks.mix import Mix
-from benchmarks.pace_probe import PaceProbe, slowness
+from benchmarks.pace_probe import KnownReply, PaceProbe, pace
 from benchmarks.profile import Profile
 from benchmarks.real_engines import RealEngines
 from benchmarks.report import RESULTS, Report
@@ -88,7 +88,7 @@ async def measure(
         await subject.switch(OURS)
         await _send(subject, mix, model, 0.5 * capacity, 15.0, f"{seeds[0]} warm-up")
         probe = PaceProbe(subject.urls, model, NUM_ENGINES)
-        reply_s = await probe.reply_s()
+        reply = await probe.reply()
         for seed, load in itertools.product(seeds, loads):
             rate = load * capacity
             num_prompt_before, _ = await subject.prompt_tokens()
@@ -96,7 +96,7 @@ async def measure(
             num_prompt, _ = await subject.prompt_tokens()
             state = await subject.state()
             num_text = sum(sample.num_text_tokens for sample in samples)
-            before_s, reply_s = reply_s, await probe.reply_s()
+            before, reply = reply, await probe.reply()
             found += [Measured(load, rate, seed, sample) for sample in samples]
             runs.append(
                 {
@@ -105,13 +105,15 @@ async def measure(
                     "seed": seed,
                     "template_tokens": (num_prompt - num_prompt_before - num_text) / len(samples),
                     "step_models": [each["step_model"] for each in state["replicas"].values()],
-                    "probe_before_s": before_s,
-                    "probe_after_s": reply_s,
+                    "probe_before": asdict(before),
+                    "probe_after": asdict(reply),
                 }
             )
             console.print(
-                f"seed {seed}, {load:.0%}: {len(samples)} requests; a reply of known shape took "
-                f"{before_s:.2f} s before and {reply_s:.2f} s after"
+                f"seed {seed}, {load:.0%}: {len(samples)} requests; a reply of known shape began "
+                f"after {before.ttft_s:.2f} s before and {reply.ttft_s:.2f} s after, and took "
+                f"{before.rest_s:.2f} s and {reply.rest_s:.2f} s more",
+                soft_wrap=True,
             )
         infos = [each["info"] for each in (await subject.state())["replicas"].values()]
     return found, {"model": model, "engines": infos, "runs": runs}
@@ -139,11 +141,16 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
     for each in measured:
         samples[each.seed][each.load].append(each.sample)
     paces = {
-        (run["seed"], run["load"]): slowness(
-            profile, NUM_ENGINES, (run["probe_before_s"] + run["probe_after_s"]) / 2
+        (run["seed"], run["load"]): pace(
+            profile,
+            NUM_ENGINES,
+            KnownReply(**run["probe_before"]),
+            KnownReply(**run["probe_after"]),
         )
         for run in runs["runs"]
     }
+    memories = _range([each.memory for each in paces.values()])
+    computes = _range([each.compute for each in paces.values()])
     config = {
         "num_engines": NUM_ENGINES,
         "policy": OURS,
@@ -195,9 +202,9 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
         f"As measured with the profile, requests are {1e3 * profile.path_s:.0f} ms under way "
         f"outside of any step, and steps take {profile.contention:.0%} longer while the other "
         "engine steps too. By replies of known shape from idle, before and after each run, the "
-        f"machine took {min(paces.values()):.2f} to {max(paces.values()):.2f} times as long as the "
-        "profile says to read weights and KV cache, and steps are simulated so. Nothing was fitted "
-        "to these runs."
+        f"machine took {memories} times as long as the profile says to read weights and KV cache, "
+        f"and {computes} times for what each token adds, and steps are simulated so. Nothing was "
+        "fitted to these runs."
     )
     report.note(
         "Simulated: the median of as many runs as `num_simulations`, which differ in the noise of "
@@ -229,6 +236,10 @@ def simulated(
         Sample(**asdict(sample) | {"ttft_s": ttft_s, "e2e_s": e2e_s})
         for sample, ttft_s, e2e_s in columns
     ]
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"
 
 
 def _figures_of_all(runs: Sequence[Sequence[Sample]]) -> dict[str, float]:

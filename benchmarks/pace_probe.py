@@ -1,8 +1,12 @@
 """How fast a shared machine is at the moment, by work of known shape: it drifts in minutes."""
 
+from dataclasses import dataclass
+
+import numpy as np
+
 from benchmarks.client import Client
 from benchmarks.known_calls import KnownCalls
-from benchmarks.profile import Profile
+from benchmarks.profile import Pace, Profile
 from benchmarks.subjects import BenchmarkError
 from benchmarks.sweep import Fleet, simulate
 from benchmarks.variant import OURS
@@ -10,8 +14,16 @@ from benchmarks.workload import Arrival, Workload
 
 _NUM_PROMPT_TOKENS = 256
 _NUM_OUTPUT_TOKENS = 24
-_NUM_ROUNDS = 2
+_NUM_ROUNDS = 3
 _TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class KnownReply:
+    """How long a reply of known shape takes from idle, seconds."""
+
+    ttft_s: float
+    rest_s: float  # from the first token to the last
 
 
 class PaceProbe:
@@ -22,8 +34,8 @@ class PaceProbe:
         self._num_engines = num_engines
         self._calls = KnownCalls(model)
 
-    async def reply_s(self) -> float:
-        """Return how long such a reply takes, seconds, the mean; the engines must be idle."""
+    async def reply(self) -> KnownReply:
+        """Return how long such a reply takes, the mean; the engines must be idle."""
         records = []
         async with Client(self._urls) as client:
             for _ in range(_NUM_ROUNDS):
@@ -34,19 +46,32 @@ class PaceProbe:
                 await client.wait(_TIMEOUT_S)
         if errors := [record.error for record in records if not record.completed]:
             raise BenchmarkError(f"a request of known shape failed: {errors[0]}")
-        return sum(record.last_s - record.sent_s for record in records) / len(records)
+        ttft_s = sum(record.ttft_s for record in records) / len(records)
+        whole_s = sum(record.last_s - record.sent_s for record in records) / len(records)
+        return KnownReply(ttft_s, whole_s - ttft_s)
 
 
-def slowness(profile: Profile, num_engines: int, reply_s: float) -> float:
-    """Return by what the profile is `slowed` while such a reply takes so long."""
-    as_it_is_s, twice_s = (
-        expected_reply_s(profile.slowed(factor), num_engines) for factor in (1.0, 2.0)
+def pace(profile: Profile, num_engines: int, *replies: KnownReply) -> Pace:
+    """Return by what the profile is `slowed` while such replies take so long, in the mean.
+
+    Either part of a reply grows with both, and in proportion: two equations.
+    """
+    as_it_is, memory_twice, compute_twice = (
+        _parts(expected_reply(profile.slowed(each), num_engines))
+        for each in (Pace(1.0, 1.0), Pace(2.0, 1.0), Pace(1.0, 2.0))
     )
-    return max(0.0, 1.0 + (reply_s - as_it_is_s) / (twice_s - as_it_is_s))
+    slopes = np.column_stack([memory_twice - as_it_is, compute_twice - as_it_is])
+    mean = np.mean([_parts(reply) for reply in replies], axis=0)
+    memory, compute = 1.0 + np.linalg.solve(slopes, mean - as_it_is)
+    return Pace(max(0.0, float(memory)), max(0.0, float(compute)))
 
 
-def expected_reply_s(profile: Profile, num_engines: int) -> float:
-    """Return how long such a reply would take by the profile, seconds."""
+def _parts(reply: KnownReply) -> np.ndarray:
+    return np.array([reply.ttft_s, reply.rest_s])
+
+
+def expected_reply(profile: Profile, num_engines: int) -> KnownReply:
+    """Return how long such a reply would take by the profile."""
     arrivals = [
         Arrival(
             offset_s=0.0,
@@ -57,4 +82,5 @@ def expected_reply_s(profile: Profile, num_engines: int) -> float:
     ] * num_engines
     steady = profile.model_copy(update={"noise": 0.0})
     run = simulate(Workload.of("probe", arrivals), Fleet(steady, num_engines), OURS)
-    return float(run.e2e_s.mean())
+    ttft_s = float(run.ttft_s.mean())
+    return KnownReply(ttft_s, float(run.e2e_s.mean()) - ttft_s)

@@ -1,5 +1,6 @@
 """What an engine can hold and what its steps cost: the numbers behind an emulated engine."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -9,10 +10,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from serving.chunk import prefill_chunk_tokens
 
 FOLDER = Path(__file__).parent / "profiles"
+_MEMORY_TERMS = ("base_s", "floor_s", "s_per_decode_req", "s_per_context_token")
+_COMPUTE_TERMS = ("s_per_token", "s_per_prefill_pair")
 
 
 class ProfileError(ValueError):
     """A profile that cannot be read or cannot work; the message names the key to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How many times as long a machine takes as it did when a profile was measured.
+
+    On a shared one both drift, memory by a third and computing by less, as others use it
+    (docs/simulator.md).
+    """
+
+    memory: float  # to read weights and KV cache
+    compute: float  # for what each token adds
 
 
 class Profile(BaseModel):
@@ -109,14 +124,13 @@ class Profile(BaseModel):
             + self.s_per_prefill_pair * num_prefill_pairs
         )
 
-    def slowed(self, factor: float) -> "Profile":
-        """The same engine where reading weights and KV cache takes so many times as long.
-
-        On a shared machine that is what drifts, as others use its memory: what a step takes per
-        prefilled token stayed while the rest grew by a fifth (docs/simulator.md).
-        """
-        terms = ("base_s", "floor_s", "s_per_decode_req", "s_per_context_token")
-        return self.model_copy(update={name: factor * getattr(self, name) for name in terms})
+    def slowed(self, pace: Pace) -> "Profile":
+        """The same engine on a machine of this pace."""
+        factors = dict.fromkeys(_MEMORY_TERMS, pace.memory)
+        factors |= dict.fromkeys(_COMPUTE_TERMS, pace.compute)
+        return self.model_copy(
+            update={name: factor * getattr(self, name) for name, factor in factors.items()}
+        )
 
     @classmethod
     def load(cls, name: str | Path) -> "Profile":

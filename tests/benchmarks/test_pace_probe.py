@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.pace_probe import expected_reply_s, slowness
-from benchmarks.profile import Profile
+from benchmarks.pace_probe import expected_reply, pace
+from benchmarks.profile import Pace, Profile
 
 PROFILE = Profile(
     name="test",
@@ -24,11 +24,13 @@ PROFILE = Profile(
 
 def test_what_a_reply_takes_by_its_profile() -> None:
     """Two chunks of 128, then 23 tokens, and the way there and back."""
-    steps_s = 2 * (0.1 + 128 * 0.004) + 23 * (0.1 + 0.004)
-    assert expected_reply_s(PROFILE, 2) == pytest.approx(steps_s + 0.05, abs=0.002)
+    reply = expected_reply(PROFILE, 2)
+    assert reply.ttft_s == pytest.approx(2 * (0.1 + 128 * 0.004) + 0.05, abs=0.002)
+    assert reply.rest_s == pytest.approx(23 * (0.1 + 0.004), abs=0.002)
 
 
-@pytest.mark.parametrize("factor", [0.9, 1.0, 1.3])
-def test_finds_how_slow_memory_is(factor: float) -> None:
-    reply_s = expected_reply_s(PROFILE.slowed(factor), 2)
-    assert slowness(PROFILE, 2, reply_s) == pytest.approx(factor, abs=0.005)
+@pytest.mark.parametrize(("memory", "compute"), [(1.0, 1.0), (0.9, 1.1), (1.3, 1.0), (1.2, 0.8)])
+def test_finds_how_slow_memory_and_computing_are(memory: float, compute: float) -> None:
+    found = pace(PROFILE, 2, expected_reply(PROFILE.slowed(Pace(memory, compute)), 2))
+    assert found.memory == pytest.approx(memory, abs=0.005)
+    assert found.compute == pytest.approx(compute, abs=0.005)
