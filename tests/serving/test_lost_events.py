@@ -119,7 +119,7 @@ class Run:
             cached = engine.blocks.since(-1).stored
             if replica.state(0.0)["num_cached_blocks"] != len(cached):
                 return False
-            if not all(map(replica.holds, cached)):
+            if not all(block in replica.prefix_cache for block in cached):
                 return False
         return True
 
