@@ -154,10 +154,21 @@ class Comparison:
         self._say(policy, samples)
 
     async def _prime(self, salt: str) -> None:
-        """Have every engine prefill every system prompt."""
+        """Have every engine prefill every system prompt.
+
+        One after the other: of as many requests as there are engines each has one then.
+        """
         await self._subject.switch("round_robin")
         for group in range(self.mix.num_groups):
-            await self._send([Ask(-1, 0.0, "short", 8, 1, group)] * self._subject.num_engines, salt)
+            ask = Ask(
+                number=-1,
+                offset_s=0.0,
+                kind="short",
+                num_text_tokens=8,
+                num_output_tokens=1,
+                group=group,
+            )
+            await self._send([ask] * self._subject.num_engines, salt)
 
     async def _send_watched(
         self, asks: Sequence[Ask], salt: str, watch: HoldWatch

@@ -310,7 +310,9 @@ def _capacity(profile: Profile) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--profile", help="of one engine here; default: measured first, or what that was last time"
+        "--profile",
+        help="of one engine here; default: measured first, and with --append or --judge-only that "
+        "of last time",
     )
     parser.add_argument("--loads", type=float, nargs="+", default=[0.4, 0.6, 0.8])
     parser.add_argument("--capacity", type=float, help="requests/s; default: by the simulation")
