@@ -68,6 +68,7 @@ class EngineModel:
         self.num_steps_total = 0
         self.step_s = 0.0
         self.step_num_prefill_tokens = 0
+        self.step_num_prefill_pairs = 0.0
         self.step_num_decode_reqs = 0
         self.slowness = 1.0  # of the steps begun from now on: what neighbours cost
         self._rng = rng
@@ -77,6 +78,7 @@ class EngineModel:
         self._ends_s: list[float] = []  # of it, or of each of a run of steps
         self._num_settled = 0
         self._began_s = 0.0
+        self._num_prefill_pairs = 0.0
         self._factors: deque[float] = deque()  # noise of the coming steps, as far as drawn
         self._aborted: list[str] = []
         self._prefill_rate_tokens = 0.0
@@ -161,13 +163,14 @@ class EngineModel:
             return None
         self._began_s = now_s
         self._num_settled = 0
+        self._num_prefill_pairs = 0.0
         if self.scheduler.only_decodes:
             return self._begin_run(now_s, until_s)
         self.scheduler.schedule()
-        num_prefill_tokens, num_pairs = 0, 0.0
+        num_prefill_tokens = 0
         for sequence, num_tokens in self.scheduler.prefills.items():
             num_prefill_tokens += num_tokens
-            num_pairs += num_tokens * (sequence.num_computed + num_tokens / 2)
+            self._num_prefill_pairs += num_tokens * (sequence.num_computed + num_tokens / 2)
         duration_s = (
             self.slowness
             * self._noise(0)
@@ -175,7 +178,7 @@ class EngineModel:
                 num_prefill_tokens,
                 self.scheduler.decoding.num_sequences,
                 self.scheduler.decoding.num_context_tokens,
-                num_pairs,
+                self._num_prefill_pairs,
             )
         )
         self._ends_s.append(now_s + duration_s)
@@ -254,6 +257,7 @@ class EngineModel:
             ),
             step_s=self.step_s,
             step_num_prefill_tokens=self.step_num_prefill_tokens,
+            step_num_prefill_pairs=self.step_num_prefill_pairs,
             step_num_decode_reqs=self.step_num_decode_reqs,
             num_prefill_tokens_total=self.num_prefill_tokens_total,
             num_prefix_queries_total=scheduler.num_prefix_queries_total,
@@ -294,6 +298,7 @@ class EngineModel:
                 self._factors.popleft()
         num_prefill_tokens = sum(self.scheduler.prefills.values())
         self.step_num_prefill_tokens = num_prefill_tokens
+        self.step_num_prefill_pairs = self._num_prefill_pairs
         decoding = self.scheduler.decoding
         self.step_num_decode_reqs = decoding.num_sequences
         self.num_prefill_tokens_total += num_prefill_tokens

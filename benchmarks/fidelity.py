@@ -4,9 +4,9 @@
 what was measured last. Real runs go through everything that users go through: HTTP, the
 gateway, the stream, vLLM. The simulation knows the profile of one engine, measured before
 as by `headway profile`: alone, and how much longer steps take while the other engine
-steps too, and how long a request is under way outside of any step. How fast the machine is
-at the time is measured from idle before and after each run, by work of known shape. Nothing
-is fitted to what is judged.
+steps too, and how long a request is under way outside of any step. How fast the machine was
+in a run is told by how long the steps of that run took, for what they computed. What is judged
+is what became of these: scheduling, routing and waiting. To that nothing is fitted.
 """
 
 import argparse
@@ -14,25 +14,30 @@ import csv
 import itertools
 import json
 import sys
+import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 from rich.console import Console
 
+from benchmarks import logged_steps
 from benchmarks.client import Client
 from benchmarks.figures import percentile
 from benchmarks.latency import Sample
 from benchmarks.load import open_loop
+from benchmarks.measure import Service
 from benchmarks.measure import measure as measure_profile
 from benchmarks.mix import Mix
-from benchmarks.pace_probe import KnownReply, PaceProbe, pace
-from benchmarks.profile import Profile
+from benchmarks.profile import Pace, Profile
 from benchmarks.real_engines import RealEngines
 from benchmarks.report import RESULTS, Report
+from benchmarks.run_pace import pace
 from benchmarks.runner import run_to_the_end
 from benchmarks.sweep import Fleet, simulate
 from benchmarks.sweep import capacity as simulated_capacity
@@ -76,10 +81,15 @@ def measured_profile() -> Profile:
 
 
 async def measure(
-    loads: Sequence[float], capacity: float, duration_s: float, seeds: Sequence[int]
+    profile: Profile,
+    loads: Sequence[float],
+    capacity: float,
+    duration_s: float,
+    seeds: Sequence[int],
+    log_folder: Path,
 ) -> tuple[list[Measured], dict[str, Any]]:
     """Return every request of each seed's run at each load, and what there is to know of them."""
-    subject = RealEngines(NUM_ENGINES)
+    subject = Service({}, "cpu", NUM_ENGINES, log_folder)
     mix = _MIX
     found: list[Measured] = []
     runs: list[dict[str, Any]] = []
@@ -87,16 +97,15 @@ async def measure(
         model = await subject.model()
         await subject.switch(OURS)
         await _send(subject, mix, model, 0.5 * capacity, 15.0, f"{seeds[0]} warm-up")
-        probe = PaceProbe(subject.urls, model, NUM_ENGINES)
-        reply = await probe.reply()
         for seed, load in itertools.product(seeds, loads):
             rate = load * capacity
             num_prompt_before, _ = await subject.prompt_tokens()
+            begin_s = time.monotonic()
             samples = await _send(subject, mix, model, rate, duration_s, f"{seed} {load}")
             num_prompt, _ = await subject.prompt_tokens()
             state = await subject.state()
             num_text = sum(sample.num_text_tokens for sample in samples)
-            before, reply = reply, await probe.reply()
+            machine = pace(profile, logged_steps.steps(logged_steps.read_all(log_folder), begin_s))
             found += [Measured(load, rate, seed, sample) for sample in samples]
             runs.append(
                 {
@@ -105,14 +114,13 @@ async def measure(
                     "seed": seed,
                     "template_tokens": (num_prompt - num_prompt_before - num_text) / len(samples),
                     "step_models": [each["step_model"] for each in state["replicas"].values()],
-                    "probe_before": asdict(before),
-                    "probe_after": asdict(reply),
+                    "pace": asdict(machine),
                 }
             )
             console.print(
-                f"seed {seed}, {load:.0%}: {len(samples)} requests; a reply of known shape began "
-                f"after {before.ttft_s:.2f} s before and {reply.ttft_s:.2f} s after, and took "
-                f"{before.rest_s:.2f} s and {reply.rest_s:.2f} s more",
+                f"seed {seed}, {load:.0%}: {len(samples)} requests; the machine took "
+                f"{machine.memory:.2f} times as long as the profile says to read weights and KV "
+                f"cache, and {machine.compute:.2f} times for what each token adds",
                 soft_wrap=True,
             )
         infos = [each["info"] for each in (await subject.state())["replicas"].values()]
@@ -140,15 +148,7 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
     samples: dict[int, dict[float, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for each in measured:
         samples[each.seed][each.load].append(each.sample)
-    paces = {
-        (run["seed"], run["load"]): pace(
-            profile,
-            NUM_ENGINES,
-            KnownReply(**run["probe_before"]),
-            KnownReply(**run["probe_after"]),
-        )
-        for run in runs["runs"]
-    }
+    paces = {(run["seed"], run["load"]): Pace(**run["pace"]) for run in runs["runs"]}
     memories = _range([each.memory for each in paces.values()])
     computes = _range([each.compute for each in paces.values()])
     config = {
@@ -201,10 +201,10 @@ def judge(measured: Sequence[Measured], runs: dict[str, Any], profile: Profile) 
     report.note(
         f"As measured with the profile, requests are {1e3 * profile.path_s:.0f} ms under way "
         f"outside of any step, and steps take {profile.contention:.0%} longer while the other "
-        "engine steps too. By replies of known shape from idle, before and after each run, the "
+        "engine steps too. By the steps of each run, the "
         f"machine took {memories} times as long as the profile says to read weights and KV cache, "
         f"and {computes} times for what each token adds, and steps are simulated so. Nothing was "
-        "fitted to these runs."
+        "fitted to the times that are judged."
     )
     report.note(
         "Simulated: the median of as many runs as `num_simulations`, which differ in the noise of "
@@ -322,6 +322,8 @@ def main() -> int:
     parser.add_argument("--measure-only", action="store_true")
     parser.add_argument("--judge-only", action="store_true")
     options = parser.parse_args()
+    if options.profile and (options.judge_only or options.append):
+        parser.error("--profile: what was measured is judged by the profile of that time")
     former = options.judge_only or options.append
     if options.profile:
         profile = Profile.load(options.profile)
@@ -331,9 +333,17 @@ def main() -> int:
         profile = measured_profile()
     if not options.judge_only:
         capacity = options.capacity or _capacity(profile)
-        measured, runs = run_to_the_end(
-            lambda: measure(options.loads, capacity, options.duration, options.seeds)
-        )
+        with tempfile.TemporaryDirectory(prefix="headway-steps-") as folder:
+            measured, runs = run_to_the_end(
+                lambda: measure(
+                    profile,
+                    options.loads,
+                    capacity,
+                    options.duration,
+                    options.seeds,
+                    Path(folder),
+                )
+            )
         runs["profile"] = profile.model_dump()
         _write(measured, runs, options.append)
     if not options.measure_only:

@@ -2,76 +2,66 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from benchmarks.step_fit import Step
 from router.types import EngineSnapshot
-from serving.step_log import LoggedStep
+from serving.step_log import LoggedStep, read
+
+
+def read_all(folder: Path) -> list[list[LoggedStep]]:
+    """Return what each engine has written into the folder so far."""
+    return [list(read(path)) for path in sorted(folder.glob("*.jsonl"))]
 
 
 def steps(
-    logs: Sequence[Sequence[LoggedStep]],
-    since_s: float,
-    prefills_s: Sequence[tuple[float, float]],
-    *,
-    overlap: bool = False,
+    logs: Sequence[Sequence[LoggedStep]], since_s: float, *, overlap: bool = False
 ) -> list[Step]:
     """Return the steps of all engines that began after `since_s` and of which all is known.
 
-    What a prefilled token attends to is known only where each engine prefilled one prompt at
-    a time: in the intervals `prefills_s`. All times are of the monotonic clock.
-
-    Where steps `overlap` (async scheduling), a prefill's time is partly in the step before it,
-    and so are its tokens, in other parts (`serving.monitor`): all steps of a prompt are one.
+    `since_s` is of the monotonic clock. Where steps `overlap` (async scheduling), a prefill's
+    time is partly in the step before it, and so are its tokens, in other parts
+    (`serving.monitor`): all steps between two without prefill are one.
     """
     spans = [_spans(log) for log in logs]
     found = []
     for number, log in enumerate(logs):
         others = [span for other, span in enumerate(spans) if other != number and len(span)]
-        num_before = 0  # prefilled in all before the prompt that is being prefilled
-        prompt: list[Step] = []  # what was found of it, where steps overlap
+        prefill: list[Step] = []  # what was found of it, where steps overlap
         for last, now in itertools.pairwise(log):
             before, after = last.snapshot, now.snapshot
-            if before.num_running_reqs == before.num_decoding_reqs:
-                num_before = before.num_prefill_tokens_total
             begin_s = now.ended_s - after.step_s
-            if prompt and not after.step_num_prefill_tokens:
-                found.append(_sum(prompt))
-                prompt = []
+            if prefill and not after.step_num_prefill_tokens:
+                found.append(_sum(prefill))
+                prefill = []
             if begin_s < since_s or not _is_measured(before, after):
-                prompt = []
+                prefill = []
                 continue
-            num_pairs = 0.0
-            if num_tokens := after.step_num_prefill_tokens:
-                if not any(first <= begin_s and now.ended_s <= end for first, end in prefills_s):
-                    continue
-                num_computed = after.num_prefill_tokens_total - num_before
-                num_pairs = num_tokens * (num_computed - num_tokens / 2)
             step = Step(
-                num_tokens,
+                after.step_num_prefill_tokens,
                 after.step_num_decode_reqs,
                 before.num_decode_context_tokens,
-                num_pairs,
+                after.step_num_prefill_pairs,
                 after.step_s,
                 _share_beside(others, begin_s, now.ended_s),
             )
-            (prompt if overlap and num_tokens else found).append(step)
+            (prefill if overlap and after.step_num_prefill_tokens else found).append(step)
     return found
 
 
-def _sum(prompt: Sequence[Step]) -> Step:
-    """All steps of a prompt as one, each token of which attends to those before it."""
-    num_tokens = sum(step.num_prefill_tokens for step in prompt)
-    step_s = sum(step.step_s for step in prompt)
+def _sum(steps: Sequence[Step]) -> Step:
+    """Several steps as one."""
+    step_s = sum(step.step_s for step in steps)
     return Step(
-        num_tokens,
-        sum(step.num_decode_reqs for step in prompt),
-        sum(step.num_decode_context_tokens for step in prompt),
-        num_tokens**2 / 2,
+        sum(step.num_prefill_tokens for step in steps),
+        sum(step.num_decode_reqs for step in steps),
+        sum(step.num_decode_context_tokens for step in steps),
+        sum(step.num_prefill_pairs for step in steps),
         step_s,
-        sum(step.share_beside * step.step_s for step in prompt) / step_s,
-        len(prompt),
+        sum(step.share_beside * step.step_s for step in steps) / step_s,
+        len(steps),
     )
 
 

@@ -2,7 +2,6 @@
 
 import datetime
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from scipy.stats import trim_mean
 
 from benchmarks import logged_steps
 from benchmarks.profile import Profile
@@ -22,10 +22,10 @@ from benchmarks.step_probe import StepProbe
 from router.types import EngineInfo
 from serving.config import parse
 from serving.plan import Plan
-from serving.step_log import LoggedStep, read
 
 _MAX_NOISE = 0.3  # what `Profile` allows
 _WARM_UP_TOKENS = 32
+_FAR_OUT = 0.1  # of the times that first tokens take, this share at either end
 # Of a configuration; of the rest, keys and quotas would stand in the way.
 _WHAT_MAKES_AN_ENGINE = ("model", "served_model_name", "tensor_parallel_size", "engine")
 
@@ -77,8 +77,8 @@ async def measure(args: Mapping[str, Any], plan: Plan, name: str, console: Conso
             await probe.decode(2, _WARM_UP_TOKENS, num_engines)
             since_s = time.monotonic()
             await _carry_out(probe, console)
-        logs = _logs(Path(folder))
-    found = logged_steps.steps(logs, since_s, probe.prefills_s, overlap=info.async_scheduling)
+        logs = logged_steps.read_all(Path(folder))
+    found = logged_steps.steps(logs, since_s, overlap=info.async_scheduling)
     fitted, error = fit(found, _blank(name, info, start_s), has_outliers=True)
     where = f"{info.engine} on {info.device}, Python {platform.python_version()}"
     source = (
@@ -96,22 +96,17 @@ async def measure(args: Mapping[str, Any], plan: Plan, name: str, console: Conso
 
 
 def _path_s(firsts: Sequence[tuple[int, float]], profile: Profile, slowness: float) -> float:
-    """Return what first tokens took besides steps, seconds, the median.
+    """Return what first tokens took besides steps, seconds, the mean.
 
     A prompt came in the middle of a step of the sequence that decoded beside it, at any time
-    of it, and was prefilled in the next one.
+    of it, and was prefilled in the next one. What is far out of the ordinary does not count.
     """
     waited_s = profile.step_s(0, 1, 0, 0.0) / 2
     rests_s = [
         ttft_s - slowness * (waited_s + profile.step_s(num_tokens, 1, 0, num_tokens**2 / 2))
         for num_tokens, ttft_s in firsts
     ]
-    return max(0.0, statistics.median(rests_s))
-
-
-def _logs(folder: Path) -> list[list[LoggedStep]]:
-    """What each engine wrote down."""
-    return [list(read(path)) for path in sorted(folder.glob("*.jsonl"))]
+    return max(0.0, float(trim_mean(rests_s, _FAR_OUT)))
 
 
 async def _carry_out(probe: StepProbe, console: Console) -> None:

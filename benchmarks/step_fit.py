@@ -41,12 +41,13 @@ class Step:
 def fit(
     steps: Sequence[Step], profile: Profile, *, has_outliers: bool = False
 ) -> tuple[Profile, float]:
-    """Return the profile with its terms fitted, and the fit's root mean square relative error.
+    """Return the profile with its terms fitted, and the fit's root mean square error.
 
-    Relative errors, so that a step of 6 ms counts as much as one of 600; no
-    term is negative. With `has_outliers` errors past a tenth weigh less: now
-    and then a measured step is held up by something else. Raises `ValueError`
-    for fewer steps than terms.
+    Errors are logarithms of what is fitted over what was measured, so that a
+    step of 6 ms counts as much as one of 600, and too long as much as too
+    short; no term is negative. With `has_outliers` errors past a tenth weigh
+    less: now and then a measured step is held up by something else. Raises
+    `ValueError` for fewer steps than terms.
     """
     if len(steps) < len(TERMS):
         raise ValueError(f"{len(steps)} steps are too few for {len(TERMS)} terms")
@@ -75,7 +76,8 @@ def fit(
         terms = scaled / scale
         products_s = np.maximum(terms[5] * num_steps, terms[0] * num_steps + terms[1] * num_tokens)
         slowness = 1.0 + terms[6] * beside if has_beside else 1.0
-        return slowness * (products_s + additive @ terms[2:5]) / step_s - 1.0
+        fitted_s = slowness * (products_s + additive @ terms[2:5])
+        return np.log(np.maximum(fitted_s / step_s, 1e-12))
 
     # The floor has a kink: begun above it, a fit never finds it.
     starts = [

@@ -1,7 +1,7 @@
 """Work of known shape for a whole service, by which its engines' steps can be measured."""
 
 import asyncio
-import time
+import random
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -12,6 +12,11 @@ from router.types import EngineInfo
 
 _NUM_DECODE_STEPS = 24
 _NUM_REPEATS = 3
+_SHORTEST_TOKENS = 16
+_NUM_SHORT_REPEATS = 16  # the time of the shortest prompts tells what is spent outside of steps
+# Longer than a step or two: a prompt that is sent as soon as another one is done comes just
+# after the beginning of a step, and waits for all of it.
+_MAX_PAUSE_S = 0.2
 _LARGEST_BATCH = 64
 # A batch whose prompts alone take more steps than this would measure prefill.
 _MAX_PREFILL_STEPS = 16
@@ -31,8 +36,6 @@ class StepProbe:
     def __init__(
         self, urls: list[str], info: EngineInfo, num_engines: int, is_idle: Callable[[], bool]
     ) -> None:
-        # When prompts were prefilled one at a time in each engine, monotonic seconds.
-        self.prefills_s: list[tuple[float, float]] = []
         # Of those that one step takes: tokens, and seconds to the first one generated.
         self.firsts: list[tuple[int, float]] = []
         self._urls = urls
@@ -40,6 +43,7 @@ class StepProbe:
         self._num_engines = num_engines
         self._is_idle = is_idle
         self._calls = KnownCalls(info.model)
+        self._rng = random.Random(0)
 
     def plan(self) -> list[tuple[str, Job]]:
         """Return what there is to measure: each its name, and what has it done."""
@@ -58,7 +62,8 @@ class StepProbe:
                     name = f"{num_busy} decoding {batch} × {context} tokens"
                     jobs.append((name, partial(self.decode, batch, context, num_busy)))
                 batch *= 4
-        sizes = [size for size in (1 << power for power in range(4, 20)) if size <= budget]
+        powers = (_SHORTEST_TOKENS << power for power in range(16))
+        sizes = [size for size in powers if size <= budget]
         jobs += [
             (f"prefilling {size} tokens", partial(self._prefill, size))
             for size in [*sizes, longest]
@@ -90,15 +95,15 @@ class StepProbe:
                 if errors := [record.error for record in kept if record.error]:
                     raise BenchmarkError(f"an engine refused a request: {errors[0]}")
                 await asyncio.sleep(0.005)
-            begin_s = time.monotonic()
             records = []
-            for _ in range(_NUM_REPEATS):
+            is_shortest = num_tokens == _SHORTEST_TOKENS
+            for _ in range(_NUM_SHORT_REPEATS if is_shortest else _NUM_REPEATS):
+                await asyncio.sleep(self._rng.uniform(0.0, _MAX_PAUSE_S))
                 for _ in range(self._num_engines):
                     records.append(client.send(self._calls.make(num_tokens, 1)))
                 await client.wait(_TIMEOUT_S)
             if num_tokens <= (self._info.max_prefill_chunk or self._info.max_num_batched_tokens):
                 self.firsts += [(num_tokens, record.ttft_s) for record in records]
-            self.prefills_s.append((begin_s, time.monotonic()))
         await self._until_idle()
 
     async def _until_idle(self) -> None:

@@ -115,6 +115,7 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens_per_s: float = 0.0  # measured over recent steps; 0 = not known yet
     step_s: float = 0.0  # duration of the last step
     step_num_prefill_tokens: int = 0  # what that step computed
+    step_num_prefill_pairs: float = 0.0  # of attention: each of these times the tokens before it
     step_num_decode_reqs: int = 0
     num_prefill_tokens_total: int = 0  # computed by prefill, recomputation included
     num_prefix_queries_total: int = 0  # tokens looked up in the prefix cache

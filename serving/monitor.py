@@ -17,7 +17,7 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 from router.types import EngineSnapshot
 from serving.account import Account, current_account
 from serving.block_log import BlockLog
-from serving.scheduler import BLOCKS, ENDED, NEXT, PENDING, PROMPTS
+from serving.scheduler import BLOCKS, ENDED, NEXT, PAIRS, PENDING, PROMPTS
 
 # Share of the measured prefill rate's memory that one prefill step replaces:
 # about the last 20 steps count, a few seconds of a busy engine.
@@ -54,6 +54,7 @@ class EngineMonitor(StatLoggerBase):
         self._prefill_step_s = 0.0
         self.step_s = 0.0
         self.step_num_prefill_tokens = 0
+        self.step_num_prefill_pairs = 0.0
         self.step_num_decode_reqs = 0
         self.num_prefill_tokens_total = 0
         self.num_prefix_queries_total = 0
@@ -159,6 +160,7 @@ class EngineMonitor(StatLoggerBase):
             if step_s < _LONGEST_STEP_S:
                 self.step_s = step_s
                 self.step_num_prefill_tokens = details.num_ctx_tokens
+                self.step_num_prefill_pairs = reports.get(PAIRS, 0.0)
                 self.step_num_decode_reqs = details.num_generation_requests
                 if NEXT in reports:
                     # Under async scheduling the next step is launched before this one is looked
@@ -223,6 +225,7 @@ class EngineMonitor(StatLoggerBase):
             ),
             step_s=self.step_s,
             step_num_prefill_tokens=self.step_num_prefill_tokens,
+            step_num_prefill_pairs=self.step_num_prefill_pairs,
             step_num_decode_reqs=self.step_num_decode_reqs,
             num_prefill_tokens_total=self.num_prefill_tokens_total,
             num_prefix_queries_total=self.num_prefix_queries_total,

@@ -23,6 +23,7 @@ from vllm.v1.utils import compute_iteration_details
 PENDING = "headway_pending_prefill"  # {request id: tokens to compute}
 PROMPTS = "headway_prompts"  # {request id: hashes of its prompt's whole blocks}
 ENDED = "headway_step_ended"  # by the clock of the engine core, seconds
+PAIRS = "headway_prefill_pairs"  # of the step: each prefilled token times those before it
 NEXT = "headway_next_step"  # launched before this one ended: tokens prefilled, sequences decoding
 BLOCKS = "headway_blocks"  # [(hashes stored, hashes removed) | None = all cleared]
 
@@ -37,6 +38,7 @@ class _Reports:
         super().__init__(*args, **kwargs)
         self._preempted: dict[str, Request] = {}
         self._in_flight: list[SchedulerOutput] = []  # steps that have not ended
+        self._ended: SchedulerOutput | None = None  # the last that has
         self._new: list[Request] = []
         self._events = _EventCollector(self.kv_event_publisher)  # type: ignore[has-type]
         self.kv_event_publisher = self._events
@@ -58,6 +60,7 @@ class _Reports:
             if step is scheduler_output:
                 del self._in_flight[: index + 1]
                 break
+        self._ended = scheduler_output
         return super().update_from_output(scheduler_output, *args)  # type: ignore[misc]
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
@@ -82,6 +85,8 @@ class _Reports:
             else:
                 del self._preempted[request_id]
         reports: dict[str, Any] = {PENDING: pending, ENDED: time.monotonic()}
+        if self._ended is not None and (num_pairs := _prefill_pairs(self._ended)):
+            reports[PAIRS] = num_pairs
         if self.overlaps:
             reports[NEXT] = _composition(self._in_flight[0]) if self._in_flight else (0, 0)
         if self._new:
@@ -103,6 +108,20 @@ def _composition(step: SchedulerOutput) -> tuple[int, int]:
     """Return what a step computes: tokens prefilled, sequences decoding."""
     details = compute_iteration_details(step)
     return details.num_ctx_tokens, details.num_generation_requests
+
+
+def _prefill_pairs(step: SchedulerOutput) -> float:
+    """Return the attention that a step's prefills take: their tokens times those before each."""
+    num_scheduled, cached = step.num_scheduled_tokens, step.scheduled_cached_reqs
+    if step.total_num_scheduled_tokens == len(num_scheduled):
+        return 0.0  # the usual step: everybody decodes
+    num_computed = {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
+    rows = zip(cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=True)
+    num_computed |= {request_id: num for request_id, num, num_output in rows if not num_output}
+    return sum(
+        num_scheduled[request_id] * (num + num_scheduled[request_id] / 2)
+        for request_id, num in num_computed.items()
+    )
 
 
 class _EventCollector:

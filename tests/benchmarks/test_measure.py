@@ -53,10 +53,8 @@ async def test_finds_what_the_engines_were_made_of(tmp_path: Path) -> None:
         assert profile.step_s(*sizes) == pytest.approx(truth.step_s(*sizes), rel=0.05)
 
 
-def logged(ended_s: float, number: int, prefilled: int, step_s: float, **sizes: int) -> LoggedStep:
-    snapshot = EngineSnapshot(
-        seq=0, num_steps_total=number, num_prefill_tokens_total=prefilled, step_s=step_s, **sizes
-    )
+def logged(ended_s: float, number: int, step_s: float, **sizes: float) -> LoggedStep:
+    snapshot = EngineSnapshot(seq=0, num_steps_total=number, step_s=step_s, **sizes)
     return LoggedStep(ended_s, snapshot)
 
 
@@ -64,36 +62,41 @@ def test_steps_of_a_log() -> None:
     """A prompt of 300 tokens in two chunks beside one that decodes, then only that one."""
     decodes = {"num_running_reqs": 1, "num_decoding_reqs": 1, "num_decode_context_tokens": 50}
     both = {**decodes, "num_running_reqs": 2}
+    first = {"step_num_prefill_tokens": 200, "step_num_prefill_pairs": 200 * 100.0}
+    second = {"step_num_prefill_tokens": 100, "step_num_prefill_pairs": 100 * 250.0}
     log = [
-        logged(10.0, 1, 100, 1.0, step_num_decode_reqs=1, **decodes),
-        logged(12.0, 2, 300, 2.0, step_num_decode_reqs=1, step_num_prefill_tokens=200, **both),
-        logged(13.5, 3, 400, 1.5, step_num_decode_reqs=1, step_num_prefill_tokens=100, **decodes),
-        logged(14.5, 4, 400, 1.0, step_num_decode_reqs=1, **decodes),
+        logged(10.0, 1, 1.0, step_num_decode_reqs=1, **decodes),
+        logged(12.0, 2, 2.0, step_num_decode_reqs=1, **first, **both),
+        logged(13.5, 3, 1.5, step_num_decode_reqs=1, **second, **decodes),
+        logged(14.5, 4, 1.0, step_num_decode_reqs=1, **decodes),
     ]
     neighbour = [
-        logged(11.0, 1, 0, 1.0, step_num_decode_reqs=1, **decodes),
-        logged(12.5, 2, 0, 1.5, step_num_decode_reqs=1, **decodes),
+        logged(11.0, 1, 1.0, step_num_decode_reqs=1, **decodes),
+        logged(12.5, 2, 1.5, step_num_decode_reqs=1, **decodes),
     ]
-    found = steps([log, neighbour], 0.0, [(9.0, 14.0)])
+    found = steps([log, neighbour], 0.0)
     assert [each.num_prefill_tokens for each in found] == [200, 100, 0, 0]
     assert [each.num_prefill_pairs for each in found[:2]] == [200 * 100, 100 * 250]
     assert [each.share_beside for each in found[:3]] == [1.0, pytest.approx(1 / 3), 0.0]
-    assert [each.num_prefill_tokens for each in steps([log], 0.0, [])] == [0]
-    assert len(steps([log], 12.0, [(9.0, 14.0)])) == 2
+    assert len(steps([log], 12.0)) == 2
 
 
 def test_steps_that_overlap_are_one_per_prompt() -> None:
     """The same prompt where its time and tokens are partly in the step before it."""
     decodes = {"num_running_reqs": 1, "num_decoding_reqs": 1, "num_decode_context_tokens": 50}
     both = {**decodes, "num_running_reqs": 2}
+    first, second, third = (
+        {"step_num_prefill_tokens": num_tokens, "step_num_prefill_pairs": num_pairs}
+        for num_tokens, num_pairs in ((100, 0.0), (150, 20_000.0), (50, 25_000.0))
+    )
     log = [
-        logged(10.0, 1, 100, 1.0, step_num_decode_reqs=1, **decodes),
-        logged(11.5, 2, 100, 1.5, step_num_decode_reqs=1, step_num_prefill_tokens=100, **both),
-        logged(13.5, 3, 300, 2.0, step_num_decode_reqs=1, step_num_prefill_tokens=150, **both),
-        logged(14.0, 4, 400, 0.5, step_num_decode_reqs=1, step_num_prefill_tokens=50, **decodes),
-        logged(15.0, 5, 400, 1.0, step_num_decode_reqs=1, **decodes),
+        logged(10.0, 1, 1.0, step_num_decode_reqs=1, **decodes),
+        logged(11.5, 2, 1.5, step_num_decode_reqs=1, **first, **both),
+        logged(13.5, 3, 2.0, step_num_decode_reqs=1, **second, **both),
+        logged(14.0, 4, 0.5, step_num_decode_reqs=1, **third, **decodes),
+        logged(15.0, 5, 1.0, step_num_decode_reqs=1, **decodes),
     ]
-    prompt, decode = steps([log], 0.0, [(9.0, 16.0)], overlap=True)
+    prompt, decode = steps([log], 0.0, overlap=True)
     assert (prompt.num_steps, prompt.num_prefill_tokens, prompt.step_s) == (3, 300, 4.0)
     assert (prompt.num_decode_reqs, prompt.num_decode_context_tokens) == (3, 150)
     assert prompt.num_prefill_pairs == 300**2 / 2
@@ -102,7 +105,7 @@ def test_steps_that_overlap_are_one_per_prompt() -> None:
 
 def test_steps_of_which_not_all_is_known() -> None:
     """One that an idle engine began, and one in which somebody left."""
-    idle = logged(10.0, 1, 0, 1.0)
-    first = logged(11.0, 2, 0, 1.0, num_running_reqs=2, num_decoding_reqs=2, step_num_decode_reqs=2)
-    fewer = logged(12.0, 3, 0, 1.0, num_running_reqs=1, num_decoding_reqs=1, step_num_decode_reqs=1)
-    assert steps([[idle, first, fewer]], 0.0, []) == []
+    idle = logged(10.0, 1, 1.0)
+    first = logged(11.0, 2, 1.0, num_running_reqs=2, num_decoding_reqs=2, step_num_decode_reqs=2)
+    fewer = logged(12.0, 3, 1.0, num_running_reqs=1, num_decoding_reqs=1, step_num_decode_reqs=1)
+    assert steps([[idle, first, fewer]], 0.0) == []

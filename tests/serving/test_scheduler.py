@@ -35,12 +35,13 @@ def test_a_chunk_that_is_withdrawn_leaves_the_prefix_cache() -> None:
 
 def test_with_async_scheduling_a_step_that_runs_is_pending_as_well() -> None:
     """The next step is made up before one ends; by the same measure as without, it is to come."""
-    from serving.scheduler import NEXT, PENDING, HeadwayAsyncScheduler, HeadwayScheduler
+    from serving.scheduler import NEXT, PAIRS, PENDING, HeadwayAsyncScheduler, HeadwayScheduler
 
     size = 20 * BLOCK
     profile = make_profile(num_kv_tokens=size, max_model_len=size, max_prefill_chunk=3 * BLOCK)
 
     following: list[tuple[int, int] | None] = []
+    pairs: list[float] = []
 
     def told(kind: type, num_ahead: int) -> list[dict[str, int]]:
         engine = VllmScheduler(onboard_model(), profile, priority=True, kind=kind)
@@ -52,10 +53,14 @@ def test_with_async_scheduling_a_step_that_runs_is_pending_as_well() -> None:
             stats = engine.update(steps.pop(0))
             pending.append(stats.kv_connector_stats[PENDING])
             following.append(stats.kv_connector_stats.get(NEXT))
+            pairs.append(stats.kv_connector_stats.get(PAIRS, 0.0))
         return pending
 
     alone = told(HeadwayScheduler, 0)
     assert [each.get("long/0", 0) for each in alone] == [7 * BLOCK, 4 * BLOCK, BLOCK, 0]
     assert told(HeadwayAsyncScheduler, 1)[:3] == alone[:3]
+    # Three blocks attend to what is before them, three times, then the last one.
+    of_a_prompt = [num / 2 * BLOCK**2 for num in (3 * 3, 3 * 9, 3 * 15, 1 * 19)]
+    assert pairs == of_a_prompt * 2
     assert following[:4] == [None] * 4
     assert following[4:] == [(3 * BLOCK, 0), (3 * BLOCK, 0), (BLOCK, 0), (0, 1)]
