@@ -4,19 +4,12 @@ import random
 
 import pytest
 
-from benchmarks.profile import Pace, Profile
+from benchmarks.profile import Pace
 from benchmarks.run_pace import pace
 from benchmarks.step_fit import Step
+from tests.vllm_scheduler import make_profile
 
-PROFILE = Profile(
-    name="test",
-    model="none",
-    device="none",
-    source="made up",
-    max_model_len=1000,
-    max_num_seqs=8,
-    max_num_batched_tokens=256,
-    num_kv_tokens=16_000,
+PROFILE = make_profile(
     base_s=0.1,
     s_per_token=0.004,
     s_per_decode_req=0.002,
