@@ -15,10 +15,12 @@ def pace(profile: Profile, steps: Sequence[Step]) -> Pace:
     """Return the pace at which the profile's steps would have taken as long as these.
 
     Of least squared logarithms of the ratio, so that too long and too short count alike,
-    outliers counting less. Raises `ValueError` where there are hardly any steps.
+    outliers counting less. Raises `ValueError` where there are fewer than 20 steps.
     """
     if len(steps) < _MIN_STEPS:
-        raise ValueError(f"{len(steps)} steps do not tell a machine's pace")
+        raise ValueError(
+            f"{len(steps)} steps do not tell a machine's pace, {_MIN_STEPS} would: raise --duration"
+        )
 
     def errors(terms: Sequence[float]) -> np.ndarray:
         slowed = profile.slowed(Pace(*terms))
