@@ -39,6 +39,7 @@ from benchmarks.real_engines import RealEngines
 from benchmarks.report import RESULTS, Report
 from benchmarks.run_pace import pace
 from benchmarks.runner import run_to_the_end
+from benchmarks.subjects import BenchmarkError
 from benchmarks.sweep import Fleet, simulate
 from benchmarks.sweep import capacity as simulated_capacity
 from benchmarks.variant import OURS
@@ -88,7 +89,10 @@ async def measure(
     seeds: Sequence[int],
     log_folder: Path,
 ) -> tuple[list[Measured], dict[str, Any]]:
-    """Return every request of each seed's run at each load, and what there is to know of them."""
+    """Return every request of each seed's run at each load, and what there is to know of them.
+
+    Raises `BenchmarkError` where a run is too short to tell the machine's pace.
+    """
     subject = Service({}, "cpu", NUM_ENGINES, log_folder)
     mix = _MIX
     found: list[Measured] = []
@@ -105,7 +109,11 @@ async def measure(
             num_prompt, _ = await subject.prompt_tokens()
             state = await subject.state()
             num_text = sum(sample.num_text_tokens for sample in samples)
-            machine = pace(profile, logged_steps.steps(logged_steps.read_all(log_folder), begin_s))
+            steps = logged_steps.steps(logged_steps.read_all(log_folder), begin_s)
+            try:
+                machine = pace(profile, steps)
+            except ValueError as error:
+                raise BenchmarkError(f"{error}: raise --duration") from error
             found += [Measured(load, rate, seed, sample) for sample in samples]
             runs.append(
                 {

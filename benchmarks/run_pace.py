@@ -18,9 +18,7 @@ def pace(profile: Profile, steps: Sequence[Step]) -> Pace:
     outliers counting less. Raises `ValueError` where there are fewer than 20 steps.
     """
     if len(steps) < _MIN_STEPS:
-        raise ValueError(
-            f"{len(steps)} steps do not tell a machine's pace, {_MIN_STEPS} would: raise --duration"
-        )
+        raise ValueError(f"{len(steps)} steps do not tell a machine's pace, {_MIN_STEPS} would")
 
     def errors(terms: Sequence[float]) -> np.ndarray:
         slowed = profile.slowed(Pace(*terms))
