@@ -16,7 +16,7 @@ from typing import Any
 from rich.progress import track
 
 from benchmarks.report import Report, percentile
-from router.core import Router
+from router.core.router import Router
 from router.settings import RouterSettings
 from router.types import Dispatch, EngineInfo, EngineSnapshot, Request
 

@@ -9,7 +9,7 @@ import msgspec
 from benchmarks.sequence import Job, Progress
 from benchmarks.simulated_node import HEARTBEAT_S, Node
 from router.budget import RateReport
-from router.core import Router
+from router.core.router import Router
 from router.policies.prefix_index import BLOCK_TOKENS
 from router.settings import RouterSettings
 from router.types import (

@@ -1,4 +1,4 @@
-"""The deployed router in virtual time: an event heap around `router.core.Router`.
+"""The deployed router in virtual time: an event heap around `router.core.router.Router`.
 
 What `serving` is in real time: gateways that carry out decisions as
 `serving/driver.py` does, engines whose replicas push snapshots as

@@ -4,7 +4,7 @@ An engine is *stale* when its snapshots stop though it promised them (a dead
 node, a stopped process, a network that swallows), and *hung* when they come but
 tell of no step while there is work (a scheduler step that never ends). Both
 open its breaker and have its requests moved; single failures and slow first
-tokens reach the breaker by the calls themselves (`router.core`).
+tokens reach the breaker by the calls themselves (`router.core.router`).
 """
 
 import random

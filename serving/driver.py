@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Mapping
 
 from router.breaker import Failure
-from router.core import Router
+from router.core.router import Router
 from router.resume import Records, Reply, Resume
 from router.types import (
     BlockUpdate,

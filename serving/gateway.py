@@ -7,7 +7,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.routing import Route
 
-from router.core import Router
+from router.core.router import Router
 from serving.bodies import Bodies
 from serving.budgets import Ask, Leases
 from serving.config import Config, read

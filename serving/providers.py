@@ -10,7 +10,7 @@ import msgspec
 from pydantic import SecretStr
 
 from router.breaker import Failure
-from router.core import Router
+from router.core.router import Router
 from router.types import Decision, Fallback, Usage
 from serving.api_key import read_api_keys
 from serving.budgets import Leases

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from router.core import Router
+from router.core.router import Router
 from router.replica import Replica
 from router.settings import RouterSettings
 from router.types import EngineInfo, EngineSnapshot, Request

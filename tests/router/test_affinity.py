@@ -3,7 +3,7 @@
 import pytest
 from router_builders import make_router, req, snapshot
 
-from router.core import Router
+from router.core.router import Router
 from router.types import BlockUpdate, Usage
 
 BLOCKS = list(range(40))  # 640 tokens

@@ -5,7 +5,7 @@ import pytest
 from router_builders import busy, info, make_router, req, snapshot, stepped
 
 from router.breaker import Failure
-from router.core import Router
+from router.core.router import Router
 from router.settings import RouterSettings
 from router.types import (
     Decision,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 from router_builders import info, req
 
-from router.core import Router
+from router.core.router import Router
 from router.fair_share import FairShare
 from router.hold import HoldQueue
 from router.settings import RouterSettings

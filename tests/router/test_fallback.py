@@ -5,7 +5,7 @@ from router_builders import busy, info, make_router, req
 
 from router.breaker import Failure
 from router.budget import RateReport
-from router.core import Router
+from router.core.router import Router
 from router.fallback import FallbackSettings
 from router.provider import ProviderSettings
 from router.types import (

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from router_builders import info, req, snapshot
 
 from router.breaker import Failure
-from router.core import Router
+from router.core.router import Router
 from router.policies import POLICIES
 from router.settings import Part, RouterSettings
 from router.types import (

@@ -2,7 +2,7 @@
 
 from router_builders import make_router, req, snapshot
 
-from router.core import Router
+from router.core.router import Router
 from router.hold import HoldQueue
 from router.settings import RouterSettings
 from router.types import Hold, Outcome, Reject, RejectReason

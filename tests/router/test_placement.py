@@ -3,7 +3,7 @@
 import pytest
 from router_builders import busy, info, make_router, req
 
-from router.core import Router
+from router.core.router import Router
 from router.types import Dispatch, Hold
 
 WIDE = {"max_num_batched_tokens": 100_000, "num_kv_tokens": 10_000}

@@ -10,7 +10,7 @@ A request's states, and who moves it:
       |                     \--queue full, and another tenant has less in it--> REJECTED
       \--queue full, unknown model--> REJECTED
 
-New requests are placed at once where possible (`router.open_requests`). One
+New requests are placed at once where possible (`router.core.lifecycle`). One
 that its engine does not carry through is placed again, elsewhere if there is an
 elsewhere: a retry, or, if its reply had begun, a resumption; only the shell
 knows which. Every request ends in exactly one Outcome, and its booking with it.
@@ -30,12 +30,13 @@ import msgspec
 
 from router.breaker import Failure
 from router.budget import RateReport
+from router.core.lifecycle import OpenRequests
+from router.core.remainder import continued, retried
 from router.fallback import FallbackSettings, Spill, own_budget
 from router.fleet import Fleet
 from router.health import Health
 from router.hedges import Hedges
 from router.hold import HoldQueue
-from router.open_requests import OpenRequests
 from router.overload import Overloads
 from router.placement import Placer
 from router.policies import Policy, make_policy
@@ -43,7 +44,6 @@ from router.predictions import Predictions
 from router.promise import turn_s
 from router.provider import MakeBudget, ProviderSettings
 from router.provider_calls import ProviderCalls
-from router.remainder import continued, retried
 from router.replica import Replica
 from router.retry_budget import RetryBudget
 from router.settings import RouterSettings
