@@ -17,8 +17,8 @@ from collections.abc import Sequence as Row
 from benchmarks.profile import Profile
 from benchmarks.sequence import Job, Progress, Sequence, State
 from benchmarks.step_scheduler import StepScheduler
+from router.fleet.block_log import BlockLog
 from router.types import EngineInfo, EngineSnapshot
-from serving.block_log import BlockLog
 
 # As in serving/monitor.py: what one step replaces of the prefill rate's memory.
 _RATE_FORGETTING = 0.05

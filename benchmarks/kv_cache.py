@@ -11,7 +11,7 @@ costs its hashes and not its blocks.
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
-from serving.block_log import BlockLog
+from router.fleet.block_log import BlockLog
 
 
 class Segment:

@@ -24,7 +24,7 @@ import zmq
 import zmq.asyncio
 
 from benchmarks.emulated_text import Prompt
-from serving.block_log import BlockLog
+from router.fleet.block_log import BlockLog
 
 _END = (-1).to_bytes(8, "big", signed=True)  # the number that ends a replay
 _MEDIUM = "GPU"

@@ -7,7 +7,7 @@ from typing import Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from serving.chunk import prefill_chunk_tokens
+from router.fleet.prefill_chunk import prefill_chunk_tokens
 
 FOLDER = Path(__file__).parent / "profiles"
 _MEMORY_TERMS = ("base_s", "floor_s", "s_per_decode_req", "s_per_context_token")

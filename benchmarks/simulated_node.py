@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from benchmarks.sequence import Job, Progress
+from router.fleet.block_log import BlockLog
 from router.types import BlockUpdate, EngineInfo, EngineSnapshot
-from serving.block_log import BlockLog
 
 if TYPE_CHECKING:
     from benchmarks.simulated_gateway import Gateway

@@ -36,9 +36,9 @@ from benchmarks.asgi import (
 )
 from benchmarks.completion_text import CompletionText
 from benchmarks.pace import Pace
+from router.fleet.block_log import BlockLog
 from router.types import EngineInfo, EngineSnapshot
 from serving.account import Account, current_account
-from serving.block_log import BlockLog
 from serving.config import Config, ConfigError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ already, and anybody while no engine of the model works, for then nothing is kno
 import math
 
 from router.entry_share import EntryShare
-from router.fleet import Fleet
+from router.fleet.fleet import Fleet
 from router.hold import HoldQueue
 from router.promise import turn_s
 from router.settings import RouterSettings
@@ -27,7 +27,7 @@ from router.waits import Waits
 # How much longer than predicted a wait in the queue is taken to be. Predictions are off by
 # 15 % in the median and by 43 % at p90 (bench-real), and what comes later and is promised
 # sooner passes. Engines do not run dry for it: they have the next step while one runs
-# (`router.admission`).
+# (`router.fleet.admission`).
 _SAFETY = 2.0
 # OpenAI's own clients come back by `Retry-After` up to a minute, and by their own mind past it.
 _MAX_RETRY_AFTER_S = 60.0

@@ -10,12 +10,12 @@ from types import MappingProxyType
 
 import msgspec
 
-from router.admission import keeps_pace, kv_need_tokens
-from router.fleet import Fleet
+from router.fleet.admission import keeps_pace, kv_need_tokens
+from router.fleet.fleet import Fleet
+from router.fleet.prompt_blocks import PromptBlocks
+from router.fleet.replica import Replica
 from router.hold import HoldQueue
 from router.policies import Policy
-from router.prompt_blocks import PromptBlocks
-from router.replica import Replica
 from router.reservations import Reservations
 from router.types import Dispatch, Request
 

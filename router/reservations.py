@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
-from router.admission import kv_need_tokens, takes_work
-from router.fleet import Fleet
+from router.fleet.admission import kv_need_tokens, takes_work
+from router.fleet.fleet import Fleet
+from router.fleet.replica import Replica
 from router.hold import HoldQueue
 from router.lazy_heap import Key
-from router.replica import Replica
 from router.types import Request
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from router.drain import Drain
-from router.fleet import Fleet
+from router.fleet.fleet import Fleet
 from router.hold import HoldQueue
 from router.types import Request
 

@@ -15,10 +15,10 @@ from typing import Any, Protocol, Self
 
 from starlette.types import ASGIApp
 
+from router.fleet.block_log import BlockLog
+from router.fleet.prefill_chunk import prefill_chunk_tokens
 from router.types import EngineInfo, EngineSnapshot
 from serving.account import Account
-from serving.block_log import BlockLog
-from serving.chunk import prefill_chunk_tokens
 from serving.config import Config, ConfigError
 from serving.plan import Plan
 

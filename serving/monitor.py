@@ -14,9 +14,9 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
+from router.fleet.block_log import BlockLog
 from router.types import EngineSnapshot
 from serving.account import Account, current_account
-from serving.block_log import BlockLog
 from serving.scheduler import BLOCKS, ENDED, NEXT, PAIRS, PENDING, PROMPTS
 
 # Share of the measured prefill rate's memory that one prefill step replaces:

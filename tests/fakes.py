@@ -7,9 +7,9 @@ from typing import Self
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from router.fleet.block_log import BlockLog
 from router.types import EngineInfo, EngineSnapshot
 from serving.account import Account
-from serving.block_log import BlockLog
 from serving.config import Config
 from serving.plan import Plan
 

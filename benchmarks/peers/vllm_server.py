@@ -14,7 +14,7 @@ import os
 import uvicorn
 import uvloop
 
-from serving.chunk import prefill_chunk_tokens
+from router.fleet.prefill_chunk import prefill_chunk_tokens
 from serving.config import parse
 from serving.engine import on_core, vllm_arguments
 from serving.hardware import detect

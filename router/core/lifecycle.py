@@ -16,7 +16,7 @@ import math
 from collections import Counter
 
 from router.fallback import Spill
-from router.fleet import Fleet
+from router.fleet.fleet import Fleet
 from router.hold import HoldQueue
 from router.overload import Overloads
 from router.placement import Placement, Placer

@@ -33,8 +33,9 @@ from router.budget import RateReport
 from router.core.lifecycle import OpenRequests
 from router.core.remainder import continued, retried
 from router.fallback import FallbackSettings, Spill, own_budget
-from router.fleet import Fleet
-from router.health import Health
+from router.fleet.fleet import Fleet
+from router.fleet.health import Health
+from router.fleet.replica import Replica
 from router.hedges import Hedges
 from router.hold import HoldQueue
 from router.overload import Overloads
@@ -44,7 +45,6 @@ from router.predictions import Predictions
 from router.promise import turn_s
 from router.provider import MakeBudget, ProviderSettings
 from router.provider_calls import ProviderCalls
-from router.replica import Replica
 from router.retry_budget import RetryBudget
 from router.settings import RouterSettings
 from router.types import (

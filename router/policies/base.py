@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Collection, Sequence
 from typing import ClassVar
 
-from router.replica import Replica
+from router.fleet.replica import Replica
 from router.types import Request
 
 

@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 from operator import attrgetter
 from typing import ClassVar
 
+from router.fleet.replica import Replica
 from router.policies.base import Policy
-from router.replica import Replica
 from router.types import Request
 
 # Costs within 5 % count as equal: a quarter of the error that predictions have

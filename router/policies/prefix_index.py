@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from weakref import WeakKeyDictionary
 
-from router.replica import Replica
+from router.fleet.replica import Replica
 from router.types import Request
 
 # Tokens of one block of `Request.prefix_hashes`, about. vLLM's own blocks, of 16,

@@ -3,8 +3,8 @@
 import random
 from collections.abc import Sequence
 
+from router.fleet.replica import Replica
 from router.policies.base import Policy
-from router.replica import Replica
 from router.types import Request
 
 

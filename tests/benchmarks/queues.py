@@ -6,8 +6,8 @@ A job's output tokens are its service time, `SERVICE_S` each.
 from collections import deque
 
 from benchmarks.sequence import Job, Progress
+from router.fleet.block_log import BlockLog
 from router.types import EngineInfo, EngineSnapshot
-from serving.block_log import BlockLog
 
 SERVICE_S = 1e-6
 

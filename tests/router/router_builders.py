@@ -3,7 +3,7 @@
 from typing import Any
 
 from router.core.router import Router
-from router.replica import Replica
+from router.fleet.replica import Replica
 from router.settings import RouterSettings
 from router.types import EngineInfo, EngineSnapshot, Request
 

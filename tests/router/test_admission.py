@@ -2,8 +2,15 @@ import math
 
 from router_builders import busy, make_replica, req, snapshot
 
-from router.admission import Opening, keeps_pace, kv_need_tokens, opening, takes_work, window_tokens
 from router.breaker import TripReason
+from router.fleet.admission import (
+    Opening,
+    keeps_pace,
+    kv_need_tokens,
+    opening,
+    takes_work,
+    window_tokens,
+)
 
 
 def test_window_is_one_step_and_what_is_prefilled_while_we_react():

@@ -1,7 +1,7 @@
 import pytest
 from router_builders import make_replica, req, stepped
 
-from router.fleet import Fleet
+from router.fleet.fleet import Fleet
 
 
 def ids(replicas) -> list[str]:

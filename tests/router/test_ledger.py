@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.ledger import Ledger
+from router.fleet.ledger import Ledger
 
 
 def book(ledger: Ledger, request_id: str, num_tokens: int = 10, now_s: float = 0.0) -> int:

@@ -1,7 +1,7 @@
 import pytest
 from router_builders import make_replica, make_router, req
 
-from router.fleet import Fleet
+from router.fleet.fleet import Fleet
 from router.path_time import PathTime
 
 

@@ -4,12 +4,12 @@ from collections import Counter
 import pytest
 from router_builders import busy, info, make_replica, req, snapshot
 
+from router.fleet.replica import Replica
 from router.policies import POLICIES
 from router.policies.headway import costs_s
 from router.policies.least_kv_usage import kv_usage
 from router.policies.least_response_time import LeastResponseTime
 from router.policies.prefix_index import BLOCK_TOKENS, PrefixIndex
-from router.replica import Replica
 
 
 def make(name):

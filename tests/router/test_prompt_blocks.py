@@ -2,8 +2,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from router_builders import req
 
-from router import prompt_blocks
-from router.prompt_blocks import PromptBlocks
+from router.fleet import prompt_blocks
+from router.fleet.prompt_blocks import PromptBlocks
 from router.types import Request
 
 BLOCK = 16  # tokens per KV block

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from router_builders import busy, make_replica, req, snapshot, stepped
 
 from router.breaker import BreakerSettings
-from router.replica import Replica, peak_growth_tokens
+from router.fleet.replica import Replica, peak_growth_tokens
 
 
 def known(replica: Replica, *, base_s: float = 0.1, token_s: float = 0.01) -> Replica:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.fleet import block_log
+from router.fleet.block_log import BlockLog
 from router.types import BlockUpdate
-from serving import block_log
-from serving.block_log import BlockLog
 
 BLOCKS = st.lists(st.integers(0, 9), max_size=6)
 CHANGES = st.one_of(

@@ -1,6 +1,6 @@
 import pytest
 
-from serving.chunk import prefill_chunk_tokens
+from router.fleet.prefill_chunk import prefill_chunk_tokens
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ queue, where it can still go to whichever engine frees up first.
 
 import enum
 
-from router.replica import Replica
+from router.fleet.replica import Replica
 from router.types import Request
 
 # Time in which the gateway must be expected to miss a change in the engine:

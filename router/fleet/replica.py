@@ -4,10 +4,10 @@ import math
 import random
 
 from router.breaker import Breaker, BreakerSettings
-from router.ledger import Ledger
+from router.fleet.ledger import Ledger
+from router.fleet.prefix_cache import PrefixCache
 from router.path_time import PathTime
 from router.predict import StepModel
-from router.prefix_cache import PrefixCache
 from router.recent_prefill import RecentPrefill
 from router.types import EngineInfo, EngineSnapshot, Request
 

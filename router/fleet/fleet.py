@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterator
 
-from router.admission import Opening, opening
+from router.fleet.admission import Opening, opening
+from router.fleet.replica import Kind, Replica
 from router.path_time import PathTime
 from router.predict import StepModel
-from router.replica import Kind, Replica
 from router.types import Request
 
 
