@@ -2,8 +2,8 @@
 
 import msgspec
 
-from router.accuracy import Accuracy
-from router.lengths import OutputLengths
+from router.estimators.accuracy import Accuracy
+from router.estimators.output_length import OutputLengths
 from router.placement import Placement
 from router.types import Request, Usage
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from router.drain import Drain
+from router.estimators.queue_drain import Drain
 from router.fleet.fleet import Fleet
 from router.hold import HoldQueue
 from router.types import Request

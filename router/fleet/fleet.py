@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterator
 
+from router.estimators.request_overhead import PathTime
+from router.estimators.step_time import StepModel
 from router.fleet.admission import Opening, opening
 from router.fleet.replica import Kind, Replica
-from router.path_time import PathTime
-from router.predict import StepModel
 from router.types import Request
 
 

@@ -4,11 +4,11 @@ import math
 import random
 
 from router.breaker import Breaker, BreakerSettings
+from router.estimators.prefill_rate import RecentPrefill
+from router.estimators.request_overhead import PathTime
+from router.estimators.step_time import StepModel
 from router.fleet.ledger import Ledger
 from router.fleet.prefix_cache import PrefixCache
-from router.path_time import PathTime
-from router.predict import StepModel
-from router.recent_prefill import RecentPrefill
 from router.types import EngineInfo, EngineSnapshot, Request
 
 Kind = tuple[str, str, int]  # model, device, tokens in one step
@@ -131,7 +131,7 @@ class Replica:
 
         The rest of the current step, which a newcomer cannot join, then whole
         steps until what comes before it and its own tokens are prefilled
-        (formula: `router.predict`): all that is pending, or, before a short
+        (formula: `router.estimators.step_time`): all that is pending, or, before a short
         prompt, the other short ones, as the engine lets these pass (see
         `serving.scheduler`), unless a long one whose turn comes before `turn_s`
         keeps its part of the step. A wait for KV blocks is not in it: admission

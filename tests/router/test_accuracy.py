@@ -1,4 +1,4 @@
-from router.accuracy import Accuracy
+from router.estimators.accuracy import Accuracy
 
 
 def test_nothing_compared_yet():

@@ -1,6 +1,6 @@
 import pytest
 
-from router.drain import Drain
+from router.estimators.queue_drain import Drain
 
 
 def test_nothing_is_known_of_a_queue_that_was_empty():

@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from router_builders import req
 
-from router import lengths
-from router.lengths import OutputLengths
+from router.estimators import output_length
+from router.estimators.output_length import OutputLengths
 
 
 def learned(*answers, **fields) -> OutputLengths:

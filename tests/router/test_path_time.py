@@ -1,8 +1,8 @@
 import pytest
 from router_builders import make_replica, make_router, req
 
+from router.estimators.request_overhead import PathTime
 from router.fleet.fleet import Fleet
-from router.path_time import PathTime
 
 
 def test_the_median_once_enough_are_known() -> None:

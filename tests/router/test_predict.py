@@ -3,7 +3,7 @@ import random
 import pytest
 from router_builders import info, snapshot, stepped
 
-from router.predict import StepModel
+from router.estimators.step_time import StepModel
 
 BASE_S, TOKEN_S, DECODE_S = 0.04, 0.0017, 0.0006  # SmolLM2 on one core, measured
 
