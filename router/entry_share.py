@@ -1,6 +1,6 @@
 """Whose turn it is to be let in while not everybody is: weighted shares of tokens.
 
-The queue between tenants is fair among those that wait in it (`router.fair_share`).
+The queue between tenants is fair among those that wait in it (`router.queueing.fair_share`).
 While newcomers are refused it is too short for that, and fairness has to be at the
 door: start-time fair queueing again (Goyal, Vin and Cheng 1996), where those that
 were refused lately are the ones who would wait.

@@ -25,11 +25,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from router.breaker import BreakerLog
 from router.budget import Amount, Budget, BudgetLimits
-from router.hold import HoldQueue
 from router.offers import Offer, Offers
-from router.promise import promised_s
 from router.provider import MakeBudget, Provider, ProviderSettings
 from router.provider_calls import ProviderCalls
+from router.queueing.deadline import promised_s
+from router.queueing.hold_queue import HoldQueue
 from router.relief import Relief
 from router.settings import RouterSettings
 from router.types import Fallback, Request

@@ -10,8 +10,8 @@ paid out of the retry budget, so that it cannot double the load where everything
 
 import math
 
-from router.hold import HoldQueue
 from router.placement import Placement, Placer
+from router.queueing.hold_queue import HoldQueue
 from router.retry_budget import RetryBudget
 from router.types import Hedge, Usage
 

@@ -18,8 +18,8 @@ import math
 
 from router.entry_share import EntryShare
 from router.fleet.fleet import Fleet
-from router.hold import HoldQueue
-from router.promise import turn_s
+from router.queueing.deadline import turn_s
+from router.queueing.hold_queue import HoldQueue
 from router.settings import RouterSettings
 from router.types import Request
 from router.waits import Waits

@@ -14,8 +14,8 @@ from router.fleet.admission import keeps_pace, kv_need_tokens
 from router.fleet.fleet import Fleet
 from router.fleet.prompt_blocks import PromptBlocks
 from router.fleet.replica import Replica
-from router.hold import HoldQueue
 from router.policies import Policy
+from router.queueing.hold_queue import HoldQueue
 from router.reservations import Reservations
 from router.types import Dispatch, Request
 

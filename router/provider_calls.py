@@ -4,9 +4,9 @@ import msgspec
 
 from router.breaker import BreakerState, Failure, TripReason
 from router.budget import RateReport
-from router.hold import HoldQueue
 from router.offers import Offer
 from router.provider import Key
+from router.queueing.hold_queue import HoldQueue
 from router.types import Fallback, Request, Usage
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from router.fleet.admission import kv_need_tokens, takes_work
 from router.fleet.fleet import Fleet
 from router.fleet.replica import Replica
-from router.hold import HoldQueue
-from router.lazy_heap import Key
+from router.queueing.hold_queue import HoldQueue
+from router.queueing.lazy_heap import Key
 from router.types import Request
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from router.estimators.queue_drain import Drain
 from router.fleet.fleet import Fleet
-from router.hold import HoldQueue
+from router.queueing.hold_queue import HoldQueue
 from router.types import Request
 
 

@@ -37,14 +37,14 @@ from router.fleet.fleet import Fleet
 from router.fleet.health import Health
 from router.fleet.replica import Replica
 from router.hedges import Hedges
-from router.hold import HoldQueue
 from router.overload import Overloads
 from router.placement import Placer
 from router.policies import Policy, make_policy
 from router.predictions import Predictions
-from router.promise import turn_s
 from router.provider import MakeBudget, ProviderSettings
 from router.provider_calls import ProviderCalls
+from router.queueing.deadline import turn_s
+from router.queueing.hold_queue import HoldQueue
 from router.retry_budget import RetryBudget
 from router.settings import RouterSettings
 from router.types import (

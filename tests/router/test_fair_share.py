@@ -11,8 +11,8 @@ import pytest
 from router_builders import info, req
 
 from router.core.router import Router
-from router.fair_share import FairShare
-from router.hold import HoldQueue
+from router.queueing.fair_share import FairShare
+from router.queueing.hold_queue import HoldQueue
 from router.settings import RouterSettings
 from router.types import Dispatch, EngineSnapshot, Reject, Request, RequestClass, Usage
 

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from router_builders import req
 
-from router.hold import HoldQueue
+from router.queueing.hold_queue import HoldQueue
 from router.settings import RouterSettings
 from router.types import RequestClass
 

@@ -3,7 +3,7 @@
 from router_builders import make_router, req, snapshot
 
 from router.core.router import Router
-from router.hold import HoldQueue
+from router.queueing.hold_queue import HoldQueue
 from router.settings import RouterSettings
 from router.types import Hold, Outcome, Reject, RejectReason
 

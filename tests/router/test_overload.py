@@ -10,7 +10,7 @@ from test_fair_share import SHORT, World, flood
 
 from router.entry_share import EntryShare
 from router.overload import Overload
-from router.promise import promised_s
+from router.queueing.deadline import promised_s
 from router.settings import RouterSettings
 from router.types import Hold, Outcome, Reject, RejectReason
 

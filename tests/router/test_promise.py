@@ -4,7 +4,7 @@ import msgspec
 import pytest
 from router_builders import busy, make_router, req
 
-from router.promise import promised_s, turn_s
+from router.queueing.deadline import promised_s, turn_s
 from router.settings import RouterSettings
 from router.types import Dispatch, Hold, RequestClass
 

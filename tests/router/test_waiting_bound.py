@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from router_builders import info, req
 
 from router.core.router import Router
-from router.promise import promised_s
+from router.queueing.deadline import promised_s
 from router.settings import RouterSettings
 from router.types import Dispatch, EngineSnapshot, Request, RequestClass, Usage
 

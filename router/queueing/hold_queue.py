@@ -3,11 +3,11 @@
 import math
 from collections.abc import Collection, Iterator
 
-from router.fair_share import FairShare, charged_tokens, owed_tokens
-from router.lane import Lane
-from router.lazy_heap import Key, LazyHeap
-from router.occupancy import Occupancy
-from router.promise import promised_s, turn_s
+from router.queueing.bounds import Occupancy
+from router.queueing.deadline import promised_s, turn_s
+from router.queueing.fair_share import FairShare, charged_tokens, owed_tokens
+from router.queueing.lazy_heap import Key, LazyHeap
+from router.queueing.model_queue import Lane
 from router.settings import RouterSettings
 from router.types import Request, RequestClass, Usage
 
@@ -15,9 +15,9 @@ from router.types import Request, RequestClass, Usage
 class HoldQueue:
     """Bounded; by tenant's turn, promised first token, arrival; one lane per model name.
 
-    By promise (`router.promise`) a short question passes a long document, and as
+    By promise (`router.queueing.deadline`) a short question passes a long document, and as
     promises only age nothing starves (earliest deadline first, Liu and Layland
-    1973). Between tenants, tokens decide (`router.fair_share`), but batch work
+    1973). Between tenants, tokens decide (`router.queueing.fair_share`), but batch work
     whose promise is not due yet goes after everybody's other work. With one
     tenant that changes nothing. Lanes, because a
     model that has no room must not hide another that has. A request is in no
@@ -75,7 +75,7 @@ class HoldQueue:
         return self._held.get(request_id)
 
     def key(self, request: Request) -> Key:
-        """Place in the order: (turn, arrival), seconds; see `router.promise`."""
+        """Place in the order: (turn, arrival), seconds; see `router.queueing.deadline`."""
         if self.by_arrival:
             return (request.arrival_s, request.arrival_s)
         return (turn_s(request, self._settings), request.arrival_s)
@@ -131,7 +131,7 @@ class HoldQueue:
     def make_room(self, request: Request) -> list[Request]:
         """Requests of others, held no longer, so that this one can be; empty if it should not.
 
-        Of those who take most of the queue over their weight (`router.occupancy`).
+        Of those who take most of the queue over their weight (`router.queueing.bounds`).
         """
         leaving = self._occupancy.in_the_way(request)
         for each in leaving:

@@ -4,8 +4,8 @@ import heapq
 from collections import Counter
 from collections.abc import Iterator
 
-from router.fair_share import charged_tokens
-from router.lazy_heap import Key, LazyHeap
+from router.queueing.fair_share import charged_tokens
+from router.queueing.lazy_heap import Key, LazyHeap
 from router.types import Request
 
 Turn = tuple[bool, float]  # (yields to all others, virtual time)

@@ -1,6 +1,6 @@
 """Whose turn it is among tenants that wait: weighted shares of tokens."""
 
-from router.lazy_heap import LazyHeap
+from router.queueing.lazy_heap import LazyHeap
 from router.types import Request, Usage
 
 
