@@ -3,7 +3,7 @@
 import random
 from collections import deque
 
-from router.budget import RateReport
+from router.limits.rate_limit import RateReport
 from router.provider import ProviderSettings
 
 _MINUTE_S = 60.0

@@ -24,7 +24,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from router.breaker import BreakerLog
-from router.budget import Amount, Budget, BudgetLimits
+from router.limits.rate_limit import Amount, Budget, BudgetLimits
 from router.offers import Offer, Offers
 from router.provider import MakeBudget, Provider, ProviderSettings
 from router.provider_calls import ProviderCalls

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import msgspec
 
-from router.budget import Amount
+from router.limits.rate_limit import Amount
 from router.provider import Key, Provider
 from router.types import Request
 

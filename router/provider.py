@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection
 from pydantic import BaseModel, ConfigDict, Field
 
 from router.breaker import Breaker, BreakerLog, BreakerSettings
-from router.budget import Amount, Budget, BudgetLimits
-from router.lease import LeasedBudget
+from router.limits.lease import LeasedBudget
+from router.limits.rate_limit import Amount, Budget, BudgetLimits
 from router.types import Request, Usage
 
 MakeBudget = Callable[[str, BudgetLimits], Budget | LeasedBudget]

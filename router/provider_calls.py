@@ -3,7 +3,7 @@
 import msgspec
 
 from router.breaker import BreakerState, Failure, TripReason
-from router.budget import RateReport
+from router.limits.rate_limit import RateReport
 from router.offers import Offer
 from router.provider import Key
 from router.queueing.hold_queue import HoldQueue

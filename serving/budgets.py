@@ -8,8 +8,8 @@ from typing import Protocol
 
 import msgspec
 
-from router.budget import BudgetLimits
-from router.lease import Grant, LeasedBudget, Lessor, News
+from router.limits.lease import Grant, LeasedBudget, Lessor, News
+from router.limits.rate_limit import BudgetLimits
 
 logger = logging.getLogger(__name__)
 

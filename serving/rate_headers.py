@@ -4,7 +4,7 @@ import email.utils
 import time
 from collections.abc import Mapping
 
-from router.budget import RateReport
+from router.limits.rate_limit import RateReport
 
 # OpenAI's names, which most compatible services use, then Anthropic's.
 _NAMES = {

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from router.limits import Exceeded, Limits, Quota, Reservation
+from router.limits.tenant_quota import Exceeded, Limits, Quota, Reservation
 from router.types import Request, RequestClass, Usage
 from serving.config import Config, TenantConfig
 from serving.errors import ApiError

@@ -29,7 +29,6 @@ from collections.abc import Collection, Sequence
 import msgspec
 
 from router.breaker import Failure
-from router.budget import RateReport
 from router.core.lifecycle import OpenRequests
 from router.core.remainder import continued, retried
 from router.fallback import FallbackSettings, Spill, own_budget
@@ -37,6 +36,7 @@ from router.fleet.fleet import Fleet
 from router.fleet.health import Health
 from router.fleet.replica import Replica
 from router.hedges import Hedges
+from router.limits.rate_limit import RateReport
 from router.overload import Overloads
 from router.placement import Placer
 from router.policies import Policy, make_policy

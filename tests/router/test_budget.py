@@ -9,7 +9,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from router.budget import Amount, Budget, BudgetLimits, RateReport
+from router.limits.rate_limit import Amount, Budget, BudgetLimits, RateReport
 
 
 def make_budget(**limits) -> Budget:

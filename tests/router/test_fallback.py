@@ -4,9 +4,9 @@ import pytest
 from router_builders import busy, info, make_router, req
 
 from router.breaker import Failure
-from router.budget import RateReport
 from router.core.router import Router
 from router.fallback import FallbackSettings
+from router.limits.rate_limit import RateReport
 from router.provider import ProviderSettings
 from router.types import (
     Dispatch,

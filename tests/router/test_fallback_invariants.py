@@ -8,9 +8,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from router_builders import info, req, snapshot
 
 from router.breaker import Failure
-from router.budget import RateReport
 from router.core.router import Router
 from router.fallback import FallbackSettings
+from router.limits.rate_limit import RateReport
 from router.provider import ProviderSettings
 from router.settings import RouterSettings
 from router.types import Dispatch, Fail, Fallback, Hold, Outcome, Reject, RejectReason, Usage

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from router.budget import Amount, BudgetLimits, RateReport
-from router.lease import LEASE_S, LeasedBudget, Lessor, News
+from router.limits.lease import LEASE_S, LeasedBudget, Lessor, News
+from router.limits.rate_limit import Amount, BudgetLimits, RateReport
 from tests.router.test_budget import Provider
 
 ONE = Amount(1, 10)

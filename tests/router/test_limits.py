@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from router.limits import Exceeded, Limits, Quota, Reservation, TokenBucket
+from router.limits.tenant_quota import Exceeded, Limits, Quota, Reservation, TokenBucket
 from router.types import Usage
 
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from router.window import Window
+from router.limits.sliding_window import Window
 
 
 def make_window(limit: float = 10.0) -> Window:

@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
     import asyncio, sys, time
     import ray
-    from router.budget import Amount, BudgetLimits
+    from router.limits.rate_limit import Amount, BudgetLimits
     from serving.budget_actor import ask_actor
     from serving.budgets import Leases
 

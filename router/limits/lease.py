@@ -22,7 +22,7 @@ import math
 
 import msgspec
 
-from router.budget import Amount, Budget, BudgetLimits, RateReport
+from router.limits.rate_limit import Amount, Budget, BudgetLimits, RateReport
 
 LEASE_S = 5.0  # news come every second or sooner: four may be lost
 _RENEW_S = 1.0

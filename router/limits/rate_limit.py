@@ -22,7 +22,7 @@ import math
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
-from router.window import Grain, Window
+from router.limits.sliding_window import Grain, Window
 
 _MINUTE_S, _HOUR_S, _DAY_S = 60.0, 3600.0, 86400.0
 # A provider counts a request when it comes, not when it answers. A reply that takes
@@ -242,7 +242,7 @@ class Budget:
             self._tokens.report(report.limit_tokens, report.remaining_tokens, now_s)
 
     def set_aside(self, holder: str, amount: Amount, now_s: float) -> None:
-        """Keep so much, in all, for a holder that reserves from it by itself (`router.lease`)."""
+        """Keep so much, in all, for a holder that reserves from it by itself (`router.limits.lease`)."""
         more = amount - self._aside.get(holder, Amount())
         self._aside[holder] = amount
         self._num_aside += more.num_requests
