@@ -18,7 +18,7 @@ from benchmarks.provider_model import ProviderModel
 from benchmarks.simulated_gateway import Gateway
 from benchmarks.simulated_node import HEARTBEAT_S, Engine, Node
 from benchmarks.workload import Arrival, Workload
-from router.fallback import FallbackSettings
+from router.providers.spillover import FallbackSettings
 from router.settings import RouterSettings
 from router.types import Request
 

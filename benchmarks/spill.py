@@ -29,8 +29,8 @@ from benchmarks.sweep import Fleet, capacity
 from benchmarks.synthetic import PROMPTS, REPLIES, SYNTHETIC, of
 from benchmarks.token_counts import LogNormal
 from benchmarks.workload import Workload
-from router.fallback import FallbackSettings
-from router.provider import ProviderSettings
+from router.providers.provider import ProviderSettings
+from router.providers.spillover import FallbackSettings
 from router.settings import RouterSettings
 
 # A small hosted model's list prices (GPT-4o mini, 2024), and its usual speed from afar.

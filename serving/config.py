@@ -19,8 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from router.fallback import FallbackSettings
-from router.provider import KeySettings, ProviderSettings
+from router.providers.provider import KeySettings, ProviderSettings
+from router.providers.spillover import FallbackSettings
 from router.settings import RouterSettings
 from router.types import RequestClass
 

@@ -15,10 +15,10 @@ nobody may serve it.
 import math
 from collections import Counter
 
-from router.fallback import Spill
 from router.fleet.fleet import Fleet
 from router.overload import Overloads
 from router.placement import Placement, Placer
+from router.providers.spillover import Spill
 from router.queueing.hold_queue import HoldQueue
 from router.types import Decision, Fail, Hold, Outcome, Reject, RejectReason, Request, Usage
 from router.waits import Waits

@@ -6,7 +6,7 @@ A request's states, and who moves it:
       |                     |  \                     |   \--on_attempt_failed--> as if new,
       |                     |   \--deadline--> EXPIRED           or FAILED
       |                     |\--on_cancel--> RENEGED <--on_cancel--/
-      |                     |\--engines late or gone--> at a provider (`router.fallback`)
+      |                     |\--engines late or gone--> at a provider (`router.providers.spillover`)
       |                     \--queue full, and another tenant has less in it--> REJECTED
       \--queue full, unknown model--> REJECTED
 
@@ -31,7 +31,6 @@ import msgspec
 from router.breaker import Failure
 from router.core.lifecycle import OpenRequests
 from router.core.remainder import continued, retried
-from router.fallback import FallbackSettings, Spill, own_budget
 from router.fleet.fleet import Fleet
 from router.fleet.health import Health
 from router.fleet.replica import Replica
@@ -41,8 +40,9 @@ from router.overload import Overloads
 from router.placement import Placer
 from router.policies import Policy, make_policy
 from router.predictions import Predictions
-from router.provider import MakeBudget, ProviderSettings
-from router.provider_calls import ProviderCalls
+from router.providers.calls import ProviderCalls
+from router.providers.provider import MakeBudget, ProviderSettings
+from router.providers.spillover import FallbackSettings, Spill, own_budget
 from router.queueing.deadline import turn_s
 from router.queueing.hold_queue import HoldQueue
 from router.retry_budget import RetryBudget

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import spill
 from benchmarks.profile import Profile
-from router.fallback import FallbackSettings
+from router.providers.spillover import FallbackSettings
 
 PROFILE = Profile.load("h100-llama8b")
 

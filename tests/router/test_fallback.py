@@ -5,9 +5,9 @@ from router_builders import busy, info, make_router, req
 
 from router.breaker import Failure
 from router.core.router import Router
-from router.fallback import FallbackSettings
 from router.limits.rate_limit import RateReport
-from router.provider import ProviderSettings
+from router.providers.provider import ProviderSettings
+from router.providers.spillover import FallbackSettings
 from router.types import (
     Dispatch,
     Fail,

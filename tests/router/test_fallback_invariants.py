@@ -9,9 +9,9 @@ from router_builders import info, req, snapshot
 
 from router.breaker import Failure
 from router.core.router import Router
-from router.fallback import FallbackSettings
 from router.limits.rate_limit import RateReport
-from router.provider import ProviderSettings
+from router.providers.provider import ProviderSettings
+from router.providers.spillover import FallbackSettings
 from router.settings import RouterSettings
 from router.types import Dispatch, Fail, Fallback, Hold, Outcome, Reject, RejectReason, Usage
 

@@ -4,8 +4,8 @@ import msgspec
 
 from router.breaker import BreakerState, Failure, TripReason
 from router.limits.rate_limit import RateReport
-from router.offers import Offer
-from router.provider import Key
+from router.providers.provider import Key
+from router.providers.quotes import Offer
 from router.queueing.hold_queue import HoldQueue
 from router.types import Fallback, Request, Usage
 

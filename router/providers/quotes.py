@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 import msgspec
 
 from router.limits.rate_limit import Amount
-from router.provider import Key, Provider
+from router.providers.provider import Key, Provider
 from router.types import Request
 
 # A key gets the same request this often: twice, as its first failure may have been luck.

@@ -25,12 +25,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from router.breaker import BreakerLog
 from router.limits.rate_limit import Amount, Budget, BudgetLimits
-from router.offers import Offer, Offers
-from router.provider import MakeBudget, Provider, ProviderSettings
-from router.provider_calls import ProviderCalls
+from router.providers.calls import ProviderCalls
+from router.providers.late_jobs import Relief
+from router.providers.provider import MakeBudget, Provider, ProviderSettings
+from router.providers.quotes import Offer, Offers
 from router.queueing.deadline import promised_s
 from router.queueing.hold_queue import HoldQueue
-from router.relief import Relief
 from router.settings import RouterSettings
 from router.types import Fallback, Request
 from router.waits import Waits
