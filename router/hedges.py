@@ -12,7 +12,7 @@ import math
 
 from router.placement import Placement, Placer
 from router.queueing.hold_queue import HoldQueue
-from router.retry_budget import RetryBudget
+from router.resilience.retry_budget import RetryBudget
 from router.types import Hedge, Usage
 
 # All that is open is looked at this often: what a first token may be late beside by.

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from router.breaker import BreakerSettings
-from router.retry_budget import RetryBudgetSettings
+from router.resilience.breaker import BreakerSettings
+from router.resilience.retry_budget import RetryBudgetSettings
 from router.types import RequestClass
 
 PolicyName = Literal[

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextvars import ContextVar
 
-from router.resume import Resume
+from router.resilience.resume import Resume
 from router.types import Usage
 from serving.record import Recorder
 

@@ -5,9 +5,9 @@ import logging
 import time
 from collections.abc import Collection, Mapping
 
-from router.breaker import Failure
 from router.core.router import Router
-from router.resume import Records, Reply, Resume
+from router.resilience.breaker import Failure
+from router.resilience.resume import Records, Reply, Resume
 from router.types import (
     BlockUpdate,
     Decision,

@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-from router.resume import Reply
+from router.resilience.resume import Reply
 from router.types import RejectReason, Request, Usage
 from serving.continuation import Continuation
 from serving.wire import Headers

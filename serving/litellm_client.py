@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from router.breaker import Failure
+from router.resilience.breaker import Failure
 from serving.config import ConfigError, ProviderConfig
 from serving.exchange import DONE
 from serving.provider_client import ProviderFailed, Reply

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from router.breaker import BreakerState
+from router.resilience.breaker import BreakerState
 from router.types import Request, Usage
 from serving.tenants import Consumption
 

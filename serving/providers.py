@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import msgspec
 from pydantic import SecretStr
 
-from router.breaker import Failure
 from router.core.router import Router
+from router.resilience.breaker import Failure
 from router.types import Decision, Fallback, Usage
 from serving.api_key import read_api_keys
 from serving.budgets import Leases

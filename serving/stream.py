@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message
 
-from router.resume import Seam, SeamError
+from router.resilience.resume import Seam, SeamError
 from serving.account import Account, current_account
 from serving.wire import Data, End, Head, Headers, Submit, ToGateway
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from router.resume import Resume
+from router.resilience.resume import Resume
 from router.types import BlockUpdate, EngineInfo, EngineSnapshot, Usage
 
 MAX_MESSAGE_BYTES = 256 * 2**20  # a length beyond this is garbage, not a message

@@ -28,7 +28,6 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from router.breaker import Failure
 from router.core.lifecycle import OpenRequests
 from router.core.remainder import continued, retried
 from router.fleet.fleet import Fleet
@@ -45,7 +44,8 @@ from router.providers.provider import MakeBudget, ProviderSettings
 from router.providers.spillover import FallbackSettings, Spill, own_budget
 from router.queueing.deadline import turn_s
 from router.queueing.hold_queue import HoldQueue
-from router.retry_budget import RetryBudget
+from router.resilience.breaker import Failure
+from router.resilience.retry_budget import RetryBudget
 from router.settings import RouterSettings
 from router.types import (
     BlockUpdate,

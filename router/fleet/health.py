@@ -10,11 +10,11 @@ tokens reach the breaker by the calls themselves (`router.core.router`).
 import random
 from collections.abc import Iterable, Sequence
 
-from router.breaker import Breaker, BreakerEvent, BreakerLog, BreakerState, TripReason
 from router.fleet.admission import takes_work
 from router.fleet.fleet import Fleet
 from router.fleet.replica import Replica
 from router.placement import Placement
+from router.resilience.breaker import Breaker, BreakerEvent, BreakerLog, BreakerState, TripReason
 from router.settings import RouterSettings
 from router.types import EngineInfo, Evacuate
 

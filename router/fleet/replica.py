@@ -3,12 +3,12 @@
 import math
 import random
 
-from router.breaker import Breaker, BreakerSettings
 from router.estimators.prefill_rate import RecentPrefill
 from router.estimators.request_overhead import PathTime
 from router.estimators.step_time import StepModel
 from router.fleet.ledger import Ledger
 from router.fleet.prefix_cache import PrefixCache
+from router.resilience.breaker import Breaker, BreakerSettings
 from router.types import EngineInfo, EngineSnapshot, Request
 
 Kind = tuple[str, str, int]  # model, device, tokens in one step

@@ -2,11 +2,11 @@
 
 import msgspec
 
-from router.breaker import BreakerState, Failure, TripReason
 from router.limits.rate_limit import RateReport
 from router.providers.provider import Key
 from router.providers.quotes import Offer
 from router.queueing.hold_queue import HoldQueue
+from router.resilience.breaker import BreakerState, Failure, TripReason
 from router.types import Fallback, Request, Usage
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from router.breaker import Breaker, BreakerLog, BreakerSettings
 from router.limits.lease import LeasedBudget
 from router.limits.rate_limit import Amount, Budget, BudgetLimits
+from router.resilience.breaker import Breaker, BreakerLog, BreakerSettings
 from router.types import Request, Usage
 
 MakeBudget = Callable[[str, BudgetLimits], Budget | LeasedBudget]

@@ -23,7 +23,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from router.breaker import BreakerLog
 from router.limits.rate_limit import Amount, Budget, BudgetLimits
 from router.providers.calls import ProviderCalls
 from router.providers.late_jobs import Relief
@@ -31,6 +30,7 @@ from router.providers.provider import MakeBudget, Provider, ProviderSettings
 from router.providers.quotes import Offer, Offers
 from router.queueing.deadline import promised_s
 from router.queueing.hold_queue import HoldQueue
+from router.resilience.breaker import BreakerLog
 from router.settings import RouterSettings
 from router.types import Fallback, Request
 from router.waits import Waits

@@ -2,7 +2,6 @@ import math
 
 from router_builders import busy, make_replica, req, snapshot
 
-from router.breaker import TripReason
 from router.fleet.admission import (
     Opening,
     keeps_pace,
@@ -11,6 +10,7 @@ from router.fleet.admission import (
     takes_work,
     window_tokens,
 )
+from router.resilience.breaker import TripReason
 
 
 def test_window_is_one_step_and_what_is_prefilled_while_we_react():

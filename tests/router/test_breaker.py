@@ -6,7 +6,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from router.breaker import (
+from router.resilience.breaker import (
     Breaker,
     BreakerLog,
     BreakerSettings,

@@ -4,8 +4,8 @@ import random
 import pytest
 from router_builders import busy, info, make_router, req, snapshot, stepped
 
-from router.breaker import Failure
 from router.core.router import Router
+from router.resilience.breaker import Failure
 from router.settings import RouterSettings
 from router.types import (
     Decision,

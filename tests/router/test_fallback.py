@@ -3,11 +3,11 @@
 import pytest
 from router_builders import busy, info, make_router, req
 
-from router.breaker import Failure
 from router.core.router import Router
 from router.limits.rate_limit import RateReport
 from router.providers.provider import ProviderSettings
 from router.providers.spillover import FallbackSettings
+from router.resilience.breaker import Failure
 from router.types import (
     Dispatch,
     Fail,

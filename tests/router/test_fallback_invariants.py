@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from router_builders import info, req, snapshot
 
-from router.breaker import Failure
 from router.core.router import Router
 from router.limits.rate_limit import RateReport
 from router.providers.provider import ProviderSettings
 from router.providers.spillover import FallbackSettings
+from router.resilience.breaker import Failure
 from router.settings import RouterSettings
 from router.types import Dispatch, Fail, Fallback, Hold, Outcome, Reject, RejectReason, Usage
 

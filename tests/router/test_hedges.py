@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from router_builders import info, make_router, req
 
-from router.breaker import Failure
+from router.resilience.breaker import Failure
 from router.types import Dispatch, Hedge, Usage
 
 LATE_S = 100.0  # after any prediction here

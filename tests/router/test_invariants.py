@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from router_builders import info, req, snapshot
 
-from router.breaker import Failure
 from router.core.router import Router
 from router.policies import POLICIES
+from router.resilience.breaker import Failure
 from router.settings import Part, RouterSettings
 from router.types import (
     BlockUpdate,

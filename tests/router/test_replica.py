@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from router_builders import busy, make_replica, req, snapshot, stepped
 
-from router.breaker import BreakerSettings
 from router.fleet.replica import Replica, peak_growth_tokens
+from router.resilience.breaker import BreakerSettings
 
 
 def known(replica: Replica, *, base_s: float = 0.1, token_s: float = 0.01) -> Replica:

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from router.resume import Records, Reply, Resume, Seam, SeamError
+from router.resilience.resume import Records, Reply, Resume, Seam, SeamError
 
 MAX_RECORD_BYTES = 12
 SLOTS = st.integers(0, 2)

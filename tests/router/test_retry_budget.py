@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.retry_budget import RetryBudget, RetryBudgetSettings
+from router.resilience.retry_budget import RetryBudget, RetryBudgetSettings
 
 
 def make_budget(**settings: float) -> RetryBudget:

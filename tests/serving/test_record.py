@@ -3,7 +3,7 @@ import zlib
 import msgspec
 import pytest
 
-from router.resume import Resume, Seam, SeamError
+from router.resilience.resume import Resume, Seam, SeamError
 from serving.record import Entry, Recorder, groups, num_tokens
 
 
