@@ -16,12 +16,12 @@ import math
 from collections import Counter
 
 from router.fleet.fleet import Fleet
-from router.overload import Overloads
-from router.placement import Placement, Placer
 from router.providers.spillover import Spill
 from router.queueing.hold_queue import HoldQueue
+from router.scheduling.load_shedding import Overloads
+from router.scheduling.placer import Placement, Placer
+from router.scheduling.wait_time import Waits
 from router.types import Decision, Fail, Hold, Outcome, Reject, RejectReason, Request, Usage
-from router.waits import Waits
 
 
 class OpenRequests:

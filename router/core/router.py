@@ -33,12 +33,8 @@ from router.core.remainder import continued, retried
 from router.fleet.fleet import Fleet
 from router.fleet.health import Health
 from router.fleet.replica import Replica
-from router.hedges import Hedges
 from router.limits.rate_limit import RateReport
-from router.overload import Overloads
-from router.placement import Placer
 from router.policies import Policy, make_policy
-from router.predictions import Predictions
 from router.providers.calls import ProviderCalls
 from router.providers.provider import MakeBudget, ProviderSettings
 from router.providers.spillover import FallbackSettings, Spill, own_budget
@@ -46,6 +42,11 @@ from router.queueing.deadline import turn_s
 from router.queueing.hold_queue import HoldQueue
 from router.resilience.breaker import Failure
 from router.resilience.retry_budget import RetryBudget
+from router.scheduling.hedging import Hedges
+from router.scheduling.load_shedding import Overloads
+from router.scheduling.placer import Placer
+from router.scheduling.predictions import Predictions
+from router.scheduling.wait_time import Waits
 from router.settings import RouterSettings
 from router.types import (
     BlockUpdate,
@@ -57,7 +58,6 @@ from router.types import (
     Request,
     Usage,
 )
-from router.waits import Waits
 
 # Attempts at one request, after which the request itself is the likely cause of its failures.
 _MAX_TRIED = 6

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from router.fleet.admission import takes_work
 from router.fleet.fleet import Fleet
 from router.fleet.replica import Replica
-from router.placement import Placement
 from router.resilience.breaker import Breaker, BreakerEvent, BreakerLog, BreakerState, TripReason
+from router.scheduling.placer import Placement
 from router.settings import RouterSettings
 from router.types import EngineInfo, Evacuate
 

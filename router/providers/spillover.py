@@ -31,9 +31,9 @@ from router.providers.quotes import Offer, Offers
 from router.queueing.deadline import promised_s
 from router.queueing.hold_queue import HoldQueue
 from router.resilience.breaker import BreakerLog
+from router.scheduling.wait_time import Waits
 from router.settings import RouterSettings
 from router.types import Fallback, Request
-from router.waits import Waits
 
 # How often waits are looked at when nothing else happens: a tenth of the shortest promises.
 _LOOK_S = 0.05

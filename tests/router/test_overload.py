@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from router_builders import busy, make_router, req
 from test_fair_share import SHORT, World, flood
 
-from router.entry_share import EntryShare
-from router.overload import Overload
 from router.queueing.deadline import promised_s
+from router.scheduling.entry_share import EntryShare
+from router.scheduling.load_shedding import Overload
 from router.settings import RouterSettings
 from router.types import Hold, Outcome, Reject, RejectReason
 

@@ -16,13 +16,13 @@ already, and anybody while no engine of the model works, for then nothing is kno
 
 import math
 
-from router.entry_share import EntryShare
 from router.fleet.fleet import Fleet
 from router.queueing.deadline import turn_s
 from router.queueing.hold_queue import HoldQueue
+from router.scheduling.entry_share import EntryShare
+from router.scheduling.wait_time import Waits
 from router.settings import RouterSettings
 from router.types import Request
-from router.waits import Waits
 
 # How much longer than predicted a wait in the queue is taken to be. Predictions are off by
 # 15 % in the median and by 43 % at p90 (bench-real), and what comes later and is promised

@@ -4,7 +4,7 @@ import msgspec
 
 from router.estimators.accuracy import Accuracy
 from router.estimators.output_length import OutputLengths
-from router.placement import Placement
+from router.scheduling.placer import Placement
 from router.types import Request, Usage
 
 

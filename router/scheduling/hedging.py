@@ -10,9 +10,9 @@ paid out of the retry budget, so that it cannot double the load where everything
 
 import math
 
-from router.placement import Placement, Placer
 from router.queueing.hold_queue import HoldQueue
 from router.resilience.retry_budget import RetryBudget
+from router.scheduling.placer import Placement, Placer
 from router.types import Hedge, Usage
 
 # All that is open is looked at this often: what a first token may be late beside by.

@@ -16,7 +16,7 @@ from router.fleet.prompt_blocks import PromptBlocks
 from router.fleet.replica import Replica
 from router.policies import Policy
 from router.queueing.hold_queue import HoldQueue
-from router.reservations import Reservations
+from router.scheduling.backfill import Reservations
 from router.types import Dispatch, Request
 
 # Followers of a blocked head that are tried elsewhere: bounds the work per event
@@ -51,7 +51,7 @@ class Placer:
 
     With `holds`, an engine gets work only while it is open and has KV room, and
     for the head of a lane that no open engine has room for one is kept
-    (`router.reservations`). Followers may go to the other engines meanwhile;
+    (`router.scheduling.backfill`). Followers may go to the other engines meanwhile;
     none of that delays the head on its own. A head that KV has room for, and
     that only waits its turn behind other long prompts, gets its reservation
     when its promise is due; until then short prompts may pass it.
