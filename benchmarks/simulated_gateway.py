@@ -10,7 +10,7 @@ from benchmarks.sequence import Job, Progress
 from benchmarks.simulated_node import HEARTBEAT_S, Node
 from router.core.router import Router
 from router.limits.rate_limit import RateReport
-from router.policies.prefix_index import BLOCK_TOKENS
+from router.scheduling.policies.prefix_index import BLOCK_TOKENS
 from router.settings import RouterSettings
 from router.types import (
     BlockUpdate,

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from router.policies.prefix_index import BLOCK_TOKENS
+from router.scheduling.policies.prefix_index import BLOCK_TOKENS
 from router.types import EngineInfo, Request, RequestClass, Usage
 from serving.errors import ApiError
 

@@ -34,7 +34,6 @@ from router.fleet.fleet import Fleet
 from router.fleet.health import Health
 from router.fleet.replica import Replica
 from router.limits.rate_limit import RateReport
-from router.policies import Policy, make_policy
 from router.providers.calls import ProviderCalls
 from router.providers.provider import MakeBudget, ProviderSettings
 from router.providers.spillover import FallbackSettings, Spill, own_budget
@@ -45,6 +44,7 @@ from router.resilience.retry_budget import RetryBudget
 from router.scheduling.hedging import Hedges
 from router.scheduling.load_shedding import Overloads
 from router.scheduling.placer import Placer
+from router.scheduling.policies import Policy, make_policy
 from router.scheduling.predictions import Predictions
 from router.scheduling.wait_time import Waits
 from router.settings import RouterSettings

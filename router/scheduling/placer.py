@@ -14,9 +14,9 @@ from router.fleet.admission import keeps_pace, kv_need_tokens
 from router.fleet.fleet import Fleet
 from router.fleet.prompt_blocks import PromptBlocks
 from router.fleet.replica import Replica
-from router.policies import Policy
 from router.queueing.hold_queue import HoldQueue
 from router.scheduling.backfill import Reservations
+from router.scheduling.policies import Policy
 from router.types import Dispatch, Request
 
 # Followers of a blocked head that are tried elsewhere: bounds the work per event

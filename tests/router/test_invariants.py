@@ -19,8 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from router_builders import info, req, snapshot
 
 from router.core.router import Router
-from router.policies import POLICIES
 from router.resilience.breaker import Failure
+from router.scheduling.policies import POLICIES
 from router.settings import Part, RouterSettings
 from router.types import (
     BlockUpdate,

@@ -5,11 +5,11 @@ import pytest
 from router_builders import busy, info, make_replica, req, snapshot
 
 from router.fleet.replica import Replica
-from router.policies import POLICIES
-from router.policies.headway import costs_s
-from router.policies.least_kv_usage import kv_usage
-from router.policies.least_response_time import LeastResponseTime
-from router.policies.prefix_index import BLOCK_TOKENS, PrefixIndex
+from router.scheduling.policies import POLICIES
+from router.scheduling.policies.headway import costs_s
+from router.scheduling.policies.least_kv_usage import kv_usage
+from router.scheduling.policies.least_response_time import LeastResponseTime
+from router.scheduling.policies.prefix_index import BLOCK_TOKENS, PrefixIndex
 
 
 def make(name):

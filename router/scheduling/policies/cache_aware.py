@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 
 from router.fleet.replica import Replica
-from router.policies.base import Policy
-from router.policies.prefix_index import PrefixIndex
+from router.scheduling.policies.base import Policy
+from router.scheduling.policies.prefix_index import PrefixIndex
 from router.types import Request
 
 # Defaults of the command lines of sglang-router (now SMG) and of vllm-router:

@@ -4,9 +4,9 @@ import random
 from collections.abc import Sequence
 
 from router.fleet.replica import Replica
-from router.policies.base import Policy
-from router.policies.least_kv_usage import kv_usage
-from router.policies.prefix_index import PrefixIndex
+from router.scheduling.policies.base import Policy
+from router.scheduling.policies.least_kv_usage import kv_usage
+from router.scheduling.policies.prefix_index import PrefixIndex
 from router.types import Request
 
 # The default profile of the Gateway API inference extension's endpoint picker,

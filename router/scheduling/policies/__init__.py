@@ -4,15 +4,15 @@ import random
 from collections.abc import Collection, Mapping
 from typing import get_args
 
-from router.policies.base import Policy
-from router.policies.cache_aware import CacheAware
-from router.policies.headway import Headway
-from router.policies.least_kv_usage import LeastKvUsage
-from router.policies.least_requests import LeastRequests
-from router.policies.least_response_time import LeastResponseTime
-from router.policies.power_of_two import PowerOfTwo
-from router.policies.round_robin import RoundRobin
-from router.policies.weighted_score import WeightedScore
+from router.scheduling.policies.base import Policy
+from router.scheduling.policies.cache_aware import CacheAware
+from router.scheduling.policies.headway import Headway
+from router.scheduling.policies.least_kv_usage import LeastKvUsage
+from router.scheduling.policies.least_requests import LeastRequests
+from router.scheduling.policies.least_response_time import LeastResponseTime
+from router.scheduling.policies.power_of_two import PowerOfTwo
+from router.scheduling.policies.round_robin import RoundRobin
+from router.scheduling.policies.weighted_score import WeightedScore
 from router.settings import Part
 
 POLICIES: Mapping[str, type[Policy]] = {

@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import ClassVar
 
 from router.fleet.replica import Replica
-from router.policies.base import Policy
+from router.scheduling.policies.base import Policy
 from router.types import Request
 
 # Costs within 5 % count as equal: a quarter of the error that predictions have

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 from router.fleet.replica import Replica
-from router.policies.base import Policy
+from router.scheduling.policies.base import Policy
 from router.types import Request
 
 _DECAY_S = 10.0  # Finagle's and linkerd's default

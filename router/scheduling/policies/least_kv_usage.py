@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from router.fleet.replica import Replica
-from router.policies.base import Policy
+from router.scheduling.policies.base import Policy
 from router.types import Request
 
 
