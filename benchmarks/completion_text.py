@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from serving.account import current_account
+from serving.stream.account import current_account
 
 _WORDS = tuple(f" {number}".encode() for number in range(4096))
 

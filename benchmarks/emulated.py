@@ -34,8 +34,8 @@ from benchmarks.kv_events import KvEvents
 from benchmarks.profile import Profile, ProfileError
 from benchmarks.sequence import Progress
 from router.types import EngineSnapshot
-from serving.account import Account, current_account
 from serving.config import Config, ConfigError
+from serving.stream.account import Account, current_account
 
 if TYPE_CHECKING:
     from serving.plan import Plan

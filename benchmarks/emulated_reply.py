@@ -10,8 +10,8 @@ from benchmarks.emulated_request import Body
 from benchmarks.emulated_text import Prompt
 from benchmarks.engine_model import EngineModel
 from benchmarks.sequence import Job, Progress
-from serving.account import Account
-from serving.record import Entry, num_tokens
+from serving.stream.account import Account
+from serving.stream.record import Entry, num_tokens
 
 
 class EmulatedReply:

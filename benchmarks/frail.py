@@ -8,9 +8,9 @@ import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
 from router.types import EngineSnapshot
-from serving.account import Account
 from serving.engine import Engine
-from serving.port import Port
+from serving.stream.account import Account
+from serving.stream.server import Port
 
 
 class FrailEngine:

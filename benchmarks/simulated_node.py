@@ -1,6 +1,6 @@
 """An engine of a simulation, the replica around it, and its lines to the gateways.
 
-What changes in an engine is pushed to every gateway as `serving/port.py` does: at most
+What changes in an engine is pushed to every gateway as `serving/stream/server.py` does: at most
 once per interval, one that was idle at once. A push is no event of its own unless
 a gateway listens for it: what a push said, and when, follows from the engine's steps, so it is
 made up when somebody asks (`tell`). Runs of steps in which all that happens is that
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from benchmarks.simulated_gateway import Gateway
     from benchmarks.simulator import Simulation
 
-# As in serving/port.py, which imports what a simulation must not need (asyncio, Ray).
+# As in serving/stream/server.py, which imports what a simulation must not need (asyncio, Ray).
 HEARTBEAT_S = 0.5
 # Steps that are worth beginning at once: somebody comes before long, and cuts the run.
 _MAX_RUN_S = 0.1

@@ -2,7 +2,7 @@
 
 What `serving` is in real time: gateways that carry out decisions as
 `serving/driver.py` does, engines whose replicas push snapshots as
-`serving/port.py` does, and a network between them. Nothing of the router's logic
+`serving/stream/server.py` does, and a network between them. Nothing of the router's logic
 is here. Equal seeds give equal runs, event by event. See `benchmarks.simulated_node`
 for what is left out of the heap.
 """
@@ -32,7 +32,7 @@ class Network:
     # Measured on loopback: 0.5 ms at the median. What a profile says of it comes first.
     submit_s: float = 0.0005  # from a decision to the engine's queue
     reply_s: float = 0.0005  # from the end of a step to the gateway
-    snapshot_interval_s: float = 0.010  # as in serving/port.py
+    snapshot_interval_s: float = 0.010  # as in serving/stream/server.py
     snapshot_loss: float = 0.0  # share of snapshots that never arrive
 
 

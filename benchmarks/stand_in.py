@@ -38,8 +38,8 @@ from benchmarks.completion_text import CompletionText
 from benchmarks.pace import Pace
 from router.fleet.block_log import BlockLog
 from router.types import EngineInfo, EngineSnapshot
-from serving.account import Account, current_account
 from serving.config import Config, ConfigError
+from serving.stream.account import Account, current_account
 
 if TYPE_CHECKING:
     from serving.plan import Plan

@@ -22,12 +22,12 @@ from router.types import (
     Request,
     Usage,
 )
-from serving import record
 from serving.exchange import EngineFailed, Exchange, Rejected
-from serving.link import Link
 from serving.metrics import Metrics
 from serving.providers import Providers
-from serving.wire import Ack, Cancel, Data, End, Head, Prompt, Resync, Submit
+from serving.stream import record
+from serving.stream.client import Link
+from serving.stream.frames import Ack, Cancel, Data, End, Head, Prompt, Resync, Submit
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from starlette.types import ASGIApp
 from router.fleet.block_log import BlockLog
 from router.fleet.prefill_chunk import prefill_chunk_tokens
 from router.types import EngineInfo, EngineSnapshot
-from serving.account import Account
 from serving.config import Config, ConfigError
 from serving.plan import Plan
+from serving.stream.account import Account
 
 
 class Engine(Protocol):

@@ -5,7 +5,7 @@ import math
 import msgspec
 
 from router.types import RejectReason
-from serving.wire import Headers
+from serving.stream.frames import Headers
 
 
 class ApiError(Exception):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from serving.driver import Driver
 from serving.exchange import EngineFailed, Exchange
-from serving.wire import Headers
+from serving.stream.frames import Headers
 
 
 class Reader:

@@ -16,8 +16,8 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 
 from router.fleet.block_log import BlockLog
 from router.types import EngineSnapshot
-from serving.account import Account, current_account
 from serving.scheduler import BLOCKS, ENDED, NEXT, PAIRS, PENDING, PROMPTS
+from serving.stream.account import Account, current_account
 
 # Share of the measured prefill rate's memory that one prefill step replaces:
 # about the last 20 steps count, a few seconds of a busy engine.

@@ -20,7 +20,7 @@ from serving.exchange import DONE, Exchange
 from serving.provider_client import Client, HttpClient, ProviderFailed, Reply
 from serving.provider_reply import ReplyReader
 from serving.rate_headers import rate_report
-from serving.wire import Headers
+from serving.stream.frames import Headers
 
 logger = logging.getLogger(__name__)
 

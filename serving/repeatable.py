@@ -7,7 +7,7 @@ from typing import Any
 
 import vllm.utils
 
-from serving.account import current_account
+from serving.stream.account import current_account
 
 _API_MODULES = tuple(
     f"vllm.entrypoints.openai.{name}"

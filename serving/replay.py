@@ -4,7 +4,7 @@ The API layer makes a response out of what the engine's collector hands it,
 step by step. A request with a record is registered as if new, and then its
 collector is given the recorded steps, through vLLM's own output processor:
 detokenizer, stop strings, log probabilities, parsers and `n` come into the
-state they were in, and the same bytes come out (`serving.stream` drops those
+state they were in, and the same bytes come out (`serving.stream.call` drops those
 that the client has). The engine core gets prompt and tokens as one prompt, so
 what was generated is prefilled, not generated again.
 
@@ -27,9 +27,9 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.outputs import LogprobsLists
 
-from serving.account import Account, current_account
-from serving.record import Entry, Group, Recorder, groups
 from serving.repeatable import make_repeatable
+from serving.stream.account import Account, current_account
+from serving.stream.record import Entry, Group, Recorder, groups
 
 
 class Collector(RequestOutputCollector):

@@ -13,8 +13,8 @@ from serving.config import Config, parse
 from serving.engine import Engine
 from serving.loop import LoopThread
 from serving.plan import Plan
-from serving.port import Port
 from serving.step_log import StepLog
+from serving.stream.server import Port
 
 logger = logging.getLogger(__name__)
 

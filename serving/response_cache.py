@@ -15,7 +15,7 @@ from serving.driver import Driver
 from serving.exchange import Exchange
 from serving.flight import Flight, Reader
 from serving.response_store import MemoryStore, RedisStore, ResponseStore, StoredResponse
-from serving.wire import Headers
+from serving.stream.frames import Headers
 
 Verdict = Literal["hit", "miss", "join", "bypass"]
 # Who is in a hurry does not wait for a batch request's turn.

@@ -8,7 +8,7 @@ from typing import Protocol
 import msgspec
 
 from serving.config import ConfigError
-from serving.wire import Headers
+from serving.stream.frames import Headers
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from router.types import Request, RequestClass, Usage
 from serving.config import Config, TenantConfig
 from serving.errors import ApiError
 from serving.keys import Key, KeyRing
-from serving.wire import Headers
+from serving.stream.frames import Headers
 
 _UNLISTED = TenantConfig()
 

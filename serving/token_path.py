@@ -21,8 +21,8 @@ from serving.flight import Reader
 from serving.intake import Intake
 from serving.providers import Providers
 from serving.response_cache import Replay, ResponseCache
+from serving.stream.frames import Headers
 from serving.tenants import Caller, Tenants
-from serving.wire import Headers
 
 # What vLLM's API layer reads of a request's headers.
 _FORWARDED = re.compile(rb"traceparent|tracestate|x-session-id|x-data-parallel-rank")

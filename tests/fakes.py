@@ -9,9 +9,9 @@ from starlette.types import Receive, Scope, Send
 
 from router.fleet.block_log import BlockLog
 from router.types import EngineInfo, EngineSnapshot
-from serving.account import Account
 from serving.config import Config
 from serving.plan import Plan
+from serving.stream.account import Account
 
 INFO = EngineInfo(
     model="fake-model",

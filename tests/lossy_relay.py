@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from serving.wire import (
+from serving.stream.frames import (
     Blocks,
     MessageBuffer,
     Resync,

@@ -9,7 +9,7 @@ import httpx
 from serving.config import parse
 from serving.gateway import Gateway
 from serving.listener import Listener
-from serving.port import Port
+from serving.stream.server import Port
 from tests.fakes import FakeEngine
 
 CHAT = "/v1/chat/completions"

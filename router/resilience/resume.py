@@ -8,7 +8,7 @@ r"""A reply that outlives its engines: what of it there is, and how another engi
     bytes again; `Seam` drops those that the client has, after comparing them.
 
 Groups are what the engine has generated, opaque here, and the bytes are made of them
-(`serving.record`). So that nothing is missing, an engine sends a group before, or with, the
+(`serving.stream.record`). So that nothing is missing, an engine sends a group before, or with, the
 first byte made of it: the record is never behind the client. It may be ahead.
 
 What never happens: a byte that the client gets twice, or not at all, or from an engine

@@ -12,9 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.emulated import EmulatedArgs, EmulatedEngine
 from benchmarks.emulated_text import Prompt
 from benchmarks.profile import Profile
-from serving.account import Account, current_account
 from serving.config import ConfigError, parse
-from serving.port import Port
+from serving.stream.account import Account, current_account
+from serving.stream.server import Port
 from tests.asgi_caller import Caller
 from tests.system import CHAT, System, running
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks.stand_in import StandInArgs, StandInEngine
-from serving.account import Account, current_account
 from serving.config import ConfigError, parse
+from serving.stream.account import Account, current_account
 from tests.asgi_caller import Caller
 
 CHAT = "/v1/chat/completions"

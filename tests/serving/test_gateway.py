@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from serving.wire import Resync
+from serving.stream.frames import Resync
 from tests.system import CHAT, running
 
 

@@ -27,7 +27,7 @@ from serving.gateway import Gateway
 from serving.hardware import detect
 from serving.listener import Listener
 from serving.plan import plan
-from serving.port import Port
+from serving.stream.server import Port
 from tests.lossy_relay import LossyRelay
 from tests.system import free_port
 from tests.tiny_model import tiny_model

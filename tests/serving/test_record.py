@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from router.resilience.resume import Resume, Seam, SeamError
-from serving.record import Entry, Recorder, groups, num_tokens
+from serving.stream.record import Entry, Recorder, groups, num_tokens
 
 
 def test_what_was_taken_together_is_a_group():

@@ -6,9 +6,9 @@ import os
 
 import msgspec
 
-from serving.link import Link
-from serving.port import HEARTBEAT_S, Port
-from serving.wire import Ack, Cancel, Data, End, Head, Submit
+from serving.stream.client import Link
+from serving.stream.frames import Ack, Cancel, Data, End, Head, Submit
+from serving.stream.server import HEARTBEAT_S, Port
 from tests.fakes import INFO, FakeEngine
 
 WINDOW_BYTES = 1000

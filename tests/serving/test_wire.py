@@ -2,7 +2,7 @@
 
 import pytest
 
-from serving.wire import (
+from serving.stream.frames import (
     MAX_MESSAGE_BYTES,
     Ack,
     Cancel,

@@ -5,7 +5,7 @@ from contextvars import ContextVar
 
 from router.resilience.resume import Resume
 from router.types import Usage
-from serving.record import Recorder
+from serving.stream.record import Recorder
 
 
 class Account:

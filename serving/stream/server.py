@@ -6,11 +6,11 @@ import secrets
 
 import msgspec
 
-from serving.account import Account
-from serving.connection import FrameConnection
 from serving.engine import Engine
-from serving.stream import Stream
-from serving.wire import (
+from serving.stream.account import Account
+from serving.stream.call import Stream
+from serving.stream.connection import FrameConnection
+from serving.stream.frames import (
     Ack,
     Blocks,
     Cancel,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from serving.wire import MessageBuffer, ToEngine, ToGateway, encode
+from serving.stream.frames import MessageBuffer, ToEngine, ToGateway, encode
 
 
 class FrameConnection(asyncio.Protocol):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from serving.wire import MessageBuffer
+from serving.stream.frames import MessageBuffer
 
 # Of a reply that is not streamed nothing is due before its end; so many entries
 # later the gateway hears of them all the same. Little enough to compute again.

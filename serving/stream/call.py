@@ -7,8 +7,8 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message
 
 from router.resilience.resume import Seam, SeamError
-from serving.account import Account, current_account
-from serving.wire import Data, End, Head, Headers, Submit, ToGateway
+from serving.stream.account import Account, current_account
+from serving.stream.frames import Data, End, Head, Headers, Submit, ToGateway
 
 logger = logging.getLogger(__name__)
 

@@ -74,7 +74,7 @@ class Data(msgspec.Struct, frozen=True, array_like=True, tag=7):
 
     stream: int
     body: bytes
-    record: bytes = b""  # what these and earlier bytes were made of, see `serving.record`
+    record: bytes = b""  # what these and earlier bytes were made of, see `serving.stream.record`
 
 
 class End(msgspec.Struct, frozen=True, array_like=True, tag=8):

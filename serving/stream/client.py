@@ -4,8 +4,8 @@ import asyncio
 from typing import Protocol
 
 from router.types import BlockUpdate, EngineInfo, EngineSnapshot
-from serving.connection import FrameConnection
-from serving.wire import (
+from serving.stream.connection import FrameConnection
+from serving.stream.frames import (
     Blocks,
     Data,
     End,
