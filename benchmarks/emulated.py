@@ -50,11 +50,11 @@ class EmulatedArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefill_chunk: int | None = None  # the profile's `max_prefill_chunk`
     max_num_batched_tokens: int | None = None  # likewise
     priority: bool = True  # a waiting queue by priority, as Headway sets its engines
-    paces: bool = True  # steps as by `serving/scheduler.py`; false: by vLLM alone
+    paces: bool = True  # steps as by `serving/engine/vllm/scheduler.py`; false: by vLLM alone
 
 
 class EmulatedEngine:
-    """The `serving.engine.Engine` of emulations."""
+    """The `serving.engine.vllm.engine.Engine` of emulations."""
 
     def __init__(self, args: EmulatedArgs, model: str | None = None, rank: int = 0) -> None:
         """Raises `ProfileError` when the profile cannot be read."""

@@ -20,7 +20,7 @@ from benchmarks.step_scheduler import StepScheduler
 from router.fleet.block_log import BlockLog
 from router.types import EngineInfo, EngineSnapshot
 
-# As in serving/monitor.py: what one step replaces of the prefill rate's memory.
+# As in serving/engine/vllm/stats.py: what one step replaces of the prefill rate's memory.
 _RATE_FORGETTING = 0.05
 
 

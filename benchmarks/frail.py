@@ -8,13 +8,13 @@ import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
 from router.types import EngineSnapshot
-from serving.engine import Engine
+from serving.engine.vllm.engine import Engine
 from serving.stream.account import Account
 from serving.stream.server import Port
 
 
 class FrailEngine:
-    """The `serving.engine.Engine` around another one.
+    """The `serving.engine.vllm.engine.Engine` around another one.
 
     Hung, it sends nothing and counts no step; silent, it tells nothing of
     itself; dead, whatever it would send is about that.

@@ -23,7 +23,7 @@ def steps(
 
     `since_s` is of the monotonic clock. Where steps `overlap` (async scheduling), a prefill's
     time is partly in the step before it, and so are its tokens, in other parts
-    (`serving.monitor`): all steps between two without prefill are one.
+    (`serving.engine.vllm.stats`): all steps between two without prefill are one.
     """
     spans = [_spans(log) for log in logs]
     found = []

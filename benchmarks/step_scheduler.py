@@ -21,7 +21,7 @@ class StepScheduler:
     The caller alternates `schedule` and `complete`; `advance` stands for steps in
     between in which everybody decodes. Sequences that decode are counted and not visited.
 
-    `paces`: steps are made up as by `serving/scheduler.py`, not by vLLM alone: no long
+    `paces`: steps are made up as by `serving/engine/vllm/scheduler.py`, not by vLLM alone: no long
     prompt takes more than its part, and every second step is without those that are less
     urgent than who waits.
     """

@@ -51,7 +51,8 @@ class EngineConfig(_Section):
     """One engine replica. The word `emulated` alone stands for an emulated one."""
 
     factory: str = Field(
-        "serving.engine:VllmEngine", description="module:class of the engine behind the stream"
+        "serving.engine.vllm.engine:VllmEngine",
+        description="module:class of the engine behind the stream",
     )
     args: dict[str, Any] = Field(
         default_factory=dict,

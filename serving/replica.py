@@ -10,7 +10,7 @@ import ray
 from ray import serve
 
 from serving.config import Config, parse
-from serving.engine import Engine
+from serving.engine.vllm.engine import Engine
 from serving.loop import LoopThread
 from serving.plan import Plan
 from serving.step_log import StepLog

@@ -16,7 +16,7 @@ import uvloop
 
 from router.fleet.prefill_chunk import prefill_chunk_tokens
 from serving.config import parse
-from serving.engine import on_core, vllm_arguments
+from serving.engine.vllm.engine import on_core, vllm_arguments
 from serving.hardware import detect
 from serving.onboard import onboard_model
 from serving.plan import plan

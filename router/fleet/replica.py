@@ -133,7 +133,7 @@ class Replica:
         steps until what comes before it and its own tokens are prefilled
         (formula: `router.estimators.step_time`): all that is pending, or, before a short
         prompt, the other short ones, as the engine lets these pass (see
-        `serving.scheduler`), unless a long one whose turn comes before `turn_s`
+        `serving.engine.vllm.scheduler`), unless a long one whose turn comes before `turn_s`
         keeps its part of the step. A wait for KV blocks is not in it: admission
         does not send where they lack.
         """
@@ -161,7 +161,7 @@ class Replica:
         """Predicted seconds that long prompts here will wait for this one, summed over them.
 
         Those whose turn comes later: a short prompt has the next step for itself and those
-        that decode (see `serving.scheduler`), unless it joins other short ones there.
+        that decode (see `serving.engine.vllm.scheduler`), unless it joins other short ones there.
         """
         num_passed = sum(long_turn_s > turn_s for long_turn_s in self.long_turns_s.values())
         if not num_passed:

@@ -6,7 +6,7 @@ import secrets
 
 import msgspec
 
-from serving.engine import Engine
+from serving.engine.vllm.engine import Engine
 from serving.stream.account import Account
 from serving.stream.call import Stream
 from serving.stream.connection import FrameConnection

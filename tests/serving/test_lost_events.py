@@ -22,7 +22,7 @@ from benchmarks.chaos_texts import TIE_NATS
 from benchmarks.emulated import EmulatedArgs, EmulatedEngine
 from benchmarks.profile import Profile
 from serving.config import parse
-from serving.engine import Engine, VllmEngine
+from serving.engine.vllm.engine import Engine, VllmEngine
 from serving.gateway import Gateway
 from serving.hardware import detect
 from serving.listener import Listener

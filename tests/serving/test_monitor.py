@@ -1,4 +1,4 @@
-"""`serving.monitor` on its own, fed as vLLM feeds it."""
+"""`serving.engine.vllm.stats` on its own, fed as vLLM feeds it."""
 
 from types import SimpleNamespace
 
@@ -11,8 +11,8 @@ def test_a_step_lasts_by_the_cores_clock() -> None:
     """Records that a busy event loop gets to all at once tell their steps' times all the same."""
     from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
 
-    from serving.monitor import EngineMonitor
-    from serving.scheduler import ENDED
+    from serving.engine.vllm.scheduler import ENDED
+    from serving.engine.vllm.stats import EngineMonitor
 
     scheduler = SimpleNamespace(long_prefill_token_threshold=64, max_num_batched_tokens=512)
     monitor = EngineMonitor(SimpleNamespace(scheduler_config=scheduler))
@@ -29,8 +29,8 @@ def test_a_step_that_overlaps_the_next_has_half_of_eithers_tokens() -> None:
     """Two that decode, then a prompt of 256 beside them: its time is in two records, anyhow."""
     from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
 
-    from serving.monitor import EngineMonitor
-    from serving.scheduler import ENDED, NEXT
+    from serving.engine.vllm.scheduler import ENDED, NEXT
+    from serving.engine.vllm.stats import EngineMonitor
 
     scheduler = SimpleNamespace(long_prefill_token_threshold=64, max_num_batched_tokens=512)
     monitor = EngineMonitor(SimpleNamespace(scheduler_config=scheduler))

@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 
 from serving.config import parse
-from serving.engine import VllmEngine
+from serving.engine.vllm.engine import VllmEngine
 from serving.gateway import Gateway
 from serving.hardware import detect
 from serving.listener import Listener
@@ -291,7 +291,7 @@ async def test_without_a_seed_the_rest_is_another_sample_behind_the_same_beginni
 
 async def test_what_does_not_come_again_ends_in_an_error(pair, monkeypatch):
     """A draw without a seed, taken for one that can be repeated."""
-    monkeypatch.setattr("serving.replay._comes_again", lambda params: True)
+    monkeypatch.setattr("serving.engine.vllm.resume._comes_again", lambda params: True)
     reply = await pair.ask(CHAT, request(CHAT, {"temperature": 1.0}), cut_at=(10,))
     assert b"generated again, it differs from what had been sent" in reply
     assert b"[DONE]" not in reply

@@ -15,7 +15,7 @@ def test_a_chunk_that_is_withdrawn_leaves_the_prefix_cache() -> None:
     With vLLM 0.32's own preemption that one, when it comes again, attends to 32 tokens which
     nobody has computed.
     """
-    from serving.scheduler import HeadwayScheduler
+    from serving.engine.vllm.scheduler import HeadwayScheduler
 
     size = 7 * BLOCK
     profile = make_profile(num_kv_tokens=size, max_model_len=size, max_prefill_chunk=3 * BLOCK)
@@ -35,7 +35,13 @@ def test_a_chunk_that_is_withdrawn_leaves_the_prefix_cache() -> None:
 
 def test_with_async_scheduling_a_step_that_runs_is_pending_as_well() -> None:
     """The next step is made up before one ends; by the same measure as without, it is to come."""
-    from serving.scheduler import NEXT, PAIRS, PENDING, HeadwayAsyncScheduler, HeadwayScheduler
+    from serving.engine.vllm.scheduler import (
+        NEXT,
+        PAIRS,
+        PENDING,
+        HeadwayAsyncScheduler,
+        HeadwayScheduler,
+    )
 
     size = 20 * BLOCK
     profile = make_profile(num_kv_tokens=size, max_model_len=size, max_prefill_chunk=3 * BLOCK)

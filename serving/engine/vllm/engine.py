@@ -98,13 +98,13 @@ class VllmEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from serving.monitor import EngineMonitor
-        from serving.replay import Replayer
+        from serving.engine.vllm.resume import Replayer
+        from serving.engine.vllm.stats import EngineMonitor
 
         args = vllm_arguments(plan)
         engine_args = AsyncEngineArgs.from_cli_args(args)
         if engine_args.kv_events_config is None:
-            # They come with the statistics of their step (serving.scheduler), not by socket.
+            # They come with the statistics of their step (serving.engine.vllm.scheduler), not by socket.
             engine_args.kv_events_config = KVEventsConfig(
                 enable_kv_cache_events=True, publisher="null"
             )
@@ -112,7 +112,7 @@ class VllmEngine:
         # that it serves, it gives a large GPU a quarter of the one and an eighth of the other.
         vllm_config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         scheduler = vllm_config.scheduler_config
-        scheduler.scheduler_cls = "serving.scheduler." + (
+        scheduler.scheduler_cls = "serving.engine.vllm.scheduler." + (
             "HeadwayAsyncScheduler" if scheduler.async_scheduling else "HeadwayScheduler"
         )
         if "long_prefill_token_threshold" not in plan.engine_args:

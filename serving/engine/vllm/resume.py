@@ -27,7 +27,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.outputs import LogprobsLists
 
-from serving.repeatable import make_repeatable
+from serving.engine.vllm.stable_ids import make_repeatable
 from serving.stream.account import Account, current_account
 from serving.stream.record import Entry, Group, Recorder, groups
 

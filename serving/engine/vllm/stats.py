@@ -16,7 +16,7 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 
 from router.fleet.block_log import BlockLog
 from router.types import EngineSnapshot
-from serving.scheduler import BLOCKS, ENDED, NEXT, PAIRS, PENDING, PROMPTS
+from serving.engine.vllm.scheduler import BLOCKS, ENDED, NEXT, PAIRS, PENDING, PROMPTS
 from serving.stream.account import Account, current_account
 
 # Share of the measured prefill rate's memory that one prefill step replaces:
