@@ -3,7 +3,7 @@
 The deployed gateway, its listener and the engines' ports run in one process;
 faults hit random engines at random moments, several at a time. Every reply is
 compared with that of an undisturbed run. The engines are vLLM's scheduler at a
-profile's step times, without a model (`benchmarks.emulated`).
+profile's step times, without a model (`serving.engine.emulated.engine`).
 """
 
 import argparse
@@ -22,13 +22,13 @@ import httpx
 from benchmarks.chaos_check import probe_faults, seam_gaps_s
 from benchmarks.chaos_client import Question, Reply, ask
 from benchmarks.comparison import say
-from benchmarks.emulated import EmulatedArgs, EmulatedEngine
 from benchmarks.frail import FrailEngine, FrailFleet
 from benchmarks.report import Report, percentile
 from benchmarks.runner import run_and_judge
 from benchmarks.subjects import BenchmarkError, free_ports
 from router.types import Request
 from serving.config import parse
+from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.gateway import Gateway
 from serving.listener import Listener
 

@@ -18,9 +18,9 @@ import typer
 import uvicorn
 import zmq
 
-from benchmarks.emulated import EmulatedArgs, EmulatedEngine
-from benchmarks.kv_events import KvEventPublisher, KvEvents, KvEventsConfig
 from benchmarks.profile import ProfileError
+from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
+from serving.engine.emulated.kv_events import KvEventPublisher, KvEvents, KvEventsConfig
 
 
 def serve(

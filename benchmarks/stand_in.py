@@ -23,7 +23,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from benchmarks.asgi import (
+from benchmarks.pace import Pace
+from router.fleet.block_log import BlockLog
+from router.types import EngineInfo, EngineSnapshot
+from serving.config import Config, ConfigError
+from serving.engine.emulated.asgi import (
     EVENTS,
     Receive,
     Scope,
@@ -34,11 +38,7 @@ from benchmarks.asgi import (
     send_part,
     until_gone,
 )
-from benchmarks.completion_text import CompletionText
-from benchmarks.pace import Pace
-from router.fleet.block_log import BlockLog
-from router.types import EngineInfo, EngineSnapshot
-from serving.config import Config, ConfigError
+from serving.engine.emulated.completion_text import CompletionText
 from serving.stream.account import Account, current_account
 
 if TYPE_CHECKING:

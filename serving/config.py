@@ -44,7 +44,7 @@ def _absolute(path: Path) -> Path:
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
-_EMULATED = "benchmarks.emulated:EmulatedEngine"
+_EMULATED = "serving.engine.emulated.engine:EmulatedEngine"
 
 
 class EngineConfig(_Section):

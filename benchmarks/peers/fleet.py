@@ -72,7 +72,7 @@ class EmulatedHeadway(Headway):
         args = config["applications"][0]["args"]
         args["served_model_name"] = self._model
         args["engine"] = {
-            "factory": "benchmarks.emulated:EmulatedEngine",
+            "factory": "serving.engine.emulated.engine:EmulatedEngine",
             "args": {"profile": self._profile},
         }
         return config

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.emulated import EmulatedArgs, EmulatedEngine
-from benchmarks.emulated_text import Prompt
 from benchmarks.profile import Profile
 from serving.config import ConfigError, parse
+from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
+from serving.engine.emulated.text import Prompt
 from serving.stream.account import Account, current_account
 from serving.stream.server import Port
 from tests.asgi_caller import Caller

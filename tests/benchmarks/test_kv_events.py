@@ -11,12 +11,12 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from benchmarks.emulated import EmulatedArgs, EmulatedEngine
 from benchmarks.emulated_server import serve
-from benchmarks.emulated_text import Prompt
-from benchmarks.kv_events import KvEventPublisher, KvEvents, KvEventsConfig
 from benchmarks.profile import Profile
 from benchmarks.subjects import free_ports
+from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
+from serving.engine.emulated.kv_events import KvEventPublisher, KvEvents, KvEventsConfig
+from serving.engine.emulated.text import Prompt
 from tests.asgi_caller import Caller
 
 kv_events = pytest.importorskip("vllm.distributed.kv_events")

@@ -39,7 +39,12 @@ def make_truth(folder: Path) -> tuple[Profile, str]:
 
 async def test_finds_what_the_engines_were_made_of(tmp_path: Path) -> None:
     truth, path = make_truth(tmp_path)
-    args = {"engine": {"factory": "benchmarks.emulated:EmulatedEngine", "args": {"profile": path}}}
+    args = {
+        "engine": {
+            "factory": "serving.engine.emulated.engine:EmulatedEngine",
+            "args": {"profile": path},
+        }
+    }
     hardware = Hardware(cores=(0, 1), num_ram_bytes=1 << 34, num_free_ram_bytes=1 << 34, gpus=())
     console = Console(file=io.StringIO())
     profile = await measure(args, plan(parse(args), hardware), "found", console)

@@ -48,7 +48,7 @@ def test_what_is_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_headways_engines_are_the_same() -> None:
     config = EmulatedHeadway("h100-llama8b", 8, "emulated").config(8000, 8001)
     args = parse(config["applications"][0]["args"])
-    assert args.engine.factory == "benchmarks.emulated:EmulatedEngine"
+    assert args.engine.factory == "serving.engine.emulated.engine:EmulatedEngine"
     assert args.engine.args == {"profile": "h100-llama8b"}
     assert args.replicas == 8
 

@@ -19,9 +19,9 @@ import pytest
 import yaml
 
 from benchmarks.chaos_texts import TIE_NATS
-from benchmarks.emulated import EmulatedArgs, EmulatedEngine
 from benchmarks.profile import Profile
 from serving.config import parse
+from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.engine.vllm.engine import Engine, VllmEngine
 from serving.gateway import Gateway
 from serving.hardware import detect

@@ -1,6 +1,6 @@
 """An engine without a GPU: vLLM's scheduler and a profile's step times behind the real stream.
 
-`engine.factory: "benchmarks.emulated:EmulatedEngine"` puts it where vLLM
+`engine.factory: "serving.engine.emulated.engine:EmulatedEngine"` puts it where vLLM
 would be; `engine.args.profile` names the hardware. Requests queue, prefill in
 chunks, share prefixes, decode in one batch and are preempted as in vLLM, in
 real time; only what they say is made up (`emulated_text`): the same prompt is
@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from benchmarks.asgi import (
+from benchmarks.engine_model import EngineModel
+from benchmarks.profile import Profile, ProfileError
+from benchmarks.sequence import Progress
+from router.types import EngineSnapshot
+from serving.config import Config, ConfigError
+from serving.engine.emulated.asgi import (
     Receive,
     Scope,
     Send,
@@ -25,16 +30,11 @@ from benchmarks.asgi import (
     reply,
     until_gone,
 )
-from benchmarks.emulated_metrics import render
-from benchmarks.emulated_reply import EmulatedReply
-from benchmarks.emulated_request import Body, parse
-from benchmarks.engine_clock import EngineClock
-from benchmarks.engine_model import EngineModel
-from benchmarks.kv_events import KvEvents
-from benchmarks.profile import Profile, ProfileError
-from benchmarks.sequence import Progress
-from router.types import EngineSnapshot
-from serving.config import Config, ConfigError
+from serving.engine.emulated.clock import EngineClock
+from serving.engine.emulated.kv_events import KvEvents
+from serving.engine.emulated.metrics import render
+from serving.engine.emulated.request import Body, parse
+from serving.engine.emulated.response import EmulatedReply
 from serving.stream.account import Account, current_account
 
 if TYPE_CHECKING:

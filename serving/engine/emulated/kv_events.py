@@ -23,8 +23,8 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from benchmarks.emulated_text import Prompt
 from router.fleet.block_log import BlockLog
+from serving.engine.emulated.text import Prompt
 
 _END = (-1).to_bytes(8, "big", signed=True)  # the number that ends a replay
 _MEDIUM = "GPU"

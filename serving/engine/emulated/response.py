@@ -4,12 +4,12 @@ import asyncio
 import time
 import zlib
 
-from benchmarks.asgi import EVENTS, Send, reply, send_part
-from benchmarks.completion_text import CompletionText
-from benchmarks.emulated_request import Body
-from benchmarks.emulated_text import Prompt
 from benchmarks.engine_model import EngineModel
 from benchmarks.sequence import Job, Progress
+from serving.engine.emulated.asgi import EVENTS, Send, reply, send_part
+from serving.engine.emulated.completion_text import CompletionText
+from serving.engine.emulated.request import Body
+from serving.engine.emulated.text import Prompt
 from serving.stream.account import Account
 from serving.stream.record import Entry, num_tokens
 

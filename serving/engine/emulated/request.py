@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.emulated_text import Prompt
+from serving.engine.emulated.text import Prompt
 
 
 class _StreamOptions(msgspec.Struct):
