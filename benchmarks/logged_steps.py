@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.step_fit import Step
 from router.types import EngineSnapshot
-from serving.step_log import LoggedStep, read
+from serving.engine.step_log import LoggedStep, read
 
 
 def read_all(folder: Path) -> list[list[LoggedStep]]:

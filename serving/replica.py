@@ -10,10 +10,10 @@ import ray
 from ray import serve
 
 from serving.config import Config, parse
+from serving.engine.step_log import StepLog
 from serving.engine.vllm.engine import Engine
 from serving.loop import LoopThread
 from serving.plan import Plan
-from serving.step_log import StepLog
 from serving.stream.server import Port
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from benchmarks.measure import measure
 from benchmarks.profile import Profile
 from router.types import EngineSnapshot
 from serving.config import parse
+from serving.engine.step_log import LoggedStep
 from serving.hardware import Hardware
 from serving.plan import plan
-from serving.step_log import LoggedStep
 
 
 def make_truth(folder: Path) -> tuple[Profile, str]:
