@@ -103,7 +103,7 @@ class Headway(Subject):
                 {
                     "name": "headway",
                     "route_prefix": "/",
-                    "import_path": "serving.app:build",
+                    "import_path": "serving.cluster.application:build",
                     "args": {
                         "served_model_name": MODEL,
                         "device": "cpu",

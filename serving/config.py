@@ -254,7 +254,7 @@ class CacheConfig(_Section):
 
 
 class Config(_Section):
-    """All that `serving.app:build` takes."""
+    """All that `serving.cluster.application:build` takes."""
 
     model: str | None = Field(
         None, description="Hugging Face id or folder; unset on CPU: the small model on board"

@@ -9,13 +9,19 @@ from typing import Any
 
 from rich.console import Console
 
-from serving.cluster import Cluster, environment, joined_cluster, own_cluster, own_folder
+from serving.cluster.processes import descendants
+from serving.cluster.ray_session import (
+    Cluster,
+    environment,
+    joined_cluster,
+    own_cluster,
+    own_folder,
+)
 from serving.endpoint import StartError, check_port, is_loopback, wait_for_answer
 from serving.hardware import Hardware
 from serving.interrupts import Interrupts, Stop
 from serving.launch_file import LaunchFile, check_with_ray
 from serving.plan import Plan
-from serving.processes import descendants
 from serving.progress import (
     Board,
     engine_core_error,
@@ -25,7 +31,7 @@ from serving.progress import (
     read_state,
 )
 
-_ENGINE = "Engine"  # the deployment in `serving.app`
+_ENGINE = "Engine"  # the deployment in `serving.cluster.application`
 _POLL_S = 0.5
 _WATCH_S = 5.0  # between looks at engines that run
 _DRAIN_MARGIN_S = 15.0  # Serve's own steps around the engines' drain
@@ -49,7 +55,7 @@ def launch(
     0 after a drain, 128 + signal if it came before anything was ready. Raises
     `ConfigError`, `OnboardError` and `StartError`; nothing is left running
     then. `address` joins a Ray that runs already. `build` stands for
-    `serving.app.build`; for tests.
+    `serving.cluster.application.build`; for tests.
     """
     start_s = time.monotonic()
     with Interrupts() as interrupts, contextlib.ExitStack() as stack:
@@ -85,7 +91,9 @@ def launch(
 
 
 def _build() -> Build:
-    from serving.app import build  # late: Ray Serve reads the environment when imported
+    from serving.cluster.application import (
+        build,  # late: Ray Serve reads the environment when imported
+    )
 
     return build
 

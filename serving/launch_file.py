@@ -13,7 +13,7 @@ import yaml
 
 from serving.config import Config, ConfigError, parse, resolved
 
-IMPORT_PATH = "serving.app:build"
+IMPORT_PATH = "serving.cluster.application:build"
 _APPLICATION = "applications.0"
 _OUTER_KEYS = ("proxy_location", "http_options", "logging_config", "applications")
 _APPLICATION_KEYS = (

@@ -11,7 +11,7 @@ SCRIPT = """
     import asyncio, sys, time
     import ray
     from router.limits.rate_limit import Amount, BudgetLimits
-    from serving.budget_actor import ask_actor
+    from serving.cluster.budget_actor import ask_actor
     from serving.budgets import Leases
 
     ray.init(

@@ -97,7 +97,7 @@ def test_the_keys_file_is_found_beside_the_config(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(
         "applications:\n"
-        "  - import_path: serving.app:build\n"
+        "  - import_path: serving.cluster.application:build\n"
         "    args: {auth: {keys_file: keys.json}}\n"
     )
     config = load(path, {}).config

@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from serving import launcher
-from serving.cluster import environment
+from serving.cluster.ray_session import environment
 from serving.config import ConfigError
 from serving.hardware import Hardware
 from serving.launch_file import load
@@ -47,7 +47,9 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
-def application(args: str = "{}", import_path: str = "serving.app:build", more: str = "") -> str:
+def application(
+    args: str = "{}", import_path: str = "serving.cluster.application:build", more: str = ""
+) -> str:
     return f"""
 applications:
   - name: x

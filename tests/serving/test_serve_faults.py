@@ -144,13 +144,13 @@ async def test_a_killed_gateway_takes_only_its_own_clients_with_it_and_sigterm_t
 # another configuration, by which Serve replaces gateway and engines.
 DEPLOY = """
 import os, sys
-from serving.cluster import environment, own_cluster, own_folder
+from serving.cluster.ray_session import environment, own_cluster, own_folder
 
 port = int(sys.argv[1])
 with own_folder() as folder:
     os.environ.update(environment(folder, haproxy=False, given=os.environ))
     from ray import serve
-    from serving.app import build
+    from serving.cluster.application import build
 
     def application(num_engines, **more):
         gateway = build({

@@ -9,10 +9,10 @@ import os
 import ray
 from ray import serve
 
+from serving.cluster.loop_thread import LoopThread
 from serving.config import Config, parse
 from serving.engine.step_log import StepLog
 from serving.engine.vllm.engine import Engine
-from serving.loop import LoopThread
 from serving.plan import Plan
 from serving.stream.server import Port
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import psutil
 
+from serving.cluster.processes import become_subreaper, nothing_left
 from serving.endpoint import StartError
 from serving.onboard import default_cache_dir
-from serving.processes import become_subreaper, nothing_left
 
 _OBJECT_STORE_BYTES = 200_000_000  # tokens do not travel through it
 _PREFIX = "headway-"

@@ -39,7 +39,7 @@ class EngineDirectory(RequestRouter):
         super().update_replicas(replicas)
         # Serve pickles this class by value, with a copy of the globals it
         # names; the import finds the module that the gateway subscribed to.
-        from serving import discovery
+        from serving.cluster import discovery
 
         discovery.publish({r.replica_id.unique_id: r.replica_metadata for r in replicas})
 

@@ -10,18 +10,18 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
-from serving import discovery
 from serving.api_key import read_api_keys
-from serving.budget_actor import ask_actor
+from serving.cluster import discovery
+from serving.cluster.budget_actor import ask_actor
+from serving.cluster.engine_deployment import EngineReplica
+from serving.cluster.loop_thread import LoopThread
 from serving.config import Config, parse
 from serving.gateway import Gateway
 from serving.hardware import detect
 from serving.keys import read_keys
 from serving.listener import Listener
-from serving.loop import LoopThread
 from serving.onboard import onboard_model
 from serving.plan import plan
-from serving.replica import EngineReplica
 
 # Admission is the router's; Serve's own limit must never bind.
 _NO_LIMIT = 1_000_000
@@ -89,7 +89,7 @@ class ServedGateway:
 def build(args: dict[str, Any]) -> serve.Application:
     """Return the application; `args` are those of `serving.config.Config`.
 
-    Ray Serve calls this for `import_path: serving.app:build`. Raises
+    Ray Serve calls this for `import_path: serving.cluster.application:build`. Raises
     `ConfigError` for a configuration that cannot work on this machine.
     """
     config = parse(args)
@@ -110,7 +110,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         health_check_period_s=2,
         health_check_timeout_s=15,  # a stopped process is killed and started anew
         request_router_config=RequestRouterConfig(
-            request_router_class="serving.discovery:EngineDirectory"
+            request_router_class="serving.cluster.discovery:EngineDirectory"
         ),
     )(EngineReplica)
     gateway = serve.deployment(
