@@ -29,7 +29,7 @@ from benchmarks.subjects import BenchmarkError, free_ports
 from router.types import Request
 from serving.config import parse
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
-from serving.gateway import Gateway
+from serving.gateway.app import Gateway
 from serving.listener import Listener
 
 _MODEL = "emulated"

@@ -1,4 +1,4 @@
-"""A gateway of a simulation: a router and the shell around it, as `serving/driver.py` is one."""
+"""A gateway of a simulation: a router and the shell around it, as `serving/gateway/driver.py` is one."""
 
 from dataclasses import dataclass
 from operator import itemgetter
@@ -31,7 +31,7 @@ from router.types import (
 if TYPE_CHECKING:
     from benchmarks.simulator import Simulation
 
-# As in serving/intake.py, which imports what a simulation must not need (FastAPI).
+# As in serving/gateway/request_parser.py, which imports what a simulation must not need (FastAPI).
 _MAX_PREFIX_BLOCKS = 256
 _BYTES_PER_TOKEN = 4
 

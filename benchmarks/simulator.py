@@ -1,7 +1,7 @@
 """The deployed router in virtual time: an event heap around `router.core.router.Router`.
 
 What `serving` is in real time: gateways that carry out decisions as
-`serving/driver.py` does, engines whose replicas push snapshots as
+`serving/gateway/driver.py` does, engines whose replicas push snapshots as
 `serving/stream/server.py` does, and a network between them. Nothing of the router's logic
 is here. Equal seeds give equal runs, event by event. See `benchmarks.simulated_node`
 for what is left out of the heap.

@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import Callable
 
-from serving.driver import Driver
-from serving.exchange import EngineFailed, Exchange
+from serving.gateway.driver import Driver
+from serving.gateway.exchange import EngineFailed, Exchange
 from serving.stream.frames import Headers
 
 

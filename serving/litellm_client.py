@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from router.resilience.breaker import Failure
 from serving.config import ConfigError, ProviderConfig
-from serving.exchange import DONE
+from serving.gateway.exchange import DONE
 from serving.provider_client import ProviderFailed, Reply
 
 _PINNED = "1.106.2"

@@ -16,7 +16,7 @@ from serving.api_key import read_api_keys
 from serving.budgets import Leases
 from serving.config import Config, ProviderConfig
 from serving.continuation import Continuation, can_continue
-from serving.exchange import DONE, Exchange
+from serving.gateway.exchange import DONE, Exchange
 from serving.provider_client import Client, HttpClient, ProviderFailed, Reply
 from serving.provider_reply import ReplyReader
 from serving.rate_headers import rate_report

@@ -11,9 +11,9 @@ import msgspec
 from router.types import RequestClass
 from serving.cache_key import cache_key
 from serving.config import CacheConfig, Config
-from serving.driver import Driver
-from serving.exchange import Exchange
 from serving.flight import Flight, Reader
+from serving.gateway.driver import Driver
+from serving.gateway.exchange import Exchange
 from serving.response_store import MemoryStore, RedisStore, ResponseStore, StoredResponse
 from serving.stream.frames import Headers
 

@@ -7,7 +7,7 @@ import socket
 import httpx
 
 from serving.config import parse
-from serving.gateway import Gateway
+from serving.gateway.app import Gateway
 from serving.listener import Listener
 from serving.stream.server import Port
 from tests.fakes import FakeEngine

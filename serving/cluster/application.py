@@ -16,7 +16,7 @@ from serving.cluster.budget_actor import ask_actor
 from serving.cluster.engine_deployment import EngineReplica
 from serving.cluster.loop_thread import LoopThread
 from serving.config import Config, parse
-from serving.gateway import Gateway
+from serving.gateway.app import Gateway
 from serving.hardware import detect
 from serving.keys import read_keys
 from serving.listener import Listener

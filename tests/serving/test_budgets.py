@@ -13,7 +13,7 @@ import pytest
 
 from serving.budgets import BudgetKeeper
 from serving.config import parse
-from serving.gateway import Gateway
+from serving.gateway.app import Gateway
 from serving.listener import Listener
 from tests import virtual_time
 from tests.provider_server import MODEL, ProviderServer, listening

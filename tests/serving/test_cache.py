@@ -18,7 +18,7 @@ import yaml
 
 from serving.cache_key import cache_key
 from serving.config import ConfigError, parse
-from serving.gateway import Gateway
+from serving.gateway.app import Gateway
 from serving.keys import KeysFile, make_key
 from serving.response_store import MemoryStore, StoredResponse
 from tests.system import CHAT, free_port, running

@@ -5,7 +5,7 @@ import pytest
 
 from router.types import Usage
 from serving.errors import ApiError
-from serving.intake import Intake, prefix_hashes
+from serving.gateway.request_parser import Intake, prefix_hashes
 from tests.fakes import INFO
 
 ENGINES = {"r0": INFO}

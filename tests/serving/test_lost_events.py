@@ -23,7 +23,7 @@ from benchmarks.profile import Profile
 from serving.config import parse
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.engine.vllm.engine import Engine, VllmEngine
-from serving.gateway import Gateway
+from serving.gateway.app import Gateway
 from serving.hardware import detect
 from serving.listener import Listener
 from serving.plan import plan

@@ -18,7 +18,7 @@ import pytest_asyncio
 
 from serving.config import parse
 from serving.engine.vllm.engine import VllmEngine
-from serving.gateway import Gateway
+from serving.gateway.app import Gateway
 from serving.hardware import detect
 from serving.listener import Listener
 from serving.plan import plan

@@ -22,8 +22,8 @@ from router.types import (
     Request,
     Usage,
 )
-from serving.exchange import EngineFailed, Exchange, Rejected
-from serving.metrics import Metrics
+from serving.gateway.exchange import EngineFailed, Exchange, Rejected
+from serving.gateway.metrics import Metrics
 from serving.providers import Providers
 from serving.stream import record
 from serving.stream.client import Link

@@ -14,11 +14,11 @@ from starlette.types import Message, Receive, Scope, Send
 from router.types import RequestClass, Usage
 from serving.bodies import Bodies
 from serving.config import Config
-from serving.driver import Driver
 from serving.errors import ApiError, from_rejection
-from serving.exchange import EngineFailed, Exchange, Rejected
 from serving.flight import Reader
-from serving.intake import Intake
+from serving.gateway.driver import Driver
+from serving.gateway.exchange import EngineFailed, Exchange, Rejected
+from serving.gateway.request_parser import Intake
 from serving.providers import Providers
 from serving.response_cache import Replay, ResponseCache
 from serving.stream.frames import Headers

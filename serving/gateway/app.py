@@ -11,16 +11,16 @@ from router.core.router import Router
 from serving.bodies import Bodies
 from serving.budgets import Ask, Leases
 from serving.config import Config, read
-from serving.driver import Driver
 from serving.endpoint import is_loopback
 from serving.errors import ApiError
-from serving.intake import ENDPOINTS, Intake
+from serving.gateway.driver import Driver
+from serving.gateway.metrics import Metrics
+from serving.gateway.request_parser import ENDPOINTS, Intake
+from serving.gateway.request_path import TokenPath
 from serving.keys import read_keys
-from serving.metrics import Metrics
 from serving.providers import Providers
 from serving.response_cache import ResponseCache
 from serving.tenants import Tenants
-from serving.token_path import TokenPath
 from serving.watch import FileWatch
 
 logger = logging.getLogger(__name__)
