@@ -30,7 +30,7 @@ from router.types import Request
 from serving.config import parse
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.gateway.app import Gateway
-from serving.listener import Listener
+from serving.gateway.http.listener import Listener
 
 _MODEL = "emulated"
 _PROFILE = "h100-llama8b"

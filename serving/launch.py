@@ -17,7 +17,7 @@ from serving.cluster.ray_session import (
     own_cluster,
     own_folder,
 )
-from serving.endpoint import StartError, check_port, is_loopback, wait_for_answer
+from serving.gateway.http.endpoint import StartError, check_port, is_loopback, wait_for_answer
 from serving.hardware import Hardware
 from serving.interrupts import Interrupts, Stop
 from serving.launch_file import LaunchFile, check_with_ray

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from serving.config import ConfigError
-from serving.endpoint import StartError
+from serving.gateway.http.endpoint import StartError
 from serving.hardware import Hardware, detect
 from serving.key_command import key_app
 from serving.launch import launch

@@ -10,7 +10,7 @@ import msgspec
 from router.limits.tenant_quota import Exceeded, Limits, Quota, Reservation
 from router.types import Request, RequestClass, Usage
 from serving.config import Config, TenantConfig
-from serving.errors import ApiError
+from serving.gateway.http.errors import ApiError
 from serving.keys import Key, KeyRing
 from serving.stream.frames import Headers
 

@@ -8,7 +8,7 @@ import httpx
 
 from serving.config import parse
 from serving.gateway.app import Gateway
-from serving.listener import Listener
+from serving.gateway.http.listener import Listener
 from serving.stream.server import Port
 from tests.fakes import FakeEngine
 

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from serving.cluster.processes import become_subreaper, nothing_left
-from serving.endpoint import StartError
+from serving.gateway.http.endpoint import StartError
 from serving.onboard import default_cache_dir
 
 _OBJECT_STORE_BYTES = 200_000_000  # tokens do not travel through it

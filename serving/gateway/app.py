@@ -8,12 +8,12 @@ from fastapi.responses import JSONResponse
 from starlette.routing import Route
 
 from router.core.router import Router
-from serving.bodies import Bodies
 from serving.budgets import Ask, Leases
 from serving.config import Config, read
-from serving.endpoint import is_loopback
-from serving.errors import ApiError
 from serving.gateway.driver import Driver
+from serving.gateway.http.body_reader import Bodies
+from serving.gateway.http.endpoint import is_loopback
+from serving.gateway.http.errors import ApiError
 from serving.gateway.metrics import Metrics
 from serving.gateway.request_parser import ENDPOINTS, Intake
 from serving.gateway.request_path import TokenPath

@@ -8,7 +8,7 @@ import msgspec
 
 from router.scheduling.policies.prefix_index import BLOCK_TOKENS
 from router.types import EngineInfo, Request, RequestClass, Usage
-from serving.errors import ApiError
+from serving.gateway.http.errors import ApiError
 
 # Until the first replies have taught better: English text in a byte-pair
 # vocabulary takes about four bytes a token.

@@ -12,12 +12,12 @@ import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
 from router.types import RequestClass, Usage
-from serving.bodies import Bodies
 from serving.config import Config
-from serving.errors import ApiError, from_rejection
 from serving.flight import Reader
 from serving.gateway.driver import Driver
 from serving.gateway.exchange import EngineFailed, Exchange, Rejected
+from serving.gateway.http.body_reader import Bodies
+from serving.gateway.http.errors import ApiError, from_rejection
 from serving.gateway.request_parser import Intake
 from serving.providers import Providers
 from serving.response_cache import Replay, ResponseCache

@@ -14,7 +14,7 @@ import pytest
 from serving.budgets import BudgetKeeper
 from serving.config import parse
 from serving.gateway.app import Gateway
-from serving.listener import Listener
+from serving.gateway.http.listener import Listener
 from tests import virtual_time
 from tests.provider_server import MODEL, ProviderServer, listening
 from tests.system import CHAT, free_port

@@ -1,7 +1,7 @@
 import pytest
 
 from router.types import RejectReason
-from serving.errors import from_rejection
+from serving.gateway.http.errors import from_rejection
 
 
 @pytest.mark.parametrize("reason", RejectReason)

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from router.types import Usage
-from serving.errors import ApiError
+from serving.gateway.http.errors import ApiError
 from serving.gateway.request_parser import Intake, prefix_hashes
 from tests.fakes import INFO
 

@@ -250,7 +250,7 @@ class TestProgress:
 STAND_IN = """
 import http.server, subprocess, sys, threading
 from rich.console import Console
-from serving.endpoint import StartError
+from serving.gateway.http.endpoint import StartError
 from serving.hardware import detect
 from serving.launch import launch
 from serving.launch_file import load

@@ -24,8 +24,8 @@ from serving.config import parse
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.engine.vllm.engine import Engine, VllmEngine
 from serving.gateway.app import Gateway
+from serving.gateway.http.listener import Listener
 from serving.hardware import detect
-from serving.listener import Listener
 from serving.plan import plan
 from serving.stream.server import Port
 from tests.lossy_relay import LossyRelay

@@ -19,8 +19,8 @@ import pytest_asyncio
 from serving.config import parse
 from serving.engine.vllm.engine import VllmEngine
 from serving.gateway.app import Gateway
+from serving.gateway.http.listener import Listener
 from serving.hardware import detect
-from serving.listener import Listener
 from serving.plan import plan
 from serving.stream.server import Port
 from tests.system import free_port

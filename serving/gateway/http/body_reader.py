@@ -3,7 +3,7 @@
 from starlette.types import Receive, Scope
 
 from serving.config import GatewayConfig
-from serving.errors import ApiError
+from serving.gateway.http.errors import ApiError
 
 # An oversized body is read to its end before the refusal, or many clients
 # would see a reset connection and never the reply; past this it is cut.

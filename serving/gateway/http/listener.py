@@ -8,7 +8,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from serving.config import GatewayConfig
-from serving.guard import GuardedProtocol, Limits
+from serving.gateway.http.guard import GuardedProtocol, Limits
 
 
 class Listener:
