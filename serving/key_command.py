@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from serving.config import ConfigError
-from serving.keys import KeysFile, make_key, read_keys
+from serving.gateway.tenants.keys import KeysFile, make_key, read_keys
 
 key_app = typer.Typer(
     help="Make, list and revoke API keys. A gateway that serves takes changes up within seconds.",

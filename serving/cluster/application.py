@@ -18,8 +18,8 @@ from serving.cluster.loop_thread import LoopThread
 from serving.config import Config, parse
 from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
+from serving.gateway.tenants.keys import read_keys
 from serving.hardware import detect
-from serving.keys import read_keys
 from serving.onboard import onboard_model
 from serving.plan import plan
 

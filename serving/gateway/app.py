@@ -17,10 +17,10 @@ from serving.gateway.http.errors import ApiError
 from serving.gateway.metrics import Metrics
 from serving.gateway.request_parser import ENDPOINTS, Intake
 from serving.gateway.request_path import TokenPath
-from serving.keys import read_keys
+from serving.gateway.tenants.keys import read_keys
+from serving.gateway.tenants.tenants import Tenants
 from serving.providers import Providers
 from serving.response_cache import ResponseCache
-from serving.tenants import Tenants
 from serving.watch import FileWatch
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from router.resilience.breaker import BreakerState
 from router.types import Request, Usage
-from serving.tenants import Consumption
+from serving.gateway.tenants.tenants import Consumption
 
 # From an idle GPU's first token to a long wait behind documents.
 _LATENCY_BUCKETS_S = (

@@ -19,10 +19,10 @@ from serving.gateway.exchange import EngineFailed, Exchange, Rejected
 from serving.gateway.http.body_reader import Bodies
 from serving.gateway.http.errors import ApiError, from_rejection
 from serving.gateway.request_parser import Intake
+from serving.gateway.tenants.tenants import Caller, Tenants
 from serving.providers import Providers
 from serving.response_cache import Replay, ResponseCache
 from serving.stream.frames import Headers
-from serving.tenants import Caller, Tenants
 
 # What vLLM's API layer reads of a request's headers.
 _FORWARDED = re.compile(rb"traceparent|tracestate|x-session-id|x-data-parallel-rank")

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from serving.config import ConfigError
-from serving.keys import KeyRing, KeysFile, make_key, read_keys
+from serving.gateway.tenants.keys import KeyRing, KeysFile, make_key, read_keys
 from serving.launch import _ready_text
 from serving.launch_file import load
 from serving.launcher import main

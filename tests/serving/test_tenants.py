@@ -12,7 +12,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.config import ConfigError, parse
-from serving.keys import KeyRing, KeysFile, make_key, read_keys
+from serving.gateway.tenants.keys import KeyRing, KeysFile, make_key, read_keys
 from tests.system import CHAT, running
 
 

@@ -11,7 +11,7 @@ from router.limits.tenant_quota import Exceeded, Limits, Quota, Reservation
 from router.types import Request, RequestClass, Usage
 from serving.config import Config, TenantConfig
 from serving.gateway.http.errors import ApiError
-from serving.keys import Key, KeyRing
+from serving.gateway.tenants.keys import Key, KeyRing
 from serving.stream.frames import Headers
 
 _UNLISTED = TenantConfig()
