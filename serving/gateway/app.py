@@ -10,6 +10,7 @@ from starlette.routing import Route
 from router.core.router import Router
 from serving.budgets import Ask, Leases
 from serving.config import Config, read
+from serving.gateway.cache.response_cache import ResponseCache
 from serving.gateway.driver import Driver
 from serving.gateway.http.body_reader import Bodies
 from serving.gateway.http.endpoint import is_loopback
@@ -20,7 +21,6 @@ from serving.gateway.request_path import TokenPath
 from serving.gateway.tenants.keys import read_keys
 from serving.gateway.tenants.tenants import Tenants
 from serving.providers import Providers
-from serving.response_cache import ResponseCache
 from serving.watch import FileWatch
 
 logger = logging.getLogger(__name__)

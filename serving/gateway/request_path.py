@@ -13,7 +13,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from router.types import RequestClass, Usage
 from serving.config import Config
-from serving.flight import Reader
+from serving.gateway.cache.response_cache import Replay, ResponseCache
+from serving.gateway.cache.single_flight import Reader
 from serving.gateway.driver import Driver
 from serving.gateway.exchange import EngineFailed, Exchange, Rejected
 from serving.gateway.http.body_reader import Bodies
@@ -21,7 +22,6 @@ from serving.gateway.http.errors import ApiError, from_rejection
 from serving.gateway.request_parser import Intake
 from serving.gateway.tenants.tenants import Caller, Tenants
 from serving.providers import Providers
-from serving.response_cache import Replay, ResponseCache
 from serving.stream.frames import Headers
 
 # What vLLM's API layer reads of a request's headers.

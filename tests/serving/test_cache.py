@@ -16,11 +16,11 @@ import pytest
 import redis.asyncio
 import yaml
 
-from serving.cache_key import cache_key
 from serving.config import ConfigError, parse
 from serving.gateway.app import Gateway
+from serving.gateway.cache.cache_key import cache_key
+from serving.gateway.cache.response_store import MemoryStore, StoredResponse
 from serving.gateway.tenants.keys import KeysFile, make_key
-from serving.response_store import MemoryStore, StoredResponse
 from tests.system import CHAT, free_port, running
 
 ON = {"enabled": True}

@@ -9,12 +9,17 @@ from typing import Literal
 import msgspec
 
 from router.types import RequestClass
-from serving.cache_key import cache_key
 from serving.config import CacheConfig, Config
-from serving.flight import Flight, Reader
+from serving.gateway.cache.cache_key import cache_key
+from serving.gateway.cache.response_store import (
+    MemoryStore,
+    RedisStore,
+    ResponseStore,
+    StoredResponse,
+)
+from serving.gateway.cache.single_flight import Flight, Reader
 from serving.gateway.driver import Driver
 from serving.gateway.exchange import Exchange
-from serving.response_store import MemoryStore, RedisStore, ResponseStore, StoredResponse
 from serving.stream.frames import Headers
 
 Verdict = Literal["hit", "miss", "join", "bypass"]
