@@ -10,7 +10,6 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
-from serving.api_key import read_api_keys
 from serving.cluster import discovery
 from serving.cluster.budget_actor import ask_actor
 from serving.cluster.engine_deployment import EngineReplica
@@ -18,6 +17,7 @@ from serving.cluster.loop_thread import LoopThread
 from serving.config import Config, parse
 from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
+from serving.gateway.providers.credentials import read_api_keys
 from serving.gateway.tenants.keys import read_keys
 from serving.hardware import detect
 from serving.onboard import onboard_model

@@ -5,7 +5,7 @@ from typing import Any
 
 import ray
 
-from serving.budgets import Ask, BudgetKeeper
+from serving.gateway.providers.leases import Ask, BudgetKeeper
 
 _LOOK_S = 30.0
 

@@ -8,7 +8,6 @@ from fastapi.responses import JSONResponse
 from starlette.routing import Route
 
 from router.core.router import Router
-from serving.budgets import Ask, Leases
 from serving.config import Config, read
 from serving.gateway.cache.response_cache import ResponseCache
 from serving.gateway.driver import Driver
@@ -16,11 +15,12 @@ from serving.gateway.http.body_reader import Bodies
 from serving.gateway.http.endpoint import is_loopback
 from serving.gateway.http.errors import ApiError
 from serving.gateway.metrics import Metrics
+from serving.gateway.providers.calls import Providers
+from serving.gateway.providers.leases import Ask, Leases
 from serving.gateway.request_parser import ENDPOINTS, Intake
 from serving.gateway.request_path import TokenPath
 from serving.gateway.tenants.keys import read_keys
 from serving.gateway.tenants.tenants import Tenants
-from serving.providers import Providers
 from serving.watch import FileWatch
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from router.types import (
 )
 from serving.gateway.exchange import EngineFailed, Exchange, Rejected
 from serving.gateway.metrics import Metrics
-from serving.providers import Providers
+from serving.gateway.providers.calls import Providers
 from serving.stream import record
 from serving.stream.client import Link
 from serving.stream.frames import Ack, Cancel, Data, End, Head, Prompt, Resync, Submit

@@ -5,7 +5,7 @@ import time
 
 from router.resilience.resume import Reply
 from router.types import RejectReason, Request, Usage
-from serving.continuation import Continuation
+from serving.gateway.providers.continuation import Continuation
 from serving.stream.frames import Headers
 
 DONE = b"data: [DONE]\n\n"  # after it nothing comes in an event stream, by OpenAI's format

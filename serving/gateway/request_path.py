@@ -19,9 +19,9 @@ from serving.gateway.driver import Driver
 from serving.gateway.exchange import EngineFailed, Exchange, Rejected
 from serving.gateway.http.body_reader import Bodies
 from serving.gateway.http.errors import ApiError, from_rejection
+from serving.gateway.providers.calls import Providers
 from serving.gateway.request_parser import Intake
 from serving.gateway.tenants.tenants import Caller, Tenants
-from serving.providers import Providers
 from serving.stream.frames import Headers
 
 # What vLLM's API layer reads of a request's headers.

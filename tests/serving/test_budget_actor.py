@@ -12,7 +12,7 @@ SCRIPT = """
     import ray
     from router.limits.rate_limit import Amount, BudgetLimits
     from serving.cluster.budget_actor import ask_actor
-    from serving.budgets import Leases
+    from serving.gateway.providers.leases import Leases
 
     ray.init(
         num_cpus=1,

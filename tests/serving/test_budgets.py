@@ -11,10 +11,10 @@ import time
 import aiohttp
 import pytest
 
-from serving.budgets import BudgetKeeper
 from serving.config import parse
 from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
+from serving.gateway.providers.leases import BudgetKeeper
 from tests import virtual_time
 from tests.provider_server import MODEL, ProviderServer, listening
 from tests.system import CHAT, free_port

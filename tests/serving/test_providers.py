@@ -268,7 +268,7 @@ async def test_keys_are_sent_and_shown_nowhere(monkeypatch, tmp_path, caplog):
 def test_a_missing_key_is_named_by_its_setting(monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     provider = {"name": "p", "url": "http://x/v1", "models": MODELS}
-    from serving.api_key import read_api_keys
+    from serving.gateway.providers.credentials import read_api_keys
 
     for key, words in (
         ({"env": "NO_SUCH_KEY"}, "providers.p.keys.default.env"),

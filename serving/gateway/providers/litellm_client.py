@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from router.resilience.breaker import Failure
 from serving.config import ConfigError, ProviderConfig
 from serving.gateway.exchange import DONE
-from serving.provider_client import ProviderFailed, Reply
+from serving.gateway.providers.http_client import ProviderFailed, Reply
 
 _PINNED = "1.106.2"
 _PREFIX = "llm_provider-"  # of the provider's own headers

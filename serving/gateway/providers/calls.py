@@ -12,14 +12,14 @@ from pydantic import SecretStr
 from router.core.router import Router
 from router.resilience.breaker import Failure
 from router.types import Decision, Fallback, Usage
-from serving.api_key import read_api_keys
-from serving.budgets import Leases
 from serving.config import Config, ProviderConfig
-from serving.continuation import Continuation, can_continue
 from serving.gateway.exchange import DONE, Exchange
-from serving.provider_client import Client, HttpClient, ProviderFailed, Reply
-from serving.provider_reply import ReplyReader
-from serving.rate_headers import rate_report
+from serving.gateway.providers.continuation import Continuation, can_continue
+from serving.gateway.providers.credentials import read_api_keys
+from serving.gateway.providers.event_reader import ReplyReader
+from serving.gateway.providers.http_client import Client, HttpClient, ProviderFailed, Reply
+from serving.gateway.providers.leases import Leases
+from serving.gateway.providers.rate_headers import rate_report
 from serving.stream.frames import Headers
 
 logger = logging.getLogger(__name__)
@@ -320,7 +320,9 @@ class Providers:
 
 def _make_client(config: ProviderConfig) -> Client:
     if config.kind == "litellm":
-        from serving.litellm_client import LitellmClient  # the extra may not be installed
+        from serving.gateway.providers.litellm_client import (
+            LitellmClient,  # the extra may not be installed
+        )
 
         return LitellmClient(config)
     return HttpClient(config)
