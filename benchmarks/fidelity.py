@@ -45,8 +45,8 @@ from benchmarks.sweep import capacity as simulated_capacity
 from benchmarks.variant import OURS
 from benchmarks.workload import Arrival, Workload
 from serving.config import parse
-from serving.hardware import detect
-from serving.plan import plan
+from serving.planning.hardware import detect
+from serving.planning.plan import plan
 
 NUM_ENGINES = 2
 LINES = RESULTS / "fidelity-measured.csv"

@@ -21,7 +21,7 @@ from benchmarks.step_fit import TERMS, fit
 from benchmarks.step_probe import StepProbe
 from router.types import EngineInfo
 from serving.config import parse
-from serving.plan import Plan
+from serving.planning.plan import Plan
 
 _MAX_NOISE = 0.3  # what `Profile` allows
 _WARM_UP_TOKENS = 32

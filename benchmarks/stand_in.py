@@ -42,7 +42,7 @@ from serving.engine.emulated.completion_text import CompletionText
 from serving.stream.account import Account, current_account
 
 if TYPE_CHECKING:
-    from serving.plan import Plan
+    from serving.planning.plan import Plan
 
 MODEL = "stand-in"
 # Capacities beyond what any benchmark asks for: admission must never hold a request.

@@ -18,10 +18,10 @@ from serving.cluster.ray_session import (
     own_folder,
 )
 from serving.gateway.http.endpoint import StartError, check_port, is_loopback, wait_for_answer
-from serving.hardware import Hardware
 from serving.interrupts import Interrupts, Stop
 from serving.launch_file import LaunchFile, check_with_ray
-from serving.plan import Plan
+from serving.planning.hardware import Hardware
+from serving.planning.plan import Plan
 from serving.progress import (
     Board,
     engine_core_error,

@@ -16,12 +16,12 @@ from rich.table import Table
 
 from serving.config import ConfigError
 from serving.gateway.http.endpoint import StartError
-from serving.hardware import Hardware, detect
 from serving.key_command import key_app
 from serving.launch import launch
 from serving.launch_file import LaunchFile, check_with_ray, load
-from serving.onboard import OnboardError
-from serving.plan import Plan, plan
+from serving.planning.bundled_model import OnboardError
+from serving.planning.hardware import Hardware, detect
+from serving.planning.plan import Plan, plan
 
 _BAD_CONFIG = 2
 _FAILED = 1

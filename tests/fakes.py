@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 from router.fleet.block_log import BlockLog
 from router.types import EngineInfo, EngineSnapshot
 from serving.config import Config
-from serving.plan import Plan
+from serving.planning.plan import Plan
 from serving.stream.account import Account
 
 INFO = EngineInfo(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from serving.convert import llama_config, write_config, write_safetensors
-from serving.onboard import onboard_model
+from serving.planning.bundled_model import onboard_model
+from serving.planning.gguf import llama_config, write_config, write_safetensors
 
 HIDDEN_SIZE = 64
 NUM_LAYERS = 2

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.peers.peer import answers
 from benchmarks.processes import Launch
 from benchmarks.subjects import Headway, Subject, free_ports
-from serving.onboard import SERVED_MODEL_NAME
+from serving.planning.bundled_model import SERVED_MODEL_NAME
 
 _ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from benchmarks.processes import Launch
 from benchmarks.subjects import Subject, free_ports
-from serving.onboard import default_cache_dir
+from serving.planning.bundled_model import default_cache_dir
 
 _ROOT = Path(__file__).parents[2]
 _INSTALL_TIMEOUT_S = 300.0

@@ -17,9 +17,9 @@ import uvloop
 from router.fleet.prefill_chunk import prefill_chunk_tokens
 from serving.config import parse
 from serving.engine.vllm.engine import on_core, vllm_arguments
-from serving.hardware import detect
-from serving.onboard import onboard_model
-from serving.plan import plan
+from serving.planning.bundled_model import onboard_model
+from serving.planning.hardware import detect
+from serving.planning.plan import plan
 
 
 async def serve(port: int, rank: int, num_engines: int) -> None:

@@ -19,9 +19,9 @@ from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
 from serving.gateway.providers.credentials import read_api_keys
 from serving.gateway.tenants.keys import read_keys
-from serving.hardware import detect
-from serving.onboard import onboard_model
-from serving.plan import plan
+from serving.planning.bundled_model import onboard_model
+from serving.planning.hardware import detect
+from serving.planning.plan import plan
 
 # Admission is the router's; Serve's own limit must never bind.
 _NO_LIMIT = 1_000_000

@@ -13,7 +13,7 @@ from serving.cluster.loop_thread import LoopThread
 from serving.config import Config, parse
 from serving.engine.step_log import StepLog
 from serving.engine.vllm.engine import Engine
-from serving.plan import Plan
+from serving.planning.plan import Plan
 from serving.stream.server import Port
 
 logger = logging.getLogger(__name__)

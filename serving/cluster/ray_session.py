@@ -22,7 +22,7 @@ import psutil
 
 from serving.cluster.processes import become_subreaper, nothing_left
 from serving.gateway.http.endpoint import StartError
-from serving.onboard import default_cache_dir
+from serving.planning.bundled_model import default_cache_dir
 
 _OBJECT_STORE_BYTES = 200_000_000  # tokens do not travel through it
 _PREFIX = "headway-"

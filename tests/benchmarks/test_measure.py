@@ -12,8 +12,8 @@ from benchmarks.profile import Profile
 from router.types import EngineSnapshot
 from serving.config import parse
 from serving.engine.step_log import LoggedStep
-from serving.hardware import Hardware
-from serving.plan import plan
+from serving.planning.hardware import Hardware
+from serving.planning.plan import plan
 
 
 def make_truth(folder: Path) -> tuple[Profile, str]:

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from serving.hardware import Gpu, Hardware
 from serving.launch_file import check_with_ray, load
-from serving.plan import plan
+from serving.planning.hardware import Gpu, Hardware
+from serving.planning.plan import plan
 
 GIB = 1 << 30
 FOLDER = Path(__file__).parents[2] / "deploy"

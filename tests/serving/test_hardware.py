@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving.cgroup import Limits, read_limits
-from serving.hardware import detect
+from serving.planning.cgroup import Limits, read_limits
+from serving.planning.hardware import detect
 
 GIB = 1 << 30
 

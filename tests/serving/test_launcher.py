@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from serving import launcher
 from serving.cluster.ray_session import environment
 from serving.config import ConfigError
-from serving.hardware import Hardware
 from serving.launch_file import load
+from serving.planning.hardware import Hardware
 from serving.progress import AppState, Board, engine_core_error, engine_phases, failure, last_error
 
 GIB = 1 << 30
@@ -251,10 +251,10 @@ STAND_IN = """
 import http.server, subprocess, sys, threading
 from rich.console import Console
 from serving.gateway.http.endpoint import StartError
-from serving.hardware import detect
+from serving.planning.hardware import detect
 from serving.launch import launch
 from serving.launch_file import load
-from serving.plan import plan
+from serving.planning.plan import plan
 
 port, fails = int(sys.argv[1]), sys.argv[2] == "fails"
 

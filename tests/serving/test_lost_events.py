@@ -25,8 +25,8 @@ from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.engine.vllm.engine import Engine, VllmEngine
 from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
-from serving.hardware import detect
-from serving.plan import plan
+from serving.planning.hardware import detect
+from serving.planning.plan import plan
 from serving.stream.server import Port
 from tests.lossy_relay import LossyRelay
 from tests.system import free_port

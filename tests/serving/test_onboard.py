@@ -16,8 +16,8 @@ import gguf
 import numpy as np
 import pytest
 
-from serving.convert import convert
-from serving.onboard import SMOLLM2, OnboardError, Source, onboard_model
+from serving.planning.bundled_model import SMOLLM2, OnboardError, Source, onboard_model
+from serving.planning.gguf import convert
 
 ROOT = Path(__file__).resolve().parents[2]
 HALF_ULP = 2**-8  # of bfloat16: a leading bit and 7 more
@@ -294,7 +294,7 @@ def in_another_process(source: Source, cache: Path, slow_s: float = 0) -> subpro
     code = f"""
 import time
 from pathlib import Path
-from serving.onboard import Source, onboard_model
+from serving.planning.bundled_model import Source, onboard_model
 def progress(step, done):
     print(step.split()[0], flush=True)
     if step == "converting":

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from serving.config import ConfigError, parse
-from serving.hardware import Gpu, Hardware
-from serving.model_size import ON_BOARD, ModelSize, measure
-from serving.plan import Plan, plan
+from serving.planning.hardware import Gpu, Hardware
+from serving.planning.model_size import ON_BOARD, ModelSize, measure
+from serving.planning.plan import Plan, plan
 
 GIB = 1 << 30
 

@@ -20,8 +20,8 @@ from serving.config import parse
 from serving.engine.vllm.engine import VllmEngine
 from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
-from serving.hardware import detect
-from serving.plan import plan
+from serving.planning.hardware import detect
+from serving.planning.plan import plan
 from serving.stream.server import Port
 from tests.system import free_port
 from tests.tiny_model import tiny_model

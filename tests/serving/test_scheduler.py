@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.sequence import Job
-from serving.onboard import onboard_model
+from serving.planning.bundled_model import onboard_model
 from tests.vllm_scheduler import BLOCK, VllmScheduler, make_profile
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]

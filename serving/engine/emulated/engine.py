@@ -38,7 +38,7 @@ from serving.engine.emulated.response import EmulatedReply
 from serving.stream.account import Account, current_account
 
 if TYPE_CHECKING:
-    from serving.plan import Plan
+    from serving.planning.plan import Plan
 
 
 class EmulatedArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -19,7 +19,7 @@ from router.fleet.block_log import BlockLog
 from router.fleet.prefill_chunk import prefill_chunk_tokens
 from router.types import EngineInfo, EngineSnapshot
 from serving.config import Config, ConfigError
-from serving.plan import Plan
+from serving.planning.plan import Plan
 from serving.stream.account import Account
 
 

@@ -25,7 +25,7 @@ class ModelSize:
         )
 
 
-# The model on board (`serving.onboard`): 135 M parameters in bfloat16, 30 layers
+# The model on board (`serving.planning.bundled_model`): 135 M parameters in bfloat16, 30 layers
 # of 3 KV heads with 64 values each.
 ON_BOARD = ModelSize(269_060_552, 8192, 2 * 30 * 3 * 64 * 2, 9)
 

@@ -6,7 +6,7 @@ splitting of the tokenizer ("a  1" gets other ids than the model was trained
 with). Names and layouts: llama.cpp's `gguf-py` constants and
 `convert_hf_to_gguf.py`, whose steps are undone here.
 
-`python -m serving.convert GGUF FOLDER` prints the fraction done, one per line.
+`python -m serving.planning.gguf GGUF FOLDER` prints the fraction done, one per line.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction done of it, 0 to 1."""
 
 _MANIFEST = "headway.json"
-_VERSION = 1  # raise when `serving.convert` writes something else than before
+_VERSION = 1  # raise when `serving.planning.gguf` writes something else than before
 
 
 class OnboardError(RuntimeError):
@@ -168,7 +168,7 @@ def _download(cache: Path, source: Source, report: Progress) -> Path:
 def _convert(gguf: Path, folder: Path, report: Progress) -> None:
     """Convert in a process of its own: 800 MB that the launcher shall not keep."""
     report("converting", 0)
-    command = [sys.executable, "-m", "serving.convert", str(gguf), str(folder)]
+    command = [sys.executable, "-m", "serving.planning.gguf", str(gguf), str(folder)]
     last = ""
     with _process(command) as process:
         assert process.stdout is not None

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from serving.config import Config, ConfigError, EngineConfig
-from serving.fit import cpu_memory, gpu_memory
-from serving.hardware import Hardware
-from serving.model_size import ON_BOARD, ModelSize, measure
-from serving.onboard import SERVED_MODEL_NAME
+from serving.planning.bundled_model import SERVED_MODEL_NAME
+from serving.planning.hardware import Hardware
+from serving.planning.memory import cpu_memory, gpu_memory
+from serving.planning.model_size import ON_BOARD, ModelSize, measure
 
 _MAX_CPU_MODEL_LEN = 4096  # tokens; prefilling these takes one core about 15 s (SmolLM2)
 _GATEWAY_CPUS = 0.1  # logical, for placement only; a gateway uses what it needs

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.config import Config, ConfigError
-from serving.hardware import Gpu
-from serving.model_size import ModelSize
+from serving.planning.hardware import Gpu
+from serving.planning.model_size import ModelSize
 
 _MIB = 1 << 20
 _GIB = 1 << 30
