@@ -120,7 +120,7 @@ class Headway(Subject):
         self.urls = [f"http://127.0.0.1:{gateway_port if self.name == 'own' else port}"]
         path = folder / "config.yaml"
         path.write_text(yaml.safe_dump(self.config(port, gateway_port)))
-        command = [sys.executable, "-m", "serving.launcher", "serve", str(path)]
+        command = [sys.executable, "-m", "serving.cli.main", "serve", str(path)]
         self.launches = [Launch(command, folder / "headway.log", _ROOT)]
 
     def _is_ready(self) -> bool:

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from benchmarks.profile import Profile
 from benchmarks.slo import Slo
 from benchmarks.whatif import Question, Search, WhatIfError, answer
-from serving.launcher import main
+from serving.cli.main import main
 
 
 @pytest.mark.parametrize("enough", [1, 2, 3, 7, 8, 9, 100])

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from serving.launch_file import check_with_ray, load
+from serving.cli.config_file import check_with_ray, load
 from serving.planning.hardware import Gpu, Hardware
 from serving.planning.plan import plan
 

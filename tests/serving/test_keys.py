@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from serving.cli.config_file import load
+from serving.cli.launch import _ready_text
+from serving.cli.main import main
 from serving.config import ConfigError
 from serving.gateway.tenants.keys import KeyRing, KeysFile, make_key, read_keys
-from serving.launch import _ready_text
-from serving.launch_file import load
-from serving.launcher import main
 
 
 def run(*arguments: str) -> Any:

@@ -17,12 +17,19 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from serving import launcher
+from serving.cli import main
+from serving.cli.config_file import load
+from serving.cli.progress import (
+    AppState,
+    Board,
+    engine_core_error,
+    engine_phases,
+    failure,
+    last_error,
+)
 from serving.cluster.ray_session import environment
 from serving.config import ConfigError
-from serving.launch_file import load
 from serving.planning.hardware import Hardware
-from serving.progress import AppState, Board, engine_core_error, engine_phases, failure, last_error
 
 GIB = 1 << 30
 ROOT = Path(__file__).parents[2]
@@ -38,7 +45,7 @@ def laptop(monkeypatch: pytest.MonkeyPatch) -> Hardware:
 
 
 def run(*arguments: str) -> Any:
-    return CliRunner().invoke(launcher.main, arguments)
+    return CliRunner().invoke(main.main, arguments)
 
 
 def write(folder: Path, text: str) -> str:
@@ -252,8 +259,8 @@ import http.server, subprocess, sys, threading
 from rich.console import Console
 from serving.gateway.http.endpoint import StartError
 from serving.planning.hardware import detect
-from serving.launch import launch
-from serving.launch_file import load
+from serving.cli.launch import launch
+from serving.cli.config_file import load
 from serving.planning.plan import plan
 
 port, fails = int(sys.argv[1]), sys.argv[2] == "fails"

@@ -14,11 +14,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from serving.cli.config_file import LaunchFile, check_with_ray, load
+from serving.cli.keys import key_app
+from serving.cli.launch import launch
 from serving.config import ConfigError
 from serving.gateway.http.endpoint import StartError
-from serving.key_command import key_app
-from serving.launch import launch
-from serving.launch_file import LaunchFile, check_with_ray, load
 from serving.planning.bundled_model import OnboardError
 from serving.planning.hardware import Hardware, detect
 from serving.planning.plan import Plan, plan

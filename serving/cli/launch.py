@@ -9,6 +9,16 @@ from typing import Any
 
 from rich.console import Console
 
+from serving.cli.config_file import LaunchFile, check_with_ray
+from serving.cli.interrupts import Interrupts, Stop
+from serving.cli.progress import (
+    Board,
+    engine_core_error,
+    engine_phases,
+    failure,
+    last_error,
+    read_state,
+)
 from serving.cluster.processes import descendants
 from serving.cluster.ray_session import (
     Cluster,
@@ -18,18 +28,8 @@ from serving.cluster.ray_session import (
     own_folder,
 )
 from serving.gateway.http.endpoint import StartError, check_port, is_loopback, wait_for_answer
-from serving.interrupts import Interrupts, Stop
-from serving.launch_file import LaunchFile, check_with_ray
 from serving.planning.hardware import Hardware
 from serving.planning.plan import Plan
-from serving.progress import (
-    Board,
-    engine_core_error,
-    engine_phases,
-    failure,
-    last_error,
-    read_state,
-)
 
 _ENGINE = "Engine"  # the deployment in `serving.cluster.application`
 _POLL_S = 0.5
