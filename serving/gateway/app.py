@@ -9,6 +9,7 @@ from starlette.routing import Route
 
 from router.core.router import Router
 from serving.config import Config, read
+from serving.file_watch import FileWatch
 from serving.gateway.cache.response_cache import ResponseCache
 from serving.gateway.driver import Driver
 from serving.gateway.http.body_reader import Bodies
@@ -21,7 +22,6 @@ from serving.gateway.request_parser import ENDPOINTS, Intake
 from serving.gateway.request_path import TokenPath
 from serving.gateway.tenants.keys import read_keys
 from serving.gateway.tenants.tenants import Tenants
-from serving.watch import FileWatch
 
 logger = logging.getLogger(__name__)
 
