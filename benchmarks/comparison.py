@@ -22,7 +22,7 @@ from benchmarks.plots import plot_ttft
 from benchmarks.real_engines import HoldWatch, RealEngines
 from benchmarks.report import RESULTS, Figure, Report, Spread, brief, percentile
 from benchmarks.subjects import BenchmarkError
-from benchmarks.variant import OURS, SATURATING_POLICY
+from router.simulation.variant import OURS, SATURATING_POLICY
 
 # The more an engine batches the more it carries: eight at a time each do not fill two engines.
 NUM_WORKERS = 48

@@ -16,8 +16,8 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
-from benchmarks.figures import knee
-from benchmarks.variant import OURS
+from router.simulation.figures import knee
+from router.simulation.variant import OURS
 
 _PANELS = {
     "short_ttft_p99_s": "TTFT p99 of short prompts, s",

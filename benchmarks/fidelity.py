@@ -28,7 +28,6 @@ from rich.console import Console
 
 from benchmarks import logged_steps
 from benchmarks.client import Client
-from benchmarks.figures import percentile
 from benchmarks.latency import Sample
 from benchmarks.load import open_loop
 from benchmarks.measure import Service
@@ -42,8 +41,9 @@ from benchmarks.runner import run_to_the_end
 from benchmarks.subjects import BenchmarkError
 from benchmarks.sweep import Fleet, simulate
 from benchmarks.sweep import capacity as simulated_capacity
-from benchmarks.variant import OURS
 from benchmarks.workload import Arrival, Workload
+from router.simulation.figures import percentile
+from router.simulation.variant import OURS
 from serving.config import parse
 from serving.planning.hardware import detect
 from serving.planning.plan import plan

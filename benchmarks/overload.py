@@ -32,8 +32,8 @@ from benchmarks.peers.fleet import EmulatedHeadway
 from benchmarks.processes import machine_busy_s
 from benchmarks.report import RESULTS, Report, brief, percentile
 from benchmarks.runner import run_to_the_end
-from benchmarks.slo import Slo
 from benchmarks.visitors import Visit, Visitors, late_p99_s
+from router.simulation.slo import Slo
 
 _MODEL = "emulated"
 _PROFILE = "h100-llama8b"

@@ -15,7 +15,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from benchmarks.variant import OURS
+from router.simulation.variant import OURS
 
 _PANELS = ("short", "long")
 

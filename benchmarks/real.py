@@ -20,7 +20,7 @@ from benchmarks.latency import Sample
 from benchmarks.real_engines import RealEngines
 from benchmarks.report import Report
 from benchmarks.runner import run_to_the_end
-from benchmarks.variant import SATURATING_POLICY, policies, split
+from router.simulation.variant import SATURATING_POLICY, policies, split
 
 NUM_ENGINES = 2
 

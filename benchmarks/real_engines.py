@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.subjects import BenchmarkError, Headway
-from benchmarks.variant import split
+from router.simulation.variant import split
 
 _IDLE_POLL_S = 0.25
 _CACHED_TOKENS = "headway_cached_prompt_tokens_total"

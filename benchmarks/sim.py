@@ -19,17 +19,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from benchmarks import clairvoyant
 from benchmarks.curves import plot_sweep
 from benchmarks.profile import Profile, ProfileError
 from benchmarks.report import RESULTS, Report
 from benchmarks.sim_tables import Results, Tables
-from benchmarks.slo import Slo
 from benchmarks.sweep import Case, Sweep
 from benchmarks.synthetic import SYNTHETIC
 from benchmarks.traces import TraceError, read_trace
-from benchmarks.variant import ablations, policies, split
 from benchmarks.workload import Workload
+from router.simulation import clairvoyant
+from router.simulation.slo import Slo
+from router.simulation.variant import ablations, policies, split
 
 # Public traces by the names that they are published under, and likely ones.
 TRACES = {

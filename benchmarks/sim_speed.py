@@ -20,8 +20,8 @@ from benchmarks.profile import Profile
 from benchmarks.report import Report, Spread
 from benchmarks.sweep import Fleet, simulate
 from benchmarks.synthetic import poisson
-from benchmarks.variant import OURS
 from benchmarks.workload import Workload
+from router.simulation.variant import OURS
 
 _PROFILE = "h100"
 _RATE_PER_ENGINE = 15.0

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from functools import cached_property
 from statistics import fmean
 
-from benchmarks import clairvoyant
-from benchmarks.figures import Figures, interval, knee
 from benchmarks.report import Figure, Report
 from benchmarks.sweep import Case
-from benchmarks.variant import OURS, policies
+from router.simulation import clairvoyant
+from router.simulation.figures import Figures, interval, knee
+from router.simulation.variant import OURS, policies
 
 Results = dict[Case, Figures]
 

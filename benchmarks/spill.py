@@ -19,12 +19,8 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.engine_model import EngineModel
-from benchmarks.figures import figures_of, interval
 from benchmarks.profile import Profile, ProfileError
-from benchmarks.provider_model import ProviderModel
 from benchmarks.report import Report, Spread
-from benchmarks.simulator import Simulation
-from benchmarks.slo import Slo
 from benchmarks.sweep import Fleet, capacity
 from benchmarks.synthetic import PROMPTS, REPLIES, SYNTHETIC, of
 from benchmarks.token_counts import LogNormal
@@ -32,6 +28,10 @@ from benchmarks.workload import Workload
 from router.providers.provider import ProviderSettings
 from router.providers.spillover import FallbackSettings
 from router.settings import RouterSettings
+from router.simulation.figures import figures_of, interval
+from router.simulation.provider import ProviderModel
+from router.simulation.simulator import Simulation
+from router.simulation.slo import Slo
 
 # A small hosted model's list prices (GPT-4o mini, 2024), and its usual speed from afar.
 _PRICE_PROMPT, _PRICE_OUTPUT = 0.15, 0.60

@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import clairvoyant
 from benchmarks.engine_model import EngineModel
-from benchmarks.figures import Figures, figures_of
-from benchmarks.journal import Run
 from benchmarks.profile import Profile
-from benchmarks.simulator import Network, Simulation
-from benchmarks.slo import Slo
-from benchmarks.variant import SATURATING_POLICY, split
 from benchmarks.workload import Workload
 from router.settings import RouterSettings
+from router.simulation import clairvoyant
+from router.simulation.figures import Figures, figures_of
+from router.simulation.journal import Run
+from router.simulation.simulator import Network, Simulation
+from router.simulation.slo import Slo
+from router.simulation.variant import SATURATING_POLICY, split
 
 # Of a run that starts with everything there is: before, the engines fill, and prefill more
 # than they decode; after, they run out of work.

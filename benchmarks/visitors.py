@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from benchmarks.client import Call, Client, Record
 from benchmarks.mix import Ask, Mix
 from benchmarks.report import percentile
-from benchmarks.slo import Slo
 from router.settings import RouterSettings
+from router.simulation.slo import Slo
 
 _TIMEOUT_S = 120.0
 

@@ -12,16 +12,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.figures import Figures
 from benchmarks.profile import Profile, ProfileError
 from benchmarks.report import brief
-from benchmarks.slo import Slo
 from benchmarks.surroundings import commit
 from benchmarks.sweep import Case, Sweep
 from benchmarks.synthetic import SYNTHETIC
 from benchmarks.traces import TraceError, read_trace
-from benchmarks.variant import policies, split
 from benchmarks.workload import Workload
+from router.simulation.figures import Figures
+from router.simulation.slo import Slo
+from router.simulation.variant import policies, split
 from serving.config import ConfigError
 
 _KEY = "traffic"

@@ -30,7 +30,7 @@ from benchmarks.real_engines import RealEngines
 from benchmarks.report import Report, Spread
 from benchmarks.runner import run_to_the_end
 from benchmarks.subjects import BenchmarkError, Headway, Subject, get_json
-from benchmarks.variant import OURS
+from router.simulation.variant import OURS
 from serving.planning.bundled_model import SERVED_MODEL_NAME
 
 # How often a turn is taken that was disturbed: the last one counts, whatever it was, for a

@@ -7,11 +7,11 @@ import pytest
 
 from benchmarks.engine_model import EngineModel
 from benchmarks.profile import Profile
-from benchmarks.simulator import Failure, Network, Simulation
 from benchmarks.sweep import Fleet, capacity, simulate
 from benchmarks.synthetic import SYNTHETIC
-from benchmarks.variant import ablations, policies, split
 from router.settings import Part, PolicyName, RouterSettings
+from router.simulation.simulator import Failure, Network, Simulation
+from router.simulation.variant import ablations, policies, split
 from router.types import Outcome
 
 PROFILE = Profile(

@@ -5,8 +5,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks.profile import Profile
-from benchmarks.slo import Slo
 from benchmarks.whatif import Question, Search, WhatIfError, answer
+from router.simulation.slo import Slo
 from serving.cli.main import main
 
 

@@ -3,7 +3,7 @@
 What `serving` is in real time: gateways that carry out decisions as
 `serving/gateway/driver.py` does, engines whose replicas push snapshots as
 `serving/stream/server.py` does, and a network between them. Nothing of the router's logic
-is here. Equal seeds give equal runs, event by event. See `benchmarks.simulated_node`
+is here. Equal seeds give equal runs, event by event. See `router.simulation.node`
 for what is left out of the heap.
 """
 
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any, Protocol
 
-from benchmarks.journal import Journal, Run
-from benchmarks.provider_model import ProviderModel
-from benchmarks.simulated_gateway import Gateway
-from benchmarks.simulated_node import HEARTBEAT_S, Engine, Node
 from benchmarks.workload import Arrival, Workload
 from router.providers.spillover import FallbackSettings
 from router.settings import RouterSettings
+from router.simulation.gateway import Gateway
+from router.simulation.journal import Journal, Run
+from router.simulation.node import HEARTBEAT_S, Engine, Node
+from router.simulation.provider import ProviderModel
 from router.types import Request
 
 Act = Callable[[Any], None]

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from benchmarks.journal import Run
-from benchmarks.slo import Slo
+from router.simulation.journal import Run
+from router.simulation.slo import Slo
 from router.types import Outcome
 
 # The first tenth of a run fills empty engines and is not looked at.

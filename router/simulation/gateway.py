@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from benchmarks.sequence import Job, Progress
-from benchmarks.simulated_node import HEARTBEAT_S, Node
 from router.core.router import Router
 from router.limits.rate_limit import RateReport
 from router.scheduling.policies.prefix_index import BLOCK_TOKENS
 from router.settings import RouterSettings
+from router.simulation.node import HEARTBEAT_S, Node
 from router.types import (
     BlockUpdate,
     Decision,
@@ -29,7 +29,7 @@ from router.types import (
 )
 
 if TYPE_CHECKING:
-    from benchmarks.simulator import Simulation
+    from router.simulation.simulator import Simulation
 
 # As in serving/gateway/request_parser.py, which imports what a simulation must not need (FastAPI).
 _MAX_PREFIX_BLOCKS = 256

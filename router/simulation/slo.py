@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.journal import Run
 from router.settings import RouterSettings
+from router.simulation.journal import Run
 
 
 @dataclass(frozen=True)

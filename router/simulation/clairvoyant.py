@@ -16,12 +16,12 @@ import random
 import numpy as np
 
 from benchmarks.engine_model import EngineModel
-from benchmarks.journal import Run
 from benchmarks.profile import Profile
 from benchmarks.sequence import Job
-from benchmarks.simulator import Network, Simulation
 from benchmarks.workload import Arrival, Workload
 from router.settings import RouterSettings
+from router.simulation.journal import Run
+from router.simulation.simulator import Network, Simulation
 
 NAME = "clairvoyant"
 

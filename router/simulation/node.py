@@ -22,8 +22,8 @@ from router.fleet.block_log import BlockLog
 from router.types import BlockUpdate, EngineInfo, EngineSnapshot
 
 if TYPE_CHECKING:
-    from benchmarks.simulated_gateway import Gateway
-    from benchmarks.simulator import Simulation
+    from router.simulation.gateway import Gateway
+    from router.simulation.simulator import Simulation
 
 # As in serving/stream/server.py, which imports what a simulation must not need (asyncio, Ray).
 HEARTBEAT_S = 0.5
