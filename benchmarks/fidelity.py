@@ -33,7 +33,6 @@ from benchmarks.load import open_loop
 from benchmarks.measure import Service
 from benchmarks.measure import measure as measure_profile
 from benchmarks.mix import Mix
-from benchmarks.profile import Pace, Profile
 from benchmarks.real_engines import RealEngines
 from benchmarks.report import RESULTS, Report
 from benchmarks.run_pace import pace
@@ -42,6 +41,7 @@ from benchmarks.subjects import BenchmarkError
 from benchmarks.sweep import Fleet, simulate
 from benchmarks.sweep import capacity as simulated_capacity
 from benchmarks.workload import Arrival, Workload
+from router.simulation.engine.profile import Pace, Profile
 from router.simulation.figures import percentile
 from router.simulation.variant import OURS
 from serving.config import parse

@@ -24,10 +24,10 @@ from rich.table import Table
 from scipy.optimize import minimize
 
 from benchmarks import surroundings
-from benchmarks.engine_model import EngineModel
-from benchmarks.profile import Profile
-from benchmarks.sequence import Job
 from benchmarks.vllm_run import VllmRun, halves
+from router.simulation.engine.model import EngineModel
+from router.simulation.engine.profile import Profile
+from router.simulation.engine.sequence import Job
 
 _FITTED = ("base_s", "s_per_token", "s_per_decode_req", "s_per_context_token")
 # Where the search starts, in seconds: a GPU that reads 16 GB of weights at 1.5 TB/s, prefills

@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from benchmarks.curves import plot_sweep
-from benchmarks.profile import Profile, ProfileError
 from benchmarks.report import RESULTS, Report
 from benchmarks.sim_tables import Results, Tables
 from benchmarks.sweep import Case, Sweep
@@ -28,6 +27,7 @@ from benchmarks.synthetic import SYNTHETIC
 from benchmarks.traces import TraceError, read_trace
 from benchmarks.workload import Workload
 from router.simulation import clairvoyant
+from router.simulation.engine.profile import Profile, ProfileError
 from router.simulation.slo import Slo
 from router.simulation.variant import ablations, policies, split
 

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from benchmarks.profile import Profile
 from benchmarks.report import Report, Spread
 from benchmarks.sweep import Fleet, simulate
 from benchmarks.synthetic import poisson
 from benchmarks.workload import Workload
+from router.simulation.engine.profile import Profile
 from router.simulation.variant import OURS
 
 _PROFILE = "h100"

@@ -18,8 +18,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.engine_model import EngineModel
-from benchmarks.profile import Profile, ProfileError
 from benchmarks.report import Report, Spread
 from benchmarks.sweep import Fleet, capacity
 from benchmarks.synthetic import PROMPTS, REPLIES, SYNTHETIC, of
@@ -28,6 +26,8 @@ from benchmarks.workload import Workload
 from router.providers.provider import ProviderSettings
 from router.providers.spillover import FallbackSettings
 from router.settings import RouterSettings
+from router.simulation.engine.model import EngineModel
+from router.simulation.engine.profile import Profile, ProfileError
 from router.simulation.figures import figures_of, interval
 from router.simulation.provider import ProviderModel
 from router.simulation.simulator import Simulation

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import least_squares, lsq_linear
 
-from benchmarks.profile import Profile
+from router.simulation.engine.profile import Profile
 
 TERMS = (
     "base_s",

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.engine_model import EngineModel
-from benchmarks.profile import Profile
 from benchmarks.workload import Workload
 from router.settings import RouterSettings
 from router.simulation import clairvoyant
+from router.simulation.engine.model import EngineModel
+from router.simulation.engine.profile import Profile
 from router.simulation.figures import Figures, figures_of
 from router.simulation.journal import Run
 from router.simulation.simulator import Network, Simulation

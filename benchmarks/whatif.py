@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.profile import Profile, ProfileError
 from benchmarks.report import brief
 from benchmarks.surroundings import commit
 from benchmarks.sweep import Case, Sweep
 from benchmarks.synthetic import SYNTHETIC
 from benchmarks.traces import TraceError, read_trace
 from benchmarks.workload import Workload
+from router.simulation.engine.profile import Profile, ProfileError
 from router.simulation.figures import Figures
 from router.simulation.slo import Slo
 from router.simulation.variant import policies, split

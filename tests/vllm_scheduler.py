@@ -4,8 +4,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from benchmarks.profile import Profile
-from benchmarks.sequence import Job
+from router.simulation.engine.profile import Profile
+from router.simulation.engine.sequence import Job
 
 BLOCK = 16
 

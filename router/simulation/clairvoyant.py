@@ -15,11 +15,11 @@ import random
 
 import numpy as np
 
-from benchmarks.engine_model import EngineModel
-from benchmarks.profile import Profile
-from benchmarks.sequence import Job
 from benchmarks.workload import Arrival, Workload
 from router.settings import RouterSettings
+from router.simulation.engine.model import EngineModel
+from router.simulation.engine.profile import Profile
+from router.simulation.engine.sequence import Job
 from router.simulation.journal import Run
 from router.simulation.simulator import Network, Simulation
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from benchmarks.sequence import Job, Progress
 from router.core.router import Router
 from router.limits.rate_limit import RateReport
 from router.scheduling.policies.prefix_index import BLOCK_TOKENS
 from router.settings import RouterSettings
+from router.simulation.engine.sequence import Job, Progress
 from router.simulation.node import HEARTBEAT_S, Node
 from router.types import (
     BlockUpdate,

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from benchmarks.sequence import Job, Progress
 from router.fleet.block_log import BlockLog
+from router.simulation.engine.sequence import Job, Progress
 from router.types import BlockUpdate, EngineInfo, EngineSnapshot
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ A job's output tokens are its service time, `SERVICE_S` each.
 
 from collections import deque
 
-from benchmarks.sequence import Job, Progress
 from router.fleet.block_log import BlockLog
+from router.simulation.engine.sequence import Job, Progress
 from router.types import EngineInfo, EngineSnapshot
 
 SERVICE_S = 1e-6

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.profile import Profile
+from router.simulation.engine.profile import Profile
 from serving.config import ConfigError, parse
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.engine.emulated.text import Prompt

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.engine_model import EngineModel
-from benchmarks.profile import Profile
-from benchmarks.sequence import Job, Progress
+from router.simulation.engine.model import EngineModel
+from router.simulation.engine.profile import Profile
+from router.simulation.engine.sequence import Job, Progress
 
 
 def make_profile(**changes: Any) -> Profile:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.engine_model import EngineModel
-from benchmarks.sequence import Job
+from router.simulation.engine.model import EngineModel
+from router.simulation.engine.sequence import Job
 from serving.planning.bundled_model import onboard_model
 from tests.vllm_scheduler import BLOCK, VllmScheduler, make_profile
 

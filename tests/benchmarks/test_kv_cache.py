@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.kv_cache import KvCache, Lease
+from router.simulation.engine.kv_cache import KvCache, Lease
 
 
 def fill(kv: KvCache, lease: Lease, num_blocks: int) -> int:

@@ -12,8 +12,8 @@ import zmq
 import zmq.asyncio
 
 from benchmarks.emulated_server import serve
-from benchmarks.profile import Profile
 from benchmarks.subjects import free_ports
+from router.simulation.engine.profile import Profile
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.engine.emulated.kv_events import KvEventPublisher, KvEvents, KvEventsConfig
 from serving.engine.emulated.text import Prompt

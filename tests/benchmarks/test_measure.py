@@ -8,7 +8,7 @@ from rich.console import Console
 
 from benchmarks.logged_steps import steps
 from benchmarks.measure import measure
-from benchmarks.profile import Profile
+from router.simulation.engine.profile import Profile
 from router.types import EngineSnapshot
 from serving.config import parse
 from serving.engine.step_log import LoggedStep

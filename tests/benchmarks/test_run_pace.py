@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from benchmarks.profile import Pace
 from benchmarks.run_pace import pace
 from benchmarks.step_fit import Step
+from router.simulation.engine.profile import Pace
 from tests.vllm_scheduler import make_profile
 
 PROFILE = make_profile(

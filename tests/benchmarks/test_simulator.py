@@ -5,11 +5,11 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from benchmarks.engine_model import EngineModel
-from benchmarks.profile import Profile
 from benchmarks.sweep import Fleet, capacity, simulate
 from benchmarks.synthetic import SYNTHETIC
 from router.settings import Part, PolicyName, RouterSettings
+from router.simulation.engine.model import EngineModel
+from router.simulation.engine.profile import Profile
 from router.simulation.simulator import Failure, Network, Simulation
 from router.simulation.variant import ablations, policies, split
 from router.types import Outcome

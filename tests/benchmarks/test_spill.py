@@ -5,8 +5,8 @@ import argparse
 import pytest
 
 from benchmarks import spill
-from benchmarks.profile import Profile
 from router.providers.spillover import FallbackSettings
+from router.simulation.engine.profile import Profile
 
 PROFILE = Profile.load("h100-llama8b")
 

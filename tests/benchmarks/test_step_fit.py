@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-from benchmarks.profile import FOLDER, Profile, ProfileError
 from benchmarks.step_fit import TERMS, Step, fit
+from router.simulation.engine.profile import FOLDER, Profile, ProfileError
 
 
 def make_profile(**terms: float) -> Profile:

@@ -4,8 +4,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks.profile import Profile
 from benchmarks.whatif import Question, Search, WhatIfError, answer
+from router.simulation.engine.profile import Profile
 from router.simulation.slo import Slo
 from serving.cli.main import main
 

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from benchmarks.chaos_texts import TIE_NATS
-from benchmarks.profile import Profile
+from router.simulation.engine.profile import Profile
 from serving.config import parse
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.engine.vllm.engine import Engine, VllmEngine

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.sequence import Job
+from router.simulation.engine.sequence import Job
 from serving.planning.bundled_model import onboard_model
 from tests.vllm_scheduler import BLOCK, VllmScheduler, make_profile
 

@@ -4,8 +4,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from benchmarks.engine_model import EngineModel
-from benchmarks.sequence import Job, Progress
+from router.simulation.engine.model import EngineModel
+from router.simulation.engine.sequence import Job, Progress
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from benchmarks.engine_model import EngineModel
-from benchmarks.profile import Profile, ProfileError
-from benchmarks.sequence import Progress
+from router.simulation.engine.model import EngineModel
+from router.simulation.engine.profile import Profile, ProfileError
+from router.simulation.engine.sequence import Progress
 from router.types import EngineSnapshot
 from serving.config import Config, ConfigError
 from serving.engine.emulated.asgi import (

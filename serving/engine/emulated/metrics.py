@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from benchmarks.engine_model import EngineModel
+from router.simulation.engine.model import EngineModel
 
 _LABELS = ("model_name", "engine")
 _GAUGES = {

@@ -4,8 +4,8 @@ import asyncio
 import time
 import zlib
 
-from benchmarks.engine_model import EngineModel
-from benchmarks.sequence import Job, Progress
+from router.simulation.engine.model import EngineModel
+from router.simulation.engine.sequence import Job, Progress
 from serving.engine.emulated.asgi import EVENTS, Send, reply, send_part
 from serving.engine.emulated.completion_text import CompletionText
 from serving.engine.emulated.request import Body

@@ -5,7 +5,7 @@ from collections.abc import Sequence as Row
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from benchmarks.kv_cache import Lease
+from router.simulation.engine.kv_cache import Lease
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 import heapq
 
-from benchmarks.kv_cache import KvCache
-from benchmarks.sequence import Sequence, State
+from router.simulation.engine.kv_cache import KvCache
+from router.simulation.engine.sequence import Sequence, State
 
 
 class DecodeBatch:

@@ -8,11 +8,11 @@ preempts the last one, or the least urgent, which is computed anew later. Not
 modelled: asynchronous scheduling, by which a newcomer can wait one step more.
 """
 
-from benchmarks.decode_batch import DecodeBatch
-from benchmarks.kv_cache import KvCache
-from benchmarks.profile import Profile
-from benchmarks.sequence import Sequence, State
-from benchmarks.waiting_sequences import WaitingSequences
+from router.simulation.engine.decode_batch import DecodeBatch
+from router.simulation.engine.kv_cache import KvCache
+from router.simulation.engine.profile import Profile
+from router.simulation.engine.sequence import Sequence, State
+from router.simulation.engine.waiting import WaitingSequences
 
 
 class StepScheduler:

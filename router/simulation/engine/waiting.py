@@ -1,7 +1,7 @@
 """Sequences that wait in an engine for their turn."""
 
-from benchmarks.sequence import Sequence, State
 from router.queueing.lazy_heap import Key, LazyHeap
+from router.simulation.engine.sequence import Sequence, State
 
 
 class WaitingSequences:

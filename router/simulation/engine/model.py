@@ -14,10 +14,10 @@ from collections import deque
 from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as Row
 
-from benchmarks.profile import Profile
-from benchmarks.sequence import Job, Progress, Sequence, State
-from benchmarks.step_scheduler import StepScheduler
 from router.fleet.block_log import BlockLog
+from router.simulation.engine.profile import Profile
+from router.simulation.engine.sequence import Job, Progress, Sequence, State
+from router.simulation.engine.step_scheduler import StepScheduler
 from router.types import EngineInfo, EngineSnapshot
 
 # As in serving/engine/vllm/stats.py: what one step replaces of the prefill rate's memory.
