@@ -40,10 +40,10 @@ from benchmarks.runner import run_to_the_end
 from benchmarks.subjects import BenchmarkError
 from benchmarks.sweep import Fleet, simulate
 from benchmarks.sweep import capacity as simulated_capacity
-from benchmarks.workload import Arrival, Workload
 from router.simulation.engine.profile import Pace, Profile
 from router.simulation.figures import percentile
 from router.simulation.variant import OURS
+from router.simulation.workload.workload import Arrival, Workload
 from serving.config import parse
 from serving.planning.hardware import detect
 from serving.planning.plan import plan

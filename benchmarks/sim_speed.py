@@ -18,10 +18,10 @@ from rich.console import Console
 
 from benchmarks.report import Report, Spread
 from benchmarks.sweep import Fleet, simulate
-from benchmarks.synthetic import poisson
-from benchmarks.workload import Workload
 from router.simulation.engine.profile import Profile
 from router.simulation.variant import OURS
+from router.simulation.workload.synthetic import poisson
+from router.simulation.workload.workload import Workload
 
 _PROFILE = "h100"
 _RATE_PER_ENGINE = 15.0

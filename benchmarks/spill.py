@@ -20,9 +20,6 @@ from rich.progress import track
 
 from benchmarks.report import Report, Spread
 from benchmarks.sweep import Fleet, capacity
-from benchmarks.synthetic import PROMPTS, REPLIES, SYNTHETIC, of
-from benchmarks.token_counts import LogNormal
-from benchmarks.workload import Workload
 from router.providers.provider import ProviderSettings
 from router.providers.spillover import FallbackSettings
 from router.settings import RouterSettings
@@ -32,6 +29,9 @@ from router.simulation.figures import figures_of, interval
 from router.simulation.provider import ProviderModel
 from router.simulation.simulator import Simulation
 from router.simulation.slo import Slo
+from router.simulation.workload.lengths import LogNormal
+from router.simulation.workload.synthetic import PROMPTS, REPLIES, SYNTHETIC, of
+from router.simulation.workload.workload import Workload
 
 # A small hosted model's list prices (GPT-4o mini, 2024), and its usual speed from afar.
 _PRICE_PROMPT, _PRICE_OUTPUT = 0.15, 0.60

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.workload import Workload
 from router.settings import RouterSettings
 from router.simulation import clairvoyant
 from router.simulation.engine.model import EngineModel
@@ -21,6 +20,7 @@ from router.simulation.journal import Run
 from router.simulation.simulator import Network, Simulation
 from router.simulation.slo import Slo
 from router.simulation.variant import SATURATING_POLICY, split
+from router.simulation.workload.workload import Workload
 
 # Of a run that starts with everything there is: before, the engines fill, and prefill more
 # than they decode; after, they run out of work.

@@ -15,13 +15,13 @@ from rich.table import Table
 from benchmarks.report import brief
 from benchmarks.surroundings import commit
 from benchmarks.sweep import Case, Sweep
-from benchmarks.synthetic import SYNTHETIC
 from benchmarks.traces import TraceError, read_trace
-from benchmarks.workload import Workload
 from router.simulation.engine.profile import Profile, ProfileError
 from router.simulation.figures import Figures
 from router.simulation.slo import Slo
 from router.simulation.variant import policies, split
+from router.simulation.workload.synthetic import SYNTHETIC
+from router.simulation.workload.workload import Workload
 from serving.config import ConfigError
 
 _KEY = "traffic"

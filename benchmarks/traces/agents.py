@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.workload import Arrival
+from router.simulation.workload.workload import Arrival
 
 KEYS = {"requests", "block_size"}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
-from benchmarks.workload import Arrival
+from router.simulation.workload.workload import Arrival
 
 KEYS = {"timestamp", "input_length", "output_length", "hash_ids"}
 

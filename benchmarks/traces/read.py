@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.traces import agents, mooncake, sharegpt, tables
-from benchmarks.workload import Workload
+from router.simulation.workload.workload import Workload
 
 
 class TraceError(Exception):

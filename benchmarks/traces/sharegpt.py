@@ -4,8 +4,8 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.sessions import Turn, play
-from benchmarks.workload import Arrival
+from router.simulation.workload.sessions import Turn, play
+from router.simulation.workload.workload import Arrival
 
 KEYS = {"conversations"}
 

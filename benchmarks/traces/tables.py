@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 
-from benchmarks.workload import Arrival
+from router.simulation.workload.workload import Arrival
 
 # The same three columns and the sender, by the names that they have in public traces.
 _TIME = ("arrival_s", "timestamp", "arrived_at")

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from benchmarks.workload import Workload
+from router.simulation.workload.workload import Workload
 from router.types import Outcome
 
 NOT_ENDED = -1

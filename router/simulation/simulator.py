@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any, Protocol
 
-from benchmarks.workload import Arrival, Workload
 from router.providers.spillover import FallbackSettings
 from router.settings import RouterSettings
 from router.simulation.gateway import Gateway
 from router.simulation.journal import Journal, Run
 from router.simulation.node import HEARTBEAT_S, Engine, Node
 from router.simulation.provider import ProviderModel
+from router.simulation.workload.workload import Arrival, Workload
 from router.types import Request
 
 Act = Callable[[Any], None]

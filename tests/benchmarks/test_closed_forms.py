@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from queues import SERVICE_S, FirstComeFirstServed, ProcessorSharing
 
-from benchmarks.workload import Arrival, Workload
 from router.settings import RouterSettings
 from router.simulation.journal import Run
 from router.simulation.simulator import Engine, Network, Simulation
+from router.simulation.workload.workload import Arrival, Workload
 
 NUM_REQUESTS = 12_000
 NUM_BATCHES = 30

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from benchmarks.workload import Arrival, Workload
 from router.simulation.figures import figures_of, interval, jain, knee, weighted_percentile
 from router.simulation.journal import Journal
 from router.simulation.slo import Slo
+from router.simulation.workload.workload import Arrival, Workload
 from router.types import Outcome
 
 

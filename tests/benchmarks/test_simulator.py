@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from benchmarks.sweep import Fleet, capacity, simulate
-from benchmarks.synthetic import SYNTHETIC
 from router.settings import Part, PolicyName, RouterSettings
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
 from router.simulation.simulator import Failure, Network, Simulation
 from router.simulation.variant import ablations, policies, split
+from router.simulation.workload.synthetic import SYNTHETIC
 from router.types import Outcome
 
 PROFILE = Profile(

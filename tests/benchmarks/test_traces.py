@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.traces import TraceError, read_trace
-from benchmarks.workload import interarrival_cv
+from router.simulation.workload.workload import interarrival_cv
 
 
 def lines(path, rows):

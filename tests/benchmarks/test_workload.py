@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import arrival_times
-from benchmarks.sessions import Conversations
-from benchmarks.synthetic import SYNTHETIC
-from benchmarks.token_counts import BoundedPareto, LogNormal, Mixture
-from benchmarks.workload import Arrival, Workload, interarrival_cv
+from router.simulation.workload import arrivals
+from router.simulation.workload.lengths import BoundedPareto, LogNormal, Mixture
+from router.simulation.workload.sessions import Conversations
+from router.simulation.workload.synthetic import SYNTHETIC
+from router.simulation.workload.workload import Arrival, Workload, interarrival_cv
 
 
 def make_workload(*sizes, gap_s=1.0):
@@ -86,26 +86,26 @@ def test_no_requests():
 
 @pytest.mark.parametrize(("cv", "tolerance"), [(1.0, 0.05), (4.0, 0.15)])
 def test_bursty(cv, tolerance):
-    times_s = arrival_times.bursty(rng(), 5.0, cv, 20_000)
+    times_s = arrivals.bursty(rng(), 5.0, cv, 20_000)
     assert interarrival_cv(times_s) == pytest.approx(cv, rel=tolerance)
     assert len(times_s) / times_s[-1] == pytest.approx(5.0, rel=tolerance)
 
 
 def test_poisson():
-    times_s = arrival_times.poisson(rng(), 5.0, 20_000)
+    times_s = arrivals.poisson(rng(), 5.0, 20_000)
     assert interarrival_cv(times_s) == pytest.approx(1.0, rel=0.05)
     assert len(times_s) / times_s[-1] == pytest.approx(5.0, rel=0.05)
 
 
 def test_ramp():
     """From 0 to 20/s: the second half has three times the first's arrivals."""
-    times_s = arrival_times.ramp(rng(), 0.0, 20.0, 1000.0)
+    times_s = arrivals.ramp(rng(), 0.0, 20.0, 1000.0)
     assert len(times_s) == pytest.approx(10_000, rel=0.05)
     assert (times_s > 500.0).sum() / (times_s <= 500.0).sum() == pytest.approx(3.0, rel=0.1)
 
 
 def test_spike():
-    times_s = arrival_times.spike(rng(), 10.0, 5.0, 100.0, 1000.0)
+    times_s = arrivals.spike(rng(), 10.0, 5.0, 100.0, 1000.0)
     inside = ((times_s >= 450.0) & (times_s < 550.0)).sum()
     assert inside == pytest.approx(5_000, rel=0.05)
     assert len(times_s) - inside == pytest.approx(9_000, rel=0.05)
@@ -113,7 +113,7 @@ def test_spike():
 
 def test_profile_that_goes_back():
     with pytest.raises(ValueError, match="ascends"):
-        arrival_times.varying(rng(), [(0.0, 1.0), (5.0, 1.0), (4.0, 1.0)])
+        arrivals.varying(rng(), [(0.0, 1.0), (5.0, 1.0), (4.0, 1.0)])
 
 
 def test_lognormal():

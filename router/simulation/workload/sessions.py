@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.token_counts import LogNormal, TokenCounts
-from benchmarks.workload import Arrival
+from router.simulation.workload.lengths import LogNormal, TokenCounts
+from router.simulation.workload.workload import Arrival
 
 # Fine enough for every engine's blocks (vLLM: 16 tokens and multiples of it).
 _BLOCK_TOKENS = 16

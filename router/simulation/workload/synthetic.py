@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from benchmarks import arrival_times
-from benchmarks.sessions import Conversations
-from benchmarks.token_counts import LogNormal, Mixture, TokenCounts
-from benchmarks.workload import Arrival, Workload
+from router.simulation.workload import arrivals
+from router.simulation.workload.lengths import LogNormal, Mixture, TokenCounts
+from router.simulation.workload.sessions import Conversations
+from router.simulation.workload.workload import Arrival, Workload
 
 # Four of five prompts are questions, one is a document.
 PROMPTS = Mixture(
@@ -47,19 +47,19 @@ def of(
 def poisson(num_requests: int, seed: int) -> Workload:
     """Return questions and documents that arrive independently."""
     rng = np.random.default_rng(seed)
-    return of("poisson", arrival_times.poisson(rng, _RATE, num_requests), seed)
+    return of("poisson", arrivals.poisson(rng, _RATE, num_requests), seed)
 
 
 def bursty(num_requests: int, seed: int) -> Workload:
     """Return the same in clumps: gaps with a coefficient of variation of 4."""
     rng = np.random.default_rng(seed)
-    return of("bursty", arrival_times.bursty(rng, _RATE, _CV, num_requests), seed)
+    return of("bursty", arrivals.bursty(rng, _RATE, _CV, num_requests), seed)
 
 
 def ramp(num_requests: int, seed: int) -> Workload:
     """Return the same at a rate that rises from nothing to twice the mean."""
     rng = np.random.default_rng(seed)
-    times_s = arrival_times.ramp(rng, 0.0, 2.0 * _RATE, num_requests / _RATE)
+    times_s = arrivals.ramp(rng, 0.0, 2.0 * _RATE, num_requests / _RATE)
     return of("ramp", times_s, seed)
 
 
@@ -67,7 +67,7 @@ def spike(num_requests: int, seed: int) -> Workload:
     """Return the same with a tenth of the time at four times the rate."""
     rng = np.random.default_rng(seed)
     duration_s = num_requests / (_RATE * (1.0 + 0.1 * (_SPIKE - 1.0)))
-    times_s = arrival_times.spike(rng, _RATE, _SPIKE, 0.1 * duration_s, duration_s)
+    times_s = arrivals.spike(rng, _RATE, _SPIKE, 0.1 * duration_s, duration_s)
     return of("spike", times_s, seed)
 
 
