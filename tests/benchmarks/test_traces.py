@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.traces import TraceError, read_trace
 from router.simulation.workload.workload import interarrival_cv
+from serving.capacity.traces import TraceError, read_trace
 
 
 def lines(path, rows):

@@ -11,6 +11,6 @@ Where the public originals are:
 - Coding agents: github.com/callanjfox/kv-cache-tester (`traces/*.json`, Apache-2.0).
 """
 
-from benchmarks.traces.read import TraceError, read_trace
+from serving.capacity.traces.read import TraceError, read_trace
 
 __all__ = ["TraceError", "read_trace"]

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.traces import agents, mooncake, sharegpt, tables
 from router.simulation.workload.workload import Workload
+from serving.capacity.traces import agents, mooncake, sharegpt, tables
 
 
 class TraceError(Exception):
