@@ -12,8 +12,8 @@ import argparse
 import csv
 from pathlib import Path
 
-from benchmarks.step_fit import Step, fit
 from router.simulation.engine.profile import FOLDER, Profile
+from serving.capacity.step_fit import Step, fit
 
 _GIB = 1 << 30
 # Llama-3.1-8B: 8.03e9 weights of 2 bytes; KV of 32 layers, 8 heads of 128, K and V, 2 bytes.

@@ -26,24 +26,24 @@ import msgspec
 import numpy as np
 from rich.console import Console
 
-from benchmarks import logged_steps
 from benchmarks.client import Client
 from benchmarks.latency import Sample
 from benchmarks.load import open_loop
-from benchmarks.measure import Service
-from benchmarks.measure import measure as measure_profile
 from benchmarks.mix import Mix
 from benchmarks.real_engines import RealEngines
 from benchmarks.report import RESULTS, Report
 from benchmarks.run_pace import pace
 from benchmarks.runner import run_to_the_end
 from benchmarks.subjects import BenchmarkError
-from benchmarks.sweep import Fleet, simulate
-from benchmarks.sweep import capacity as simulated_capacity
 from router.simulation.engine.profile import Pace, Profile
 from router.simulation.figures import percentile
 from router.simulation.variant import OURS
 from router.simulation.workload.workload import Arrival, Workload
+from serving.capacity import logged_steps
+from serving.capacity.profile import Service
+from serving.capacity.profile import measure as measure_profile
+from serving.capacity.sweep import Fleet, simulate
+from serving.capacity.sweep import capacity as simulated_capacity
 from serving.config import parse
 from serving.planning.hardware import detect
 from serving.planning.plan import plan

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import least_squares
 
-from benchmarks.step_fit import Step
 from router.simulation.engine.profile import Pace, Profile
+from serving.capacity.step_fit import Step
 
 _MIN_STEPS = 20
 

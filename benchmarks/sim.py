@@ -22,13 +22,13 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from benchmarks.curves import plot_sweep
 from benchmarks.report import RESULTS, Report
 from benchmarks.sim_tables import Results, Tables
-from benchmarks.sweep import Case, Sweep
 from router.simulation import clairvoyant
 from router.simulation.engine.profile import Profile, ProfileError
 from router.simulation.slo import Slo
 from router.simulation.variant import ablations, policies, split
 from router.simulation.workload.synthetic import SYNTHETIC
 from router.simulation.workload.workload import Workload
+from serving.capacity.sweep import Case, Sweep
 from serving.capacity.traces import TraceError, read_trace
 
 # Public traces by the names that they are published under, and likely ones.

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from benchmarks.report import Report, Spread
-from benchmarks.sweep import Fleet, simulate
 from router.simulation.engine.profile import Profile
 from router.simulation.variant import OURS
 from router.simulation.workload.synthetic import poisson
 from router.simulation.workload.workload import Workload
+from serving.capacity.sweep import Fleet, simulate
 
 _PROFILE = "h100"
 _RATE_PER_ENGINE = 15.0

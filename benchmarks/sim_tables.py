@@ -6,10 +6,10 @@ from functools import cached_property
 from statistics import fmean
 
 from benchmarks.report import Figure, Report
-from benchmarks.sweep import Case
 from router.simulation import clairvoyant
 from router.simulation.figures import Figures, interval, knee
 from router.simulation.variant import OURS, policies
+from serving.capacity.sweep import Case
 
 Results = dict[Case, Figures]
 

@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.report import Report, Spread
-from benchmarks.sweep import Fleet, capacity
 from router.providers.provider import ProviderSettings
 from router.providers.spillover import FallbackSettings
 from router.settings import RouterSettings
@@ -32,6 +31,7 @@ from router.simulation.slo import Slo
 from router.simulation.workload.lengths import LogNormal
 from router.simulation.workload.synthetic import PROMPTS, REPLIES, SYNTHETIC, of
 from router.simulation.workload.workload import Workload
+from serving.capacity.sweep import Fleet, capacity
 
 # A small hosted model's list prices (GPT-4o mini, 2024), and its usual speed from afar.
 _PRICE_PROMPT, _PRICE_OUTPUT = 0.15, 0.60

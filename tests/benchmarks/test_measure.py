@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks.logged_steps import steps
-from benchmarks.measure import measure
 from router.simulation.engine.profile import Profile
 from router.types import EngineSnapshot
+from serving.capacity.logged_steps import steps
+from serving.capacity.profile import measure
 from serving.config import parse
 from serving.engine.step_log import LoggedStep
 from serving.planning.hardware import Hardware

@@ -5,8 +5,8 @@ import random
 import pytest
 
 from benchmarks.run_pace import pace
-from benchmarks.step_fit import Step
 from router.simulation.engine.profile import Pace
+from serving.capacity.step_fit import Step
 from tests.vllm_scheduler import make_profile
 
 PROFILE = make_profile(

@@ -2,7 +2,7 @@
 
 from benchmarks.report import Report
 from benchmarks.sim_tables import Tables
-from benchmarks.sweep import Case
+from serving.capacity.sweep import Case
 
 FIGURES = {
     "ttft_p50_s": 0.1,

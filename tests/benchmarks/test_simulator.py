@@ -5,7 +5,6 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from benchmarks.sweep import Fleet, capacity, simulate
 from router.settings import Part, PolicyName, RouterSettings
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
@@ -13,6 +12,7 @@ from router.simulation.simulator import Failure, Network, Simulation
 from router.simulation.variant import ablations, policies, split
 from router.simulation.workload.synthetic import SYNTHETIC
 from router.types import Outcome
+from serving.capacity.sweep import Fleet, capacity, simulate
 
 PROFILE = Profile(
     name="test",

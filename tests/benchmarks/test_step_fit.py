@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-from benchmarks.step_fit import TERMS, Step, fit
 from router.simulation.engine.profile import FOLDER, Profile, ProfileError
+from serving.capacity.step_fit import TERMS, Step, fit
 
 
 def make_profile(**terms: float) -> Profile:

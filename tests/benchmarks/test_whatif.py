@@ -4,9 +4,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks.whatif import Question, Search, WhatIfError, answer
 from router.simulation.engine.profile import Profile
 from router.simulation.slo import Slo
+from serving.capacity.whatif import Question, Search, WhatIfError, answer
 from serving.cli.main import main
 
 

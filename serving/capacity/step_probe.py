@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from benchmarks.client import Client
-from benchmarks.known_calls import KnownCalls
 from benchmarks.subjects import BenchmarkError
 from router.types import EngineInfo
+from serving.capacity.known_calls import KnownCalls
 
 _NUM_DECODE_STEPS = 24
 _NUM_REPEATS = 3

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from scipy.stats import trim_mean
 
-from benchmarks import logged_steps
 from benchmarks.real_engines import RealEngines
 from benchmarks.runner import run_to_the_end
-from benchmarks.step_fit import TERMS, fit
-from benchmarks.step_probe import StepProbe
 from router.simulation.engine.profile import Profile
 from router.types import EngineInfo
+from serving.capacity import logged_steps
+from serving.capacity.step_fit import TERMS, fit
+from serving.capacity.step_probe import StepProbe
 from serving.config import parse
 from serving.planning.plan import Plan
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.step_fit import Step
 from router.types import EngineSnapshot
+from serving.capacity.step_fit import Step
 from serving.engine.step_log import LoggedStep, read
 
 

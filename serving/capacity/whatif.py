@@ -14,13 +14,13 @@ from rich.table import Table
 
 from benchmarks.report import brief
 from benchmarks.surroundings import commit
-from benchmarks.sweep import Case, Sweep
 from router.simulation.engine.profile import Profile, ProfileError
 from router.simulation.figures import Figures
 from router.simulation.slo import Slo
 from router.simulation.variant import policies, split
 from router.simulation.workload.synthetic import SYNTHETIC
 from router.simulation.workload.workload import Workload
+from serving.capacity.sweep import Case, Sweep
 from serving.capacity.traces import TraceError, read_trace
 from serving.config import ConfigError
 
