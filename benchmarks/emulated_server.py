@@ -26,7 +26,7 @@ from serving.engine.emulated.kv_events import KvEventPublisher, KvEvents, KvEven
 def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.")],
     profile: Annotated[
-        str, typer.Option(help="A profile's file, or its name in benchmarks/profiles.")
+        str, typer.Option(help="A profile's file, or its name in serving/capacity/profiles.")
     ] = "h100-llama8b",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     model: Annotated[

@@ -1,7 +1,7 @@
 """How much of a step one prompt may take."""
 
 # A step costs something whatever is in it: as much as prefilling some 150 tokens on an H100
-# with an 8B model, 20 on a CPU core with SmolLM2 (benchmarks/profiles). In steps of about
+# with an 8B model, 20 on a CPU core with SmolLM2 (serving/capacity/profiles). In steps of about
 # seven times that, it is a seventh of the time of a prompt that prefills alone.
 _SHARE = 8
 _MIN_TOKENS = 128

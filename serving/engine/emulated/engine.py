@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 class EmulatedArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`engine.args` of an emulated engine."""
 
-    profile: str = "h100-llama8b"  # a file's path, or a name in benchmarks/profiles
+    profile: str = "h100-llama8b"  # a file's path, or a name in serving/capacity/profiles
     tokens: int = 200  # of a request that sets no limit
     seed: int = 0  # of the noise on step times; each engine adds its rank
     prefill_chunk: int | None = None  # the profile's `max_prefill_chunk`

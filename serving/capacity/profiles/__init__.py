@@ -1,0 +1,1 @@
+"""Step times of engines, measured or published, one file each."""
