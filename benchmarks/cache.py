@@ -18,8 +18,8 @@ from rich.console import Console
 
 from benchmarks.client import Call, Client
 from benchmarks.load import open_loop
-from benchmarks.report import Report, Spread, brief, percentile
-from benchmarks.runner import run_to_the_end
+from benchmarks.report.report import Report, Spread, brief, percentile
+from benchmarks.report.runner import run_to_the_end
 from benchmarks.stand_in import MODEL
 from benchmarks.subjects import BenchmarkError, Floor, Headway
 

@@ -27,8 +27,8 @@ from benchmarks.chaos_report import Observed, fill
 from benchmarks.chaos_texts import TIE_NATS, Kind, Verdict, judge, questions, vllm_going_on
 from benchmarks.comparison import say
 from benchmarks.real_engines import RealEngines, total
-from benchmarks.report import Report
-from benchmarks.runner import run_and_judge
+from benchmarks.report.report import Report
+from benchmarks.report.runner import run_and_judge
 from benchmarks.subjects import BenchmarkError
 
 _NUM_ENGINES = 2

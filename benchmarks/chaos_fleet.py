@@ -23,8 +23,8 @@ from benchmarks.chaos_check import probe_faults, seam_gaps_s
 from benchmarks.chaos_client import Question, Reply, ask
 from benchmarks.comparison import say
 from benchmarks.frail import FrailEngine, FrailFleet
-from benchmarks.report import Report, percentile
-from benchmarks.runner import run_and_judge
+from benchmarks.report.report import Report, percentile
+from benchmarks.report.runner import run_and_judge
 from benchmarks.subjects import BenchmarkError, free_ports
 from router.types import Request
 from serving.config import parse

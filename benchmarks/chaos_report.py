@@ -9,7 +9,7 @@ from benchmarks.chaos_check import probe_faults, seam_gaps_s
 from benchmarks.chaos_client import Reply
 from benchmarks.chaos_faults import Fault, Inflicted
 from benchmarks.chaos_texts import Kind, Verdict
-from benchmarks.report import Report, percentile
+from benchmarks.report.report import Report, percentile
 
 # A stream stops with the fault; its last chunk may have been under way.
 _SEAM_STARTS_WITHIN_S = 2.0

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from benchmarks.client import Client, Record
-from benchmarks.latency import Latencies, Sample, write_csv
 from benchmarks.load import ClosedLoop, open_loop
 from benchmarks.mix import Ask, Mix
-from benchmarks.plots import plot_ttft
 from benchmarks.real_engines import HoldWatch, RealEngines
-from benchmarks.report import RESULTS, Figure, Report, Spread, brief, percentile
+from benchmarks.report.latency import Latencies, Sample, write_csv
+from benchmarks.report.plot_ttft import plot_ttft
+from benchmarks.report.report import RESULTS, Figure, Report, Spread, brief, percentile
 from benchmarks.subjects import BenchmarkError
 from router.simulation.variant import OURS, SATURATING_POLICY
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.progress import track
 
-from benchmarks.report import Report, percentile
+from benchmarks.report.report import Report, percentile
 from router.core.router import Router
 from router.settings import RouterSettings
 from router.types import Dispatch, EngineInfo, EngineSnapshot, Request

@@ -27,13 +27,13 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.client import Client
-from benchmarks.latency import Sample
 from benchmarks.load import open_loop
 from benchmarks.mix import Mix
 from benchmarks.real_engines import RealEngines
-from benchmarks.report import RESULTS, Report
+from benchmarks.report.latency import Sample
+from benchmarks.report.report import RESULTS, Report
+from benchmarks.report.runner import run_to_the_end
 from benchmarks.run_pace import pace
-from benchmarks.runner import run_to_the_end
 from benchmarks.subjects import BenchmarkError
 from router.simulation.engine.profile import Pace, Profile
 from router.simulation.figures import percentile

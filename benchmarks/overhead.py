@@ -19,8 +19,8 @@ from rich.console import Console
 from benchmarks import phases
 from benchmarks.overhead_figures import ROLES, Figures
 from benchmarks.phases import Durations, Prober, Window, paired_ttft
-from benchmarks.report import Report, brief, percentile
-from benchmarks.runner import run_to_the_end
+from benchmarks.report.report import Report, brief, percentile
+from benchmarks.report.runner import run_to_the_end
 from benchmarks.subjects import Floor, Headway
 
 FRONTS = ("own", "haproxy")

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 from benchmarks.phases import LOAD_ROLE, OTHERS_ROLE, Window
 from benchmarks.processes import OTHER_ROLE
-from benchmarks.report import Report, Spread
+from benchmarks.report.report import Report, Spread
 
 FLOOR = "floor"
 ROLES = ("gateway", "front", "engines", OTHER_ROLE, LOAD_ROLE)

@@ -23,7 +23,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from scipy.optimize import minimize
 
-from benchmarks import surroundings
+from benchmarks.report import provenance
 from benchmarks.vllm_run import VllmRun, halves
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
@@ -185,7 +185,7 @@ def main() -> None:
     if options.out:
         document = {
             "what": "recorded vLLM runs (measured) against the engine model (simulated)",
-            "commit": surroundings.commit(),
+            "commit": provenance.commit(),
             "results": results,
         }
         options.out.write_text(json.dumps(document, indent=1) + "\n")

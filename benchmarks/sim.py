@@ -19,8 +19,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from benchmarks.curves import plot_sweep
-from benchmarks.report import RESULTS, Report
+from benchmarks.report.plot_sweep import plot_sweep
+from benchmarks.report.report import RESULTS, Report
 from benchmarks.sim_tables import Results, Tables
 from router.simulation import clairvoyant
 from router.simulation.engine.profile import Profile, ProfileError

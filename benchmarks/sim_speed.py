@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from benchmarks.report import Report, Spread
+from benchmarks.report.report import Report, Spread
 from router.simulation.engine.profile import Profile
 from router.simulation.variant import OURS
 from router.simulation.workload.synthetic import poisson

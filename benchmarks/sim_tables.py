@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from statistics import fmean
 
-from benchmarks.report import Figure, Report
+from benchmarks.report.report import Figure, Report
 from router.simulation import clairvoyant
 from router.simulation.figures import Figures, interval, knee
 from router.simulation.variant import OURS, policies

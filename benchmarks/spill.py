@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.report import Report, Spread
+from benchmarks.report.report import Report, Spread
 from router.providers.provider import ProviderSettings
 from router.providers.spillover import FallbackSettings
 from router.settings import RouterSettings

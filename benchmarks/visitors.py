@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.client import Call, Client, Record
 from benchmarks.mix import Ask, Mix
-from benchmarks.report import percentile
+from benchmarks.report.report import percentile
 from router.settings import RouterSettings
 from router.simulation.slo import Slo
 

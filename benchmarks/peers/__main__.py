@@ -20,15 +20,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.comparison import capacity, finish, say
-from benchmarks.latency import Latencies, Sample
 from benchmarks.mix import Mix
 from benchmarks.peers import PEERS
 from benchmarks.peers.fleet import EmulatedFleet, EmulatedHeadway, VllmFleet
 from benchmarks.peers.peer import MissingError
 from benchmarks.peers.turn import BUSY_ROUTER_CPU, MAX_OTHERS_CPU, Stage, Turn
 from benchmarks.real_engines import RealEngines
-from benchmarks.report import Report, Spread
-from benchmarks.runner import run_to_the_end
+from benchmarks.report.latency import Latencies, Sample
+from benchmarks.report.report import Report, Spread
+from benchmarks.report.runner import run_to_the_end
 from benchmarks.subjects import BenchmarkError, Headway, Subject, get_json
 from router.simulation.variant import OURS
 from serving.planning.bundled_model import SERVED_MODEL_NAME

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from benchmarks.client import Client
 from benchmarks.comparison import say
-from benchmarks.latency import Latencies, Sample
 from benchmarks.load import open_loop
 from benchmarks.mix import Ask, Mix
 from benchmarks.processes import machine_busy_s
-from benchmarks.report import brief, percentile
+from benchmarks.report.latency import Latencies, Sample
+from benchmarks.report.report import brief, percentile
 from benchmarks.subjects import Headway, Subject
 
 _NUM_CONNECTIONS = 64

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scipy.stats import trim_mean
 
 from benchmarks.real_engines import RealEngines
-from benchmarks.runner import run_to_the_end
+from benchmarks.report.runner import run_to_the_end
 from router.simulation.engine.profile import Profile
 from router.types import EngineInfo
 from serving.capacity import logged_steps

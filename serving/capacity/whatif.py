@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.report import brief
-from benchmarks.surroundings import commit
+from benchmarks.report.provenance import commit
+from benchmarks.report.report import brief
 from router.simulation.engine.profile import Profile, ProfileError
 from router.simulation.figures import Figures
 from router.simulation.slo import Slo

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.client import Record
-from benchmarks.latency import Latencies, Sample, write_csv
 from benchmarks.mix import Ask
-from benchmarks.plots import plot_ttft
-from benchmarks.report import Report
+from benchmarks.report.latency import Latencies, Sample, write_csv
+from benchmarks.report.plot_ttft import plot_ttft
+from benchmarks.report.report import Report
 
 
 def sample(policy: str, ttft_s: float | None, kind: str = "short", repeat: int = 0) -> Sample:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks.report import Report, Spread, percentile
+from benchmarks.report.report import Report, Spread, percentile
 
 
 def make_report() -> Report:

@@ -1,6 +1,6 @@
 """The tables of bench-sim: where Headway loses is told from the figures, at its worst."""
 
-from benchmarks.report import Report
+from benchmarks.report.report import Report
 from benchmarks.sim_tables import Tables
 from serving.capacity.sweep import Case
 

@@ -1,6 +1,6 @@
 """A sweep's lines, one per run, to figures; nothing else.
 
-`python -m benchmarks.curves benchmarks/results/sim.csv` draws them anew.
+`python -m benchmarks.report.plot_sweep benchmarks/results/sim.csv` draws them anew.
 """
 
 import csv

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.client import Record
 from benchmarks.mix import Ask
-from benchmarks.report import Figure, Report, Spread, percentile
+from benchmarks.report.report import Figure, Report, Spread, percentile
 
 # Which requests a row is about; `all` is both.
 CLASSES = ("short", "long", "all")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import surroundings
+from benchmarks.report import provenance
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -103,10 +103,10 @@ class Report:
             "kind": self.kind,
             "seed": self.seed,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": surroundings.commit(),
+            "commit": provenance.commit(),
             "config": self.config,
-            "hardware": surroundings.hardware(),
-            "versions": surroundings.versions(),
+            "hardware": provenance.hardware(),
+            "versions": provenance.versions(),
             "figures": {
                 title: [
                     {

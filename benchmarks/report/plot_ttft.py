@@ -1,6 +1,6 @@
 """A comparison's lines, one per request, to a figure; nothing else.
 
-`python -m benchmarks.plots benchmarks/results/real.csv` draws `real.svg` anew.
+`python -m benchmarks.report.plot_ttft benchmarks/results/real.csv` draws `real.svg` anew.
 """
 
 import csv

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import uvloop
 
-from benchmarks.report import Report
+from benchmarks.report.report import Report
 from benchmarks.subjects import BenchmarkError
 
 T = TypeVar("T")
