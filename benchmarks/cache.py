@@ -20,8 +20,8 @@ from benchmarks.client import Call, Client
 from benchmarks.load import open_loop
 from benchmarks.report.report import Report, Spread, brief, percentile
 from benchmarks.report.runner import run_to_the_end
-from benchmarks.stand_in import MODEL
-from benchmarks.subjects import BenchmarkError, Floor, Headway
+from benchmarks.systems.null_engine import MODEL
+from benchmarks.systems.system import BenchmarkError, Floor, Headway
 
 NUM_ENGINES = 2
 _RATE = 30.0  # requests per second of each way

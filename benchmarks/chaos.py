@@ -26,10 +26,10 @@ from benchmarks.chaos_faults import EngineProcesses, Fault, Inflicted, schedule
 from benchmarks.chaos_report import Observed, fill
 from benchmarks.chaos_texts import TIE_NATS, Kind, Verdict, judge, questions, vllm_going_on
 from benchmarks.comparison import say
-from benchmarks.real_engines import RealEngines, total
 from benchmarks.report.report import Report
 from benchmarks.report.runner import run_and_judge
-from benchmarks.subjects import BenchmarkError
+from benchmarks.systems.real_engines import RealEngines, total
+from benchmarks.systems.system import BenchmarkError
 
 _NUM_ENGINES = 2
 # Not the engines' usual bfloat16, in which many a choice is a near tie that the next batch

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from benchmarks.processes import engine_core
+from benchmarks.systems.processes import engine_core
 
 _ORPHAN_S = 30.0
 

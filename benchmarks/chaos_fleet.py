@@ -22,10 +22,10 @@ import httpx
 from benchmarks.chaos_check import probe_faults, seam_gaps_s
 from benchmarks.chaos_client import Question, Reply, ask
 from benchmarks.comparison import say
-from benchmarks.frail import FrailEngine, FrailFleet
 from benchmarks.report.report import Report, percentile
 from benchmarks.report.runner import run_and_judge
-from benchmarks.subjects import BenchmarkError, free_ports
+from benchmarks.systems.faulty_engine import FrailEngine, FrailFleet
+from benchmarks.systems.system import BenchmarkError, free_ports
 from router.types import Request
 from serving.config import parse
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine

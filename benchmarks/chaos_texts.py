@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import httpx
 
 from benchmarks.chaos_client import Question, Reply
-from benchmarks.subjects import BenchmarkError
+from benchmarks.systems.system import BenchmarkError
 
 # What adding up in another order may turn: for bfloat16 two steps between neighbouring
 # numbers at the size that logits have (up to 32); for float32 some hundred such steps,

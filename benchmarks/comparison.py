@@ -17,11 +17,11 @@ from rich.console import Console
 from benchmarks.client import Client, Record
 from benchmarks.load import ClosedLoop, open_loop
 from benchmarks.mix import Ask, Mix
-from benchmarks.real_engines import HoldWatch, RealEngines
 from benchmarks.report.latency import Latencies, Sample, write_csv
 from benchmarks.report.plot_ttft import plot_ttft
 from benchmarks.report.report import RESULTS, Figure, Report, Spread, brief, percentile
-from benchmarks.subjects import BenchmarkError
+from benchmarks.systems.real_engines import HoldWatch, RealEngines
+from benchmarks.systems.system import BenchmarkError
 from router.simulation.variant import OURS, SATURATING_POLICY
 
 # The more an engine batches the more it carries: eight at a time each do not fill two engines.

@@ -29,12 +29,12 @@ from rich.console import Console
 from benchmarks.client import Client
 from benchmarks.load import open_loop
 from benchmarks.mix import Mix
-from benchmarks.real_engines import RealEngines
 from benchmarks.report.latency import Sample
 from benchmarks.report.report import RESULTS, Report
 from benchmarks.report.runner import run_to_the_end
 from benchmarks.run_pace import pace
-from benchmarks.subjects import BenchmarkError
+from benchmarks.systems.real_engines import RealEngines
+from benchmarks.systems.system import BenchmarkError
 from router.simulation.engine.profile import Pace, Profile
 from router.simulation.figures import percentile
 from router.simulation.variant import OURS

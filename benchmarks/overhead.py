@@ -21,7 +21,7 @@ from benchmarks.overhead_figures import ROLES, Figures
 from benchmarks.phases import Durations, Prober, Window, paired_ttft
 from benchmarks.report.report import Report, brief, percentile
 from benchmarks.report.runner import run_to_the_end
-from benchmarks.subjects import Floor, Headway
+from benchmarks.systems.system import Floor, Headway
 
 FRONTS = ("own", "haproxy")
 DEFAULT_FRONT = "own"

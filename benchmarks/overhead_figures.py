@@ -3,8 +3,8 @@
 from collections import defaultdict
 
 from benchmarks.phases import LOAD_ROLE, OTHERS_ROLE, Window
-from benchmarks.processes import OTHER_ROLE
 from benchmarks.report.report import Report, Spread
+from benchmarks.systems.processes import OTHER_ROLE
 
 FLOOR = "floor"
 ROLES = ("gateway", "front", "engines", OTHER_ROLE, LOAD_ROLE)

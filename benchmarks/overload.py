@@ -28,10 +28,10 @@ from benchmarks.load import ClosedLoop
 from benchmarks.mix import Mix
 from benchmarks.overload_watch import Watch
 from benchmarks.peers.fleet import EmulatedHeadway
-from benchmarks.processes import machine_busy_s
 from benchmarks.report.plot_overload import plot_watch
 from benchmarks.report.report import RESULTS, Report, brief, percentile
 from benchmarks.report.runner import run_to_the_end
+from benchmarks.systems.processes import machine_busy_s
 from benchmarks.visitors import Visit, Visitors, late_p99_s
 from router.simulation.slo import Slo
 

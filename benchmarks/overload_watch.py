@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import Launch
+from benchmarks.systems.processes import Launch
 
 _INTERVAL_S = 1.0
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 from benchmarks.client import Call, Client, Record
 from benchmarks.load import ClosedLoop, open_loop
-from benchmarks.processes import machine_busy_s
-from benchmarks.stand_in import MODEL
-from benchmarks.subjects import BenchmarkError, Subject
+from benchmarks.systems.null_engine import MODEL
+from benchmarks.systems.processes import machine_busy_s
+from benchmarks.systems.system import BenchmarkError, Subject
 
 LOAD_ROLE = "load generator"
 OTHERS_ROLE = "others"  # processes that are neither the subject's nor ours

@@ -16,10 +16,10 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.comparison import NUM_WORKERS, Comparison, Plan, finish, say
-from benchmarks.real_engines import RealEngines
 from benchmarks.report.latency import Sample
 from benchmarks.report.report import Report
 from benchmarks.report.runner import run_to_the_end
+from benchmarks.systems.real_engines import RealEngines
 from router.simulation.variant import SATURATING_POLICY, policies, split
 
 NUM_ENGINES = 2

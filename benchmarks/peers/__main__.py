@@ -25,11 +25,11 @@ from benchmarks.peers import PEERS
 from benchmarks.peers.fleet import EmulatedFleet, EmulatedHeadway, VllmFleet
 from benchmarks.peers.peer import MissingError
 from benchmarks.peers.turn import BUSY_ROUTER_CPU, MAX_OTHERS_CPU, Stage, Turn
-from benchmarks.real_engines import RealEngines
 from benchmarks.report.latency import Latencies, Sample
 from benchmarks.report.report import Report, Spread
 from benchmarks.report.runner import run_to_the_end
-from benchmarks.subjects import BenchmarkError, Headway, Subject, get_json
+from benchmarks.systems.real_engines import RealEngines
+from benchmarks.systems.system import BenchmarkError, Headway, Subject, get_json
 from router.simulation.variant import OURS
 from serving.planning.bundled_model import SERVED_MODEL_NAME
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.peer import answers
-from benchmarks.processes import Launch
-from benchmarks.subjects import Headway, Subject, free_ports
+from benchmarks.systems.processes import Launch
+from benchmarks.systems.system import Headway, Subject, free_ports
 from serving.planning.bundled_model import SERVED_MODEL_NAME
 
 _ROOT = Path(__file__).parents[2]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from benchmarks.processes import Launch
-from benchmarks.subjects import Subject, free_ports
+from benchmarks.systems.processes import Launch
+from benchmarks.systems.system import Subject, free_ports
 from serving.planning.bundled_model import default_cache_dir
 
 _ROOT = Path(__file__).parents[2]

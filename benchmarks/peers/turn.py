@@ -9,10 +9,10 @@ from benchmarks.client import Client
 from benchmarks.comparison import say
 from benchmarks.load import open_loop
 from benchmarks.mix import Ask, Mix
-from benchmarks.processes import machine_busy_s
 from benchmarks.report.latency import Latencies, Sample
 from benchmarks.report.report import brief, percentile
-from benchmarks.subjects import Headway, Subject
+from benchmarks.systems.processes import machine_busy_s
+from benchmarks.systems.system import Headway, Subject
 
 _NUM_CONNECTIONS = 64
 _PAUSE_S = 1.0  # what the turn before left behind is over

@@ -9,7 +9,7 @@ from typing import TypeVar
 import uvloop
 
 from benchmarks.report.report import Report
-from benchmarks.subjects import BenchmarkError
+from benchmarks.systems.system import BenchmarkError
 
 T = TypeVar("T")
 

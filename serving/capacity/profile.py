@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from scipy.stats import trim_mean
 
-from benchmarks.real_engines import RealEngines
 from benchmarks.report.runner import run_to_the_end
+from benchmarks.systems.real_engines import RealEngines
 from router.simulation.engine.profile import Profile
 from router.types import EngineInfo
 from serving.capacity import logged_steps

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from benchmarks.client import Client
-from benchmarks.subjects import BenchmarkError
+from benchmarks.systems.system import BenchmarkError
 from router.types import EngineInfo
 from serving.capacity.known_calls import KnownCalls
 

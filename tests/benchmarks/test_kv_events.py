@@ -12,7 +12,7 @@ import zmq
 import zmq.asyncio
 
 from benchmarks.emulated_server import serve
-from benchmarks.subjects import free_ports
+from benchmarks.systems.system import free_ports
 from router.simulation.engine.profile import Profile
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.engine.emulated.kv_events import KvEventPublisher, KvEvents, KvEventsConfig

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.stand_in import StandInArgs, StandInEngine
+from benchmarks.systems.null_engine import StandInArgs, StandInEngine
 from serving.config import ConfigError, parse
 from serving.stream.account import Account, current_account
 from tests.asgi_caller import Caller

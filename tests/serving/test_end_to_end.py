@@ -15,7 +15,7 @@ import psutil
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
-from benchmarks.processes import engine_core
+from benchmarks.systems.processes import engine_core
 from tests.tiny_model import tiny_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]

@@ -14,8 +14,8 @@ import httpx
 import psutil
 import pytest
 
-from benchmarks.stand_in import MODEL
-from benchmarks.subjects import Headway
+from benchmarks.systems.null_engine import MODEL
+from benchmarks.systems.system import Headway
 from tests.system import CHAT, free_port
 
 pytestmark = pytest.mark.timeout(300)
@@ -155,7 +155,7 @@ with own_folder() as folder:
     def application(num_engines, **more):
         gateway = build({
             "served_model_name": "stand-in", "device": "cpu", "replicas": 2,
-            "engine": {"factory": "benchmarks.stand_in:StandInEngine", "args": {"step_ms": 20}},
+            "engine": {"factory": "benchmarks.systems.null_engine:StandInEngine", "args": {"step_ms": 20}},
             "gateway": {"port": port}, **more,
         })._bound_deployment
         args, engine = gateway.init_args

@@ -27,7 +27,7 @@ _libc = ctypes.CDLL(None)
 _ROLES = (
     ("ServeReplica:headway:Gateway", "gateway"),
     ("ServeReplica:headway:Engine", "engines"),
-    ("benchmarks.stand_in", "engines"),
+    ("benchmarks.systems.null_engine", "engines"),
     ("benchmarks.emulated_server", "engines"),
     ("vllm_server", "engines"),
     ("VLLM::", "engines"),

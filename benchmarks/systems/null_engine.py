@@ -1,6 +1,6 @@
 """An engine with no model: it emits tokens on a clock, so that only our path is measured.
 
-`engine.factory: "benchmarks.stand_in:StandInEngine"` puts it where vLLM would
+`engine.factory: "benchmarks.systems.null_engine:StandInEngine"` puts it where vLLM would
 be. As in vLLM, one loop turn wakes every stream that the step advanced, each
 stream is a task of its own that writes one server-sent event per token, and a
 response is the events that vLLM 0.32 writes: role, one per token (the last
@@ -11,7 +11,7 @@ the next step, so that its time measures the path and not the phase of the
 clock. And a stream that back-pressure holds up emits later instead of merging
 tokens, so that events can be counted as tokens.
 
-`python -m benchmarks.stand_in --port PORT` serves the same application by
+`python -m benchmarks.systems.null_engine --port PORT` serves the same application by
 uvicorn alone: the floor that every path is compared with.
 """
 
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from benchmarks.pace import Pace
+from benchmarks.systems.null_engine_clock import Pace
 from router.fleet.block_log import BlockLog
 from router.types import EngineInfo, EngineSnapshot
 from serving.config import Config, ConfigError

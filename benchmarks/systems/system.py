@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Self
 
 import yaml
 
-from benchmarks.processes import Launch
-from benchmarks.stand_in import MODEL
+from benchmarks.systems.null_engine import MODEL
+from benchmarks.systems.processes import Launch
 
 _ROOT = Path(__file__).parent.parent
 
@@ -82,7 +82,7 @@ class Floor(Subject):
     def _launch(self, folder: Path) -> None:
         for number, port in enumerate(free_ports(self.num_engines)):
             self.urls.append(f"http://127.0.0.1:{port}")
-            command = [sys.executable, "-m", "benchmarks.stand_in", "--port", str(port)]
+            command = [sys.executable, "-m", "benchmarks.systems.null_engine", "--port", str(port)]
             self.launches.append(Launch(command, folder / f"engine-{number}.log", _ROOT))
 
     def _is_ready(self) -> bool:
@@ -108,7 +108,7 @@ class Headway(Subject):
                         "served_model_name": MODEL,
                         "device": "cpu",
                         "replicas": self.num_engines,
-                        "engine": {"factory": "benchmarks.stand_in:StandInEngine"},
+                        "engine": {"factory": "benchmarks.systems.null_engine:StandInEngine"},
                         "gateway": {"front": self.name, "port": gateway_port},
                     },
                 }

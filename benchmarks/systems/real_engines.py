@@ -8,7 +8,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.subjects import BenchmarkError, Headway
+from benchmarks.systems.system import BenchmarkError, Headway
 from router.simulation.variant import split
 
 _IDLE_POLL_S = 0.25
