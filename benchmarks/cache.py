@@ -16,8 +16,8 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.client import Call, Client
-from benchmarks.load import open_loop
+from benchmarks.load.client import Call, Client
+from benchmarks.load.loops import open_loop
 from benchmarks.report.report import Report, Spread, brief, percentile
 from benchmarks.report.runner import run_to_the_end
 from benchmarks.systems.null_engine import MODEL

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from benchmarks.client import Client, Record
-from benchmarks.load import ClosedLoop, open_loop
-from benchmarks.mix import Ask, Mix
+from benchmarks.load.client import Client, Record
+from benchmarks.load.loops import ClosedLoop, open_loop
+from benchmarks.load.mix import Ask, Mix
 from benchmarks.report.latency import Latencies, Sample, write_csv
 from benchmarks.report.plot_ttft import plot_ttft
 from benchmarks.report.report import RESULTS, Figure, Report, Spread, brief, percentile

@@ -26,9 +26,9 @@ import msgspec
 import numpy as np
 from rich.console import Console
 
-from benchmarks.client import Client
-from benchmarks.load import open_loop
-from benchmarks.mix import Mix
+from benchmarks.load.client import Client
+from benchmarks.load.loops import open_loop
+from benchmarks.load.mix import Mix
 from benchmarks.report.latency import Sample
 from benchmarks.report.report import RESULTS, Report
 from benchmarks.report.runner import run_to_the_end

@@ -21,18 +21,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.client import Client
 from benchmarks.comparison import num_served, say
-from benchmarks.hostile import Crowd
-from benchmarks.load import ClosedLoop
-from benchmarks.mix import Mix
+from benchmarks.load.client import Client
+from benchmarks.load.hostile_clients import Crowd
+from benchmarks.load.loops import ClosedLoop
+from benchmarks.load.mix import Mix
+from benchmarks.load.returning_clients import Visit, Visitors, late_p99_s
 from benchmarks.overload_watch import Watch
 from benchmarks.peers.fleet import EmulatedHeadway
 from benchmarks.report.plot_overload import plot_watch
 from benchmarks.report.report import RESULTS, Report, brief, percentile
 from benchmarks.report.runner import run_to_the_end
 from benchmarks.systems.processes import machine_busy_s
-from benchmarks.visitors import Visit, Visitors, late_p99_s
 from router.simulation.slo import Slo
 
 _MODEL = "emulated"

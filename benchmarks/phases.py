@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from benchmarks.client import Call, Client, Record
-from benchmarks.load import ClosedLoop, open_loop
+from benchmarks.load.client import Call, Client, Record
+from benchmarks.load.loops import ClosedLoop, open_loop
 from benchmarks.systems.null_engine import MODEL
 from benchmarks.systems.processes import machine_busy_s
 from benchmarks.systems.system import BenchmarkError, Subject

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.comparison import capacity, finish, say
-from benchmarks.mix import Mix
+from benchmarks.load.mix import Mix
 from benchmarks.peers import PEERS
 from benchmarks.peers.fleet import EmulatedFleet, EmulatedHeadway, VllmFleet
 from benchmarks.peers.peer import MissingError

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.client import Record
-from benchmarks.mix import Ask
+from benchmarks.load.client import Record
+from benchmarks.load.mix import Ask
 from benchmarks.report.report import Figure, Report, Spread, percentile
 
 # Which requests a row is about; `all` is both.

@@ -3,7 +3,7 @@
 import itertools
 import json
 
-from benchmarks.client import Call
+from benchmarks.load.client import Call
 
 # Token ids to say nothing with: beyond the special ones, within every vocabulary.
 _FIRST_ID, _NUM_IDS = 1000, 20_000

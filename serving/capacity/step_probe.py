@@ -5,7 +5,7 @@ import random
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from benchmarks.client import Client
+from benchmarks.load.client import Client
 from benchmarks.systems.system import BenchmarkError
 from router.types import EngineInfo
 from serving.capacity.known_calls import KnownCalls

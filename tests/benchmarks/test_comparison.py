@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.client import Record
 from benchmarks.comparison import num_served
+from benchmarks.load.client import Record
 
 
 def record(sent_s: float, last_s: float) -> Record:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.client import Record
-from benchmarks.mix import Ask
+from benchmarks.load.client import Record
+from benchmarks.load.mix import Ask
 from benchmarks.report.latency import Latencies, Sample, write_csv
 from benchmarks.report.plot_ttft import plot_ttft
 from benchmarks.report.report import Report

@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from benchmarks.mix import Mix
+from benchmarks.load.mix import Mix
 
 
 def test_a_seed_decides_everything() -> None:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from benchmarks.client import Call, Client, Record
-from benchmarks.mix import Ask, Mix
+from benchmarks.load.client import Call, Client, Record
+from benchmarks.load.mix import Ask, Mix
 from benchmarks.report.report import percentile
 from router.settings import RouterSettings
 from router.simulation.slo import Slo

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from benchmarks.client import Call
+from benchmarks.load.client import Call
 
 Kind = Literal["short", "long"]
 
