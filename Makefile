@@ -38,7 +38,7 @@ bench-overhead: install  ## what our own path costs per token and request, engin
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
 
 bench-decision: install  ## what one routing decision costs at 8 to 2,048 engines
-	$(BIN)/python -m benchmarks.decision $(ARGS)
+	$(BIN)/python -m benchmarks.overhead.decision $(ARGS)
 
 bench-real: install  ## policies compared on two real engines on CPU cores (half an hour and more)
 	$(BIN)/python -m benchmarks.real $(ARGS)
@@ -50,7 +50,7 @@ bench-fidelity: install  ## the simulator against two real engines on CPU cores
 	$(BIN)/python -m benchmarks.fidelity $(ARGS)
 
 bench-cache: install  ## what a reply from the response cache costs
-	$(BIN)/python -m benchmarks.cache $(ARGS)
+	$(BIN)/python -m benchmarks.overhead.response_cache $(ARGS)
 
 bench-spill: install  ## goodput and cost of a provider in a spike, simulated
 	$(BIN)/python -m benchmarks.spill $(ARGS)

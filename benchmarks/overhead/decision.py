@@ -1,4 +1,4 @@
-"""What one decision costs: `python -m benchmarks.decision`.
+"""What one decision costs: `python -m benchmarks.overhead.decision`.
 
 The deployed router alone, fed by hand: no engines, no sockets, a clock that is
 counted. Timed is one call of the router, from the event to the decisions.

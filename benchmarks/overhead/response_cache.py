@@ -1,4 +1,4 @@
-"""What a reply from the response cache costs: `python -m benchmarks.cache`.
+"""What a reply from the response cache costs: `python -m benchmarks.overhead.response_cache`.
 
 Requests at a low load, dealt at random to four ways that share the machine: straight to
 an engine without a model (the floor), and through one gateway with its cache on: found in

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from benchmarks import phases
-from benchmarks.overhead_figures import ROLES, Figures
-from benchmarks.phases import Durations, Prober, Window, paired_ttft
+from benchmarks.overhead import phases
+from benchmarks.overhead.figures import ROLES, Figures
+from benchmarks.overhead.phases import Durations, Prober, Window, paired_ttft
 from benchmarks.report.report import Report, brief, percentile
 from benchmarks.report.runner import run_to_the_end
 from benchmarks.systems.system import Floor, Headway

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 
-from benchmarks.phases import LOAD_ROLE, OTHERS_ROLE, Window
+from benchmarks.overhead.phases import LOAD_ROLE, OTHERS_ROLE, Window
 from benchmarks.report.report import Report, Spread
 from benchmarks.systems.processes import OTHER_ROLE
 
