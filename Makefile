@@ -41,10 +41,10 @@ bench-decision: install  ## what one routing decision costs at 8 to 2,048 engine
 	$(BIN)/python -m benchmarks.overhead.decision $(ARGS)
 
 bench-real: install  ## policies compared on two real engines on CPU cores (half an hour and more)
-	$(BIN)/python -m benchmarks.real $(ARGS)
+	$(BIN)/python -m benchmarks.policies.real $(ARGS)
 
 bench-sim: install  ## policies compared in simulation on 8 and 64 H100s; HEADWAY_TRACES=DIR
-	$(BIN)/python -m benchmarks.sim $(ARGS)
+	$(BIN)/python -m benchmarks.policies.simulated $(ARGS)
 
 bench-fidelity: install  ## the simulator against two real engines on CPU cores
 	$(BIN)/python -m benchmarks.fidelity $(ARGS)
@@ -53,7 +53,7 @@ bench-cache: install  ## what a reply from the response cache costs
 	$(BIN)/python -m benchmarks.overhead.response_cache $(ARGS)
 
 bench-spill: install  ## goodput and cost of a provider in a spike, simulated
-	$(BIN)/python -m benchmarks.spill $(ARGS)
+	$(BIN)/python -m benchmarks.policies.spillover $(ARGS)
 
 .PHONY: bench-peers
 bench-peers: install  ## other routers and ours, before 8 emulated and 2 real engines (half an hour)

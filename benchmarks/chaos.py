@@ -25,7 +25,7 @@ from benchmarks.chaos_client import Question, Reply, ask
 from benchmarks.chaos_faults import EngineProcesses, Fault, Inflicted, schedule
 from benchmarks.chaos_report import Observed, fill
 from benchmarks.chaos_texts import TIE_NATS, Kind, Verdict, judge, questions, vllm_going_on
-from benchmarks.comparison import say
+from benchmarks.policies.comparison import say
 from benchmarks.report.report import Report
 from benchmarks.report.runner import run_and_judge
 from benchmarks.systems.real_engines import RealEngines, total

@@ -21,7 +21,7 @@ import httpx
 
 from benchmarks.chaos_check import probe_faults, seam_gaps_s
 from benchmarks.chaos_client import Question, Reply, ask
-from benchmarks.comparison import say
+from benchmarks.policies.comparison import say
 from benchmarks.report.report import Report, percentile
 from benchmarks.report.runner import run_and_judge
 from benchmarks.systems.faulty_engine import FrailEngine, FrailFleet

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.comparison import num_served, say
 from benchmarks.load.client import Client
 from benchmarks.load.hostile_clients import Crowd
 from benchmarks.load.loops import ClosedLoop
@@ -29,6 +28,7 @@ from benchmarks.load.mix import Mix
 from benchmarks.load.returning_clients import Visit, Visitors, late_p99_s
 from benchmarks.overload_watch import Watch
 from benchmarks.peers.fleet import EmulatedHeadway
+from benchmarks.policies.comparison import num_served, say
 from benchmarks.report.plot_overload import plot_watch
 from benchmarks.report.report import RESULTS, Report, brief, percentile
 from benchmarks.report.runner import run_to_the_end

@@ -19,12 +19,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.comparison import capacity, finish, say
 from benchmarks.load.mix import Mix
 from benchmarks.peers import PEERS
 from benchmarks.peers.fleet import EmulatedFleet, EmulatedHeadway, VllmFleet
 from benchmarks.peers.peer import MissingError
 from benchmarks.peers.turn import BUSY_ROUTER_CPU, MAX_OTHERS_CPU, Stage, Turn
+from benchmarks.policies.comparison import capacity, finish, say
 from benchmarks.report.latency import Latencies, Sample
 from benchmarks.report.report import Report, Spread
 from benchmarks.report.runner import run_to_the_end

@@ -5,10 +5,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.comparison import say
 from benchmarks.load.client import Client
 from benchmarks.load.loops import open_loop
 from benchmarks.load.mix import Ask, Mix
+from benchmarks.policies.comparison import say
 from benchmarks.report.latency import Latencies, Sample
 from benchmarks.report.report import brief, percentile
 from benchmarks.systems.processes import machine_busy_s

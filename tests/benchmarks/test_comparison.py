@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.comparison import num_served
 from benchmarks.load.client import Record
+from benchmarks.policies.comparison import num_served
 
 
 def record(sent_s: float, last_s: float) -> Record:

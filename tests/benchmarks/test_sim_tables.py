@@ -1,7 +1,7 @@
 """The tables of bench-sim: where Headway loses is told from the figures, at its worst."""
 
+from benchmarks.policies.simulated_tables import Tables
 from benchmarks.report.report import Report
-from benchmarks.sim_tables import Tables
 from serving.capacity.sweep import Case
 
 FIGURES = {

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from benchmarks import spill
+from benchmarks.policies import spillover
 from router.providers.spillover import FallbackSettings
 from router.simulation.engine.profile import Profile
 
@@ -13,9 +13,9 @@ PROFILE = Profile.load("h100-llama8b")
 
 def measure(spill_when: str | None, rpm: int = 600) -> dict[str, float]:
     fallback = FallbackSettings(spill=spill_when) if spill_when else None
-    workload = spill.spike("code", 800, 0, PROFILE).at_rate(60.0)
+    workload = spillover.spike("code", 800, 0, PROFILE).at_rate(60.0)
     options = argparse.Namespace(rpm=rpm, tpm=1_000_000)
-    return spill.measure(workload, PROFILE, 2, {}, fallback, options, 0)
+    return spillover.measure(workload, PROFILE, 2, {}, fallback, options, 0)
 
 
 def test_spilling_by_the_predicted_wait_keeps_more_promises_than_never_spilling():

@@ -1,4 +1,4 @@
-"""Policies compared on two real vLLM engines: `python -m benchmarks.real`.
+"""Policies compared on two real vLLM engines: `python -m benchmarks.policies.real`.
 
 One deployment serves all runs; only the policy changes between them, in an
 order that is shuffled anew per repeat. The engines themselves (step budget,
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.comparison import NUM_WORKERS, Comparison, Plan, finish, say
+from benchmarks.policies.comparison import NUM_WORKERS, Comparison, Plan, finish, say
 from benchmarks.report.latency import Sample
 from benchmarks.report.report import Report
 from benchmarks.report.runner import run_to_the_end

@@ -1,4 +1,4 @@
-"""Policies compared in simulation: `python -m benchmarks.sim`.
+"""Policies compared in simulation: `python -m benchmarks.policies.simulated`.
 
 The deployed router over simulated engines in virtual time, workload by workload, fleet
 by fleet, load by load, beside a clairvoyant reference. Nothing here was measured on
@@ -19,9 +19,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from benchmarks.policies.simulated_tables import Results, Tables
 from benchmarks.report.plot_sweep import plot_sweep
 from benchmarks.report.report import RESULTS, Report
-from benchmarks.sim_tables import Results, Tables
 from router.simulation import clairvoyant
 from router.simulation.engine.profile import Profile, ProfileError
 from router.simulation.slo import Slo

@@ -1,6 +1,6 @@
 """How many requests the simulator gets through in a second of one core.
 
-    python -m benchmarks.sim_speed
+    python -m benchmarks.policies.simulation_speed
 
 The measured case: profile h100, questions and documents (`synthetic.poisson`, seed 0) at 15
 requests/s per engine, one gateway, in this process; requests over CPU seconds. The

@@ -1,4 +1,4 @@
-"""What a provider is worth in a spike: `python -m benchmarks.spill`.
+"""What a provider is worth in a spike: `python -m benchmarks.policies.spillover`.
 
 The deployed router over simulated engines and a simulated provider, in virtual
 time: never spill; spill where a bounded queue is full, which is where a server

@@ -1,0 +1,1 @@
+"""Which policy is best: on two real engines, and simulated on many."""
