@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.replay import blank, fit, judge, replay
-from benchmarks.vllm_run import RunRequest, VllmRun, halves
+from benchmarks.fidelity.recorded_runs import blank, fit, judge, replay
+from benchmarks.fidelity.vllm_run import RunRequest, VllmRun, halves
 
 _TRUTH = {
     "base_s": 0.02,

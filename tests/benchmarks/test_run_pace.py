@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from benchmarks.run_pace import pace
+from benchmarks.fidelity.run_pace import pace
 from router.simulation.engine.profile import Pace
 from serving.capacity.step_fit import Step
 from tests.vllm_scheduler import make_profile

@@ -26,13 +26,13 @@ import msgspec
 import numpy as np
 from rich.console import Console
 
+from benchmarks.fidelity.run_pace import pace
 from benchmarks.load.client import Client
 from benchmarks.load.loops import open_loop
 from benchmarks.load.mix import Mix
 from benchmarks.report.latency import Sample
 from benchmarks.report.report import RESULTS, Report
 from benchmarks.report.runner import run_to_the_end
-from benchmarks.run_pace import pace
 from benchmarks.systems.real_engines import RealEngines
 from benchmarks.systems.system import BenchmarkError
 from router.simulation.engine.profile import Pace, Profile

@@ -1,6 +1,6 @@
 """Writes the H100 and H200 profiles from step times that aiconfigurator estimates.
 
-    python -m benchmarks.aic_profiles STEP_TIMES.csv
+    python -m benchmarks.fidelity.aiconfigurator STEP_TIMES.csv
 
 The table's columns are model, system, tp, phase (prefill or decode), batch,
 context_tokens, prefill_ms, decode_step_ms. aiconfigurator (NVIDIA, Apache-2.0)

@@ -1,6 +1,6 @@
 """Replays recorded vLLM runs through the engine model, to see how far it is off.
 
-    python -m benchmarks.replay FOLDER
+    python -m benchmarks.fidelity.recorded_runs FOLDER
 
 For every run in the folder (`vllm_run`) the terms of a profile are fitted to
 one half of its requests, by replaying all arrivals, and the other half is
@@ -23,8 +23,8 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from scipy.optimize import minimize
 
+from benchmarks.fidelity.vllm_run import VllmRun, halves
 from benchmarks.report import provenance
-from benchmarks.vllm_run import VllmRun, halves
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
 from router.simulation.engine.sequence import Job

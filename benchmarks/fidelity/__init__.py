@@ -1,0 +1,1 @@
+"""How true the simulator is: the same traffic on real engines and on simulated ones."""
