@@ -26,7 +26,7 @@ from benchmarks.load.hostile_clients import Crowd
 from benchmarks.load.loops import ClosedLoop
 from benchmarks.load.mix import Mix
 from benchmarks.load.returning_clients import Visit, Visitors, late_p99_s
-from benchmarks.overload_watch import Watch
+from benchmarks.overload.watch import Watch
 from benchmarks.peers.fleet import EmulatedHeadway
 from benchmarks.policies.comparison import num_served, say
 from benchmarks.report.plot_overload import plot_watch
