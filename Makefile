@@ -66,10 +66,10 @@ bench-overload: install  ## five times the capacity of emulated engines for ten 
 chaos: chaos-fleet chaos-real  ## both of the next two
 
 chaos-fleet: install  ## eight emulated engines failing under 5,000 streams, every reply checked
-	$(BIN)/python -m benchmarks.chaos_fleet $(ARGS)
+	$(BIN)/python -m benchmarks.chaos.emulated $(ARGS)
 
 chaos-real: install  ## two vLLM engines on CPU cores killed and hung under load, every reply checked
-	$(BIN)/python -m benchmarks.chaos $(ARGS)
+	$(BIN)/python -m benchmarks.chaos.real $(ARGS)
 
 clean:  ## remove .venv and caches, not the model
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

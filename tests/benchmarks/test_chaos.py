@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.chaos_check import probe_faults, seam_gaps_s
-from benchmarks.chaos_client import Question, Reply
-from benchmarks.chaos_faults import Fault, schedule
-from benchmarks.chaos_texts import Kind, judge, questions
+from benchmarks.chaos.checks import probe_faults, seam_gaps_s
+from benchmarks.chaos.client import Question, Reply
+from benchmarks.chaos.faults import Fault, schedule
+from benchmarks.chaos.verdicts import Kind, judge, questions
 
 QUESTION = Question("Why?", 4)
 TIE = 0.25

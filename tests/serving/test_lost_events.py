@@ -18,7 +18,7 @@ import httpx
 import pytest
 import yaml
 
-from benchmarks.chaos_texts import TIE_NATS
+from benchmarks.chaos.verdicts import TIE_NATS
 from router.simulation.engine.profile import Profile
 from serving.config import parse
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine

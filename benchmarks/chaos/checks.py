@@ -3,7 +3,7 @@
 import itertools
 from typing import Any
 
-from benchmarks.chaos_client import Reply
+from benchmarks.chaos.client import Reply
 
 
 def probe_faults(events: list[dict[str, Any]]) -> tuple[int, list[str]]:

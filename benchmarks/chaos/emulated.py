@@ -1,4 +1,4 @@
-"""Many emulated engines failing under load: `python -m benchmarks.chaos_fleet`.
+"""Many emulated engines failing under load: `python -m benchmarks.chaos.emulated`.
 
 The deployed gateway, its listener and the engines' ports run in one process;
 faults hit random engines at random moments, several at a time. Every reply is
@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 
 import httpx
 
-from benchmarks.chaos_check import probe_faults, seam_gaps_s
-from benchmarks.chaos_client import Question, Reply, ask
+from benchmarks.chaos.checks import probe_faults, seam_gaps_s
+from benchmarks.chaos.client import Question, Reply, ask
 from benchmarks.policies.comparison import say
 from benchmarks.report.report import Report, percentile
 from benchmarks.report.runner import run_and_judge

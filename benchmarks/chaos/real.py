@@ -1,4 +1,4 @@
-"""Two real vLLM engines killed and hung under load: `python -m benchmarks.chaos`.
+"""Two real vLLM engines killed and hung under load: `python -m benchmarks.chaos.real`.
 
 `headway serve` as a user starts it, on one core per engine. Replies of an
 undisturbed run come first. Then streams go on without a pause while signals hit
@@ -21,10 +21,10 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.chaos_client import Question, Reply, ask
-from benchmarks.chaos_faults import EngineProcesses, Fault, Inflicted, schedule
-from benchmarks.chaos_report import Observed, fill
-from benchmarks.chaos_texts import TIE_NATS, Kind, Verdict, judge, questions, vllm_going_on
+from benchmarks.chaos.client import Question, Reply, ask
+from benchmarks.chaos.faults import EngineProcesses, Fault, Inflicted, schedule
+from benchmarks.chaos.report import Observed, fill
+from benchmarks.chaos.verdicts import TIE_NATS, Kind, Verdict, judge, questions, vllm_going_on
 from benchmarks.policies.comparison import say
 from benchmarks.report.report import Report
 from benchmarks.report.runner import run_and_judge

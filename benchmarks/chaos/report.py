@@ -1,14 +1,14 @@
-"""What kills and hangs of real engines did: the report on a run of `benchmarks.chaos`."""
+"""What kills and hangs of real engines did: the report on a run of `benchmarks.chaos.real`."""
 
 import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.chaos_check import probe_faults, seam_gaps_s
-from benchmarks.chaos_client import Reply
-from benchmarks.chaos_faults import Fault, Inflicted
-from benchmarks.chaos_texts import Kind, Verdict
+from benchmarks.chaos.checks import probe_faults, seam_gaps_s
+from benchmarks.chaos.client import Reply
+from benchmarks.chaos.faults import Fault, Inflicted
+from benchmarks.chaos.verdicts import Kind, Verdict
 from benchmarks.report.report import Report, percentile
 
 # A stream stops with the fault; its last chunk may have been under way.

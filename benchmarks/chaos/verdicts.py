@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from benchmarks.chaos_client import Question, Reply
+from benchmarks.chaos.client import Question, Reply
 from benchmarks.systems.system import BenchmarkError
 
 # What adding up in another order may turn: for bfloat16 two steps between neighbouring

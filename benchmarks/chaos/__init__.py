@@ -1,0 +1,1 @@
+"""What becomes of replies while engines die, hang and return."""
