@@ -24,7 +24,7 @@ class EmulatedFleet(Subject):
         for number, port in enumerate(free_ports(self.num_engines)):
             self.urls.append(f"http://127.0.0.1:{port}")
             command = [
-                *(sys.executable, "-m", "benchmarks.emulated_server", "--port", str(port)),
+                *(sys.executable, "-m", "benchmarks.peers.emulated_server", "--port", str(port)),
                 *("--profile", self._profile, "--model", self._model),
             ]
             self.launches.append(Launch(command, folder / f"engine-{number}.log", _ROOT))

@@ -28,7 +28,7 @@ _ROLES = (
     ("ServeReplica:headway:Gateway", "gateway"),
     ("ServeReplica:headway:Engine", "engines"),
     ("benchmarks.systems.null_engine", "engines"),
-    ("benchmarks.emulated_server", "engines"),
+    ("benchmarks.peers.emulated_server", "engines"),
     ("vllm_server", "engines"),
     ("VLLM::", "engines"),
     ("haproxy", "front"),

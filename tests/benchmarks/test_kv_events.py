@@ -11,7 +11,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from benchmarks.emulated_server import serve
+from benchmarks.peers.emulated_server import serve
 from benchmarks.systems.system import free_ports
 from router.simulation.engine.profile import Profile
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine

@@ -1,6 +1,6 @@
 """An emulated engine as a server of its own, for routers that are not Headway's.
 
-    python -m benchmarks.emulated_server --profile h100-llama8b --port 8001
+    python -m benchmarks.peers.emulated_server --profile h100-llama8b --port 8001
 
 Speaks as `vllm serve` does: `/v1/chat/completions`, `/v1/completions`,
 `/v1/models`, `/health`, `/metrics` under vLLM's names, and KV events over ZMQ
