@@ -50,7 +50,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     num_sequences: int = 1  # OpenAI's `n`
     # What the model's engines took per prompt token when it came, by the router.
     prefill_s_per_token: float = float("inf")
-    # Its place in the order of service (`router.queueing.deadline`), by the router; inf: as they come.
+    # Its place in the order of service, by the router (`router.queueing.deadline`); inf: as
+    # they come.
     turn_s: float = float("inf")
     num_bytes: int = 0  # body size, for the queue's byte bound
     tenant: str = ""

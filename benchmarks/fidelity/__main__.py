@@ -42,6 +42,7 @@ from router.simulation.workload.workload import Arrival, Workload
 from serving.capacity import logged_steps
 from serving.capacity.profile import Service
 from serving.capacity.profile import measure as measure_profile
+from serving.capacity.profiles import load_profile
 from serving.capacity.sweep import Fleet, simulate
 from serving.capacity.sweep import capacity as simulated_capacity
 from serving.config import parse
@@ -334,7 +335,7 @@ def main() -> int:
         parser.error("--profile: what was measured is judged by the profile of that time")
     former = options.judge_only or options.append
     if options.profile:
-        profile = Profile.load(options.profile)
+        profile = load_profile(options.profile)
     elif former:
         profile = Profile.model_validate(json.loads(SURROUNDINGS.read_text())["profile"])
     else:

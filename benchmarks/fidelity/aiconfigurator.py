@@ -12,7 +12,8 @@ import argparse
 import csv
 from pathlib import Path
 
-from router.simulation.engine.profile import FOLDER, Profile
+from router.simulation.engine.profile import Profile
+from serving.capacity.profiles import FOLDER, save_profile
 from serving.capacity.step_fit import Step, fit
 
 _GIB = 1 << 30
@@ -87,7 +88,7 @@ def main() -> None:
     path = parser.parse_args().step_times
     for name in _SYSTEMS:
         profile, error = make(name, path)
-        profile.save(FOLDER / f"{name}.yaml")
+        save_profile(profile, FOLDER / f"{name}.yaml")
         print(f"{name}: fitted to {error:.1%}")
 
 

@@ -28,6 +28,7 @@ from benchmarks.report import provenance
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
 from router.simulation.engine.sequence import Job
+from serving.capacity.profiles import save_profile
 
 _FITTED = ("base_s", "s_per_token", "s_per_decode_req", "s_per_context_token")
 # Where the search starts, in seconds: a GPU that reads 16 GB of weights at 1.5 TB/s, prefills
@@ -167,7 +168,7 @@ def main() -> None:
             fitted_on, judged_on = halves(run)
             profile = fit(run, fitted_on)
             if options.profiles:
-                profile.save(options.profiles / f"{run.name}.yaml")
+                save_profile(profile, options.profiles / f"{run.name}.yaml")
             result = judge(run, profile, judged_on)
             results.append(result)
             for name, title in (("ttft_s", "TTFT, s"), ("latency_s", "latency, s")):

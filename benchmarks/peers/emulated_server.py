@@ -18,7 +18,7 @@ import typer
 import uvicorn
 import zmq
 
-from router.simulation.engine.profile import ProfileError
+from serving.capacity.profiles import ProfileError
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.engine.emulated.kv_events import KvEventPublisher, KvEvents, KvEventsConfig
 

@@ -23,11 +23,12 @@ from benchmarks.policies.simulated_tables import Results, Tables
 from benchmarks.report.plot_sweep import plot_sweep
 from benchmarks.report.report import RESULTS, Report
 from router.simulation import clairvoyant
-from router.simulation.engine.profile import Profile, ProfileError
+from router.simulation.engine.profile import Profile
 from router.simulation.slo import Slo
 from router.simulation.variant import ablations, policies, split
 from router.simulation.workload.synthetic import SYNTHETIC
 from router.simulation.workload.workload import Workload
+from serving.capacity.profiles import ProfileError, load_profile
 from serving.capacity.sweep import Case, Sweep
 from serving.capacity.traces import TraceError, read_trace
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started_s = time.perf_counter()
     options = _parse(arguments)
     try:
-        profile = Profile.load(options.profile)
+        profile = load_profile(options.profile)
         bases = {title: base.fitted(profile.max_model_len) for title, base in _bases(options)}
         parts = {title: _saturating(base, profile) for title, base in bases.items()}
         workloads = dict(_workloads(options, bases))

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from benchmarks.report.report import Report, Spread
-from router.simulation.engine.profile import Profile
 from router.simulation.variant import OURS
 from router.simulation.workload.synthetic import poisson
 from router.simulation.workload.workload import Workload
+from serving.capacity.profiles import load_profile
 from serving.capacity.sweep import Fleet, simulate
 
 _PROFILE = "h100"
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     config = {"profile": _PROFILE, "rate_per_engine": _RATE_PER_ENGINE} | vars(options)
     report = Report("sim-speed", "measured", 0, config)
-    profile = Profile.load(_PROFILE)
+    profile = load_profile(_PROFILE)
     base = poisson(options.requests, 0)
     for num_engines in options.engines:
         workload = base.at_rate(_RATE_PER_ENGINE * num_engines)

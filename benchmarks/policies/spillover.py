@@ -23,7 +23,7 @@ from router.providers.provider import ProviderSettings
 from router.providers.spillover import FallbackSettings
 from router.settings import RouterSettings
 from router.simulation.engine.model import EngineModel
-from router.simulation.engine.profile import Profile, ProfileError
+from router.simulation.engine.profile import Profile
 from router.simulation.figures import figures_of, interval
 from router.simulation.provider import ProviderModel
 from router.simulation.simulator import Simulation
@@ -31,6 +31,7 @@ from router.simulation.slo import Slo
 from router.simulation.workload.lengths import LogNormal
 from router.simulation.workload.synthetic import PROMPTS, REPLIES, SYNTHETIC, of
 from router.simulation.workload.workload import Workload
+from serving.capacity.profiles import ProfileError, load_profile
 from serving.capacity.sweep import Fleet, capacity
 
 # A small hosted model's list prices (GPT-4o mini, 2024), and its usual speed from afar.
@@ -141,7 +142,7 @@ def measure(
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
-        profile = Profile.load(options.profile)
+        profile = load_profile(options.profile)
     except ProfileError as error:
         console.print(str(error), markup=False)
         return 1
@@ -198,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(job: tuple[str, float, str, argparse.Namespace, int]) -> dict[str, dict[str, float]]:
     """Return the figures by name: of the variant, and of ours with less money than it spent."""
     sizes, rate, name, options, seed = job
-    profile = Profile.load(options.profile)
+    profile = load_profile(options.profile)
     workload = spike(sizes, options.requests, seed, profile).at_rate(rate)
 
     def run(name: str, most_cost: float | None = None) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What a `Watch` wrote, one line per look, to a figure; nothing else.
 
-`python -m benchmarks.report.plot_overload benchmarks/results/overload.csv` draws `overload.svg` anew.
+`python -m benchmarks.report.plot_overload benchmarks/results/overload.csv` draws `overload.svg`
+anew.
 """
 
 import csv

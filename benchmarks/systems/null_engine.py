@@ -79,7 +79,7 @@ _decode_body = msgspec.json.Decoder(_Body).decode
 
 
 class StandInEngine:
-    """The `serving.engine.vllm.engine.Engine` of the benchmarks: an ASGI application and its counts."""
+    """The `Engine` of the benchmarks: an ASGI application and its counts."""
 
     def __init__(self, args: StandInArgs, model: str = MODEL) -> None:
         self.app = self._serve

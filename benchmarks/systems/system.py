@@ -16,7 +16,7 @@ import yaml
 from benchmarks.systems.null_engine import MODEL
 from benchmarks.systems.processes import Launch
 
-_ROOT = Path(__file__).parent.parent
+_ROOT = Path(__file__).parents[2]
 
 
 class BenchmarkError(Exception):

@@ -242,7 +242,7 @@ class Budget:
             self._tokens.report(report.limit_tokens, report.remaining_tokens, now_s)
 
     def set_aside(self, holder: str, amount: Amount, now_s: float) -> None:
-        """Keep so much, in all, for a holder that reserves from it by itself (`router.limits.lease`)."""
+        """Keep so much, in all, for a holder that reserves by itself (`router.limits.lease`)."""
         more = amount - self._aside.get(holder, Amount())
         self._aside[holder] = amount
         self._num_aside += more.num_requests

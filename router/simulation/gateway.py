@@ -1,4 +1,4 @@
-"""A gateway of a simulation: a router and the shell around it, as `serving/gateway/driver.py` is one."""
+"""A gateway of a simulation: a router and a shell around it, as `serving.gateway.driver` is."""
 
 from dataclasses import dataclass
 from operator import itemgetter

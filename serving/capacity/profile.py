@@ -18,6 +18,7 @@ from benchmarks.systems.real_engines import RealEngines
 from router.simulation.engine.profile import Profile
 from router.types import EngineInfo
 from serving.capacity import logged_steps
+from serving.capacity.profiles import save_profile
 from serving.capacity.step_fit import TERMS, fit
 from serving.capacity.step_probe import StepProbe
 from serving.config import parse
@@ -148,7 +149,7 @@ def _blank(name: str, info: EngineInfo, start_s: float) -> Profile:
 def run(args: Mapping[str, Any], plan: Plan, output: Path, console: Console) -> None:
     """Measure, write `output` and tell what came out."""
     profile = run_to_the_end(lambda: measure(args, plan, output.stem, console))
-    profile.save(output)
+    save_profile(profile, output)
     for name in (*TERMS, "noise", "contention", "path_s"):
         console.print(f"{name:20} {getattr(profile, name):.4g}")
     console.print(f"Written: {output}")

@@ -14,12 +14,13 @@ from rich.table import Table
 
 from benchmarks.report.provenance import commit
 from benchmarks.report.report import brief
-from router.simulation.engine.profile import Profile, ProfileError
+from router.simulation.engine.profile import Profile
 from router.simulation.figures import Figures
 from router.simulation.slo import Slo
 from router.simulation.variant import policies, split
 from router.simulation.workload.synthetic import SYNTHETIC
 from router.simulation.workload.workload import Workload
+from serving.capacity.profiles import ProfileError, load_profile
 from serving.capacity.sweep import Case, Sweep
 from serving.capacity.traces import TraceError, read_trace
 from serving.config import ConfigError
@@ -127,7 +128,7 @@ def _prepare(question: Question) -> tuple[Profile, Workload, tuple[str, ...]]:
     try:
         for variant in variants:
             split(variant)
-        profile = Profile.load(question.profile)
+        profile = load_profile(question.profile)
         if question.trace in SYNTHETIC and not Path(question.trace).exists():
             workload = SYNTHETIC[question.trace](question.num_requests, question.seed)
         else:

@@ -35,7 +35,8 @@ _RECONNECT_S = 0.5
 # Replies that tell of the engine's trouble rather than of the request's: tried once
 # more elsewhere. The second engine to say so is believed.
 _ENGINE_TROUBLE = frozenset((500, 502, 503, 504))
-# Where going on in the middle of a reply is understood: see `serving.engine.vllm.resume`. Replies of
+# Where going on in the middle of a reply is understood: see
+# `serving.engine.vllm.resume`. Replies of
 # other endpoints bear ids that another engine would draw anew.
 _RESUMABLE = frozenset(("/v1/chat/completions", "/v1/completions"))
 

@@ -178,7 +178,7 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
     replicas = min(2, num_cores) if config.replicas == "auto" else config.replicas
     dtype = "bfloat16" if hardware.has_bfloat16 else "float32"
     engine_args: dict[str, Any] = {"dtype": dtype, "block_size": 32}
-    # Half of it for a long prompt (serving.engine.vllm.engine): steps of about 0.25 s at 1.7 ms a token,
+    # Half of it for a long prompt (`max_prefill_chunk`): steps of about 0.25 s at 1.7 ms a token,
     # of which the 40 ms that any step costs are a small part. Longer ones would prefill
     # hardly faster, and who comes meanwhile would wait longer.
     engine_args["max_num_batched_tokens"] = 256

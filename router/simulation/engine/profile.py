@@ -1,21 +1,14 @@
 """What an engine can hold and what its steps cost: the numbers behind an emulated engine."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from router.fleet.prefill_chunk import prefill_chunk_tokens
 
-FOLDER = Path(__file__).parent / "profiles"
 _MEMORY_TERMS = ("base_s", "floor_s", "s_per_decode_req", "s_per_context_token")
 _COMPUTE_TERMS = ("s_per_token", "s_per_prefill_pair")
-
-
-class ProfileError(ValueError):
-    """A profile that cannot be read or cannot work; the message names the key to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,26 +124,3 @@ class Profile(BaseModel):
         return self.model_copy(
             update={name: factor * getattr(self, name) for name, factor in factors.items()}
         )
-
-    @classmethod
-    def load(cls, name: str | Path) -> "Profile":
-        """Read a file, or a profile of this package by its name; raise `ProfileError`.
-
-        The beginning of a name will do where only one has it: `h100`.
-        """
-        path = Path(name)
-        if not path.suffix:
-            path = FOLDER / f"{name}.yaml"
-            if not path.exists() and len(alike := list(FOLDER.glob(f"{name}*.yaml"))) == 1:
-                (path,) = alike
-        try:
-            return cls.model_validate(yaml.safe_load(path.read_text()))
-        except OSError as error:
-            known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
-            raise ProfileError(f"profile {name}: {error.strerror}; there are {known}") from None
-        except (ValidationError, yaml.YAMLError) as error:
-            raise ProfileError(f"profile {path}: {error}") from None
-
-    def save(self, path: Path) -> None:
-        """Write the file that `load` reads."""
-        path.write_text(yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True))

@@ -41,7 +41,8 @@ class CompletionText:
         self._index = index
         self._word = word
         self._num_prompt_tokens = num_prompt_tokens
-        # Behind a gateway both follow from the request, in whichever engine (`serving.engine.vllm.resume`).
+        # Behind a gateway both follow from the request, whichever
+        # engine it is (`serving.engine.vllm.resume`).
         account = current_account.get()
         name = account.request_id if account else ""
         self._common = {

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from router.simulation.engine.model import EngineModel
-from router.simulation.engine.profile import Profile, ProfileError
 from router.simulation.engine.sequence import Progress
 from router.types import EngineSnapshot
+from serving.capacity.profiles import ProfileError, load_profile
 from serving.config import Config, ConfigError
 from serving.engine.emulated.asgi import (
     Receive,
@@ -58,7 +58,7 @@ class EmulatedEngine:
 
     def __init__(self, args: EmulatedArgs, model: str | None = None, rank: int = 0) -> None:
         """Raises `ProfileError` when the profile cannot be read."""
-        profile = Profile.load(args.profile)
+        profile = load_profile(args.profile)
         changed = {
             "max_prefill_chunk": args.prefill_chunk,
             "max_num_batched_tokens": args.max_num_batched_tokens,

@@ -104,7 +104,7 @@ class VllmEngine:
         args = vllm_arguments(plan)
         engine_args = AsyncEngineArgs.from_cli_args(args)
         if engine_args.kv_events_config is None:
-            # They come with the statistics of their step (serving.engine.vllm.scheduler), not by socket.
+            # They come with the statistics of their step (`scheduler`), not by socket.
             engine_args.kv_events_config = KVEventsConfig(
                 enable_kv_cache_events=True, publisher="null"
             )

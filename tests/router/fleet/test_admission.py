@@ -1,0 +1,79 @@
+import math
+
+from router.fleet.admission import (
+    Opening,
+    keeps_pace,
+    kv_need_tokens,
+    opening,
+    takes_work,
+    window_tokens,
+)
+from router.resilience.breaker import TripReason
+from tests.support.builders import busy, make_replica, req, snapshot
+
+
+def test_window_is_one_step_and_what_is_prefilled_while_we_react():
+    replica = make_replica()
+    replica.prefill_tokens_per_s = 500.0
+    assert window_tokens(replica) == 100 + 10
+    replica.prefill_tokens_per_s = 1e9
+    assert window_tokens(replica) == 2 * 100
+
+
+def test_closes_at_the_window_and_opens_below_it():
+    replica = make_replica()
+    replica.book(req("a", 5000), num_kv_tokens=5000, now_s=0.0)
+    assert opening(replica) is Opening.FULL
+    replica.receive(busy(last_booking=1, num_pending_prefill_tokens=99), 1.0)
+    assert opening(replica) is Opening.OPEN
+
+
+def test_beside_a_long_prompt_it_is_open_to_short_ones():
+    replica = make_replica(max_prefill_chunk=50)
+    replica.receive(busy(num_pending_prefill_tokens=5000, num_step_demand_tokens=50), 0.0)
+    assert opening(replica) is Opening.SHORT
+    replica.receive(busy(2, num_pending_prefill_tokens=5000, num_step_demand_tokens=200), 0.0)
+    assert opening(replica) is Opening.FULL
+
+
+def test_closes_when_all_sequences_are_taken():
+    replica = make_replica(max_num_seqs=4)
+    replica.receive(busy(num_running_reqs=2, num_waiting_reqs=1), 0.0)
+    assert opening(replica) is Opening.OPEN
+    replica.book(req("a", 1), num_kv_tokens=1, now_s=0.0)
+    assert opening(replica) is Opening.FULL
+
+
+def test_engines_that_drain_or_whose_breaker_is_open_take_nothing():
+    replica = make_replica()
+    assert takes_work(replica)
+    replica.is_draining = True
+    assert not takes_work(replica)
+    assert opening(replica) is Opening.SHUT
+    replica.is_draining = False
+    replica.breaker.trip(TripReason.LOST, 0.0)
+    assert not takes_work(replica)
+
+
+def test_each_sequence_needs_room_to_begin():
+    one, three = req("a", 100), req("a", 100, num_sequences=3)
+    assert kv_need_tokens(three) - kv_need_tokens(one) == 2 * (kv_need_tokens(one) - 100)
+
+
+def test_an_empty_engine_has_room_for_anything():
+    """vLLM refuses what can never fit, with the right message; nothing waits for ever."""
+    replica = make_replica()
+    replica.receive(snapshot(num_free_kv_tokens=9_984), 0.0)  # it keeps a block to itself
+    assert replica.room_tokens == math.inf
+    replica.receive(busy(2, num_free_kv_tokens=9_000), 0.0)
+    assert replica.room_tokens == 9_000
+
+
+def test_keeps_pace_while_one_more_decodes_in_time():
+    replica = make_replica()
+    replica.receive(busy(num_decoding_reqs=4), 0.0)
+    replica.predictor.step_base_s, replica.predictor.decode_s = 0.02, 0.01
+    assert keeps_pace(req("a"), replica, 0.0701)
+    assert not keeps_pace(req("a"), replica, 0.0699)
+    assert keeps_pace(req("a", num_sequences=3), replica, 0.0901)
+    assert not keeps_pace(req("a", num_sequences=3), replica, 0.0899)

@@ -1,0 +1,200 @@
+"""Gateways that lease from one budget: messages that are lost, late or never answered."""
+
+import heapq
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from router.limits.lease import LEASE_S, LeasedBudget, Lessor, News
+from router.limits.rate_limit import Amount, BudgetLimits, RateReport
+from tests.router.limits.test_rate_limit import Provider
+
+ONE = Amount(1, 10)
+
+
+def leased(lessor: Lessor, budget: LeasedBudget, now_s: float, gateway_id: str = "g0") -> None:
+    """One exchange of news and grant, without delay."""
+    budget.on_grant(lessor.hear(gateway_id, budget.news(now_s), now_s), now_s)
+
+
+def make_lessor(*, is_restart: bool = False, **limits) -> Lessor:
+    return Lessor(BudgetLimits(**limits), 0.0, is_restart=is_restart)
+
+
+def used(lessor: Lessor, now_s: float) -> float:
+    return lessor.budget.state(now_s)["requests"]["used"]
+
+
+def test_what_is_wanted_is_granted_as_far_as_there_is_room():
+    lessor, budget = make_lessor(rpm=2), LeasedBudget(BudgetLimits(rpm=2))
+    assert budget.next_news_s() is None
+    assert budget.room_s(ONE, 0.0) > 0.0
+    for name in "abc":
+        budget.want(name, ONE)
+    assert budget.next_news_s() <= 0.0
+    leased(lessor, budget, 0.0)
+    assert budget.room_s(ONE, 0.0) == 0.0
+    budget.reserve("a", ONE, 0.0)
+    assert used(lessor, 0.0) >= 1
+    with pytest.raises(ValueError, match="already"):
+        budget.reserve("a", ONE, 0.0)
+    with pytest.raises(ValueError, match="no room"):
+        budget.reserve("z", Amount(5), 0.0)
+
+
+def test_what_is_not_used_returns():
+    lessor, budget = make_lessor(rpm=10), LeasedBudget(BudgetLimits(rpm=10))
+    budget.want("a", ONE)
+    leased(lessor, budget, 0.0)
+    assert used(lessor, 0.1) == 1
+    assert budget.next_news_s() == 1.0  # renewed while something is left
+    leased(lessor, budget, 1.0)
+    assert used(lessor, 1.0) == 0
+    assert budget.room_s(ONE, 1.0) > 0.0
+    assert budget.next_news_s() is None
+
+
+def test_a_dead_gateways_lease_counts_as_spent_when_it_ends():
+    lessor, budget = make_lessor(rpm=10), LeasedBudget(BudgetLimits(rpm=10))
+    for name in "ab":
+        budget.want(name, ONE)
+    leased(lessor, budget, 0.0)
+    budget.reserve("a", ONE, 0.0)
+    other = LeasedBudget(BudgetLimits(rpm=10))
+    leased(lessor, other, LEASE_S, "g1")  # the first is silent
+    assert used(lessor, LEASE_S) == 2
+    assert used(lessor, LEASE_S + 59.0) == 2
+    assert used(lessor, LEASE_S + 61.0) == 0
+    # By its own clock it has stopped before.
+    assert budget.room_s(ONE, LEASE_S) > 0.0
+
+
+def test_a_lessor_that_was_restarted_waits_for_its_predecessors_window():
+    lessor, budget = make_lessor(rpm=10, is_restart=True), LeasedBudget(BudgetLimits(rpm=10))
+    budget.want("a", ONE)
+    leased(lessor, budget, 0.0)
+    assert budget.room_s(ONE, 0.1) > 60.0
+
+
+def test_repeated_news_are_answered_alike_and_counted_once():
+    lessor = make_lessor(rpm=10)
+    news = News(number=1, wanted=[ONE])
+    assert lessor.hear("g0", news, 0.0) == lessor.hear("g0", news, 0.1)
+    assert used(lessor, 0.1) == 1
+
+
+def test_a_grant_that_comes_too_late_is_not_used():
+    lessor, budget = make_lessor(rpm=10), LeasedBudget(BudgetLimits(rpm=10))
+    budget.want("a", ONE)
+    grant = lessor.hear("g0", budget.news(0.0), 3.0)
+    budget.on_grant(grant, LEASE_S + 0.1)
+    assert budget.room_s(ONE, LEASE_S + 0.1) > 0.0
+
+
+class Gateway:
+    """One gateway with more to send than there is room for."""
+
+    def __init__(self, name: str, limits: BudgetLimits) -> None:
+        self.name = name
+        self.budget = LeasedBudget(limits)
+        self.waiting: list[tuple[str, Amount]] = []
+        self.is_alive = True
+
+
+@hypothesis_settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    rpm=st.sampled_from([20, 200]),
+    loss=st.sampled_from([0.0, 0.2]),
+    dies=st.booleans(),
+)
+def test_gateways_together_never_overrun_a_provider(seed, rpm, loss, dies):
+    """Three of them, with delays everywhere, lost messages, and one that dies."""
+    rng = random.Random(seed)
+    limits = BudgetLimits(rpm=rpm, tpm=100 * rpm)
+    lessor, provider = Lessor(limits, 0.0, is_restart=False), Provider(rpm, 100 * rpm)
+    gateways = [Gateway(f"g{index}", limits) for index in range(3)]
+    events: list[tuple[float, int, object]] = []
+    num_events = 0
+
+    def later(at_s: float, action) -> None:
+        nonlocal num_events
+        num_events += 1
+        heapq.heappush(events, (at_s, num_events, action))
+
+    def send(gateway: Gateway, now_s: float) -> None:
+        if not gateway.is_alive:
+            return
+        gateway.budget._wanted.clear()
+        while gateway.waiting:
+            request_id, amount = gateway.waiting[0]
+            if gateway.budget.room_s(amount, now_s) > 0.0:
+                for name, wanted in gateway.waiting[:8]:
+                    gateway.budget.want(name, wanted)
+                break
+            gateway.waiting.pop(0)
+            gateway.budget.reserve(request_id, amount, now_s)
+            there_s = now_s + rng.random() * 0.5
+            later(there_s, lambda at_s, r=request_id, a=amount: arrive(gateway, r, a, at_s))
+
+    def arrive(gateway: Gateway, request_id: str, amount: Amount, now_s: float) -> None:
+        taken, report = provider.take(amount.num_tokens, now_s)
+        assert taken, "429"
+        later(
+            now_s + rng.random() * 0.5,
+            lambda at_s: answered(gateway, request_id, amount, report, at_s),
+        )
+
+    def answered(gateway, request_id, amount, report: RateReport, now_s: float) -> None:
+        if gateway.is_alive:
+            gateway.budget.count(request_id, now_s)
+            gateway.budget.report(report, now_s)
+            later(now_s + 2.0, lambda at_s: gateway.budget.settle(request_id, amount, at_s))
+
+    def talk(gateway: Gateway, now_s: float) -> None:
+        if not gateway.is_alive:
+            return
+        due_s = gateway.budget.next_news_s()
+        if due_s is not None and due_s <= now_s:
+            news = gateway.budget.news(now_s)
+            if rng.random() < loss:
+                later(now_s + 0.2, lambda at_s: gateway.budget.on_no_answer())
+            else:
+                later(now_s + rng.random() * 0.02, lambda at_s: hear(gateway, news, at_s))
+        later(now_s + 0.02, lambda at_s: talk(gateway, at_s))
+
+    def hear(gateway: Gateway, news: News, now_s: float) -> None:
+        grant = lessor.hear(gateway.name, news, now_s)
+        if rng.random() < loss:
+            later(now_s + 0.2, lambda at_s: gateway.budget.on_no_answer())
+        else:
+            later(now_s + rng.random() * 0.02, lambda at_s: granted(gateway, grant, at_s))
+
+    def granted(gateway: Gateway, grant, now_s: float) -> None:
+        gateway.budget.on_grant(grant, now_s)
+        send(gateway, now_s)
+
+    def arrivals(gateway: Gateway, number: int, now_s: float) -> None:
+        if len(gateway.waiting) < 50:
+            gateway.waiting.append((f"q{number}", Amount(1, rng.randint(10, 150))))
+        send(gateway, now_s)
+        later(now_s + rng.expovariate(rpm / 60.0), lambda at_s: arrivals(gateway, number + 1, at_s))
+
+    for gateway in gateways:
+        later(0.0, lambda at_s, g=gateway: talk(g, at_s))
+        later(0.0, lambda at_s, g=gateway: arrivals(g, 0, at_s))
+    if dies:
+        later(70.0, lambda at_s: setattr(gateways[0], "is_alive", False))
+    until_s = 240.0
+    while events[0][0] < until_s:
+        at_s, _, action = heapq.heappop(events)
+        action(at_s)
+    assert provider.num_refused == 0
+    share = max(
+        provider.num_taken / (rpm * until_s / 60.0),
+        provider.num_tokens_taken / (100 * rpm * until_s / 60.0),
+    )
+    assert share >= (0.6 if loss else 0.9)

@@ -1,0 +1,122 @@
+"""Classes and promises: who is served first, in the gateway and inside the engine."""
+
+import msgspec
+import pytest
+
+from router.queueing.deadline import promised_s, turn_s
+from router.settings import RouterSettings
+from router.types import Dispatch, Hold, RequestClass
+from tests.support.builders import busy, make_router, req
+
+# Half of each step of 100 tokens stays free of any one long prompt.
+CAPPED = {"max_prefill_chunk": 50, "num_kv_tokens": 100_000}
+PLENTY = 100_000
+
+
+def of(name: str, num_tokens: int, priority_class: RequestClass, arrival_s: float = 0.0):
+    return req(name, num_tokens, priority_class=priority_class, arrival_s=arrival_s)
+
+
+def test_the_promise_grows_with_the_prompt_and_shrinks_with_the_class():
+    settings = RouterSettings(promise_base_s=1.0, promise_s_per_token=0.01, promise_batch_s=100.0)
+    promises = [promised_s(of("a", 200, kind, 7.0), settings) - 7.0 for kind in RequestClass]
+    assert promises == pytest.approx([1.5, 3.0, 103.0])
+
+
+def test_the_order_asks_no_more_patience_than_the_engines_need():
+    """Eight times what a prompt's prefill takes, where that is less than its promise."""
+    settings = RouterSettings(promise_base_s=0.5, promise_s_per_token=0.002)
+    request = of("a", 1000, RequestClass.STANDARD, 7.0)
+    assert turn_s(request, settings) == promised_s(request, settings) == 9.5
+    slow, fast = (msgspec.structs.replace(request, prefill_s_per_token=s) for s in (1.7e-3, 2.5e-5))
+    assert turn_s(slow, settings) == 9.5
+    assert turn_s(fast, settings) == pytest.approx(7.7)
+    assert promised_s(fast, settings) == 9.5
+
+
+def test_a_long_prompt_is_not_passed_for_as_long_where_prefill_is_fast():
+    """It is promised after 6.5 s; ten thousand tokens/s take 0.3 s, and so it waits 2.9 s."""
+    router = make_router(engine={"max_num_batched_tokens": 1000})
+    fast = busy(1, prefill_tokens_per_s=10_000.0, num_pending_prefill_tokens=50_000)
+    router.on_snapshot("r0", fast, 0.0)
+    for name, num_tokens, arrival_s in (("long", 3000, 0.0), ("soon", 10, 1.0), ("late", 10, 3.0)):
+        request = req(name, num_tokens, arrival_s=arrival_s)
+        assert router.on_arrival(request, arrival_s) == [Hold(name)]
+    assert [request.id for request in router._queue.in_order("m")] == ["soon", "long", "late"]
+
+
+def test_classes_leave_the_queue_in_their_order():
+    router = make_router()
+    router.on_arrival(req("full", 5000), 0.0)
+    for kind in reversed(RequestClass):
+        assert router.on_arrival(of(kind.value, 10, kind), 0.0) == [Hold(kind.value)]
+    freed = router.on_snapshot("r0", busy(last_booking=1), 1.0)
+    assert [decision.request_id for decision in freed] == ["interactive", "standard", "batch"]
+
+
+def test_batch_work_comes_before_fresh_work_in_the_end():
+    """It yields, but it does not starve."""
+    router = make_router(promise_batch_s=50.0, max_hold_s=1000.0)
+    router.on_arrival(req("full", 5000), 0.0)
+    router.on_arrival(of("batch", 10, RequestClass.BATCH), 0.0)
+    router.on_arrival(of("fresh", 10, RequestClass.STANDARD, arrival_s=51.0), 51.0)
+    freed = router.on_snapshot("r0", busy(last_booking=1), 52.0)
+    assert [decision.request_id for decision in freed] == ["batch", "fresh"]
+
+
+def capped_router(**settings):
+    """One engine in the middle of a long prompt; another long one is held."""
+    router = make_router(engine=CAPPED, **settings)
+    assert router.on_arrival(req("long", 2000), 0.0) == [Dispatch("long", "r0", 1)]
+    reading = busy(
+        1,
+        last_booking=1,
+        num_pending_prefill_tokens=1900,
+        num_step_demand_tokens=50,
+        num_free_kv_tokens=PLENTY,
+    )
+    router.on_snapshot("r0", reading, 0.1)
+    assert router.on_arrival(req("longer", 3000, arrival_s=0.2), 0.2) == [Hold("longer")]
+    return router
+
+
+def test_a_short_prompt_joins_an_engine_that_reads_a_long_one():
+    router = capped_router()
+    assert router.on_arrival(req("short", 40, arrival_s=0.3), 0.3) == [Dispatch("short", "r0", 2)]
+
+
+def test_but_no_more_of_them_than_the_next_step_has_room_for():
+    router = capped_router()
+    decisions = [router.on_arrival(req(f"s{n}", 40, arrival_s=0.3), 0.3)[0] for n in range(6)]
+    num_placed = sum(isinstance(decision, Dispatch) for decision in decisions)
+    assert 2 <= num_placed <= 4  # a step of 100 tokens, 50 of them the long prompt's; or two steps
+    assert isinstance(decisions[-1], Hold)
+
+
+def test_once_its_promise_is_due_a_long_prompt_is_passed_no_more():
+    router = capped_router()  # "longer" is promised at 0.2 + 0.5 + 6.0 s
+    assert router.on_arrival(req("before", 40, arrival_s=6.0), 6.0) == [Dispatch("before", "r0", 2)]
+    router.on_tick(6.8)
+    assert router.on_arrival(req("after", 40, arrival_s=6.9), 6.9) == [Hold("after")]
+    idle = busy(2, last_booking=2, num_free_kv_tokens=PLENTY)
+    freed = router.on_snapshot("r0", idle, 7.0)
+    assert [decision.request_id for decision in freed] == ["longer", "after"]
+
+
+def test_without_the_order_nobody_passes():
+    router = capped_router(ablate=("order",))
+    assert router.on_arrival(req("short", 40, arrival_s=0.3), 0.3) == [Hold("short")]
+
+
+def test_a_short_prompts_prediction_does_not_count_what_it_passes():
+    router = capped_router()
+    (replica,) = router._fleet
+    assert replica.ttft_s(40, 0.3) < replica.ttft_s(60, 0.3) / 5
+
+
+def test_the_engine_is_told_the_promise_only_by_policies_that_hold():
+    router = make_router()
+    request = req("a", 100, arrival_s=5.0)
+    assert router.engine_priority_s(request) == promised_s(request, router.settings)
+    router.set_policy("round_robin", 0.0)
+    assert router.engine_priority_s(request) is None

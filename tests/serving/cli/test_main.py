@@ -1,0 +1,369 @@
+"""The command line: one line per mistake, and nothing left behind by a launch."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from serving.cli import main
+from serving.cli.config_file import load
+from serving.cli.progress import (
+    AppState,
+    Board,
+    engine_core_error,
+    engine_phases,
+    failure,
+    last_error,
+)
+from serving.cluster.ray_session import environment
+from serving.config import ConfigError
+from serving.planning.hardware import Hardware
+
+GIB = 1 << 30
+ROOT = Path(__file__).parents[3]
+START_TIMEOUT_S = 150  # of a stand-in; 15 on two idle cores
+
+
+@pytest.fixture(autouse=True)
+def laptop(monkeypatch: pytest.MonkeyPatch) -> Hardware:
+    """Two cores and 20 GiB, whatever this machine has."""
+    hardware = Hardware(cores=(0, 1), num_ram_bytes=24 * GIB, num_free_ram_bytes=20 * GIB)
+    monkeypatch.setattr(main, "detect", lambda: hardware)
+    return hardware
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(main.main, arguments)
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "config.yaml"
+    path.write_text(textwrap.dedent(text))
+    return str(path)
+
+
+def application(
+    args: str = "{}", import_path: str = "serving.cluster.application:build", more: str = ""
+) -> str:
+    return f"""
+applications:
+  - name: x
+    import_path: {import_path}
+    args: {args}
+{more}"""
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("a: [", "is not YAML"),
+            ("just a text", "is not a Ray Serve config file"),
+            (
+                "model: m",
+                "it has no `applications` (Headway's keys stand under applications.0.args)",
+            ),
+            (application("{modle: m}"), "modle: "),
+            (application("{gateway: {prot: 1}}"), "gateway.prot: "),
+            (application("{replicas: many}"), "replicas"),
+            (application("[1]"), "applications.0.args: must be a mapping"),
+            (application(more="proxy_loc: x"), "proxy_loc: unknown key"),
+            (application(more="    deployments: []"), "applications.0.deployments: "),
+            (application(import_path="a.b:c"), "applications.0.import_path: 'a.b:c' is not"),
+            (application(more="proxy_location: EveryNode"), "proxy_location: must be Disabled"),
+            (
+                application("{gateway: {front: haproxy}}", more="proxy_location: Disabled"),
+                "proxy_location: Disabled leaves",
+            ),
+            (
+                application("{gateway: {front: haproxy}}", more="proxy_location: Nowhere"),
+                "proxy_location: Input should be",
+            ),
+            (application("{device: cuda}"), "device: no NVIDIA GPU is visible"),
+            (application("{tensor_parallel_size: 2}"), "tensor_parallel_size: 2 needs GPUs"),
+            (application("{replicas: 50}"), "replicas: not enough memory"),
+        ],
+    )
+    def test_in_the_file(self, tmp_path: Path, text: str, message: str) -> None:
+        result = run("plan", write(tmp_path, text))
+        assert result.exit_code == 2
+        assert len(result.stderr.splitlines()) == 1
+        assert message in result.stderr
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["nowhere.yaml"], "nowhere.yaml: cannot be read: No such file"),
+            (["--set", "router.polic=x"], "router.polic: "),
+            (["--set", "router"], "--set router: is not of the form KEY=VALUE"),
+            (["--set", "replicas=["], "replicas: '[' is not YAML"),
+            (["--policy", "best"], "router.policy: "),
+            (["--front", "nginx"], "gateway.front: "),
+            (["--port", "99999"], "gateway.port: "),
+            (["--replicas", "0"], "replicas: 0 engines cannot serve"),
+        ],
+    )
+    @pytest.mark.parametrize("command", ["plan", "serve"])
+    def test_in_an_option(self, command: str, arguments: list[str], message: str) -> None:
+        result = run(command, *arguments)
+        assert result.exit_code == 2
+        assert len(result.stderr.splitlines()) == 1
+        assert message in result.stderr
+
+    def test_a_port_in_use_starts_nothing(self) -> None:
+        children = set(psutil.Process().children(recursive=True))
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            result = run("serve", "--port", str(port))
+        assert result.exit_code == 1
+        assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in result.stderr
+        assert "choose another with --port" in result.stderr
+        assert set(psutil.Process().children(recursive=True)) <= children
+
+    def test_a_host_of_somebody_else(self) -> None:
+        result = run("serve", "--host", "203.0.113.1")
+        assert result.exit_code == 1
+        assert "cannot listen on 203.0.113.1:8000" in result.stderr
+
+
+def test_plan_shows_what_and_why() -> None:
+    result = run("plan", "--set", "engine.args.seed=7")
+    assert result.exit_code == 0
+    for part in ("2 engines of one core", "seed = 7  (yours)", "KV cache", "20.0 of 24.0 GiB"):
+        assert part in result.stdout
+
+
+def test_version() -> None:
+    assert "ray 2." in run("version").stdout
+
+
+class TestLaunchFile:
+    def test_host_and_port_go_to_what_listens(self) -> None:
+        own = load(None, {"host": "0.0.0.0", "port": 1234})
+        assert (own.config.gateway.host, own.config.gateway.port) == ("0.0.0.0", 1234)
+        assert own.url == "http://127.0.0.1:1234"
+        proxied = load(None, {"gateway.front": "haproxy", "port": 1234})
+        assert proxied.serve["http_options"] == {"host": "127.0.0.1", "port": 1234}
+        assert proxied.config.gateway.port == 8000
+        assert proxied.url == "http://127.0.0.1:1234"
+
+    @pytest.mark.parametrize(("name", "front"), [("cpu", "haproxy"), ("cpu-haproxy", "own")])
+    def test_the_front_can_be_swapped(self, name: str, front: str) -> None:
+        file = load(ROOT / f"deploy/{name}.yaml", {"gateway.front": front})
+        assert file.haproxy == (front == "haproxy")
+        assert file.proxy_location == ("EveryNode" if file.haproxy else "Disabled")
+
+    def test_options_win_and_leave_the_rest(self, tmp_path: Path) -> None:
+        path = Path(write(tmp_path, application("{model: a, engine: {args: {seed: 1, dtype: x}}}")))
+        file = load(path, {"model": "b", "engine.args.seed": 2})
+        assert file.application["args"] == {
+            "watch_file": str(path),
+            "model": "b",
+            "engine": {"args": {"seed": 2, "dtype": "x"}},
+        }
+        assert (file.name, file.config.model) == ("x", "b")
+
+    def test_a_value_is_no_mapping(self) -> None:
+        with pytest.raises(ConfigError, match=r"model\.x: must be a mapping"):
+            load(None, {"model": "b", "model.x": 1})
+
+
+class TestEnvironment:
+    def test_files_stay_in_the_folder(self, tmp_path: Path) -> None:
+        variables = environment(tmp_path, haproxy=True, given={})
+        assert variables["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+        for name in ("CONFIG_FILE_LOC", "SOCKET_PATH", "SERVER_STATE_FILE", "METRICS_SOCKET_PATH"):
+            assert Path(variables[f"RAY_SERVE_HAPROXY_{name}"]).is_relative_to(tmp_path)
+        assert Path(variables["TMPDIR"]).is_relative_to(tmp_path)
+
+    def test_ray_is_private_unless_the_user_says_otherwise(self, tmp_path: Path) -> None:
+        variables = environment(tmp_path, haproxy=False, given={})
+        assert variables["RAY_AUTH_MODE"] == "token"
+        assert len(variables["RAY_AUTH_TOKEN"]) == 64
+        assert variables["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+        given = environment(tmp_path, haproxy=False, given={"RAY_AUTH_MODE": "disabled"})
+        assert not given.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}
+
+
+class TestProgress:
+    def test_the_cause_is_the_last_exception(self) -> None:
+        text = 'Retrying 5 more time(s). Error:\n  File "x.py"\nray.Err: a\nValueError: no memory\n'
+        assert last_error(text + "more\n") == "ValueError: no memory"
+        assert last_error("only words\n") == "only words"
+
+    @pytest.mark.parametrize(
+        ("state", "cause"),
+        [
+            (AppState("DEPLOYING", 0, ""), None),
+            (AppState("DEPLOYING", 1, "2 replicas take more than 30 s to be scheduled"), None),
+            (AppState("DEPLOYING", 1, "A replica failed to start\nValueError: x"), "ValueError: x"),
+            (AppState("DEPLOY_FAILED", 0, ""), "no reason given"),
+        ],
+    )
+    def test_a_failed_replica_is_told_from_a_slow_one(
+        self, state: AppState, cause: str | None
+    ) -> None:
+        assert failure(state) == cause
+
+    def test_the_engine_core_knows_better_than_its_parent(self, tmp_path: Path) -> None:
+        prefix = "(EngineCore pid=7) ERROR 11-22 19:58:03 [core.py:1006] "
+        (tmp_path / "worker-1.err").write_text(
+            f"{prefix}Traceback\n{prefix}ValueError: no room for the KV cache\n"
+            "RuntimeError: Engine core initialization failed. See root cause above.\n"
+        )
+        (tmp_path / "worker-0.err").write_text("RuntimeError: something else\n")
+        assert engine_core_error(tmp_path) == "ValueError: no room for the KV cache"
+        assert engine_core_error(None) is None
+
+    def test_phases_come_from_the_processes(self) -> None:
+        def process(pid: int, ppid: int, *line: str) -> Any:
+            return SimpleNamespace(pid=pid, ppid=lambda: ppid, cmdline=lambda: list(line))
+
+        processes = [
+            process(1, 0, "ray::ServeReplica:app:Engine"),
+            process(2, 0, "ray::ServeReplica:app:Engine.__init__"),
+            process(3, 2, "VLLM::EngineCore"),
+            process(4, 0, "ray::ServeReplica:app:Gateway"),
+        ]
+        assert engine_phases(processes, "app", "Engine", 3, 0) == [
+            "loading the model",
+            "starting",
+            "waiting for a process",
+        ]
+        assert engine_phases(processes, "app", "Engine", 3, 1)[:2] == ["ready", "starting"]
+
+    def test_without_a_terminal_a_line_per_change(self) -> None:
+        now_s = 0.0
+        console = Console(file=None, force_terminal=False, width=200)
+        board = Board(console, clock=lambda: now_s)
+        with console.capture() as capture, board.shown():
+            for now_s, phase in ((1.0, "starting"), (2.0, "starting"), (9.0, "ready")):  # noqa: B007
+                board.update([phase])
+        assert capture.get() == "   1 s  engine 1 starting\n   9 s  engine 1 ready\n"
+
+
+STAND_IN = """
+import http.server, subprocess, sys, threading
+from rich.console import Console
+from serving.gateway.http.endpoint import StartError
+from serving.planning.hardware import detect
+from serving.cli.launch import launch
+from serving.cli.config_file import load
+from serving.planning.plan import plan
+
+port, fails = int(sys.argv[1]), sys.argv[2] == "fails"
+
+def build(args):
+    from ray import serve
+
+    class Engine:
+        def __init__(self):
+            if fails:
+                raise ValueError("the engine has no memory")
+
+    class Gateway:
+        def __init__(self, engines):
+            class Handler(http.server.BaseHTTPRequestHandler):
+                def do_GET(self):
+                    self.send_response(200)
+                    self.end_headers()
+            server = http.server.HTTPServer(("127.0.0.1", port), Handler)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            subprocess.Popen(["sleep", "1000"], start_new_session=True)  # will not leave by itself
+
+    options = {"num_cpus": 0.1}
+    engines = serve.deployment(name="Engine", num_replicas=2, ray_actor_options=options)(Engine)
+    gateway = serve.deployment(name="Gateway", ray_actor_options=options)(Gateway)
+    return gateway.bind(engines.bind())
+
+file = load(None, {"port": port, "engine.factory": "none:StandIn", "device": "cpu"})
+hardware = detect()
+try:
+    sys.exit(launch(file, plan(file.config, hardware), hardware, Console(width=200), build=build))
+except StartError as error:
+    sys.exit(f"headway: {error}")
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    """Start the stand-in as a process of its own; ends it if the test did not."""
+    started: list[psutil.Popen] = []
+
+    def go(port: int, behaviour: str) -> psutil.Popen:
+        script = tmp_path / "stand_in.py"
+        script.write_text(STAND_IN)
+        process = psutil.Popen(
+            [sys.executable, "-u", str(script), str(port), behaviour],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield go
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.timeout(START_TIMEOUT_S + 60)
+def test_a_launch_leaves_nothing_behind(start: Any, port: int) -> None:
+    launched = start(port, "serves")
+    lines = []
+    for line in launched.stdout:
+        lines.append(line)
+        if line.startswith("Ctrl-C"):
+            break
+    text = "".join(lines)
+    assert f"curl http://127.0.0.1:{port}/v1/chat/completions" in text
+    assert "engine 1 ready, engine 2 ready" in text
+    children = launched.children(recursive=True)
+    assert len(children) > 5
+    folders = set(re.findall(r"/\S*?/headway-\w+", " ".join(children[0].cmdline())))
+    assert len(folders) == 1
+    # As a terminal does: to the whole process group.
+    os.killpg(launched.pid, signal.SIGINT)
+    rest = launched.stdout.read()
+    assert launched.wait(30) == 0, rest
+    assert "draining" in rest
+    assert "Traceback" not in text + rest
+    assert not [child for child in children if child.is_running()]
+    assert is_free(port)
+    assert not any(Path(folder).exists() for folder in folders)
+
+
+@pytest.mark.timeout(START_TIMEOUT_S)
+def test_an_engine_that_cannot_start_ends_the_launch(start: Any, port: int) -> None:
+    launched = start(port, "fails")
+    text = launched.stdout.read()
+    assert launched.wait(30) == 1
+    assert text.splitlines()[-1] == "headway: cannot start: ValueError: the engine has no memory"
+    assert "Traceback" not in text
+    assert is_free(port)

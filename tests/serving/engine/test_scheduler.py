@@ -1,0 +1,72 @@
+"""Headway's scheduler inside of vLLM, over a KV cache that remembers what was written to it."""
+
+import pytest
+
+from router.simulation.engine.sequence import Job
+from serving.planning.bundled_model import onboard_model
+from tests.support.vllm_scheduler import BLOCK, VllmScheduler, make_profile
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+
+def test_a_chunk_that_is_withdrawn_leaves_the_prefix_cache() -> None:
+    """An urgent request's block is taken from one whose chunk is in the same step already.
+
+    With vLLM 0.32's own preemption that one, when it comes again, attends to 32 tokens which
+    nobody has computed.
+    """
+    from serving.engine.vllm.scheduler import HeadwayScheduler
+
+    size = 7 * BLOCK
+    profile = make_profile(num_kv_tokens=size, max_model_len=size, max_prefill_chunk=3 * BLOCK)
+    engine = VllmScheduler(onboard_model(), profile, priority=True, kind=HeadwayScheduler)
+    engine.add(Job("long", 7 * BLOCK - 1, 1, priority=1), list(range(7 * BLOCK - 1)))
+    assert engine.step()[0] == {"long/0": 3 * BLOCK}
+    engine.add(Job("urgent", BLOCK, 3, priority=0), [10_000] * BLOCK)
+    assert engine.step()[0] == {"urgent/0": BLOCK}
+    assert engine.step()[0] == {"urgent/0": 1}
+    assert engine.num_preemptions == 1
+    computed = []
+    while engine.scheduler.has_unfinished_requests():
+        computed.append(engine.step()[0].get("long/0", 0))
+    assert sum(computed) == 4 * BLOCK - 1  # three blocks were computed the first time
+    assert engine.num_wrong_tokens == 0
+
+
+def test_with_async_scheduling_a_step_that_runs_is_pending_as_well() -> None:
+    """The next step is made up before one ends; by the same measure as without, it is to come."""
+    from serving.engine.vllm.scheduler import (
+        NEXT,
+        PAIRS,
+        PENDING,
+        HeadwayAsyncScheduler,
+        HeadwayScheduler,
+    )
+
+    size = 20 * BLOCK
+    profile = make_profile(num_kv_tokens=size, max_model_len=size, max_prefill_chunk=3 * BLOCK)
+
+    following: list[tuple[int, int] | None] = []
+    pairs: list[float] = []
+
+    def told(kind: type, num_ahead: int) -> list[dict[str, int]]:
+        engine = VllmScheduler(onboard_model(), profile, priority=True, kind=kind)
+        engine.add(Job("long", 10 * BLOCK, 3), list(range(10 * BLOCK)))
+        steps = [engine.schedule() for _ in range(num_ahead)]
+        pending = []
+        for _ in range(4):
+            steps.append(engine.schedule())
+            stats = engine.update(steps.pop(0))
+            pending.append(stats.kv_connector_stats[PENDING])
+            following.append(stats.kv_connector_stats.get(NEXT))
+            pairs.append(stats.kv_connector_stats.get(PAIRS, 0.0))
+        return pending
+
+    alone = told(HeadwayScheduler, 0)
+    assert [each.get("long/0", 0) for each in alone] == [7 * BLOCK, 4 * BLOCK, BLOCK, 0]
+    assert told(HeadwayAsyncScheduler, 1)[:3] == alone[:3]
+    # Three blocks attend to what is before them, three times, then the last one.
+    of_a_prompt = [num / 2 * BLOCK**2 for num in (3 * 3, 3 * 9, 3 * 15, 1 * 19)]
+    assert pairs == of_a_prompt * 2
+    assert following[:4] == [None] * 4
+    assert following[4:] == [(3 * BLOCK, 0), (3 * BLOCK, 0), (BLOCK, 0), (0, 1)]

@@ -1,0 +1,175 @@
+"""Port and link over a real socket: one fake engine, one gateway."""
+
+import asyncio
+import contextlib
+import os
+
+import msgspec
+
+from serving.stream.client import Link
+from serving.stream.frames import Ack, Cancel, Data, End, Head, Submit
+from serving.stream.server import HEARTBEAT_S, Port
+from tests.support.fakes import INFO, FakeEngine
+
+WINDOW_BYTES = 1000
+
+
+class Recorder:
+    """Keeps what a link tells."""
+
+    def __init__(self) -> None:
+        self.frames: list = []
+        self.updates: list = []
+        self.snapshots: list = []
+        self.info = None
+        self.lost = False
+        self.changed = asyncio.Event()
+
+    def on_welcome(self, link, info):
+        self.info = info
+        self.changed.set()
+
+    def on_snapshot(self, link, snapshot):
+        self.snapshots.append(snapshot)
+        self.changed.set()
+
+    def on_head(self, link, frame):
+        self.frames.append(frame)
+        self.changed.set()
+
+    on_data = on_end = on_prompt = on_head
+
+    def on_blocks(self, link, update):
+        self.updates.append(update)
+        self.changed.set()
+
+    def on_lost(self, link):
+        self.lost = True
+        self.changed.set()
+
+    async def until(self, condition, timeout_s: float = 5.0) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+    def ends(self) -> list[End]:
+        return [frame for frame in self.frames if isinstance(frame, End)]
+
+    def num_bytes(self, stream: int) -> int:
+        return sum(len(f.body) for f in self.frames if isinstance(f, Data) and f.stream == stream)
+
+
+@contextlib.asynccontextmanager
+async def connected():
+    engine = FakeEngine()
+    port = Port(engine, WINDOW_BYTES)
+    host, number = await port.listen("127.0.0.1")
+    recorder = Recorder()
+    metadata = {"host": host, "port": number, "secret": port.secret}
+    link = await Link.connect("r0", metadata, "gateway", recorder)
+    await recorder.until(lambda: recorder.info)
+    try:
+        yield engine, port, link, recorder
+    finally:
+        engine.gate.set()
+        link.close()
+        port.close()
+
+
+def submit(stream: int, num_chunks: int) -> Submit:
+    body = b'{"max_tokens": %d}' % num_chunks
+    return Submit(stream, f"id{stream}", 5, 0, 0, "POST", "/v1/completions", [], body)
+
+
+async def test_a_response_arrives_whole_and_ends_once():
+    async with connected() as (_, port, link, recorder):
+        # Where it runs, and how often it is heard of, are the port's to tell.
+        told = {"heartbeat_s": HEARTBEAT_S, "pid": os.getpid()}
+        assert recorder.info == msgspec.structs.replace(INFO, **told)
+        link.post(submit(1, num_chunks=3))
+        await recorder.until(recorder.ends)
+        assert [type(frame) for frame in recorder.frames] == [Head, *[Data] * 4, End]
+        assert recorder.ends() == [End(1, None, None)]
+        assert port.num_streams == 0
+
+
+async def test_a_snapshot_acknowledges_the_bookings_read_before_it():
+    async with connected() as (engine, _, link, recorder):
+        engine.gate.clear()
+        link.post(submit(7, num_chunks=1))
+        await recorder.until(lambda: recorder.snapshots[-1].last_booking == 7)
+        assert recorder.snapshots[-1].num_inflight_reqs == 1
+        engine.gate.set()
+        await recorder.until(lambda: recorder.snapshots[-1].num_inflight_reqs == 0)
+        numbers = [snapshot.seq for snapshot in recorder.snapshots]
+        assert numbers == sorted(set(numbers))
+
+
+async def test_a_slow_reader_stops_its_own_stream_and_no_other():
+    """Past the window a stream waits for acknowledgements; others go on."""
+    async with connected() as (engine, _, link, recorder):
+        engine.chunk = b"x" * 400
+        link.post(submit(1, num_chunks=100))
+        await recorder.until(lambda: recorder.num_bytes(1) >= WINDOW_BYTES)
+        link.post(submit(2, num_chunks=2))
+        await recorder.until(recorder.ends)
+        assert recorder.ends() == [End(2, None, None)]
+        assert recorder.num_bytes(1) == 1200  # the chunk that crosses the line is the last
+        link.post(Ack(1, 100_000))
+        await recorder.until(lambda: len(recorder.ends()) == 2)
+        assert recorder.num_bytes(1) == 40_000 + len(b"data: [DONE]\n\n")
+
+
+async def test_cancel_reaches_the_engine():
+    async with connected() as (engine, port, link, recorder):
+        engine.gate.clear()
+        link.post(submit(1, num_chunks=1))
+        await recorder.until(lambda: recorder.snapshots[-1].last_booking == 1)
+        link.post(Cancel(1))
+        await recorder.until(recorder.ends)
+        assert engine.num_cancelled == 1
+        assert port.num_streams == 0
+
+
+async def test_a_lost_gateway_frees_its_streams():
+    async with connected() as (engine, port, link, recorder):
+        engine.gate.clear()
+        link.post(submit(1, num_chunks=1))
+        await recorder.until(lambda: recorder.snapshots[-1].last_booking == 1)
+        link.close()
+        async with asyncio.timeout(5):
+            while port.num_streams:
+                await asyncio.sleep(0.01)
+        assert engine.num_cancelled == 1
+
+
+async def test_a_stranger_is_turned_away():
+    """Only those whom Ray told the secret may submit."""
+    async with connected() as (engine, port, _, _):
+        stranger = Recorder()
+        host, number = port._server.sockets[0].getsockname()
+        metadata = {"host": host, "port": number, "secret": "guess"}
+        link = await Link.connect("r0", metadata, "gateway", stranger)
+        link.post(submit(1, num_chunks=1))
+        await stranger.until(lambda: stranger.lost)
+        assert stranger.info is None
+        assert engine.num_started == 0
+
+
+async def test_an_idle_engine_sends_heartbeats():
+    async with connected() as (_, _, _, recorder):
+        count = len(recorder.snapshots)
+        await recorder.until(lambda: len(recorder.snapshots) >= count + 2, timeout_s=3)
+
+
+async def test_a_crash_in_the_engines_app_ends_the_stream_with_an_error():
+    async with connected() as (engine, _, link, recorder):
+
+        async def broken(scope, receive, send):
+            raise RuntimeError("boom")
+
+        engine.app = broken
+        link.post(submit(1, num_chunks=1))
+        await recorder.until(recorder.ends)
+        assert "boom" in recorder.ends()[0].error

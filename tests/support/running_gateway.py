@@ -1,0 +1,97 @@
+"""A gateway over real sockets: HTTP in front, fake engines behind."""
+
+import asyncio
+import contextlib
+import socket
+
+import httpx
+
+from serving.config import parse
+from serving.gateway.app import Gateway
+from serving.gateway.http.listener import Listener
+from serving.stream.server import Port
+from tests.support.fakes import FakeEngine
+
+CHAT = "/v1/chat/completions"
+
+
+class System:
+    """A gateway with its listener, and the engines it knows."""
+
+    def __init__(self, gateway: Gateway, client: httpx.AsyncClient) -> None:
+        self.gateway = gateway
+        self.client = client
+        self.engines: list[FakeEngine] = []
+        self.ports: list[Port] = []
+        self.members: dict[str, dict] = {}
+
+    async def add_engine(self, chunk: bytes | None = None) -> FakeEngine:
+        engine = FakeEngine()
+        engine.chunk = chunk or engine.chunk
+        port = Port(engine, self.gateway.config.gateway.stream_window_bytes)
+        host, number = await port.listen("127.0.0.1")
+        self.members[f"r{len(self.ports)}"] = {"host": host, "port": number, "secret": port.secret}
+        self.engines.append(engine)
+        self.ports.append(port)
+        count = len(self.gateway.driver.engines) + 1
+        self.gateway.driver.set_members(self.members)
+        await self.until(lambda: len(self.gateway.driver.engines) == count)
+        return engine
+
+    async def until(self, condition, timeout_s: float = 5.0) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    def chat(self, **fields) -> dict:
+        messages = [{"role": "user", "content": "hi"}]
+        return {"model": "fake-model", "messages": messages, "stream": True, **fields}
+
+    @property
+    def num_engine_streams(self) -> int:
+        return sum(port.num_streams for port in self.ports)
+
+    @property
+    def outcomes(self) -> dict:
+        return self.gateway.state()["outcomes"]
+
+    def assert_empty(self) -> None:
+        """Nothing is booked, held or open any more."""
+        state = self.gateway.state()
+        assert state["num_open_requests"] == state["num_placed"] == 0
+        assert state["held"]["num_requests"] == state["held"]["num_bytes"] == 0
+        assert state["fallback"]["num_open"] == 0
+        for replica in state["replicas"].values():
+            assert replica["ledger"]["num_open"] == replica["ledger"]["num_kv_tokens"] == 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.asynccontextmanager
+async def running(num_engines: int = 2, **settings):
+    """A system with these sections of the configuration, up on a free port."""
+    port = free_port()
+    config = parse({**settings, "gateway": {"port": port, **settings.get("gateway", {})}})
+    gateway = Gateway(config, "gateway")
+    listener = Listener(gateway.app, config.gateway)
+    await listener.start()
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(
+        base_url=f"http://127.0.0.1:{port}", timeout=10, limits=limits
+    ) as client:
+        system = System(gateway, client)
+        try:
+            for _ in range(num_engines):
+                await system.add_engine()
+            yield system
+        finally:
+            for engine in system.engines:
+                engine.gate.set()
+            gateway.close()
+            for engine_port in system.ports:
+                engine_port.close()
+            await listener.stop()
