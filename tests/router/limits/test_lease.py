@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from router.limits.lease import LEASE_S, LeasedBudget, Lessor, News
 from router.limits.rate_limit import Amount, BudgetLimits, RateReport
-from tests.router.limits.test_rate_limit import Provider
+from tests.support.rate_limited_provider import Provider
 
 ONE = Amount(1, 10)
 

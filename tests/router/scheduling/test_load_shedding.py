@@ -5,7 +5,6 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fair_share import SHORT, World, flood
 
 from router.queueing.deadline import promised_s
 from router.scheduling.entry_share import EntryShare
@@ -13,6 +12,7 @@ from router.scheduling.load_shedding import Overload
 from router.settings import RouterSettings
 from router.types import Hold, Outcome, Reject, RejectReason
 from tests.support.builders import busy, make_router, req
+from tests.support.tenants_in_overload import SHORT, World, flood
 
 MAX_LATE_S = 10.0
 CAPACITY = 2000.0  # prompt tokens per second that the engines of `World` prefill, about
