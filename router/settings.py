@@ -18,7 +18,7 @@ PolicyName = Literal[
     "cache_aware",
     "weighted_score",
 ]
-Part = Literal["hold", "order", "prefix", "externality", "length"]
+Part = Literal["hold", "order", "prefix", "congestion_cost", "length"]
 
 
 class RouterSettings(BaseModel):
@@ -41,16 +41,16 @@ class RouterSettings(BaseModel):
         "overload: it is refused, and so is every other that would be late, until none has been "
         "for as long, seconds; unset: all that would be in time for max_hold_s are held",
     )
-    promise_base_s: float = Field(
+    ttft_target_base_s: float = Field(
         0.5, ge=0, description="promised time to first token of an empty prompt, seconds"
     )
-    promise_s_per_token: float = Field(
+    ttft_target_s_per_token: float = Field(
         0.002, ge=0, description="what each prompt token adds to the promise, seconds"
     )
-    promise_interactive_factor: float = Field(
+    ttft_target_interactive_factor: float = Field(
         0.5, gt=0, description="the promise to interactive requests, of the standard one"
     )
-    promise_batch_s: float = Field(
+    ttft_target_batch_s: float = Field(
         240.0, ge=0, description="how much later batch work is promised, seconds"
     )
     default_class: RequestClass = Field(

@@ -52,7 +52,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prefill_s_per_token: float = float("inf")
     # Its place in the order of service, by the router (`router.queueing.deadline`); inf: as
     # they come.
-    turn_s: float = float("inf")
+    edf_key_s: float = float("inf")
     num_bytes: int = 0  # body size, for the queue's byte bound
     tenant: str = ""
     weight: float = 1.0  # the tenant's share of tokens, relative to others'

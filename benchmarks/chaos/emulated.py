@@ -24,7 +24,7 @@ from benchmarks.chaos.client import Question, Reply, ask
 from benchmarks.policies.comparison import say
 from benchmarks.report.report import Report, percentile
 from benchmarks.report.runner import run_and_judge
-from benchmarks.systems.faulty_engine import FrailEngine, FrailFleet
+from benchmarks.systems.faulty_engine import FaultyEngine, FaultyFleet
 from benchmarks.systems.system import BenchmarkError, free_ports
 from router.types import Request
 from serving.config import parse
@@ -78,9 +78,9 @@ class Fleet:
         self._http = http
         self._rng = random.Random(f"fleet {plan.seed}")
         self._num_left = plan.num_requests
-        engines = [FrailEngine(_engine(rank)) for rank in range(plan.num_engines)]
-        self.fleet = FrailFleet(engines, gateway.driver.set_members)
-        self._failing: set[FrailEngine] = set()
+        engines = [FaultyEngine(_engine(rank)) for rank in range(plan.num_engines)]
+        self.fleet = FaultyFleet(engines, gateway.driver.set_members)
+        self._failing: set[FaultyEngine] = set()
         self._observe_resumed = gateway.metrics.resumed
         gateway.metrics.resumed = self._resumed  # type: ignore[method-assign]
 
@@ -126,7 +126,7 @@ class Fleet:
                     self._inflict(self._rng.choice(well), self._rng.choice(list(Fault)))
                 )
 
-    async def _inflict(self, engine: FrailEngine, fault: Fault) -> None:
+    async def _inflict(self, engine: FaultyEngine, fault: Fault) -> None:
         self._failing.add(engine)
         self.faults.append((time.monotonic(), fault))
         if fault in (Fault.RESET, Fault.DEATH):

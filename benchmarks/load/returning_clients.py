@@ -40,17 +40,17 @@ class Visit:
 
     def met(self, slo: Slo) -> bool:
         """Whether it got what was promised."""
-        promise_s = slo.ttft_s
-        if promise_s is None:
+        ttft_target_s = slo.ttft_s
+        if ttft_target_s is None:
             router = RouterSettings()
-            tokens_s = router.promise_s_per_token * self.ask.num_text_tokens
-            promise_s = router.promise_base_s + tokens_s
-        in_time = self.ttft_s <= promise_s and self.tpot_s <= slo.tpot_s
+            tokens_s = router.ttft_target_s_per_token * self.ask.num_text_tokens
+            ttft_target_s = router.ttft_target_base_s + tokens_s
+        in_time = self.ttft_s <= ttft_target_s and self.tpot_s <= slo.tpot_s
         return self.record.completed and in_time
 
 
 @dataclass
-class Visitors:
+class ReturningClients:
     """Sends a mix, open loop; of those refused, one in `come_back_every` comes back once."""
 
     client: Client

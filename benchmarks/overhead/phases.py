@@ -17,7 +17,7 @@ from benchmarks.load.client import Call, Client, Record
 from benchmarks.load.loops import ClosedLoop, open_loop
 from benchmarks.systems.null_engine import MODEL
 from benchmarks.systems.processes import machine_busy_s
-from benchmarks.systems.system import BenchmarkError, Subject
+from benchmarks.systems.system import BenchmarkError, SystemUnderTest
 
 LOAD_ROLE = "load generator"
 OTHERS_ROLE = "others"  # processes that are neither the subject's nor ours
@@ -76,7 +76,7 @@ class Window:
 class Prober:
     """Runs the phases on one subject; counts the requests that failed, by reason."""
 
-    subject: Subject
+    subject: SystemUnderTest
     durations: Durations
     failures: Counter[str] = field(default_factory=Counter)
     idle_cores: Counter[str] = field(default_factory=Counter)

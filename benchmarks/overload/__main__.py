@@ -25,7 +25,7 @@ from benchmarks.load.client import Client
 from benchmarks.load.hostile_clients import Crowd
 from benchmarks.load.loops import ClosedLoop
 from benchmarks.load.mix import Mix
-from benchmarks.load.returning_clients import Visit, Visitors, late_p99_s
+from benchmarks.load.returning_clients import ReturningClients, Visit, late_p99_s
 from benchmarks.overload.watch import Watch
 from benchmarks.peers.fleet import EmulatedHeadway
 from benchmarks.policies.comparison import num_served, say
@@ -132,7 +132,7 @@ class Run:
         cpu_before, busy_before = self._cpu_s(), machine_busy_s()
         start_s = time.perf_counter()
         async with Client(self.deployment.urls) as client:
-            visitors = Visitors(client, _MIX, _MODEL, visitors_seed, come_back_every)
+            visitors = ReturningClients(client, _MIX, _MODEL, visitors_seed, come_back_every)
             await visitors.come(rate, duration_s)
             elapsed_s = time.perf_counter() - start_s
             cpu_s = self._cpu_s()

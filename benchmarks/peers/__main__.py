@@ -29,7 +29,7 @@ from benchmarks.report.latency import Latencies, Sample
 from benchmarks.report.report import Report, Spread
 from benchmarks.report.runner import run_to_the_end
 from benchmarks.systems.real_engines import RealEngines
-from benchmarks.systems.system import BenchmarkError, Headway, Subject, get_json
+from benchmarks.systems.system import BenchmarkError, Headway, SystemUnderTest, get_json
 from router.simulation.variant import OURS
 from serving.planning.bundled_model import SERVED_MODEL_NAME
 
@@ -110,7 +110,7 @@ async def run(plan: Plan) -> tuple[Report, list[Sample]]:
         fleet, ours = plan.subjects()
         await stack.enter_async_context(fleet)
         say(f"{plan.num_engines} {fleet.name}: {plan.profile or plan.model}")
-        subjects: dict[str, Subject] = {OURS: await stack.enter_async_context(ours)}
+        subjects: dict[str, SystemUnderTest] = {OURS: await stack.enter_async_context(ours)}
         for peer in PEERS:
             policies = peer.policies[:1] if plan.one_policy else peer.policies
             for policy in policies if peer.title in versions else ():

@@ -6,13 +6,13 @@ from typing import Any
 
 from benchmarks.peers.peer import answers
 from benchmarks.systems.processes import Launch
-from benchmarks.systems.system import Headway, Subject, free_ports
+from benchmarks.systems.system import Headway, SystemUnderTest, free_ports
 from serving.planning.bundled_model import SERVED_MODEL_NAME
 
 _ROOT = Path(__file__).parents[2]
 
 
-class EmulatedFleet(Subject):
+class EmulatedFleet(SystemUnderTest):
     """Servers that the peers are put in front of."""
 
     def __init__(self, profile: str, num_engines: int, model: str) -> None:
@@ -37,7 +37,7 @@ class EmulatedFleet(Subject):
         return sum(launch.log_tail(1 << 20).count("too slow") for launch in self.launches)
 
 
-class VllmFleet(Subject):
+class VllmFleet(SystemUnderTest):
     """Real vLLM servers with the model on board, one CPU core each."""
 
     start_timeout_s = 900.0  # a machine's first start downloads the model and converts it

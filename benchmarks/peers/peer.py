@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from benchmarks.systems.processes import Launch
-from benchmarks.systems.system import Subject, free_ports
+from benchmarks.systems.system import SystemUnderTest, free_ports
 from serving.planning.bundled_model import default_cache_dir
 
 _ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ class MissingError(Exception):
     """This peer cannot be had here; the message says why."""
 
 
-class Peer(Subject):
+class Peer(SystemUnderTest):
     """One peer with one policy, in front of engines that are up already."""
 
     title: ClassVar[str]

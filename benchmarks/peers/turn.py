@@ -12,7 +12,7 @@ from benchmarks.policies.comparison import say
 from benchmarks.report.latency import Latencies, Sample
 from benchmarks.report.report import brief, percentile
 from benchmarks.systems.processes import machine_busy_s
-from benchmarks.systems.system import Headway, Subject
+from benchmarks.systems.system import Headway, SystemUnderTest
 
 _NUM_CONNECTIONS = 64
 _PAUSE_S = 1.0  # what the turn before left behind is over
@@ -53,7 +53,10 @@ class Stage:
     """Everything that is up, and whose turn it is."""
 
     def __init__(
-        self, subjects: Mapping[str, Subject], engines: Mapping[str, Subject], timeout_s: float
+        self,
+        subjects: Mapping[str, SystemUnderTest],
+        engines: Mapping[str, SystemUnderTest],
+        timeout_s: float,
     ) -> None:
         """`engines`: those behind each of the subjects. What has not ended `timeout_s` after the
         last arrival has failed."""

@@ -58,7 +58,7 @@ _SIZES = {
 # What users of H100s are promised here; the router's own default is for any hardware. How
 # steadily tokens follow is not part of it: the router does not predict that yet.
 _PROMISE_S = 1.0
-_PROMISE = {"promise_base_s": _PROMISE_S, "promise_s_per_token": 0.0}
+_PROMISE = {"ttft_target_base_s": _PROMISE_S, "ttft_target_s_per_token": 0.0}
 _SLO = Slo(ttft_s=_PROMISE_S, tpot_s=1.0)
 
 console = Console(highlight=False)

@@ -9,11 +9,11 @@ from starlette.types import Message, Receive, Scope, Send
 
 from router.types import EngineSnapshot
 from serving.engine.vllm.engine import Engine
-from serving.stream.account import Account
-from serving.stream.server import Port
+from serving.stream.account import RequestAccounting
+from serving.stream.server import StreamServer
 
 
-class FrailEngine:
+class FaultyEngine:
     """The `serving.engine.vllm.engine.Engine` around another one.
 
     Hung, it sends nothing and counts no step; silent, it tells nothing of
@@ -44,7 +44,7 @@ class FrailEngine:
     def subscribe(self, on_step: Callable[[], None]) -> None:
         self._engine.subscribe(on_step)
 
-    def snapshot(self, seq: int, accounts: list[Account]) -> EngineSnapshot:
+    def snapshot(self, seq: int, accounts: list[RequestAccounting]) -> EngineSnapshot:
         snapshot = self._engine.snapshot(seq, accounts)
         if not self._flows.is_set():
             self._frozen = self._frozen or snapshot
@@ -52,7 +52,7 @@ class FrailEngine:
             snapshot = msgspec.structs.replace(snapshot, num_steps_total=num_steps)
         return snapshot
 
-    def forget(self, account: Account) -> None:
+    def forget(self, account: RequestAccounting) -> None:
         self._engine.forget(account)
 
     async def ping(self) -> None:
@@ -73,7 +73,7 @@ class FrailEngine:
             self.num_streams -= 1
 
 
-class FrailPort(Port):
+class FaultyStreamServer(StreamServer):
     """A port whose snapshots can be kept back."""
 
     def _push(self) -> None:
@@ -81,26 +81,28 @@ class FrailPort(Port):
             super()._push()
 
 
-class FrailFleet:
+class FaultyFleet:
     """Engines and their ports, as Ray would name them: each new port is a new replica."""
 
-    def __init__(self, engines: list[FrailEngine], tell: Callable[[dict[str, dict]], None]) -> None:
+    def __init__(
+        self, engines: list[FaultyEngine], tell: Callable[[dict[str, dict]], None]
+    ) -> None:
         self.engines = engines
-        self.ports: dict[FrailEngine, FrailPort] = {}
-        self._names: dict[FrailEngine, str] = {}
+        self.ports: dict[FaultyEngine, FaultyStreamServer] = {}
+        self._names: dict[FaultyEngine, str] = {}
         self._members: dict[str, dict] = {}
         self._tell = tell
         self._numbers = itertools.count()
 
-    async def open(self, engine: FrailEngine) -> None:
+    async def open(self, engine: FaultyEngine) -> None:
         """Offer the engine, under a name that nobody has had."""
-        port = self.ports[engine] = FrailPort(engine, 64 * 2**10)
+        port = self.ports[engine] = FaultyStreamServer(engine, 64 * 2**10)
         host, number = await port.listen("127.0.0.1")
         name = self._names[engine] = f"r{next(self._numbers)}"
         self._members[name] = {"host": host, "port": number, "secret": port.secret}
         self._tell(self._members)
 
-    def close(self, engine: FrailEngine) -> None:
+    def close(self, engine: FaultyEngine) -> None:
         """Lose the engine: its connections break, and Ray names it no longer."""
         del self._members[self._names.pop(engine)]
         self.ports.pop(engine).close()

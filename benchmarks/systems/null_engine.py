@@ -1,6 +1,6 @@
 """An engine with no model: it emits tokens on a clock, so that only our path is measured.
 
-`engine.factory: "benchmarks.systems.null_engine:StandInEngine"` puts it where vLLM would
+`engine.factory: "benchmarks.systems.null_engine:NullEngine"` puts it where vLLM would
 be. As in vLLM, one loop turn wakes every stream that the step advanced, each
 stream is a task of its own that writes one server-sent event per token, and a
 response is the events that vLLM 0.32 writes: role, one per token (the last
@@ -39,7 +39,7 @@ from serving.engine.emulated.asgi import (
     until_gone,
 )
 from serving.engine.emulated.completion_text import CompletionText
-from serving.stream.account import Account, current_account
+from serving.stream.account import RequestAccounting, current_account
 
 if TYPE_CHECKING:
     from serving.planning.plan import Plan
@@ -54,7 +54,7 @@ _PREFILL_TOKENS_PER_S = 1e7
 _BYTES_PER_TOKEN = 4
 
 
-class StandInArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class NullEngineArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`engine.args` of the stand-in."""
 
     step_ms: float = 10.0  # between the tokens of a stream; 0 = flat out, steps back to back
@@ -78,10 +78,10 @@ class _Body(msgspec.Struct):
 _decode_body = msgspec.json.Decoder(_Body).decode
 
 
-class StandInEngine:
+class NullEngine:
     """The `Engine` of the benchmarks: an ASGI application and its counts."""
 
-    def __init__(self, args: StandInArgs, model: str = MODEL) -> None:
+    def __init__(self, args: NullEngineArgs, model: str = MODEL) -> None:
         self.app = self._serve
         self.dead = False
         self.blocks = BlockLog()
@@ -109,10 +109,10 @@ class StandInEngine:
         self._step_num_decode_reqs = 0
 
     @classmethod
-    async def start(cls, config: Config, plan: "Plan", local_rank: int) -> "StandInEngine":
+    async def start(cls, config: Config, plan: "Plan", local_rank: int) -> "NullEngine":
         """Return an engine, ready at once. Raises `ConfigError` for bad `engine.args`."""
         try:
-            args = msgspec.convert(config.engine.args, StandInArgs)
+            args = msgspec.convert(config.engine.args, NullEngineArgs)
         except msgspec.ValidationError as error:
             raise ConfigError(f"engine.args: {error}") from None
         return cls(args, plan.served_model_name)
@@ -121,7 +121,7 @@ class StandInEngine:
         """`on_step()` is called on the event loop after every step, never while idle."""
         self._on_step = on_step
 
-    def snapshot(self, seq: int, accounts: list[Account]) -> EngineSnapshot:
+    def snapshot(self, seq: int, accounts: list[RequestAccounting]) -> EngineSnapshot:
         """The state now. Nothing is ever pending: a prompt takes no time here."""
         num_context = (
             self._num_prefill_tokens_total + self.num_output_tokens_total - self._num_ended_tokens
@@ -142,7 +142,7 @@ class StandInEngine:
             num_steps_total=self._num_steps_total,
         )
 
-    def forget(self, account: Account) -> None:
+    def forget(self, account: RequestAccounting) -> None:
         """Part of the engine's interface; nothing is kept per account."""
 
     async def ping(self) -> None:
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--step-ms", type=float, default=10.0, help="0 = flat out")
     options = parser.parse_args()
-    engine = StandInEngine(StandInArgs(step_ms=options.step_ms))
+    engine = NullEngine(NullEngineArgs(step_ms=options.step_ms))
     uvicorn.run(
         engine.app,
         host=options.host,

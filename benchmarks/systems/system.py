@@ -23,7 +23,7 @@ class BenchmarkError(Exception):
     """What is measured did not start or does not answer: there is nothing to measure."""
 
 
-class Subject:
+class SystemUnderTest:
     """An endpoint under test, up between `async with` and its end."""
 
     start_timeout_s: ClassVar[float] = 120.0
@@ -73,7 +73,7 @@ class Subject:
             await asyncio.sleep(0.25)
 
 
-class Floor(Subject):
+class Floor(SystemUnderTest):
     """Client straight to the engines, each served by uvicorn alone: no path can be cheaper."""
 
     def __init__(self, num_engines: int) -> None:
@@ -89,7 +89,7 @@ class Floor(Subject):
         return all(get_json(f"{url}/health") is not None for url in self.urls)
 
 
-class Headway(Subject):
+class Headway(SystemUnderTest):
     """`headway serve` with stand-in engines, started as a user starts it."""
 
     def __init__(self, front: str, num_engines: int) -> None:
@@ -108,7 +108,7 @@ class Headway(Subject):
                         "served_model_name": MODEL,
                         "device": "cpu",
                         "replicas": self.num_engines,
-                        "engine": {"factory": "benchmarks.systems.null_engine:StandInEngine"},
+                        "engine": {"factory": "benchmarks.systems.null_engine:NullEngine"},
                         "gateway": {"front": self.name, "port": gateway_port},
                     },
                 }

@@ -5,7 +5,7 @@ that time it is in exactly one place:
 
     at an engine     `Placer`, with a booking; it leaves by `end`, or to be placed again
     in the queue     `HoldQueue`; it leaves for an engine or a provider, or expires
-    at a provider    `Spill`; it leaves by the provider's word, or the client's
+    at a provider    `Spillover`; it leaves by the provider's word, or the client's
 
 What can go nowhere at once is held, or refused where holding it is of no use:
 the queue is full, it would expire before its turn, everybody would be late, or
@@ -16,11 +16,11 @@ import math
 from collections import Counter
 
 from router.fleet.fleet import Fleet
-from router.providers.spillover import Spill
+from router.providers.spillover import Spillover
 from router.queueing.hold_queue import HoldQueue
-from router.scheduling.load_shedding import Overloads
+from router.scheduling.load_shedding import LoadShedder
 from router.scheduling.placer import Placement, Placer
-from router.scheduling.wait_time import Waits
+from router.scheduling.wait_time import WaitEstimator
 from router.types import Decision, Fail, Hold, Outcome, Reject, RejectReason, Request, Usage
 
 
@@ -32,9 +32,9 @@ class OpenRequests:
         fleet: Fleet,
         queue: HoldQueue,
         placer: Placer,
-        spill: Spill,
-        waits: Waits,
-        overloads: Overloads,
+        spill: Spillover,
+        waits: WaitEstimator,
+        overloads: LoadShedder,
     ) -> None:
         self.outcomes: Counter[Outcome] = Counter()
         self._fleet = fleet
@@ -75,7 +75,7 @@ class OpenRequests:
             decisions.append(self._reject(request, RejectReason.EXPIRED, None))
         elif self._is_hopeless(request, now_s):
             decisions.append(self._give_up(request, now_s))
-        elif (late_s := self._turn_s(request, now_s) - expires_s) > 0.0:
+        elif (late_s := self._service_start_s(request, now_s) - expires_s) > 0.0:
             # Held, it would only take room until it expired. Once what is too much has
             # drained, one like it would be in time.
             decisions.append(self._turn_away(request, RejectReason.HOPELESS, late_s, now_s))
@@ -186,7 +186,7 @@ class OpenRequests:
             return False
         return now_s + self._spill.offers.wait_s(request, now_s) >= self._queue.expires_s(request)
 
-    def _turn_s(self, request: Request, now_s: float) -> float:
+    def _service_start_s(self, request: Request, now_s: float) -> float:
         """When what is held before a request will have been prefilled, as predicted.
 
         `now_s` where nothing is known of engines that could do it.

@@ -36,17 +36,17 @@ from router.fleet.replica import Replica
 from router.limits.rate_limit import RateReport
 from router.providers.calls import ProviderCalls
 from router.providers.provider import MakeBudget, ProviderSettings
-from router.providers.spillover import FallbackSettings, Spill, own_budget
-from router.queueing.deadline import turn_s
+from router.providers.spillover import FallbackSettings, Spillover, own_budget
+from router.queueing.deadline import edf_key_s
 from router.queueing.hold_queue import HoldQueue
 from router.resilience.breaker import Failure
 from router.resilience.retry_budget import RetryBudget
 from router.scheduling.hedging import Hedges
-from router.scheduling.load_shedding import Overloads
+from router.scheduling.load_shedding import LoadShedder
 from router.scheduling.placer import Placer
 from router.scheduling.policies import Policy, make_policy
 from router.scheduling.predictions import Predictions
-from router.scheduling.wait_time import Waits
+from router.scheduling.wait_time import WaitEstimator
 from router.settings import RouterSettings
 from router.types import (
     BlockUpdate,
@@ -82,10 +82,10 @@ class Router:
         self._queue = HoldQueue(settings)
         self._health = Health(settings, self._rng)
         self._retries = RetryBudget(settings.retry, now_s=0.0)
-        waits = Waits(self._fleet, self._queue)
+        waits = WaitEstimator(self._fleet, self._queue)
         self._calls = ProviderCalls(self._queue)
-        self._spill = Spill(self._queue, waits, self._calls, settings, self._rng)
-        self._overloads = Overloads(self._fleet, self._queue, waits, settings)
+        self._spill = Spillover(self._queue, waits, self._calls, settings, self._rng)
+        self._overloads = LoadShedder(self._fleet, self._queue, waits, settings)
         self._predictions = Predictions(settings.max_prediction_error)
         policy = make_policy(settings.policy, self._rng, settings.ablate)
         self._placer = Placer(
@@ -109,7 +109,7 @@ class Router:
         has_length = "length" not in self._placer.policy.ablated
         request = self._predictions.on_arrival(request, s_per_token, has_length=has_length)
         if self._placer.holds and not self._queue.by_arrival:
-            request = msgspec.structs.replace(request, turn_s=turn_s(request, self.settings))
+            request = msgspec.structs.replace(request, edf_key_s=edf_key_s(request, self.settings))
         if now_s < self._health.next_check_s:
             return self._open.admit(request, now_s)
         # Nobody looked while there was no work: an engine may have fallen silent meanwhile.
@@ -422,7 +422,7 @@ class Router:
         if not self._placer.holds or self._queue.by_arrival:
             return None
         placement = self._placer.get(request.id)
-        return turn_s(placement.request if placement is not None else request, self.settings)
+        return edf_key_s(placement.request if placement is not None else request, self.settings)
 
     def state(self, now_s: float) -> dict[str, object]:
         """Everything worth knowing about the router now; JSON-able."""

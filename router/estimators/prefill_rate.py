@@ -7,7 +7,7 @@ import math
 _MEMORY_S = 8.0
 
 
-class RecentPrefill:
+class PrefillRate:
     """Prompt tokens that an engine computes per second, exponentially weighted.
 
     From its running total, so that no step is missed where a snapshot stands for several.

@@ -9,7 +9,7 @@ _LEAST_S = 0.5  # of backlogged time, before which a rate says nothing
 _SURE_TIMES = 4.0  # that something was taken: then the rate is known to a factor of two
 
 
-class Drain:
+class DepartureRate:
     """Prompt tokens per second that engines have taken from a queue that was never empty.
 
     Whatever engines are short of (prefill, KV blocks, sequences) shows in it,

@@ -10,7 +10,7 @@ _MEMORY = 32
 _LEAST_KNOWN = 8
 
 
-class PathTime:
+class RequestOverhead:
     """Seconds from placing a request to its first token, beyond what steps explain.
 
     Tokenising, the ways there and back, an API layer that lags behind its engine, a step

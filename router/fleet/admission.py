@@ -31,21 +31,21 @@ def window_tokens(replica: Replica) -> int:
     return budget + min(budget, int(replica.prefill_tokens_per_s * _REACTION_S))
 
 
-def takes_work(replica: Replica) -> bool:
+def accepts_work(replica: Replica) -> bool:
     """Whether anything at all may be sent to the engine."""
     return not replica.is_draining and replica.breaker.admits(replica.info.max_num_seqs)
 
 
-class Opening(enum.Enum):
+class Admission(enum.Enum):
     """What an engine should be sent now, KV blocks aside."""
 
-    SHUT = "shut"  # nothing, whatever happens to what it has
-    FULL = "full"  # nothing yet
-    SHORT = "short"  # prompts that are `Replica.is_short`
-    OPEN = "open"
+    UNAVAILABLE = "unavailable"  # nothing, whatever happens to what it has
+    SATURATED = "saturated"  # nothing yet
+    SHORT_ONLY = "short_only"  # prompts that are `Replica.is_short`
+    ANY = "any"
 
 
-def opening(replica: Replica) -> Opening:
+def admission(replica: Replica) -> Admission:
     """What the engine should be sent now, KV blocks aside.
 
     An engine with nothing to prefill is always below its window. A hung engine
@@ -53,15 +53,15 @@ def opening(replica: Replica) -> Opening:
     prompt, which takes a capped part of each step, there is room for short ones:
     what counts for these is what the next step would compute already.
     """
-    if not takes_work(replica):
-        return Opening.SHUT
+    if not accepts_work(replica):
+        return Admission.UNAVAILABLE
     window = window_tokens(replica)
     if (
         replica.num_sequences >= replica.info.max_num_seqs
         or replica.num_step_demand_tokens >= window
     ):
-        return Opening.FULL
-    return Opening.OPEN if replica.num_pending_prefill_tokens < window else Opening.SHORT
+        return Admission.SATURATED
+    return Admission.ANY if replica.num_pending_prefill_tokens < window else Admission.SHORT_ONLY
 
 
 def kv_need_tokens(request: Request) -> int:

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator
 
-from router.estimators.request_overhead import PathTime
+from router.estimators.request_overhead import RequestOverhead
 from router.estimators.step_time import StepModel
-from router.fleet.admission import Opening, opening
+from router.fleet.admission import Admission, admission
 from router.fleet.replica import Kind, Replica
 from router.types import Request
 
@@ -64,7 +64,7 @@ class Fleet:
         self._pools_by_name: dict[str, list[_Pool]] = {}
         # The one that told last, and from how many steps it had learned then.
         self._told: dict[Kind, tuple[StepModel, int]] = {}
-        self._paths: dict[Kind, PathTime] = {}
+        self._paths: dict[Kind, RequestOverhead] = {}
         self._novices: dict[Kind, dict[str, Replica]] = {}  # have run few steps yet, by id
 
     def __len__(self) -> int:
@@ -124,11 +124,11 @@ class Fleet:
         if self._replicas.get(replica.id) is not replica:
             return
         pool = self._pools[replica.names]
-        is_now = opening(replica)
+        is_now = admission(replica)
         for replicas, belongs in (
-            (pool.open, is_now is Opening.OPEN),
-            (pool.open_to_short_only, is_now is Opening.SHORT),
-            (pool.working, is_now is not Opening.SHUT),
+            (pool.open, is_now is Admission.ANY),
+            (pool.open_to_short_only, is_now is Admission.SHORT_ONLY),
+            (pool.working, is_now is not Admission.UNAVAILABLE),
         ):
             if belongs:
                 replicas[replica.id] = replica

@@ -10,7 +10,7 @@ tokens reach the breaker by the calls themselves (`router.core.router`).
 import random
 from collections.abc import Iterable, Sequence
 
-from router.fleet.admission import takes_work
+from router.fleet.admission import accepts_work
 from router.fleet.fleet import Fleet
 from router.fleet.replica import Replica
 from router.resilience.breaker import Breaker, BreakerEvent, BreakerLog, BreakerState, TripReason
@@ -53,7 +53,7 @@ class Health:
             return breaker
         ramp_s = self._settings.breaker.slow_start_s
         others_are_warm = any(
-            info.model in replica.names and takes_work(replica) and now_s - replica.up_s > ramp_s
+            info.model in replica.names and accepts_work(replica) and now_s - replica.up_s > ramp_s
             for replica in fleet
         )
         return Breaker(
@@ -110,7 +110,7 @@ class Health:
         replica = placements[0].replica
         if replica.breaker.status is not BreakerState.HALF_OPEN:
             fellows = [other for other in fleet if other.info.model == replica.info.model]
-            if 2 * sum(map(takes_work, fellows)) <= len(fellows):
+            if 2 * sum(map(accepts_work, fellows)) <= len(fellows):
                 return
         for placement in placements:
             replica.breaker.slow(placement.permit, now_s)

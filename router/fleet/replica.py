@@ -3,8 +3,8 @@
 import math
 import random
 
-from router.estimators.prefill_rate import RecentPrefill
-from router.estimators.request_overhead import PathTime
+from router.estimators.prefill_rate import PrefillRate
+from router.estimators.request_overhead import RequestOverhead
 from router.estimators.step_time import StepModel
 from router.fleet.ledger import Ledger
 from router.fleet.prefix_cache import PrefixCache
@@ -24,7 +24,7 @@ class Replica:
 
     __slots__ = (
         "__weakref__",
-        "_first_long_turn_s",
+        "_first_long_edf_key_s",
         "_is_at_work",
         "_recent_prefill",
         "_rest_tokens",
@@ -39,7 +39,7 @@ class Replica:
         "info",
         "is_draining",
         "ledger",
-        "long_turns_s",
+        "long_edf_keys_s",
         "max_prefill_chunk",
         "names",
         "num_decoding",
@@ -74,12 +74,12 @@ class Replica:
         self.snapshot_s = now_s  # when received
         self.ledger = Ledger()
         self.predictor = StepModel()
-        self._recent_prefill = RecentPrefill()
-        self.path = PathTime()  # outside of its steps
+        self._recent_prefill = PrefillRate()
+        self.path = RequestOverhead()  # outside of its steps
         self.prefix_cache = PrefixCache(info.block_size)
         # Of the prompts sent here that one step cannot take and that are not prefilled yet, by id.
-        self.long_turns_s: dict[str, float] = {}
-        self._first_long_turn_s = math.inf
+        self.long_edf_keys_s: dict[str, float] = {}
+        self._first_long_edf_key_s = math.inf
         self.is_draining = False  # finishes what it has, takes nothing new
 
         self.num_pending_prefill_tokens = 0  # in the engine and on their way to it
@@ -126,14 +126,14 @@ class Replica:
         """
         return num_new_tokens <= self.max_prefill_chunk
 
-    def ttft_s(self, num_new_tokens: int, now_s: float, turn_s: float = -math.inf) -> float:
+    def ttft_s(self, num_new_tokens: int, now_s: float, edf_key_s: float = -math.inf) -> float:
         """Predicted seconds until a prompt of so many new tokens is prefilled here.
 
         The rest of the current step, which a newcomer cannot join, then whole
         steps until what comes before it and its own tokens are prefilled
         (formula: `router.estimators.step_time`): all that is pending, or, before a short
         prompt, the other short ones, as the engine lets these pass (see
-        `serving.engine.vllm.scheduler`), unless a long one whose turn comes before `turn_s`
+        `serving.engine.vllm.scheduler`), unless a long one whose turn comes before `edf_key_s`
         keeps its part of the step. A wait for KV blocks is not in it: admission
         does not send where they lack.
         """
@@ -142,7 +142,7 @@ class Replica:
         num_tokens = self._rest_tokens
         if num_new_tokens <= chunk:
             num_ahead = self._short_ahead_tokens
-            if turn_s >= self._first_long_turn_s:
+            if edf_key_s >= self._first_long_edf_key_s:
                 num_ahead += chunk
             if num_ahead < num_tokens:
                 num_tokens = num_ahead
@@ -157,13 +157,15 @@ class Replica:
         rest_s = self._step_end_s - now_s
         return ttft_s + rest_s if rest_s > 0.0 else ttft_s
 
-    def passing_s(self, num_new_tokens: int, turn_s: float) -> float:
+    def passing_s(self, num_new_tokens: int, edf_key_s: float) -> float:
         """Predicted seconds that long prompts here will wait for this one, summed over them.
 
         Those whose turn comes later: a short prompt has the next step for itself and those
         that decode (see `serving.engine.vllm.scheduler`), unless it joins other short ones there.
         """
-        num_passed = sum(long_turn_s > turn_s for long_turn_s in self.long_turns_s.values())
+        num_passed = sum(
+            long_edf_key_s > edf_key_s for long_edf_key_s in self.long_edf_keys_s.values()
+        )
         if not num_passed:
             return 0.0
         step_s = num_new_tokens * self.token_s
@@ -239,15 +241,15 @@ class Replica:
             now_s=now_s,
         )
         if 0 < self.max_prefill_chunk < num_new_tokens:
-            self.long_turns_s[request.id] = request.turn_s
-            self._first_long_turn_s = min(self._first_long_turn_s, request.turn_s)
+            self.long_edf_keys_s[request.id] = request.edf_key_s
+            self._first_long_edf_key_s = min(self._first_long_edf_key_s, request.edf_key_s)
         self._derive()
         return number
 
     def prefilled(self, request_id: str) -> None:
         """The prompt is computed, or will not be; an unknown id changes nothing."""
-        if self.long_turns_s.pop(request_id, None) is not None:
-            self._first_long_turn_s = min(self.long_turns_s.values(), default=math.inf)
+        if self.long_edf_keys_s.pop(request_id, None) is not None:
+            self._first_long_edf_key_s = min(self.long_edf_keys_s.values(), default=math.inf)
 
     def release(self, request_id: str) -> None:
         """Count the request no longer; an unknown id changes nothing."""

@@ -1,6 +1,6 @@
 """One budget for several gateways, exactly: what each may spend is leased to it.
 
-One `Lessor` has the `Budget`; each gateway has a `LeasedBudget` that looks like
+One `LeaseServer` has the `RateLimiter`; each gateway has a `LeasedBudget` that looks like
 one. Messages go one way at a time: a gateway's `News` (what it has sent, what
 was answered, what it would like to send next), then the lessor's `Grant`.
 
@@ -22,7 +22,7 @@ import math
 
 import msgspec
 
-from router.limits.rate_limit import Amount, Budget, BudgetLimits, RateReport
+from router.limits.rate_limit import Amount, RateLimiter, RateLimits, RateReport
 
 LEASE_S = 5.0  # news come every second or sooner: four may be lost
 _RENEW_S = 1.0
@@ -72,11 +72,11 @@ class _Gateway:
         self.grant: Grant | None = None  # the last one
 
 
-class Lessor:
+class LeaseServer:
     """The one that has the budget."""
 
-    def __init__(self, limits: BudgetLimits, now_s: float, *, is_restart: bool) -> None:
-        self.budget = Budget(limits)
+    def __init__(self, limits: RateLimits, now_s: float, *, is_restart: bool) -> None:
+        self.budget = RateLimiter(limits)
         self._gateways: dict[str, _Gateway] = {}
         if is_restart:
             # What was leased may be spent until the leases end, and then counts for a minute.
@@ -155,7 +155,7 @@ class LeasedBudget:
     and hand the answer to `on_grant`, or call `on_no_answer`.
     """
 
-    def __init__(self, limits: BudgetLimits) -> None:
+    def __init__(self, limits: RateLimits) -> None:
         self.limits = limits
         self.num_refused = 0
         self._left = _NOTHING
@@ -176,7 +176,7 @@ class LeasedBudget:
         """Reservations of this gateway that have not ended."""
         return len(self._open)
 
-    def use(self, limits: BudgetLimits) -> None:
+    def use(self, limits: RateLimits) -> None:
         """Go by these limits from now on (the lessor has its own)."""
         self.limits = limits
 
@@ -197,7 +197,7 @@ class LeasedBudget:
             self._wanted[request_id] = amount
 
     def reserve(self, request_id: str, amount: Amount, now_s: float) -> None:
-        """As `Budget.reserve`."""
+        """As `RateLimiter.reserve`."""
         if request_id in self._open:
             raise ValueError(f"request {request_id} has a reservation already")
         if now_s >= self._lease_until_s or not self._left.covers(amount):
@@ -208,18 +208,18 @@ class LeasedBudget:
         self._add("sent", request_id, now_s, amount)
 
     def count(self, request_id: str, now_s: float) -> None:
-        """As `Budget.count`."""
+        """As `RateLimiter.count`."""
         if request_id in self._open:
             self._add("counted", request_id, now_s)
 
     def settle(self, request_id: str, counted: Amount | None, now_s: float) -> None:
-        """As `Budget.settle`."""
+        """As `RateLimiter.settle`."""
         if request_id in self._open:
             self._open.discard(request_id)
             self._add("settled", request_id, now_s, counted)
 
     def refuse(self, request_id: str, report: RateReport, now_s: float) -> None:
-        """As `Budget.refuse`; what is left of the grant is not spent until the lessor has heard."""
+        """As `RateLimiter.refuse`; the rest of the grant is not spent until the lessor knows."""
         self.num_refused += 1
         self._left = _NOTHING
         self._room_at_s = max(self._room_at_s, now_s + (report.retry_after_s or 0.0))
@@ -228,7 +228,7 @@ class LeasedBudget:
             self._add("refused", request_id, now_s, report=report)
 
     def report(self, report: RateReport, now_s: float) -> None:
-        """As `Budget.report`."""
+        """As `RateLimiter.report`."""
         self._add("report", "", now_s, report=report)
 
     def next_news_s(self) -> float | None:

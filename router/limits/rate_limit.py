@@ -44,7 +44,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # after a 429 that does not say ho
 _CALL_MEMORY = 20.0  # calls over which the usual duration is learned
 
 
-class BudgetLimits(BaseModel):
+class RateLimits(BaseModel):
     """What the provider allows under one key; unset: as it reports, or no limit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -112,10 +112,10 @@ class _Reservation:
         self.grains: list[Grain] = []  # as the windows; none until it is counted
 
 
-class Budget:
+class RateLimiter:
     """One key's limits, what is reserved under them, and when room returns."""
 
-    def __init__(self, limits: BudgetLimits) -> None:
+    def __init__(self, limits: RateLimits) -> None:
         self.limits = limits
         self._requests = Window(limits.rpm or math.inf, _MINUTE_S)
         self._tokens = Window(limits.tpm or math.inf, _MINUTE_S)
@@ -141,7 +141,7 @@ class Budget:
         """Reservations that have not ended."""
         return len(self._open)
 
-    def use(self, limits: BudgetLimits) -> None:
+    def use(self, limits: RateLimits) -> None:
         """Go by these limits from now on; what is reserved or counted stays."""
         self.limits = limits
         self._requests.limit = limits.rpm or math.inf

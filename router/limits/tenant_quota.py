@@ -81,7 +81,7 @@ class Exceeded(msgspec.Struct, frozen=True):
     wait_s: float  # until it would fit; infinite if it never does
 
 
-class Quota:
+class TenantQuota:
     """One tenant's limits and what is left of them.
 
     `reserve` and, for every reservation, `settle` exactly once.

@@ -4,7 +4,7 @@ import msgspec
 
 from router.limits.rate_limit import RateReport
 from router.providers.provider import Key
-from router.providers.quotes import Offer
+from router.providers.quotes import Quote
 from router.queueing.hold_queue import HoldQueue
 from router.resilience.breaker import BreakerState, Failure, TripReason
 from router.types import Fallback, Request, Usage
@@ -34,7 +34,7 @@ class ProviderCalls:
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._sent
 
-    def begin(self, request: Request, offer: Offer, now_s: float) -> Fallback:
+    def begin(self, request: Request, offer: Quote, now_s: float) -> Fallback:
         """Send a request to whoever offers to answer it now."""
         key = offer.key
         permit = key.breaker.begin(now_s)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from router.types import Request
 
 
-class Relief:
+class MooreHodgson:
     """One model's queue, gone through in its order: who is cheapest to do without so far?
 
     Where somebody would be late, whoever has been passed and costs the least per prompt

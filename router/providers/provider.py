@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection
 from pydantic import BaseModel, ConfigDict, Field
 
 from router.limits.lease import LeasedBudget
-from router.limits.rate_limit import Amount, Budget, BudgetLimits
+from router.limits.rate_limit import Amount, RateLimiter, RateLimits
 from router.resilience.breaker import Breaker, BreakerLog, BreakerSettings
 from router.types import Request, Usage
 
-MakeBudget = Callable[[str, BudgetLimits], Budget | LeasedBudget]
+MakeBudget = Callable[[str, RateLimits], RateLimiter | LeasedBudget]
 
 _PER_MILLION = 1e-6
 # First tokens over which a provider's usual time is learned: enough to even out single
@@ -28,7 +28,7 @@ _OUTPUT_MEMORY = 50.0
 _PRIOR_PROMPT_ERROR = 0.1
 
 
-class KeySettings(BudgetLimits):
+class KeySettings(RateLimits):
     """One API key of a provider, and what may be sent under it."""
 
     name: str = Field("default", description="what the key is called in states and metrics")
@@ -66,7 +66,7 @@ class Key:
     """A provider's key: its budget and its breaker."""
 
     def __init__(
-        self, provider: "Provider", name: str, budget: Budget | LeasedBudget, breaker: Breaker
+        self, provider: "Provider", name: str, budget: RateLimiter | LeasedBudget, breaker: Breaker
     ) -> None:
         self.id = f"{provider.name}/{name}"
         self.name = name
@@ -137,7 +137,7 @@ class Provider:
             self._cost(request.num_prompt_tokens, expected * request.num_sequences),
         )
 
-    def counted(self, request: Request, usage: Usage, limits: BudgetLimits) -> Amount:
+    def counted(self, request: Request, usage: Usage, limits: RateLimits) -> Amount:
         """What the provider counts for a request that has ended, by its usage.
 
         Of the output all that it might have had, if the client said how much

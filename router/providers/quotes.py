@@ -13,7 +13,7 @@ from router.types import Request
 _MAX_TRIES = 2
 
 
-class Offer(msgspec.Struct, frozen=True):
+class Quote(msgspec.Struct, frozen=True):
     """A first token from a provider."""
 
     key: Key
@@ -23,7 +23,7 @@ class Offer(msgspec.Struct, frozen=True):
     sure_s: float  # by when it will have come, all but surely
 
 
-class Offers:
+class Quotes:
     """All providers, in their order."""
 
     def __init__(self, providers: Sequence[Provider] = ()) -> None:
@@ -41,20 +41,20 @@ class Offers:
     def best(
         self,
         request: Request,
-        promised_s: float,
+        ttft_deadline_s: float,
         before_s: float,
         now_s: float,
         ahead: dict[str, Amount],
-    ) -> Offer | None:
+    ) -> Quote | None:
         """The first in order that keeps the promise, or the soonest; None if not `before_s`.
 
         `ahead` is what others wait for, by key id. A key that failed the request before
         only where there is no other.
         """
-        offer = self._best(request, promised_s, before_s, now_s, ahead, request.tried)
+        offer = self._best(request, ttft_deadline_s, before_s, now_s, ahead, request.tried)
         if offer is None and request.tried:
             but = _exhausted(request)
-            offer = self._best(request, promised_s, before_s, now_s, ahead, but)
+            offer = self._best(request, ttft_deadline_s, before_s, now_s, ahead, but)
         return offer
 
     def wait_s(self, request: Request, now_s: float) -> float:
@@ -76,13 +76,13 @@ class Offers:
     def _best(
         self,
         request: Request,
-        promised_s: float,
+        ttft_deadline_s: float,
         before_s: float,
         now_s: float,
         ahead: dict[str, Amount],
         but: Collection[str],
-    ) -> Offer | None:
-        best: Offer | None = None
+    ) -> Quote | None:
+        best: Quote | None = None
         for provider in self._affordable(request):
             amount = provider.amount(request)
             soonest = provider.soonest(amount, now_s, ahead, but)
@@ -92,8 +92,8 @@ class Offers:
             first_s = now_s + wait_s + provider.ttft_s
             if first_s < before_s:
                 sure_s = now_s + wait_s + provider.sure_ttft_s
-                best = Offer(key, amount, wait_s, first_s, sure_s)
-                if first_s <= promised_s:
+                best = Quote(key, amount, wait_s, first_s, sure_s)
+                if first_s <= ttft_deadline_s:
                     return best
                 before_s = first_s
         return best

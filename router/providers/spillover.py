@@ -23,15 +23,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from router.limits.rate_limit import Amount, Budget, BudgetLimits
+from router.limits.rate_limit import Amount, RateLimiter, RateLimits
 from router.providers.calls import ProviderCalls
-from router.providers.late_jobs import Relief
+from router.providers.late_jobs import MooreHodgson
 from router.providers.provider import MakeBudget, Provider, ProviderSettings
-from router.providers.quotes import Offer, Offers
-from router.queueing.deadline import promised_s
+from router.providers.quotes import Quote, Quotes
+from router.queueing.deadline import ttft_deadline_s
 from router.queueing.hold_queue import HoldQueue
 from router.resilience.breaker import BreakerLog
-from router.scheduling.wait_time import Waits
+from router.scheduling.wait_time import WaitEstimator
 from router.settings import RouterSettings
 from router.types import Fallback, Request
 
@@ -66,13 +66,13 @@ class FallbackSettings(BaseModel):
     )
 
 
-class Spill:
+class Spillover:
     """Sends requests to providers."""
 
     def __init__(
         self,
         queue: HoldQueue,
-        waits: Waits,
+        waits: WaitEstimator,
         calls: ProviderCalls,
         settings: RouterSettings,
         rng: random.Random,
@@ -85,7 +85,7 @@ class Spill:
         self._router_settings = settings
         self._rng = rng
         self.calls = calls
-        self.offers = Offers()
+        self.offers = Quotes()
         self._looked_s = -math.inf
         self._next_look_s: float | None = None
         self.num_spilled = 0
@@ -125,13 +125,13 @@ class Spill:
         self._looked_s = now_s
         self._next_look_s = None
         fallbacks: list[Fallback] = []
-        reliefs: dict[str, Relief] = {}
+        reliefs: dict[str, MooreHodgson] = {}
         ahead: dict[str, Amount] = {}  # that wait for a budget, by key id
         num_waiting = 0
         for request in list(self._most_urgent()):
             relief = reliefs.get(request.model)
             if relief is None:
-                relief = reliefs[request.model] = Relief(self.offers.price)
+                relief = reliefs[request.model] = MooreHodgson(self.offers.price)
             relief.pass_by(request)
             while (offered := self._relieve(request, relief, now_s, ahead)) is not None:
                 leaving, offer = offered
@@ -157,8 +157,8 @@ class Spill:
 
     def go_on(self, request: Request, now_s: float) -> Fallback | None:
         """The same, also of one whose reply a provider has begun, to one that goes on with it."""
-        promise_s = promised_s(request, self._router_settings)
-        offer = self.offers.best(request, promise_s, math.inf, now_s, {})
+        deadline_s = ttft_deadline_s(request, self._router_settings)
+        offer = self.offers.best(request, deadline_s, math.inf, now_s, {})
         if offer is None or offer.wait_s > 0.0:
             return None
         return self._send(request, offer, now_s)
@@ -193,8 +193,8 @@ class Spill:
         return self.settings.spill == "late" or math.isinf(self._waits.wait_s(model, 0))
 
     def _relieve(
-        self, request: Request, relief: Relief, now_s: float, ahead: dict[str, Amount]
-    ) -> tuple[Request, Offer] | None:
+        self, request: Request, relief: MooreHodgson, now_s: float, ahead: dict[str, Amount]
+    ) -> tuple[Request, Quote] | None:
         """Who should go, and to whom, so that a request is in time; None if it is, or nobody."""
         num_tokens_before = relief.num_tokens - request.num_prompt_tokens
         wait_s = self._waits.first_token_s(request, num_tokens_before)
@@ -209,7 +209,9 @@ class Spill:
             return None
         while (leaving := relief.cheapest()) is not None:
             offer = self._offer(leaving, math.inf, now_s, ahead)
-            if offer is not None and offer.sure_s <= promised_s(leaving, self._router_settings):
+            if offer is not None and offer.sure_s <= ttft_deadline_s(
+                leaving, self._router_settings
+            ):
                 return leaving, offer
         # Nobody would be in time elsewhere. Sooner is better all the same.
         offer = self._offer(request, here_s, now_s, ahead)
@@ -217,27 +219,27 @@ class Spill:
 
     def _is_late(self, request: Request, here_s: float) -> bool:
         """Whether a first token at `here_s` comes too late."""
-        promise_s = promised_s(request, self._router_settings) - request.arrival_s
-        return here_s > request.arrival_s + self.settings.late_factor * promise_s
+        target_s = ttft_deadline_s(request, self._router_settings) - request.arrival_s
+        return here_s > request.arrival_s + self.settings.late_factor * target_s
 
     def _offer(
         self, request: Request, before_s: float, now_s: float, ahead: dict[str, Amount]
-    ) -> Offer | None:
+    ) -> Quote | None:
         """The offer to take; None if there is none that is sooner."""
         if request.has_begun:
             return None
-        promise_s = promised_s(request, self._router_settings)
-        return self.offers.best(request, promise_s, before_s, now_s, ahead)
+        deadline_s = ttft_deadline_s(request, self._router_settings)
+        return self.offers.best(request, deadline_s, before_s, now_s, ahead)
 
     def _look_by(self, time_s: float) -> None:
         if self._next_look_s is None or time_s < self._next_look_s:
             self._next_look_s = time_s
 
-    def _send(self, request: Request, offer: Offer, now_s: float) -> Fallback:
+    def _send(self, request: Request, offer: Quote, now_s: float) -> Fallback:
         self.num_spilled += 1
         return self.calls.begin(request, offer, now_s)
 
 
-def own_budget(key_id: str, limits: BudgetLimits) -> Budget:
+def own_budget(key_id: str, limits: RateLimits) -> RateLimiter:
     """A budget that this gateway has for itself."""
-    return Budget(limits)
+    return RateLimiter(limits)

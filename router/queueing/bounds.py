@@ -27,7 +27,7 @@ class _Tenant:
         self.newcomers: dict[str, Request] = {}
 
 
-class Occupancy:
+class QueueBounds:
     """The queue's bounds, and how much of each is taken, in all and by tenant.
 
     A full queue makes room for whoever would still take less of what lacks, over its
@@ -86,7 +86,7 @@ class Occupancy:
             for taken, size, most in zip(self._taken, _sizes(request), self._bounds, strict=True)
         )
 
-    def in_the_way(self, request: Request) -> list[Request]:
+    def eviction_candidates(self, request: Request) -> list[Request]:
         """Who has to leave for a request to have room; nobody where it should not have it."""
         sizes = _sizes(request)
         own = self._tenants.get(request.tenant)

@@ -10,7 +10,7 @@ from router.types import Request, RequestClass
 _MAX_SLOWDOWN = 8.0
 
 
-def promised_s(request: Request, settings: RouterSettings) -> float:
+def ttft_deadline_s(request: Request, settings: RouterSettings) -> float:
     """When its first token is due, on the clock of `request.arrival_s`, seconds.
 
     Whoever sends a long document expects to wait, so the promise grows with the
@@ -18,23 +18,23 @@ def promised_s(request: Request, settings: RouterSettings) -> float:
     later that it fills gaps only, yet as promises age it comes before fresh
     work in the end, so nothing starves (earliest deadline first).
     """
-    return _promised_s(request, settings, settings.promise_s_per_token)
+    return _ttft_deadline_s(request, settings, settings.ttft_target_s_per_token)
 
 
-def turn_s(request: Request, settings: RouterSettings) -> float:
+def edf_key_s(request: Request, settings: RouterSettings) -> float:
     """Its place in the order of service: the promise as the engines at hand would make it.
 
     Where they prefill far faster than promised, nobody is ever late, and the promise alone
     would be shortest first: a long prompt would wait for every burst to pass.
     """
-    s_per_token = min(settings.promise_s_per_token, _MAX_SLOWDOWN * request.prefill_s_per_token)
-    return _promised_s(request, settings, s_per_token)
+    s_per_token = min(settings.ttft_target_s_per_token, _MAX_SLOWDOWN * request.prefill_s_per_token)
+    return _ttft_deadline_s(request, settings, s_per_token)
 
 
-def _promised_s(request: Request, settings: RouterSettings, s_per_token: float) -> float:
-    promise_s = settings.promise_base_s + s_per_token * request.num_prompt_tokens
+def _ttft_deadline_s(request: Request, settings: RouterSettings, s_per_token: float) -> float:
+    ttft_target_s = settings.ttft_target_base_s + s_per_token * request.num_prompt_tokens
     if request.priority_class is RequestClass.INTERACTIVE:
-        promise_s *= settings.promise_interactive_factor
+        ttft_target_s *= settings.ttft_target_interactive_factor
     elif request.priority_class is RequestClass.BATCH:
-        promise_s += settings.promise_batch_s
-    return request.arrival_s + promise_s
+        ttft_target_s += settings.ttft_target_batch_s
+    return request.arrival_s + ttft_target_s

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Collection, Iterator
 
-from router.queueing.bounds import Occupancy
-from router.queueing.deadline import promised_s, turn_s
+from router.queueing.bounds import QueueBounds
+from router.queueing.deadline import edf_key_s, ttft_deadline_s
 from router.queueing.fair_share import FairShare, charged_tokens, owed_tokens
 from router.queueing.lazy_heap import Key, LazyHeap
-from router.queueing.model_queue import Lane
+from router.queueing.model_queue import ModelQueue
 from router.settings import RouterSettings
 from router.types import Request, RequestClass, Usage
 
@@ -40,10 +40,10 @@ class HoldQueue:
     def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings
         self._held: dict[str, Request] = {}
-        self._lanes: dict[str, Lane] = {}  # only those that are not empty
+        self._lanes: dict[str, ModelQueue] = {}  # only those that are not empty
         self._expiry = LazyHeap()
         self._share = FairShare()
-        self._occupancy = Occupancy(settings)
+        self._occupancy = QueueBounds(settings)
         self._models_by_tenant: dict[str, set[str]] = {}  # that each waits for
         self._yielding = LazyHeap()  # batch requests whose promise is not due yet
         self.by_arrival = False  # order by arrival alone; changed by `reorder`
@@ -78,14 +78,14 @@ class HoldQueue:
         """Place in the order: (turn, arrival), seconds; see `router.queueing.deadline`."""
         if self.by_arrival:
             return (request.arrival_s, request.arrival_s)
-        return (turn_s(request, self._settings), request.arrival_s)
+        return (edf_key_s(request, self._settings), request.arrival_s)
 
     def reorder(self, *, by_arrival: bool) -> None:
         """Order by arrival alone, or by promise, from now on; what is held already, too."""
         if by_arrival == self.by_arrival:
             return
         self.by_arrival = by_arrival
-        self._lanes = {model: Lane() for model in self._lanes}
+        self._lanes = {model: ModelQueue() for model in self._lanes}
         for request in self._held.values():
             self._lanes[request.model].push(request, self.key(request))
         for tenant in self._models_by_tenant:
@@ -116,11 +116,11 @@ class HoldQueue:
         self._occupancy.add(request)
         lane = self._lanes.get(request.model)
         if lane is None:
-            lane = self._lanes[request.model] = Lane()
+            lane = self._lanes[request.model] = ModelQueue()
             self.num_tokens_by_model[request.model] = 0
         self.num_tokens_by_model[request.model] += request.num_prompt_tokens
         if request.priority_class is RequestClass.BATCH:
-            self._yielding.push(request.id, (promised_s(request, self._settings),))
+            self._yielding.push(request.id, (ttft_deadline_s(request, self._settings),))
         lane.push(request, self.key(request))
         self._share.join(request.tenant)
         self._models_by_tenant.setdefault(request.tenant, set()).add(request.model)
@@ -133,7 +133,7 @@ class HoldQueue:
 
         Of those who take most of the queue over their weight (`router.queueing.bounds`).
         """
-        leaving = self._occupancy.in_the_way(request)
+        leaving = self._occupancy.eviction_candidates(request)
         for each in leaving:
             self.remove(each.id)
         return leaving
@@ -254,5 +254,5 @@ class HoldQueue:
         for model in self._models_by_tenant[tenant]:
             self._set_turn(self._lanes[model], tenant)
 
-    def _set_turn(self, lane: Lane, tenant: str) -> None:
+    def _set_turn(self, lane: ModelQueue, tenant: str) -> None:
         lane.set_turn(tenant, (lane.first_of(tenant) in self._yielding, self._share.tag(tenant)))

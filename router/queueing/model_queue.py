@@ -8,13 +8,13 @@ from router.queueing.fair_share import charged_tokens
 from router.queueing.lazy_heap import Key, LazyHeap
 from router.types import Request
 
-Turn = tuple[bool, float]  # (yields to all others, virtual time)
+VirtualTime = tuple[bool, float]  # (yields to all others, virtual time)
 
 # Tokens are counted by so much of their keys: a quarter of the shortest promise.
 _GRAIN_S = 0.125
 
 
-class Lane:
+class ModelQueue:
     """Tenants by their turn, and each tenant's requests by their own order.
 
     With one tenant that is its requests' order and nothing else.
@@ -28,7 +28,7 @@ class Lane:
         self._tokens: dict[str, Counter[int]] = {}
         self._by_tenant: dict[str, LazyHeap] = {}  # only those that are not empty
         self._turns = LazyHeap()
-        self.turns: dict[str, Turn] = {}
+        self.turns: dict[str, VirtualTime] = {}
 
     def __len__(self) -> int:
         return self._num_requests
@@ -69,7 +69,7 @@ class Lane:
         self._turns.remove(request.tenant)
         return False
 
-    def set_turn(self, tenant: str, turn: Turn) -> None:
+    def set_turn(self, tenant: str, turn: VirtualTime) -> None:
         """Say when it is the turn of a tenant that waits here."""
         if self.turns.get(tenant) != turn:
             self._turns.remove(tenant)
@@ -80,8 +80,8 @@ class Lane:
         """Id of the first request of a tenant that waits here."""
         return self._by_tenant[tenant].head()[1]
 
-    def head(self) -> tuple[Turn, Key, str]:
-        """Turn, key and id of the first request. The lane is not empty."""
+    def head(self) -> tuple[VirtualTime, Key, str]:
+        """Virtual time, key and id of the first request. The lane is not empty."""
         if len(self._by_tenant) == 1:
             ((tenant, heap),) = self._by_tenant.items()
         else:
@@ -100,8 +100,8 @@ class Lane:
             return
         tenants = self._turns.in_order()
         tenant = next(tenants, None)
-        # Turn, tie-break, request, those that follow it.
-        going: list[tuple[Turn, int, Request, Iterator[str]]] = []
+        # Virtual time, tie-break, request, those that follow it.
+        going: list[tuple[VirtualTime, int, Request, Iterator[str]]] = []
         num_pushed = 0
         while going or tenant is not None:
             if tenant is not None and (not going or self.turns[tenant] <= going[0][0]):

@@ -5,7 +5,7 @@ r"""A reply that outlives its engines: what of it there is, and how another engi
        \------lose-------/    | \--take: bytes for the client, groups for the record
                               |
     At the engine that comes next: the record is played through, which gives the same
-    bytes again; `Seam` drops those that the client has, after comparing them.
+    bytes again; `ResumeSplice` drops those that the client has, after comparing them.
 
 Groups are what the engine has generated, opaque here, and the bytes are made of them
 (`serving.stream.record`). So that nothing is missing, an engine sends a group before, or with, the
@@ -139,11 +139,11 @@ class Reply:
         self._record = None
 
 
-class SeamError(Exception):
+class ResumeSpliceError(Exception):
     """The reply does not begin with what the client has of it."""
 
 
-class Seam:
+class ResumeSplice:
     """Cuts off a reply what the client has of it, in the engine that goes on."""
 
     __slots__ = ("_checksum", "_expected", "_num_left")
@@ -154,14 +154,19 @@ class Seam:
         self._expected = resume.checksum
 
     def cut(self, body: bytes, *, is_last: bool) -> bytes:
-        """What of the next bytes the client lacks. Raises `SeamError` if the others differ."""
+        """Return what of the next bytes the client lacks.
+
+        Raises `ResumeSpliceError` if the others differ from what was sent.
+        """
         if not self._num_left:
             return body
         known = body[: self._num_left]
         self._num_left -= len(known)
         self._checksum = zlib.crc32(known, self._checksum)
         if self._num_left and is_last:
-            raise SeamError("the other engine's response was shorter than what had been sent")
+            raise ResumeSpliceError(
+                "the other engine's response was shorter than what had been sent"
+            )
         if not self._num_left and self._checksum != self._expected:
-            raise SeamError("the other engine's response differs from what had been sent")
+            raise ResumeSpliceError("the other engine's response differs from what had been sent")
         return body[len(known) :]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from router.fleet.admission import kv_need_tokens, takes_work
+from router.fleet.admission import accepts_work, kv_need_tokens
 from router.fleet.fleet import Fleet
 from router.fleet.replica import Replica
 from router.queueing.hold_queue import HoldQueue
@@ -34,7 +34,7 @@ class Reservations:
         for replica_id, (_, holder_id) in self._kept.items():
             if holder_id == head.id:
                 kept = self._fleet.get(replica_id)
-                if kept is not None and takes_work(kept):
+                if kept is not None and accepts_work(kept):
                     return
                 del self._kept[replica_id]
                 break

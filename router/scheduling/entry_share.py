@@ -9,7 +9,7 @@ were refused lately are the ones who would wait.
 import math
 
 
-class EntryShare:
+class AdmissionShare:
     """Tokens let in over weight, by tenant; who is ahead of the others has to wait for them."""
 
     __slots__ = ("_memory_s", "_tags", "_wanting")

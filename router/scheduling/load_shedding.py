@@ -17,10 +17,10 @@ already, and anybody while no engine of the model works, for then nothing is kno
 import math
 
 from router.fleet.fleet import Fleet
-from router.queueing.deadline import turn_s
+from router.queueing.deadline import edf_key_s
 from router.queueing.hold_queue import HoldQueue
-from router.scheduling.entry_share import EntryShare
-from router.scheduling.wait_time import Waits
+from router.scheduling.entry_share import AdmissionShare
+from router.scheduling.wait_time import WaitEstimator
 from router.settings import RouterSettings
 from router.types import Request
 
@@ -33,13 +33,13 @@ _SAFETY = 2.0
 _MAX_RETRY_AFTER_S = 60.0
 
 
-class Overload:
+class OverloadState:
     """One model's."""
 
     __slots__ = ("_max_late_s", "_return_s", "_until_s", "share")
 
     def __init__(self, max_late_s: float) -> None:
-        self.share = EntryShare(max_late_s)
+        self.share = AdmissionShare(max_late_s)
         self._max_late_s = max_late_s
         self._until_s = -math.inf
         self._return_s = -math.inf  # when the last one that was refused is to come back
@@ -64,17 +64,17 @@ class Overload:
         return self._return_s - now_s
 
 
-class Overloads:
+class LoadShedder:
     """That of each model, judged by what is held and by what engines can do."""
 
     def __init__(
-        self, fleet: Fleet, queue: HoldQueue, waits: Waits, settings: RouterSettings
+        self, fleet: Fleet, queue: HoldQueue, waits: WaitEstimator, settings: RouterSettings
     ) -> None:
         self._fleet = fleet
         self._queue = queue
         self._waits = waits
         self._settings = settings
-        self._by_model: dict[str, Overload] = {}
+        self._by_model: dict[str, OverloadState] = {}
 
     def refuse_s(self, request: Request, now_s: float) -> float | None:
         """In how many seconds a request that has to wait is to come back; None if it may stay."""
@@ -87,13 +87,13 @@ class Overloads:
             return None
         overload = self._by_model.get(model)
         if overload is None:
-            overload = self._by_model[model] = Overload(max_late_s)
+            overload = self._by_model[model] = OverloadState(max_late_s)
         is_on = overload.is_on(now_s)
         own_s = request.num_prompt_tokens * num_engines / tokens_per_s
         # By its turn, which is never after its promise: by promises alone, long prompts would be
         # let in until only they had time to wait for one another. And a promise that no engine
         # could keep makes nobody late who waits no longer than its own prompt takes.
-        slack_s = max(turn_s(request, self._settings) - now_s - own_s, own_s)
+        slack_s = max(edf_key_s(request, self._settings) - now_s - own_s, own_s)
         others_s = overload.share.tokens_ahead(tenant, now_s) / tokens_per_s if is_on else 0.0
         late_s = self._wait_s(model, self._num_tokens(model), is_on) + others_s - slack_s
         if late_s > 0.0:  # look closer: some of what is held comes after this request

@@ -140,7 +140,7 @@ class Placer:
         num_cached_tokens = replica.prefix_cache.num_tokens(request)
         num_new_tokens = max(1, request.num_prompt_tokens - num_cached_tokens)
         path_s = replica.path.time_s
-        predicted_ttft_s = replica.ttft_s(num_new_tokens, now_s, request.turn_s) + path_s
+        predicted_ttft_s = replica.ttft_s(num_new_tokens, now_s, request.edf_key_s) + path_s
         predicted_tpot_s = replica.tpot_s(request.num_sequences)
         booking = replica.book(request, kv_need_tokens(request), now_s, num_cached_tokens)
         if self.policy.wants_blocks:

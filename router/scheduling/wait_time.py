@@ -3,14 +3,14 @@
 import math
 from collections.abc import Mapping
 
-from router.estimators.queue_drain import Drain
+from router.estimators.queue_drain import DepartureRate
 from router.fleet.fleet import Fleet
 from router.queueing.hold_queue import HoldQueue
 from router.types import Request
 
 
-class Waits:
-    """Waits by what engines can prefill, and by what they have in fact taken: the longer counts.
+class WaitEstimator:
+    """Waits by what engines can prefill and by what they have in fact taken: the longer counts.
 
     The first knows of engines that have just come or gone, the second of whatever
     else engines are short of.
@@ -19,7 +19,7 @@ class Waits:
     def __init__(self, fleet: Fleet, queue: HoldQueue) -> None:
         self._fleet = fleet
         self._queue = queue
-        self._drains: dict[str, Drain] = {}
+        self._drains: dict[str, DepartureRate] = {}
         self._was_any_waiting = False
 
     def took(self, num_tokens_by_model: Mapping[str, int], now_s: float) -> None:
@@ -31,7 +31,7 @@ class Waits:
         for model in self._drains.keys() | waiting.keys() | num_tokens_by_model.keys():
             drain = self._drains.get(model)
             if drain is None:
-                drain = self._drains[model] = Drain(now_s)
+                drain = self._drains[model] = DepartureRate(now_s)
             drain.advance(num_tokens_by_model.get(model, 0), model in waiting, now_s)
 
     def wait_s(self, model: str, num_tokens: int) -> float:

@@ -151,8 +151,8 @@ class Simulation:
         """What vLLM is told: lower is first."""
         if self._priority is not None:
             return self._priority(arrival)
-        promised_s = gateway.router.engine_priority_s(request)
-        return 0 if promised_s is None else round(promised_s * 1000)
+        ttft_deadline_s = gateway.router.engine_priority_s(request)
+        return 0 if ttft_deadline_s is None else round(ttft_deadline_s * 1000)
 
     def _arrive(self, number: int) -> None:
         self._num_arrived = number + 1

@@ -23,7 +23,9 @@ class Slo:
         if self.ttft_s is not None:
             return np.full(len(run), self.ttft_s)
         defaults = RouterSettings()
-        return defaults.promise_base_s + defaults.promise_s_per_token * run.num_prompt_tokens
+        return (
+            defaults.ttft_target_base_s + defaults.ttft_target_s_per_token * run.num_prompt_tokens
+        )
 
     def met(self, run: Run) -> np.ndarray:
         """Return which requests got what was promised, [num_requests]; none that failed."""

@@ -14,7 +14,7 @@ from serving.config import Config, parse
 from serving.engine.step_log import StepLog
 from serving.engine.vllm.engine import Engine
 from serving.planning.plan import Plan
-from serving.stream.server import Port
+from serving.stream.server import StreamServer
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +88,13 @@ class EngineReplica:
             await self._loop.run(_close(self._port, self._config.engine.drain_timeout_s))
 
 
-async def _open(config: Config, plan: Plan, local_rank: int) -> tuple[Port, tuple[str, int]]:
+async def _open(
+    config: Config, plan: Plan, local_rank: int
+) -> tuple[StreamServer, tuple[str, int]]:
     module, _, name = config.engine.factory.partition(":")
     factory: type[Engine] = getattr(importlib.import_module(module), name)
     engine = await factory.start(config, plan, local_rank)
-    port = Port(engine, config.gateway.stream_window_bytes)
+    port = StreamServer(engine, config.gateway.stream_window_bytes)
     address = await port.listen(ray.util.get_node_ip_address())
     if (folder := config.engine.step_log) is not None:
         log = StepLog(engine, folder / f"{os.getpid()}.jsonl", port.on_step)
@@ -100,7 +102,7 @@ async def _open(config: Config, plan: Plan, local_rank: int) -> tuple[Port, tupl
     return port, address
 
 
-async def _close(port: Port, timeout_s: float) -> None:
+async def _close(port: StreamServer, timeout_s: float) -> None:
     await port.drain(timeout_s)
     port.close()
     await port.engine.shutdown()

@@ -26,7 +26,7 @@ from serving.gateway.exchange import EngineFailed, Exchange, Rejected
 from serving.gateway.metrics import Metrics
 from serving.gateway.providers.calls import Providers
 from serving.stream import record
-from serving.stream.client import Link
+from serving.stream.client import StreamClient
 from serving.stream.frames import Ack, Cancel, Data, End, Head, Prompt, Resync, Submit
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Driver:
         self._gateway_id = gateway_id
         self.records = Records(max_record_bytes)
         self._ack_bytes = window_bytes // 2
-        self._links: dict[str, Link] = {}
+        self._links: dict[str, StreamClient] = {}
         self._streams: dict[str, dict[int, Exchange]] = {}
         self._members: dict[str, dict] = {}
         self._connecting: set[asyncio.Task[None]] = set()
@@ -132,31 +132,31 @@ class Driver:
         """Connect, and again while Ray still names the replica."""
         while replica_id in self._members and replica_id not in self._links:
             try:
-                self._links[replica_id] = await Link.connect(
+                self._links[replica_id] = await StreamClient.connect(
                     replica_id, metadata, self._gateway_id, self
                 )
             except OSError as error:
                 logger.warning("engine %s is not reachable: %s", replica_id, error)
                 await asyncio.sleep(_RECONNECT_S)
 
-    def on_welcome(self, link: Link, info: EngineInfo) -> None:
+    def on_welcome(self, link: StreamClient, info: EngineInfo) -> None:
         self.engines[link.replica_id] = info
         self._streams[link.replica_id] = {}
         self.execute(self.router.on_replica_up(link.replica_id, info, time.monotonic()))
 
-    def on_snapshot(self, link: Link, snapshot: EngineSnapshot) -> None:
+    def on_snapshot(self, link: StreamClient, snapshot: EngineSnapshot) -> None:
         now_s = time.monotonic()
         self.execute(self.router.on_snapshot(link.replica_id, snapshot, now_s))
 
-    def on_blocks(self, link: Link, update: BlockUpdate) -> None:
+    def on_blocks(self, link: StreamClient, update: BlockUpdate) -> None:
         if not self.router.on_blocks(link.replica_id, update):
             link.post(Resync())
 
-    def on_prompt(self, link: Link, frame: Prompt) -> None:
+    def on_prompt(self, link: StreamClient, frame: Prompt) -> None:
         if (exchange := self._streams[link.replica_id].get(frame.stream)) is not None:
             self.router.on_prompt(exchange.request.id, frame.num_tokens, frame.block_hashes)
 
-    def on_head(self, link: Link, frame: Head) -> None:
+    def on_head(self, link: StreamClient, frame: Head) -> None:
         exchange = self._streams[link.replica_id].get(frame.stream)
         if exchange is None:
             return
@@ -171,7 +171,7 @@ class Driver:
             return
         exchange.on_head(frame.status, frame.headers)
 
-    def on_data(self, link: Link, frame: Data) -> None:
+    def on_data(self, link: StreamClient, frame: Data) -> None:
         exchange = self._streams[link.replica_id].get(frame.stream)
         if exchange is None:
             return  # cancelled; these bytes were under way
@@ -191,7 +191,7 @@ class Driver:
         if frame.body:
             exchange.on_data(frame.body)
 
-    def on_end(self, link: Link, frame: End) -> None:
+    def on_end(self, link: StreamClient, frame: End) -> None:
         exchange = self._streams[link.replica_id].get(frame.stream)
         if exchange is None:
             return
@@ -212,7 +212,7 @@ class Driver:
             self._fail_attempt(exchange, Failure.ERROR, frame.error, can_retry=frame.can_retry)
         self._close_if_drained(link.replica_id)
 
-    def on_lost(self, link: Link) -> None:
+    def on_lost(self, link: StreamClient) -> None:
         replica_id = link.replica_id
         if self._links.get(replica_id) is link:
             del self._links[replica_id]
@@ -337,7 +337,7 @@ class Driver:
         exchange.second = (decision.replica_id, decision.booking)
         self._submit(exchange, decision, None)
 
-    def _choose(self, exchange: Exchange, link: Link, stream: int) -> None:
+    def _choose(self, exchange: Exchange, link: StreamClient, stream: int) -> None:
         """One of both engines answers: the other may stop."""
         if exchange.second != (link.replica_id, stream):
             self._stop_second(exchange)  # the router hears of the first one's answer
@@ -375,10 +375,10 @@ class Driver:
 
         By the wall clock, as requests of several gateways meet in one engine.
         """
-        promised_s = self.router.engine_priority_s(request)
-        if promised_s is None:
+        ttft_deadline_s = self.router.engine_priority_s(request)
+        if ttft_deadline_s is None:
             return 0
-        return round((time.time() + promised_s - time.monotonic()) * 1000)
+        return round((time.time() + ttft_deadline_s - time.monotonic()) * 1000)
 
     def _rearm(self) -> None:
         self.providers.rearm()
@@ -399,7 +399,7 @@ class Driver:
 
     # --- ends ------------------------------------------------------------
 
-    def _release(self, exchange: Exchange) -> Link | None:
+    def _release(self, exchange: Exchange) -> StreamClient | None:
         """Take the exchange off its engine; return the link to it, if there is one."""
         replica_id = exchange.reply.replica_id
         if replica_id is None:

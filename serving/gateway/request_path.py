@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 from router.types import RequestClass, Usage
 from serving.config import Config
 from serving.gateway.cache.response_cache import Replay, ResponseCache
-from serving.gateway.cache.single_flight import Reader
+from serving.gateway.cache.single_flight import Subscriber
 from serving.gateway.driver import Driver
 from serving.gateway.exchange import EngineFailed, Exchange, Rejected
 from serving.gateway.http.body_reader import Bodies
@@ -78,7 +78,7 @@ class TokenPath:
         self, exchange: Exchange, scope: Scope, receive: Receive, send: Send, headers: Headers
     ) -> None:
         """Have the request answered, by the cache or by an engine; `headers` go with the reply."""
-        source: Exchange | Reader | Replay = exchange
+        source: Exchange | Subscriber | Replay = exchange
         leave: Callable[[], None] = functools.partial(self._driver.cancel, exchange)
         if self._cache.enabled:
             verdict, cached = await self._cache.open(exchange, scope["headers"])
@@ -132,7 +132,7 @@ class TokenPath:
         return Exchange(request, "POST", path, forwarded, body), num_text_bytes
 
     async def _relay(
-        self, source: Exchange | Reader | Replay, send: Send, headers: Headers
+        self, source: Exchange | Subscriber | Replay, send: Send, headers: Headers
     ) -> None:
         """Pass the response on as it comes; raises `ApiError` while it can still be one."""
         started = False

@@ -8,7 +8,7 @@ from router.types import Usage
 from serving.stream.record import Recorder
 
 
-class Account:
+class RequestAccounting:
     """Tokens of one request, kept while the replica has it.
 
     Until vLLM has tokenised the prompt and registered the request
@@ -71,4 +71,4 @@ class Account:
 
 # Set in the task that runs a request: vLLM's layers hand no object of ours
 # through to the engine, but context variables pass through all of them.
-current_account: ContextVar[Account | None] = ContextVar("current_account", default=None)
+current_account: ContextVar[RequestAccounting | None] = ContextVar("current_account", default=None)

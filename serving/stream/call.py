@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message
 
-from router.resilience.resume import Seam, SeamError
-from serving.stream.account import Account, current_account
+from router.resilience.resume import ResumeSplice, ResumeSpliceError
+from serving.stream.account import RequestAccounting, current_account
 from serving.stream.frames import Data, End, Head, Headers, Submit, ToGateway
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Stream:
     def __init__(
         self,
         submit: Submit,
-        account: Account,
+        account: RequestAccounting,
         window_bytes: int,
         post: Callable[[ToGateway], None],
         on_end: Callable[["Stream"], None],
@@ -48,7 +48,7 @@ class Stream:
         self._on_end = on_end
         self._is_dead = is_dead
         self._on_dead = on_dead
-        self._seam = Seam(submit.resume) if submit.resume is not None else None
+        self._seam = ResumeSplice(submit.resume) if submit.resume is not None else None
         account.recorder.on_progress = self._report_progress
         self._credit = asyncio.Event()
         self._cancelled = asyncio.Event()
@@ -78,7 +78,7 @@ class Stream:
             error = "cancelled"
         except EngineDied:
             error = "the engine died"
-        except SeamError as seam:
+        except ResumeSpliceError as seam:
             error, can_retry = str(seam), False
         except Exception as exception:
             if not self._cancelled.is_set():
@@ -130,7 +130,7 @@ class Stream:
         if self._is_dead():
             raise EngineDied
         if self._account.has_diverged:
-            raise SeamError("generated again, it differs from what had been sent")
+            raise ResumeSpliceError("generated again, it differs from what had been sent")
         if message["type"] == "http.response.start":
             headers: Headers = [(bytes(name), bytes(value)) for name, value in message["headers"]]
             self._post(Head(self.id, message["status"], headers))

@@ -7,7 +7,7 @@ import secrets
 import msgspec
 
 from serving.engine.vllm.engine import Engine
-from serving.stream.account import Account
+from serving.stream.account import RequestAccounting
 from serving.stream.call import Stream
 from serving.stream.connection import FrameConnection
 from serving.stream.frames import (
@@ -30,14 +30,14 @@ SNAPSHOT_INTERVAL_S = 0.010
 HEARTBEAT_S = 0.5
 
 
-class Port:
+class StreamServer:
     """Listens for gateways, runs their requests in the engine, pushes snapshots."""
 
     def __init__(self, engine: Engine, window_bytes: int) -> None:
         self.engine = engine
         self.window_bytes = window_bytes
         self.secret = secrets.token_hex(16)
-        self.accounts: dict[Stream, Account] = {}
+        self.accounts: dict[Stream, RequestAccounting] = {}
         self._connections: set[Connection] = set()
         self._server: asyncio.Server | None = None
         self._seq = 0
@@ -106,7 +106,7 @@ class Port:
     def disconnected(self, connection: "Connection") -> None:
         self._connections.discard(connection)
 
-    def started(self, stream: Stream, account: Account) -> None:
+    def started(self, stream: Stream, account: RequestAccounting) -> None:
         self.accounts[stream] = account
         self.on_step()
 
@@ -118,7 +118,7 @@ class Port:
 class Connection(FrameConnection):
     """One gateway."""
 
-    def __init__(self, port: Port) -> None:
+    def __init__(self, port: StreamServer) -> None:
         super().__init__()
         self._port = port
         self._streams: dict[int, Stream] = {}
@@ -179,7 +179,7 @@ class Connection(FrameConnection):
 
     def _submit(self, frame: Submit) -> None:
         self._last_stream = frame.stream
-        account = Account(
+        account = RequestAccounting(
             frame.num_prompt_tokens,
             frame.priority,
             num_expected_cached_tokens=frame.num_cached_tokens,

@@ -11,7 +11,7 @@ from router.fleet.block_log import BlockLog
 from router.types import EngineInfo, EngineSnapshot
 from serving.config import Config
 from serving.planning.plan import Plan
-from serving.stream.account import Account
+from serving.stream.account import RequestAccounting
 
 INFO = EngineInfo(
     model="fake-model",
@@ -56,7 +56,7 @@ class FakeEngine:
     def subscribe(self, on_step: Callable[[], None]) -> None:
         self._on_step = on_step
 
-    def snapshot(self, seq: int, accounts: list[Account]) -> EngineSnapshot:
+    def snapshot(self, seq: int, accounts: list[RequestAccounting]) -> EngineSnapshot:
         return EngineSnapshot(
             seq=seq,
             num_running_reqs=len(accounts),
@@ -65,7 +65,7 @@ class FakeEngine:
             num_steps_total=self.num_steps,
         )
 
-    def forget(self, account: Account) -> None:
+    def forget(self, account: RequestAccounting) -> None:
         self._on_step()
 
     async def ping(self) -> None:

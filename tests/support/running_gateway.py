@@ -9,7 +9,7 @@ import httpx
 from serving.config import parse
 from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
-from serving.stream.server import Port
+from serving.stream.server import StreamServer
 from tests.support.fakes import FakeEngine
 
 CHAT = "/v1/chat/completions"
@@ -22,13 +22,13 @@ class System:
         self.gateway = gateway
         self.client = client
         self.engines: list[FakeEngine] = []
-        self.ports: list[Port] = []
+        self.ports: list[StreamServer] = []
         self.members: dict[str, dict] = {}
 
     async def add_engine(self, chunk: bytes | None = None) -> FakeEngine:
         engine = FakeEngine()
         engine.chunk = chunk or engine.chunk
-        port = Port(engine, self.gateway.config.gateway.stream_window_bytes)
+        port = StreamServer(engine, self.gateway.config.gateway.stream_window_bytes)
         host, number = await port.listen("127.0.0.1")
         self.members[f"r{len(self.ports)}"] = {"host": host, "port": number, "secret": port.secret}
         self.engines.append(engine)

@@ -27,7 +27,7 @@ from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
 from serving.planning.hardware import detect
 from serving.planning.plan import plan
-from serving.stream.server import Port
+from serving.stream.server import StreamServer
 from tests.support.lossy_relay import LossyRelay
 from tests.support.running_gateway import free_port
 from tests.support.tiny_model import tiny_model
@@ -143,7 +143,7 @@ async def running(engines: list[Engine]) -> AsyncIterator[Run]:
         run = Run(gateway, http, engines)
         members = {}
         for number, engine in enumerate(engines):
-            engine_port = Port(engine, 64 * 2**10)
+            engine_port = StreamServer(engine, 64 * 2**10)
             relay = LossyRelay(*await engine_port.listen("127.0.0.1"))
             stack.callback(engine_port.close)
             host, number_there = await stack.enter_async_context(relay.listening())

@@ -22,7 +22,7 @@ from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
 from serving.planning.hardware import detect
 from serving.planning.plan import plan
-from serving.stream.server import Port
+from serving.stream.server import StreamServer
 from tests.support.running_gateway import free_port
 from tests.support.tiny_model import tiny_model
 
@@ -54,13 +54,13 @@ class Pair:
         self.gateway = gateway
         self.engine = engine
         self.http = http
-        self.ports: dict[str, Port] = {}
+        self.ports: dict[str, StreamServer] = {}
         self.members: dict[str, dict] = {}
         self._ids = itertools.count()
 
     async def connect(self) -> None:
         """Offer the engine under a new name, as Ray does with one that it has started anew."""
-        port = Port(self.engine, 64 * 2**10)
+        port = StreamServer(self.engine, 64 * 2**10)
         host, number = await port.listen("127.0.0.1")
         name = f"r{next(self._ids)}"
         self.ports[name] = port

@@ -156,7 +156,7 @@ with own_folder() as folder:
         gateway = build({
             "served_model_name": "stand-in", "device": "cpu", "replicas": 2,
             "engine": {
-                "factory": "benchmarks.systems.null_engine:StandInEngine",
+                "factory": "benchmarks.systems.null_engine:NullEngine",
                 "args": {"step_ms": 20},
             },
             "gateway": {"port": port}, **more,

@@ -37,7 +37,7 @@ class Headway(Policy):
     (marginal cost pricing, Pigou 1920). A prefix that an engine holds makes it
     cheap there; when that engine is busy another becomes cheaper, prefills the
     prefix anew and holds it, too, from then on: so hot prefixes spread and
-    conversations stay, without a threshold. Without the part `externality`,
+    conversations stay, without a threshold. Without the part `congestion_cost`,
     each one's own waiting is all that counts; without `prefix`, nothing is known
     to be cached.
     """
@@ -49,9 +49,9 @@ class Headway(Policy):
         self.ablate(())
 
     def ablate(self, parts: Collection[str]) -> None:
-        """Choose without these parts; it has `externality` and `prefix`."""
+        """Choose without these parts; it has `congestion_cost` and `prefix`."""
         super().ablate(parts)
-        self._costs_s = own_costs_s if "externality" in parts else costs_s
+        self._costs_s = own_costs_s if "congestion_cost" in parts else costs_s
         self.wants_prefix = self.wants_blocks = "prefix" not in parts
 
     def choose(self, request: Request, replicas: Sequence[Replica], now_s: float) -> Replica:
@@ -128,9 +128,9 @@ def costs_s(
         slowness = replica.chunk_overhead_s / (base_s + decode_s * replica.num_decoding)
         others_s = factor_s * slowness * replica.num_sequences
         others_s += num_new_tokens * replica.token_s * num_held
-        if replica.long_turns_s:
-            others_s += replica.passing_s(num_new_tokens, request.turn_s)
-        costs.append(replica.ttft_s(num_new_tokens, now_s, request.turn_s) + others_s)
+        if replica.long_edf_keys_s:
+            others_s += replica.passing_s(num_new_tokens, request.edf_key_s)
+        costs.append(replica.ttft_s(num_new_tokens, now_s, request.edf_key_s) + others_s)
     return costs
 
 
@@ -138,5 +138,7 @@ def own_costs_s(
     request: Request, replicas: Sequence[Replica], now_s: float, num_held: float
 ) -> list[float]:
     """Seconds waited by the request alone for its first token, per replica."""
-    turn_s = request.turn_s
-    return [replica.ttft_s(replica.num_new_tokens(request), now_s, turn_s) for replica in replicas]
+    edf_key_s = request.edf_key_s
+    return [
+        replica.ttft_s(replica.num_new_tokens(request), now_s, edf_key_s) for replica in replicas
+    ]

@@ -51,16 +51,16 @@ class CompletionText:
             "created": created_s or (account.created_s if account else 0) or int(time.time()),
             "model": model,
         }
-        opening = f"data: {json.dumps(self._common, separators=(',', ':'))[:-1]}"
+        admission = f"data: {json.dumps(self._common, separators=(',', ':'))[:-1]}"
         content = '"delta":{"content":"' if chat else '"text":"'
         close = '"}' if chat else '"'
-        self._start = f'{opening},"choices":[{{"index":{index},{content}'.encode()
+        self._start = f'{admission},"choices":[{{"index":{index},{content}'.encode()
         self._end = f'{close},"logprobs":null,"finish_reason":null}}]}}\n\n'.encode()
         self._last_end = (
             f'{close},"logprobs":null,"finish_reason":"length","stop_reason":null}}]}}\n\n'
         ).encode()
         self.role = (
-            f'{opening},"choices":[{{"index":{index},"delta":{{"role":"assistant","content":""}},'
+            f'{admission},"choices":[{{"index":{index},"delta":{{"role":"assistant","content":""}},'
             '"logprobs":null,"finish_reason":null}]}\n\n'
         ).encode()
 

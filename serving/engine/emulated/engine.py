@@ -35,7 +35,7 @@ from serving.engine.emulated.kv_events import KvEvents
 from serving.engine.emulated.metrics import render
 from serving.engine.emulated.request import Body, parse
 from serving.engine.emulated.response import EmulatedReply
-from serving.stream.account import Account, current_account
+from serving.stream.account import RequestAccounting, current_account
 
 if TYPE_CHECKING:
     from serving.planning.plan import Plan
@@ -99,7 +99,7 @@ class EmulatedEngine:
         """`on_step()` is called on the event loop after every step, never while idle."""
         self._on_step = on_step
 
-    def snapshot(self, seq: int, accounts: list[Account]) -> EngineSnapshot:
+    def snapshot(self, seq: int, accounts: list[RequestAccounting]) -> EngineSnapshot:
         """The state now; what has not come as far as the scheduler counts with its estimate."""
         snapshot = self.model.snapshot(seq, 0)
         chunk = self.info.max_prefill_chunk or self.info.max_num_batched_tokens
@@ -116,7 +116,7 @@ class EmulatedEngine:
             + sum(min(estimate, chunk) for estimate in estimates),
         )
 
-    def forget(self, account: Account) -> None:
+    def forget(self, account: RequestAccounting) -> None:
         """Part of the engine's interface; nothing is kept per account."""
 
     async def ping(self) -> None:

@@ -10,7 +10,7 @@ from serving.engine.emulated.asgi import EVENTS, Send, reply, send_part
 from serving.engine.emulated.completion_text import CompletionText
 from serving.engine.emulated.request import Body
 from serving.engine.emulated.text import Prompt
-from serving.stream.account import Account
+from serving.stream.account import RequestAccounting
 from serving.stream.record import Entry, num_tokens
 
 
@@ -31,7 +31,7 @@ class EmulatedReply:
         model: str,
         max_tokens: int,
         block_size: int,
-        account: Account | None,
+        account: RequestAccounting | None,
     ) -> None:
         self.prompt = prompt
         self._body = body

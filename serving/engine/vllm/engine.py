@@ -20,7 +20,7 @@ from router.fleet.prefill_chunk import prefill_chunk_tokens
 from router.types import EngineInfo, EngineSnapshot
 from serving.config import Config, ConfigError
 from serving.planning.plan import Plan
-from serving.stream.account import Account
+from serving.stream.account import RequestAccounting
 
 
 class Engine(Protocol):
@@ -39,11 +39,11 @@ class Engine(Protocol):
         """Have `on_step()` called on the event loop after every engine step."""
         ...
 
-    def snapshot(self, seq: int, accounts: list[Account]) -> EngineSnapshot:
+    def snapshot(self, seq: int, accounts: list[RequestAccounting]) -> EngineSnapshot:
         """The state now; cheap. `accounts` are all requests that the replica has."""
         ...
 
-    def forget(self, account: Account) -> None:
+    def forget(self, account: RequestAccounting) -> None:
         """This request has ended, whichever way: nothing more is computed for it."""
         ...
 
@@ -156,7 +156,7 @@ class VllmEngine:
         )
         return cls(llm, app, monitor, replayer, info)
 
-    def forget(self, account: Account) -> None:
+    def forget(self, account: RequestAccounting) -> None:
         left = self._monitor.forget(account)
         self._replayer.forget(account)
         if left and not self.dead:

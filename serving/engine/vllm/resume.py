@@ -28,7 +28,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.outputs import LogprobsLists
 
 from serving.engine.vllm.stable_ids import make_repeatable
-from serving.stream.account import Account, current_account
+from serving.stream.account import RequestAccounting, current_account
 from serving.stream.record import Entry, Group, Recorder, groups
 
 
@@ -62,7 +62,7 @@ class _Again:
         recorded: list[Group],
         requests: list[EngineCoreRequest],
         queue: Collector,
-        account: Account,
+        account: RequestAccounting,
     ) -> None:
         self.account = account
         self.queue = queue
@@ -93,7 +93,7 @@ class Replayer:
         async_llm.RequestOutputCollector = Collector
         make_repeatable()
 
-    def forget(self, account: Account) -> None:
+    def forget(self, account: RequestAccounting) -> None:
         """The request has ended, whichever way."""
         for key in [key for key, value in self._recorders.items() if value[0] is account.recorder]:
             del self._recorders[key]
@@ -169,7 +169,7 @@ class Replayer:
                 queue.output = None
 
     def _go_on(
-        self, recorded: list[Group], requests: list[EngineCoreRequest], account: Account
+        self, recorded: list[Group], requests: list[EngineCoreRequest], account: RequestAccounting
     ) -> None:
         """Have the core begin where the record ends, with prompt and tokens as one prompt."""
         tokens: list[list[int]] = [[] for _ in requests]

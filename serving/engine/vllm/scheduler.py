@@ -28,7 +28,7 @@ NEXT = "headway_next_step"  # launched before this one ended: tokens prefilled, 
 BLOCKS = "headway_blocks"  # [(hashes stored, hashes removed) | None = all cleared]
 
 
-class _Reports:
+class StatsMixin:
     """Mixin: attaches to each step's stats what the gateway routes by."""
 
     running: list[Request]
@@ -149,7 +149,7 @@ class _EventCollector:
         return getattr(self._publisher, name)
 
 
-class _Paces:
+class PrefillCapMixin:
     """Mixin: steps that a long prompt does not fill.
 
     vLLM caps what one long prompt takes of a step (`long_prefill_token_threshold`),
@@ -203,7 +203,7 @@ class _Paces:
         ]
 
 
-class _Withdraws:
+class PreemptionFixMixin:
     """Mixin: no block is found in the prefix cache that nobody computed.
 
     vLLM 0.32 puts a block into its prefix cache when it schedules the tokens
@@ -228,11 +228,11 @@ class _Withdraws:
         self.kv_cache_manager.evict_blocks(void)
 
 
-class HeadwayScheduler(_Paces, _Reports, _Withdraws, Scheduler):
+class HeadwayScheduler(PrefillCapMixin, StatsMixin, PreemptionFixMixin, Scheduler):
     """For engines without async scheduling (CPU)."""
 
 
-class HeadwayAsyncScheduler(_Paces, _Reports, _Withdraws, AsyncScheduler):
+class HeadwayAsyncScheduler(PrefillCapMixin, StatsMixin, PreemptionFixMixin, AsyncScheduler):
     """For engines with async scheduling (CUDA)."""
 
     overlaps = True

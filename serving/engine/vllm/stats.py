@@ -17,7 +17,7 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 from router.fleet.block_log import BlockLog
 from router.types import EngineSnapshot
 from serving.engine.vllm.scheduler import BLOCKS, ENDED, NEXT, PAIRS, PENDING, PROMPTS
-from serving.stream.account import Account, current_account
+from serving.stream.account import RequestAccounting, current_account
 
 # Share of the measured prefill rate's memory that one prefill step replaces:
 # about the last 20 steps count, a few seconds of a busy engine.
@@ -43,7 +43,7 @@ class EngineMonitor(StatLoggerBase):
         self._live: dict[str, RequestState] = {}
         # By vLLM's own request id: the client's may be in the engine twice, as when its stream
         # was lost and it goes on here before what was lost has left.
-        self._accounts: dict[str, Account] = {}
+        self._accounts: dict[str, RequestAccounting] = {}
         self._on_step: Callable[[], None] = lambda: None
         self.start_over()
 
@@ -100,7 +100,7 @@ class EngineMonitor(StatLoggerBase):
 
         output_processor._update_stats_from_finished = finished
 
-    def forget(self, account: Account) -> list[str]:
+    def forget(self, account: RequestAccounting) -> list[str]:
         """The request has ended, whichever way; return what the engine still has of it.
 
         By vLLM's own request ids.
@@ -189,7 +189,7 @@ class EngineMonitor(StatLoggerBase):
             account.on_prompt(state.prompt_len, hashes)
             account.on_prompt = None
 
-    def snapshot(self, seq: int, accounts: list[Account]) -> EngineSnapshot:
+    def snapshot(self, seq: int, accounts: list[RequestAccounting]) -> EngineSnapshot:
         """The state now; `accounts` are all requests that the replica has."""
         # After an abort nothing steps, so the last word may be of requests that are gone.
         stats = self._scheduler if self._live else SchedulerStats()

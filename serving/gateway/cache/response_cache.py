@@ -17,14 +17,14 @@ from serving.gateway.cache.response_store import (
     ResponseStore,
     StoredResponse,
 )
-from serving.gateway.cache.single_flight import Flight, Reader
+from serving.gateway.cache.single_flight import SingleFlight, Subscriber
 from serving.gateway.driver import Driver
 from serving.gateway.exchange import Exchange
 from serving.stream.frames import Headers
 
 Verdict = Literal["hit", "miss", "join", "bypass"]
 # Who is in a hurry does not wait for a batch request's turn.
-FlightKey = tuple[str, RequestClass]
+SingleFlightKey = tuple[str, RequestClass]
 
 # Belong to one reply, not to its content.
 _OWN_HEADERS = (b"date", b"x-request-id")
@@ -68,7 +68,7 @@ class ResponseCache:
                 [config.model, config.engine.args], order="deterministic", enc_hook=str
             )
         ).hexdigest()
-        self._flights: dict[FlightKey, Flight] = {}
+        self._flights: dict[SingleFlightKey, SingleFlight] = {}
         self._num_flight_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._config = config.cache
@@ -96,7 +96,7 @@ class ResponseCache:
 
     async def open(
         self, exchange: Exchange, headers: Headers
-    ) -> tuple[Verdict, Reader | Replay | None]:
+    ) -> tuple[Verdict, Subscriber | Replay | None]:
         """How the request is answered, and what to read; None if the caller is to open it."""
         no_store, no_cache = _cache_control(headers)
         key = None if no_store else self._key(exchange)
@@ -112,7 +112,7 @@ class ResponseCache:
             # While Redis was asked somebody else may have started it.
             if (reader := self._join(flight_key)) is not None:
                 return self._count("join"), reader
-        flight = Flight(
+        flight = SingleFlight(
             exchange,
             self._driver,
             keep=self._keep,
@@ -158,11 +158,11 @@ class ResponseCache:
             exchange.path, exchange.body, request.model, scope, with_tools=self._config.tools
         )
 
-    def _join(self, flight_key: FlightKey) -> Reader | None:
+    def _join(self, flight_key: SingleFlightKey) -> Subscriber | None:
         flight = self._flights.get(flight_key)
         return flight.join() if flight is not None and flight.is_whole else None
 
-    def _keep(self, flight: Flight, num_bytes: int) -> bool:
+    def _keep(self, flight: SingleFlight, num_bytes: int) -> bool:
         """Whether so many bytes more of a response on its way may be kept."""
         config = self._config
         if (
@@ -182,7 +182,7 @@ class ResponseCache:
         if isinstance(self._store, MemoryStore):
             self._store.shrink_to(self._config.max_bytes - self._num_flight_bytes)
 
-    def _land(self, flight_key: FlightKey, flight: Flight) -> None:
+    def _land(self, flight_key: SingleFlightKey, flight: SingleFlight) -> None:
         """A flight has ended, or all its readers have left."""
         body = flight.body
         exchange = flight.exchange
@@ -201,7 +201,7 @@ class ResponseCache:
             self._spawn(self._keep_landed(flight_key, flight, stored))
 
     async def _keep_landed(
-        self, flight_key: FlightKey, flight: Flight, stored: StoredResponse
+        self, flight_key: SingleFlightKey, flight: SingleFlight, stored: StoredResponse
     ) -> None:
         # Until it is stored whoever asks joins the flight, or it would run twice.
         try:
@@ -209,7 +209,7 @@ class ResponseCache:
         finally:
             self._forget(flight_key, flight)
 
-    def _forget(self, flight_key: FlightKey, flight: Flight) -> None:
+    def _forget(self, flight_key: SingleFlightKey, flight: SingleFlight) -> None:
         if self._flights.get(flight_key) is flight:
             del self._flights[flight_key]
 

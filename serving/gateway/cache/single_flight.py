@@ -8,10 +8,10 @@ from serving.gateway.exchange import EngineFailed, Exchange
 from serving.stream.frames import Headers
 
 
-class Reader:
+class Subscriber:
     """One client's place in a flight; reads like an `Exchange`."""
 
-    def __init__(self, flight: "Flight") -> None:
+    def __init__(self, flight: "SingleFlight") -> None:
         self.position = 0  # chunks read
         self._flight = flight
         self._waiter: asyncio.Future[None] | None = None
@@ -49,7 +49,7 @@ class Reader:
                 waiter.set_result(None)
 
 
-class Flight:
+class SingleFlight:
     """Runs an exchange to its end and keeps what comes, for readers who join late.
 
     While `keep` grants the bytes the engine never waits for a reader. Past that
@@ -62,9 +62,9 @@ class Flight:
         exchange: Exchange,
         driver: Driver,
         *,
-        keep: Callable[["Flight", int], bool],
+        keep: Callable[["SingleFlight", int], bool],
         release: Callable[[int], None],
-        on_end: Callable[["Flight"], None],
+        on_end: Callable[["SingleFlight"], None],
     ) -> None:
         """Opens the exchange.
 
@@ -78,12 +78,12 @@ class Flight:
         self._driver = driver
         self._keep = keep
         self._release = release
-        self._on_end: Callable[[Flight], None] | None = on_end
+        self._on_end: Callable[[SingleFlight], None] | None = on_end
         self._chunks: list[bytes] = []
         self._num_dropped = 0  # chunks
         self._ended = False
         self._error: Exception | None = None
-        self._readers: set[Reader] = set()
+        self._readers: set[Subscriber] = set()
         self._all_read: asyncio.Future[None] | None = None
         driver.open(exchange)
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -95,13 +95,13 @@ class Flight:
             return b"".join(self._chunks)
         return None
 
-    def join(self) -> Reader:
+    def join(self) -> Subscriber:
         """A new reader, from the beginning; only while `is_whole`."""
-        reader = Reader(self)
+        reader = Subscriber(self)
         self._readers.add(reader)
         return reader
 
-    def leave(self, reader: Reader) -> None:
+    def leave(self, reader: Subscriber) -> None:
         self._readers.discard(reader)
         self._drop_what_all_have_read()
         if self._readers:
@@ -112,7 +112,7 @@ class Flight:
         num_bytes, self.num_kept_bytes = self.num_kept_bytes, 0
         self._release(num_bytes)
 
-    def read(self, reader: Reader) -> bytes | None:
+    def read(self, reader: Subscriber) -> bytes | None:
         """What has come since the reader's last look, b"" at the end, None if nothing has."""
         new = self._chunks[reader.position - self._num_dropped :]
         if not new:

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import msgspec
 
-from router.limits.lease import Grant, LeasedBudget, Lessor, News
-from router.limits.rate_limit import BudgetLimits
+from router.limits.lease import Grant, LeasedBudget, LeaseServer, News
+from router.limits.rate_limit import RateLimits
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +27,16 @@ class BudgetKeeper:
 
     def __init__(self, *, is_restart: bool = False) -> None:
         self._is_restart = is_restart
-        self._lessors: dict[str, Lessor] = {}
+        self._lessors: dict[str, LeaseServer] = {}
         self._heard_s = time.monotonic()
 
     def hear(self, gateway_id: str, key_id: str, limits: str, message: bytes) -> bytes:
         """A gateway's news about one key, with the key's limits as JSON; returns the grant."""
         now_s = self._heard_s = time.monotonic()
-        settings = BudgetLimits.model_validate_json(limits)
+        settings = RateLimits.model_validate_json(limits)
         lessor = self._lessors.get(key_id)
         if lessor is None:
-            lessor = Lessor(settings, now_s, is_restart=self._is_restart)
+            lessor = LeaseServer(settings, now_s, is_restart=self._is_restart)
             self._lessors[key_id] = lessor
         elif lessor.budget.limits != settings:
             lessor.budget.use(settings)
@@ -67,7 +67,7 @@ class Leases:
         self._timer: asyncio.TimerHandle | None = None
         self._talks: set[asyncio.Task[None]] = set()
 
-    def make(self, key_id: str, limits: BudgetLimits) -> LeasedBudget:
+    def make(self, key_id: str, limits: RateLimits) -> LeasedBudget:
         """Return the budget of a key new to this gateway."""
         budget = self._budgets[key_id] = LeasedBudget(limits)
         return budget
@@ -107,8 +107,8 @@ class Leases:
         self.rearm()
 
     async def _talk(self, key_id: str, budget: LeasedBudget, news: News) -> None:
-        limits = BudgetLimits.model_validate(
-            budget.limits.model_dump(include=set(BudgetLimits.model_fields))
+        limits = RateLimits.model_validate(
+            budget.limits.model_dump(include=set(RateLimits.model_fields))
         ).model_dump_json()
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT_S):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from router.limits.tenant_quota import Exceeded, Limits, Quota, Reservation
+from router.limits.tenant_quota import Exceeded, Limits, Reservation, TenantQuota
 from router.types import Request, RequestClass, Usage
 from serving.config import Config, TenantConfig
 from serving.gateway.http.errors import ApiError
@@ -33,7 +33,7 @@ class Tenant:
     def __init__(self, name: str, config: TenantConfig, limits: Limits, now_s: float) -> None:
         self.name = name
         self.config = config
-        self.quota = Quota(limits, now_s)
+        self.quota = TenantQuota(limits, now_s)
         self.consumption = Consumption()
 
     def default_class(self, general: RequestClass) -> RequestClass:
@@ -223,7 +223,7 @@ def _too_many(tenant: Tenant, request: Request, exceeded: Exceeded, now_s: float
     )
 
 
-def _rate_limit_headers(quota: Quota, now_s: float) -> Headers:
+def _rate_limit_headers(quota: TenantQuota, now_s: float) -> Headers:
     """OpenAI's headers for the limits in force."""
     headers: Headers = []
     for what, (limit, remaining, reset_s) in quota.remaining(now_s).items():

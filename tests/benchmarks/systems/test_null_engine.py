@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.systems.null_engine import StandInArgs, StandInEngine
+from benchmarks.systems.null_engine import NullEngine, NullEngineArgs
 from serving.config import ConfigError, parse
-from serving.stream.account import Account, current_account
+from serving.stream.account import RequestAccounting, current_account
 from tests.support.asgi_caller import Caller
 
 CHAT = "/v1/chat/completions"
@@ -16,7 +16,7 @@ CHAT = "/v1/chat/completions"
 
 def call(body: Any, path: str = CHAT, step_ms: float = 0.0) -> Caller:
     async def run() -> Caller:
-        return await Caller(StandInEngine(StandInArgs(step_ms=step_ms)).app, body, path).run()
+        return await Caller(NullEngine(NullEngineArgs(step_ms=step_ms)).app, body, path).run()
 
     return asyncio.run(run())
 
@@ -58,7 +58,7 @@ def test_streams_of_one_pace_advance_together() -> None:
     """`on_step` is called once per step, not per stream, and never while idle."""
 
     async def run() -> None:
-        engine = StandInEngine(StandInArgs(step_ms=1))
+        engine = NullEngine(NullEngineArgs(step_ms=1))
         num_steps = 0
 
         def on_step() -> None:
@@ -86,7 +86,7 @@ def test_streams_of_one_pace_advance_together() -> None:
 
 def test_request_sets_its_own_pace() -> None:
     async def run() -> None:
-        engine = StandInEngine(StandInArgs(step_ms=60_000))
+        engine = NullEngine(NullEngineArgs(step_ms=60_000))
         body = {"max_tokens": 50, "stream": True, "stand_in_step_ms": 0}
         caller = await asyncio.wait_for(Caller(engine.app, body, CHAT).run(), 1)
         assert len(caller.events) == 51
@@ -96,8 +96,8 @@ def test_request_sets_its_own_pace() -> None:
 
 def test_disconnect_stops_the_stream() -> None:
     async def run() -> None:
-        engine = StandInEngine(StandInArgs(step_ms=1))
-        account = Account(num_prompt_tokens=0)
+        engine = NullEngine(NullEngineArgs(step_ms=1))
+        account = RequestAccounting(num_prompt_tokens=0)
         current_account.set(account)
         caller = Caller(engine.app, {"max_tokens": 1_000_000, "stream": True}, CHAT)
         task = asyncio.create_task(caller.run())
@@ -115,7 +115,7 @@ def test_disconnect_stops_the_stream() -> None:
 
 def test_cancelled_stream_leaves_the_others_alone() -> None:
     async def run() -> None:
-        engine = StandInEngine(StandInArgs(step_ms=1))
+        engine = NullEngine(NullEngineArgs(step_ms=1))
         body = {"max_tokens": 20, "stream": True}
         first, second = (
             asyncio.create_task(Caller(engine.app, body, CHAT).run()) for _ in range(2)
@@ -131,4 +131,4 @@ def test_cancelled_stream_leaves_the_others_alone() -> None:
 def test_bad_engine_args_name_the_key() -> None:
     config = parse({"engine": {"args": {"step_millis": 3}}})
     with pytest.raises(ConfigError, match=r"engine\.args.*step_millis"):
-        asyncio.run(StandInEngine.start(config, None, 0))
+        asyncio.run(NullEngine.start(config, None, 0))

@@ -56,7 +56,7 @@ class Engine:
     """One connection to an engine."""
 
     calls: set[str] = field(default_factory=set)  # open; of former connections, too
-    takes_work: bool = True
+    accepts_work: bool = True
     last_booking: int = 0
     bookings: dict[str, int] = field(default_factory=dict)  # open, by request
     report: EngineSnapshot = field(default_factory=lambda: snapshot(-1))  # none yet
@@ -159,7 +159,7 @@ class Shell(RuleBasedStateMachine):
             assert self.expires_s(request) > self.now_s
         self.held.pop(request.id, None)
         engine = self.engines[dispatch.replica_id]
-        assert engine.takes_work
+        assert engine.accepts_work
         breaker = self.breakers()[dispatch.replica_id]
         assert breaker["state"] != "open"
         if breaker["state"] == "half_open":
@@ -196,7 +196,7 @@ class Shell(RuleBasedStateMachine):
                 assert self.expires_s(request) > self.now_s
                 assert 0.0 < reject.retry_after_s < float("inf")
                 serving = [e for i, e in self.engines.items() if request.model in NAMES[i]]
-                assert any(e.takes_work for e in serving)
+                assert any(e.accepts_work for e in serving)
 
     def assert_took_most(self, leaving: Request, entering: Request) -> None:
         """Only of the tenant that takes most of the queue, for another that takes less."""
@@ -406,7 +406,7 @@ class Shell(RuleBasedStateMachine):
     @rule(replica_id=ENGINES)
     def drain(self, replica_id):
         if replica_id in self.engines:
-            self.engines[replica_id].takes_work = False
+            self.engines[replica_id].accepts_work = False
         self.carry_out(self.router.on_replica_draining(replica_id, self.now_s))
 
     @rule(replica_id=ENGINES)
@@ -416,7 +416,7 @@ class Shell(RuleBasedStateMachine):
 
     def lose(self, replica_id: str) -> None:
         engine = self.engines.pop(replica_id, None)
-        if engine is not None and engine.takes_work:  # not of one that left in peace
+        if engine is not None and engine.accepts_work:  # not of one that left in peace
             self.lost[replica_id] = engine.calls
 
     @rule(
@@ -561,7 +561,7 @@ class Shell(RuleBasedStateMachine):
             is_full = breaker["share"] < 1.0 and len(engine.calls) >= num_calls
             if breaker["state"] != "closed" or is_full:
                 continue
-            if engine.takes_work and (engine.is_idle or not holds):
+            if engine.accepts_work and (engine.is_idle or not holds):
                 waiting = [r.id for r in self.held.values() if r.model in NAMES[replica_id]]
                 assert waiting == []
 
@@ -576,7 +576,7 @@ class Shell(RuleBasedStateMachine):
             if breaker["state"] != "half_open":
                 self.probes.pop(replica_id, None)
             elif (
-                engine.takes_work
+                engine.accepts_work
                 and engine.is_idle
                 and self.probes.get(replica_id) not in engine.calls
             ):

@@ -183,7 +183,7 @@ class TestFailedAttempt:
     def test_leaves_its_room_to_who_waits(self):
         """Here to one who is held with a sooner promise, and for whom the engine is kept."""
         engine = {"max_num_batched_tokens": 2000, "num_kv_tokens": 1000}
-        router = make_router(engine=engine, promise_s_per_token=1.0)
+        router = make_router(engine=engine, ttft_target_s_per_token=1.0)
         router.on_snapshot("r0", snapshot(num_free_kv_tokens=400), 0.0)
         router.on_arrival(req("long", 500), 0.0)
         assert router.on_arrival(req("short", 300, arrival_s=0.1), 0.1) == [Hold("short")]
@@ -518,7 +518,7 @@ class TestPolicies:
             return dispatch.replica_id
 
         assert chosen() == "r0"
-        assert chosen(ablate=["externality"]) == "r1"
+        assert chosen(ablate=["congestion_cost"]) == "r1"
 
     def test_parts_can_be_switched_while_requests_are_held(self):
         router = make_router()
@@ -535,7 +535,7 @@ class TestPolicies:
 
     def test_an_unknown_part_is_refused_and_changes_nothing(self):
         router = make_router(ablate=["order"])
-        with pytest.raises(ValueError, match=r"'magic'.*externality"):
+        with pytest.raises(ValueError, match=r"'magic'.*congestion_cost"):
             router.set_policy("round_robin", 0.0, ["magic"])
         state = router.state(0.0)
         assert (state["policy"], state["ablate"]) == ("headway", ["order"])

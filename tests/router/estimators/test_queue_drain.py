@@ -1,16 +1,16 @@
 import pytest
 
-from router.estimators.queue_drain import Drain
+from router.estimators.queue_drain import DepartureRate
 
 
 def test_nothing_is_known_of_a_queue_that_was_empty():
-    drain = Drain(0.0)
+    drain = DepartureRate(0.0)
     drain.advance(500, False, 10.0)
     assert drain.wait_s(100) == 0.0
 
 
 def test_the_rate_is_what_leaves_a_backlog():
-    drain = Drain(0.0)
+    drain = DepartureRate(0.0)
     drain.advance(0, True, 0.0)
     for step in range(1, 200):
         drain.advance(100, True, step * 0.1)
@@ -18,7 +18,7 @@ def test_the_rate_is_what_leaves_a_backlog():
 
 
 def test_a_backlog_that_stands_still_waits_ever_longer():
-    drain = Drain(0.0)
+    drain = DepartureRate(0.0)
     drain.advance(0, True, 0.0)
     waits_s = []
     for second in range(1, 30):

@@ -1,12 +1,12 @@
 import pytest
 
-from router.estimators.request_overhead import PathTime
+from router.estimators.request_overhead import RequestOverhead
 from router.fleet.fleet import Fleet
 from tests.support.builders import make_replica, make_router, req
 
 
 def test_the_median_once_enough_are_known() -> None:
-    path = PathTime()
+    path = RequestOverhead()
     for _ in range(7):
         path.learn(0.05)
     assert path.time_s == 0.0
@@ -18,7 +18,7 @@ def test_the_median_once_enough_are_known() -> None:
 
 
 def test_never_negative() -> None:
-    path = PathTime()
+    path = RequestOverhead()
     for _ in range(20):
         path.learn(-1.0)
     assert path.time_s == 0.0

@@ -1,11 +1,11 @@
 import math
 
 from router.fleet.admission import (
-    Opening,
+    Admission,
+    accepts_work,
+    admission,
     keeps_pace,
     kv_need_tokens,
-    opening,
-    takes_work,
     window_tokens,
 )
 from router.resilience.breaker import TripReason
@@ -23,36 +23,36 @@ def test_window_is_one_step_and_what_is_prefilled_while_we_react():
 def test_closes_at_the_window_and_opens_below_it():
     replica = make_replica()
     replica.book(req("a", 5000), num_kv_tokens=5000, now_s=0.0)
-    assert opening(replica) is Opening.FULL
+    assert admission(replica) is Admission.SATURATED
     replica.receive(busy(last_booking=1, num_pending_prefill_tokens=99), 1.0)
-    assert opening(replica) is Opening.OPEN
+    assert admission(replica) is Admission.ANY
 
 
 def test_beside_a_long_prompt_it_is_open_to_short_ones():
     replica = make_replica(max_prefill_chunk=50)
     replica.receive(busy(num_pending_prefill_tokens=5000, num_step_demand_tokens=50), 0.0)
-    assert opening(replica) is Opening.SHORT
+    assert admission(replica) is Admission.SHORT_ONLY
     replica.receive(busy(2, num_pending_prefill_tokens=5000, num_step_demand_tokens=200), 0.0)
-    assert opening(replica) is Opening.FULL
+    assert admission(replica) is Admission.SATURATED
 
 
 def test_closes_when_all_sequences_are_taken():
     replica = make_replica(max_num_seqs=4)
     replica.receive(busy(num_running_reqs=2, num_waiting_reqs=1), 0.0)
-    assert opening(replica) is Opening.OPEN
+    assert admission(replica) is Admission.ANY
     replica.book(req("a", 1), num_kv_tokens=1, now_s=0.0)
-    assert opening(replica) is Opening.FULL
+    assert admission(replica) is Admission.SATURATED
 
 
 def test_engines_that_drain_or_whose_breaker_is_open_take_nothing():
     replica = make_replica()
-    assert takes_work(replica)
+    assert accepts_work(replica)
     replica.is_draining = True
-    assert not takes_work(replica)
-    assert opening(replica) is Opening.SHUT
+    assert not accepts_work(replica)
+    assert admission(replica) is Admission.UNAVAILABLE
     replica.is_draining = False
     replica.breaker.trip(TripReason.LOST, 0.0)
-    assert not takes_work(replica)
+    assert not accepts_work(replica)
 
 
 def test_each_sequence_needs_room_to_begin():

@@ -160,7 +160,7 @@ class TestLongPromptsAhead:
     @pytest.fixture
     def replica(self):
         replica = make_replica(max_prefill_chunk=50)
-        replica.book(req("long", 500, turn_s=10.0), num_kv_tokens=500, now_s=0.0)
+        replica.book(req("long", 500, edf_key_s=10.0), num_kv_tokens=500, now_s=0.0)
         return replica
 
     def test_a_long_one_promised_sooner_keeps_its_part_of_the_step(self, replica):
@@ -177,7 +177,7 @@ class TestLongPromptsAhead:
         assert replica.ttft_s(20, 0.0, 11.0) < before_s
 
     def test_the_soonest_of_several_counts(self, replica):
-        replica.book(req("sooner", 500, turn_s=5.0), num_kv_tokens=500, now_s=0.0)
+        replica.book(req("sooner", 500, edf_key_s=5.0), num_kv_tokens=500, now_s=0.0)
         assert replica.ttft_s(20, 0.0, 6.0) > replica.ttft_s(20, 0.0, 4.0)
         replica.release("sooner")
         assert replica.ttft_s(20, 0.0, 6.0) == replica.ttft_s(20, 0.0, 4.0)
@@ -190,9 +190,9 @@ class TestLongPromptsAhead:
         assert replica.passing_s(20, 11.0) == 0.0
 
     def test_less_if_other_short_ones_have_that_step_already(self, replica):
-        replica.book(req("short", 20, turn_s=5.0), num_kv_tokens=20, now_s=0.0)
+        replica.book(req("short", 20, edf_key_s=5.0), num_kv_tokens=20, now_s=0.0)
         assert replica.passing_s(20, 9.0) == pytest.approx(20 * replica.token_s)
 
     def test_a_long_one_that_passes_delays_each_by_its_own_prefill(self, replica):
-        replica.book(req("other", 500, turn_s=12.0), num_kv_tokens=500, now_s=0.0)
+        replica.book(req("other", 500, edf_key_s=12.0), num_kv_tokens=500, now_s=0.0)
         assert replica.passing_s(300, 9.0) == pytest.approx(2 * 300 * replica.token_s)

@@ -8,28 +8,28 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from router.limits.lease import LEASE_S, LeasedBudget, Lessor, News
-from router.limits.rate_limit import Amount, BudgetLimits, RateReport
+from router.limits.lease import LEASE_S, LeasedBudget, LeaseServer, News
+from router.limits.rate_limit import Amount, RateLimits, RateReport
 from tests.support.rate_limited_provider import Provider
 
 ONE = Amount(1, 10)
 
 
-def leased(lessor: Lessor, budget: LeasedBudget, now_s: float, gateway_id: str = "g0") -> None:
+def leased(lessor: LeaseServer, budget: LeasedBudget, now_s: float, gateway_id: str = "g0") -> None:
     """One exchange of news and grant, without delay."""
     budget.on_grant(lessor.hear(gateway_id, budget.news(now_s), now_s), now_s)
 
 
-def make_lessor(*, is_restart: bool = False, **limits) -> Lessor:
-    return Lessor(BudgetLimits(**limits), 0.0, is_restart=is_restart)
+def make_lessor(*, is_restart: bool = False, **limits) -> LeaseServer:
+    return LeaseServer(RateLimits(**limits), 0.0, is_restart=is_restart)
 
 
-def used(lessor: Lessor, now_s: float) -> float:
+def used(lessor: LeaseServer, now_s: float) -> float:
     return lessor.budget.state(now_s)["requests"]["used"]
 
 
 def test_what_is_wanted_is_granted_as_far_as_there_is_room():
-    lessor, budget = make_lessor(rpm=2), LeasedBudget(BudgetLimits(rpm=2))
+    lessor, budget = make_lessor(rpm=2), LeasedBudget(RateLimits(rpm=2))
     assert budget.next_news_s() is None
     assert budget.room_s(ONE, 0.0) > 0.0
     for name in "abc":
@@ -46,7 +46,7 @@ def test_what_is_wanted_is_granted_as_far_as_there_is_room():
 
 
 def test_what_is_not_used_returns():
-    lessor, budget = make_lessor(rpm=10), LeasedBudget(BudgetLimits(rpm=10))
+    lessor, budget = make_lessor(rpm=10), LeasedBudget(RateLimits(rpm=10))
     budget.want("a", ONE)
     leased(lessor, budget, 0.0)
     assert used(lessor, 0.1) == 1
@@ -58,12 +58,12 @@ def test_what_is_not_used_returns():
 
 
 def test_a_dead_gateways_lease_counts_as_spent_when_it_ends():
-    lessor, budget = make_lessor(rpm=10), LeasedBudget(BudgetLimits(rpm=10))
+    lessor, budget = make_lessor(rpm=10), LeasedBudget(RateLimits(rpm=10))
     for name in "ab":
         budget.want(name, ONE)
     leased(lessor, budget, 0.0)
     budget.reserve("a", ONE, 0.0)
-    other = LeasedBudget(BudgetLimits(rpm=10))
+    other = LeasedBudget(RateLimits(rpm=10))
     leased(lessor, other, LEASE_S, "g1")  # the first is silent
     assert used(lessor, LEASE_S) == 2
     assert used(lessor, LEASE_S + 59.0) == 2
@@ -73,7 +73,7 @@ def test_a_dead_gateways_lease_counts_as_spent_when_it_ends():
 
 
 def test_a_lessor_that_was_restarted_waits_for_its_predecessors_window():
-    lessor, budget = make_lessor(rpm=10, is_restart=True), LeasedBudget(BudgetLimits(rpm=10))
+    lessor, budget = make_lessor(rpm=10, is_restart=True), LeasedBudget(RateLimits(rpm=10))
     budget.want("a", ONE)
     leased(lessor, budget, 0.0)
     assert budget.room_s(ONE, 0.1) > 60.0
@@ -87,7 +87,7 @@ def test_repeated_news_are_answered_alike_and_counted_once():
 
 
 def test_a_grant_that_comes_too_late_is_not_used():
-    lessor, budget = make_lessor(rpm=10), LeasedBudget(BudgetLimits(rpm=10))
+    lessor, budget = make_lessor(rpm=10), LeasedBudget(RateLimits(rpm=10))
     budget.want("a", ONE)
     grant = lessor.hear("g0", budget.news(0.0), 3.0)
     budget.on_grant(grant, LEASE_S + 0.1)
@@ -97,7 +97,7 @@ def test_a_grant_that_comes_too_late_is_not_used():
 class Gateway:
     """One gateway with more to send than there is room for."""
 
-    def __init__(self, name: str, limits: BudgetLimits) -> None:
+    def __init__(self, name: str, limits: RateLimits) -> None:
         self.name = name
         self.budget = LeasedBudget(limits)
         self.waiting: list[tuple[str, Amount]] = []
@@ -114,8 +114,8 @@ class Gateway:
 def test_gateways_together_never_overrun_a_provider(seed, rpm, loss, dies):
     """Three of them, with delays everywhere, lost messages, and one that dies."""
     rng = random.Random(seed)
-    limits = BudgetLimits(rpm=rpm, tpm=100 * rpm)
-    lessor, provider = Lessor(limits, 0.0, is_restart=False), Provider(rpm, 100 * rpm)
+    limits = RateLimits(rpm=rpm, tpm=100 * rpm)
+    lessor, provider = LeaseServer(limits, 0.0, is_restart=False), Provider(rpm, 100 * rpm)
     gateways = [Gateway(f"g{index}", limits) for index in range(3)]
     events: list[tuple[float, int, object]] = []
     num_events = 0

@@ -8,19 +8,19 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from router.limits.rate_limit import Amount, Budget, BudgetLimits, RateReport
+from router.limits.rate_limit import Amount, RateLimiter, RateLimits, RateReport
 from tests.support.rate_limited_provider import Provider
 
 
-def make_budget(**limits) -> Budget:
-    return Budget(BudgetLimits(**limits))
+def make_budget(**limits) -> RateLimiter:
+    return RateLimiter(RateLimits(**limits))
 
 
 def one(num_tokens: int = 0, cost: float = 0.0) -> Amount:
     return Amount(1, num_tokens, cost)
 
 
-def used(budget: Budget, name: str, now_s: float) -> float:
+def used(budget: RateLimiter, name: str, now_s: float) -> float:
     return budget.state(now_s)[name]["used"]
 
 
@@ -139,14 +139,14 @@ def test_limits_can_change_while_requests_are_open():
     for number in range(4):
         budget.reserve(f"q{number}", one(), 0.0)
         budget.count(f"q{number}", 0.0)
-    budget.use(BudgetLimits(rpm=4))
+    budget.use(RateLimits(rpm=4))
     assert budget.room_s(one(), 1.0) > 50.0
-    budget.use(BudgetLimits())
+    budget.use(RateLimits())
     assert budget.room_s(one(), 1.0) == 0.0
 
 
 def drive(
-    budget: Budget,
+    budget: RateLimiter,
     provider: Provider,
     rng: random.Random,
     *,

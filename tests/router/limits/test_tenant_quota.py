@@ -3,12 +3,12 @@ import random
 
 import pytest
 
-from router.limits.tenant_quota import Exceeded, Limits, Quota, Reservation, TokenBucket
+from router.limits.tenant_quota import Exceeded, Limits, Reservation, TenantQuota, TokenBucket
 from router.types import Usage
 
 
-def quota(**limits) -> Quota:
-    return Quota(Limits(**limits), now_s=0.0)
+def quota(**limits) -> TenantQuota:
+    return TenantQuota(Limits(**limits), now_s=0.0)
 
 
 def used(num_prompt_tokens: int, num_output_tokens: int) -> Usage:

@@ -84,7 +84,7 @@ def crowd(*providers: ProviderSettings) -> list[str]:
 
     They are 5,000 tokens; the engine prefills about 2,200 a second (its cold start's guess).
     """
-    router = make(*providers, num_replicas=1, promise_base_s=2.0, promise_s_per_token=0.0)
+    router = make(*providers, num_replicas=1, ttft_target_base_s=2.0, ttft_target_s_per_token=0.0)
     router.on_snapshot("r0", busy(1, num_pending_prefill_tokens=300), 0.0)
     decisions = router.on_arrival(req("document", 3000), 0.0)
     for number in range(20):
@@ -159,7 +159,7 @@ def test_the_cost_of_an_hour_is_a_limit():
 
 def test_a_request_waits_for_the_budget_that_returns_before_its_promise():
     """60 a minute: from half of them on spaced up to a second apart, and 3 s are promised."""
-    router = make(limited("p0", rpm=60), provider("p1"), promise_base_s=3.0)
+    router = make(limited("p0", rpm=60), provider("p1"), ttft_target_base_s=3.0)
     for number in range(50):
         assert fallbacks(router.on_arrival(req(f"q{number}"), number * 1.0))
     assert router.on_arrival(req("a", arrival_s=49.1), 49.1) == [Hold("a")]
@@ -189,7 +189,7 @@ def test_a_second_key_is_used_before_a_second_provider():
 
 
 def test_who_waits_for_a_budget_goes_to_an_engine_that_comes_first():
-    router = make(limited(rpm=1), promise_base_s=100.0)
+    router = make(limited(rpm=1), ttft_target_base_s=100.0)
     router.on_arrival(req("a"), 0.0)
     assert router.on_arrival(req("b"), 0.0) == [Hold("b")]
     [decision] = router.on_replica_up("r0", info(), 1.0)

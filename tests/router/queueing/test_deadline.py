@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from router.queueing.deadline import promised_s, turn_s
+from router.queueing.deadline import edf_key_s, ttft_deadline_s
 from router.settings import RouterSettings
 from router.types import Dispatch, Hold, RequestClass
 from tests.support.builders import busy, make_router, req
@@ -18,20 +18,22 @@ def of(name: str, num_tokens: int, priority_class: RequestClass, arrival_s: floa
 
 
 def test_the_promise_grows_with_the_prompt_and_shrinks_with_the_class():
-    settings = RouterSettings(promise_base_s=1.0, promise_s_per_token=0.01, promise_batch_s=100.0)
-    promises = [promised_s(of("a", 200, kind, 7.0), settings) - 7.0 for kind in RequestClass]
+    settings = RouterSettings(
+        ttft_target_base_s=1.0, ttft_target_s_per_token=0.01, ttft_target_batch_s=100.0
+    )
+    promises = [ttft_deadline_s(of("a", 200, kind, 7.0), settings) - 7.0 for kind in RequestClass]
     assert promises == pytest.approx([1.5, 3.0, 103.0])
 
 
 def test_the_order_asks_no_more_patience_than_the_engines_need():
     """Eight times what a prompt's prefill takes, where that is less than its promise."""
-    settings = RouterSettings(promise_base_s=0.5, promise_s_per_token=0.002)
+    settings = RouterSettings(ttft_target_base_s=0.5, ttft_target_s_per_token=0.002)
     request = of("a", 1000, RequestClass.STANDARD, 7.0)
-    assert turn_s(request, settings) == promised_s(request, settings) == 9.5
+    assert edf_key_s(request, settings) == ttft_deadline_s(request, settings) == 9.5
     slow, fast = (msgspec.structs.replace(request, prefill_s_per_token=s) for s in (1.7e-3, 2.5e-5))
-    assert turn_s(slow, settings) == 9.5
-    assert turn_s(fast, settings) == pytest.approx(7.7)
-    assert promised_s(fast, settings) == 9.5
+    assert edf_key_s(slow, settings) == 9.5
+    assert edf_key_s(fast, settings) == pytest.approx(7.7)
+    assert ttft_deadline_s(fast, settings) == 9.5
 
 
 def test_a_long_prompt_is_not_passed_for_as_long_where_prefill_is_fast():
@@ -56,7 +58,7 @@ def test_classes_leave_the_queue_in_their_order():
 
 def test_batch_work_comes_before_fresh_work_in_the_end():
     """It yields, but it does not starve."""
-    router = make_router(promise_batch_s=50.0, max_hold_s=1000.0)
+    router = make_router(ttft_target_batch_s=50.0, max_hold_s=1000.0)
     router.on_arrival(req("full", 5000), 0.0)
     router.on_arrival(of("batch", 10, RequestClass.BATCH), 0.0)
     router.on_arrival(of("fresh", 10, RequestClass.STANDARD, arrival_s=51.0), 51.0)
@@ -117,6 +119,6 @@ def test_a_short_prompts_prediction_does_not_count_what_it_passes():
 def test_the_engine_is_told_the_promise_only_by_policies_that_hold():
     router = make_router()
     request = req("a", 100, arrival_s=5.0)
-    assert router.engine_priority_s(request) == promised_s(request, router.settings)
+    assert router.engine_priority_s(request) == ttft_deadline_s(request, router.settings)
     router.set_policy("round_robin", 0.0)
     assert router.engine_priority_s(request) is None

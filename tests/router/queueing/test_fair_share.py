@@ -73,7 +73,7 @@ def test_idleness_earns_no_credit():
 
 
 def test_anothers_batch_work_yields_until_it_is_due():
-    held = HoldQueue(RouterSettings(promise_batch_s=240.0))
+    held = HoldQueue(RouterSettings(ttft_target_batch_s=240.0))
     held.push(req("batch", tenant="a", priority_class=RequestClass.BATCH, arrival_s=0.0))
     held.push(req("b0", tenant="b", arrival_s=1.0))
     held.charge(req("b", 10_000, tenant="b"))

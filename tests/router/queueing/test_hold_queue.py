@@ -18,7 +18,7 @@ def order(held: HoldQueue, model: str = "m") -> list[str]:
 
 def test_short_passes_long_but_not_for_ever():
     """Promises: 0.5 s and 2 ms per token after arrival."""
-    held = queue(promise_base_s=0.5, promise_s_per_token=0.002)
+    held = queue(ttft_target_base_s=0.5, ttft_target_s_per_token=0.002)
     held.push(req("long", 5000, arrival_s=0.0))  # promised at 10.5
     held.push(req("short", 10, arrival_s=1.0))
     held.push(req("late", 10, arrival_s=11.0))
@@ -27,7 +27,7 @@ def test_short_passes_long_but_not_for_ever():
 
 
 def test_equal_promises_by_arrival_then_by_turn():
-    held = queue(promise_base_s=0.0, promise_s_per_token=1.0)
+    held = queue(ttft_target_base_s=0.0, ttft_target_s_per_token=1.0)
     held.push(req("later", 1, arrival_s=1.0))
     held.push(req("earlier", 2, arrival_s=0.0))
     held.push(req("next", 2, arrival_s=0.0))
@@ -35,7 +35,7 @@ def test_equal_promises_by_arrival_then_by_turn():
 
 
 def test_by_arrival_alone_and_back():
-    held = queue(promise_base_s=0.5, promise_s_per_token=0.002)
+    held = queue(ttft_target_base_s=0.5, ttft_target_s_per_token=0.002)
     held.push(req("long", 5000, arrival_s=0.0))
     held.push(req("short", 10, arrival_s=1.0))
     held.reorder(by_arrival=True)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.core.router import Router
-from router.queueing.deadline import promised_s
+from router.queueing.deadline import ttft_deadline_s
 from router.settings import RouterSettings
 from router.types import Dispatch, EngineSnapshot, Request, RequestClass, Usage
 from tests.support.builders import info, req
@@ -132,9 +132,9 @@ def test_nobody_is_passed_any_more_when_the_promise_is_due(gaps_and_sizes):
         arrivals.append(
             req(f"q{number}", size, arrival_s=now_s, priority_class=priority_class, tenant="t")
         )
-    router_settings = RouterSettings(max_hold_s=3600.0, promise_batch_s=20.0)
+    router_settings = RouterSettings(max_hold_s=3600.0, ttft_target_batch_s=20.0)
     went_s = dispatched_s(arrivals, router_settings)
-    due_s = {each.id: promised_s(each, router_settings) for each in arrivals}
+    due_s = {each.id: ttft_deadline_s(each, router_settings) for each in arrivals}
     for early in arrivals:
         for late in arrivals:
             if due_s[early.id] < due_s[late.id] and went_s[late.id] < went_s[early.id]:

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from router.resilience.resume import Records, Reply, Resume, Seam, SeamError
+from router.resilience.resume import Records, Reply, Resume, ResumeSplice, ResumeSpliceError
 
 MAX_RECORD_BYTES = 12
 SLOTS = st.integers(0, 2)
@@ -32,7 +32,7 @@ def text(name: str, groups: list[int]) -> bytes:
 class Engine:
     """One attempt: what it has generated, and how far it has sent."""
 
-    seam: Seam | None
+    seam: ResumeSplice | None
     groups: list[int]  # generated here or before
     num_told: int  # groups that the gateway has been told of
     unsent: bytes  # made of these, and still to come, what the client has first
@@ -85,7 +85,7 @@ class Gateway(RuleBasedStateMachine):
             assert list(resume.record) == known
             assert resume.num_bytes == len(case.client)
         case.engine = Engine(
-            None if resume is None else Seam(resume),
+            None if resume is None else ResumeSplice(resume),
             list(known),
             len(known),
             text(case.name, known),
@@ -189,11 +189,11 @@ def test_another_reply_is_not_passed_on():
     reply.begin("r0", 1)
     assert reply.take(b"ab", b"\x02")
     reply.lose()
-    seam = Seam(reply.begin("r1", 1))
-    with pytest.raises(SeamError, match="differs"):
+    seam = ResumeSplice(reply.begin("r1", 1))
+    with pytest.raises(ResumeSpliceError, match="differs"):
         seam.cut(b"axe", is_last=False)
-    with pytest.raises(SeamError, match="shorter"):
-        Seam(Resume(b"", 2, 0)).cut(b"a", is_last=True)
+    with pytest.raises(ResumeSpliceError, match="shorter"):
+        ResumeSplice(Resume(b"", 2, 0)).cut(b"a", is_last=True)
 
 
 def test_what_an_engine_has_added_is_prefilled_by_the_next_one():

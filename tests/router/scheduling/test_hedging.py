@@ -181,6 +181,7 @@ def test_whatever_comes_in_whatever_order_nothing_stays_behind(events):
                 decisions = router.on_first_token(request_id, now_s)
             case "progress":
                 router.on_progress(request_id)
+                decisions = []  # it asks for none
             case "won":
                 decisions = router.on_hedge_won(request_id, None, now_s)
             case "failed":

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.queueing.deadline import promised_s
-from router.scheduling.entry_share import EntryShare
-from router.scheduling.load_shedding import Overload
+from router.queueing.deadline import ttft_deadline_s
+from router.scheduling.entry_share import AdmissionShare
+from router.scheduling.load_shedding import OverloadState
 from router.settings import RouterSettings
 from router.types import Hold, Outcome, Reject, RejectReason
 from tests.support.builders import busy, make_router, req
@@ -30,7 +30,7 @@ class TestOverload:
         )
     )
     def test_any_sequence_of_arrivals(self, arrivals):
-        overload = Overload(MAX_LATE_S)
+        overload = OverloadState(MAX_LATE_S)
         now_s, refused_s = 0.0, float("-inf")
         for passing_s, late_s, service_s in arrivals:
             now_s += passing_s
@@ -45,14 +45,14 @@ class TestOverload:
                 assert retry_after_s <= 60.0 + 1e-6
 
     def test_those_refused_come_back_one_after_the_other(self):
-        overload = Overload(MAX_LATE_S)
+        overload = OverloadState(MAX_LATE_S)
         assert [overload.refuse_s(20.0, 0.5, 0.0) for _ in range(3)] == [20.5, 21.0, 21.5]
         assert overload.refuse_s(1.0, 0.5, 9.0) == pytest.approx(13.0)
 
 
 class TestEntryShare:
     def test_who_is_ahead_waits_for_the_others(self):
-        share = EntryShare(10.0)
+        share = AdmissionShare(10.0)
         for tenant, weight in (("a", 1.0), ("b", 3.0)):
             share.refuse(tenant, weight, 0.0)
         share.let_in("a", 1.0, 100, 0.0)
@@ -62,21 +62,21 @@ class TestEntryShare:
         assert share.tokens_ahead("a", 1.0) == 0.0
 
     def test_nobody_waits_for_those_who_get_all_they_want(self):
-        share = EntryShare(10.0)
+        share = AdmissionShare(10.0)
         share.refuse("a", 1.0, 0.0)
         share.let_in("modest", 1.0, 10, 0.0)
         share.let_in("a", 1.0, 1000, 0.0)
         assert share.tokens_ahead("a", 0.0) == 0.0
 
     def test_wanting_less_earns_no_credit(self):
-        share = EntryShare(10.0)
+        share = AdmissionShare(10.0)
         share.refuse("a", 1.0, 0.0)
         share.let_in("a", 1.0, 1000, 0.0)
         share.refuse("late", 1.0, 1.0)
         assert share.tokens_ahead("a", 1.0) == 0.0
 
     def test_all_is_forgotten_in_the_end(self):
-        share = EntryShare(10.0)
+        share = AdmissionShare(10.0)
         share.refuse("a", 1.0, 0.0)
         share.let_in("b", 1.0, 1000, 1.0)
         share.refuse("b", 1.0, 1.0)
@@ -100,7 +100,7 @@ def num_in_time(world: World, arrivals: list, from_s: float) -> int:
     placed = [world.requests[request_id] for request_id in world.placed_s]
     settings = RouterSettings()
     return sum(
-        world.placed_s[request.id] <= promised_s(request, settings)
+        world.placed_s[request.id] <= ttft_deadline_s(request, settings)
         for request in placed
         if request.id not in late
     )
@@ -162,6 +162,6 @@ def test_nobody_is_refused_while_no_engine_works():
 
 
 def test_a_promise_that_no_engine_can_keep_makes_nobody_late():
-    router = make_router(promise_base_s=0.001, promise_s_per_token=0.0, max_late_s=1.0)
+    router = make_router(ttft_target_base_s=0.001, ttft_target_s_per_token=0.0, max_late_s=1.0)
     router.on_snapshot("r0", busy(1, num_pending_prefill_tokens=300), 0.0)
     assert router.on_arrival(req("a", 1000), 0.0) == [Hold("a")]

@@ -121,8 +121,8 @@ def test_headway_spares_long_prompts_that_would_be_passed():
     given = [make_replica(f"r{index}", max_prefill_chunk=50) for index in range(2)]
     for replica, num_tokens in zip(given, (500, 50), strict=True):
         replica.receive(busy(num_running_reqs=7, num_decoding_reqs=7), 0.0)
-        replica.book(req(f"on-{replica.id}", num_tokens, turn_s=10.0), num_tokens, 0.0)
-    asked = req("a", 20, turn_s=9.0)
+        replica.book(req(f"on-{replica.id}", num_tokens, edf_key_s=10.0), num_tokens, 0.0)
+    asked = req("a", 20, edf_key_s=9.0)
     beside_long_s, beside_short_s = (replica.ttft_s(20, 0.0, 9.0) for replica in given)
     assert beside_long_s <= beside_short_s
     assert choices(make("headway"), asked, given) == {"r1"}
@@ -135,7 +135,7 @@ def test_headway_without_externality_looks_at_its_own_wait_only():
     crowded.receive(busy(**seven, prefill_tokens_per_s=450.0), 0.0)
     policy = make("headway")
     assert policy.choose(req("a", 50), [quiet, crowded], 9.0) is quiet
-    policy.ablate(["externality"])
+    policy.ablate(["congestion_cost"])
     assert policy.choose(req("a", 50), [quiet, crowded], 9.0) is crowded
 
 

@@ -288,7 +288,7 @@ def build(args):
     gateway = serve.deployment(name="Gateway", ray_actor_options=options)(Gateway)
     return gateway.bind(engines.bind())
 
-file = load(None, {"port": port, "engine.factory": "none:StandIn", "device": "cpu"})
+file = load(None, {"port": port, "engine.factory": "none:NullEngine", "device": "cpu"})
 hardware = detect()
 try:
     sys.exit(launch(file, plan(file.config, hardware), hardware, Console(width=200), build=build))

@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
     import asyncio, sys, time
     import ray
-    from router.limits.rate_limit import Amount, BudgetLimits
+    from router.limits.rate_limit import Amount, RateLimits
     from serving.cluster.budget_actor import ask_actor
     from serving.gateway.providers.leases import Leases
 
@@ -35,7 +35,7 @@ SCRIPT = """
         return True
 
     async def main():
-        limits = BudgetLimits(rpm=2)
+        limits = RateLimits(rpm=2)
         pairs = []
         for gateway in ("g0", "g1"):
             leases = Leases(gateway, ask_actor("app"), lambda: None)

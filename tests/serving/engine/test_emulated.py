@@ -13,8 +13,8 @@ from router.simulation.engine.profile import Profile
 from serving.config import ConfigError, parse
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.engine.emulated.text import Prompt
-from serving.stream.account import Account, current_account
-from serving.stream.server import Port
+from serving.stream.account import RequestAccounting, current_account
+from serving.stream.server import StreamServer
 from tests.support.asgi_caller import Caller
 from tests.support.running_gateway import CHAT, System, running
 
@@ -116,7 +116,7 @@ def test_hashes_chain() -> None:
 
 async def test_a_shared_prefix_is_cached_and_told(profile: str) -> None:
     engine = make_engine(profile)
-    account = Account(num_prompt_tokens=5)
+    account = RequestAccounting(num_prompt_tokens=5)
     start = "word " * 64
     await ask(engine, prompt=start + "one")
     current_account.set(account)
@@ -134,7 +134,7 @@ async def test_a_shared_prefix_is_cached_and_told(profile: str) -> None:
 async def test_tells_which_blocks_are_cached(profile: str) -> None:
     """All that a prompt's hashes name while they are cached, and their end when they are not."""
     engine = make_engine(profile)
-    account = Account(num_prompt_tokens=5)
+    account = RequestAccounting(num_prompt_tokens=5)
     told: list[tuple[int, list[int]]] = []
     account.on_prompt = lambda num_tokens, hashes: told.append((num_tokens, hashes))
     current_account.set(account)
@@ -245,7 +245,7 @@ class _Plan:
 
 
 async def add(system: System, engine: EmulatedEngine) -> None:
-    port = Port(engine, system.gateway.config.gateway.stream_window_bytes)
+    port = StreamServer(engine, system.gateway.config.gateway.stream_window_bytes)
     host, number = await port.listen("127.0.0.1")
     system.ports.append(port)
     system.members[f"e{number}"] = {"host": host, "port": number, "secret": port.secret}

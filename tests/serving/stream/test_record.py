@@ -3,7 +3,7 @@ import zlib
 import msgspec
 import pytest
 
-from router.resilience.resume import Resume, Seam, SeamError
+from router.resilience.resume import Resume, ResumeSplice, ResumeSpliceError
 from serving.stream.record import Entry, Recorder, groups, num_tokens
 
 
@@ -80,14 +80,14 @@ def test_what_is_no_record_is_refused():
 @pytest.mark.parametrize("size", [1, 3, 100])
 def test_the_seam_cuts_off_what_the_client_has(size):
     whole = b"0123456789abcdef"
-    seam = Seam(Resume(b"", 10, zlib.crc32(whole[:10])))
+    seam = ResumeSplice(Resume(b"", 10, zlib.crc32(whole[:10])))
     pieces = [whole[start : start + size] for start in range(0, len(whole), size)]
     left = [seam.cut(piece, is_last=piece is pieces[-1]) for piece in pieces]
     assert b"".join(left) == whole[10:]
 
 
 def test_a_seam_that_does_not_fit_is_an_error():
-    with pytest.raises(SeamError, match="differs"):
-        Seam(Resume(b"", 4, zlib.crc32(b"0123"))).cut(b"0124567", is_last=False)
-    with pytest.raises(SeamError, match="shorter"):
-        Seam(Resume(b"", 4, zlib.crc32(b"0123"))).cut(b"012", is_last=True)
+    with pytest.raises(ResumeSpliceError, match="differs"):
+        ResumeSplice(Resume(b"", 4, zlib.crc32(b"0123"))).cut(b"0124567", is_last=False)
+    with pytest.raises(ResumeSpliceError, match="shorter"):
+        ResumeSplice(Resume(b"", 4, zlib.crc32(b"0123"))).cut(b"012", is_last=True)

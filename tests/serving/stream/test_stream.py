@@ -1,4 +1,4 @@
-"""Port and link over a real socket: one fake engine, one gateway."""
+"""Both ends of a stream over a real socket: one fake engine, one gateway."""
 
 import asyncio
 import contextlib
@@ -6,9 +6,9 @@ import os
 
 import msgspec
 
-from serving.stream.client import Link
+from serving.stream.client import StreamClient
 from serving.stream.frames import Ack, Cancel, Data, End, Head, Submit
-from serving.stream.server import HEARTBEAT_S, Port
+from serving.stream.server import HEARTBEAT_S, StreamServer
 from tests.support.fakes import INFO, FakeEngine
 
 WINDOW_BYTES = 1000
@@ -63,11 +63,11 @@ class Recorder:
 @contextlib.asynccontextmanager
 async def connected():
     engine = FakeEngine()
-    port = Port(engine, WINDOW_BYTES)
+    port = StreamServer(engine, WINDOW_BYTES)
     host, number = await port.listen("127.0.0.1")
     recorder = Recorder()
     metadata = {"host": host, "port": number, "secret": port.secret}
-    link = await Link.connect("r0", metadata, "gateway", recorder)
+    link = await StreamClient.connect("r0", metadata, "gateway", recorder)
     await recorder.until(lambda: recorder.info)
     try:
         yield engine, port, link, recorder
@@ -150,7 +150,7 @@ async def test_a_stranger_is_turned_away():
         stranger = Recorder()
         host, number = port._server.sockets[0].getsockname()
         metadata = {"host": host, "port": number, "secret": "guess"}
-        link = await Link.connect("r0", metadata, "gateway", stranger)
+        link = await StreamClient.connect("r0", metadata, "gateway", stranger)
         link.post(submit(1, num_chunks=1))
         await stranger.until(lambda: stranger.lost)
         assert stranger.info is None
