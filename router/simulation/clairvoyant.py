@@ -19,8 +19,9 @@ from router.settings import RouterSettings
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
 from router.simulation.engine.sequence import Job
+from router.simulation.events import Network
 from router.simulation.journal import Run
-from router.simulation.simulator import Network, Simulation
+from router.simulation.simulator import Simulation
 from router.simulation.workload.workload import Arrival, Workload
 
 NAME = "clairvoyant"

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -11,6 +10,7 @@ from router.limits.rate_limit import RateReport
 from router.scheduling.policies.prefix_index import BLOCK_TOKENS
 from router.settings import RouterSettings
 from router.simulation.engine.sequence import Job, Progress
+from router.simulation.events import World
 from router.simulation.node import HEARTBEAT_S, Node
 from router.types import (
     BlockUpdate,
@@ -28,9 +28,6 @@ from router.types import (
     Usage,
 )
 
-if TYPE_CHECKING:
-    from router.simulation.simulator import Simulation
-
 # As in serving/gateway/request_parser.py, which imports what a simulation must not need (FastAPI).
 _MAX_PREFIX_BLOCKS = 256
 _BYTES_PER_TOKEN = 4
@@ -44,7 +41,7 @@ class Gateway:
     to it first, with the time at which it came (`look`).
     """
 
-    def __init__(self, simulation: "Simulation", settings: RouterSettings, number: int) -> None:
+    def __init__(self, simulation: World[Node], settings: RouterSettings, number: int) -> None:
         self.number = number
         self.router = Router(settings)
         self._simulation = simulation

@@ -13,17 +13,14 @@ import random
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import msgspec
 
 from router.fleet.block_log import BlockLog
 from router.simulation.engine.sequence import Job, Progress
+from router.simulation.events import Receiver, World
 from router.types import BlockUpdate, EngineInfo, EngineSnapshot
-
-if TYPE_CHECKING:
-    from router.simulation.gateway import Gateway
-    from router.simulation.simulator import Simulation
 
 # As in serving/stream/server.py, which imports what a simulation must not need (asyncio, Ray).
 HEARTBEAT_S = 0.5
@@ -78,7 +75,7 @@ class Node:
     """An engine and the replica around it."""
 
     def __init__(
-        self, simulation: "Simulation", node_id: str, engine: Engine, rng: random.Random
+        self, simulation: "World[Node]", node_id: str, engine: Engine, rng: random.Random
     ) -> None:
         self.id = node_id
         self.engine = engine
@@ -89,7 +86,7 @@ class Node:
         self.next_push_s = math.inf
         self._simulation = simulation
         self._rng = rng  # which snapshots are lost
-        self._gateway_of: dict[str, Gateway] = {}  # of each job in the engine
+        self._gateway_of: dict[str, Receiver[Node]] = {}  # of each job in the engine
         self._new_jobs: list[Job] = []  # of which no step has told yet
         self._run_began_s = 0.0
         self._run_ends_s: float | None = None  # None: the engine has nothing to do
@@ -110,7 +107,7 @@ class Node:
 
     # What comes over the network
 
-    def submit(self, submission: tuple["Gateway", int, Job]) -> None:
+    def submit(self, submission: "tuple[Receiver[Node], int, Job]") -> None:
         """Take in a request and the number of its booking."""
         if not self.is_up:
             return
@@ -136,7 +133,7 @@ class Node:
                 self._cut()
             self._change()
 
-    def resync(self, gateway: "Gateway") -> None:
+    def resync(self, gateway: "Receiver[Node]") -> None:
         """Tell a gateway that missed what changed in the cache everything, next time."""
         self.tell(self._simulation.now_s)
         self.lines[gateway.number].block_position = -1
@@ -182,7 +179,7 @@ class Node:
         now_s = simulation.now_s
         self.tell(now_s)
         ends_s = list(engine.step_ends_s)
-        news: dict[Gateway, tuple[list[Job], list[Progress]]] = {}
+        news: dict[Receiver[Node], tuple[list[Job], list[Progress]]] = {}
         progresses = engine.end_step(now_s)
         for job in self._new_jobs:
             if (gateway := self._gateway_of.get(job.id)) is not None:

@@ -11,10 +11,11 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from router.providers.spillover import FallbackSettings
 from router.settings import RouterSettings
+from router.simulation.events import Network, Receiver
 from router.simulation.gateway import Gateway
 from router.simulation.journal import Journal, Run
 from router.simulation.node import HEARTBEAT_S, Engine, Node
@@ -22,18 +23,7 @@ from router.simulation.provider import ProviderModel
 from router.simulation.workload.workload import Arrival, Workload
 from router.types import Request
 
-Act = Callable[[Any], None]
-
-
-@dataclass(frozen=True)
-class Network:
-    """Between gateways and engines."""
-
-    # Measured on loopback: 0.5 ms at the median. What a profile says of it comes first.
-    submit_s: float = 0.0005  # from a decision to the engine's queue
-    reply_s: float = 0.0005  # from the end of a step to the gateway
-    snapshot_interval_s: float = 0.010  # as in serving/stream/server.py
-    snapshot_loss: float = 0.0  # share of snapshots that never arrive
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,7 +82,7 @@ class Simulation:
         self.journal = Journal(workload)
         self.nodes: dict[str, Node] = {}
         self.num_open = 0
-        self._heap: list[tuple[float, int, Act, Any]] = []
+        self._heap: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._num_events = 0
         self._num_arrived = 0
         self._num_nodes = 0
@@ -137,7 +127,7 @@ class Simulation:
         self.journal.num_preemptions += sum(node.num_preemptions for node in self.nodes.values())
         return self.journal.closed()
 
-    def at(self, time_s: float, act: Act, argument: Any) -> None:
+    def at(self, time_s: float, act: Callable[[T], None], argument: T) -> None:
         """Have `act(argument)` called at this time; equal times in order of asking."""
         self._num_events += 1
         heappush(self._heap, (time_s, self._num_events, act, argument))
@@ -147,7 +137,7 @@ class Simulation:
         """Engines that take new work."""
         return [node for node in self.nodes.values() if not node.is_draining]
 
-    def priority_of(self, gateway: Gateway, request: Request, arrival: Arrival) -> int:
+    def priority_of(self, gateway: Receiver[Node], request: Request, arrival: Arrival) -> int:
         """What vLLM is told: lower is first."""
         if self._priority is not None:
             return self._priority(arrival)

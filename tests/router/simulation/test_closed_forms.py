@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from router.settings import RouterSettings
+from router.simulation.events import Network
 from router.simulation.journal import Run
-from router.simulation.simulator import Engine, Network, Simulation
+from router.simulation.node import Engine
+from router.simulation.simulator import Simulation
 from router.simulation.workload.workload import Arrival, Workload
 from tests.support.textbook_queues import SERVICE_S, FirstComeFirstServed, ProcessorSharing
 

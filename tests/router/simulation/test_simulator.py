@@ -8,7 +8,8 @@ import pytest
 from router.settings import Part, PolicyName, RouterSettings
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
-from router.simulation.simulator import Failure, Network, Simulation
+from router.simulation.events import Network
+from router.simulation.simulator import Failure, Simulation
 from router.simulation.variant import ablations, policies, split
 from router.simulation.workload.synthetic import SYNTHETIC
 from router.types import Outcome
