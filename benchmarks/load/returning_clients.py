@@ -10,7 +10,7 @@ from benchmarks.load.client import Call, Client, Record
 from benchmarks.load.mix import Ask, Mix
 from benchmarks.report.report import percentile
 from router.settings import RouterSettings
-from router.simulation.slo import Slo
+from router.simulation.figures import Slo
 
 _TIMEOUT_S = 120.0
 

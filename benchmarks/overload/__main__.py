@@ -33,7 +33,7 @@ from benchmarks.report.plot_overload import plot_watch
 from benchmarks.report.report import RESULTS, Report, brief, percentile
 from benchmarks.report.runner import run_to_the_end
 from benchmarks.systems.processes import machine_busy_s
-from router.simulation.slo import Slo
+from router.simulation.figures import Slo
 
 _MODEL = "emulated"
 _PROFILE = "h100-llama8b"

@@ -24,7 +24,7 @@ from benchmarks.report.plot_sweep import plot_sweep
 from benchmarks.report.report import RESULTS, Report
 from router.simulation import clairvoyant
 from router.simulation.engine.profile import Profile
-from router.simulation.slo import Slo
+from router.simulation.figures import Slo
 from router.simulation.variant import ablations, policies, split
 from router.simulation.workload.synthetic import SYNTHETIC
 from router.simulation.workload.workload import Workload

@@ -24,10 +24,9 @@ from router.providers.spillover import FallbackSettings
 from router.settings import RouterSettings
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
-from router.simulation.figures import figures_of, interval
+from router.simulation.figures import Slo, figures_of, interval
 from router.simulation.provider import ProviderModel
 from router.simulation.simulator import Simulation
-from router.simulation.slo import Slo
 from router.simulation.workload.lengths import LogNormal
 from router.simulation.workload.synthetic import PROMPTS, REPLIES, SYNTHETIC, of
 from router.simulation.workload.workload import Workload

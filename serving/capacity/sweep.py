@@ -16,10 +16,9 @@ from router.simulation import clairvoyant
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
 from router.simulation.events import Network
-from router.simulation.figures import Figures, figures_of
+from router.simulation.figures import Figures, Slo, figures_of
 from router.simulation.journal import Run
 from router.simulation.simulator import Simulation
-from router.simulation.slo import Slo
 from router.simulation.variant import SATURATING_POLICY, split
 from router.simulation.workload.workload import Workload
 

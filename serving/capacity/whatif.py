@@ -15,8 +15,7 @@ from rich.table import Table
 from benchmarks.report.provenance import commit
 from benchmarks.report.report import brief
 from router.simulation.engine.profile import Profile
-from router.simulation.figures import Figures
-from router.simulation.slo import Slo
+from router.simulation.figures import Figures, Slo
 from router.simulation.variant import policies, split
 from router.simulation.workload.synthetic import SYNTHETIC
 from router.simulation.workload.workload import Workload

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from router.simulation.figures import figures_of, interval, jain, knee, weighted_percentile
+from router.simulation.figures import Slo, figures_of, interval, jain, knee, weighted_percentile
 from router.simulation.journal import Journal
-from router.simulation.slo import Slo
 from router.simulation.workload.workload import Arrival, Workload
 from router.types import Outcome
 

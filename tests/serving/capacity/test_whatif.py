@@ -5,7 +5,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from router.simulation.engine.profile import Profile
-from router.simulation.slo import Slo
+from router.simulation.figures import Slo
 from serving.capacity.whatif import Question, Search, WhatIfError, answer
 from serving.cli.main import main
 
