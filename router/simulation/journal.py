@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from router.simulation.workload.workload import Workload
 from router.types import Outcome
@@ -73,50 +74,52 @@ class Journal:
 class Run:
     """A run that is over; arrays are [num_requests] in order of arrival, but for the gaps."""
 
-    arrival_s: np.ndarray
-    num_prompt_tokens: np.ndarray
-    num_output_tokens: np.ndarray
-    tenant: np.ndarray
-    priority_class: np.ndarray
-    placed_s: np.ndarray
-    first_s: np.ndarray
-    end_s: np.ndarray
-    outcome: np.ndarray
-    num_cached_tokens: np.ndarray
-    num_preemptions_each: np.ndarray
-    gaps_s: np.ndarray = field(repr=False)
-    gap_counts: np.ndarray = field(repr=False)
+    arrival_s: NDArray[np.float64]
+    num_prompt_tokens: NDArray[np.int_]
+    num_output_tokens: NDArray[np.int_]
+    tenant: NDArray[np.str_]
+    priority_class: NDArray[np.str_]
+    placed_s: NDArray[np.float64]
+    first_s: NDArray[np.float64]
+    end_s: NDArray[np.float64]
+    outcome: NDArray[np.int8]
+    num_cached_tokens: NDArray[np.int_]
+    num_preemptions_each: NDArray[np.int_]
+    gaps_s: NDArray[np.float64] = field(repr=False)
+    gap_counts: NDArray[np.int_] = field(repr=False)
     num_preemptions: int = 0
     num_events: int = 0
 
     def __len__(self) -> int:
         return len(self.arrival_s)
 
-    def has(self, outcome: Outcome) -> np.ndarray:
+    def has(self, outcome: Outcome) -> NDArray[np.bool_]:
         """Return which requests ended so."""
-        return self.outcome == OUTCOME_NUMBER[outcome]
+        ended_so: NDArray[np.bool_] = self.outcome == OUTCOME_NUMBER[outcome]
+        return ended_so
 
     @cached_property
-    def completed(self) -> np.ndarray:
+    def completed(self) -> NDArray[np.bool_]:
         return self.has(Outcome.COMPLETED)
 
     @cached_property
-    def ttft_s(self) -> np.ndarray:
+    def ttft_s(self) -> NDArray[np.float64]:
         """Time to first token; `nan` where the request did not complete."""
         return np.where(self.completed, self.first_s - self.arrival_s, np.nan)
 
     @cached_property
-    def e2e_s(self) -> np.ndarray:
+    def e2e_s(self) -> NDArray[np.float64]:
         """Time to the last token; `nan` where the request did not complete."""
         return np.where(self.completed, self.end_s - self.arrival_s, np.nan)
 
     @cached_property
-    def tpot_s(self) -> np.ndarray:
+    def tpot_s(self) -> NDArray[np.float64]:
         """Mean time per token after the first; `nan` where there is none."""
         more = np.where(self.num_output_tokens > 1, self.num_output_tokens - 1.0, np.nan)
-        return (self.e2e_s - self.ttft_s) / more
+        tpot_s: NDArray[np.float64] = (self.e2e_s - self.ttft_s) / more
+        return tpot_s
 
     @cached_property
-    def hold_s(self) -> np.ndarray:
+    def hold_s(self) -> NDArray[np.float64]:
         """Time in the gateway before it was sent to the engine that answered."""
         return np.where(self.completed, self.placed_s - self.arrival_s, np.nan)

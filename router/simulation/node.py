@@ -33,9 +33,15 @@ class Engine(Protocol):
 
     info: EngineInfo
     step_num_decode_reqs: int  # in the last step
-    num_preemptions_total: int
     slowness: float  # of steps begun from now on, over those of an engine alone
-    blocks: BlockLog
+
+    @property
+    def blocks(self) -> BlockLog:
+        """What the prefix cache holds."""
+        ...
+
+    @property
+    def num_preemptions_total(self) -> int: ...
 
     @property
     def step_ends_s(self) -> Sequence[float]:

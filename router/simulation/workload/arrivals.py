@@ -7,14 +7,17 @@ arrivals mapped through the inverse of the expected count (Çinlar 1975, chapter
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 
-def poisson(rng: np.random.Generator, rate: float, num_requests: int) -> np.ndarray:
+def poisson(rng: np.random.Generator, rate: float, num_requests: int) -> NDArray[np.float64]:
     """Return arrivals that know nothing of one another, at `rate` per second."""
     return np.cumsum(rng.exponential(1.0 / rate, num_requests))
 
 
-def bursty(rng: np.random.Generator, rate: float, cv: float, num_requests: int) -> np.ndarray:
+def bursty(
+    rng: np.random.Generator, rate: float, cv: float, num_requests: int
+) -> NDArray[np.float64]:
     """Return arrivals with gamma-distributed gaps of coefficient of variation `cv`.
 
     1 is Poisson; above it they come in clumps (ServeGen, BurstGPT: 1 to 13 in production).
@@ -23,7 +26,9 @@ def bursty(rng: np.random.Generator, rate: float, cv: float, num_requests: int) 
     return np.cumsum(rng.gamma(shape, 1.0 / (rate * shape), num_requests))
 
 
-def varying(rng: np.random.Generator, profile: Sequence[tuple[float, float]]) -> np.ndarray:
+def varying(
+    rng: np.random.Generator, profile: Sequence[tuple[float, float]]
+) -> NDArray[np.float64]:
     """Return Poisson arrivals whose rate follows `profile`, until its last point.
 
     `profile`: (seconds, requests per second), ascending in time, straight lines between.
@@ -39,19 +44,20 @@ def varying(rng: np.random.Generator, profile: Sequence[tuple[float, float]]) ->
     steps = np.diff(grid_s) * (grid_rates[1:] + grid_rates[:-1]) / 2.0
     counts = np.concatenate([[0.0], np.cumsum(steps)])
     uniform = np.sort(rng.uniform(0.0, counts[-1], rng.poisson(counts[-1])))
-    return np.interp(uniform, counts, grid_s)
+    offsets_s: NDArray[np.float64] = np.interp(uniform, counts, grid_s)
+    return offsets_s
 
 
 def ramp(
     rng: np.random.Generator, start_rate: float, end_rate: float, duration_s: float
-) -> np.ndarray:
+) -> NDArray[np.float64]:
     """Return Poisson arrivals whose rate rises, or falls, evenly."""
     return varying(rng, [(0.0, start_rate), (duration_s, end_rate)])
 
 
 def spike(
     rng: np.random.Generator, rate: float, factor: float, spike_s: float, duration_s: float
-) -> np.ndarray:
+) -> NDArray[np.float64]:
     """Return Poisson arrivals at `rate`, but `factor` times it for `spike_s` in the middle."""
     start_s, end_s = (duration_s - spike_s) / 2.0, (duration_s + spike_s) / 2.0
     return varying(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class LogNormal:
     low: int = 1
     high: int = 1 << 20
 
-    def draw(self, rng: np.random.Generator, num_requests: int) -> np.ndarray:
+    def draw(self, rng: np.random.Generator, num_requests: int) -> NDArray[np.int_]:
         """Return as many counts."""
         counts = self.median * np.exp(self.sigma * rng.standard_normal(num_requests))
         return np.clip(np.rint(counts), self.low, self.high).astype(int)
@@ -31,12 +32,13 @@ class BoundedPareto:
     high: int
     alpha: float = 1.1  # towards 1 the few largest carry as much as all others
 
-    def draw(self, rng: np.random.Generator, num_requests: int) -> np.ndarray:
+    def draw(self, rng: np.random.Generator, num_requests: int) -> NDArray[np.int_]:
         """Return as many counts, by the inverse of the distribution function."""
         share = 1.0 - (self.low / self.high) ** self.alpha
         uniform = rng.uniform(0.0, 1.0, num_requests)
         counts = self.low * (1.0 - uniform * share) ** (-1.0 / self.alpha)
-        return np.rint(counts).astype(int)
+        rounded: NDArray[np.float64] = np.rint(counts)
+        return rounded.astype(int)
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,13 @@ class Mixture:
     kinds: tuple["LogNormal | BoundedPareto", ...]
     shares: tuple[float, ...]
 
-    def draw(self, rng: np.random.Generator, num_requests: int) -> np.ndarray:
+    def draw(self, rng: np.random.Generator, num_requests: int) -> NDArray[np.int_]:
         """Return as many counts."""
         shares = np.array(self.shares) / sum(self.shares)
         which = rng.choice(len(self.kinds), num_requests, p=shares)
         drawn = np.stack([kind.draw(rng, num_requests) for kind in self.kinds])
-        return drawn[which, np.arange(num_requests)]
+        counts: NDArray[np.int_] = drawn[which, np.arange(num_requests)]
+        return counts
 
 
 TokenCounts = LogNormal | BoundedPareto | Mixture
