@@ -8,13 +8,13 @@ import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
 from router.types import EngineSnapshot
-from serving.engine.vllm.engine import Engine
-from serving.stream.account import RequestAccounting
+from serving.stream.accounting import RequestAccounting
+from serving.stream.engine import Engine
 from serving.stream.server import StreamServer
 
 
 class FaultyEngine:
-    """The `serving.engine.vllm.engine.Engine` around another one.
+    """The `serving.stream.engine.Engine` around another one.
 
     Hung, it sends nothing and counts no step; silent, it tells nothing of
     itself; dead, whatever it would send is about that.
@@ -44,16 +44,16 @@ class FaultyEngine:
     def subscribe(self, on_step: Callable[[], None]) -> None:
         self._engine.subscribe(on_step)
 
-    def snapshot(self, seq: int, accounts: list[RequestAccounting]) -> EngineSnapshot:
-        snapshot = self._engine.snapshot(seq, accounts)
+    def snapshot(self, seq: int, accountings: list[RequestAccounting]) -> EngineSnapshot:
+        snapshot = self._engine.snapshot(seq, accountings)
         if not self._flows.is_set():
             self._frozen = self._frozen or snapshot
             num_steps = self._frozen.num_steps_total
             snapshot = msgspec.structs.replace(snapshot, num_steps_total=num_steps)
         return snapshot
 
-    def forget(self, account: RequestAccounting) -> None:
-        self._engine.forget(account)
+    def forget(self, accounting: RequestAccounting) -> None:
+        self._engine.forget(accounting)
 
     async def ping(self) -> None:
         await self._flows.wait()
@@ -76,9 +76,9 @@ class FaultyEngine:
 class FaultyStreamServer(StreamServer):
     """A port whose snapshots can be kept back."""
 
-    def _push(self) -> None:
+    def _push_snapshots(self) -> None:
         if not self.engine.is_silent:  # type: ignore[attr-defined]
-            super()._push()
+            super()._push_snapshots()
 
 
 class FaultyFleet:

@@ -39,7 +39,7 @@ from serving.engine.emulated.asgi import (
     until_gone,
 )
 from serving.engine.emulated.completion_text import CompletionText
-from serving.stream.account import RequestAccounting, current_account
+from serving.stream.accounting import RequestAccounting, current_accounting
 
 if TYPE_CHECKING:
     from serving.planning.plan import Plan
@@ -121,7 +121,7 @@ class NullEngine:
         """`on_step()` is called on the event loop after every step, never while idle."""
         self._on_step = on_step
 
-    def snapshot(self, seq: int, accounts: list[RequestAccounting]) -> EngineSnapshot:
+    def snapshot(self, seq: int, accountings: list[RequestAccounting]) -> EngineSnapshot:
         """The state now. Nothing is ever pending: a prompt takes no time here."""
         num_context = (
             self._num_prefill_tokens_total + self.num_output_tokens_total - self._num_ended_tokens
@@ -129,7 +129,7 @@ class NullEngine:
         return EngineSnapshot(
             seq=seq,
             num_running_reqs=self.num_running_reqs,
-            num_inflight_reqs=len(accounts),
+            num_inflight_reqs=len(accountings),
             kv_cache_usage=num_context / _NUM_KV_TOKENS,
             num_free_kv_tokens=_NUM_KV_TOKENS - num_context,
             num_decoding_reqs=self.num_running_reqs,
@@ -142,8 +142,8 @@ class NullEngine:
             num_steps_total=self._num_steps_total,
         )
 
-    def forget(self, account: RequestAccounting) -> None:
-        """Part of the engine's interface; nothing is kept per account."""
+    def forget(self, accounting: RequestAccounting) -> None:
+        """Part of the engine's interface; nothing is kept per accounting."""
 
     async def ping(self) -> None:
         """Part of the engine's interface; what answers here is the event loop."""
@@ -191,9 +191,9 @@ class NullEngine:
         step_ms = request.stand_in_step_ms
         pace = self._pace(self._args.step_ms if step_ms is None else step_ms)
         text = CompletionText(chat, next(self._ids), self.info.model, num_prompt_tokens)
-        account = current_account.get()
-        if account is not None:
-            account.entered, account.num_prompt_tokens = True, num_prompt_tokens
+        accounting = current_accounting.get()
+        if accounting is not None:
+            accounting.entered, accounting.num_prompt_tokens = True, num_prompt_tokens
         self.num_running_reqs += 1
         self._num_prefill_tokens_total += num_prompt_tokens
         # One that ends with its first token needs neither pace nor watch.
@@ -227,8 +227,8 @@ class NullEngine:
             if watch is not None:
                 watch.cancel()
                 pace.leave()
-            if account is not None:
-                account.num_output_tokens = num_sent
+            if accounting is not None:
+                accounting.num_output_tokens = num_sent
             self.num_running_reqs -= 1
             self._num_ended_tokens += num_prompt_tokens + num_sent
 

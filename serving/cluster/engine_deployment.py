@@ -12,8 +12,8 @@ from ray import serve
 from serving.cluster.loop_thread import LoopThread
 from serving.config import Config, parse
 from serving.engine.step_log import StepLog
-from serving.engine.vllm.engine import Engine
 from serving.planning.plan import Plan
+from serving.stream.engine import Engine
 from serving.stream.server import StreamServer
 
 logger = logging.getLogger(__name__)

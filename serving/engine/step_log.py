@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from router.types import EngineSnapshot
-from serving.engine.vllm.engine import Engine
+from serving.stream.engine import Engine
 
 
 class LoggedStep(msgspec.Struct, array_like=True):

@@ -1,4 +1,4 @@
-"""One request inside an engine replica: an ASGI call whose response leaves as frames."""
+"""How does an engine's replica run one request, and what does it send of the response?"""
 
 import asyncio
 import logging
@@ -7,69 +7,87 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message
 
 from router.resilience.resume import ResumeSplice, ResumeSpliceError
-from serving.stream.account import RequestAccounting, current_account
-from serving.stream.frames import Data, End, Head, Headers, Submit, ToGateway
+from serving.stream.accounting import RequestAccounting, current_accounting
+from serving.stream.frames import Data, End, Head, Headers, Prompt, Submit, ToGateway
 
 logger = logging.getLogger(__name__)
 
 
 class EngineDied(Exception):
-    """Whatever the API layer says from here on is about that."""
+    """The engine died: whatever the API layer sends from now on is an apology for that."""
 
 
-class Stream:
-    """Runs the request; ends with exactly one `End` frame, unless the engine dies.
+class AsgiCall:
+    """Call the engine's ASGI application for one stream; send the response as frames.
 
-    Then it ends with the connection (`on_dead`): what failed is no request, and
-    vLLM's apology under status 200 must not reach the client. One that another
-    engine has begun sends nothing of what the client has already; should the
-    engine not come by the same bytes, it ends with an error.
+    | the call ends because                       | the gateway receives           |
+    |---------------------------------------------|--------------------------------|
+    | the response is complete                    | `End` without an error         |
+    | the gateway cancelled it, or disconnected   | `End`: "cancelled"             |
+    | the application raised, or sent too little  | `End` with the error           |
+    | a resumed response differs from what was    | `End` with the error, which    |
+    | sent before                                 | says that a retry is no use    |
+    | the engine died                             | no `End`: `on_dead` closes the |
+    |                                             | connection                     |
 
-    `window_bytes` bounds what is under way to a client that does not read:
-    past it the response waits here, and vLLM merges the tokens that come
-    meanwhile, until the gateway acknowledges.
+    The last row, because the request is not what failed, and because vLLM's
+    apology under status 200 must not reach the client. A resumed request sends
+    nothing of what the client already has.
+
+    `window_bytes` bounds what is on its way to a client that does not read: beyond
+    it the response waits here until the gateway acknowledges, and vLLM merges
+    the tokens that come meanwhile.
     """
 
     def __init__(
         self,
         submit: Submit,
-        account: RequestAccounting,
         window_bytes: int,
         post: Callable[[ToGateway], None],
-        on_end: Callable[["Stream"], None],
+        on_end: Callable[["AsgiCall"], None],
         is_dead: Callable[[], bool],
         on_dead: Callable[[], None],
     ) -> None:
-        self.id = submit.stream
+        self.stream = submit.stream
+        self.accounting = RequestAccounting(
+            submit.num_prompt_tokens,
+            submit.priority,
+            num_expected_cached_tokens=submit.num_cached_tokens,
+            request_id=submit.request_id,
+            created_s=submit.created_s,
+            resume=submit.resume,
+            on_prompt=self._post_prompt,
+            on_progress=self._post_progress,
+        )
         self._submit = submit
-        self._account = account
         self._credit_bytes = window_bytes
         self._post = post
         self._on_end = on_end
         self._is_dead = is_dead
         self._on_dead = on_dead
-        self._seam = ResumeSplice(submit.resume) if submit.resume is not None else None
-        account.recorder.on_progress = self._report_progress
+        self._splice = ResumeSplice(submit.resume) if submit.resume is not None else None
         self._credit = asyncio.Event()
         self._cancelled = asyncio.Event()
-        self._body_taken = False
-        self._complete = False
+        self._body_was_read = False
+        self._is_complete = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self, app: ASGIApp) -> None:
+        """Begin to run the request in a task of its own."""
         self._task = asyncio.get_running_loop().create_task(self._run(app))
 
     def cancel(self) -> None:
-        """The client left. vLLM sees a disconnect and aborts the request."""
+        """Let vLLM see that the client disconnected: it aborts the request."""
         self._cancelled.set()
         self._credit.set()
 
     def acknowledge(self, num_bytes: int) -> None:
+        """Allow so many bytes more to be sent: the client has read as many."""
         self._credit_bytes += num_bytes
         self._credit.set()
 
     async def _run(self, app: ASGIApp) -> None:
-        current_account.set(self._account)
+        current_accounting.set(self.accounting)
         error: str | None = None
         can_retry = True
         try:
@@ -78,32 +96,35 @@ class Stream:
             error = "cancelled"
         except EngineDied:
             error = "the engine died"
-        except ResumeSpliceError as seam:
-            error, can_retry = str(seam), False
+        except ResumeSpliceError as difference:
+            error, can_retry = str(difference), False
         except Exception as exception:
             if not self._cancelled.is_set():
                 logger.exception("request %s failed", self._submit.request_id)
             error = f"{type(exception).__name__}: {exception}"
         finally:
-            if error is None and not self._complete:
+            if error is None and not self._is_complete:
                 error = "cancelled" if self._cancelled.is_set() else "the response broke off"
             if self._is_dead():
                 self._on_dead()
             else:
-                self._post(End(self.id, self._account.usage(), error, can_retry))
+                self._post(End(self.stream, self.accounting.usage(), error, can_retry))
             self._on_end(self)
 
-    def _report_progress(self) -> None:
-        """Let the gateway know what was generated though nothing of it is due yet."""
-        self._post(Data(self.id, b"", self._account.recorder.take()))
+    def _post_prompt(self, num_tokens: int, block_hashes: list[int]) -> None:
+        self._post(Prompt(self.stream, num_tokens, block_hashes))
+
+    def _post_progress(self) -> None:
+        """Send what was recorded although nothing of the body is due yet."""
+        self._post(Data(self.stream, b"", self.accounting.recorder.take_groups()))
 
     def _scope(self) -> dict:
         submit = self._submit
         return {
             "type": "http",
-            # Before 2.4 Starlette watches `receive` for the client's leaving
-            # while it streams; later it waits for a failing `send`, which a
-            # request that has no token yet never makes.
+            # With an older version Starlette watches `receive` for a disconnect while it
+            # streams. From 2.4 on it waits for `send` to fail, and a request that has no
+            # token yet never calls that.
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",
             "method": submit.method,
@@ -118,8 +139,8 @@ class Stream:
         }
 
     async def _receive(self) -> Message:
-        if not self._body_taken:
-            self._body_taken = True
+        if not self._body_was_read:
+            self._body_was_read = True
             return {"type": "http.request", "body": self._submit.body, "more_body": False}
         await self._cancelled.wait()
         return {"type": "http.disconnect"}
@@ -129,19 +150,19 @@ class Stream:
             raise ConnectionResetError
         if self._is_dead():
             raise EngineDied
-        if self._account.has_diverged:
+        if self.accounting.has_diverged:
             raise ResumeSpliceError("generated again, it differs from what had been sent")
         if message["type"] == "http.response.start":
             headers: Headers = [(bytes(name), bytes(value)) for name, value in message["headers"]]
-            self._post(Head(self.id, message["status"], headers))
+            self._post(Head(self.stream, message["status"], headers))
             return
         body = bytes(message.get("body", b""))
-        if self._seam is not None:
-            body = self._seam.cut(body, is_last=not message.get("more_body", False))
+        if self._splice is not None:
+            body = self._splice.cut(body, is_last=not message.get("more_body", False))
         if body:
             while self._credit_bytes <= 0 and not self._cancelled.is_set():
                 self._credit.clear()
                 await self._credit.wait()
             self._credit_bytes -= len(body)
-            self._post(Data(self.id, body, self._account.recorder.take()))
-        self._complete = not message.get("more_body", False)
+            self._post(Data(self.stream, body, self.accounting.recorder.take_groups()))
+        self._is_complete = not message.get("more_body", False)

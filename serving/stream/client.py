@@ -1,4 +1,4 @@
-"""The gateway's end of the multiplexed stream to one engine."""
+"""What does an engine tell its gateway? The gateway's end of the connection."""
 
 import asyncio
 from typing import Protocol
@@ -18,23 +18,23 @@ from serving.stream.frames import (
 )
 
 
-class LinkEvents(Protocol):
-    """What a link tells its owner; always on the event loop, in the order received."""
+class StreamEvents(Protocol):
+    """What a `StreamClient` calls, always on the event loop and in the order received."""
 
-    def on_welcome(self, link: "StreamClient", info: EngineInfo) -> None: ...
-    def on_snapshot(self, link: "StreamClient", snapshot: EngineSnapshot) -> None: ...
-    def on_blocks(self, link: "StreamClient", update: BlockUpdate) -> None: ...
-    def on_prompt(self, link: "StreamClient", frame: Prompt) -> None: ...
-    def on_head(self, link: "StreamClient", frame: Head) -> None: ...
-    def on_data(self, link: "StreamClient", frame: Data) -> None: ...
-    def on_end(self, link: "StreamClient", frame: End) -> None: ...
-    def on_lost(self, link: "StreamClient") -> None: ...
+    def on_welcome(self, client: "StreamClient", info: EngineInfo) -> None: ...
+    def on_snapshot(self, client: "StreamClient", snapshot: EngineSnapshot) -> None: ...
+    def on_blocks(self, client: "StreamClient", update: BlockUpdate) -> None: ...
+    def on_prompt(self, client: "StreamClient", frame: Prompt) -> None: ...
+    def on_head(self, client: "StreamClient", frame: Head) -> None: ...
+    def on_data(self, client: "StreamClient", frame: Data) -> None: ...
+    def on_end(self, client: "StreamClient", frame: End) -> None: ...
+    def on_lost(self, client: "StreamClient") -> None: ...
 
 
 class StreamClient(FrameConnection):
-    """One connection to one engine replica; lost once, it is never used again."""
+    """One connection to one engine's replica. Once lost it is never used again."""
 
-    def __init__(self, replica_id: str, secret: str, gateway_id: str, events: LinkEvents) -> None:
+    def __init__(self, replica_id: str, secret: str, gateway_id: str, events: StreamEvents) -> None:
         super().__init__()
         self.replica_id = replica_id
         self._hello = Hello(secret, gateway_id)
@@ -42,16 +42,16 @@ class StreamClient(FrameConnection):
 
     @classmethod
     async def connect(
-        cls, replica_id: str, metadata: dict, gateway_id: str, events: LinkEvents
+        cls, replica_id: str, metadata: dict, gateway_id: str, events: StreamEvents
     ) -> "StreamClient":
-        """Connect to the address in a replica's metadata; raises `OSError`."""
+        """Connect to the address in a replica's metadata. Raise `OSError` if that fails."""
         loop = asyncio.get_running_loop()
-        _, link = await loop.create_connection(
+        _, client = await loop.create_connection(
             lambda: cls(replica_id, metadata["secret"], gateway_id, events),
             metadata["host"],
             metadata["port"],
         )
-        return link
+        return client
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)

@@ -1,4 +1,4 @@
-"""One end of the multiplexed stream: framing and coalesced writes, common to both ends."""
+"""Which frames leave in one write? Framing and coalesced writes, the same at both ends."""
 
 import asyncio
 import socket
@@ -10,11 +10,12 @@ from serving.stream.frames import MessageBuffer, ToEngine, ToGateway, encode
 
 
 class FrameConnection(asyncio.Protocol):
-    """Frames posted in one turn of the event loop leave in one write.
+    """Send all frames posted in one iteration of the event loop in one write.
 
-    Subclasses take what comes in `on_message` (whole messages, undecoded; a
-    `ValueError` or `MsgspecError` from it closes the connection: the peer is
-    not one of ours) and may add to what goes in `outgoing`.
+    Subclasses handle what arrives in `on_message`, which gets whole messages,
+    undecoded. A `ValueError` or `MsgspecError` from it closes the connection:
+    the peer does not speak our protocol. They may add to what is sent in
+    `frames_to_send`.
     """
 
     def __init__(self) -> None:
@@ -27,8 +28,8 @@ class FrameConnection(asyncio.Protocol):
     def on_message(self, message: bytes) -> None:
         raise NotImplementedError
 
-    def outgoing(self, frames: list) -> list:
-        """Return what to send when `frames` are due."""
+    def frames_to_send(self, frames: list) -> list:
+        """Return what to send when the posted `frames` are due."""
         return frames
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -45,19 +46,20 @@ class FrameConnection(asyncio.Protocol):
         self._transport = None
 
     def post(self, frame: ToEngine | ToGateway) -> None:
-        """Send `frame` with everything else of this turn."""
+        """Send `frame` together with all others of this iteration."""
         self._frames.append(frame)
         self.schedule_flush()
 
     def schedule_flush(self) -> None:
+        """Write at the end of this iteration."""
         if not self._flush_scheduled:
             self._flush_scheduled = True
-            # What the same event woke stands in the loop's ready queue already,
+            # Whatever the same event woke is in the loop's ready queue already,
             # so it posts before this runs.
             self._call_soon(self._flush)
 
     def close(self) -> None:
-        """Send what is due, then hang up."""
+        """Send what is due, then disconnect."""
         if self._transport is not None:
             self._flush()
             self._transport.close()
@@ -65,5 +67,5 @@ class FrameConnection(asyncio.Protocol):
     def _flush(self) -> None:
         self._flush_scheduled = False
         frames, self._frames = self._frames, []
-        if self._transport is not None and (frames := self.outgoing(frames)):
+        if self._transport is not None and (frames := self.frames_to_send(frames)):
             self._transport.write(encode(frames))

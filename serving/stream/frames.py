@@ -1,10 +1,20 @@
-"""Frames of the multiplexed stream between one gateway and one engine.
+"""What do a gateway and an engine say to each other, and how is it encoded?
 
-One TCP connection per (gateway, engine) pair. A message is a 4-byte
-big-endian length and a MessagePack array of frames: everything that one turn
-of the event loop produced, and so one engine step, travels in one write.
-The conversation is ASGI's: a request goes over as method, path, headers and
-body; the response comes back as head, data and end.
+One TCP connection per pair of gateway and engine, with one stream per request in it. A message
+is a 4-byte big-endian length and a MessagePack array of frames: everything that one iteration
+of the event loop produced, and so one engine step, is sent in one write. Per stream the frames
+are ASGI's: a request goes over as method, path, headers and body; the response comes back
+as head, data and end.
+
+| the gateway sends          | the engine answers                                          |
+|----------------------------|-------------------------------------------------------------|
+| `Hello`, first of all      | `Welcome`; it disconnects if the secret is wrong            |
+| `Submit`                   | `Prompt`, `Head`, any number of `Data`, `End`               |
+| `Ack`                      | more `Data`, if the stream's window was used up             |
+| `Cancel`                   | `End`, if it had not sent that yet                          |
+| `Resync`                   | `Blocks` with all cached blocks                             |
+| (nothing)                  | `Snapshot` after steps and as a heartbeat, `Blocks` before  |
+|                            | it if the prefix cache has changed                          |
 """
 
 from collections.abc import Callable
@@ -14,25 +24,25 @@ import msgspec
 from router.resilience.resume import Resume
 from router.types import BlockUpdate, EngineInfo, EngineSnapshot, Usage
 
-MAX_MESSAGE_BYTES = 256 * 2**20  # a length beyond this is garbage, not a message
+MAX_MESSAGE_BYTES = 256 * 2**20  # a length beyond this is not from a peer of ours
 
 Headers = list[tuple[bytes, bytes]]
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """First frame from the gateway; proves that it was told the address by Ray."""
+    """First frame from the gateway. The secret proves that Ray told it the address."""
 
     secret: str
     gateway_id: str
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """A request. `stream` is the router's booking number: it only grows."""
+    """A request. `stream` is the router's booking number, which only grows."""
 
     stream: int
     request_id: str
-    num_prompt_tokens: int  # the router's estimate, until vLLM has tokenised
-    num_cached_tokens: int  # of these, expected in the prefix cache, until vLLM has looked
+    num_prompt_tokens: int  # the router's estimate, used until vLLM has tokenised
+    num_cached_tokens: int  # of these, expected in the prefix cache; used until vLLM has looked
     priority: int  # vLLM's: lower is first
     method: str
     path: str
@@ -43,26 +53,26 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """The client left: abort the request in the engine."""
+    """Abort the request in the engine: the client left, or another engine has it."""
 
     stream: int
 
 
 class Ack(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """The client has taken so many bytes more; reopens the stream's window."""
+    """The client has read so many bytes more: the stream's window grows by them."""
 
     stream: int
     num_bytes: int
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    """First frame from the engine."""
+    """First frame from the engine: its model, its sizes and its process."""
 
     info: EngineInfo
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True, tag=6):
-    """Status and headers of a response; always followed by Data or End."""
+    """Status and headers of a response; `Data` or `End` always follows."""
 
     stream: int
     status: int
@@ -74,16 +84,16 @@ class Data(msgspec.Struct, frozen=True, array_like=True, tag=7):
 
     stream: int
     body: bytes
-    record: bytes = b""  # what these and earlier bytes were made of, see `serving.stream.record`
+    record: bytes = b""  # what was generated for them, see `serving.stream.record`
 
 
 class End(msgspec.Struct, frozen=True, array_like=True, tag=8):
-    """The response is complete, or, with `error` set, will never be."""
+    """The response is complete or, with `error` set, will never be."""
 
     stream: int
     usage: Usage | None
     error: str | None
-    can_retry: bool = True  # another engine may do better
+    can_retry: bool = True  # whether another engine may succeed
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag=9):
@@ -93,13 +103,13 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag=9):
 
 
 class Blocks(msgspec.Struct, frozen=True, array_like=True, tag=20):
-    """What the engine's prefix cache has taken in and dropped."""
+    """Which blocks the engine's prefix cache has stored and removed."""
 
     update: BlockUpdate
 
 
 class Prompt(msgspec.Struct, frozen=True, array_like=True, tag=21):
-    """vLLM has tokenised a prompt: its size, and the hashes of its whole blocks."""
+    """The size of a prompt as vLLM tokenised it, and the hashes of its whole blocks."""
 
     stream: int
     num_tokens: int
@@ -107,7 +117,7 @@ class Prompt(msgspec.Struct, frozen=True, array_like=True, tag=21):
 
 
 class Resync(msgspec.Struct, frozen=True, array_like=True, tag=22):
-    """An update of the blocks was missed: tell all of them anew."""
+    """Send all cached blocks: the gateway has missed an update."""
 
 
 ToEngine = Hello | Submit | Cancel | Ack | Resync
@@ -119,7 +129,7 @@ decode_to_gateway = msgspec.msgpack.Decoder(list[ToGateway]).decode
 
 
 def encode(frames: list[ToEngine] | list[ToGateway]) -> bytes:
-    """One message, length prefix included."""
+    """Return one message, with its length prefix."""
     message = bytearray(4)
     _encoder.encode_into(frames, message, 4)
     message[:4] = (len(message) - 4).to_bytes(4, "big")
@@ -127,16 +137,16 @@ def encode(frames: list[ToEngine] | list[ToGateway]) -> bytes:
 
 
 class MessageBuffer:
-    """Cuts received bytes into messages.
-
-    Raises `ValueError` from `feed` when a length is beyond `MAX_MESSAGE_BYTES`.
-    """
+    """Cut received bytes into messages."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes, on_message: Callable[[bytes], None]) -> None:
-        """Add received bytes; call `on_message` for every message now complete."""
+        """Add received bytes; call `on_message` for every message that is now complete.
+
+        Raise `ValueError` for a length beyond `MAX_MESSAGE_BYTES`.
+        """
         buffer = self._buffer
         buffer += data
         start, end = 0, len(buffer)

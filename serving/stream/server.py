@@ -1,4 +1,4 @@
-"""The engine's end of the multiplexed stream: a TCP port that gateways connect to."""
+"""Which gateways does an engine serve, and when do they hear of its state?"""
 
 import asyncio
 import os
@@ -6,16 +6,16 @@ import secrets
 
 import msgspec
 
-from serving.engine.vllm.engine import Engine
-from serving.stream.account import RequestAccounting
-from serving.stream.call import Stream
+from router.types import HEARTBEAT_S, SNAPSHOT_INTERVAL_S
+from serving.stream.accounting import RequestAccounting
+from serving.stream.call import AsgiCall
 from serving.stream.connection import FrameConnection
+from serving.stream.engine import Engine
 from serving.stream.frames import (
     Ack,
     Blocks,
     Cancel,
     Hello,
-    Prompt,
     Resync,
     Snapshot,
     Submit,
@@ -23,76 +23,72 @@ from serving.stream.frames import (
     decode_to_engine,
 )
 
-# A snapshot is at most this old under load; more often than the fastest
-# engine steps (~5 ms) would only cost CPU.
-SNAPSHOT_INTERVAL_S = 0.010
-# vLLM records nothing while idle; this tells the gateway that we live.
-HEARTBEAT_S = 0.5
-
 
 class StreamServer:
-    """Listens for gateways, runs their requests in the engine, pushes snapshots."""
+    """Listen for gateways, run their requests in the engine, push snapshots."""
 
     def __init__(self, engine: Engine, window_bytes: int) -> None:
         self.engine = engine
         self.window_bytes = window_bytes
         self.secret = secrets.token_hex(16)
-        self.accounts: dict[Stream, RequestAccounting] = {}
-        self._connections: set[Connection] = set()
+        self.accountings: dict[AsgiCall, RequestAccounting] = {}  # of all calls that run
+        self._connections: set[GatewayConnection] = set()
         self._server: asyncio.Server | None = None
         self._seq = 0
-        self._timer: asyncio.TimerHandle | None = None
+        self._push_timer: asyncio.TimerHandle | None = None
         self._last_push_s = 0.0
-        self._beat: asyncio.TimerHandle | None = None
+        self._heartbeat_timer: asyncio.TimerHandle | None = None
 
     async def listen(self, host: str) -> tuple[str, int]:
-        """Start listening on a free port of `host`; return the address."""
+        """Start listening on a free TCP port of `host`; return host and port."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: Connection(self), host, 0)
+        self._server = await loop.create_server(lambda: GatewayConnection(self), host, 0)
         self.engine.subscribe(self.on_step)
-        self._heartbeat()
+        self._send_heartbeat()
         return self._server.sockets[0].getsockname()[:2]
 
     @property
     def num_streams(self) -> int:
-        return len(self.accounts)
+        return len(self.accountings)
 
     def on_step(self) -> None:
-        """An engine step is over, or a request came or went: push, soon or now."""
+        """Push snapshots, now or soon: a step is over, or a request has come or gone."""
         loop = asyncio.get_running_loop()
         due_s = self._last_push_s + SNAPSHOT_INTERVAL_S - loop.time()
-        if due_s <= 0 or not self.accounts:
-            self._push()
-        elif self._timer is None:
-            self._timer = loop.call_later(due_s, self._push)
+        if due_s <= 0 or not self.accountings:
+            self._push_snapshots()
+        elif self._push_timer is None:
+            self._push_timer = loop.call_later(due_s, self._push_snapshots)
 
-    def _push(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _push_snapshots(self) -> None:
+        if self._push_timer is not None:
+            self._push_timer.cancel()
+            self._push_timer = None
         self._last_push_s = asyncio.get_running_loop().time()
         for connection in self._connections:
             connection.push_snapshot()
 
     def next_snapshot_seq(self) -> int:
+        """Return the next snapshot's number; numbers only grow."""
         self._seq += 1
         return self._seq
 
-    def _heartbeat(self) -> None:
+    def _send_heartbeat(self) -> None:
+        """Push snapshots if none went out for an interval; do so again after the next."""
         loop = asyncio.get_running_loop()
         if loop.time() - self._last_push_s >= HEARTBEAT_S * 0.9:
-            self._push()
-        self._beat = loop.call_later(HEARTBEAT_S, self._heartbeat)
+            self._push_snapshots()
+        self._heartbeat_timer = loop.call_later(HEARTBEAT_S, self._send_heartbeat)
 
     async def drain(self, timeout_s: float) -> None:
-        """Return when no stream is left, or after `timeout_s`."""
+        """Return when no request runs any more, or after `timeout_s`."""
         deadline_s = asyncio.get_running_loop().time() + timeout_s
-        while self.accounts and asyncio.get_running_loop().time() < deadline_s:
+        while self.accountings and asyncio.get_running_loop().time() < deadline_s:
             await asyncio.sleep(0.05)
 
     def close(self) -> None:
-        """Stop listening and drop every gateway; what still runs is aborted."""
-        for timer in (self._beat, self._timer):
+        """Stop listening and disconnect every gateway; requests that still run are aborted."""
+        for timer in (self._heartbeat_timer, self._push_timer):
             if timer is not None:
                 timer.cancel()
         if self._server is not None:
@@ -100,51 +96,54 @@ class StreamServer:
         for connection in list(self._connections):
             connection.close()
 
-    def connected(self, connection: "Connection") -> None:
+    def add_connection(self, connection: "GatewayConnection") -> None:
         self._connections.add(connection)
 
-    def disconnected(self, connection: "Connection") -> None:
+    def remove_connection(self, connection: "GatewayConnection") -> None:
         self._connections.discard(connection)
 
-    def started(self, stream: Stream, account: RequestAccounting) -> None:
-        self.accounts[stream] = account
+    def add_call(self, call: AsgiCall) -> None:
+        self.accountings[call] = call.accounting
         self.on_step()
 
-    def ended(self, stream: Stream) -> None:
-        self.engine.forget(self.accounts.pop(stream))
+    def remove_call(self, call: AsgiCall) -> None:
+        self.engine.forget(self.accountings.pop(call))
         self.on_step()
 
 
-class Connection(FrameConnection):
-    """One gateway."""
+class GatewayConnection(FrameConnection):
+    """One gateway's connection, and its requests by the number of their stream."""
 
-    def __init__(self, port: StreamServer) -> None:
+    def __init__(self, server: StreamServer) -> None:
         super().__init__()
-        self._port = port
-        self._streams: dict[int, Stream] = {}
-        self._snapshot_due = False
+        self._server = server
+        self._calls: dict[int, AsgiCall] = {}
+        self._snapshot_is_due = False
         self._block_position = 0  # what this gateway knows of the prefix cache
         self._last_stream = 0
-        self._greeted = False
+        self._said_hello = False
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._port.disconnected(self)
-        for stream in list(self._streams.values()):
-            stream.cancel()
+        self._server.remove_connection(self)
+        for call in list(self._calls.values()):
+            call.cancel()
 
     def push_snapshot(self) -> None:
-        self._snapshot_due = True
+        """Send a snapshot with the next write."""
+        self._snapshot_is_due = True
         self.schedule_flush()
 
-    def outgoing(self, frames: list) -> list:
-        if self._snapshot_due:
-            self._snapshot_due = False
-            port = self._port
-            if (update := port.engine.blocks.since(self._block_position)) is not None:
+    def frames_to_send(self, frames: list) -> list:
+        if self._snapshot_is_due:
+            self._snapshot_is_due = False
+            server = self._server
+            engine = server.engine
+            if (update := engine.blocks.since(self._block_position)) is not None:
                 self._block_position = update.until
                 frames.append(Blocks(update))
-            snapshot = port.engine.snapshot(port.next_snapshot_seq(), list(port.accounts.values()))
+            accountings = list(server.accountings.values())
+            snapshot = engine.snapshot(server.next_snapshot_seq(), accountings)
             frames.append(
                 Snapshot(msgspec.structs.replace(snapshot, last_booking=self._last_stream))
             )
@@ -152,57 +151,47 @@ class Connection(FrameConnection):
 
     def on_message(self, message: bytes) -> None:
         for frame in decode_to_engine(message):
-            if not self._greeted:
-                self._greet(frame)
+            if not self._said_hello:
+                self._check_hello(frame)
             elif isinstance(frame, Submit):
-                self._submit(frame)
+                self._start_call(frame)
             elif isinstance(frame, Cancel):
-                if (stream := self._streams.get(frame.stream)) is not None:
-                    stream.cancel()
-            elif isinstance(frame, Ack) and (stream := self._streams.get(frame.stream)) is not None:
-                stream.acknowledge(frame.num_bytes)
+                if (call := self._calls.get(frame.stream)) is not None:
+                    call.cancel()
+            elif isinstance(frame, Ack) and (call := self._calls.get(frame.stream)) is not None:
+                call.acknowledge(frame.num_bytes)
             elif isinstance(frame, Resync):
                 self._block_position = -1
 
-    def _greet(self, frame: object) -> None:
+    def _check_hello(self, frame: object) -> None:
+        """Admit the gateway and welcome it. Raise `ValueError` if it does not know the secret."""
         if not isinstance(frame, Hello) or not secrets.compare_digest(
-            frame.secret, self._port.secret
+            frame.secret, self._server.secret
         ):
             raise ValueError("no valid Hello")
-        self._greeted = True
-        self._port.connected(self)
+        self._said_hello = True
+        self._server.add_connection(self)
         info = msgspec.structs.replace(
-            self._port.engine.info, heartbeat_s=HEARTBEAT_S, pid=os.getpid()
+            self._server.engine.info, heartbeat_s=HEARTBEAT_S, pid=os.getpid()
         )
         self.post(Welcome(info))
         self.push_snapshot()
 
-    def _submit(self, frame: Submit) -> None:
-        self._last_stream = frame.stream
-        account = RequestAccounting(
-            frame.num_prompt_tokens,
-            frame.priority,
-            num_expected_cached_tokens=frame.num_cached_tokens,
-            request_id=frame.request_id,
-            created_s=frame.created_s,
-            resume=frame.resume,
-        )
-        account.on_prompt = lambda num_tokens, hashes: self.post(
-            Prompt(frame.stream, num_tokens, hashes)
-        )
-        stream = Stream(
-            frame,
-            account,
-            self._port.window_bytes,
+    def _start_call(self, submit: Submit) -> None:
+        self._last_stream = submit.stream
+        engine = self._server.engine
+        call = AsgiCall(
+            submit,
+            self._server.window_bytes,
             self.post,
-            self._on_end,
-            lambda: self._port.engine.dead,
+            self._end_call,
+            lambda: engine.dead,
             self.close,
         )
-        self._streams[frame.stream] = stream
-        self._port.started(stream, account)
-        stream.start(self._port.engine.app)
+        self._calls[submit.stream] = call
+        self._server.add_call(call)
+        call.start(engine.app)
 
-    def _on_end(self, stream: Stream) -> None:
-        del self._streams[stream.id]
-        self._port.ended(stream)
+    def _end_call(self, call: AsgiCall) -> None:
+        del self._calls[call.stream]
+        self._server.remove_call(call)

@@ -11,7 +11,7 @@ from router.fleet.block_log import BlockLog
 from router.types import EngineInfo, EngineSnapshot
 from serving.config import Config
 from serving.planning.plan import Plan
-from serving.stream.account import RequestAccounting
+from serving.stream.accounting import RequestAccounting
 
 INFO = EngineInfo(
     model="fake-model",
@@ -56,16 +56,16 @@ class FakeEngine:
     def subscribe(self, on_step: Callable[[], None]) -> None:
         self._on_step = on_step
 
-    def snapshot(self, seq: int, accounts: list[RequestAccounting]) -> EngineSnapshot:
+    def snapshot(self, seq: int, accountings: list[RequestAccounting]) -> EngineSnapshot:
         return EngineSnapshot(
             seq=seq,
-            num_running_reqs=len(accounts),
-            num_inflight_reqs=len(accounts),
+            num_running_reqs=len(accountings),
+            num_inflight_reqs=len(accountings),
             num_free_kv_tokens=self.info.num_kv_tokens,
             num_steps_total=self.num_steps,
         )
 
-    def forget(self, account: RequestAccounting) -> None:
+    def forget(self, accounting: RequestAccounting) -> None:
         self._on_step()
 
     async def ping(self) -> None:

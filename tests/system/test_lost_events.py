@@ -22,11 +22,12 @@ from benchmarks.chaos.verdicts import TIE_NATS
 from serving.capacity.profiles import load_profile
 from serving.config import parse
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
-from serving.engine.vllm.engine import Engine, VllmEngine
+from serving.engine.vllm.engine import VllmEngine
 from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
 from serving.planning.hardware import detect
 from serving.planning.plan import plan
+from serving.stream.engine import Engine
 from serving.stream.server import StreamServer
 from tests.support.lossy_relay import LossyRelay
 from tests.support.running_gateway import free_port

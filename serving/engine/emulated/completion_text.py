@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from serving.stream.account import current_account
+from serving.stream.accounting import current_accounting
 
 _WORDS = tuple(f" {number}".encode() for number in range(4096))
 
@@ -43,12 +43,12 @@ class CompletionText:
         self._num_prompt_tokens = num_prompt_tokens
         # Behind a gateway both follow from the request, whichever
         # engine it is (`serving.engine.vllm.resume`).
-        account = current_account.get()
-        name = account.request_id if account else ""
+        accounting = current_accounting.get()
+        name = accounting.request_id if accounting else ""
         self._common = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{name or f'{number:032x}'}",
             "object": "chat.completion.chunk" if chat else "text_completion",
-            "created": created_s or (account.created_s if account else 0) or int(time.time()),
+            "created": created_s or (accounting.created_s if accounting else 0) or int(time.time()),
             "model": model,
         }
         admission = f"data: {json.dumps(self._common, separators=(',', ':'))[:-1]}"

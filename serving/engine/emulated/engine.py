@@ -35,7 +35,7 @@ from serving.engine.emulated.kv_events import KvEvents
 from serving.engine.emulated.metrics import render
 from serving.engine.emulated.request import Body, parse
 from serving.engine.emulated.response import EmulatedReply
-from serving.stream.account import RequestAccounting, current_account
+from serving.stream.accounting import RequestAccounting, current_accounting
 
 if TYPE_CHECKING:
     from serving.planning.plan import Plan
@@ -99,25 +99,25 @@ class EmulatedEngine:
         """`on_step()` is called on the event loop after every step, never while idle."""
         self._on_step = on_step
 
-    def snapshot(self, seq: int, accounts: list[RequestAccounting]) -> EngineSnapshot:
+    def snapshot(self, seq: int, accountings: list[RequestAccounting]) -> EngineSnapshot:
         """The state now; what has not come as far as the scheduler counts with its estimate."""
         snapshot = self.model.snapshot(seq, 0)
         chunk = self.info.max_prefill_chunk or self.info.max_num_batched_tokens
         estimates = [
-            max(1, account.num_prompt_tokens - account.num_expected_cached_tokens)
-            for account in accounts
-            if not account.entered
+            max(1, accounting.num_prompt_tokens - accounting.num_expected_cached_tokens)
+            for accounting in accountings
+            if not accounting.entered
         ]
         return msgspec.structs.replace(
             snapshot,
-            num_inflight_reqs=len(accounts),
+            num_inflight_reqs=len(accountings),
             num_pending_prefill_tokens=snapshot.num_pending_prefill_tokens + sum(estimates),
             num_step_demand_tokens=snapshot.num_step_demand_tokens
             + sum(min(estimate, chunk) for estimate in estimates),
         )
 
-    def forget(self, account: RequestAccounting) -> None:
-        """Part of the engine's interface; nothing is kept per account."""
+    def forget(self, accounting: RequestAccounting) -> None:
+        """Part of the engine's interface; nothing is kept per accounting."""
 
     async def ping(self) -> None:
         """Part of the engine's interface; what answers here is the event loop."""
@@ -187,7 +187,7 @@ class EmulatedEngine:
                 f"This model's maximum context length is {self.info.max_model_len} tokens. "
                 f"However, your prompt has {prompt.num_tokens} tokens."
             )
-        account = current_account.get()
+        accounting = current_accounting.get()
         asked = body.max_completion_tokens or body.max_tokens or self._args.tokens
         live = EmulatedReply(
             str(next(self._ids)),
@@ -197,15 +197,15 @@ class EmulatedEngine:
             self.info.model,
             min(asked, self.info.max_model_len - prompt.num_tokens),
             self.info.block_size,
-            account,
+            accounting,
         )
         self.clock.add(live.job)
         self._replies[live.job.id] = live
         if self.kv_events is not None:
             self.kv_events.enter(prompt, live.job.block_hashes)
-        if account is not None:
-            account.entered, account.num_prompt_tokens = True, prompt.num_tokens
-            if account.on_prompt is not None:
-                account.on_prompt(prompt.num_tokens, list(live.job.block_hashes))
-                account.on_prompt = None
+        if accounting is not None:
+            accounting.entered, accounting.num_prompt_tokens = True, prompt.num_tokens
+            if accounting.on_prompt is not None:
+                accounting.on_prompt(prompt.num_tokens, list(live.job.block_hashes))
+                accounting.on_prompt = None
         return live

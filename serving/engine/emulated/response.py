@@ -10,14 +10,14 @@ from serving.engine.emulated.asgi import EVENTS, Send, reply, send_part
 from serving.engine.emulated.completion_text import CompletionText
 from serving.engine.emulated.request import Body
 from serving.engine.emulated.text import Prompt
-from serving.stream.account import RequestAccounting
+from serving.stream.accounting import RequestAccounting
 from serving.stream.record import Entry, num_tokens
 
 
 class EmulatedReply:
     """Sends tokens as the engine's steps bring them, each as an event of its own.
 
-    One that another engine has begun (`account.resume`) writes the same bytes
+    One that another engine has begun (`accounting.resume`) writes the same bytes
     anew, and has only the rest computed: what the other has generated comes
     behind the prompt.
     """
@@ -31,35 +31,35 @@ class EmulatedReply:
         model: str,
         max_tokens: int,
         block_size: int,
-        account: RequestAccounting | None,
+        accounting: RequestAccounting | None,
     ) -> None:
         self.prompt = prompt
         self._body = body
         self._chat = chat
-        self._account = account
+        self._accounting = accounting
         self._wake = asyncio.Event()
         num_sequences = body.n or 1
         self._num_done = 0
         # Of several sequences a record does not tell how they were interleaved.
-        if account is not None and account.resume is not None and num_sequences == 1:
-            self._num_done = min(num_tokens(account.resume.record), max_tokens - 1)
+        if accounting is not None and accounting.resume is not None and num_sequences == 1:
+            self._num_done = min(num_tokens(accounting.resume.record), max_tokens - 1)
         self.job = Job(
             id=job_id,
             num_prompt_tokens=prompt.num_tokens + self._num_done,
             num_output_tokens=max_tokens - self._num_done,
-            priority=body.priority + (account.priority if account is not None else 0),
+            priority=body.priority + (accounting.priority if accounting is not None else 0),
             block_hashes=prompt.hashes(block_size),
             num_sequences=num_sequences,
             num_expected_cached_tokens=(
-                account.num_expected_cached_tokens if account is not None else 0
+                accounting.num_expected_cached_tokens if accounting is not None else 0
             ),
         )
         self._ends: dict[int, int] = {}  # of sequences that are over: tokens
         self._num_sent = [0] * num_sequences
         self._num_cached_tokens = 0
         self._has_begun = False
-        request_id = account.request_id if account is not None else ""
-        created_s = account.created_s if account is not None else 0
+        request_id = accounting.request_id if accounting is not None else ""
+        created_s = accounting.created_s if accounting is not None else 0
         self._texts = [
             CompletionText(
                 chat,
@@ -91,7 +91,7 @@ class EmulatedReply:
 
     async def send_all(self, model: EngineModel, gone: asyncio.Task[None], send: Send) -> None:
         """Return when the last byte is out, or the client gone."""
-        body, account = self._body, self._account
+        body, accounting = self._body, self._accounting
         if body.stream:
             await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
         open_ = set(range(len(self._texts)))
@@ -110,8 +110,8 @@ class EmulatedReply:
                 await self._send_tokens(index, end, last, send)
                 if last:
                     open_.discard(index)
-        if account is not None:
-            account.num_cached_tokens = self._num_cached_tokens
+        if accounting is not None:
+            accounting.num_cached_tokens = self._num_cached_tokens
         first, num_output_tokens = self._texts[0], sum(self._num_sent)
         if not body.stream:
             choices = [
@@ -130,17 +130,19 @@ class EmulatedReply:
         if end == sent:
             return
         self._num_sent[index] = end
-        if (account := self._account) is not None:
-            account.num_output_tokens += end - sent
+        if (accounting := self._accounting) is not None:
+            accounting.num_output_tokens += end - sent
             if new := range(max(sent, self._num_done) + 1, end + 1):
                 ids = tuple(map(self.prompt.reply_id, new))
-                account.recorder.add(Entry(index, ids), is_streamed=bool(self._body.stream))
+                accounting.recorder.add_entry(
+                    Entry(index, ids), is_streamed=bool(self._body.stream)
+                )
         if not self._body.stream:
             return
         text = self._texts[index]
         events = [text.token(number, last and number == end) for number in range(sent + 1, end + 1)]
         if self._chat and not sent:
             events.insert(0, text.role)
-        if account is not None:
-            account.recorder.cut()
+        if accounting is not None:
+            accounting.recorder.end_group()
         await send_part(send, b"".join(events))

@@ -10,53 +10,16 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol, Self
+from collections.abc import Iterator
+from typing import Any
 
 from starlette.types import ASGIApp
 
-from router.fleet.block_log import BlockLog
 from router.fleet.prefill_chunk import prefill_chunk_tokens
-from router.types import EngineInfo, EngineSnapshot
+from router.types import EngineInfo
 from serving.config import Config, ConfigError
 from serving.planning.plan import Plan
-from serving.stream.account import RequestAccounting
-
-
-class Engine(Protocol):
-    """What a replica puts behind the stream; `engine.factory` names the class."""
-
-    info: EngineInfo
-    app: ASGIApp
-    blocks: BlockLog  # of the prefix cache; brought up to date before `on_step()`
-
-    @classmethod
-    async def start(cls, config: Config, plan: Plan, local_rank: int) -> Self:
-        """Return a ready engine. `local_rank` counts the engines on this node from 0."""
-        ...
-
-    def subscribe(self, on_step: Callable[[], None]) -> None:
-        """Have `on_step()` called on the event loop after every engine step."""
-        ...
-
-    def snapshot(self, seq: int, accounts: list[RequestAccounting]) -> EngineSnapshot:
-        """The state now; cheap. `accounts` are all requests that the replica has."""
-        ...
-
-    def forget(self, account: RequestAccounting) -> None:
-        """This request has ended, whichever way: nothing more is computed for it."""
-        ...
-
-    @property
-    def dead(self) -> bool:
-        """Whether the engine can serve no more."""
-        ...
-
-    async def ping(self) -> None:
-        """Return once what computes has answered; never, while it hangs."""
-        ...
-
-    async def shutdown(self) -> None: ...
+from serving.stream.accounting import RequestAccounting
 
 
 class VllmEngine:
@@ -156,9 +119,9 @@ class VllmEngine:
         )
         return cls(llm, app, monitor, replayer, info)
 
-    def forget(self, account: RequestAccounting) -> None:
-        left = self._monitor.forget(account)
-        self._replayer.forget(account)
+    def forget(self, accounting: RequestAccounting) -> None:
+        left = self._monitor.forget(accounting)
+        self._replayer.forget(accounting)
         if left and not self.dead:
             # vLLM aborts what nobody listens to when its generator is closed. One whose response
             # ended with an exception waits for that until the garbage collector comes by.

@@ -28,8 +28,8 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.outputs import LogprobsLists
 
 from serving.engine.vllm.stable_ids import make_repeatable
-from serving.stream.account import RequestAccounting, current_account
-from serving.stream.record import Entry, Group, Recorder, groups
+from serving.stream.accounting import RequestAccounting, current_accounting
+from serving.stream.record import Entry, Group, Recorder, decode_groups
 
 
 class Collector(RequestOutputCollector):
@@ -50,7 +50,7 @@ class Collector(RequestOutputCollector):
     def get_nowait(self) -> Any:
         output = self.replayed.popleft() if self.replayed else super().get_nowait()
         if output is not None and self.recorder is not None:
-            self.recorder.cut()
+            self.recorder.end_group()
         return output
 
 
@@ -62,9 +62,9 @@ class _Again:
         recorded: list[Group],
         requests: list[EngineCoreRequest],
         queue: Collector,
-        account: RequestAccounting,
+        accounting: RequestAccounting,
     ) -> None:
-        self.account = account
+        self.accounting = accounting
         self.queue = queue
         self.is_replayed = False
         self.recorded = recorded
@@ -93,9 +93,11 @@ class Replayer:
         async_llm.RequestOutputCollector = Collector
         make_repeatable()
 
-    def forget(self, account: RequestAccounting) -> None:
+    def forget(self, accounting: RequestAccounting) -> None:
         """The request has ended, whichever way."""
-        for key in [key for key, value in self._recorders.items() if value[0] is account.recorder]:
+        for key in [
+            key for key, value in self._recorders.items() if value[0] is accounting.recorder
+        ]:
             del self._recorders[key]
             self._again.pop(key, None)
 
@@ -107,7 +109,7 @@ class Replayer:
             if (known := self._recorders.get(output.request_id)) is None:
                 continue
             recorder, index, is_streamed = known
-            recorder.add(_entry(index, output), is_streamed=is_streamed)
+            recorder.add_entry(_entry(index, output), is_streamed=is_streamed)
         return self._process(outputs, *args, **kwargs)
 
     def _add_request(
@@ -119,13 +121,13 @@ class Replayer:
         queue: Collector | None = None,
     ) -> None:
         self._register(request, prompt, parent, index, queue)
-        account = current_account.get()
-        if account is None or queue is None or request.sampling_params is None:
+        accounting = current_accounting.get()
+        if accounting is None or queue is None or request.sampling_params is None:
             return
         is_streamed = request.sampling_params.output_kind == RequestOutputKind.DELTA
-        self._recorders[request.request_id] = (account.recorder, index, is_streamed)
-        account.recorder.own(request.external_req_id or request.request_id)
-        queue.recorder = account.recorder
+        self._recorders[request.request_id] = (accounting.recorder, index, is_streamed)
+        accounting.recorder.set_prompt_id(request.external_req_id or request.request_id)
+        queue.recorder = accounting.recorder
         siblings = [request]
         if parent is not None:
             siblings = self._children.setdefault(parent.request_id, [])
@@ -133,17 +135,17 @@ class Replayer:
             if len(siblings) < parent.n:
                 return
             del self._children[parent.request_id]
-        if account.resume is None or not (recorded := groups(account.resume.record)):
+        if accounting.resume is None or not (recorded := decode_groups(accounting.resume.record)):
             return
-        account.resume = None  # a second prompt would be another one
+        accounting.resume = None  # a second prompt would be another one
         if not _comes_again(request.sampling_params):
             self._replay(recorded, siblings, queue)
-            self._go_on(recorded, siblings, account)
+            self._go_on(recorded, siblings, accounting)
         elif is_streamed:
-            again = _Again(recorded, siblings, queue, account)
+            again = _Again(recorded, siblings, queue, accounting)
             self._again.update(dict.fromkeys(again.left, again))
         else:  # the client has nothing yet, so nothing needs to be the same
-            account.recorder.skip(sum(map(len, recorded)))
+            accounting.recorder.skip_entries(sum(map(len, recorded)))
 
     def _replay(
         self,
@@ -169,7 +171,10 @@ class Replayer:
                 queue.output = None
 
     def _go_on(
-        self, recorded: list[Group], requests: list[EngineCoreRequest], account: RequestAccounting
+        self,
+        recorded: list[Group],
+        requests: list[EngineCoreRequest],
+        accounting: RequestAccounting,
     ) -> None:
         """Have the core begin where the record ends, with prompt and tokens as one prompt."""
         tokens: list[list[int]] = [[] for _ in requests]
@@ -183,7 +188,7 @@ class Replayer:
                 # It had ended. The core is given it all the same, as vLLM will do that
                 # next, and its one token goes nowhere.
                 params.max_tokens, params.min_tokens = 1, 0
-                account.num_output_tokens += len(token_ids)
+                accounting.num_output_tokens += len(token_ids)
             else:
                 state.is_prefilling = True
                 if state.stats is not None:
@@ -210,7 +215,7 @@ class Replayer:
         num_known = min(len(left), len(token_ids))
         is_short = output.finish_reason is not None and len(left) > len(token_ids)
         if token_ids[:num_known] != left[:num_known] or is_short:
-            again.account.has_diverged = True
+            again.accounting.has_diverged = True
             again.queue.put(ValueError("other tokens than before"))
             del self._again[output.request_id]
             return None
@@ -219,7 +224,7 @@ class Replayer:
         if state is not None and state.stats is not None:
             state.stats.num_generation_tokens += num_known
         elif state is None:
-            again.account.num_output_tokens += num_known
+            again.accounting.num_output_tokens += num_known
         if not left:
             del self._again[output.request_id]
         if num_known == len(token_ids):

@@ -7,7 +7,7 @@ from typing import Any
 
 import vllm.utils
 
-from serving.stream.account import current_account
+from serving.stream.accounting import current_accounting
 
 _API_MODULES = tuple(
     f"vllm.entrypoints.openai.{name}"
@@ -28,8 +28,8 @@ class _RequestTime:
     """The module `time` as the API layer sees it: a request is as old as its gateway says."""
 
     def time(self) -> float:
-        account = current_account.get()
-        return float(account.created_s) if account and account.created_s else time.time()
+        accounting = current_accounting.get()
+        return float(accounting.created_s) if accounting and accounting.created_s else time.time()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(time, name)
@@ -40,11 +40,11 @@ def make_repeatable() -> None:
     random_uuid = vllm.utils.random_uuid
 
     def repeatable_uuid() -> str:
-        account = current_account.get()
-        if account is None or not account.request_id:
+        accounting = current_accounting.get()
+        if accounting is None or not accounting.request_id:
             return random_uuid()
-        account.num_ids += 1
-        text = f"{account.request_id} {account.created_s} {account.num_ids}"
+        accounting.num_ids += 1
+        text = f"{accounting.request_id} {accounting.created_s} {accounting.num_ids}"
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     vllm.utils.random_uuid = repeatable_uuid

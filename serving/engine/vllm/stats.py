@@ -17,7 +17,7 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 from router.fleet.block_log import BlockLog
 from router.types import EngineSnapshot
 from serving.engine.vllm.scheduler import BLOCKS, ENDED, NEXT, PAIRS, PENDING, PROMPTS
-from serving.stream.account import RequestAccounting, current_account
+from serving.stream.accounting import RequestAccounting, current_accounting
 
 # Share of the measured prefill rate's memory that one prefill step replaces:
 # about the last 20 steps count, a few seconds of a busy engine.
@@ -43,7 +43,7 @@ class EngineMonitor(StatLoggerBase):
         self._live: dict[str, RequestState] = {}
         # By vLLM's own request id: the client's may be in the engine twice, as when its stream
         # was lost and it goes on here before what was lost has left.
-        self._accounts: dict[str, RequestAccounting] = {}
+        self._accountings: dict[str, RequestAccounting] = {}
         self._on_step: Callable[[], None] = lambda: None
         self.start_over()
 
@@ -79,13 +79,13 @@ class EngineMonitor(StatLoggerBase):
             if len(self._live) == 1:
                 # It was idle. After an abort no step says so, and the pause would be one.
                 self._last_step_s = None
-            if (account := current_account.get()) is not None:
-                request.priority += account.priority  # before it goes to the engine core
-                if not account.entered:
-                    account.entered, account.num_prompt_tokens = True, 0
+            if (accounting := current_accounting.get()) is not None:
+                request.priority += accounting.priority  # before it goes to the engine core
+                if not accounting.entered:
+                    accounting.entered, accounting.num_prompt_tokens = True, 0
                 if index == 0:  # n > 1 shares one prompt
-                    account.num_prompt_tokens += len(request.prompt_token_ids or ())
-                self._accounts[request.request_id] = account
+                    accounting.num_prompt_tokens += len(request.prompt_token_ids or ())
+                self._accountings[request.request_id] = accounting
 
         output_processor.add_request = add_request
         settle = output_processor._update_stats_from_finished
@@ -94,20 +94,22 @@ class EngineMonitor(StatLoggerBase):
             state: RequestState, reason: FinishReason | None, stats: IterationStats | None
         ) -> None:
             settle(state, reason, stats)
-            if (account := self._accounts.get(state.request_id)) is not None and stats is not None:
-                account.num_output_tokens += state.stats.num_generation_tokens
-                account.num_cached_tokens += state.num_cached_tokens
+            if (
+                accounting := self._accountings.get(state.request_id)
+            ) is not None and stats is not None:
+                accounting.num_output_tokens += state.stats.num_generation_tokens
+                accounting.num_cached_tokens += state.num_cached_tokens
 
         output_processor._update_stats_from_finished = finished
 
-    def forget(self, account: RequestAccounting) -> list[str]:
+    def forget(self, accounting: RequestAccounting) -> list[str]:
         """The request has ended, whichever way; return what the engine still has of it.
 
         By vLLM's own request ids.
         """
-        known = [key for key, value in self._accounts.items() if value is account]
+        known = [key for key, value in self._accountings.items() if value is accounting]
         for request_id in known:
-            del self._accounts[request_id]
+            del self._accountings[request_id]
         return [request_id for request_id in known if request_id in self._live]
 
     def subscribe(self, on_step: Callable[[], None]) -> None:
@@ -184,27 +186,27 @@ class EngineMonitor(StatLoggerBase):
     def _tell_prompt(self, request_id: str, hashes: list[int]) -> None:
         """Pass on what a prompt consists of; only the first, where one call has several."""
         state = self._live.get(request_id)
-        account = self._accounts.get(request_id)
-        if state is not None and account is not None and account.on_prompt is not None:
-            account.on_prompt(state.prompt_len, hashes)
-            account.on_prompt = None
+        accounting = self._accountings.get(request_id)
+        if state is not None and accounting is not None and accounting.on_prompt is not None:
+            accounting.on_prompt(state.prompt_len, hashes)
+            accounting.on_prompt = None
 
-    def snapshot(self, seq: int, accounts: list[RequestAccounting]) -> EngineSnapshot:
-        """The state now; `accounts` are all requests that the replica has."""
+    def snapshot(self, seq: int, accountings: list[RequestAccounting]) -> EngineSnapshot:
+        """The state now; `accountings` are all requests that the replica has."""
         # After an abort nothing steps, so the last word may be of requests that are gone.
         stats = self._scheduler if self._live else SchedulerStats()
         num_left = [
-            max(1, account.num_prompt_tokens - account.num_expected_cached_tokens)
-            for account in accounts
-            if not account.entered
+            max(1, accounting.num_prompt_tokens - accounting.num_expected_cached_tokens)
+            for accounting in accountings
+            if not accounting.entered
         ]
         num_decoding = num_context = 0
         for request_id, state in self._live.items():
             if request_id in self._pending:  # in the middle of its prefill, or preempted
                 num_left.append(self._pending[request_id])
             elif state.is_prefilling:  # not yet scheduled: all that is not cached is to come
-                account = self._accounts.get(request_id)
-                num_cached = account.num_expected_cached_tokens if account is not None else 0
+                accounting = self._accountings.get(request_id)
+                num_cached = accounting.num_expected_cached_tokens if accounting is not None else 0
                 num_left.append(max(1, state.prompt_len - num_cached))
             else:
                 num_decoding += 1
@@ -213,7 +215,7 @@ class EngineMonitor(StatLoggerBase):
             seq=seq,
             num_running_reqs=stats.num_running_reqs,
             num_waiting_reqs=stats.num_waiting_reqs + stats.num_skipped_waiting_reqs,
-            num_inflight_reqs=len(accounts),
+            num_inflight_reqs=len(accountings),
             kv_cache_usage=stats.kv_cache_usage,
             num_free_kv_tokens=round((1.0 - stats.kv_cache_usage) * self.num_kv_tokens),
             num_pending_prefill_tokens=sum(num_left),

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.systems.null_engine import NullEngine, NullEngineArgs
 from serving.config import ConfigError, parse
-from serving.stream.account import RequestAccounting, current_account
+from serving.stream.accounting import RequestAccounting, current_accounting
 from tests.support.asgi_caller import Caller
 
 CHAT = "/v1/chat/completions"
@@ -97,8 +97,8 @@ def test_request_sets_its_own_pace() -> None:
 def test_disconnect_stops_the_stream() -> None:
     async def run() -> None:
         engine = NullEngine(NullEngineArgs(step_ms=1))
-        account = RequestAccounting(num_prompt_tokens=0)
-        current_account.set(account)
+        accounting = RequestAccounting(num_prompt_tokens=0)
+        current_accounting.set(accounting)
         caller = Caller(engine.app, {"max_tokens": 1_000_000, "stream": True}, CHAT)
         task = asyncio.create_task(caller.run())
         await asyncio.sleep(0.02)
@@ -108,7 +108,7 @@ def test_disconnect_stops_the_stream() -> None:
         assert not caller.complete
         assert engine.num_running_reqs == 0
         assert engine.snapshot(1, []).num_decode_context_tokens == 0
-        assert account.usage().num_output_tokens == engine.num_output_tokens_total > 1
+        assert accounting.usage().num_output_tokens == engine.num_output_tokens_total > 1
 
     asyncio.run(run())
 

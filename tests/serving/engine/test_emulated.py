@@ -13,7 +13,7 @@ from router.simulation.engine.profile import Profile
 from serving.config import ConfigError, parse
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.engine.emulated.text import Prompt
-from serving.stream.account import RequestAccounting, current_account
+from serving.stream.accounting import RequestAccounting, current_accounting
 from serving.stream.server import StreamServer
 from tests.support.asgi_caller import Caller
 from tests.support.running_gateway import CHAT, System, running
@@ -116,13 +116,13 @@ def test_hashes_chain() -> None:
 
 async def test_a_shared_prefix_is_cached_and_told(profile: str) -> None:
     engine = make_engine(profile)
-    account = RequestAccounting(num_prompt_tokens=5)
+    accounting = RequestAccounting(num_prompt_tokens=5)
     start = "word " * 64
     await ask(engine, prompt=start + "one")
-    current_account.set(account)
+    current_accounting.set(accounting)
     reply = await ask(engine, prompt=start + "two")
     assert reply["usage"]["prompt_tokens_details"] == {"cached_tokens": 64}
-    usage = account.usage()
+    usage = accounting.usage()
     assert usage is not None
     assert (usage.num_prompt_tokens, usage.num_cached_tokens, usage.num_output_tokens) == (
         65,
@@ -134,17 +134,17 @@ async def test_a_shared_prefix_is_cached_and_told(profile: str) -> None:
 async def test_tells_which_blocks_are_cached(profile: str) -> None:
     """All that a prompt's hashes name while they are cached, and their end when they are not."""
     engine = make_engine(profile)
-    account = RequestAccounting(num_prompt_tokens=5)
+    accounting = RequestAccounting(num_prompt_tokens=5)
     told: list[tuple[int, list[int]]] = []
-    account.on_prompt = lambda num_tokens, hashes: told.append((num_tokens, hashes))
-    current_account.set(account)
+    accounting.on_prompt = lambda num_tokens, hashes: told.append((num_tokens, hashes))
+    current_accounting.set(accounting)
     await ask(engine, prompt=("one " * 100).strip(), n=2)
     ((num_tokens, hashes),) = told
     assert (num_tokens, len(hashes)) == (100, 100 // 16)
     update = engine.blocks.since(0)
     assert update is not None
     assert set(update.stored) == set(hashes)
-    current_account.set(None)
+    current_accounting.set(None)
     for number in range(5):
         await ask(engine, prompt=f"{number} " * 1000, max_tokens=1)
     update = engine.blocks.since(update.until)

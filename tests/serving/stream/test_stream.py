@@ -15,7 +15,7 @@ WINDOW_BYTES = 1000
 
 
 class Recorder:
-    """Keeps what a link tells."""
+    """Keep what a client tells."""
 
     def __init__(self) -> None:
         self.frames: list = []
@@ -25,25 +25,25 @@ class Recorder:
         self.lost = False
         self.changed = asyncio.Event()
 
-    def on_welcome(self, link, info):
+    def on_welcome(self, client, info):
         self.info = info
         self.changed.set()
 
-    def on_snapshot(self, link, snapshot):
+    def on_snapshot(self, client, snapshot):
         self.snapshots.append(snapshot)
         self.changed.set()
 
-    def on_head(self, link, frame):
+    def on_head(self, client, frame):
         self.frames.append(frame)
         self.changed.set()
 
     on_data = on_end = on_prompt = on_head
 
-    def on_blocks(self, link, update):
+    def on_blocks(self, client, update):
         self.updates.append(update)
         self.changed.set()
 
-    def on_lost(self, link):
+    def on_lost(self, client):
         self.lost = True
         self.changed.set()
 
@@ -63,18 +63,18 @@ class Recorder:
 @contextlib.asynccontextmanager
 async def connected():
     engine = FakeEngine()
-    port = StreamServer(engine, WINDOW_BYTES)
-    host, number = await port.listen("127.0.0.1")
+    server = StreamServer(engine, WINDOW_BYTES)
+    host, number = await server.listen("127.0.0.1")
     recorder = Recorder()
-    metadata = {"host": host, "port": number, "secret": port.secret}
-    link = await StreamClient.connect("r0", metadata, "gateway", recorder)
+    metadata = {"host": host, "port": number, "secret": server.secret}
+    client = await StreamClient.connect("r0", metadata, "gateway", recorder)
     await recorder.until(lambda: recorder.info)
     try:
-        yield engine, port, link, recorder
+        yield engine, server, client, recorder
     finally:
         engine.gate.set()
-        link.close()
-        port.close()
+        client.close()
+        server.close()
 
 
 def submit(stream: int, num_chunks: int) -> Submit:
@@ -83,21 +83,21 @@ def submit(stream: int, num_chunks: int) -> Submit:
 
 
 async def test_a_response_arrives_whole_and_ends_once():
-    async with connected() as (_, port, link, recorder):
-        # Where it runs, and how often it is heard of, are the port's to tell.
+    async with connected() as (_, server, client, recorder):
+        # Where it runs, and how often it is heard of, are the server's to tell.
         told = {"heartbeat_s": HEARTBEAT_S, "pid": os.getpid()}
         assert recorder.info == msgspec.structs.replace(INFO, **told)
-        link.post(submit(1, num_chunks=3))
+        client.post(submit(1, num_chunks=3))
         await recorder.until(recorder.ends)
         assert [type(frame) for frame in recorder.frames] == [Head, *[Data] * 4, End]
         assert recorder.ends() == [End(1, None, None)]
-        assert port.num_streams == 0
+        assert server.num_streams == 0
 
 
 async def test_a_snapshot_acknowledges_the_bookings_read_before_it():
-    async with connected() as (engine, _, link, recorder):
+    async with connected() as (engine, _, client, recorder):
         engine.gate.clear()
-        link.post(submit(7, num_chunks=1))
+        client.post(submit(7, num_chunks=1))
         await recorder.until(lambda: recorder.snapshots[-1].last_booking == 7)
         assert recorder.snapshots[-1].num_inflight_reqs == 1
         engine.gate.set()
@@ -108,50 +108,50 @@ async def test_a_snapshot_acknowledges_the_bookings_read_before_it():
 
 async def test_a_slow_reader_stops_its_own_stream_and_no_other():
     """Past the window a stream waits for acknowledgements; others go on."""
-    async with connected() as (engine, _, link, recorder):
+    async with connected() as (engine, _, client, recorder):
         engine.chunk = b"x" * 400
-        link.post(submit(1, num_chunks=100))
+        client.post(submit(1, num_chunks=100))
         await recorder.until(lambda: recorder.num_bytes(1) >= WINDOW_BYTES)
-        link.post(submit(2, num_chunks=2))
+        client.post(submit(2, num_chunks=2))
         await recorder.until(recorder.ends)
         assert recorder.ends() == [End(2, None, None)]
         assert recorder.num_bytes(1) == 1200  # the chunk that crosses the line is the last
-        link.post(Ack(1, 100_000))
+        client.post(Ack(1, 100_000))
         await recorder.until(lambda: len(recorder.ends()) == 2)
         assert recorder.num_bytes(1) == 40_000 + len(b"data: [DONE]\n\n")
 
 
 async def test_cancel_reaches_the_engine():
-    async with connected() as (engine, port, link, recorder):
+    async with connected() as (engine, server, client, recorder):
         engine.gate.clear()
-        link.post(submit(1, num_chunks=1))
+        client.post(submit(1, num_chunks=1))
         await recorder.until(lambda: recorder.snapshots[-1].last_booking == 1)
-        link.post(Cancel(1))
+        client.post(Cancel(1))
         await recorder.until(recorder.ends)
         assert engine.num_cancelled == 1
-        assert port.num_streams == 0
+        assert server.num_streams == 0
 
 
 async def test_a_lost_gateway_frees_its_streams():
-    async with connected() as (engine, port, link, recorder):
+    async with connected() as (engine, server, client, recorder):
         engine.gate.clear()
-        link.post(submit(1, num_chunks=1))
+        client.post(submit(1, num_chunks=1))
         await recorder.until(lambda: recorder.snapshots[-1].last_booking == 1)
-        link.close()
+        client.close()
         async with asyncio.timeout(5):
-            while port.num_streams:
+            while server.num_streams:
                 await asyncio.sleep(0.01)
         assert engine.num_cancelled == 1
 
 
 async def test_a_stranger_is_turned_away():
     """Only those whom Ray told the secret may submit."""
-    async with connected() as (engine, port, _, _):
+    async with connected() as (engine, server, _, _):
         stranger = Recorder()
-        host, number = port._server.sockets[0].getsockname()
+        host, number = server._server.sockets[0].getsockname()
         metadata = {"host": host, "port": number, "secret": "guess"}
-        link = await StreamClient.connect("r0", metadata, "gateway", stranger)
-        link.post(submit(1, num_chunks=1))
+        client = await StreamClient.connect("r0", metadata, "gateway", stranger)
+        client.post(submit(1, num_chunks=1))
         await stranger.until(lambda: stranger.lost)
         assert stranger.info is None
         assert engine.num_started == 0
@@ -164,12 +164,12 @@ async def test_an_idle_engine_sends_heartbeats():
 
 
 async def test_a_crash_in_the_engines_app_ends_the_stream_with_an_error():
-    async with connected() as (engine, _, link, recorder):
+    async with connected() as (engine, _, client, recorder):
 
         async def broken(scope, receive, send):
             raise RuntimeError("boom")
 
         engine.app = broken
-        link.post(submit(1, num_chunks=1))
+        client.post(submit(1, num_chunks=1))
         await recorder.until(recorder.ends)
         assert "boom" in recorder.ends()[0].error

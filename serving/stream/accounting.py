@@ -1,4 +1,4 @@
-"""What one request takes in its engine, from submission to end."""
+"""What does one request use in its engine, from submission to its end?"""
 
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -41,25 +41,28 @@ class RequestAccounting:
         request_id: str = "",
         created_s: int = 0,
         resume: Resume | None = None,
+        on_prompt: Callable[[int, list[int]], None] | None = None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_progress` is called when what is recorded should be sent though no body is due."""
         self.num_prompt_tokens = num_prompt_tokens
         self.priority = priority  # vLLM's: lower is first
-        # The router's word until vLLM schedules the prompt and so looks it up itself.
+        # The router's estimate, used until vLLM schedules the prompt and looks it up itself.
         self.num_expected_cached_tokens = num_expected_cached_tokens
         # Called once, with size and block hashes, when vLLM has tokenised the prompt.
-        self.on_prompt: Callable[[int, list[int]], None] | None = None
+        self.on_prompt = on_prompt
         self.num_cached_tokens = 0
         self.num_output_tokens = 0
         self.entered = False
         self.request_id = request_id
         self.created_s = created_s  # what the response says, seconds since the epoch
-        self.num_ids = 0  # random ones that the API layer has asked for
-        self.resume = resume  # how far another engine has come; None: it is new
-        self.has_diverged = False  # generated again, its tokens were not those it had
-        self.recorder = Recorder()
+        self.num_ids = 0  # random ids that the API layer has asked for
+        self.resume = resume  # how far another engine has come; None: the request is new
+        self.has_diverged = False  # generated again, its tokens differ from those sent before
+        self.recorder = Recorder(on_progress)
 
     def usage(self) -> Usage | None:
-        """What vLLM counted; None if the request never came as far as the engine."""
+        """Return what vLLM counted; None if the request never reached the engine."""
         if not self.entered:
             return None
         return Usage(
@@ -71,4 +74,6 @@ class RequestAccounting:
 
 # Set in the task that runs a request: vLLM's layers hand no object of ours
 # through to the engine, but context variables pass through all of them.
-current_account: ContextVar[RequestAccounting | None] = ContextVar("current_account", default=None)
+current_accounting: ContextVar[RequestAccounting | None] = ContextVar(
+    "current_accounting", default=None
+)

@@ -1,0 +1,50 @@
+"""What must an engine do to be served over the stream?"""
+
+from collections.abc import Callable
+from typing import Protocol, Self
+
+from starlette.types import ASGIApp
+
+from router.fleet.block_log import BlockLog
+from router.types import EngineInfo, EngineSnapshot
+from serving.config import Config
+from serving.planning.plan import Plan
+from serving.stream.accounting import RequestAccounting
+
+
+class Engine(Protocol):
+    """What a replica puts behind its stream server; `engine.factory` names the class."""
+
+    info: EngineInfo
+    app: ASGIApp
+    blocks: BlockLog  # of the prefix cache; brought up to date before `on_step()`
+
+    @classmethod
+    async def start(cls, config: Config, plan: Plan, local_rank: int) -> Self:
+        """Return a ready engine. `local_rank` counts the engines on this node from 0."""
+        ...
+
+    def subscribe(self, on_step: Callable[[], None]) -> None:
+        """Have `on_step()` called on the event loop after every engine step."""
+        ...
+
+    def snapshot(self, seq: int, accountings: list[RequestAccounting]) -> EngineSnapshot:
+        """Return the state now, cheaply. `accountings` are of all requests in the replica."""
+        ...
+
+    def forget(self, accounting: RequestAccounting) -> None:
+        """Stop computing for a request that has ended, in whatever way."""
+        ...
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine can serve no more."""
+        ...
+
+    async def ping(self) -> None:
+        """Return once what computes has answered; never while it hangs."""
+        ...
+
+    async def shutdown(self) -> None:
+        """Stop computing and free the device."""
+        ...
