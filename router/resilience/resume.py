@@ -1,19 +1,18 @@
-r"""A reply that outlives its engines: what of it there is, and how another engine goes on.
+r"""How does a reply outlive its engines? What there is of it, and how another engine goes on.
 
-    nowhere --begin--> at an engine --end--> over
-       ^                 |    ^ |
-       \------lose-------/    | \--take: bytes for the client, groups for the record
-                              |
-    At the engine that comes next: the record is played through, which gives the same
-    bytes again; `ResumeSplice` drops those that the client has, after comparing them.
+    empty --receive--> begun --end--> over
+      |  ^               |  ^
+      |  \----receive----/  |   bytes for the client, groups for the record
+      \------resume---------/   another engine has it: the record is played through, which gives
+                                the same bytes again; `ResumeSplice` drops those that the
+                                client has, after comparing them
 
 Groups are what the engine has generated, opaque here, and the bytes are made of them
 (`serving.stream.record`). So that nothing is missing, an engine sends a group before, or with, the
 first byte made of it: the record is never behind the client. It may be ahead.
 
-What never happens: a byte that the client gets twice, or not at all, or from an engine
-that had lost the reply; a second end; a record kept for a reply that is over, or
-more kept than the bound of all records.
+What never happens: a byte that the client gets twice, or not at all; a second end; a record
+kept for a reply that is over, or more kept than the bound of all records.
 """
 
 import zlib
@@ -45,26 +44,20 @@ class Reply:
     __slots__ = (
         "_checksum",
         "_num_bytes",
-        "_num_moved_tokens",
+        "_num_counted_tokens",
         "_record",
         "_records",
         "awaits_first_byte",
-        "booking",
-        "is_over",
-        "replica_id",
     )
 
     def __init__(self, records: Records, *, can_resume: bool) -> None:
         """Without `can_resume` nothing is recorded, and once it has begun no other can go on."""
-        self.replica_id: str | None = None  # the engine that has it now, under this booking
-        self.booking = 0
         self.awaits_first_byte = True  # from the engine that has it now
-        self.is_over = False
         self._records = records
         self._record: bytearray | None = bytearray() if can_resume else None
         self._num_bytes = 0
         self._checksum = 0
-        self._num_moved_tokens = 0  # in the record when it last moved
+        self._num_counted_tokens = 0
 
     @property
     def has_begun(self) -> bool:
@@ -81,16 +74,15 @@ class Reply:
         """What engines have generated of it, as far as it was kept."""
         return bytes(self._record or b"")
 
-    def begin(self, replica_id: str, booking: int) -> Resume | None:
-        """An engine gets it, with what it needs to go on; None where there is nothing to keep."""
-        self.replica_id, self.booking = replica_id, booking
+    def resume(self) -> Resume | None:
+        """Return what another engine needs to go on; None where nothing has been generated."""
         self.awaits_first_byte = True
         if not self._num_bytes and not self._record:
             return None
         return Resume(self.record, self._num_bytes, self._checksum)
 
-    def take(self, body: bytes, groups: bytes) -> bool:
-        """The engine that has it sends this; whether it is the first byte of it from there.
+    def receive(self, body: bytes, groups: bytes) -> bool:
+        """Take in what the engine sends; return whether it is the first byte of it from there.
 
         Past the bound of all records this one is given up.
         """
@@ -105,34 +97,24 @@ class Reply:
         return self.write(body)
 
     def write(self, body: bytes) -> bool:
-        """The client gets these bytes, whoever made them; whether they are the first from there."""
+        """Count bytes that the client gets; return whether they are the first from there."""
         self._num_bytes += len(body)
         self._checksum = zlib.crc32(body, self._checksum)
         is_first, self.awaits_first_byte = self.awaits_first_byte, False
         return is_first
 
-    def lose(self) -> None:
-        """The engine that had it does not carry it through."""
-        self.replica_id = None
-        self.awaits_first_byte = True
+    def count_new_tokens(self, num_tokens: int) -> int:
+        """Return how many of the `num_tokens` in the record were not there at the last count.
 
-    def moved_tokens(self, num_tokens: int) -> int:
-        """How many of the `num_tokens` in the record the last engine has added to it.
-
-        Negative where the record was given up: then it has to begin anew.
+        Negative where the record was given up: then the reply has to begin anew.
         """
-        num_new = num_tokens - self._num_moved_tokens
-        self._num_moved_tokens = num_tokens
+        num_new = num_tokens - self._num_counted_tokens
+        self._num_counted_tokens = num_tokens
         return num_new
 
-    def end(self) -> bool:
-        """It is over, whichever way; False if it was."""
-        if self.is_over:
-            return False
-        self.is_over = True
-        self.replica_id = None
+    def end(self) -> None:
+        """Forget the record: it is over, whichever way. A second end changes nothing."""
         self._drop_record()
-        return True
 
     def _drop_record(self) -> None:
         self._records.num_bytes -= len(self._record or b"")

@@ -48,8 +48,6 @@ class Case:
     client: bytearray = field(default_factory=bytearray)
     known: list[int] | None = field(default_factory=list)  # groups recorded, by our own count
     engine: Engine | None = None
-    place: tuple[str, int] | None = None
-    num_ends: int = 0
 
 
 class Gateway(RuleBasedStateMachine):
@@ -57,7 +55,6 @@ class Gateway(RuleBasedStateMachine):
         super().__init__()
         self.records = Records(MAX_RECORD_BYTES)
         self.cases: dict[int, Case] = {}
-        self.num_bookings = 0
         self.num_opened = 0
 
     @rule(slot=SLOTS, groups=st.lists(st.integers(0, 3), min_size=1, max_size=8), ok=st.booleans())
@@ -76,9 +73,7 @@ class Gateway(RuleBasedStateMachine):
         case = self.cases.get(slot)
         if case is None or case.engine is not None or not case.reply.can_go_on:
             return
-        self.num_bookings += 1
-        case.place = (f"r{self.num_bookings % 3}", self.num_bookings)
-        resume = case.reply.begin(*case.place)
+        resume = case.reply.resume()
         known = case.known or []
         assert (resume is None) == (not case.client and not known)
         if resume is not None:
@@ -115,7 +110,7 @@ class Gateway(RuleBasedStateMachine):
             body = engine.seam.cut(body, is_last=False)
         kept_before = self.records.num_bytes
         was_first = reply.awaits_first_byte
-        is_first = reply.take(body, bytes(groups))
+        is_first = reply.receive(body, bytes(groups))
         assert is_first == (was_first and bool(body))
         case.client += body
         if groups and case.known is not None:
@@ -130,8 +125,7 @@ class Gateway(RuleBasedStateMachine):
         case = self.cases.get(slot)
         if case is None or case.engine is None:
             return
-        case.engine = case.place = None
-        case.reply.lose()
+        case.engine = None
         assert case.reply.can_go_on == (case.known is not None or not case.client)
         if not case.reply.can_go_on:
             self.over(slot)  # an error to the client
@@ -156,21 +150,17 @@ class Gateway(RuleBasedStateMachine):
 
     def over(self, slot):
         reply = self.cases.pop(slot).reply
-        assert [reply.end(), reply.end()] == [True, False]
-        assert reply.is_over
-        assert reply.replica_id is None
+        reply.end()
+        num_bytes = self.records.num_bytes
+        reply.end()
+        assert self.records.num_bytes == num_bytes
+        assert reply.record == b""
 
     @invariant()
     def clients_have_the_beginning_of_their_reply(self):
         for case in self.cases.values():
             assert text(case.name, case.whole).startswith(bytes(case.client))
             assert case.reply.has_begun == bool(case.client)
-
-    @invariant()
-    def an_engine_has_it_or_none(self):
-        for case in self.cases.values():
-            place = (case.reply.replica_id, case.reply.booking)
-            assert case.reply.replica_id is None if case.place is None else place == case.place
 
     @invariant()
     def memory_is_what_open_replies_keep(self):
@@ -186,10 +176,9 @@ TestGateway.settings = settings(max_examples=100, stateful_step_count=40, deadli
 
 def test_another_reply_is_not_passed_on():
     reply = Reply(Records(100), can_resume=True)
-    reply.begin("r0", 1)
-    assert reply.take(b"ab", b"\x02")
-    reply.lose()
-    seam = ResumeSplice(reply.begin("r1", 1))
+    reply.resume()
+    assert reply.receive(b"ab", b"\x02")
+    seam = ResumeSplice(reply.resume())
     with pytest.raises(ResumeSpliceError, match="differs"):
         seam.cut(b"axe", is_last=False)
     with pytest.raises(ResumeSpliceError, match="shorter"):
@@ -199,18 +188,15 @@ def test_another_reply_is_not_passed_on():
 def test_what_an_engine_has_added_is_prefilled_by_the_next_one():
     records = Records(3)
     reply = Reply(records, can_resume=True)
-    reply.begin("r0", 1)
-    reply.take(b"", b"\x01\x01")
-    reply.lose()
-    assert reply.moved_tokens(2) == 2
-    reply.begin("r1", 1)
-    reply.take(b"", b"\x01")
-    reply.lose()
-    assert reply.moved_tokens(3) == 1
-    reply.begin("r2", 1)
-    reply.take(b"", b"\x01")  # beyond the bound: given up, and nothing of it is kept
-    reply.lose()
+    reply.resume()
+    reply.receive(b"", b"\x01\x01")
+    assert reply.count_new_tokens(2) == 2
+    reply.resume()
+    reply.receive(b"", b"\x01")
+    assert reply.count_new_tokens(3) == 1
+    reply.resume()
+    reply.receive(b"", b"\x01")  # beyond the bound: given up, and nothing of it is kept
     assert reply.can_go_on
-    assert reply.begin("r3", 1) is None
-    assert reply.moved_tokens(0) == -3
+    assert reply.resume() is None
+    assert reply.count_new_tokens(0) == -3
     assert records.num_bytes == 0
