@@ -1,187 +1,188 @@
-"""One budget for several gateways, exactly: what each may spend is leased to it.
+"""How do several gateways share one key's limits, exactly?
 
-One `LeaseServer` has the `RateLimiter`; each gateway has a `LeasedBudget` that looks like
-one. Messages go one way at a time: a gateway's `News` (what it has sent, what
-was answered, what it would like to send next), then the lessor's `Grant`.
+One `LeaseServer` has the key's `RateLimiter`; each gateway has a `LeasedLimiter` that is
+used like one. A gateway sends a `LeaseUpdate` (what it has sent, what was answered, what it
+would like to send next), one at a time; the lease server answers it with a `LeaseGrant`.
 
-    gateway: wants --news--> lessor: room? set aside --grant--> gateway: reserves
-    gateway: sent, answered, ended --news--> lessor: the same in its budget
+    gateway: requests wait         --update--> lease server: is there room? lease --grant-->
+    gateway: reserves from its lease
+    gateway: sent, answered, ended --update--> lease server: the same in its limiter
 
-A grant is for the requests that wait, in their order, and for no more; what is
-left of it when they went elsewhere returns with the next news. A gateway that
-is silent for longer than its lease is taken to be dead: all it had is counted
-as spent at that moment, the latest possible; by its own clock it stopped
-spending before. A lessor that starts anew grants nothing until all that its
-predecessor may have granted has left the window.
+A grant is for the requests that wait, in their order, and for no more. What is left of it
+when they went elsewhere returns with the next update. A gateway that is silent for longer
+than its lease is taken to be dead: all it had is counted as sent at that moment, the latest
+possible; by its own clock it stopped sending before. A lease server that starts anew grants
+nothing until all that its predecessor may have granted has left the window.
 
-What never happens: a reservation from a lease that has run out; more set aside,
-on its way and counted, over all gateways, than the limits allow.
+What never happens: a reservation from a lease that has run out; more leased, in flight and
+counted, over all gateways, than the limits allow.
 """
 
 import math
+from typing import Literal
 
 import msgspec
 
-from router.limits.rate_limit import Amount, RateLimiter, RateLimits, RateReport
+from router.limits.rate_limit import Amount, RateLimiter, RateLimiterState, RateLimits, RateReport
 
-LEASE_S = 5.0  # news come every second or sooner: four may be lost
+LEASE_S = 5.0  # an update comes every second or sooner: four may be lost
 _RENEW_S = 1.0
-# Waiting requests that one message asks for.
-_MAX_WANTED = 32
-_GATHER_S = 0.05  # events that ask for nothing wait so long for others
+# Waiting requests that one update asks for.
+_MAX_WAITING = 32
+_GATHER_S = 0.05  # events that ask for nothing wait this long for others
 _UNUSED_S = 0.5  # a grant that was not used by then was for requests that went elsewhere
-_ROUND_TRIP_S = 0.002  # to a lessor on the same node; decides nothing but when to look again
+_ROUND_TRIP_S = 0.002  # to a server on the same node; decides only when to look again
 _NOTHING = Amount()
 
+EventKind = Literal["sent", "counted", "ended", "refused", "report"]
 
-class Event(msgspec.Struct, frozen=True, array_like=True):
-    """What became of a request since the last news."""
 
-    kind: str  # sent, counted, settled, refused, report
+class LeaseEvent(msgspec.Struct, frozen=True, array_like=True):
+    """What became of a request since the last update."""
+
+    kind: EventKind
     request_id: str
     age_s: float  # how long ago, by the gateway's clock
     amount: Amount | None = None
     report: RateReport | None = None
 
 
-class News(msgspec.Struct, frozen=True, kw_only=True):
-    """From a gateway: what it did, what it has left, what it wants."""
+class LeaseUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """From a gateway: what it did, what it has left, what waits there."""
 
     number: int  # grows by one; repeated if no answer came
-    events: list[Event] = []
+    events: list[LeaseEvent] = []
     left: Amount = _NOTHING  # of what was granted
-    wanted: list[Amount] = []
+    waiting: list[Amount] = []  # one of each request
 
 
-class Grant(msgspec.Struct, frozen=True, kw_only=True):
-    """To a gateway: what it may spend beside what it has left."""
+class LeaseGrant(msgspec.Struct, frozen=True, kw_only=True):
+    """To a gateway: what it may send beside what it has left."""
 
-    number: int  # of the news that it answers
+    number: int  # of the update that it answers
     granted: Amount = _NOTHING
-    room_s: float = 0.0  # when the next wanted request will have room, seconds from now
-    state: dict[str, object] = {}
+    wait_s: float = 0.0  # until the next waiting request has room, seconds
+    state: RateLimiterState  # of all gateways together
 
 
 class _Gateway:
-    __slots__ = ("grant", "heard_s", "left", "open_ids")
+    """What the lease server knows of one gateway."""
+
+    __slots__ = ("heard_s", "last_grant", "left", "reservation_ids")
 
     def __init__(self) -> None:
         self.heard_s = -math.inf
-        self.left = _NOTHING  # as far as we know
-        self.open_ids: dict[str, None] = {}
-        self.grant: Grant | None = None  # the last one
+        self.left = _NOTHING  # of what was granted, as far as we know
+        self.reservation_ids: dict[str, None] = {}
+        self.last_grant: LeaseGrant | None = None
 
 
 class LeaseServer:
-    """The one that has the budget."""
+    """Leases parts of one rate limiter to gateways."""
 
     def __init__(self, limits: RateLimits, now_s: float, *, is_restart: bool) -> None:
-        self.budget = RateLimiter(limits)
+        self.limiter = RateLimiter(limits)
         self._gateways: dict[str, _Gateway] = {}
         if is_restart:
-            # What was leased may be spent until the leases end, and then counts for a minute.
-            self.budget.block(now_s + LEASE_S + 61.0)
+            # What was leased may be sent until the leases end, and then counts for a minute.
+            self.limiter.pause_until(now_s + LEASE_S + 61.0)
 
-    def hear(self, gateway_id: str, news: News, now_s: float) -> Grant:
-        """Take in a gateway's news; the same news get the same answer."""
-        self._bury_the_silent(now_s)
+    def answer_update(self, gateway_id: str, update: LeaseUpdate, now_s: float) -> LeaseGrant:
+        """Take in a gateway's update. Return the grant; the same update gets the same one."""
+        self._end_silent_leases(now_s)
         gateway = self._gateways.setdefault(gateway_id, _Gateway())
         gateway.heard_s = now_s
-        if gateway.grant is not None and gateway.grant.number == news.number:
-            return gateway.grant
-        # First free what was set aside, then count what was sent from it: in one call.
-        self._set_aside(gateway_id, gateway, news.left, now_s)
-        for event in news.events:
-            self._take_in(gateway_id, gateway, event, now_s - max(0.0, event.age_s), now_s)
-        granted, room_s = _NOTHING, 0.0
-        for amount in news.wanted:
-            room_s = self.budget.room_s(amount, now_s)
-            if room_s > 0.0:
+        if gateway.last_grant is not None and gateway.last_grant.number == update.number:
+            return gateway.last_grant
+        # First free what was leased, then count what was sent from it: in one call.
+        self._set_left(gateway_id, gateway, update.left, now_s)
+        for event in update.events:
+            self._apply_event(gateway_id, gateway, event, now_s - max(0.0, event.age_s), now_s)
+        granted, wait_s = _NOTHING, 0.0
+        for amount in update.waiting:
+            wait_s = self.limiter.wait_s(amount, now_s)
+            if wait_s > 0.0:
                 break
             granted += amount
-            self._set_aside(gateway_id, gateway, gateway.left + amount, now_s)
-        gateway.grant = Grant(
-            number=news.number,
+            self._set_left(gateway_id, gateway, gateway.left + amount, now_s)
+        gateway.last_grant = LeaseGrant(
+            number=update.number,
             granted=granted,
-            room_s=room_s,
-            state=self.budget.state(now_s),
+            wait_s=wait_s,
+            state=self.limiter.state(now_s),
         )
-        return gateway.grant
+        return gateway.last_grant
 
-    def _take_in(
-        self, gateway_id: str, gateway: _Gateway, event: Event, at_s: float, now_s: float
+    def _apply_event(
+        self, gateway_id: str, gateway: _Gateway, event: LeaseEvent, at_s: float, now_s: float
     ) -> None:
+        """Do in the limiter what the gateway did; `at_s` is when, by our clock."""
         key = f"{gateway_id}/{event.request_id}"
         if event.kind == "sent":
-            if event.amount is not None and key not in gateway.open_ids:
-                gateway.open_ids[key] = None
-                self.budget.book(key, event.amount, at_s)
+            if event.amount is not None and key not in gateway.reservation_ids:
+                gateway.reservation_ids[key] = None
+                self.limiter.record_sent(key, event.amount, at_s)
         elif event.kind == "counted":
             # By our own clock and now: a clock that runs ahead must not make it older.
-            self.budget.count(key, now_s)
-        elif event.kind == "settled":
-            gateway.open_ids.pop(key, None)
-            self.budget.settle(key, event.amount, now_s)
+            self.limiter.mark_counted(key, now_s)
+        elif event.kind == "ended":
+            gateway.reservation_ids.pop(key, None)
+            self.limiter.end_reservation(key, event.amount, now_s)
         elif event.kind == "refused":
-            gateway.open_ids.pop(key, None)
-            self.budget.refuse(key, event.report or RateReport(), now_s)
+            gateway.reservation_ids.pop(key, None)
+            self.limiter.record_refusal(key, event.report or RateReport(), now_s)
         elif event.report is not None:
-            self.budget.report(event.report, now_s)
+            self.limiter.record_report(event.report, now_s)
 
-    def _set_aside(self, gateway_id: str, gateway: _Gateway, left: Amount, now_s: float) -> None:
+    def _set_left(self, gateway_id: str, gateway: _Gateway, left: Amount, now_s: float) -> None:
         gateway.left = left
-        self.budget.set_aside(gateway_id, left, now_s)
+        self.limiter.set_leased(gateway_id, left, now_s)
 
-    def _bury_the_silent(self, now_s: float) -> None:
-        """Count as spent what gateways had whose lease has run out."""
+    def _end_silent_leases(self, now_s: float) -> None:
+        """Count as sent what gateways had whose lease has run out."""
         for gateway_id, gateway in list(self._gateways.items()):
             if now_s < gateway.heard_s + LEASE_S:
                 continue
             del self._gateways[gateway_id]
-            left, self_id = gateway.left, f"{gateway_id}/lease"
-            self.budget.set_aside(gateway_id, _NOTHING, now_s)
+            left, lease_id = gateway.left, f"{gateway_id}/lease"
+            self.limiter.set_leased(gateway_id, _NOTHING, now_s)
             if left.num_requests:
-                self.budget.book(self_id, left, now_s)
-                gateway.open_ids[self_id] = None
-            for key in gateway.open_ids:
-                self.budget.count(key, now_s)
-                self.budget.settle(key, None, now_s)
+                self.limiter.record_sent(lease_id, left, now_s)
+                gateway.reservation_ids[lease_id] = None
+            for key in gateway.reservation_ids:
+                self.limiter.mark_counted(key, now_s)
+                self.limiter.end_reservation(key, None, now_s)
 
 
-class LeasedBudget:
-    """A gateway's part of a budget that somebody else has.
+class LeasedLimiter:
+    """A gateway's part of the limits that a `LeaseServer` has.
 
-    `want` what waits; send `news()` when `next_news_s` says so, one at a time,
-    and hand the answer to `on_grant`, or call `on_no_answer`.
+    `note_waiting` what waits; send `make_update()` when `next_update_s` says so, one at a
+    time, and hand the answer to `on_grant`, or call `on_no_answer`.
     """
 
     def __init__(self, limits: RateLimits) -> None:
         self.limits = limits
-        self.num_refused = 0
-        self._left = _NOTHING
+        self._left = _NOTHING  # of what was granted
         self._lease_until_s = -math.inf
         self._granted_s = -math.inf
         self._room_at_s = -math.inf  # by the last grant
-        self._wanted: dict[str, Amount] = {}
-        self._events: list[tuple[float, str, str, Amount | None, RateReport | None]] = []
-        self._open: set[str] = set()
+        self._waiting: dict[str, Amount] = {}
+        self._events: list[tuple[float, EventKind, str, Amount | None, RateReport | None]] = []
+        self._reservation_ids: set[str] = set()
         self._number = 0
-        self._under_way: tuple[News, float] | None = None
-        self._repeat = False
-        self._last_news_s = -math.inf
-        self._lessors_state: dict[str, object] = {}
+        self._unanswered: tuple[LeaseUpdate, float] | None = None  # and when it was first sent
+        self._repeats = False  # send the unanswered update again
+        self._last_update_s = -math.inf
+        # Nothing used, as far as is known before the first grant.
+        self._server_state = RateLimiter(limits).state(0.0)
 
-    @property
-    def num_open(self) -> int:
-        """Reservations of this gateway that have not ended."""
-        return len(self._open)
-
-    def use(self, limits: RateLimits) -> None:
-        """Go by these limits from now on (the lessor has its own)."""
+    def use_limits(self, limits: RateLimits) -> None:
+        """Go by these limits from now on; the lease server is told of its own."""
         self.limits = limits
 
-    def room_s(self, amount: Amount, now_s: float) -> float:
-        """When so much may be sent, seconds from now: 0 is now, inf never."""
+    def wait_s(self, amount: Amount, now_s: float) -> float:
+        """Seconds until so much may be sent: 0 is now, inf never."""
         if amount.num_tokens > (self.limits.tpm or math.inf):
             return math.inf
         for most in (self.limits.max_cost_per_hour, self.limits.max_cost_per_day):
@@ -191,109 +192,109 @@ class LeasedBudget:
             return 0.0
         return max(_ROUND_TRIP_S, self._room_at_s - now_s)
 
-    def want(self, request_id: str, amount: Amount) -> None:
-        """Ask for so much with the next news, after what was wanted before."""
-        if len(self._wanted) < _MAX_WANTED:
-            self._wanted[request_id] = amount
+    def note_waiting(self, request_id: str, amount: Amount) -> None:
+        """Ask for so much with the next update, after what waited before."""
+        if len(self._waiting) < _MAX_WAITING:
+            self._waiting[request_id] = amount
 
     def reserve(self, request_id: str, amount: Amount, now_s: float) -> None:
         """As `RateLimiter.reserve`."""
-        if request_id in self._open:
+        if request_id in self._reservation_ids:
             raise ValueError(f"request {request_id} has a reservation already")
         if now_s >= self._lease_until_s or not self._left.covers(amount):
             raise ValueError(f"no room for request {request_id}")
         self._left -= amount
-        self._wanted.pop(request_id, None)
-        self._open.add(request_id)
-        self._add("sent", request_id, now_s, amount)
+        self._waiting.pop(request_id, None)
+        self._reservation_ids.add(request_id)
+        self._add_event("sent", request_id, now_s, amount)
 
-    def count(self, request_id: str, now_s: float) -> None:
-        """As `RateLimiter.count`."""
-        if request_id in self._open:
-            self._add("counted", request_id, now_s)
+    def mark_counted(self, request_id: str, now_s: float) -> None:
+        """As `RateLimiter.mark_counted`."""
+        if request_id in self._reservation_ids:
+            self._add_event("counted", request_id, now_s)
 
-    def settle(self, request_id: str, counted: Amount | None, now_s: float) -> None:
-        """As `RateLimiter.settle`."""
-        if request_id in self._open:
-            self._open.discard(request_id)
-            self._add("settled", request_id, now_s, counted)
+    def end_reservation(self, request_id: str, counted: Amount | None, now_s: float) -> None:
+        """As `RateLimiter.end_reservation`."""
+        if request_id in self._reservation_ids:
+            self._reservation_ids.discard(request_id)
+            self._add_event("ended", request_id, now_s, counted)
 
-    def refuse(self, request_id: str, report: RateReport, now_s: float) -> None:
-        """As `RateLimiter.refuse`; the rest of the grant is not spent until the lessor knows."""
-        self.num_refused += 1
+    def record_refusal(self, request_id: str, report: RateReport, now_s: float) -> None:
+        """As `RateLimiter.record_refusal`; drop the rest of the grant until the server knows."""
         self._left = _NOTHING
         self._room_at_s = max(self._room_at_s, now_s + (report.retry_after_s or 0.0))
-        if request_id in self._open:
-            self._open.discard(request_id)
-            self._add("refused", request_id, now_s, report=report)
+        if request_id in self._reservation_ids:
+            self._reservation_ids.discard(request_id)
+            self._add_event("refused", request_id, now_s, report=report)
 
-    def report(self, report: RateReport, now_s: float) -> None:
-        """As `RateLimiter.report`."""
-        self._add("report", "", now_s, report=report)
+    def record_report(self, report: RateReport, now_s: float) -> None:
+        """As `RateLimiter.record_report`."""
+        self._add_event("report", "", now_s, report=report)
 
-    def next_news_s(self) -> float | None:
-        """When to send `news`, on the gateway's clock; None: not before something happens."""
-        if self._under_way is not None:
-            return self._last_news_s + _RENEW_S if self._repeat else None
+    def next_update_s(self) -> float | None:
+        """When to send an update, on the gateway's clock; None: not before something happens."""
+        if self._unanswered is not None:
+            return self._last_update_s + _RENEW_S if self._repeats else None
         due_s = math.inf
-        if self._wanted:
+        if self._waiting:
             due_s = self._room_at_s
         if self._events:
             due_s = min(due_s, self._events[0][0] + _GATHER_S)
-        if self._open or self._left.num_requests:
-            due_s = min(due_s, self._last_news_s + _RENEW_S)
+        if self._reservation_ids or self._left.num_requests:
+            due_s = min(due_s, self._last_update_s + _RENEW_S)
         return None if math.isinf(due_s) and due_s > 0 else due_s
 
-    def news(self, now_s: float) -> News:
-        """What to tell the lessor now; after `on_no_answer`, the same again."""
-        self._last_news_s = now_s
-        if self._under_way is not None:
-            self._repeat = False
-            return self._under_way[0]
+    def make_update(self, now_s: float) -> LeaseUpdate:
+        """Return what to tell the lease server now; after `on_no_answer`, the same again."""
+        self._last_update_s = now_s
+        if self._unanswered is not None:
+            self._repeats = False
+            return self._unanswered[0]
         if now_s >= min(self._lease_until_s, self._granted_s + _UNUSED_S):
             self._left = _NOTHING
         self._number += 1
-        news = News(
+        update = LeaseUpdate(
             number=self._number,
             events=[
-                Event(kind, request_id, now_s - at_s, amount, report)
+                LeaseEvent(kind, request_id, now_s - at_s, amount, report)
                 for at_s, kind, request_id, amount, report in self._events
             ],
             left=self._left,
-            wanted=list(self._wanted.values()),
+            waiting=list(self._waiting.values()),
         )
-        self._events, self._wanted = [], {}
-        self._under_way = (news, now_s)
-        return news
+        self._events, self._waiting = [], {}
+        self._unanswered = (update, now_s)
+        return update
 
-    def on_grant(self, grant: Grant, now_s: float) -> None:
-        """Take in the lessor's answer."""
-        if self._under_way is None or grant.number != self._under_way[0].number:
+    def on_grant(self, grant: LeaseGrant, now_s: float) -> None:
+        """Take in the lease server's answer."""
+        if self._unanswered is None or grant.number != self._unanswered[0].number:
             return
-        news, sent_s = self._under_way
-        self._under_way = None
-        self._lease_until_s = sent_s + LEASE_S  # the lessor counts from later
-        if news.wanted:
-            self._room_at_s = now_s + grant.room_s
-        self._wanted.clear()  # whoever still waits will want again
-        self._lessors_state = grant.state
+        update, sent_s = self._unanswered
+        self._unanswered = None
+        self._lease_until_s = sent_s + LEASE_S  # the server counts from later
+        if update.waiting:
+            self._room_at_s = now_s + grant.wait_s
+        self._waiting.clear()  # whoever still waits is noted again
+        self._server_state = grant.state
         if grant.granted.num_requests:
             self._granted_s = now_s
             if now_s < self._lease_until_s:
                 self._left += grant.granted
 
     def on_no_answer(self) -> None:
-        """The lessor has not answered: say the same again, in a while."""
-        self._repeat = True
+        """Say the same again, in a while: the lease server has not answered."""
+        self._repeats = True
 
-    def state(self, now_s: float) -> dict[str, object]:
-        """The lessor's last word on the whole budget, and what is leased; JSON-able."""
+    def state(self, now_s: float) -> RateLimiterState:
+        """Return the lease server's last word on all gateways' use, and what is leased."""
         is_leased = now_s < self._lease_until_s
-        return {**self._lessors_state, "leased": self._left.num_requests if is_leased else 0}
+        leased = self._left.num_requests if is_leased else 0
+        return msgspec.structs.replace(self._server_state, leased=leased)
 
-    def _add(
+    def _add_event(
         self,
-        kind: str,
+        kind: EventKind,
         request_id: str,
         now_s: float,
         amount: Amount | None = None,

@@ -1,7 +1,11 @@
-"""What one tenant may use, and how much of it is used: requests, tokens, concurrency.
+r"""May a tenant send a request now, by its limits of requests, tokens and concurrency?
 
-Reservations, not counts after the fact: a request books its prompt and the
-output predicted for it before it goes, and settles with what it really took.
+    (none) --reserve--> reserved --end_reservation--> (none), corrected to what it took
+       \--reserve: over a limit--> refused (`Exceeded`); nothing changes
+
+Reservations, not counts after the fact: a request reserves its prompt and the output
+predicted for it before it goes, and is corrected to what it really took when it ends.
+What never happens: a reservation that ends twice.
 """
 
 import math
@@ -17,7 +21,7 @@ _PRIOR_OUTPUT_TOKENS = 256.0
 _OUTPUT_FORGETTING = 1 / 30
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
+class TenantLimits(msgspec.Struct, frozen=True, kw_only=True):
     """A tenant's limits; None means unlimited."""
 
     requests_per_min: float | None = None
@@ -26,13 +30,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenBucket:
-    """A bucket that holds one minute's worth and refills evenly.
+    """A bucket that holds one minute's worth of requests or tokens and refills evenly.
 
-    The level may go below zero, for what was taken can turn out to be more than
-    was reserved; then nothing goes until the debt is paid. So over any time t
-    no more than `per_min` · (1 + t / 60 s) is let through, and in the long run
-    exactly the rate (the leaky bucket as a meter, ITU-T I.371; GCRA is the same
-    with the level kept as a time).
+    The level may go below zero, for a request can turn out to take more than was reserved;
+    then nothing goes until the debt is paid. So over any time t no more than
+    `per_min` · (1 + t / 60 s) is let through, and in the long run exactly the rate (the
+    leaky bucket as a meter, ITU-T I.371; GCRA is the same with the level kept as a time).
     """
 
     __slots__ = ("_at_s", "_level", "per_min")
@@ -43,19 +46,19 @@ class TokenBucket:
         self._at_s = now_s
 
     def level(self, now_s: float) -> float:
-        """What could be taken now; below zero while in debt."""
+        """What could be withdrawn now; below zero while in debt."""
         if now_s > self._at_s:
             refill = (now_s - self._at_s) * self.per_min / _MINUTE_S
             self._level = min(self.per_min, self._level + refill)
             self._at_s = now_s
         return self._level
 
-    def take(self, amount: float, now_s: float) -> None:
-        """Take so much, or give back a negative amount; never refused."""
+    def withdraw(self, amount: float, now_s: float) -> None:
+        """Withdraw an amount, or give a negative one back; never refused."""
         self._level = min(self.per_min, self.level(now_s) - amount)
 
     def wait_s(self, amount: float, now_s: float) -> float:
-        """Seconds until so much can be taken; infinite if it is more than the bucket holds."""
+        """Seconds until so much can be withdrawn; inf if it is more than the bucket holds."""
         if amount > self.per_min:
             return math.inf
         return max(0.0, amount - self.level(now_s)) * _MINUTE_S / self.per_min
@@ -68,7 +71,7 @@ class TokenBucket:
 
 
 class Reservation(msgspec.Struct):
-    """What one request has booked, until it is settled."""
+    """What one request has reserved, until it ends."""
 
     num_tokens: float
     num_sequences: int
@@ -77,14 +80,14 @@ class Reservation(msgspec.Struct):
 class Exceeded(msgspec.Struct, frozen=True):
     """A request that does not fit now, and by which limit."""
 
-    limit: str  # name of the field of `Limits`
-    wait_s: float  # until it would fit; infinite if it never does
+    limit: str  # name of the field of `TenantLimits`
+    wait_s: float  # until it would fit; inf if it never does
 
 
 class TenantQuota:
     """One tenant's limits and what is left of them.
 
-    `reserve` and, for every reservation, `settle` exactly once.
+    `reserve`, and `end_reservation` exactly once for every reservation.
     """
 
     __slots__ = (
@@ -95,22 +98,22 @@ class TenantQuota:
         "num_concurrent",
     )
 
-    def __init__(self, limits: Limits, now_s: float) -> None:
+    def __init__(self, limits: TenantLimits, now_s: float) -> None:
         self.limits = limits
         self.num_concurrent = 0
-        self._mean_output_tokens = _PRIOR_OUTPUT_TOKENS
-        self._requests: TokenBucket | None = None
+        self._mean_output_tokens = _PRIOR_OUTPUT_TOKENS  # of one sequence
+        self._requests: TokenBucket | None = None  # None: no limit
         self._tokens: TokenBucket | None = None
-        self.change(limits, now_s)
+        self.use_limits(limits, now_s)
 
-    def change(self, limits: Limits, now_s: float) -> None:
-        """Hold to other limits from now on; what runs is not touched."""
+    def use_limits(self, limits: TenantLimits, now_s: float) -> None:
+        """Hold to these limits from now on; what is used and reserved stays."""
         self.limits = limits
         self._requests = _resized(self._requests, limits.requests_per_min, now_s)
         self._tokens = _resized(self._tokens, limits.tokens_per_min, now_s)
 
     def predict_output_tokens(self, max_output_tokens: int | None, num_sequences: int = 1) -> float:
-        """Expected output: the tenant's mean so far, at most what the request allows."""
+        """Expected output tokens of a request: the tenant's mean, at most what it allows."""
         mean = self._mean_output_tokens
         per_sequence = mean if max_output_tokens is None else min(mean, max_output_tokens)
         return per_sequence * num_sequences
@@ -122,10 +125,10 @@ class TenantQuota:
         num_sequences: int,
         now_s: float,
     ) -> Reservation | Exceeded:
-        """Book a request if it fits all limits now; otherwise nothing changes.
+        """Reserve for a request. Return which limit it exceeds if it does not fit now.
 
-        A prompt that fits the minute's tokens may go when its output, too, does
-        not: then the whole minute is booked. A longer prompt never goes.
+        A prompt that fits the minute's tokens may go although its output does not fit as
+        well: then the whole minute is reserved. A longer prompt never goes.
         """
         limits = self.limits
         if (
@@ -148,28 +151,28 @@ class TenantQuota:
             wait_s, limit = max(waits_s)
             return Exceeded(limit, wait_s)
         if self._requests is not None:
-            self._requests.take(1.0, now_s)
+            self._requests.withdraw(1.0, now_s)
         if self._tokens is not None:
-            self._tokens.take(num_tokens, now_s)
+            self._tokens.withdraw(num_tokens, now_s)
         self.num_concurrent += 1
         return Reservation(num_tokens, num_sequences)
 
-    def settle(self, reservation: Reservation, usage: Usage | None, now_s: float) -> None:
-        """End a reservation with what the request took; None: with what it had booked."""
+    def end_reservation(self, reservation: Reservation, usage: Usage | None, now_s: float) -> None:
+        """End a reservation, corrected to what the request took; None: to what it reserved."""
         self.num_concurrent -= 1
         if usage is None:
             return
         if self._tokens is not None:
             used = usage.num_prompt_tokens + usage.num_output_tokens
-            self._tokens.take(used - reservation.num_tokens, now_s)
+            self._tokens.withdraw(used - reservation.num_tokens, now_s)
         if usage.num_output_tokens:
             mean = usage.num_output_tokens / reservation.num_sequences
             self._mean_output_tokens += _OUTPUT_FORGETTING * (mean - self._mean_output_tokens)
 
     def remaining(self, now_s: float) -> dict[str, tuple[float, float, float]]:
-        """Per rate in force: limit per minute, what is left of it, seconds until all is back.
+        """What is left of each rate in force, by OpenAI's names: `requests`, `tokens`.
 
-        By OpenAI's words for them: `requests` and `tokens`.
+        Each is the limit per minute, what is left of it, and seconds until all of it is back.
         """
         return {
             name: (

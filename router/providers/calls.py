@@ -1,123 +1,138 @@
-"""Requests that are at a provider, and what becomes of them."""
+r"""Requests that are at a provider: what is held for each of them, and how each ends.
+
+    (none) --start_call--> sent --record_answer--> counted --mark_first_token--> begun
+                             |                        |                            |
+                             \------------------------+----------------------------+--> (none)
+                              by complete_call, cancel_call, refuse_call (429) or fail_call
+
+From its start to its end an attempt has a reservation in its key's rate limiter and a permit
+of its key's breaker. What never happens: an attempt that has ended and still holds either.
+"""
 
 import msgspec
 
 from router.limits.rate_limit import RateReport
-from router.providers.provider import Key
+from router.providers.provider import ProviderKey
 from router.providers.quotes import Quote
 from router.queueing.hold_queue import HoldQueue
 from router.resilience.breaker import BreakerState, Failure, TripReason
 from router.types import Fallback, Request, Usage
 
 
-class Sent(msgspec.Struct):
-    """A request at a provider."""
+class ProviderAttempt(msgspec.Struct):
+    """One provider's try at a request, under one of its keys."""
 
     request: Request
-    key: Key
-    permit: int
+    key: ProviderKey
+    permit: int  # of the key's breaker
     sent_s: float
-    has_started: bool = False
+    has_begun: bool = False  # its first token has come
 
 
 class ProviderCalls:
-    """Each with a reservation in its key's budget and a permit of its breaker, until it ends."""
+    """The open attempts at providers, at most one of each request."""
 
     def __init__(self, queue: HoldQueue) -> None:
         """`queue` counts what a tenant is given, here as well."""
         self._queue = queue
-        self._sent: dict[str, Sent] = {}
+        self._attempts: dict[str, ProviderAttempt] = {}
 
     def __len__(self) -> int:
-        return len(self._sent)
+        return len(self._attempts)
 
     def __contains__(self, request_id: object) -> bool:
-        return request_id in self._sent
+        return request_id in self._attempts
 
-    def begin(self, request: Request, offer: Quote, now_s: float) -> Fallback:
-        """Send a request to whoever offers to answer it now."""
-        key = offer.key
+    def start_call(self, request: Request, quote: Quote, now_s: float) -> Fallback:
+        """Reserve for a request under the quoted key. Return the decision to send it there."""
+        key = quote.key
         permit = key.breaker.begin(now_s)
-        key.budget.reserve(request.id, offer.amount, now_s)
-        self._sent[request.id] = Sent(request, key, permit, now_s)
-        self._queue.charge(request)
+        key.limiter.reserve(request.id, quote.amount, now_s)
+        self._attempts[request.id] = ProviderAttempt(request, key, permit, now_s)
+        self._queue.charge_prompt(request)
         return Fallback(request.id, key.provider.name, key.name)
 
-    def count(self, request_id: str, report: RateReport, now_s: float) -> None:
-        """The provider has begun to answer: it has counted the request."""
-        sent = self._sent.get(request_id)
-        if sent is not None:
-            sent.key.budget.count(request_id, now_s)
-            sent.key.budget.report(report, now_s)
+    def record_answer(self, request_id: str, report: RateReport, now_s: float) -> None:
+        """Count a request under its key: the provider has begun to answer, and so counted it."""
+        attempt = self._attempts.get(request_id)
+        if attempt is not None:
+            attempt.key.limiter.mark_counted(request_id, now_s)
+            attempt.key.limiter.record_report(report, now_s)
 
-    def start(self, request_id: str, now_s: float) -> None:
-        """A first token has come."""
-        sent = self._sent.get(request_id)
-        if sent is None or sent.has_started:
+    def mark_first_token(self, request_id: str, now_s: float) -> None:
+        """Learn from a first token how fast the provider is, and whether its breaker closes."""
+        attempt = self._attempts.get(request_id)
+        if attempt is None or attempt.has_begun:
             return
-        sent.has_started = True
-        ttft_s = max(0.0, now_s - sent.sent_s)
-        provider, breaker = sent.key.provider, sent.key.breaker
+        attempt.has_begun = True
+        ttft_s = max(0.0, now_s - attempt.sent_s)
+        provider, breaker = attempt.key.provider, attempt.key.breaker
         if provider.settings.breaker.is_slow(ttft_s, provider.ttft_s):
-            breaker.slow(sent.permit, now_s)
+            breaker.slow(attempt.permit, now_s)
         provider.learn_ttft(ttft_s)
         if breaker.status is BreakerState.HALF_OPEN:
-            breaker.succeed(sent.permit, now_s)  # a probe need not wait for a long answer's end
+            # A probe need not wait for a long answer's end.
+            breaker.succeed(attempt.permit, now_s)
 
-    def finish(self, request_id: str, usage: Usage | None, now_s: float) -> bool:
-        """Whether the request was at a provider, which has answered it whole."""
-        sent = self._sent.pop(request_id, None)
-        if sent is None:
+    def complete_call(self, request_id: str, usage: Usage | None, now_s: float) -> bool:
+        """End the attempt at a request that was answered whole. Return False if there is none."""
+        attempt = self._attempts.pop(request_id, None)
+        if attempt is None:
             return False
-        sent.key.breaker.succeed(sent.permit, now_s)
-        provider, budget = sent.key.provider, sent.key.budget
-        budget.count(request_id, now_s)
+        attempt.key.breaker.succeed(attempt.permit, now_s)
+        provider, limiter = attempt.key.provider, attempt.key.limiter
+        limiter.mark_counted(request_id, now_s)
         counted = None
         if usage is not None:
-            counted = provider.counted(sent.request, usage, budget.limits)
-        budget.settle(request_id, counted, now_s)
+            counted = provider.counted_amount(attempt.request, usage, limiter.limits)
+        limiter.end_reservation(request_id, counted, now_s)
         if usage is not None:
-            provider.learn_usage(sent.request, usage)
-            self._queue.settle(sent.request, usage)
+            provider.learn_usage(attempt.request, usage)
+            self._queue.record_usage(attempt.request, usage)
         return True
 
-    def cancel(self, request_id: str, now_s: float) -> bool:
-        """Whether the request was at a provider; whose fault its end is, nobody knows."""
-        sent = self._sent.pop(request_id, None)
-        if sent is None:
+    def cancel_call(self, request_id: str, now_s: float) -> bool:
+        """End the attempt at a request whose client has left. Return False if there is none."""
+        attempt = self._attempts.pop(request_id, None)
+        if attempt is None:
             return False
-        sent.key.breaker.release(sent.permit)
-        sent.key.budget.count(request_id, now_s)  # it was sent, so it may have been counted
-        sent.key.budget.settle(request_id, None, now_s)
+        attempt.key.breaker.release(attempt.permit)
+        # It was sent, so the provider may have counted it.
+        attempt.key.limiter.mark_counted(request_id, now_s)
+        attempt.key.limiter.end_reservation(request_id, None, now_s)
         return True
 
-    def refuse(self, request_id: str, report: RateReport, now_s: float) -> Request | None:
-        """The provider has answered 429: the request, to be placed anew."""
-        sent = self._sent.pop(request_id, None)
-        if sent is None:
-            return None
-        sent.key.breaker.release(sent.permit)
-        sent.key.budget.refuse(request_id, report, now_s)
-        return sent.request
+    def refuse_call(self, request_id: str, report: RateReport, now_s: float) -> Request | None:
+        """End an attempt that the provider has answered 429.
 
-    def fail(
+        Return the request, to be placed anew; None if there is no attempt at it.
+        """
+        attempt = self._attempts.pop(request_id, None)
+        if attempt is None:
+            return None
+        attempt.key.breaker.release(attempt.permit)
+        attempt.key.limiter.record_refusal(request_id, report, now_s)
+        return attempt.request
+
+    def fail_call(
         self, request_id: str, failure: Failure, *, was_sent: bool, lasts: bool, now_s: float
     ) -> Request | None:
-        """The provider has failed: the request, marked as tried there; None if it is unknown.
+        """End an attempt that the provider did not carry through.
 
-        `was_sent` unless the provider certainly never saw it; `lasts` where the
-        next call would fail in the same way (a key that is not accepted).
+        Return the request, marked as tried there; None if there is no attempt at it.
+        `was_sent` unless the provider certainly never saw it; `lasts` where the next call
+        would fail in the same way (a key that is not accepted).
         """
-        sent = self._sent.pop(request_id, None)
-        if sent is None:
+        attempt = self._attempts.pop(request_id, None)
+        if attempt is None:
             return None
-        key = sent.key
-        key.breaker.fail(sent.permit, failure, now_s)
+        key = attempt.key
+        key.breaker.fail(attempt.permit, failure, now_s)
         if lasts:
             key.breaker.trip(TripReason.LOST, now_s)
         if was_sent:
-            key.budget.count(request_id, now_s)
-        key.budget.settle(request_id, None, now_s)
+            key.limiter.mark_counted(request_id, now_s)
+        key.limiter.end_reservation(request_id, None, now_s)
         return msgspec.structs.replace(
-            sent.request, tried=(*sent.request.tried, key.id), retried_s=now_s
+            attempt.request, tried=(*attempt.request.tried, key.id), retried_s=now_s
         )

@@ -1,30 +1,29 @@
-"""A service elsewhere that answers what our engines cannot: its keys, prices and speed."""
+"""What does a service elsewhere cost, how fast is it, and under which key may it be called?"""
 
 import math
 import random
 from collections.abc import Callable, Collection
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
-from router.limits.lease import LeasedBudget
-from router.limits.rate_limit import Amount, RateLimiter, RateLimits
-from router.resilience.breaker import Breaker, BreakerLog, BreakerSettings
+from router.limits.lease import LeasedLimiter
+from router.limits.rate_limit import Amount, RateLimiter, RateLimiterState, RateLimits
+from router.resilience.breaker import Breaker, BreakerLog, BreakerSettings, BreakerView
 from router.types import Request, Usage
 
-MakeBudget = Callable[[str, RateLimits], RateLimiter | LeasedBudget]
+MakeLimiter = Callable[[str, RateLimits], RateLimiter | LeasedLimiter]
 
 _PER_MILLION = 1e-6
 # First tokens over which a provider's usual time is learned: enough to even out single
 # ones, few enough to follow its good and bad hours.
 _TTFT_MEMORY = 20.0
-# By so many mean deviations beyond the mean a reply counts as overdue: as TCP's
-# retransmission timer has it (Jacobson 1988); at first half the mean (RFC 6298).
-_SURE_DEVIATIONS = 4.0
+_OVERDUE_DEVIATIONS = 4.0  # beyond the mean: see `Provider.max_ttft_s`
 # Until replies have taught better: real traffic's median answer (Azure 2023, LMSYS-Chat-1M).
 _PRIOR_OUTPUT_TOKENS = 128.0
 _OUTPUT_MEMORY = 50.0
-# By how much a prompt's estimated size is off, as a share of it: reserved is twice that
-# more, as a provider counts what it really is. Bytes per token differ by so much.
+# By how much a prompt's estimated size is off, as a share of it: bytes per token differ by
+# so much. Twice that is reserved beside the estimate, as a provider counts the real size.
 _PRIOR_PROMPT_ERROR = 0.1
 
 
@@ -62,16 +61,36 @@ class ProviderSettings(BaseModel):
     breaker: BreakerSettings = BreakerSettings(max_consecutive_failures=2)
 
 
-class Key:
-    """A provider's key: its budget and its breaker."""
+class KeyState(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether a key may be used, and how much of it is."""
+
+    breaker: BreakerView
+    budget: RateLimiterState
+
+
+class ProviderState(msgspec.Struct, frozen=True, kw_only=True):
+    """A provider without its secrets: the router knows none."""
+
+    models: dict[str, str]  # our name, and its own
+    ttft_s: float  # usual, learned
+    cost: float  # spent since the start, by what replies really took
+    keys: dict[str, KeyState]  # by name
+
+
+class ProviderKey:
+    """A key of a provider, with its rate limiter and its breaker."""
 
     def __init__(
-        self, provider: "Provider", name: str, budget: RateLimiter | LeasedBudget, breaker: Breaker
+        self,
+        provider: "Provider",
+        name: str,
+        limiter: RateLimiter | LeasedLimiter,
+        breaker: Breaker,
     ) -> None:
         self.id = f"{provider.name}/{name}"
         self.name = name
         self.provider = provider
-        self.budget = budget
+        self.limiter = limiter
         self.breaker = breaker
 
 
@@ -81,26 +100,26 @@ class Provider:
     def __init__(
         self,
         settings: ProviderSettings,
-        make_budget: MakeBudget,
+        make_limiter: MakeLimiter,
         rng: random.Random,
         log: BreakerLog,
         now_s: float,
     ) -> None:
         self.name = settings.name
         self.settings = settings
-        self.keys: list[Key] = []
-        self.ttft_s = settings.ttft_s
+        self.keys: list[ProviderKey] = []
+        self.ttft_s = settings.ttft_s  # usual, learned
         self._ttft_deviation_s = settings.ttft_s / 2.0
         self._num_ttfts = 0
-        self.cost = 0.0  # spent since the start, as settled
-        self._num_output_tokens = _PRIOR_OUTPUT_TOKENS
-        self._prompt_error = _PRIOR_PROMPT_ERROR
-        self._make_budget = make_budget
+        self.cost = 0.0  # spent since the start, by what replies really took
+        self._num_output_tokens = _PRIOR_OUTPUT_TOKENS  # usual, of one sequence
+        self._prompt_error = _PRIOR_PROMPT_ERROR  # usual, as a share of the estimate
+        self._make_limiter = make_limiter
         self._rng = rng
         self._log = log
-        self.use(settings, now_s)
+        self.use_settings(settings, now_s)
 
-    def use(self, settings: ProviderSettings, now_s: float) -> None:
+    def use_settings(self, settings: ProviderSettings, now_s: float) -> None:
         """Go by these settings from now on; keys of the same name keep what they know."""
         known = {key.name: key for key in self.keys}
         self.settings = settings
@@ -110,21 +129,21 @@ class Provider:
             if key is None:
                 name = f"{self.name}/{key_settings.name}"
                 breaker = Breaker(settings.breaker, self._rng, now_s, name=name, log=self._log)
-                budget = self._make_budget(name, key_settings)
-                key = Key(self, key_settings.name, budget, breaker)
+                limiter = self._make_limiter(name, key_settings)
+                key = ProviderKey(self, key_settings.name, limiter, breaker)
             else:
-                key.budget.use(key_settings)
+                key.limiter.use_limits(key_settings)
             self.keys.append(key)
 
     def serves(self, model: str) -> bool:
         """Whether it answers for this model of ours."""
         return model in self.settings.models
 
-    def amount(self, request: Request) -> Amount:
+    def amount_to_reserve(self, request: Request) -> Amount:
         """What to reserve for a request: all the output it may have, the cost it should have.
 
-        Without a limit of the client's own, twice the usual output stands for
-        the most: of exponential lengths 13 % are longer, and are settled.
+        Without a limit of the client's own, twice the usual output stands for the most. Of
+        exponential lengths 13 % are longer; those are corrected when they have ended.
         """
         usual = self._num_output_tokens
         most = request.max_output_tokens
@@ -137,11 +156,11 @@ class Provider:
             self._cost(request.num_prompt_tokens, expected * request.num_sequences),
         )
 
-    def counted(self, request: Request, usage: Usage, limits: RateLimits) -> Amount:
+    def counted_amount(self, request: Request, usage: Usage, limits: RateLimits) -> Amount:
         """What the provider counts for a request that has ended, by its usage.
 
-        Of the output all that it might have had, if the client said how much
-        and the provider does not return the rest.
+        Where the client limited the output and the provider does not return unused tokens,
+        the whole limit counts.
         """
         num_output_tokens = usage.num_output_tokens
         most = request.max_output_tokens
@@ -153,35 +172,39 @@ class Provider:
             self._cost(usage.num_prompt_tokens, usage.num_output_tokens),
         )
 
-    def soonest(
+    def soonest_key(
         self,
         amount: Amount,
         now_s: float,
         ahead: dict[str, Amount],
-        but: Collection[str],
-    ) -> tuple[Key, float] | None:
-        """The key that has room first, and in how many seconds; None if none ever has.
+        excluded: Collection[str],
+    ) -> tuple[ProviderKey, float] | None:
+        """Return the key that has room first, and in how many seconds; None if none ever has.
 
-        `ahead` is what others wait for, by key id; keys in `but` are left out.
+        `ahead` is what others wait for, by key id; keys in `excluded` are left out.
         """
-        best: tuple[Key, float] | None = None
+        best: tuple[ProviderKey, float] | None = None
         for key in self.keys:
             key.breaker.tick(now_s)
-            if key.id in but or not key.breaker.admits():
+            if key.id in excluded or not key.breaker.admits():
                 continue
             waiting = ahead.get(key.id)
-            wait_s = key.budget.room_s(amount if waiting is None else amount + waiting, now_s)
+            wait_s = key.limiter.wait_s(amount if waiting is None else amount + waiting, now_s)
             if wait_s < (math.inf if best is None else best[1]):
                 best = (key, wait_s)
         return best
 
     @property
-    def sure_ttft_s(self) -> float:
-        """Within which a first token comes, all but surely, seconds."""
-        return self.ttft_s + _SURE_DEVIATIONS * self._ttft_deviation_s
+    def max_ttft_s(self) -> float:
+        """Seconds within which a first token comes, all but surely.
+
+        The mean and four mean deviations, like TCP's retransmission timer (Jacobson 1988);
+        before anything is learned the deviation is half the mean (RFC 6298).
+        """
+        return self.ttft_s + _OVERDUE_DEVIATIONS * self._ttft_deviation_s
 
     def learn_ttft(self, ttft_s: float) -> None:
-        """Take in how long a first token took."""
+        """Learn from how long a first token took, seconds."""
         self._num_ttfts += 1
         if self._num_ttfts == 1:
             self.ttft_s, self._ttft_deviation_s = ttft_s, ttft_s / 2.0
@@ -192,31 +215,31 @@ class Provider:
         self._ttft_deviation_s += (abs(error_s) - self._ttft_deviation_s) / memory
 
     def learn_usage(self, request: Request, usage: Usage) -> None:
-        """Take in what a request really took."""
+        """Learn from what a request really took; add its cost."""
         self.cost += self._cost(usage.num_prompt_tokens, usage.num_output_tokens)
         error = abs(usage.num_prompt_tokens / max(1, request.num_prompt_tokens) - 1.0)
         self._prompt_error += (min(error, 1.0) - self._prompt_error) / _OUTPUT_MEMORY
         num_output_tokens = usage.num_output_tokens / request.num_sequences
         self._num_output_tokens += (num_output_tokens - self._num_output_tokens) / _OUTPUT_MEMORY
 
-    def state(self, now_s: float) -> dict[str, object]:
-        """For people to read; JSON-able, and without secrets: the router knows none."""
+    def state(self, now_s: float) -> ProviderState:
+        """Return what it costs, how fast it is and what may be sent under its keys."""
         for key in self.keys:
             key.breaker.tick(now_s)
-        return {
-            "models": self.settings.models,
-            "ttft_s": self.ttft_s,
-            "cost": self.cost,
-            "keys": {
-                key.name: {
-                    "breaker": key.breaker.state(now_s),
-                    "budget": key.budget.state(now_s),
-                }
+        return ProviderState(
+            models=self.settings.models,
+            ttft_s=self.ttft_s,
+            cost=self.cost,
+            keys={
+                key.name: KeyState(
+                    breaker=key.breaker.state(now_s), budget=key.limiter.state(now_s)
+                )
                 for key in self.keys
             },
-        }
+        )
 
     def _cost(self, num_prompt_tokens: float, num_output_tokens: float) -> float:
+        """What so many tokens cost, in the currency of the prices."""
         settings = self.settings
         return _PER_MILLION * (
             settings.price_prompt * num_prompt_tokens + settings.price_output * num_output_tokens

@@ -1,4 +1,4 @@
-"""What providers could do for a request, and which of them should."""
+"""What could providers do for a request, and which of them should?"""
 
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 import msgspec
 
 from router.limits.rate_limit import Amount
-from router.providers.provider import Key, Provider
+from router.providers.provider import Provider, ProviderKey
 from router.types import Request
 
 # A key gets the same request this often: twice, as its first failure may have been luck.
@@ -14,17 +14,17 @@ _MAX_TRIES = 2
 
 
 class Quote(msgspec.Struct, frozen=True):
-    """A first token from a provider."""
+    """What sending a request under one key would come to."""
 
-    key: Key
+    key: ProviderKey
     amount: Amount  # to reserve
-    wait_s: float  # until the budget has room; 0: now
-    first_s: float  # when the token should come
-    sure_s: float  # by when it will have come, all but surely
+    wait_s: float  # until the key's limits have room; 0: now
+    first_token_s: float  # when the first token is expected
+    latest_first_token_s: float  # by when it will have come, all but surely
 
 
 class Quotes:
-    """All providers, in their order."""
+    """Quotes of all providers, in their order."""
 
     def __init__(self, providers: Sequence[Provider] = ()) -> None:
         self.providers = providers
@@ -34,9 +34,9 @@ class Quotes:
         return any(provider.serves(model) for provider in self.providers)
 
     def price(self, request: Request) -> float | None:
-        """What the first that may have the request would take for it; None if none may."""
+        """What the first provider that may have the request would take; None if none may."""
         provider = next(self._affordable(request), None)
-        return None if provider is None else provider.amount(request).cost
+        return None if provider is None else provider.amount_to_reserve(request).cost
 
     def best(
         self,
@@ -46,29 +46,30 @@ class Quotes:
         now_s: float,
         ahead: dict[str, Amount],
     ) -> Quote | None:
-        """The first in order that keeps the promise, or the soonest; None if not `before_s`.
+        """Return the quote to take, None if no first token comes before `before_s`.
 
-        `ahead` is what others wait for, by key id. A key that failed the request before
-        only where there is no other.
+        It is the first in order that meets the deadline, else the soonest. `ahead` is what
+        others wait for, by key id. A key that failed the request before is taken only where
+        there is no other.
         """
-        offer = self._best(request, ttft_deadline_s, before_s, now_s, ahead, request.tried)
-        if offer is None and request.tried:
-            but = _exhausted(request)
-            offer = self._best(request, ttft_deadline_s, before_s, now_s, ahead, but)
-        return offer
+        quote = self._best(request, ttft_deadline_s, before_s, now_s, ahead, request.tried)
+        if quote is None and request.tried:
+            excluded = _exhausted(request)
+            quote = self._best(request, ttft_deadline_s, before_s, now_s, ahead, excluded)
+        return quote
 
     def wait_s(self, request: Request, now_s: float) -> float:
-        """When some budget has room for a request, seconds from now; inf if none ever has.
+        """Seconds until some key's limits have room for a request; inf if none ever has.
 
-        Breakers aside: they close again.
+        Breakers are left aside: they close again.
         """
-        but = _exhausted(request)
+        excluded = _exhausted(request)
         return min(
             (
-                key.budget.room_s(provider.amount(request), now_s)
+                key.limiter.wait_s(provider.amount_to_reserve(request), now_s)
                 for provider in self._affordable(request)
                 for key in provider.keys
-                if key.id not in but
+                if key.id not in excluded
             ),
             default=math.inf,
         )
@@ -80,22 +81,22 @@ class Quotes:
         before_s: float,
         now_s: float,
         ahead: dict[str, Amount],
-        but: Collection[str],
+        excluded: Collection[str],
     ) -> Quote | None:
         best: Quote | None = None
         for provider in self._affordable(request):
-            amount = provider.amount(request)
-            soonest = provider.soonest(amount, now_s, ahead, but)
+            amount = provider.amount_to_reserve(request)
+            soonest = provider.soonest_key(amount, now_s, ahead, excluded)
             if soonest is None:
                 continue
             key, wait_s = soonest
-            first_s = now_s + wait_s + provider.ttft_s
-            if first_s < before_s:
-                sure_s = now_s + wait_s + provider.sure_ttft_s
-                best = Quote(key, amount, wait_s, first_s, sure_s)
-                if first_s <= ttft_deadline_s:
+            first_token_s = now_s + wait_s + provider.ttft_s
+            if first_token_s < before_s:
+                latest_s = now_s + wait_s + provider.max_ttft_s
+                best = Quote(key, amount, wait_s, first_token_s, latest_s)
+                if first_token_s <= ttft_deadline_s:
                     return best
-                before_s = first_s
+                before_s = first_token_s
         return best
 
     def _affordable(self, request: Request) -> Iterator[Provider]:
@@ -105,7 +106,7 @@ class Quotes:
                 provider.settings.continues or not request.has_begun
             ):
                 most = provider.settings.max_cost_per_request
-                if most is None or provider.amount(request).cost <= most:
+                if most is None or provider.amount_to_reserve(request).cost <= most:
                     yield provider
 
 

@@ -1,4 +1,4 @@
-"""Gateways that lease from one budget: messages that are lost, late or never answered."""
+"""Gateways that lease from one limiter: messages that are lost, late or never answered."""
 
 import heapq
 import random
@@ -8,90 +8,90 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from router.limits.lease import LEASE_S, LeasedBudget, LeaseServer, News
+from router.limits.lease import LEASE_S, LeasedLimiter, LeaseServer, LeaseUpdate
 from router.limits.rate_limit import Amount, RateLimits, RateReport
 from tests.support.rate_limited_provider import Provider
 
 ONE = Amount(1, 10)
 
 
-def leased(lessor: LeaseServer, budget: LeasedBudget, now_s: float, gateway_id: str = "g0") -> None:
-    """One exchange of news and grant, without delay."""
-    budget.on_grant(lessor.hear(gateway_id, budget.news(now_s), now_s), now_s)
+def renew(server: LeaseServer, limiter: LeasedLimiter, now_s: float, gateway_id="g0") -> None:
+    """One exchange of update and grant, without delay."""
+    limiter.on_grant(server.answer_update(gateway_id, limiter.make_update(now_s), now_s), now_s)
 
 
-def make_lessor(*, is_restart: bool = False, **limits) -> LeaseServer:
+def make_server(*, is_restart: bool = False, **limits) -> LeaseServer:
     return LeaseServer(RateLimits(**limits), 0.0, is_restart=is_restart)
 
 
-def used(lessor: LeaseServer, now_s: float) -> float:
-    return lessor.budget.state(now_s)["requests"]["used"]
+def used(server: LeaseServer, now_s: float) -> float:
+    return server.limiter.state(now_s).requests.used
 
 
-def test_what_is_wanted_is_granted_as_far_as_there_is_room():
-    lessor, budget = make_lessor(rpm=2), LeasedBudget(RateLimits(rpm=2))
-    assert budget.next_news_s() is None
-    assert budget.room_s(ONE, 0.0) > 0.0
+def test_what_waits_is_granted_as_far_as_there_is_room():
+    server, limiter = make_server(rpm=2), LeasedLimiter(RateLimits(rpm=2))
+    assert limiter.next_update_s() is None
+    assert limiter.wait_s(ONE, 0.0) > 0.0
     for name in "abc":
-        budget.want(name, ONE)
-    assert budget.next_news_s() <= 0.0
-    leased(lessor, budget, 0.0)
-    assert budget.room_s(ONE, 0.0) == 0.0
-    budget.reserve("a", ONE, 0.0)
-    assert used(lessor, 0.0) >= 1
+        limiter.note_waiting(name, ONE)
+    assert limiter.next_update_s() <= 0.0
+    renew(server, limiter, 0.0)
+    assert limiter.wait_s(ONE, 0.0) == 0.0
+    limiter.reserve("a", ONE, 0.0)
+    assert used(server, 0.0) >= 1
     with pytest.raises(ValueError, match="already"):
-        budget.reserve("a", ONE, 0.0)
+        limiter.reserve("a", ONE, 0.0)
     with pytest.raises(ValueError, match="no room"):
-        budget.reserve("z", Amount(5), 0.0)
+        limiter.reserve("z", Amount(5), 0.0)
 
 
 def test_what_is_not_used_returns():
-    lessor, budget = make_lessor(rpm=10), LeasedBudget(RateLimits(rpm=10))
-    budget.want("a", ONE)
-    leased(lessor, budget, 0.0)
-    assert used(lessor, 0.1) == 1
-    assert budget.next_news_s() == 1.0  # renewed while something is left
-    leased(lessor, budget, 1.0)
-    assert used(lessor, 1.0) == 0
-    assert budget.room_s(ONE, 1.0) > 0.0
-    assert budget.next_news_s() is None
+    server, limiter = make_server(rpm=10), LeasedLimiter(RateLimits(rpm=10))
+    limiter.note_waiting("a", ONE)
+    renew(server, limiter, 0.0)
+    assert used(server, 0.1) == 1
+    assert limiter.next_update_s() == 1.0  # renewed while something is left
+    renew(server, limiter, 1.0)
+    assert used(server, 1.0) == 0
+    assert limiter.wait_s(ONE, 1.0) > 0.0
+    assert limiter.next_update_s() is None
 
 
 def test_a_dead_gateways_lease_counts_as_spent_when_it_ends():
-    lessor, budget = make_lessor(rpm=10), LeasedBudget(RateLimits(rpm=10))
+    server, limiter = make_server(rpm=10), LeasedLimiter(RateLimits(rpm=10))
     for name in "ab":
-        budget.want(name, ONE)
-    leased(lessor, budget, 0.0)
-    budget.reserve("a", ONE, 0.0)
-    other = LeasedBudget(RateLimits(rpm=10))
-    leased(lessor, other, LEASE_S, "g1")  # the first is silent
-    assert used(lessor, LEASE_S) == 2
-    assert used(lessor, LEASE_S + 59.0) == 2
-    assert used(lessor, LEASE_S + 61.0) == 0
+        limiter.note_waiting(name, ONE)
+    renew(server, limiter, 0.0)
+    limiter.reserve("a", ONE, 0.0)
+    other = LeasedLimiter(RateLimits(rpm=10))
+    renew(server, other, LEASE_S, "g1")  # the first is silent
+    assert used(server, LEASE_S) == 2
+    assert used(server, LEASE_S + 59.0) == 2
+    assert used(server, LEASE_S + 61.0) == 0
     # By its own clock it has stopped before.
-    assert budget.room_s(ONE, LEASE_S) > 0.0
+    assert limiter.wait_s(ONE, LEASE_S) > 0.0
 
 
-def test_a_lessor_that_was_restarted_waits_for_its_predecessors_window():
-    lessor, budget = make_lessor(rpm=10, is_restart=True), LeasedBudget(RateLimits(rpm=10))
-    budget.want("a", ONE)
-    leased(lessor, budget, 0.0)
-    assert budget.room_s(ONE, 0.1) > 60.0
+def test_a_lease_server_that_was_restarted_waits_for_its_predecessors_window():
+    server, limiter = make_server(rpm=10, is_restart=True), LeasedLimiter(RateLimits(rpm=10))
+    limiter.note_waiting("a", ONE)
+    renew(server, limiter, 0.0)
+    assert limiter.wait_s(ONE, 0.1) > 60.0
 
 
-def test_repeated_news_are_answered_alike_and_counted_once():
-    lessor = make_lessor(rpm=10)
-    news = News(number=1, wanted=[ONE])
-    assert lessor.hear("g0", news, 0.0) == lessor.hear("g0", news, 0.1)
-    assert used(lessor, 0.1) == 1
+def test_a_repeated_update_is_answered_alike_and_counted_once():
+    server = make_server(rpm=10)
+    update = LeaseUpdate(number=1, waiting=[ONE])
+    assert server.answer_update("g0", update, 0.0) == server.answer_update("g0", update, 0.1)
+    assert used(server, 0.1) == 1
 
 
 def test_a_grant_that_comes_too_late_is_not_used():
-    lessor, budget = make_lessor(rpm=10), LeasedBudget(RateLimits(rpm=10))
-    budget.want("a", ONE)
-    grant = lessor.hear("g0", budget.news(0.0), 3.0)
-    budget.on_grant(grant, LEASE_S + 0.1)
-    assert budget.room_s(ONE, LEASE_S + 0.1) > 0.0
+    server, limiter = make_server(rpm=10), LeasedLimiter(RateLimits(rpm=10))
+    limiter.note_waiting("a", ONE)
+    grant = server.answer_update("g0", limiter.make_update(0.0), 3.0)
+    limiter.on_grant(grant, LEASE_S + 0.1)
+    assert limiter.wait_s(ONE, LEASE_S + 0.1) > 0.0
 
 
 class Gateway:
@@ -99,7 +99,7 @@ class Gateway:
 
     def __init__(self, name: str, limits: RateLimits) -> None:
         self.name = name
-        self.budget = LeasedBudget(limits)
+        self.limiter = LeasedLimiter(limits)
         self.waiting: list[tuple[str, Amount]] = []
         self.is_alive = True
 
@@ -115,7 +115,7 @@ def test_gateways_together_never_overrun_a_provider(seed, rpm, loss, dies):
     """Three of them, with delays everywhere, lost messages, and one that dies."""
     rng = random.Random(seed)
     limits = RateLimits(rpm=rpm, tpm=100 * rpm)
-    lessor, provider = LeaseServer(limits, 0.0, is_restart=False), Provider(rpm, 100 * rpm)
+    server, provider = LeaseServer(limits, 0.0, is_restart=False), Provider(rpm, 100 * rpm)
     gateways = [Gateway(f"g{index}", limits) for index in range(3)]
     events: list[tuple[float, int, object]] = []
     num_events = 0
@@ -128,15 +128,15 @@ def test_gateways_together_never_overrun_a_provider(seed, rpm, loss, dies):
     def send(gateway: Gateway, now_s: float) -> None:
         if not gateway.is_alive:
             return
-        gateway.budget._wanted.clear()
+        gateway.limiter._waiting.clear()
         while gateway.waiting:
             request_id, amount = gateway.waiting[0]
-            if gateway.budget.room_s(amount, now_s) > 0.0:
-                for name, wanted in gateway.waiting[:8]:
-                    gateway.budget.want(name, wanted)
+            if gateway.limiter.wait_s(amount, now_s) > 0.0:
+                for name, each in gateway.waiting[:8]:
+                    gateway.limiter.note_waiting(name, each)
                 break
             gateway.waiting.pop(0)
-            gateway.budget.reserve(request_id, amount, now_s)
+            gateway.limiter.reserve(request_id, amount, now_s)
             there_s = now_s + rng.random() * 0.5
             later(there_s, lambda at_s, r=request_id, a=amount: arrive(gateway, r, a, at_s))
 
@@ -150,31 +150,32 @@ def test_gateways_together_never_overrun_a_provider(seed, rpm, loss, dies):
 
     def answered(gateway, request_id, amount, report: RateReport, now_s: float) -> None:
         if gateway.is_alive:
-            gateway.budget.count(request_id, now_s)
-            gateway.budget.report(report, now_s)
-            later(now_s + 2.0, lambda at_s: gateway.budget.settle(request_id, amount, at_s))
+            gateway.limiter.mark_counted(request_id, now_s)
+            gateway.limiter.record_report(report, now_s)
+            end = gateway.limiter.end_reservation
+            later(now_s + 2.0, lambda at_s: end(request_id, amount, at_s))
 
-    def talk(gateway: Gateway, now_s: float) -> None:
+    def send_update(gateway: Gateway, now_s: float) -> None:
         if not gateway.is_alive:
             return
-        due_s = gateway.budget.next_news_s()
+        due_s = gateway.limiter.next_update_s()
         if due_s is not None and due_s <= now_s:
-            news = gateway.budget.news(now_s)
+            update = gateway.limiter.make_update(now_s)
             if rng.random() < loss:
-                later(now_s + 0.2, lambda at_s: gateway.budget.on_no_answer())
+                later(now_s + 0.2, lambda at_s: gateway.limiter.on_no_answer())
             else:
-                later(now_s + rng.random() * 0.02, lambda at_s: hear(gateway, news, at_s))
-        later(now_s + 0.02, lambda at_s: talk(gateway, at_s))
+                later(now_s + rng.random() * 0.02, lambda at_s: answer(gateway, update, at_s))
+        later(now_s + 0.02, lambda at_s: send_update(gateway, at_s))
 
-    def hear(gateway: Gateway, news: News, now_s: float) -> None:
-        grant = lessor.hear(gateway.name, news, now_s)
+    def answer(gateway: Gateway, update: LeaseUpdate, now_s: float) -> None:
+        grant = server.answer_update(gateway.name, update, now_s)
         if rng.random() < loss:
-            later(now_s + 0.2, lambda at_s: gateway.budget.on_no_answer())
+            later(now_s + 0.2, lambda at_s: gateway.limiter.on_no_answer())
         else:
             later(now_s + rng.random() * 0.02, lambda at_s: granted(gateway, grant, at_s))
 
     def granted(gateway: Gateway, grant, now_s: float) -> None:
-        gateway.budget.on_grant(grant, now_s)
+        gateway.limiter.on_grant(grant, now_s)
         send(gateway, now_s)
 
     def arrivals(gateway: Gateway, number: int, now_s: float) -> None:
@@ -184,7 +185,7 @@ def test_gateways_together_never_overrun_a_provider(seed, rpm, loss, dies):
         later(now_s + rng.expovariate(rpm / 60.0), lambda at_s: arrivals(gateway, number + 1, at_s))
 
     for gateway in gateways:
-        later(0.0, lambda at_s, g=gateway: talk(g, at_s))
+        later(0.0, lambda at_s, g=gateway: send_update(g, at_s))
         later(0.0, lambda at_s, g=gateway: arrivals(g, 0, at_s))
     if dies:
         later(70.0, lambda at_s: setattr(gateways[0], "is_alive", False))

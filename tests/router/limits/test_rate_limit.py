@@ -12,7 +12,7 @@ from router.limits.rate_limit import Amount, RateLimiter, RateLimits, RateReport
 from tests.support.rate_limited_provider import Provider
 
 
-def make_budget(**limits) -> RateLimiter:
+def make_limiter(**limits) -> RateLimiter:
     return RateLimiter(RateLimits(**limits))
 
 
@@ -20,80 +20,80 @@ def one(num_tokens: int = 0, cost: float = 0.0) -> Amount:
     return Amount(1, num_tokens, cost)
 
 
-def used(budget: RateLimiter, name: str, now_s: float) -> float:
-    return budget.state(now_s)[name]["used"]
+def used(limiter: RateLimiter, name: str, now_s: float) -> float:
+    return getattr(limiter.state(now_s), name).used
 
 
 def test_what_is_reserved_has_room_for_nobody_else():
-    budget = make_budget(tpm=100)
-    budget.reserve("a", one(60), 0.0)
-    assert budget.room_s(one(41), 0.1) > 0.0
+    limiter = make_limiter(tpm=100)
+    limiter.reserve("a", one(60), 0.0)
+    assert limiter.wait_s(one(41), 0.1) > 0.0
     with pytest.raises(ValueError, match="no room"):
-        budget.reserve("b", one(41), 0.1)
+        limiter.reserve("b", one(41), 0.1)
     with pytest.raises(ValueError, match="already"):
-        budget.book("a", one(1), 0.1)
+        limiter.record_sent("a", one(1), 0.1)
 
 
 def test_what_is_larger_than_a_limit_never_has_room():
-    assert make_budget(tpm=100).room_s(one(101), 0.0) == math.inf
-    assert make_budget(max_cost_per_hour=1.0).room_s(one(cost=1.5), 0.0) == math.inf
-    assert make_budget(max_concurrency=2).room_s(Amount(3), 0.0) == math.inf
+    assert make_limiter(tpm=100).wait_s(one(101), 0.0) == math.inf
+    assert make_limiter(max_cost_per_hour=1.0).wait_s(one(cost=1.5), 0.0) == math.inf
+    assert make_limiter(max_concurrency=2).wait_s(Amount(3), 0.0) == math.inf
 
 
 def test_what_was_reserved_and_not_counted_returns():
-    budget = make_budget(tpm=1000)
-    budget.reserve("a", one(60), 0.0)
-    budget.count("a", 0.5)
-    budget.settle("a", one(25), 3.0)
-    assert used(budget, "tokens", 3.0) == 25
-    assert used(budget, "tokens", 61.0) == 0
+    limiter = make_limiter(tpm=1000)
+    limiter.reserve("a", one(60), 0.0)
+    limiter.mark_counted("a", 0.5)
+    limiter.end_reservation("a", one(25), 3.0)
+    assert used(limiter, "tokens", 3.0) == 25
+    assert used(limiter, "tokens", 61.0) == 0
 
 
 def test_tokens_beyond_the_reservation_count():
-    budget = make_budget(tpm=1000)
-    budget.reserve("a", one(60), 0.0)
-    budget.count("a", 0.5)
-    budget.settle("a", one(80), 3.0)
-    assert used(budget, "tokens", 3.0) == 80
+    limiter = make_limiter(tpm=1000)
+    limiter.reserve("a", one(60), 0.0)
+    limiter.mark_counted("a", 0.5)
+    limiter.end_reservation("a", one(80), 3.0)
+    assert used(limiter, "tokens", 3.0) == 80
 
 
 def test_a_request_that_the_provider_never_saw_counts_nothing():
-    budget = make_budget(rpm=5, tpm=1000)
-    budget.reserve("a", one(60), 0.0)
-    budget.settle("a", None, 0.1)
-    assert used(budget, "requests", 0.1) == used(budget, "tokens", 0.1) == 0
+    limiter = make_limiter(rpm=5, tpm=1000)
+    limiter.reserve("a", one(60), 0.0)
+    limiter.end_reservation("a", None, 0.1)
+    assert used(limiter, "requests", 0.1) == used(limiter, "tokens", 0.1) == 0
 
 
-def test_cost_is_settled_to_what_it_was():
-    budget = make_budget(max_cost_per_hour=10.0, max_cost_per_day=10.0)
-    budget.reserve("a", one(10, 4.0), 0.0)
-    budget.count("a", 1.0)
-    budget.settle("a", one(10, 1.0), 2.0)
-    assert used(budget, "cost_hour", 2.0) == used(budget, "cost_day", 2.0) == 1.0
-    assert budget.room_s(one(cost=9.0), 2.0) == 0.0
-    assert 3600 < budget.room_s(one(cost=9.5), 2.0) < 90_000
+def test_cost_is_corrected_to_what_it_was():
+    limiter = make_limiter(max_cost_per_hour=10.0, max_cost_per_day=10.0)
+    limiter.reserve("a", one(10, 4.0), 0.0)
+    limiter.mark_counted("a", 1.0)
+    limiter.end_reservation("a", one(10, 1.0), 2.0)
+    assert used(limiter, "cost_hour", 2.0) == used(limiter, "cost_day", 2.0) == 1.0
+    assert limiter.wait_s(one(cost=9.0), 2.0) == 0.0
+    assert 3600 < limiter.wait_s(one(cost=9.5), 2.0) < 90_000
 
 
 def test_calls_open_at_a_time_are_bounded():
-    budget = make_budget(max_concurrency=1)
-    budget.reserve("a", one(), 0.0)
-    budget.count("a", 0.1)
-    assert 0.0 < budget.room_s(one(), 1.0) < math.inf
-    budget.settle("a", None, 2.0)
-    assert budget.room_s(one(), 2.0) == 0.0
+    limiter = make_limiter(max_concurrency=1)
+    limiter.reserve("a", one(), 0.0)
+    limiter.mark_counted("a", 0.1)
+    assert 0.0 < limiter.wait_s(one(), 1.0) < math.inf
+    limiter.end_reservation("a", None, 2.0)
+    assert limiter.wait_s(one(), 2.0) == 0.0
 
 
 def test_near_a_limit_requests_are_spaced():
-    """The first half goes at once, then the gaps grow to the limit's own pace."""
-    budget = make_budget(rpm=60)
+    """The first half goes at once, then the gaps grow to the limit's own rate."""
+    limiter = make_limiter(rpm=60)
     now_s, sent_s = 0.0, []
     while now_s < 300.0:
-        wait_s = budget.room_s(one(), now_s)
+        wait_s = limiter.wait_s(one(), now_s)
         if wait_s == 0.0:
             request_id = f"q{len(sent_s)}"
-            budget.reserve(request_id, one(), now_s)
-            budget.count(request_id, now_s)
-            budget.settle(request_id, None, now_s)
+            limiter.reserve(request_id, one(), now_s)
+            limiter.mark_counted(request_id, now_s)
+            limiter.end_reservation(request_id, None, now_s)
             sent_s.append(now_s)
         now_s += wait_s
     assert sum(at_s == 0.0 for at_s in sent_s) in (30, 31, 32)
@@ -103,50 +103,50 @@ def test_near_a_limit_requests_are_spaced():
 
 
 def test_a_refusal_pauses_for_as_long_as_it_says_or_doubling():
-    budget = make_budget(rpm=1000)
+    limiter = make_limiter(rpm=1000)
     pauses_s = []
     now_s = 0.0
     for number in range(8):
-        budget.reserve(f"q{number}", one(), now_s)
-        budget.refuse(f"q{number}", RateReport(), now_s)
-        pauses_s.append(budget.room_s(one(), now_s))
+        limiter.reserve(f"q{number}", one(), now_s)
+        limiter.record_refusal(f"q{number}", RateReport(), now_s)
+        pauses_s.append(limiter.wait_s(one(), now_s))
         now_s += pauses_s[-1]
     assert pauses_s == [1, 2, 4, 8, 16, 32, 60, 60]
-    budget.reserve("a", one(), now_s)
-    budget.refuse("a", RateReport(retry_after_s=7.0), now_s)
-    assert budget.room_s(one(), now_s) == 7.0
-    budget.reserve("b", one(), now_s + 7.0)
-    budget.count("b", now_s + 7.5)  # answered: the next pause is the first again
-    budget.reserve("c", one(), now_s + 8.0)
-    budget.refuse("c", RateReport(), now_s + 8.0)
-    assert budget.room_s(one(), now_s + 8.0) == 1.0
-    assert budget.num_refused == 10
+    limiter.reserve("a", one(), now_s)
+    limiter.record_refusal("a", RateReport(retry_after_s=7.0), now_s)
+    assert limiter.wait_s(one(), now_s) == 7.0
+    limiter.reserve("b", one(), now_s + 7.0)
+    limiter.mark_counted("b", now_s + 7.5)  # answered: the next pause is the first again
+    limiter.reserve("c", one(), now_s + 8.0)
+    limiter.record_refusal("c", RateReport(), now_s + 8.0)
+    assert limiter.wait_s(one(), now_s + 8.0) == 1.0
+    assert limiter.num_refused == 10
 
 
 def test_a_refusal_that_does_not_tell_the_limit_lowers_it_for_an_hour():
-    budget = make_budget(rpm=100)
+    limiter = make_limiter(rpm=100)
     for number in range(50):
-        budget.book(f"q{number}", one(), 0.0)
-        budget.count(f"q{number}", 0.0)
-    budget.book("refused", one(), 1.0)
-    budget.refuse("refused", RateReport(), 1.0)
-    assert budget.state(1.0)["requests"]["limit"] == 35
-    assert budget.state(3602.0)["requests"]["limit"] == 100
+        limiter.record_sent(f"q{number}", one(), 0.0)
+        limiter.mark_counted(f"q{number}", 0.0)
+    limiter.record_sent("refused", one(), 1.0)
+    limiter.record_refusal("refused", RateReport(), 1.0)
+    assert limiter.state(1.0).requests.limit == 35
+    assert limiter.state(3602.0).requests.limit == 100
 
 
 def test_limits_can_change_while_requests_are_open():
-    budget = make_budget(rpm=10)
+    limiter = make_limiter(rpm=10)
     for number in range(4):
-        budget.reserve(f"q{number}", one(), 0.0)
-        budget.count(f"q{number}", 0.0)
-    budget.use(RateLimits(rpm=4))
-    assert budget.room_s(one(), 1.0) > 50.0
-    budget.use(RateLimits())
-    assert budget.room_s(one(), 1.0) == 0.0
+        limiter.reserve(f"q{number}", one(), 0.0)
+        limiter.mark_counted(f"q{number}", 0.0)
+    limiter.use_limits(RateLimits(rpm=4))
+    assert limiter.wait_s(one(), 1.0) > 50.0
+    limiter.use_limits(RateLimits())
+    assert limiter.wait_s(one(), 1.0) == 0.0
 
 
 def drive(
-    budget: RateLimiter,
+    limiter: RateLimiter,
     provider: Provider,
     rng: random.Random,
     *,
@@ -160,12 +160,12 @@ def drive(
     events: list[tuple[float, int, str, Amount, RateReport | None]] = []
     amount = one(rng.randint(10, 400))
     while now_s < until_s:
-        wait_s = budget.room_s(amount, now_s)
+        wait_s = limiter.wait_s(amount, now_s)
         if wait_s > 0.0:
             now_s = min(now_s + wait_s, events[0][0] if events else math.inf)
         else:
             number += 1
-            budget.reserve(f"q{number}", amount, now_s)
+            limiter.reserve(f"q{number}", amount, now_s)
             there_s = now_s + rng.random() * max_delay_s
             heapq.heappush(events, (there_s, number, "arrives", amount, None))
             amount = one(rng.randint(10, 400))
@@ -179,13 +179,13 @@ def drive(
                 event = "answered" if taken else "refused"
                 heapq.heappush(events, (back_s, key, event, sent, report if headers else None))
             elif event == "refused":
-                budget.refuse(f"q{key}", report or RateReport(), now_s)
+                limiter.record_refusal(f"q{key}", report or RateReport(), now_s)
             elif event == "answered":
-                budget.count(f"q{key}", now_s)
-                budget.report(report or RateReport(), now_s)
+                limiter.mark_counted(f"q{key}", now_s)
+                limiter.record_report(report or RateReport(), now_s)
                 heapq.heappush(events, (back_s + 3.0, key, "ended", sent, None))
             else:
-                budget.settle(f"q{key}", sent, now_s)
+                limiter.end_reservation(f"q{key}", sent, now_s)
 
 
 @hypothesis_settings(max_examples=30, deadline=None)
@@ -197,8 +197,8 @@ def drive(
 )
 def test_no_provider_is_overrun_whatever_the_delays(seed, rpm, tpm, headers):
     provider = Provider(rpm, tpm)
-    budget = make_budget(rpm=rpm, tpm=tpm)
-    drive(budget, provider, random.Random(seed), until_s=400.0, headers=headers)
+    limiter = make_limiter(rpm=rpm, tpm=tpm)
+    drive(limiter, provider, random.Random(seed), until_s=400.0, headers=headers)
     assert provider.num_refused == 0
     # Of the limit that binds, almost all is used: requests differ in size by so much.
     share = max(provider.num_taken / (rpm * 400 / 60), provider.num_tokens_taken / (tpm * 400 / 60))
@@ -209,9 +209,9 @@ def test_no_provider_is_overrun_whatever_the_delays(seed, rpm, tpm, headers):
 @given(seed=st.integers(0, 2**32), headers=st.booleans())
 def test_a_halved_limit_is_found_with_few_refusals(seed, headers):
     provider = Provider(60, 1_000_000)
-    budget = make_budget(rpm=60, tpm=1_000_000)
+    limiter = make_limiter(rpm=60, tpm=1_000_000)
     rng = random.Random(seed)
-    drive(budget, provider, rng, until_s=900.0, headers=headers, halve_s=300.0, max_delay_s=0.5)
+    drive(limiter, provider, rng, until_s=900.0, headers=headers, halve_s=300.0, max_delay_s=0.5)
     assert provider.rpm == 30
     assert provider.num_refused <= 3
 
@@ -225,13 +225,13 @@ class Reservations(RuleBasedStateMachine):
         concurrency=st.sampled_from([None, 2]),
     )
     def start(self, rpm, tpm, concurrency):
-        self.budget = make_budget(
+        self.limiter = make_limiter(
             rpm=rpm,
             tpm=tpm,
             max_concurrency=concurrency,
             max_cost_per_day=0.7,
         )
-        self.limits = self.budget.limits
+        self.limits = self.limiter.limits
         self.now_s = 0.0
         self.num_sent = 0
         self.open: dict[str, Amount] = {}
@@ -240,11 +240,11 @@ class Reservations(RuleBasedStateMachine):
     @rule(num_tokens=st.integers(0, 60), cost=st.sampled_from([0.0, 0.1, 0.3]))
     def send(self, num_tokens, cost):
         amount = one(num_tokens, cost)
-        if self.budget.room_s(amount, self.now_s) > 0.0:
+        if self.limiter.wait_s(amount, self.now_s) > 0.0:
             return
         request_id = f"q{self.num_sent}"
         self.num_sent += 1
-        self.budget.reserve(request_id, amount, self.now_s)
+        self.limiter.reserve(request_id, amount, self.now_s)
         self.open[request_id] = amount
         self.sent.append((self.now_s, amount))
         recent = [amount for at_s, amount in self.sent if at_s > self.now_s - 60.0]
@@ -252,27 +252,28 @@ class Reservations(RuleBasedStateMachine):
         assert sum(amount.num_tokens for amount in recent) <= (self.limits.tpm or math.inf)
         assert len(self.open) <= (self.limits.max_concurrency or math.inf)
 
-    @rule(number=st.integers(0, 9), end=st.sampled_from(["settle", "unseen", "refuse"]))
+    @rule(number=st.integers(0, 9), end=st.sampled_from(["completed", "unseen", "refused"]))
     def end(self, number, end):
         request_id = f"q{max(0, self.num_sent - number)}"  # open, ended or never seen
         amount = self.open.pop(request_id, one())
-        if end == "settle":
-            self.budget.settle(request_id, one(amount.num_tokens, amount.cost / 2), self.now_s)
+        if end == "completed":
+            counted = one(amount.num_tokens, amount.cost / 2)
+            self.limiter.end_reservation(request_id, counted, self.now_s)
         elif end == "unseen":
-            self.budget.settle(request_id, None, self.now_s)
+            self.limiter.end_reservation(request_id, None, self.now_s)
             self.sent = [entry for entry in self.sent if entry[1] is not amount]
         else:
-            self.budget.refuse(request_id, RateReport(retry_after_s=1.0), self.now_s)
+            self.limiter.record_refusal(request_id, RateReport(retry_after_s=1.0), self.now_s)
             self.sent = [entry for entry in self.sent if entry[1] is not amount]
 
     @rule(number=st.integers(0, 9))
     def answered(self, number):
-        self.budget.count(f"q{max(0, self.num_sent - number)}", self.now_s)
+        self.limiter.mark_counted(f"q{max(0, self.num_sent - number)}", self.now_s)
 
     @rule(remaining=st.integers(0, 5))
     def report(self, remaining):
         report = RateReport(limit_requests=5, remaining_requests=remaining)
-        self.budget.report(report, self.now_s)
+        self.limiter.record_report(report, self.now_s)
 
     @rule(seconds=st.sampled_from([0.01, 1.0, 30.0, 61.0]))
     def wait(self, seconds):
@@ -280,19 +281,19 @@ class Reservations(RuleBasedStateMachine):
 
     @invariant()
     def the_open_are_counted(self):
-        assert self.budget.num_open == len(self.open)
+        assert self.limiter.state(self.now_s).num_open == len(self.open)
         for name in ("requests", "tokens", "cost_day"):
-            assert used(self.budget, name, self.now_s) >= 0
+            assert used(self.limiter, name, self.now_s) >= 0
 
     def teardown(self):
-        if not hasattr(self, "budget"):
+        if not hasattr(self, "limiter"):
             return
         for request_id in list(self.open):
-            self.budget.settle(request_id, None, self.now_s)
-        state = self.budget.state(self.now_s + 90_000.0)
-        assert state["num_open"] == 0
+            self.limiter.end_reservation(request_id, None, self.now_s)
+        state = self.limiter.state(self.now_s + 90_000.0)
+        assert state.num_open == 0
         for name in ("requests", "tokens", "cost_hour", "cost_day"):
-            assert state[name]["used"] == 0
+            assert getattr(state, name).used == 0
 
 
 TestReservations = Reservations.TestCase

@@ -3,12 +3,12 @@ import random
 
 import pytest
 
-from router.limits.tenant_quota import Exceeded, Limits, Reservation, TenantQuota, TokenBucket
+from router.limits.tenant_quota import Exceeded, Reservation, TenantLimits, TenantQuota, TokenBucket
 from router.types import Usage
 
 
 def quota(**limits) -> TenantQuota:
-    return TenantQuota(Limits(**limits), now_s=0.0)
+    return TenantQuota(TenantLimits(**limits), now_s=0.0)
 
 
 def used(num_prompt_tokens: int, num_output_tokens: int) -> Usage:
@@ -18,14 +18,14 @@ def used(num_prompt_tokens: int, num_output_tokens: int) -> Usage:
 class TestTokenBucket:
     def test_refills_evenly_and_holds_one_minute(self):
         bucket = TokenBucket(60.0, now_s=0.0)
-        bucket.take(60.0, now_s=0.0)
+        bucket.withdraw(60.0, now_s=0.0)
         assert bucket.wait_s(1.0, now_s=0.0) == 1.0
         assert bucket.level(now_s=10.0) == 10.0
         assert bucket.level(now_s=1000.0) == 60.0
 
     def test_debt_is_paid_before_anything_goes(self):
         bucket = TokenBucket(60.0, now_s=0.0)
-        bucket.take(90.0, now_s=0.0)
+        bucket.withdraw(90.0, now_s=0.0)
         assert bucket.wait_s(1.0, now_s=0.0) == 31.0
 
     def test_more_than_it_holds_never_goes(self):
@@ -33,7 +33,7 @@ class TestTokenBucket:
 
     def test_what_is_used_stays_used_when_the_rate_changes(self):
         bucket = TokenBucket(60.0, now_s=0.0)
-        bucket.take(50.0, now_s=0.0)
+        bucket.withdraw(50.0, now_s=0.0)
         bucket.resize(100.0, now_s=0.0)
         assert bucket.level(now_s=0.0) == 50.0
         bucket.resize(40.0, now_s=0.0)
@@ -41,18 +41,18 @@ class TestTokenBucket:
 
     def test_a_clock_that_steps_back_gives_nothing(self):
         bucket = TokenBucket(60.0, now_s=10.0)
-        bucket.take(60.0, now_s=10.0)
+        bucket.withdraw(60.0, now_s=10.0)
         assert bucket.level(now_s=5.0) == 0.0
         assert bucket.level(now_s=11.0) == 1.0
 
 
 class TestQuota:
-    def test_books_ahead_and_settles_with_what_it_took(self):
+    def test_reserves_ahead_and_corrects_to_what_it_took(self):
         mine = quota(tokens_per_min=1000)
         reservation = mine.reserve(300, 200, 1, now_s=0.0)
         assert reservation == Reservation(500.0, 1)
         assert mine.remaining(0.0)["tokens"] == (1000, 500.0, 30.0)
-        mine.settle(reservation, used(300, 50), now_s=0.0)
+        mine.end_reservation(reservation, used(300, 50), now_s=0.0)
         assert mine.remaining(0.0)["tokens"][1] == 650.0
 
     def test_a_request_that_is_refused_takes_nothing(self):
@@ -71,7 +71,7 @@ class TestQuota:
         mine = quota(max_concurrent_requests=1)
         reservation = mine.reserve(1, 1, 1, now_s=0.0)
         assert mine.reserve(1, 1, 1, now_s=0.0) == Exceeded("max_concurrent_requests", 1.0)
-        mine.settle(reservation, None, now_s=0.0)
+        mine.end_reservation(reservation, None, now_s=0.0)
         assert isinstance(mine.reserve(1, 1, 1, now_s=0.0), Reservation)
 
     def test_a_long_answer_may_go_but_never_a_prompt_beyond_the_minute(self):
@@ -83,16 +83,16 @@ class TestQuota:
         mine = quota()
         for _ in range(200):
             reservation = mine.reserve(10, None, 2, now_s=0.0)
-            mine.settle(reservation, used(10, 80), now_s=0.0)  # 40 each
+            mine.end_reservation(reservation, used(10, 80), now_s=0.0)  # 40 each
         assert mine.predict_output_tokens(None) == pytest.approx(40.0, abs=1.0)
         assert mine.predict_output_tokens(16, num_sequences=2) == 32.0
 
     def test_other_limits_hold_at_once_and_reservations_outlive_them(self):
         mine = quota()
         reservation = mine.reserve(500, 100, 1, now_s=0.0)
-        mine.change(Limits(tokens_per_min=100, max_concurrent_requests=1), now_s=0.0)
+        mine.use_limits(TenantLimits(tokens_per_min=100, max_concurrent_requests=1), now_s=0.0)
         assert isinstance(mine.reserve(10, 1, 1, now_s=0.0), Exceeded)
-        mine.settle(reservation, used(500, 100), now_s=0.0)
+        mine.end_reservation(reservation, used(500, 100), now_s=0.0)
         assert mine.num_concurrent == 0
 
     @pytest.mark.parametrize("seed", range(5))
@@ -110,13 +110,13 @@ class TestQuota:
             elif not math.isinf(reservation.wait_s):
                 assert reservation.wait_s > 0.0
             if open_ and rng.random() < 0.5:
-                done = open_.pop(0)  # took exactly what was booked
-                mine.settle(done, used(int(done.num_tokens), 0), now_s)
+                done = open_.pop(0)  # took exactly what was reserved
+                mine.end_reservation(done, used(int(done.num_tokens), 0), now_s)
         for start in range(0, len(passed), 7):
             num_tokens, begin_s = 0.0, passed[start][0]
             for count, (at_s, tokens) in enumerate(passed[start:], 1):
                 num_tokens += tokens
                 span_min = (at_s - begin_s) / 60.0
-                slack = 1.0 * count  # settlement above rounds down by less than one each
+                slack = 1.0 * count  # the correction above rounds down by less than one each
                 assert num_tokens <= 6000 * (1 + span_min) + slack
                 assert count <= 30 * (1 + span_min) + 1e-6
