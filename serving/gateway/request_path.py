@@ -65,11 +65,11 @@ class TokenPath:
             if caller is None:
                 await self._answer(exchange, scope, receive, send, [])
             else:
-                visit = self._tenants.enter(caller.tenant, exchange.request)
+                admitted = self._tenants.admit_request(caller.tenant, exchange.request)
                 try:
-                    await self._answer(exchange, scope, receive, send, visit.headers)
+                    await self._answer(exchange, scope, receive, send, admitted.headers)
                 finally:
-                    self._tenants.leave(visit, _settlement(exchange))
+                    self._tenants.end_request(admitted, _settlement(exchange))
             self._intake.learn(num_text_bytes, exchange.usage)
         except ApiError as error:
             await _send_error(send, error)
@@ -125,7 +125,7 @@ class TokenPath:
             models_elsewhere=self._providers.models,
         )
         if caller is not None:
-            caller.tenant.check(request)
+            caller.tenant.check_allowed(request)
             request = msgspec.structs.replace(
                 request, tenant=caller.tenant.name, weight=caller.tenant.config.weight
             )

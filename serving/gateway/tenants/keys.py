@@ -1,4 +1,4 @@
-"""API keys: made once, stored as hashes, checked in constant time.
+"""Is a client's API key known? Keys are made once, stored as hashes, checked in constant time.
 
 A key is `hw-<id>-<secret>`. The id finds the entry and is no secret; what is
 stored is the SHA-256 of the whole key, which is safe without salt or
@@ -54,10 +54,10 @@ class KeyRing:
         return len(self._keys)
 
     def find(self, text: str, now: datetime.datetime) -> Key | None:
-        """The entry of this key, None if there is none or it has expired.
+        """Return the entry of this key, None if there is none or it has expired.
 
-        Takes the same time for every wrong key: always one hash and one
-        constant-time comparison.
+        Takes the same time for every wrong key: always one hash and one constant-time
+        comparison.
         """
         match = _KEY.fullmatch(text)
         key = self._keys.get(match[1]) if match else None
@@ -71,7 +71,7 @@ class KeyRing:
 def make_key(
     tenant: str, *, admin: bool = False, expires: datetime.datetime | None = None
 ) -> tuple[str, Key]:
-    """Return a new key, to be shown once, and its entry; raises `ConfigError` for a bad name."""
+    """Return a new key, to be shown once, and its entry. Raises `ConfigError` for a bad name."""
     if not _TENANT.fullmatch(tenant):
         raise ConfigError(f"{tenant!r}: a tenant's name is 1 to 64 letters, digits or any of _.@-")
     key_id = secrets.token_hex(6)
@@ -87,7 +87,7 @@ def make_key(
 
 
 def read_keys(path: Path) -> list[Key]:
-    """Return the entries of a keys file; raises `ConfigError` if it cannot be read."""
+    """Return the entries of a keys file. Raises `ConfigError` if it cannot be read."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=_KeysFile).keys
     except OSError as error:
@@ -100,7 +100,7 @@ def read_keys(path: Path) -> list[Key]:
 
 
 class KeysFile:
-    """A keys file while it is being changed; nobody ever reads half of it."""
+    """A keys file, locked while it is being changed; no reader ever sees half of it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

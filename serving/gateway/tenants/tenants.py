@@ -1,4 +1,4 @@
-"""Who asks, what they may ask for, how much is left of it, and what they have used."""
+"""Who asks, what may they ask for, how much of it is left, and what have they used?"""
 
 import datetime
 import math
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from router.limits.tenant_quota import Exceeded, Limits, Reservation, TenantQuota
+from router.limits.tenant_quota import Exceeded, Reservation, TenantLimits, TenantQuota
 from router.types import Request, RequestClass, Usage
 from serving.config import Config, TenantConfig
 from serving.gateway.http.errors import ApiError
@@ -20,7 +20,7 @@ _UNLISTED = TenantConfig()
 class Consumption(msgspec.Struct):
     """What a tenant has used since the gateway started."""
 
-    num_requests: int = 0  # let in; those from the response cache included
+    num_requests: int = 0  # admitted; those from the response cache included
     num_refused: int = 0  # over a limit
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # of those, found in an engine's prefix cache
@@ -30,14 +30,14 @@ class Consumption(msgspec.Struct):
 class Tenant:
     """One tenant, for as long as the gateway lives."""
 
-    def __init__(self, name: str, config: TenantConfig, limits: Limits, now_s: float) -> None:
+    def __init__(self, name: str, config: TenantConfig, limits: TenantLimits, now_s: float) -> None:
         self.name = name
         self.config = config
         self.quota = TenantQuota(limits, now_s)
         self.consumption = Consumption()
 
     def default_class(self, general: RequestClass) -> RequestClass:
-        """Class of a request that names none; `general` is everybody's."""
+        """Class of a request that names none; `general` is the gateway's default."""
         if self.config.default_class is not None:
             return self.config.default_class
         classes = self.config.classes
@@ -47,7 +47,7 @@ class Tenant:
         """Whether a model of any of these names is allowed."""
         return self.config.models is None or not self.config.models.isdisjoint(names)
 
-    def check(self, request: Request) -> None:
+    def check_allowed(self, request: Request) -> None:
         """Raise `ApiError` for a model or a class that is not allowed."""
         if not self.may_use((request.model,)):
             raise ApiError(  # in OpenAI's words; 404 tells nothing about what others may use
@@ -69,14 +69,14 @@ class Tenant:
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Whoever holds a key that is valid."""
+    """The holder of a valid key."""
 
     tenant: Tenant
     is_admin: bool
 
 
-class Visit(msgspec.Struct, frozen=True):
-    """One request of a tenant, from admission to its end."""
+class AdmittedRequest(msgspec.Struct, frozen=True):
+    """One request of a tenant, from its admission to its end."""
 
     tenant: Tenant
     reservation: Reservation
@@ -87,17 +87,13 @@ class Tenants:
     """All tenants of one gateway; with several gateways each holds to its part of the limits."""
 
     def __init__(self, config: Config, keys: Iterable[Key] | None) -> None:
-        """With `keys` None nobody needs one."""
+        """With `keys` None no request needs one."""
         self._num_gateways = config.gateway.replicas
         self._configs: Mapping[str, TenantConfig] = config.tenants
         self._tenants: dict[str, Tenant] = {}
         self._keys: KeyRing | None = None
         if keys is not None:
             self.use_keys(keys)
-
-    @property
-    def need_keys(self) -> bool:
-        return self._keys is not None
 
     def use_keys(self, keys: Iterable[Key]) -> None:
         """Accept these keys from now on, and no others. Running requests go on."""
@@ -109,10 +105,10 @@ class Tenants:
         now_s = time.monotonic()
         for tenant in self._tenants.values():
             tenant.config = configs.get(tenant.name, _UNLISTED)
-            tenant.quota.change(self._limits(tenant.config), now_s)
+            tenant.quota.use_limits(self._limits(tenant.config), now_s)
 
     def authenticate(self, headers: Headers) -> Caller | None:
-        """Who sends these headers; None where nobody needs a key. Raises `ApiError` 401."""
+        """Return who sends these headers; None where no key is needed. Raises `ApiError` 401."""
         if self._keys is None:
             return None
         text = next((value for name, value in headers if name == b"authorization"), b"")
@@ -135,8 +131,8 @@ class Tenants:
                 kind="PermissionDeniedError",
             )
 
-    def enter(self, tenant: Tenant, request: Request) -> Visit:
-        """Book the request; raises `ApiError` 429 if it is over a limit. Then `leave` it."""
+    def admit_request(self, tenant: Tenant, request: Request) -> AdmittedRequest:
+        """Reserve for a request, until `end_request`. Raises `ApiError` 429 if over a limit."""
         now_s = time.monotonic()
         reservation = tenant.quota.reserve(
             request.num_prompt_tokens, request.max_output_tokens, request.num_sequences, now_s
@@ -145,13 +141,14 @@ class Tenants:
             tenant.consumption.num_refused += 1
             raise _too_many(tenant, request, reservation, now_s)
         tenant.consumption.num_requests += 1
-        return Visit(tenant, reservation, _rate_limit_headers(tenant.quota, now_s))
+        return AdmittedRequest(tenant, reservation, _rate_limit_headers(tenant.quota, now_s))
 
-    def leave(self, visit: Visit, usage: Usage | None) -> None:
-        """Settle a request with what it took; None if that is not known."""
-        visit.tenant.quota.settle(visit.reservation, usage, time.monotonic())
+    def end_request(self, admitted: AdmittedRequest, usage: Usage | None) -> None:
+        """End a request's reservation and count what it took; None if that is not known."""
+        tenant = admitted.tenant
+        tenant.quota.end_reservation(admitted.reservation, usage, time.monotonic())
         if usage is not None:
-            consumption = visit.tenant.consumption
+            consumption = tenant.consumption
             consumption.num_prompt_tokens += usage.num_prompt_tokens
             consumption.num_cached_tokens += usage.num_cached_tokens
             consumption.num_output_tokens += usage.num_output_tokens
@@ -182,6 +179,7 @@ class Tenants:
         }
 
     def _tenant(self, name: str) -> Tenant:
+        """Return the tenant of this name, made when it is first seen."""
         tenant = self._tenants.get(name)
         if tenant is None:
             config = self._configs.get(name, _UNLISTED)
@@ -189,11 +187,11 @@ class Tenants:
             self._tenants[name] = tenant
         return tenant
 
-    def _limits(self, config: TenantConfig) -> Limits:
+    def _limits(self, config: TenantConfig) -> TenantLimits:
         """This gateway's part of a tenant's limits."""
         count = self._num_gateways
         requests, concurrent = config.requests_per_min, config.max_concurrent_requests
-        return Limits(
+        return TenantLimits(
             # At least one: a part of a request can never go.
             requests_per_min=requests and max(1.0, requests / count),
             tokens_per_min=config.tokens_per_min and config.tokens_per_min / count,
@@ -237,7 +235,7 @@ def _rate_limit_headers(quota: TenantQuota, now_s: float) -> Headers:
 
 
 def _duration(seconds: float) -> bytes:
-    """As OpenAI writes it, and Go: `6m0s`, `1.5s`, `20ms`."""
+    """Return a duration as OpenAI writes it, and Go: `6m0s`, `1.5s`, `20ms`."""
     num_ms = math.ceil(seconds * 1000)
     if num_ms < 1000:
         return b"%dms" % num_ms
