@@ -219,17 +219,17 @@ def run(command, problem, show=True, env=None):
     Its output is shown while it runs, or only where it fails.
     """
     if show and sys.stderr.isatty():  # uv draws progress bars there
-        done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL)
+        returncode = subprocess.run(command, env=env, stdin=subprocess.DEVNULL).returncode
         output = ""
     elif show:
-        done = subprocess.Popen(
+        running = subprocess.Popen(
             command, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        for line in done.stderr:
+        for line in running.stderr or ():
             if not line.startswith((" + ", " - ", " ~ ")):  # one for each of 200 packages
                 sys.stderr.write(line)
                 sys.stderr.flush()
-        done.wait()
+        returncode = running.wait()
         output = ""
     else:
         done = subprocess.run(
@@ -240,8 +240,8 @@ def run(command, problem, show=True, env=None):
             stderr=subprocess.STDOUT,
             text=True,
         )
-        output = done.stdout
-    if done.returncode != 0:
+        returncode, output = done.returncode, done.stdout
+    if returncode != 0:
         sys.stderr.write(output)
         raise InstallError(problem)
 

@@ -88,7 +88,8 @@ def candidates() -> list[str]:
 
 
 def environments() -> list[dict[str, str]]:
-    here = {**default_environment(), "sys_platform": "linux", "platform_system": "Linux"}
+    here = {name: str(value) for name, value in default_environment().items()}
+    here |= {"sys_platform": "linux", "platform_system": "Linux"}
     return [
         {
             **here,

@@ -103,6 +103,7 @@ class _Connection(asyncio.Protocol):
             f"Content-Type: application/json\r\nContent-Length: {len(call.body)}\r\n"
             f"{self._client.headers}\r\n"
         )
+        assert self._transport is not None  # only an open connection is idle
         self._transport.write(head.encode() + call.body)
 
     def data_received(self, data: bytes) -> None:
@@ -117,6 +118,8 @@ class _Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         record = self.record
+        if record is None:
+            return
         now_s = time.perf_counter()
         if not record.first_s:
             record.first_s = now_s
@@ -152,10 +155,11 @@ class _Connection(asyncio.Protocol):
             self._client.num_events -= 1
         if self._parser.should_keep_alive():
             self._target.idle.append(self)
-            self._finish()
+            self._finish(record)
         else:
-            self._finish()
-            self._transport.close()
+            self._finish(record)
+            if self._transport is not None:
+                self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -164,18 +168,18 @@ class _Connection(asyncio.Protocol):
             self._target.idle.remove(self)
         if self.record is not None:
             self.record.error = f"connection lost{f': {exc}' if exc else ''}"
-            self._finish()
+            self._finish(self.record)
 
     def abort(self, reason: str) -> None:
         """Close at once, as a killed client does; its request ends with `reason`."""
         if self.record is not None:
             self.record.error = reason
-            self._finish()
+            self._finish(self.record)
         if self._transport is not None:
             self._transport.abort()
 
-    def _finish(self) -> None:
-        record, self.record = self.record, None
+    def _finish(self, record: Record) -> None:
+        self.record = None
         on_end, self._on_end = self._on_end, None
         self._client.ended()
         if on_end is not None:

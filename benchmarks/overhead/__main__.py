@@ -56,7 +56,7 @@ async def run(fronts: Sequence[str], durations: Durations, seed: int) -> Report:
             for role in ROLES:
                 figures.add(front, "Cores used while idle", role, prober.idle_cores[role])
             for repeat in range(durations.num_repeats):
-                await _crowd(prober, figures)
+                await _crowd(prober, subject, figures)
                 await _ttft(prober, floor, figures, f"{seed}-{repeat}")
                 await _rates(prober, figures)
                 if front == fronts[0]:
@@ -71,15 +71,15 @@ async def run(fronts: Sequence[str], durations: Durations, seed: int) -> Report:
     return report
 
 
-async def _crowd(prober: Prober, figures: Figures) -> None:
-    launch = prober.subject.launches[0]
+async def _crowd(prober: Prober, subject: Headway, figures: Figures) -> None:
+    launch = subject.launches[0]
 
     def gateway_mb() -> float:
         launch.refresh()
         return launch.rss_bytes("gateway") / 1e6
 
-    before, during, num_left = await prober.crowd(gateway_mb)
-    figures.add_crowd(prober.subject.name, before, during, num_left)
+    before, during, num_left = await prober.crowd(gateway_mb, subject.num_streams_in_engines)
+    figures.add_crowd(subject.name, before, during, num_left)
     _say(prober, f"1,000 streams: gateway {brief(during)} MB; {num_left} left 1 s after")
     await asyncio.sleep(0.5)
 

@@ -9,9 +9,10 @@ import asyncio
 import itertools
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from benchmarks.load.client import Call, Client, Record
 from benchmarks.load.loops import ClosedLoop, open_loop
@@ -58,7 +59,7 @@ class Window:
     num_tokens: int
     num_pieces: int
     num_requests: int
-    cpu_s: Counter[str]  # by role, net of idle
+    cpu_s: defaultdict[str, float]  # by role, net of idle
 
     @property
     def tokens_per_s(self) -> float:
@@ -79,16 +80,16 @@ class Prober:
     subject: SystemUnderTest
     durations: Durations
     failures: Counter[str] = field(default_factory=Counter)
-    idle_cores: Counter[str] = field(default_factory=Counter)
+    idle_cores: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
 
     async def idle(self) -> None:
         """Learn what each role uses while nothing is asked of it."""
         await asyncio.sleep(1.0)  # what the start left to do
         async with Client(self.subject.urls) as client:
             window = await self._window(client, self.durations.idle_s)
-        self.idle_cores = Counter(
-            {role: window.cores(role) for role in window.cpu_s if role != OTHERS_ROLE}
-        )
+        for role in window.cpu_s:
+            if role != OTHERS_ROLE:
+                self.idle_cores[role] = window.cores(role)
 
     async def paced(self, tokens_per_s: float, span_s: float) -> tuple[Window, list[float]]:
         """200 streams at so many tokens/s in all; return the window and times to first byte."""
@@ -122,11 +123,13 @@ class Prober:
             itertools.cycle(calls), NUM_SHORT_WORKERS, self.durations.short_s
         )
 
-    async def crowd(self, measure: Callable[[], float]) -> tuple[float, float, int]:
+    async def crowd(
+        self, measure: Callable[[], float], count_streams: Callable[[], int]
+    ) -> tuple[float, float, int]:
         """Open 1,000 streams, then abort them all at once.
 
-        Returns `measure()` before and with them, and the streams left in the
-        engines one second after.
+        Returns `measure()` before and with them, and `count_streams()`, the streams
+        left in the engines, one second after.
         """
         before = measure()
         async with Client(self.subject.urls) as client:
@@ -147,7 +150,7 @@ class Prober:
             during = measure()
             client.vanish()
             await asyncio.sleep(1.0)
-            num_left = await asyncio.to_thread(self.subject.num_streams_in_engines)
+            num_left = await asyncio.to_thread(count_streams)
         return before, during, num_left
 
     async def _saturate(
@@ -176,14 +179,17 @@ class Prober:
         num_requests = client.num_ended - num_ended
         num_tokens = client.num_events - num_events - _NUM_EXTRA_EVENTS * num_requests
         cpu_s = self._cpu_s()
-        cpu_s.subtract(cpu_before)
-        cpu_s.subtract({role: cores * elapsed_s for role, cores in self.idle_cores.items()})
+        for role, before_s in cpu_before.items():
+            cpu_s[role] -= before_s
+        for role, cores in self.idle_cores.items():
+            cpu_s[role] -= cores * elapsed_s
         return Window(elapsed_s, num_tokens, client.num_pieces - num_pieces, num_requests, cpu_s)
 
-    def _cpu_s(self) -> Counter[str]:
-        used: Counter[str] = Counter()
+    def _cpu_s(self) -> defaultdict[str, float]:
+        used: defaultdict[str, float] = defaultdict(float)
         for launch in self.subject.launches:
-            used.update(launch.cpu_s())
+            for role, used_s in launch.cpu_s().items():
+                used[role] += used_s
         used[LOAD_ROLE] = time.process_time()
         used[OTHERS_ROLE] = machine_busy_s() - sum(used.values())
         return used

@@ -16,7 +16,7 @@ import resource
 import sys
 import time
 import urllib.request
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -135,8 +135,7 @@ class Run:
             visitors = ReturningClients(client, _MIX, _MODEL, visitors_seed, come_back_every)
             await visitors.come(rate, duration_s)
             elapsed_s = time.perf_counter() - start_s
-            cpu_s = self._cpu_s()
-            cpu_s.subtract(cpu_before)
+            cpu_s = {role: used_s - cpu_before[role] for role, used_s in self._cpu_s().items()}
             busy_s = machine_busy_s() - busy_before
             self.watch.phase = f"after {name}"
             await visitors.leave()
@@ -256,7 +255,7 @@ class Run:
         self.report.note(f"Answers to header bombs: {bombs}; to half-sent bodies: {bodies}.")
         return crowd
 
-    def _cpu_s(self) -> Counter[str]:
+    def _cpu_s(self) -> defaultdict[str, float]:
         launch = self.deployment.launches[0]
         launch.refresh()
         used = launch.cpu_s()

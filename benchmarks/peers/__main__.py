@@ -17,6 +17,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from benchmarks.load.mix import Mix
@@ -92,8 +93,11 @@ class Plan:
 
 async def run(plan: Plan) -> tuple[Report, list[Sample]]:
     """Carry out the plan; return the report and every request's sample."""
-    name, kind = ("peers-emulated", "emulated") if plan.profile else ("peers-real", "measured")
-    report = Report(name, kind, plan.seed, {**asdict(plan), "mix": asdict(plan.mix)})
+    config = {**asdict(plan), "mix": asdict(plan.mix)}
+    if plan.profile:
+        report = Report("peers-emulated", "emulated", plan.seed, config)
+    else:
+        report = Report("peers-real", "measured", plan.seed, config)
     versions: dict[str, str] = {}
     for peer in PEERS:
         if peer.title in plan.peers:
@@ -242,7 +246,7 @@ def _parse(arguments: Sequence[str] | None) -> list[Plan]:
 
 def main() -> int:
     for plan in _parse(None):
-        finish(*run_to_the_end(lambda plan=plan: run(plan)))
+        finish(*run_to_the_end(partial(run, plan)))
     return 0
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from benchmarks.report.report import Report, Spread
+from benchmarks.report.report import Figure, Report, Spread
 from router.simulation.variant import OURS
 from router.simulation.workload.synthetic import poisson
 from router.simulation.workload.workload import Workload
@@ -47,12 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             speed = Spread.of(
                 [len(base) / _cpu_s(workload, fleet, policy) for _ in range(options.repeats)]
             )
-            report.row(
-                "Speed of the simulator, one core",
-                engines=str(num_engines),
-                policy=policy,
-                **{"requests/s": speed, "router's_share": _router_share(workload, fleet, policy)},
-            )
+            figures: dict[str, Figure] = {
+                "engines": str(num_engines),
+                "policy": policy,
+                "requests/s": speed,
+                "router's_share": _router_share(workload, fleet, policy),
+            }
+            report.row("Speed of the simulator, one core", **figures)
             if (num_engines, policy) == _TARGET[:2]:
                 report.target("simulated requests per second", speed, _TARGET[2])
     if options.dry:

@@ -27,7 +27,7 @@ from router.simulation.engine.profile import Profile
 from router.simulation.figures import Slo, figures_of, interval
 from router.simulation.provider import ProviderModel
 from router.simulation.simulator import Simulation
-from router.simulation.workload.lengths import LogNormal
+from router.simulation.workload.lengths import LogNormal, TokenCounts
 from router.simulation.workload.synthetic import PROMPTS, REPLIES, SYNTHETIC, of
 from router.simulation.workload.workload import Workload
 from serving.capacity.profiles import ProfileError, load_profile
@@ -49,7 +49,7 @@ _DEFAULT = f"by predicted wait, late after {FallbackSettings().late_factor:g} pr
 
 # What engines run short of: prefill, by the medians of Azure's code trace (2023), and
 # decode, where every request gets in at once and all of them get slower.
-_SIZES = {
+_SIZES: dict[str, tuple[TokenCounts, TokenCounts]] = {
     "code": (LogNormal(1500.0, 0.9, high=8_000), LogNormal(25.0, 0.8, high=500)),
     "chat": (PROMPTS, REPLIES),
 }

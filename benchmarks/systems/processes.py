@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 import uuid
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -103,9 +103,9 @@ class Launch:
                     found.append(process)
         return found
 
-    def cpu_s(self) -> Counter[str]:
-        """Return CPU seconds used so far, by role."""
-        used: Counter[str] = Counter()
+    def cpu_s(self) -> defaultdict[str, float]:
+        """Return CPU seconds used so far, by role; 0 of a role that there is not."""
+        used: defaultdict[str, float] = defaultdict(float)
         for process, role in self._known.items():
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()

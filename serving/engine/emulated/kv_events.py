@@ -182,10 +182,10 @@ class KvEventPublisher:
         self._num_batches = 0
         self._past: deque[tuple[bytes, bytes]] = deque(maxlen=config.buffer_steps)
         self._context = zmq.asyncio.Context()
+        # Publishing never waits: what a subscriber has no room for is dropped.
+        self._publisher = zmq.Socket(self._context, zmq.PUB)
         self._replays: asyncio.Task[None] | None = None
         try:
-            # Publishing never waits: what a subscriber has no room for is dropped.
-            self._publisher = self._context.socket(zmq.PUB, socket_class=zmq.Socket)
             self._publisher.set_hwm(config.hwm)
             is_local = config.endpoint.startswith(("ipc://", "inproc://"))
             if is_local or "*" in config.endpoint or "::" in config.endpoint:
@@ -213,6 +213,7 @@ class KvEventPublisher:
         """Close the sockets; what is not sent yet is lost."""
         if self._replays is not None:
             self._replays.cancel()
+        self._publisher.close(linger=0)
         self._context.destroy(linger=0)
 
     async def _replay(self, router: zmq.asyncio.Socket) -> None:
