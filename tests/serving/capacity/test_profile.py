@@ -10,6 +10,7 @@ from router.simulation.engine.profile import Profile
 from router.types import EngineSnapshot
 from serving.capacity.logged_steps import steps
 from serving.capacity.profile import measure
+from serving.capacity.profiles import save_profile
 from serving.config import parse
 from serving.engine.step_log import LoggedStep
 from serving.planning.hardware import Hardware
@@ -33,7 +34,7 @@ def make_truth(folder: Path) -> tuple[Profile, str]:
         s_per_prefill_pair=2e-8,
         noise=0.02,
     )
-    truth.save(path)
+    save_profile(truth, path)
     return truth, str(path)
 
 

@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 
 from router.simulation.engine.profile import Profile
 from router.simulation.figures import Slo
+from serving.capacity.profiles import save_profile
 from serving.capacity.whatif import Question, Search, WhatIfError, answer
 from serving.cli.main import main
 
@@ -34,7 +35,7 @@ def test_search_in_vain():
 @pytest.fixture
 def profile(tmp_path):
     path = tmp_path / "slow.yaml"
-    Profile(
+    profile = Profile(
         name="slow",
         model="small",
         device="none",
@@ -45,7 +46,8 @@ def profile(tmp_path):
         num_kv_tokens=100_000,
         base_s=0.01,
         s_per_token=1e-4,
-    ).save(path)
+    )
+    save_profile(profile, path)
     return path
 
 

@@ -14,6 +14,7 @@ import zmq.asyncio
 from benchmarks.peers.emulated_server import serve
 from benchmarks.systems.system import free_ports
 from router.simulation.engine.profile import Profile
+from serving.capacity.profiles import save_profile
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.engine.emulated.kv_events import KvEventPublisher, KvEvents, KvEventsConfig
 from serving.engine.emulated.text import Prompt
@@ -27,7 +28,7 @@ END = (-1).to_bytes(8, "big", signed=True)
 
 def make_engine(folder: Path, num_kv_tokens: int) -> EmulatedEngine:
     path = folder / "small.yaml"
-    Profile(
+    profile = Profile(
         name="small",
         model="small",
         device="none",
@@ -39,7 +40,8 @@ def make_engine(folder: Path, num_kv_tokens: int) -> EmulatedEngine:
         block_size=BLOCK,
         base_s=0.001,
         s_per_token=1e-6,
-    ).save(path)
+    )
+    save_profile(profile, path)
     return EmulatedEngine(EmulatedArgs(profile=str(path)))
 
 
