@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from benchmarks.load.client import Call, Client, Record
 from benchmarks.load.mix import Ask, Mix
-from benchmarks.report.report import percentile
 from router.settings import RouterSettings
 from router.simulation.figures import Slo
 
@@ -108,8 +107,3 @@ class ReturningClients:
 
         timer = asyncio.get_running_loop().call_later(after_s, again)
         self._returns.add(timer)
-
-
-def late_p99_s(visits: Iterable[Visit]) -> float:
-    """How late the load generator itself was, 99th percentile, seconds."""
-    return percentile([visit.record.late_s for visit in visits], 99)

@@ -25,7 +25,7 @@ from benchmarks.load.client import Client
 from benchmarks.load.hostile_clients import Crowd
 from benchmarks.load.loops import ClosedLoop
 from benchmarks.load.mix import Mix
-from benchmarks.load.returning_clients import ReturningClients, Visit, late_p99_s
+from benchmarks.load.returning_clients import ReturningClients, Visit
 from benchmarks.overload.watch import Watch
 from benchmarks.peers.fleet import EmulatedHeadway
 from benchmarks.policies.comparison import num_served, say
@@ -171,7 +171,7 @@ class Run:
             ttft_p99_s=percentile(ttft_s, 99),
             tpot_p50_s=percentile(tpot_s, 50),
             tpot_p99_s=percentile(tpot_s, 99),
-            generator_late_p99_s=late_p99_s(visits),
+            generator_late_p99_s=percentile([visit.record.late_s for visit in visits], 99),
         )
         say(f"{name}: goodput {brief(goodput)}/s, {len(refused)} of {len(visits)} refused")
         for error, count in Counter(
