@@ -46,7 +46,7 @@ class ProviderCalls:
     def start_call(self, request: Request, quote: Quote, now_s: float) -> Fallback:
         """Reserve for a request under the quoted key. Return the decision to send it there."""
         key = quote.key
-        permit = key.breaker.begin(now_s)
+        permit = key.breaker.begin_call(now_s)
         key.limiter.reserve(request.id, quote.amount, now_s)
         self._attempts[request.id] = ProviderAttempt(request, key, permit, now_s)
         self._queue.charge_prompt(request)
@@ -68,18 +68,18 @@ class ProviderCalls:
         ttft_s = max(0.0, now_s - attempt.sent_s)
         provider, breaker = attempt.key.provider, attempt.key.breaker
         if provider.settings.breaker.is_slow(ttft_s, provider.ttft_s):
-            breaker.slow(attempt.permit, now_s)
+            breaker.record_slow(attempt.permit, now_s)
         provider.learn_ttft(ttft_s)
         if breaker.status is BreakerState.HALF_OPEN:
             # A probe need not wait for a long answer's end.
-            breaker.succeed(attempt.permit, now_s)
+            breaker.record_success(attempt.permit, now_s)
 
     def complete_call(self, request_id: str, usage: Usage | None, now_s: float) -> bool:
         """End the attempt at a request that was answered whole. Return False if there is none."""
         attempt = self._attempts.pop(request_id, None)
         if attempt is None:
             return False
-        attempt.key.breaker.succeed(attempt.permit, now_s)
+        attempt.key.breaker.record_success(attempt.permit, now_s)
         provider, limiter = attempt.key.provider, attempt.key.limiter
         limiter.mark_counted(request_id, now_s)
         counted = None
@@ -96,7 +96,7 @@ class ProviderCalls:
         attempt = self._attempts.pop(request_id, None)
         if attempt is None:
             return False
-        attempt.key.breaker.release(attempt.permit)
+        attempt.key.breaker.release_permit(attempt.permit)
         # It was sent, so the provider may have counted it.
         attempt.key.limiter.mark_counted(request_id, now_s)
         attempt.key.limiter.end_reservation(request_id, None, now_s)
@@ -110,7 +110,7 @@ class ProviderCalls:
         attempt = self._attempts.pop(request_id, None)
         if attempt is None:
             return None
-        attempt.key.breaker.release(attempt.permit)
+        attempt.key.breaker.release_permit(attempt.permit)
         attempt.key.limiter.record_refusal(request_id, report, now_s)
         return attempt.request
 
@@ -127,7 +127,7 @@ class ProviderCalls:
         if attempt is None:
             return None
         key = attempt.key
-        key.breaker.fail(attempt.permit, failure, now_s)
+        key.breaker.record_failure(attempt.permit, failure, now_s)
         if lasts:
             key.breaker.trip(TripReason.LOST, now_s)
         if was_sent:

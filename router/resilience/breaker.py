@@ -1,4 +1,4 @@
-"""Whether to call one engine, or one provider with one key, at all.
+"""May one engine, or one provider under one key, be called at all?
 
     state      moved by                                              to
     CLOSED     failures or timeouts in a row, share of failed or     OPEN
@@ -10,19 +10,18 @@
     HALF_OPEN  the probe ends without a verdict                      HALF_OPEN
     HALF_OPEN  the probe succeeds                                    CLOSED, slow start
 
-Closed, calls flow; open, none begins; half-open, exactly one, the probe, whose
-verdict decides. After a probe the share of calls grows from a tenth to all of
-them (slow start), and only when it has, the next cooldown is the first again.
+Closed, calls begin freely. Open, none begins. Half-open, exactly one begins: the probe, whose
+verdict decides. After a probe the share of calls grows from a tenth to all of them (slow
+start); only when it has, the next cooldown is the first again.
 
-What never happens: a second probe while the first is open; a state moved by the
-verdict of a call that began before the breaker last opened. A probe that ends
-without a verdict (its client has left, say) has told nothing: the next call is
-the probe, or nothing would ever close the breaker.
-Client errors are no verdict: whoever makes the calls ends them by `release`.
+What never happens: a second probe before the first has ended; a state moved by the verdict of
+a call that began before the breaker last opened. A probe that ends without a verdict (its
+client has left, say) has told nothing: the next call is the probe, or nothing would ever close
+the breaker. Client errors are no verdict: such calls end by `release_permit`.
 
-The states are Nygard's (*Release It!*, 2007), the windows those of
-resilience4j, the random stretch of cooldowns AWS's (Brooker 2015): many
-gateways must not probe one engine at the same moment.
+The states are Nygard's (*Release It!*, 2007), the windows those of resilience4j. Cooldowns are
+stretched at random as AWS advises (Brooker 2015): many gateways must not probe one engine at
+the same moment.
 """
 
 import enum
@@ -73,7 +72,7 @@ class BreakerSettings(BaseModel):
 
 
 class BreakerState(enum.Enum):
-    """See the table above."""
+    """The states of the table above."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -110,6 +109,17 @@ class BreakerEvent(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
+class BreakerView(msgspec.Struct, frozen=True, kw_only=True):
+    """One breaker as `/headway/state` shows it; `BreakerState` is the state alone."""
+
+    state: BreakerState
+    reason: TripReason | None  # why it opened last; None once it is closed again
+    next_probe_in_s: float | None  # None unless it is open
+    share: float  # of the traffic that it could get, 0-1
+    num_opened: int  # since it was last closed with full traffic
+    num_open_calls: int  # begun and not ended
+
+
 BreakerLog = deque[BreakerEvent]  # bounded by whoever makes it
 
 
@@ -122,27 +132,27 @@ class _Verdict(enum.Enum):
 class Breaker:
     """One breaker; time and randomness are passed in.
 
-    `begin` each call and end it once, by `succeed`, `fail` or `release`. Call
-    `tick` now and then: states that time moves are moved by it alone.
+    Begin each call by `begin_call` and end it once, by `record_success`, `record_failure` or
+    `release_permit`. Call `tick` now and then: states that time moves are moved by it alone.
     """
 
     __slots__ = (
-        "_calls",
         "_closed_s",
         "_counts",
         "_failures",
-        "_first_valid",
+        "_first_valid_permit",
         "_last_permit",
         "_log",
         "_name",
         "_num_opened",
-        "_open_calls",
-        "_probe",
+        "_probe_permit",
         "_probe_s",
         "_reason",
         "_rng",
         "_settings",
         "_timeouts",
+        "_verdicts",
+        "_was_slow",
         "share",
         "status",
     )
@@ -164,89 +174,84 @@ class Breaker:
         self._name = name
         self._log = log if log is not None else BreakerLog(maxlen=0)
         self._reason: TripReason | None = None
-        self._probe: int | None = None  # its permit
+        self._probe_permit: int | None = None  # None: no probe has begun
         self._probe_s = 0.0  # while open: when the cooldown is over
         self._closed_s = now_s
         self._num_opened = 0  # since it was last closed with full traffic
         self._last_permit = 0
-        self._first_valid = 1
-        self._open_calls: dict[int, bool] = {}  # by permit: whether it was slow
-        self._calls: deque[tuple[float, _Verdict]] = deque()
-        self._counts: Counter[_Verdict] = Counter()
+        self._first_valid_permit = 1  # since it last opened
+        self._was_slow: dict[int, bool] = {}  # of calls begun and not ended, by permit
+        self._verdicts: deque[tuple[float, _Verdict]] = deque()  # the window, oldest first
+        self._counts: Counter[_Verdict] = Counter()  # in the window
         self._failures = self._timeouts = 0  # in a row
         if slow_start and settings.slow_start_s > 0.0:
             self.share = _FIRST_SHARE
 
     @property
-    def num_open_calls(self) -> int:
-        """Calls begun and not ended."""
-        return len(self._open_calls)
-
-    @property
-    def is_settled(self) -> bool:
+    def is_steady(self) -> bool:
         """Whether time alone will change nothing: closed, with full traffic."""
         return self.status is BreakerState.CLOSED and self.share == 1.0
 
     def admits(self, max_calls: float = float("inf")) -> bool:
         """Whether a call may begin; `max_calls` is what the other side takes at once.
 
-        In slow start so much of that as is its share, but always one call.
+        In slow start this many times its share may have begun, but always one.
         """
         if self.status is BreakerState.CLOSED:
-            return self.share == 1.0 or len(self._open_calls) < max(1.0, self.share * max_calls)
-        return self.status is BreakerState.HALF_OPEN and self._probe is None
+            return self.share == 1.0 or len(self._was_slow) < max(1.0, self.share * max_calls)
+        return self.status is BreakerState.HALF_OPEN and self._probe_permit is None
 
-    def begin(self, now_s: float) -> int:
-        """The permit of a new call. Raises `ValueError` unless `admits()`."""
+    def begin_call(self, now_s: float) -> int:
+        """Begin a call. Return its permit. Raises `ValueError` unless `admits()`."""
         if not self.admits():
             raise ValueError(f"breaker {self._name} is {self.status.value}")
         self._last_permit += 1
-        self._open_calls[self._last_permit] = False
+        self._was_slow[self._last_permit] = False
         if self.status is BreakerState.HALF_OPEN:
-            self._probe = self._last_permit
-            self._write(now_s, "probe")
+            self._probe_permit = self._last_permit
+            self._write_event(now_s, "probe")
         return self._last_permit
 
-    def succeed(self, permit: int, now_s: float) -> None:
-        """The call ended well; a permit that was ended, or never given, changes nothing."""
-        was_slow = self._open_calls.pop(permit, None)
-        if was_slow is None or permit < self._first_valid:
+    def record_success(self, permit: int, now_s: float) -> None:
+        """End a call that went well; a permit that was ended, or never given, changes nothing."""
+        was_slow = self._was_slow.pop(permit, None)
+        if was_slow is None or permit < self._first_valid_permit:
             return
         self._failures = self._timeouts = 0
-        if permit == self._probe:
+        if permit == self._probe_permit:
             self._close(now_s)
         elif self.status is BreakerState.CLOSED and not was_slow:
-            self._count(_Verdict.GOOD, now_s)
+            self._add_verdict(_Verdict.GOOD, now_s)
 
-    def slow(self, permit: int, now_s: float) -> None:
-        """The call goes on but is slow; of one call this counts once."""
-        if permit < self._first_valid or self._open_calls.get(permit, True):
+    def record_slow(self, permit: int, now_s: float) -> None:
+        """Count a call as slow, which goes on; of one call this counts once."""
+        if permit < self._first_valid_permit or self._was_slow.get(permit, True):
             return
-        self._open_calls[permit] = True
-        if permit == self._probe:
+        self._was_slow[permit] = True
+        if permit == self._probe_permit:
             self._open(TripReason.PROBE_SLOW, now_s)
         elif self.status is BreakerState.CLOSED:
-            self._count(_Verdict.SLOW, now_s)
+            self._add_verdict(_Verdict.SLOW, now_s)
 
-    def fail(self, permit: int, failure: Failure, now_s: float) -> None:
-        """The call failed, through no fault of the client's; else as `succeed`."""
-        if self._open_calls.pop(permit, None) is None or permit < self._first_valid:
+    def record_failure(self, permit: int, failure: Failure, now_s: float) -> None:
+        """End a call that failed through no fault of the client's; else as `record_success`."""
+        if self._was_slow.pop(permit, None) is None or permit < self._first_valid_permit:
             return
-        if permit == self._probe:
+        if permit == self._probe_permit:
             self._open(TripReason.PROBE_FAILED, now_s)
         elif self.status is BreakerState.CLOSED:
             self._failures += 1
             self._timeouts = self._timeouts + 1 if failure is Failure.TIMEOUT else 0
-            self._count(_Verdict.FAILED, now_s)
+            self._add_verdict(_Verdict.FAILED, now_s)
 
-    def release(self, permit: int) -> None:
-        """The call ended without a verdict: the client left, or was at fault."""
-        self._open_calls.pop(permit, None)
-        if permit == self._probe:
-            self._probe = None
+    def release_permit(self, permit: int) -> None:
+        """End a call without a verdict: the client left, or was at fault."""
+        self._was_slow.pop(permit, None)
+        if permit == self._probe_permit:
+            self._probe_permit = None
 
     def trip(self, reason: TripReason, now_s: float) -> None:
-        """Open for what no single call told: connection lost, silence, a hang."""
+        """Open for what no single call told: a lost connection, silence, a hang."""
         if self.status is BreakerState.OPEN:
             self._reason = reason
             self._probe_s = max(self._probe_s, now_s + self._settings.cooldown_s)
@@ -254,43 +259,43 @@ class Breaker:
             self._open(reason, now_s)
 
     def tick(self, now_s: float) -> None:
-        """Move what time moves."""
+        """Do what is due by now: become half-open, or let the share of calls grow."""
         if self.status is BreakerState.OPEN and now_s >= self._probe_s:
             self.status = BreakerState.HALF_OPEN
-            self._write(now_s, self.status.value)
+            self._write_event(now_s, self.status.value)
         elif self.status is BreakerState.CLOSED and self.share < 1.0:
             grown = (now_s - self._closed_s) / self._settings.slow_start_s
             self.share = min(1.0, max(self.share, _FIRST_SHARE + (1.0 - _FIRST_SHARE) * grown))
             if self.share == 1.0:
                 self._num_opened = 0
 
-    def state(self, now_s: float) -> dict[str, object]:
-        """State, reason and seconds until the next probe, for people to read; JSON-able."""
+    def state(self, now_s: float) -> BreakerView:
+        """Return the state, its reason and the seconds until the next probe."""
         is_open = self.status is BreakerState.OPEN
-        return {
-            "state": self.status.value,
-            "reason": self._reason.value if self._reason is not None else None,
-            "next_probe_in_s": max(0.0, self._probe_s - now_s) if is_open else None,
-            "share": self.share if self.status is BreakerState.CLOSED else 0.0,
-            "num_opened": self._num_opened,
-            "num_open_calls": len(self._open_calls),
-        }
+        return BreakerView(
+            state=self.status,
+            reason=self._reason,
+            next_probe_in_s=max(0.0, self._probe_s - now_s) if is_open else None,
+            share=self.share if self.status is BreakerState.CLOSED else 0.0,
+            num_opened=self._num_opened,
+            num_open_calls=len(self._was_slow),
+        )
 
-    def _count(self, verdict: _Verdict, now_s: float) -> None:
-        """Add a call to the window; open if one too many was bad."""
-        settings, calls, counts = self._settings, self._calls, self._counts
-        calls.append((now_s, verdict))
+    def _add_verdict(self, verdict: _Verdict, now_s: float) -> None:
+        """Add a verdict to the window; open if one too many was bad."""
+        settings, verdicts, counts = self._settings, self._verdicts, self._counts
+        verdicts.append((now_s, verdict))
         counts[verdict] += 1
-        while len(calls) > settings.window_calls or calls[0][0] < now_s - settings.window_s:
-            counts[calls.popleft()[1]] -= 1
+        while len(verdicts) > settings.window_calls or verdicts[0][0] < now_s - settings.window_s:
+            counts[verdicts.popleft()[1]] -= 1
         if self._timeouts >= settings.max_consecutive_timeouts:
             self._open(TripReason.CONSECUTIVE_TIMEOUTS, now_s)
         elif self._failures >= settings.max_consecutive_failures:
             self._open(TripReason.CONSECUTIVE_FAILURES, now_s)
-        elif len(calls) >= settings.min_calls:
-            if counts[_Verdict.FAILED] >= settings.max_failure_share * len(calls):
+        elif len(verdicts) >= settings.min_calls:
+            if counts[_Verdict.FAILED] >= settings.max_failure_share * len(verdicts):
                 self._open(TripReason.FAILURE_SHARE, now_s)
-            elif counts[_Verdict.SLOW] >= settings.max_slow_share * len(calls):
+            elif counts[_Verdict.SLOW] >= settings.max_slow_share * len(verdicts):
                 self._open(TripReason.SLOW_SHARE, now_s)
 
     def _open(self, reason: TripReason, now_s: float) -> None:
@@ -300,26 +305,26 @@ class Breaker:
         stretch = 1.0 + settings.cooldown_jitter * self._rng.random()
         self._probe_s = now_s + min(settings.max_cooldown_s, cooldown_s) * stretch
         self._num_opened += 1
-        self._first_valid = self._last_permit + 1
-        self._forget_calls()
+        self._first_valid_permit = self._last_permit + 1
+        self._forget_verdicts()
         self.status, self._reason = BreakerState.OPEN, reason
-        self._write(now_s, self.status.value, reason.value)
+        self._write_event(now_s, self.status.value, reason.value)
 
     def _close(self, now_s: float) -> None:
-        self._forget_calls()
+        self._forget_verdicts()
         self.status, self._reason = BreakerState.CLOSED, None
         self._closed_s = now_s
         if self._settings.slow_start_s > 0.0:
             self.share = _FIRST_SHARE
         else:
             self.share, self._num_opened = 1.0, 0
-        self._write(now_s, self.status.value)
+        self._write_event(now_s, self.status.value)
 
-    def _forget_calls(self) -> None:
-        self._probe = None
-        self._calls.clear()
+    def _forget_verdicts(self) -> None:
+        self._probe_permit = None
+        self._verdicts.clear()
         self._counts.clear()
         self._failures = self._timeouts = 0
 
-    def _write(self, now_s: float, event: str, reason: str = "") -> None:
+    def _write_event(self, now_s: float, event: str, reason: str = "") -> None:
         self._log.append(BreakerEvent(now_s, self._name, event, reason))

@@ -1,11 +1,12 @@
-"""How many requests may be sent a second time.
+"""How many requests may be sent a second time?
 
-Retries heal single failures and multiply general ones: where every request
-fails, three attempts each are three times the load. So retries come out of a
-budget that traffic fills: at most `share` of all requests, and a few beside,
-or a quiet gateway could not retry its first failure (Finagle's RetryBudget).
+Retries heal single failures and multiply general ones: where every request fails, three
+attempts each are three times the load. So retries are paid out of a budget that traffic fills:
+at most `share` of all requests, and a few beside, or a quiet gateway could not retry its first
+failure (Finagle's RetryBudget).
 """
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -21,12 +22,19 @@ class RetryBudgetSettings(BaseModel):
     )
 
 
-class RetryBudget:
-    """A bucket that requests and time fill, and retries empty.
+class RetryBudgetState(msgspec.Struct, frozen=True, kw_only=True):
+    """What is left of the budget, and what was asked of it."""
 
-    Whatever happens, between two moments `s` seconds apart that saw `n`
-    requests there are at most `max_balance + share * n + reserve_per_s * s`
-    retries.
+    balance: float  # retries
+    num_withdrawn: int
+    num_refused: int
+
+
+class RetryBudget:
+    """A balance that requests and time fill, and retries empty.
+
+    Whatever happens, between two moments `s` seconds apart that saw `n` requests there are at
+    most `max_balance + share * n + reserve_per_s * s` retries.
     """
 
     __slots__ = ("_balance", "_now_s", "_settings", "num_refused", "num_withdrawn")
@@ -39,11 +47,11 @@ class RetryBudget:
         self._now_s = now_s
 
     def deposit(self) -> None:
-        """A request has arrived."""
+        """Add a request's share to the balance: it has arrived."""
         self._balance = min(self._settings.max_balance, self._balance + self._settings.share)
 
     def try_withdraw(self, now_s: float) -> bool:
-        """Whether a retry may be made now; if so, it is counted."""
+        """Pay for one retry. Return False if the balance is too low."""
         settings = self._settings
         # A clock that was set back fills nothing.
         elapsed_s = max(0.0, now_s - self._now_s)
@@ -58,10 +66,10 @@ class RetryBudget:
         self.num_withdrawn += 1
         return True
 
-    def state(self) -> dict[str, object]:
-        """What is left and what was asked of it; JSON-able."""
-        return {
-            "balance": self._balance,
-            "num_withdrawn": self.num_withdrawn,
-            "num_refused": self.num_refused,
-        }
+    def state(self) -> RetryBudgetState:
+        """Return what is left and what was asked of it."""
+        return RetryBudgetState(
+            balance=self._balance,
+            num_withdrawn=self.num_withdrawn,
+            num_refused=self.num_refused,
+        )

@@ -1,6 +1,7 @@
 import json
 import random
 
+import msgspec
 import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -26,16 +27,17 @@ def make_breaker(now_s: float = 0.0, **settings: float) -> Breaker:
 
 def fail(breaker: Breaker, times: int = 1, failure: Failure = Failure.ERROR) -> None:
     for _ in range(times):
-        breaker.fail(breaker.begin(0.0), failure, 0.0)
+        breaker.record_failure(breaker.begin_call(0.0), failure, 0.0)
 
 
 def succeed(breaker: Breaker, times: int = 1) -> None:
     for _ in range(times):
-        breaker.succeed(breaker.begin(0.0), 0.0)
+        breaker.record_success(breaker.begin_call(0.0), 0.0)
 
 
-def reason(breaker: Breaker) -> object:
-    return breaker.state(0.0)["reason"]
+def reason(breaker: Breaker) -> str | None:
+    reason = breaker.state(0.0).reason
+    return None if reason is None else reason.value
 
 
 class TestOpens:
@@ -71,8 +73,8 @@ class TestOpens:
     def test_old_failures_are_forgotten(self):
         breaker = make_breaker(min_calls=4, max_consecutive_failures=9, window_s=10.0)
         fail(breaker, 3)
-        breaker.succeed(breaker.begin(11.0), 11.0)
-        breaker.fail(breaker.begin(11.0), Failure.ERROR, 11.0)
+        breaker.record_success(breaker.begin_call(11.0), 11.0)
+        breaker.record_failure(breaker.begin_call(11.0), Failure.ERROR, 11.0)
         assert breaker.status is CLOSED
 
     def test_share_of_slow_calls(self):
@@ -80,10 +82,10 @@ class TestOpens:
         succeed(breaker)
         for _ in range(4):
             assert breaker.status is CLOSED
-            permit = breaker.begin(0.0)
-            breaker.slow(permit, 0.0)
-            breaker.slow(permit, 0.0)
-            breaker.succeed(permit, 0.0)  # in the end
+            permit = breaker.begin_call(0.0)
+            breaker.record_slow(permit, 0.0)
+            breaker.record_slow(permit, 0.0)
+            breaker.record_success(permit, 0.0)  # in the end
         assert (breaker.status, reason(breaker)) == (OPEN, "slow_share")
 
     @pytest.mark.parametrize("trip", list(TripReason))
@@ -95,9 +97,9 @@ class TestOpens:
     def test_never_for_client_errors(self):
         breaker = make_breaker(max_consecutive_failures=1, min_calls=1)
         for _ in range(100):
-            breaker.release(breaker.begin(0.0))
+            breaker.release_permit(breaker.begin_call(0.0))
         assert breaker.status is CLOSED
-        assert breaker.num_open_calls == 0
+        assert breaker.state(0.0).num_open_calls == 0
 
 
 class TestProbes:
@@ -106,29 +108,29 @@ class TestProbes:
         breaker.trip(TripReason.LOST, 10.0)
         breaker.tick(10.9)
         assert breaker.status is OPEN
-        assert breaker.state(10.4)["next_probe_in_s"] == pytest.approx(0.6)
+        assert breaker.state(10.4).next_probe_in_s == pytest.approx(0.6)
         breaker.tick(11.0)
         assert breaker.status is HALF_OPEN
-        breaker.begin(11.0)
+        breaker.begin_call(11.0)
         assert not breaker.admits()
         with pytest.raises(ValueError, match="half_open"):
-            breaker.begin(11.0)
+            breaker.begin_call(11.0)
 
     def test_success_closes_it_and_traffic_grows(self):
         breaker = make_breaker(slow_start_s=10.0)
         breaker.trip(TripReason.LOST, 0.0)
         breaker.tick(1.0)
-        breaker.succeed(breaker.begin(1.0), 2.0)
+        breaker.record_success(breaker.begin_call(1.0), 2.0)
         assert breaker.status is CLOSED
         assert breaker.admits(8)
-        breaker.begin(2.0)
+        breaker.begin_call(2.0)
         assert not breaker.admits(8)  # a tenth, but always one
         breaker.tick(7.0)
         assert breaker.share == pytest.approx(0.55)
         assert breaker.admits(8)
-        assert not breaker.is_settled
+        assert not breaker.is_steady
         breaker.tick(12.0)
-        assert breaker.is_settled
+        assert breaker.is_steady
 
     @pytest.mark.parametrize("verdict", ["fail", "slow"])
     def test_failure_opens_it_for_longer(self, verdict):
@@ -136,15 +138,15 @@ class TestProbes:
         breaker.trip(TripReason.LOST, 0.0)
         now_s, waits_s = 0.0, []
         for _ in range(4):
-            wait_s = breaker.state(now_s)["next_probe_in_s"]
+            wait_s = breaker.state(now_s).next_probe_in_s
             waits_s.append(wait_s)
             now_s += wait_s
             breaker.tick(now_s)
-            permit = breaker.begin(now_s)
+            permit = breaker.begin_call(now_s)
             if verdict == "fail":
-                breaker.fail(permit, Failure.ERROR, now_s)
+                breaker.record_failure(permit, Failure.ERROR, now_s)
             else:
-                breaker.slow(permit, now_s)
+                breaker.record_slow(permit, now_s)
             assert reason(breaker) == {"fail": "probe_failed", "slow": "probe_slow"}[verdict]
         assert waits_s == [1.0, 2.0, 4.0, 4.0]
 
@@ -152,20 +154,20 @@ class TestProbes:
         breaker = make_breaker(slow_start_s=10.0)
         breaker.trip(TripReason.LOST, 0.0)
         breaker.tick(1.0)
-        breaker.succeed(breaker.begin(1.0), 1.0)
+        breaker.record_success(breaker.begin_call(1.0), 1.0)
         breaker.trip(TripReason.LOST, 2.0)
-        assert breaker.state(2.0)["next_probe_in_s"] == 2.0
+        assert breaker.state(2.0).next_probe_in_s == 2.0
         breaker.tick(4.0)
-        breaker.succeed(breaker.begin(4.0), 4.0)
+        breaker.record_success(breaker.begin_call(4.0), 4.0)
         breaker.tick(14.0)
         breaker.trip(TripReason.LOST, 20.0)
-        assert breaker.state(20.0)["next_probe_in_s"] == 1.0
+        assert breaker.state(20.0).next_probe_in_s == 1.0
 
     def test_without_a_verdict_the_next_call_probes(self):
         breaker = make_breaker()
         breaker.trip(TripReason.LOST, 0.0)
         breaker.tick(1.0)
-        breaker.release(breaker.begin(1.0))
+        breaker.release_permit(breaker.begin_call(1.0))
         assert breaker.status is HALF_OPEN
         assert breaker.admits()
 
@@ -185,19 +187,19 @@ class TestProbes:
         for _ in range(20):
             breaker = Breaker(settings, rng, 0.0)
             breaker.trip(TripReason.LOST, 0.0)
-            waits_s.add(breaker.state(0.0)["next_probe_in_s"])
+            waits_s.add(breaker.state(0.0).next_probe_in_s)
         assert 4.0 <= min(waits_s) < max(waits_s) <= 6.0
 
     def test_calls_from_before_do_not_count(self):
         breaker = make_breaker(max_consecutive_failures=1)
-        old = breaker.begin(0.0)
-        older = breaker.begin(0.0)
+        old = breaker.begin_call(0.0)
+        older = breaker.begin_call(0.0)
         breaker.trip(TripReason.LOST, 0.0)
         breaker.tick(1.0)
-        breaker.succeed(old, 1.0)
+        breaker.record_success(old, 1.0)
         assert breaker.status is HALF_OPEN
-        breaker.succeed(breaker.begin(1.0), 1.0)
-        breaker.fail(older, Failure.ERROR, 1.0)
+        breaker.record_success(breaker.begin_call(1.0), 1.0)
+        breaker.record_failure(older, Failure.ERROR, 1.0)
         assert breaker.status is CLOSED
 
 
@@ -254,7 +256,7 @@ class Caller(RuleBasedStateMachine):
         else:
             assert admits == (self.breaker.status is HALF_OPEN and self.probe is None)
         if admits:
-            permit = self.breaker.begin(self.now_s)
+            permit = self.breaker.begin_call(self.now_s)
             assert permit not in self.permits
             self.permits[permit] = self.num_opened
             if self.breaker.status is HALF_OPEN:
@@ -268,11 +270,11 @@ class Caller(RuleBasedStateMachine):
         before = self.breaker.status
         was_probe = permit == self.probe
         if end == "ok":
-            self.breaker.succeed(permit, self.now_s)
+            self.breaker.record_success(permit, self.now_s)
         elif end == "left":
-            self.breaker.release(permit)
+            self.breaker.release_permit(permit)
         else:
-            self.breaker.fail(permit, Failure(end), self.now_s)
+            self.breaker.record_failure(permit, Failure(end), self.now_s)
         if was_probe:
             expected = {"ok": CLOSED, "left": HALF_OPEN}.get(end, OPEN)
             assert self.breaker.status is expected
@@ -286,7 +288,7 @@ class Caller(RuleBasedStateMachine):
     @rule(index=st.integers(0, 99))
     def stall(self, index):
         permit = list(self.permits)[index % len(self.permits)]
-        self.breaker.slow(permit, self.now_s)
+        self.breaker.record_slow(permit, self.now_s)
         if permit == self.probe:
             assert self.breaker.status is OPEN
         self.watch()
@@ -295,10 +297,10 @@ class Caller(RuleBasedStateMachine):
     def end_again(self, permit):
         if permit not in self.permits:
             before = self.breaker.state(self.now_s)
-            self.breaker.succeed(permit, self.now_s)
-            self.breaker.fail(permit, Failure.ERROR, self.now_s)
-            self.breaker.release(permit)
-            self.breaker.slow(permit, self.now_s)
+            self.breaker.record_success(permit, self.now_s)
+            self.breaker.record_failure(permit, Failure.ERROR, self.now_s)
+            self.breaker.release_permit(permit)
+            self.breaker.record_slow(permit, self.now_s)
             assert self.breaker.state(self.now_s) == before
 
     @rule(reason=st.sampled_from([TripReason.LOST, TripReason.STALE, TripReason.HUNG]))
@@ -318,8 +320,9 @@ class Caller(RuleBasedStateMachine):
 
     @invariant()
     def every_call_is_counted(self):
-        assert self.breaker.num_open_calls == len(self.permits)
-        json.dumps(self.breaker.state(self.now_s), allow_nan=False)
+        state = self.breaker.state(self.now_s)
+        assert state.num_open_calls == len(self.permits)
+        json.dumps(msgspec.to_builtins(state), allow_nan=False)
 
     @invariant()
     def the_log_is_a_path_through_the_table(self):

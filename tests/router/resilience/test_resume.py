@@ -32,7 +32,7 @@ def text(name: str, groups: list[int]) -> bytes:
 class Engine:
     """One attempt: what it has generated, and how far it has sent."""
 
-    seam: ResumeSplice | None
+    splice: ResumeSplice | None
     groups: list[int]  # generated here or before
     num_told: int  # groups that the gateway has been told of
     unsent: bytes  # made of these, and still to come, what the client has first
@@ -106,8 +106,8 @@ class Gateway(RuleBasedStateMachine):
         body, engine.unsent = engine.unsent[:num_bytes], engine.unsent[num_bytes:]
         groups = engine.groups[engine.num_told :]
         engine.num_told = len(engine.groups)
-        if engine.seam is not None:
-            body = engine.seam.cut(body, is_last=False)
+        if engine.splice is not None:
+            body = engine.splice.cut(body, is_last=False)
         kept_before = self.records.num_bytes
         was_first = reply.awaits_first_byte
         is_first = reply.receive(body, bytes(groups))
@@ -178,9 +178,9 @@ def test_another_reply_is_not_passed_on():
     reply = Reply(Records(100), can_resume=True)
     reply.resume()
     assert reply.receive(b"ab", b"\x02")
-    seam = ResumeSplice(reply.resume())
+    splice = ResumeSplice(reply.resume())
     with pytest.raises(ResumeSpliceError, match="differs"):
-        seam.cut(b"axe", is_last=False)
+        splice.cut(b"axe", is_last=False)
     with pytest.raises(ResumeSpliceError, match="shorter"):
         ResumeSplice(Resume(b"", 2, 0)).cut(b"a", is_last=True)
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.resilience.retry_budget import RetryBudget, RetryBudgetSettings
+from router.resilience.retry_budget import RetryBudget, RetryBudgetSettings, RetryBudgetState
 
 
 def make_budget(**settings: float) -> RetryBudget:
@@ -21,7 +21,7 @@ def test_requests_fill_it_by_their_share():
     assert not budget.try_withdraw(0.0)
     budget.deposit()
     assert budget.try_withdraw(0.0)
-    assert budget.state() == {"balance": 0.0, "num_withdrawn": 3, "num_refused": 2}
+    assert budget.state() == RetryBudgetState(balance=0.0, num_withdrawn=3, num_refused=2)
 
 
 def test_time_fills_it_too():
@@ -69,4 +69,4 @@ def test_the_bound_holds_between_any_two_moments(share, reserve_per_s, max_balan
             assert num_retries - retries <= bound + 1e-6
         moments.append((elapsed_s, num_requests, num_retries))
     assert budget.num_withdrawn == num_retries
-    assert budget.state()["balance"] == pytest.approx(max(0.0, budget.state()["balance"]))
+    assert budget.state().balance == pytest.approx(max(0.0, budget.state().balance))
