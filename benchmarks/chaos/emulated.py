@@ -1,6 +1,6 @@
 """Many emulated engines failing under load: `python -m benchmarks.chaos.emulated`.
 
-The deployed gateway, its listener and the engines' ports run in one process;
+The deployed gateway, its listener and the engines' stream servers run in one process;
 faults hit random engines at random moments, several at a time. Every reply is
 compared with that of an undisturbed run. The engines are vLLM's scheduler at a
 profile's step times, without a model (`serving.engine.emulated.engine`).
@@ -79,7 +79,7 @@ class Fleet:
         self._rng = random.Random(f"fleet {plan.seed}")
         self._num_left = plan.num_requests
         engines = [FaultyEngine(_engine(rank)) for rank in range(plan.num_engines)]
-        self.fleet = FaultyFleet(engines, gateway.driver.set_members)
+        self.fleet = FaultyFleet(engines, gateway.driver.engines.set_members)
         self._failing: set[FaultyEngine] = set()
         self._observe_resumed = gateway.metrics.resumed
         gateway.metrics.resumed = self._resumed  # type: ignore[method-assign]
@@ -93,7 +93,7 @@ class Fleet:
         """Undisturbed replies first, then load and faults."""
         for engine in self.fleet.engines:
             await self.fleet.open(engine)
-        while len(self.gateway.driver.engines) < self.plan.num_engines:
+        while len(self.gateway.driver.engines.infos) < self.plan.num_engines:
             await asyncio.sleep(0.05)
         for size in _SIZES:
             reply = await self._ask(size)

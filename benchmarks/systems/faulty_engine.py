@@ -1,4 +1,4 @@
-"""Any engine, made to fail on demand, behind a port of its own."""
+"""Any engine, made to fail on demand, behind a stream server of its own."""
 
 import asyncio
 import itertools
@@ -74,7 +74,7 @@ class FaultyEngine:
 
 
 class FaultyStreamServer(StreamServer):
-    """A port whose snapshots can be kept back."""
+    """A stream server whose snapshots can be withheld."""
 
     def _push_snapshots(self) -> None:
         if not self.engine.is_silent:  # type: ignore[attr-defined]
@@ -82,13 +82,13 @@ class FaultyStreamServer(StreamServer):
 
 
 class FaultyFleet:
-    """Engines and their ports, as Ray would name them: each new port is a new replica."""
+    """Engines and their servers, as Ray would name them: each new server is a new replica."""
 
     def __init__(
         self, engines: list[FaultyEngine], tell: Callable[[dict[str, dict]], None]
     ) -> None:
         self.engines = engines
-        self.ports: dict[FaultyEngine, FaultyStreamServer] = {}
+        self.servers: dict[FaultyEngine, FaultyStreamServer] = {}
         self._names: dict[FaultyEngine, str] = {}
         self._members: dict[str, dict] = {}
         self._tell = tell
@@ -96,14 +96,14 @@ class FaultyFleet:
 
     async def open(self, engine: FaultyEngine) -> None:
         """Offer the engine, under a name that nobody has had."""
-        port = self.ports[engine] = FaultyStreamServer(engine, 64 * 2**10)
-        host, number = await port.listen("127.0.0.1")
+        server = self.servers[engine] = FaultyStreamServer(engine, 64 * 2**10)
+        host, port = await server.listen("127.0.0.1")
         name = self._names[engine] = f"r{next(self._numbers)}"
-        self._members[name] = {"host": host, "port": number, "secret": port.secret}
+        self._members[name] = {"host": host, "port": port, "secret": server.secret}
         self._tell(self._members)
 
     def close(self, engine: FaultyEngine) -> None:
         """Lose the engine: its connections break, and Ray names it no longer."""
         del self._members[self._names.pop(engine)]
-        self.ports.pop(engine).close()
+        self.servers.pop(engine).close()
         self._tell(self._members)

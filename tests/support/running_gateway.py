@@ -22,20 +22,24 @@ class System:
         self.gateway = gateway
         self.client = client
         self.engines: list[FakeEngine] = []
-        self.ports: list[StreamServer] = []
+        self.servers: list[StreamServer] = []
         self.members: dict[str, dict] = {}
 
     async def add_engine(self, chunk: bytes | None = None) -> FakeEngine:
         engine = FakeEngine()
         engine.chunk = chunk or engine.chunk
-        port = StreamServer(engine, self.gateway.config.gateway.stream_window_bytes)
-        host, number = await port.listen("127.0.0.1")
-        self.members[f"r{len(self.ports)}"] = {"host": host, "port": number, "secret": port.secret}
+        server = StreamServer(engine, self.gateway.config.gateway.stream_window_bytes)
+        host, port = await server.listen("127.0.0.1")
+        self.members[f"r{len(self.servers)}"] = {
+            "host": host,
+            "port": port,
+            "secret": server.secret,
+        }
         self.engines.append(engine)
-        self.ports.append(port)
-        count = len(self.gateway.driver.engines) + 1
-        self.gateway.driver.set_members(self.members)
-        await self.until(lambda: len(self.gateway.driver.engines) == count)
+        self.servers.append(server)
+        count = len(self.gateway.driver.engines.infos) + 1
+        self.gateway.driver.engines.set_members(self.members)
+        await self.until(lambda: len(self.gateway.driver.engines.infos) == count)
         return engine
 
     async def until(self, condition, timeout_s: float = 5.0) -> None:
@@ -49,7 +53,7 @@ class System:
 
     @property
     def num_engine_streams(self) -> int:
-        return sum(port.num_streams for port in self.ports)
+        return sum(server.num_streams for server in self.servers)
 
     @property
     def outcomes(self) -> dict:
@@ -92,6 +96,6 @@ async def running(num_engines: int = 2, **settings):
             for engine in system.engines:
                 engine.gate.set()
             gateway.close()
-            for engine_port in system.ports:
-                engine_port.close()
+            for server in system.servers:
+                server.close()
             await listener.stop()

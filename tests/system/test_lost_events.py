@@ -144,18 +144,18 @@ async def running(engines: list[Engine]) -> AsyncIterator[Run]:
         run = Run(gateway, http, engines)
         members = {}
         for number, engine in enumerate(engines):
-            engine_port = StreamServer(engine, 64 * 2**10)
-            relay = LossyRelay(*await engine_port.listen("127.0.0.1"))
-            stack.callback(engine_port.close)
+            server = StreamServer(engine, 64 * 2**10)
+            relay = LossyRelay(*await server.listen("127.0.0.1"))
+            stack.callback(server.close)
             host, number_there = await stack.enter_async_context(relay.listening())
             run.relays.append(relay)
             members[f"r{number}"] = {
                 "host": host,
                 "port": number_there,
-                "secret": engine_port.secret,
+                "secret": server.secret,
             }
-        gateway.driver.set_members(members)
-        await run.until(lambda: len(gateway.driver.engines) == len(engines))
+        gateway.driver.engines.set_members(members)
+        await run.until(lambda: len(gateway.driver.engines.infos) == len(engines))
         yield run
 
 

@@ -54,29 +54,29 @@ class Pair:
         self.gateway = gateway
         self.engine = engine
         self.http = http
-        self.ports: dict[str, StreamServer] = {}
+        self.servers: dict[str, StreamServer] = {}
         self.members: dict[str, dict] = {}
         self._ids = itertools.count()
 
     async def connect(self) -> None:
         """Offer the engine under a new name, as Ray does with one that it has started anew."""
-        port = StreamServer(self.engine, 64 * 2**10)
-        host, number = await port.listen("127.0.0.1")
+        server = StreamServer(self.engine, 64 * 2**10)
+        host, port = await server.listen("127.0.0.1")
         name = f"r{next(self._ids)}"
-        self.ports[name] = port
-        self.members[name] = {"host": host, "port": number, "secret": port.secret}
-        self.gateway.driver.set_members(self.members)
-        while name not in self.gateway.driver.engines:
+        self.servers[name] = server
+        self.members[name] = {"host": host, "port": port, "secret": server.secret}
+        self.gateway.driver.engines.set_members(self.members)
+        while name not in self.gateway.driver.engines.infos:
             await asyncio.sleep(0.01)
 
     async def cut(self) -> None:
         """Lose the engine that has a stream, and find it again under another name."""
-        names = [name for name, port in self.ports.items() if port.num_streams]
+        names = [name for name, server in self.servers.items() if server.num_streams]
         if not names:
             return  # it has just answered
-        port = self.ports.pop(name := names[0])
+        server = self.servers.pop(name := names[0])
         del self.members[name]
-        port.close()
+        server.close()
         await self.connect()
 
     async def ask(self, path: str, body: dict, *, cut_at: tuple[int, ...] = ()) -> bytes:
@@ -121,8 +121,8 @@ async def pair(tmp_path_factory):
             await pair.connect()
         yield pair
     gateway.close()
-    for engine_port in pair.ports.values():
-        engine_port.close()
+    for server in pair.servers.values():
+        server.close()
     await listener.stop()
     await engine.shutdown()
 
@@ -297,7 +297,7 @@ async def test_what_does_not_come_again_ends_in_an_error(pair, monkeypatch):
     assert b"[DONE]" not in reply
     assert pair.state()["num_open_requests"] == 0
     async with asyncio.timeout(5):
-        while any(port.num_streams for port in pair.ports.values()):
+        while any(server.num_streams for server in pair.servers.values()):
             await asyncio.sleep(0.01)
 
 
@@ -313,7 +313,7 @@ async def test_a_resumed_request_is_counted_once(pair):
 
 
 async def test_nothing_is_computed_for_who_hung_up_with_a_token_on_its_way(pair):
-    """In the same turn of the loop; vLLM's own abort would come with the garbage collector."""
+    """In the same iteration of the loop; vLLM's own abort would come with the garbage collector."""
     live = pair.engine._llm.output_processor.request_states
     monitor = pair.engine._monitor
     on_step, num_steps = monitor._on_step, 0
@@ -323,10 +323,10 @@ async def test_nothing_is_computed_for_who_hung_up_with_a_token_on_its_way(pair)
         on_step()
         num_steps += 1
         if num_steps == 5:
-            for port in pair.ports.values():
-                for connection in port._connections:
-                    for stream in list(connection._streams.values()):
-                        stream.cancel()
+            for server in pair.servers.values():
+                for connection in server._connections:
+                    for call in list(connection._calls.values()):
+                        call.cancel()
 
     gc.collect()
     gc.disable()

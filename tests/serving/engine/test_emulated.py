@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from router.simulation.engine.profile import Profile
+from serving.capacity.profiles import save_profile
 from serving.config import ConfigError, parse
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.engine.emulated.text import Prompt
@@ -25,7 +26,7 @@ COMPLETIONS = "/v1/completions"
 def profile(tmp_path: Path) -> str:
     """A fast small engine: a step of 2 ms, chunks of 64 tokens."""
     path = tmp_path / "small.yaml"
-    Profile(
+    profile = Profile(
         name="small",
         model="small",
         device="none",
@@ -36,7 +37,8 @@ def profile(tmp_path: Path) -> str:
         num_kv_tokens=4000,
         base_s=0.002,
         s_per_token=1e-6,
-    ).save(path)
+    )
+    save_profile(profile, path)
     return str(path)
 
 
@@ -245,13 +247,13 @@ class _Plan:
 
 
 async def add(system: System, engine: EmulatedEngine) -> None:
-    port = StreamServer(engine, system.gateway.config.gateway.stream_window_bytes)
-    host, number = await port.listen("127.0.0.1")
-    system.ports.append(port)
-    system.members[f"e{number}"] = {"host": host, "port": number, "secret": port.secret}
-    system.gateway.driver.set_members(system.members)
+    server = StreamServer(engine, system.gateway.config.gateway.stream_window_bytes)
+    host, port = await server.listen("127.0.0.1")
+    system.servers.append(server)
+    system.members[f"e{port}"] = {"host": host, "port": port, "secret": server.secret}
+    system.gateway.driver.engines.set_members(system.members)
     count = len(system.members)
-    await system.until(lambda: len(system.gateway.driver.engines) == count)
+    await system.until(lambda: len(system.gateway.driver.engines.infos) == count)
 
 
 async def test_behind_the_real_gateway(profile: str) -> None:
@@ -292,8 +294,8 @@ async def test_an_engine_lost_under_a_reply_is_not_noticed(profile: str, stream:
         await system.until(
             lambda: any(engine.model.num_output_tokens_total > 100 for engine in engines)
         )
-        (first,) = (i for i, port in enumerate(system.ports) if port.num_streams)
-        system.ports[first].close()
+        (first,) = (i for i, server in enumerate(system.servers) if server.num_streams)
+        system.servers[first].close()
         reply = await task
         assert reply.status_code == 200
         if stream:

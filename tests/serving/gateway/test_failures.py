@@ -27,7 +27,7 @@ def go_on(system: System) -> None:
 
 def busy_index(system: System) -> int:
     """Which engine has the only stream."""
-    (index,) = (i for i, port in enumerate(system.ports) if port.num_streams)
+    (index,) = (i for i, server in enumerate(system.servers) if server.num_streams)
     return index
 
 
@@ -53,7 +53,7 @@ async def test_before_the_first_token_another_engine_takes_over():
         stop(system)
         task = asyncio.create_task(system.client.post(CHAT, json=system.chat(max_tokens=3)))
         await system.until(lambda: system.num_engine_streams == 1)
-        system.ports[busy_index(system)].close()
+        system.servers[busy_index(system)].close()
         go_on(system)
         reply = await task
         assert reply.status_code == 200
@@ -64,7 +64,7 @@ async def test_before_the_first_token_another_engine_takes_over():
 
 async def test_after_the_first_token_another_engine_goes_on_where_it_broke_off():
     async with running() as system, begun(system) as text:
-        system.ports[busy_index(system)].close()
+        system.servers[busy_index(system)].close()
         go_on(system)
         assert await text == whole(8_000)
         assert system.outcomes["completed"] == 1
@@ -86,7 +86,7 @@ async def test_where_the_replies_differ_the_stream_ends_with_an_error():
     async with running() as system, begun(system) as text:
         index = busy_index(system)
         system.engines[1 - index].chunk = b"data: other %d\n\n"
-        system.ports[index].close()
+        system.servers[index].close()
         go_on(system)
         assert '"error"' in await text
         assert "differs from what had been sent" in await text
@@ -99,7 +99,7 @@ async def test_where_the_other_reply_is_shorter_too():
     async with running() as system, begun(system) as text:
         index = busy_index(system)
         system.engines[1 - index].chunk = b""
-        system.ports[index].close()
+        system.servers[index].close()
         go_on(system)
         assert "shorter than what had been sent" in await text
 
@@ -107,7 +107,7 @@ async def test_where_the_other_reply_is_shorter_too():
 async def test_endpoints_that_cannot_go_on_end_with_an_error():
     path = "/v1/responses"
     async with running() as system, begun(system, path, input="hi") as text:
-        system.ports[busy_index(system)].close()
+        system.servers[busy_index(system)].close()
         assert "[DONE]" not in await text
         assert system.outcomes["failed"] == 1
         system.assert_empty()
@@ -115,7 +115,7 @@ async def test_endpoints_that_cannot_go_on_end_with_an_error():
 
 async def test_without_another_engine_the_stream_waits_for_one():
     async with running(num_engines=1) as system, begun(system) as text:
-        system.ports[0].close()
+        system.servers[0].close()
         await system.until(lambda: system.gateway.state()["held"]["num_requests"] == 1)
         await system.add_engine(NUMBERED)
         assert await text == whole(8_000)
@@ -179,8 +179,8 @@ async def test_a_draining_engine_that_runs_out_of_time_hands_its_streams_over():
     async with running() as system, begun(system) as text:
         index = busy_index(system)
         del system.members[f"r{index}"]
-        system.gateway.driver.set_members(system.members)
-        system.ports[index].close()  # its grace time is over
+        system.gateway.driver.engines.set_members(system.members)
+        system.servers[index].close()  # its grace time is over
         go_on(system)
         assert await text == whole(8_000)
         assert system.outcomes["completed"] == 1

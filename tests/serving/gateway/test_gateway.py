@@ -101,10 +101,10 @@ async def test_a_draining_engine_finishes_but_gets_no_more():
             engine.gate.clear()
         task = asyncio.create_task(system.client.post(CHAT, json=system.chat(max_tokens=3)))
         await system.until(lambda: system.num_engine_streams == 1)
-        (name,) = (f"r{i}" for i, port in enumerate(system.ports) if port.num_streams)
+        (name,) = (f"r{i}" for i, server in enumerate(system.servers) if server.num_streams)
         draining = system.engines[int(name[1:])]
         del system.members[name]
-        system.gateway.driver.set_members(system.members)
+        system.gateway.driver.engines.set_members(system.members)
         for engine in system.engines:
             engine.gate.set()
         assert (await task).text.count("data: {}") == 3
@@ -112,7 +112,7 @@ async def test_a_draining_engine_finishes_but_gets_no_more():
         for _ in range(5):
             assert (await system.client.post(CHAT, json=system.chat())).status_code == 200
         assert draining.num_started == before
-        await system.until(lambda: len(system.gateway.driver.engines) == 1)
+        await system.until(lambda: len(system.gateway.driver.engines.infos) == 1)
 
 
 async def test_a_slow_reader_is_bounded_and_stalls_nobody():
@@ -197,8 +197,8 @@ async def test_lost_news_of_the_cache_is_asked_for_anew():
     async with running(num_engines=1) as system:
         engine, driver = system.engines[0], system.gateway.driver
         (replica,) = system.gateway.router._fleet
-        posted, post = [], driver._links["r0"].post
-        driver._links["r0"].post = lambda frame: (posted.append(frame), post(frame))
+        posted, post = [], driver.engines._connections["r0"].post
+        driver.engines._connections["r0"].post = lambda frame: (posted.append(frame), post(frame))
         engine.blocks.store([1, 2, 3])
         await system.until(lambda: replica.prefix_cache._blocks == {1, 2, 3})
         lost, receive = [], driver.on_blocks

@@ -20,7 +20,7 @@ async def both_asked(system: System, **fields) -> tuple[asyncio.Task, int]:
     body = system.chat(**fields)
     task = asyncio.create_task(system.client.post(CHAT, json=body))
     await system.until(lambda: system.num_engine_streams == 1)
-    (first,) = (i for i, port in enumerate(system.ports) if port.num_streams)
+    (first,) = (i for i, server in enumerate(system.servers) if server.num_streams)
     await system.until(lambda: system.num_engine_streams == 2)
     return task, first
 
@@ -47,7 +47,7 @@ async def test_one_of_both_is_lost_and_the_other_answers(lost):
     async with running(**HEDGE) as system:
         task, first = await both_asked(system, max_tokens=3)
         gone = first if lost == "first" else 1 - first
-        system.ports[gone].close()
+        system.servers[gone].close()
         await system.until(lambda: not hedges(system)["num_open"])
         system.engines[1 - gone].gate.set()
         reply = await task
@@ -63,7 +63,7 @@ async def test_an_error_of_the_second_is_nobodys_concern():
             engine.gate.clear()
         task = asyncio.create_task(system.client.post(CHAT, json=system.chat(max_tokens=3)))
         await system.until(lambda: system.num_engine_streams == 1)
-        (first,) = (i for i, port in enumerate(system.ports) if port.num_streams)
+        (first,) = (i for i, server in enumerate(system.servers) if server.num_streams)
         system.engines[1 - first].status = 500
         await system.until(lambda: hedges(system)["num_made"] and not hedges(system)["num_open"])
         system.engines[first].gate.set()

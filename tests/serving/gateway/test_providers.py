@@ -100,9 +100,9 @@ async def test_engines_come_first_and_the_same_request_answers_when_they_are_gon
         del (body := system.chat(max_tokens=2))["model"]  # as in the README's curl
         reply = await system.client.post(CHAT, json=body)
         assert reply.text.count("data: {}") == 2
-        for port in system.ports:
-            port.close()
-        await system.until(lambda: not system.gateway.driver.engines)
+        for engine_server in system.servers:
+            engine_server.close()
+        await system.until(lambda: not system.gateway.driver.engines.infos)
         reply = await system.client.post(CHAT, json=body)
         assert reply.status_code == 200
         assert texts(reply) == "far far "
