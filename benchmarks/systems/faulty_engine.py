@@ -76,8 +76,10 @@ class FaultyEngine:
 class FaultyStreamServer(StreamServer):
     """A stream server whose snapshots can be withheld."""
 
+    engine: FaultyEngine
+
     def _push_snapshots(self) -> None:
-        if not self.engine.is_silent:  # type: ignore[attr-defined]
+        if not self.engine.is_silent:
             super()._push_snapshots()
 
 

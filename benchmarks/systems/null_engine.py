@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
+from starlette.types import Receive, Scope, Send
 
 from benchmarks.systems.null_engine_clock import Pace
 from router.fleet.block_log import BlockLog
@@ -29,9 +30,6 @@ from router.types import EngineInfo, EngineSnapshot
 from serving.config import Config, ConfigError
 from serving.engine.emulated.asgi import (
     EVENTS,
-    Receive,
-    Scope,
-    Send,
     error_content,
     read_body,
     reply,

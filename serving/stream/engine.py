@@ -1,7 +1,7 @@
 """What must an engine do to be served over the stream?"""
 
 from collections.abc import Callable
-from typing import Protocol, Self
+from typing import Protocol
 
 from starlette.types import ASGIApp
 
@@ -13,15 +13,21 @@ from serving.stream.accounting import RequestAccounting
 
 
 class Engine(Protocol):
-    """What a replica puts behind its stream server; `engine.factory` names the class."""
+    """What a replica puts behind its stream server."""
 
-    info: EngineInfo
-    app: ASGIApp
-    blocks: BlockLog  # of the prefix cache; brought up to date before `on_step()`
+    @property
+    def info(self) -> EngineInfo:
+        """What does not change while the engine lives."""
+        ...
 
-    @classmethod
-    async def start(cls, config: Config, plan: Plan, local_rank: int) -> Self:
-        """Return a ready engine. `local_rank` counts the engines on this node from 0."""
+    @property
+    def app(self) -> ASGIApp:
+        """The OpenAI application."""
+        ...
+
+    @property
+    def blocks(self) -> BlockLog:
+        """What the prefix cache holds; brought up to date before `on_step()`."""
         ...
 
     def subscribe(self, on_step: Callable[[], None]) -> None:
@@ -47,4 +53,12 @@ class Engine(Protocol):
 
     async def shutdown(self) -> None:
         """Stop computing and free the device."""
+        ...
+
+
+class EngineFactory(Protocol):
+    """What `engine.factory` names: a class of engines that a replica can start."""
+
+    async def start(self, config: Config, plan: Plan, local_rank: int) -> Engine:
+        """Return a ready engine. `local_rank` counts the engines on this node from 0."""
         ...

@@ -1,13 +1,10 @@
 """The little of ASGI that engines without a model need."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable
 from typing import Any
 
 import msgspec
-
-Scope = dict[str, Any]
-Receive = Callable[[], Any]
-Send = Callable[[dict[str, Any]], Any]
+from starlette.types import Receive, Send
 
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
@@ -18,7 +15,7 @@ def error_content(message: str, code: int) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-def send_part(send: Send, body: bytes) -> Any:
+def send_part(send: Send, body: bytes) -> Awaitable[None]:
     """Send a part of a response that has begun."""
     return send({"type": "http.response.body", "body": body, "more_body": True})
 

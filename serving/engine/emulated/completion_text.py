@@ -81,13 +81,13 @@ class CompletionText:
     def usage(self, num_tokens: int, num_cached_tokens: int = 0) -> bytes:
         """The event that ends a stream whose client asked for usage; counts are of all choices."""
         counts = self._counts(num_tokens, num_cached_tokens)
-        event = {**self._common, "choices": [], "usage": counts}
+        event: dict[str, Any] = {**self._common, "choices": [], "usage": counts}
         return b"data: " + msgspec.json.encode(event) + b"\n\n"
 
     def choice(self, num_tokens: int) -> dict[str, Any]:
         """This choice in a response that is not streamed."""
         content = b"".join(map(self._word, range(1, num_tokens + 1))).decode()
-        choice = {
+        choice: dict[str, Any] = {
             "index": self._index,
             "logprobs": None,
             "finish_reason": "length",

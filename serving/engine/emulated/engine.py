@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
+from starlette.types import Receive, Scope, Send
 
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.sequence import Progress
@@ -22,9 +23,6 @@ from router.types import EngineSnapshot
 from serving.capacity.profiles import ProfileError, load_profile
 from serving.config import Config, ConfigError
 from serving.engine.emulated.asgi import (
-    Receive,
-    Scope,
-    Send,
     error_content,
     read_body,
     reply,

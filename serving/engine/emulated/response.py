@@ -4,9 +4,11 @@ import asyncio
 import time
 import zlib
 
+from starlette.types import Send
+
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.sequence import Job, Progress
-from serving.engine.emulated.asgi import EVENTS, Send, reply, send_part
+from serving.engine.emulated.asgi import EVENTS, reply, send_part
 from serving.engine.emulated.completion_text import CompletionText
 from serving.engine.emulated.request import Body
 from serving.engine.emulated.text import Prompt
