@@ -16,7 +16,7 @@ from router.fleet.prompt_blocks import PromptBlocks
 from router.fleet.replica import Replica
 from router.queueing.hold_queue import HoldQueue
 from router.scheduling.backfill import Reservations
-from router.scheduling.policies import Policy
+from router.scheduling.policies import Load, Policy
 from router.types import Dispatch, Request
 
 # Followers of a blocked head that are tried elsewhere: bounds the work per event
@@ -135,8 +135,8 @@ class Placer:
         self, request: Request, replicas: Sequence[Replica], now_s: float
     ) -> tuple[Placement, Dispatch]:
         """Choose and book one of these engines."""
-        self.policy.num_held_per_engine = self._queue.num_held(request.model) / len(replicas)
-        replica = self.policy.choose(request, replicas, now_s)
+        load = Load(self._queue.num_held(request.model) / len(replicas))
+        replica = self.policy.choose(request, replicas, load, now_s)
         num_cached_tokens = replica.prefix_cache.num_tokens(request)
         num_new_tokens = max(1, request.num_prompt_tokens - num_cached_tokens)
         path_s = replica.path.time_s

@@ -1,32 +1,58 @@
-"""A policy, or `headway` without some of its parts: `headway:hold,order`."""
+"""A policy, or `headway` without some of its parts: `headway:hold,order`.
 
-from typing import get_args
+Labels stay as the user spelled them, in results, too. Only what runs goes by present names.
+"""
 
-from router.settings import Part, PolicyName
+from router.scheduling.ablation import PARTS, check_parts, current_parts, renamed_parts
+from router.scheduling.policies import POLICIES, check_policy
 
 OURS = "headway"
-# Capacity hardly depends on the policy while every engine has work; this one is what an
+# Capacity hardly depends on the policy while every engine has work. This one is what an
 # operator would have without us.
 SATURATING_POLICY = "least_requests"
 
+# The order of tables: ours, then the simplest first. Others follow by name.
+_ORDER = (
+    OURS,
+    "round_robin",
+    "least_requests",
+    "least_response_time",
+    "power_of_two",
+    "least_kv_usage",
+    "cache_aware",
+    "weighted_score",
+)
+
 
 def policies() -> list[str]:
-    """Return the names of all policies."""
-    return list(get_args(PolicyName))
+    """Return the names of all policies, in the order of tables."""
+    rank = {name: number for number, name in enumerate(_ORDER)}
+    return sorted(POLICIES, key=lambda name: (rank.get(name, len(rank)), name))
 
 
 def ablations() -> list[str]:
     """Return ours without one part each."""
-    return [f"{OURS}:{part}" for part in get_args(Part)]
+    return [f"{OURS}:{part}" for part in PARTS]
 
 
 def split(variant: str) -> tuple[str, tuple[str, ...]]:
-    """Return the policy and the parts to do without; raise `ValueError` for unknown ones."""
-    policy, _, without = variant.partition(":")
-    parts = tuple(without.split(",")) if without else ()
-    if policy not in policies():
-        raise ValueError(f"unknown policy {policy!r}: one of {', '.join(policies())}")
-    if unknown := set(parts).difference(get_args(Part)):
-        known = ", ".join(get_args(Part))
-        raise ValueError(f"unknown part {min(unknown)!r} of {variant!r}: one of {known}")
+    """Return the policy and the parts to do without, by their present names.
+
+    Raises `ValueError` for unknown ones.
+    """
+    policy, parts = _parse(variant)
+    check_policy(policy)
+    parts = current_parts(parts)
+    check_parts(parts)
     return policy, parts
+
+
+def renamed(variant: str) -> dict[str, str]:
+    """Return the old names of parts in `variant`, each with the present one."""
+    return renamed_parts(_parse(variant)[1])
+
+
+def _parse(variant: str) -> tuple[str, tuple[str, ...]]:
+    """Return the policy and the parts as they are spelled."""
+    policy, _, without = variant.partition(":")
+    return policy, tuple(without.split(",")) if without else ()

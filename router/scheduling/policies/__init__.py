@@ -1,46 +1,36 @@
-"""Policies by the names that the configuration has for them."""
+"""Policies: which of the engines that may take a request gets it.
 
+What is decided here: one engine out of those that the placer offers. Called by
+`router.scheduling.placer` for every placement. One file per policy; its class registers
+itself, and every file of this folder is imported here.
+"""
+
+import importlib
+import pkgutil
 import random
-from collections.abc import Collection, Mapping
-from typing import get_args
+from collections.abc import Collection
 
-from router.scheduling.policies.base import Policy
-from router.scheduling.policies.cache_aware import CacheAware
-from router.scheduling.policies.headway import Headway
-from router.scheduling.policies.least_kv_usage import LeastKvUsage
-from router.scheduling.policies.least_requests import LeastRequests
-from router.scheduling.policies.least_response_time import LeastResponseTime
-from router.scheduling.policies.power_of_two import PowerOfTwo
-from router.scheduling.policies.round_robin import RoundRobin
-from router.scheduling.policies.weighted_score import WeightedScore
-from router.settings import Part
+from router.scheduling.ablation import check_parts
+from router.scheduling.policies.base import POLICIES, Load, Policy
 
-POLICIES: Mapping[str, type[Policy]] = {
-    "headway": Headway,
-    "round_robin": RoundRobin,
-    "least_requests": LeastRequests,
-    "least_response_time": LeastResponseTime,
-    "power_of_two": PowerOfTwo,
-    "least_kv_usage": LeastKvUsage,
-    "cache_aware": CacheAware,
-    "weighted_score": WeightedScore,
-}
+__all__ = ["POLICIES", "Load", "Policy", "check_policy", "make_policy"]
 
-__all__ = ["POLICIES", "Policy", "make_policy"]
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 
-def make_policy(name: str, rng: random.Random, ablate: Collection[str]) -> Policy:
-    """A new policy of this name, without the parts named in `ablate`.
-
-    Raises `ValueError` for a name that is not in `POLICIES` and for a part that
-    does not exist.
-    """
+def check_policy(name: str) -> str:
+    """Return `name` if a policy has it; raise `ValueError` that lists the names otherwise."""
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}: one of {', '.join(POLICIES)}")
-    parts = get_args(Part)
-    if unknown := set(ablate).difference(parts):
-        raise ValueError(f"unknown part {min(unknown)!r} to ablate: one of {', '.join(parts)}")
-    policy = POLICIES[name](rng)
-    policy.name = name
-    policy.ablate(ablate)
-    return policy
+    return name
+
+
+def make_policy(name: str, rng: random.Random, ablated: Collection[str]) -> Policy:
+    """Return a new policy of this name that does without the parts in `ablated`.
+
+    Raises `ValueError` for a policy or a part that does not exist.
+    """
+    check_policy(name)
+    check_parts(ablated)
+    return POLICIES[name](rng, ablated)

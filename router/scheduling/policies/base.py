@@ -1,50 +1,69 @@
-"""What a policy is."""
+"""What is a policy, and what is it told?"""
 
 import random
 from collections.abc import Callable, Collection, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import msgspec
 
 from router.fleet.replica import Replica
 from router.types import Request
 
+POLICIES: dict[str, "type[Policy]"] = {}  # by name
+
+
+class Load(msgspec.Struct, frozen=True):
+    """What waits in the router itself when a request is placed."""
+
+    # Held requests of its model, divided by the number of engines to choose from. Includes
+    # the request itself if it is held.
+    num_held_per_engine: float
+
 
 class Policy:
-    """Chooses among replicas. Health, room and limits were filtered before."""
+    """Chooses one replica. The placer has filtered by health, room and limits before.
 
+    A subclass is registered in `POLICIES` by its `name` when it is defined.
+    """
+
+    name: ClassVar[str]  # as in `router.policy`
     holds: ClassVar[bool] = False  # whether it is made for a hold queue in front of it
     wants_prefix: bool = False  # whether it reads `Request.prefix_hashes`
-    wants_blocks: bool = False  # whether these are to be made `Request.block_hashes`
+    wants_blocks: bool = False  # whether it reads `Request.block_hashes`, made from these
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, ablated: Collection[str] = ()) -> None:
         self.rng = rng  # injected: a seed reproduces a run
-        self.name = ""  # that the configuration has for it
-        self.ablated: list[str] = []  # parts that the router does without
-        # Requests of the model that wait for an engine, over the engines to choose from.
-        self.num_held_per_engine = 0.0
+        self.ablated = sorted(set(ablated))  # parts that the router does without
 
-    def choose(self, request: Request, replicas: Sequence[Replica], now_s: float) -> Replica:
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Register the class; raise `TypeError` if it has no name or that of another."""
+        super().__init_subclass__(**options)
+        if "name" not in cls.__dict__:
+            raise TypeError(f"policy {cls.__name__} needs a name")
+        other = POLICIES.get(cls.name, cls)
+        # A dataclass with slots is defined twice, hence no comparison of the classes.
+        if (other.__module__, other.__name__) != (cls.__module__, cls.__name__):
+            raise TypeError(f"{cls.__name__} and {other.__name__} are both {cls.name!r}")
+        POLICIES[cls.name] = cls
+
+    def choose(
+        self, request: Request, replicas: Sequence[Replica], load: Load, now_s: float
+    ) -> Replica:
         """Return one of `replicas`, which is never empty."""
         raise NotImplementedError
 
     def observe(self, replica: Replica, latency_s: float, now_s: float) -> None:
-        """Learn that a first token, or a whole response without one, took so long.
+        """Learn the time to a first token, or to a whole response without one, seconds.
 
-        Optional: most policies have nothing to learn from it.
+        Optional: most policies learn nothing from it.
         """
-
-    def ablate(self, parts: Collection[str]) -> None:
-        """Do without these parts from now on, to see what they are worth.
-
-        Parts of the choice are the policy's own to leave out; most have none.
-        """
-        self.ablated = sorted(set(parts))
 
     def draw_lowest(
         self, replicas: Sequence[Replica], key: Callable[[Replica], tuple[float, ...]]
     ) -> Replica:
         """Return a replica of the lowest key, a random one among equals.
 
-        Were it the first, an idle fleet would send all to its first engine.
+        If it were the first one, an idle fleet would send everything to its first engine.
         """
         keys = [key(replica) for replica in replicas]
         lowest = min(keys)

@@ -1,10 +1,11 @@
 """Longest cached prefix while loads are even."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import ClassVar
 
 from router.fleet.replica import Replica
-from router.scheduling.policies.base import Policy
+from router.scheduling.policies.base import Load, Policy
 from router.scheduling.policies.prefix_index import PrefixIndex
 from router.types import Request
 
@@ -18,20 +19,23 @@ _BALANCE_REL_THRESHOLD = 1.5
 class CacheAware(Policy):
     """The replica that was sent the longest prefix of the prompt, unless loads are uneven.
 
-    `cache_aware` of sglang-router, SMG and vllm-router: the fewest open requests
-    where these differ by more than an absolute and a relative threshold, or where
-    no more than 0.3 of the prompt is known anywhere (older versions: the smallest
-    tree). Theirs is a radix tree of characters, ours goes by whole blocks; among
-    equals theirs takes any, ours the least loaded.
+    `cache_aware` of sglang-router, SMG and vllm-router. It takes the replica with the
+    fewest open requests if these differ by more than an absolute and a relative threshold,
+    or if no replica knows more than 0.3 of the prompt (older versions: the smallest tree).
+    Theirs is a radix tree of characters, ours compares whole blocks. Among equal matches
+    theirs takes any, ours the least loaded.
     """
 
+    name: ClassVar[str] = "cache_aware"
     wants_prefix = True
 
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__(rng)
+    def __init__(self, rng: random.Random, ablated: Collection[str] = ()) -> None:
+        super().__init__(rng, ablated)
         self._index = PrefixIndex()
 
-    def choose(self, request: Request, replicas: Sequence[Replica], now_s: float) -> Replica:
+    def choose(
+        self, request: Request, replicas: Sequence[Replica], load: Load, now_s: float
+    ) -> Replica:
         """Return a replica of the longest match, or one with the fewest open requests."""
         candidates = replicas
         if not _is_uneven([replica.ledger.num_open for replica in replicas]):
@@ -46,5 +50,6 @@ class CacheAware(Policy):
 
 
 def _is_uneven(loads: list[int]) -> bool:
+    """Whether the most open requests exceed the fewest by both thresholds."""
     lowest, highest = min(loads), max(loads)
     return highest - lowest > _BALANCE_ABS_THRESHOLD and highest > _BALANCE_REL_THRESHOLD * lowest

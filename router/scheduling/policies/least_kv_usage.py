@@ -1,20 +1,25 @@
 """Lowest use of the KV cache."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from router.fleet.replica import Replica
-from router.scheduling.policies.base import Policy
+from router.scheduling.policies.base import Load, Policy
 from router.types import Request
 
 
 class LeastKvUsage(Policy):
     """The replica with the lowest KV cache usage; among equals, the fewest requests.
 
-    KV use as the measure of load, as in Llumnix (OSDI 2024) and as llm-d's
-    `kv-cache-utilization-scorer` has it. Here it counts what is booked, too.
+    KV usage measures load in Llumnix (OSDI 2024) and in llm-d's
+    `kv-cache-utilization-scorer`. Here it also counts what is booked.
     """
 
-    def choose(self, request: Request, replicas: Sequence[Replica], now_s: float) -> Replica:
+    name: ClassVar[str] = "least_kv_usage"
+
+    def choose(
+        self, request: Request, replicas: Sequence[Replica], load: Load, now_s: float
+    ) -> Replica:
         """Return a replica of the lowest usage."""
         return self.draw_lowest(
             replicas, lambda replica: (kv_usage(replica), replica.ledger.num_open)
@@ -22,9 +27,9 @@ class LeastKvUsage(Policy):
 
 
 def kv_usage(replica: Replica) -> float:
-    """KV cache taken when all that is pending is prefilled, a fraction.
+    """Return the share of the KV cache that is taken once all pending tokens are prefilled.
 
-    0–1, and above 1 where more is pending than fits. Cached but free blocks
-    are not counted, as in vLLM's `kv_cache_usage`.
+    0–1, and above 1 if more is pending than fits. Cached but free blocks are not counted,
+    as in vLLM's `kv_cache_usage`.
     """
     return 1.0 - replica.num_free_kv_tokens / max(1, replica.info.num_kv_tokens)

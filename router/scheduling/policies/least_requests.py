@@ -1,20 +1,24 @@
 """Fewest outstanding requests."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from router.fleet.replica import Replica
-from router.scheduling.policies.base import Policy
+from router.scheduling.policies.base import Load, Policy
 from router.types import Request
 
 
 class LeastRequests(Policy):
-    """The replica with the fewest requests this gateway has open there.
+    """The replica where this gateway has the fewest open requests.
 
-    nginx `least_conn`, HAProxy `leastconn`, vllm-router without a cache:
-    requests are counted alike, whatever their size. Equals are drawn at
-    random, as Envoy does.
+    nginx `least_conn`, HAProxy `leastconn`, vllm-router without a cache. All requests
+    count alike, whatever their size. Equals are drawn at random, as in Envoy.
     """
 
-    def choose(self, request: Request, replicas: Sequence[Replica], now_s: float) -> Replica:
+    name: ClassVar[str] = "least_requests"
+
+    def choose(
+        self, request: Request, replicas: Sequence[Replica], load: Load, now_s: float
+    ) -> Replica:
         """Return a replica with the fewest open requests."""
         return self.draw_lowest(replicas, lambda replica: (replica.ledger.num_open,))

@@ -1,4 +1,4 @@
-"""Which replica was sent which prompt prefixes: a guess at what its cache holds."""
+"""Which replica was sent which prompt prefixes? A guess at what its cache holds."""
 
 from bisect import bisect_left
 from collections import OrderedDict
@@ -13,14 +13,14 @@ BLOCK_TOKENS = 64
 
 
 class PrefixIndex:
-    """Block hashes by replica, each replica's least recently sent forgotten first.
+    """Keeps the block hashes sent to each replica and forgets the least recent first.
 
-    As many per replica as its KV cache could hold (llm-d's auto-tuned LRU per
-    server), some 200 bytes each. A guess still: engines also fill their caches
+    It keeps as many per replica as the KV cache there could hold (llm-d's auto-tuned LRU
+    per server), some 200 bytes each. That is still a guess: engines also fill their caches
     with answers, evict in an order of their own, and restart.
 
     A block is always more recent than those that follow it in a prompt, so it is
-    forgotten after them: what is known of a prompt is a prefix of it.
+    forgotten after them. What is known of a prompt is therefore a prefix of it.
     """
 
     __slots__ = ("_blocks",)
@@ -30,22 +30,22 @@ class PrefixIndex:
         self._blocks: WeakKeyDictionary[Replica, OrderedDict[int, None]] = WeakKeyDictionary()
 
     def num_blocks(self, replica: Replica) -> int:
-        """Blocks that the replica is thought to hold."""
+        """Return the number of blocks that the replica is thought to hold."""
         return len(self._blocks.get(replica, ()))
 
     def match_share(self, request: Request, replica: Replica) -> float:
-        """Share of the prompt's blocks that the replica is thought to hold, 0–1.
+        """Return the share of the prompt's blocks that the replica is thought to hold, 0–1.
 
         0 for a prompt of less than a block.
         """
         hashes, blocks = request.prefix_hashes, self._blocks.get(replica)
         if not hashes or not blocks:
             return 0.0
-        # Known blocks come first, so their number is found by bisection.
+        # Known blocks come first, so bisection finds their number.
         return bisect_left(hashes, True, key=lambda block: block not in blocks) / len(hashes)
 
     def add(self, request: Request, replica: Replica) -> None:
-        """Note that the request is sent to the replica."""
+        """Record that the request is sent to the replica."""
         if not request.prefix_hashes:
             return
         blocks = self._blocks.setdefault(replica, OrderedDict())

@@ -1,26 +1,31 @@
 """Each in turn."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import ClassVar
 
 from router.fleet.replica import Replica
-from router.scheduling.policies.base import Policy
+from router.scheduling.policies.base import Load, Policy
 from router.types import Request
 
 
 class RoundRobin(Policy):
     """The next replica by id after the last one chosen, then from the start.
 
-    What load balancers do by default (nginx, HAProxy, Envoy). By id and not by
-    a counter, so that turns are kept while replicas come and go.
+    The default of load balancers (nginx, HAProxy, Envoy). It goes by id and not by a
+    counter, so that the order stays the same while replicas come and go.
     """
 
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__(rng)
+    name: ClassVar[str] = "round_robin"
+
+    def __init__(self, rng: random.Random, ablated: Collection[str] = ()) -> None:
+        super().__init__(rng, ablated)
         self._last_id = ""
 
-    def choose(self, request: Request, replicas: Sequence[Replica], now_s: float) -> Replica:
-        """Return the replica whose turn it is."""
+    def choose(
+        self, request: Request, replicas: Sequence[Replica], load: Load, now_s: float
+    ) -> Replica:
+        """Return the replica that follows the last one chosen."""
         chosen = min(replicas, key=lambda replica: (replica.id <= self._last_id, replica.id))
         self._last_id = chosen.id
         return chosen

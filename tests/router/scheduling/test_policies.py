@@ -4,16 +4,18 @@ from collections import Counter
 import pytest
 
 from router.fleet.replica import Replica
-from router.scheduling.policies import POLICIES
+from router.scheduling.policies import POLICIES, Load, Policy, make_policy
 from router.scheduling.policies.headway import costs_s
 from router.scheduling.policies.least_kv_usage import kv_usage
 from router.scheduling.policies.least_response_time import LeastResponseTime
 from router.scheduling.policies.prefix_index import BLOCK_TOKENS, PrefixIndex
 from tests.support.builders import busy, info, make_replica, req, snapshot
 
+NOTHING_HELD = Load(num_held_per_engine=0.0)
 
-def make(name):
-    return POLICIES[name](random.Random(0))
+
+def make(name, *ablated: str) -> Policy:
+    return make_policy(name, random.Random(0), ablated)
 
 
 def replicas(number: int) -> list[Replica]:
@@ -33,7 +35,7 @@ def prompt(*blocks: int, request_id: str = "a"):
 
 
 def choices(policy, request, given, number: int = 50) -> set[str]:
-    return {policy.choose(request, given, 0.0).id for _ in range(number)}
+    return {policy.choose(request, given, NOTHING_HELD, 0.0).id for _ in range(number)}
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -42,7 +44,7 @@ def test_every_policy_chooses_one_of_those_it_is_given(name):
     given = replicas(3)
     for number in (1, 2, 3):
         for _ in range(10):
-            assert policy.choose(req(), given[:number], 0.0) in given[:number]
+            assert policy.choose(req(), given[:number], NOTHING_HELD, 0.0) in given[:number]
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -50,7 +52,7 @@ def test_a_seed_reproduces_a_run(name):
     def run() -> list[str]:
         policy, given, chosen = make(name), replicas(4), []
         for number in range(30):
-            replica = policy.choose(req(str(number)), given, float(number))
+            replica = policy.choose(req(str(number)), given, NOTHING_HELD, float(number))
             replica.book(req(str(number)), num_kv_tokens=10, now_s=float(number))
             chosen.append(replica.id)
         return chosen
@@ -61,7 +63,7 @@ def test_a_seed_reproduces_a_run(name):
 @pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"least_response_time"}))
 def test_idle_engines_are_all_used(name):
     policy, given = make(name), replicas(4)
-    chosen = Counter(policy.choose(req(), given, 0.0).id for _ in range(200))
+    chosen = Counter(policy.choose(req(), given, NOTHING_HELD, 0.0).id for _ in range(200))
     assert len(chosen) == 4
 
 
@@ -69,8 +71,11 @@ def test_headway_counts_tokens_not_requests():
     policy, (one_document, many_questions) = make("headway"), replicas(2)
     load(one_document, 5000)
     load(many_questions, 20, 20, 20, 20)
-    assert policy.choose(req(), [one_document, many_questions], 0.0) is many_questions
-    assert make("least_requests").choose(req(), [one_document, many_questions], 0.0) is one_document
+    assert policy.choose(req(), [one_document, many_questions], NOTHING_HELD, 0.0) is many_questions
+    assert (
+        make("least_requests").choose(req(), [one_document, many_questions], NOTHING_HELD, 0.0)
+        is one_document
+    )
 
 
 def test_headway_spares_those_who_decode():
@@ -78,9 +83,9 @@ def test_headway_spares_those_who_decode():
     quiet.receive(busy(num_running_reqs=1, num_decoding_reqs=1), 0.0)
     crowded.receive(busy(num_running_reqs=7, num_decoding_reqs=7), 0.0)
     delay_s = 128 * quiet.predictor.decode_s
-    [cost_s] = costs_s(req("a", 50), [quiet], 0.0, 0.0)
+    [cost_s] = costs_s(req("a", 50), [quiet], NOTHING_HELD, 0.0)
     assert cost_s == pytest.approx(quiet.ttft_s(50, 0.0) + delay_s)
-    assert make("headway").choose(req("a", 50), [crowded, quiet], 0.0) is quiet
+    assert make("headway").choose(req("a", 50), [crowded, quiet], NOTHING_HELD, 0.0) is quiet
 
 
 def test_headway_heeds_no_noise_in_what_one_more_sequence_costs():
@@ -109,7 +114,7 @@ def test_headway_does_not_send_a_burst_to_whoever_decodes_least():
     chosen = []
     for number in range(8):
         request = req(f"r{number}", 200)
-        replica = policy.choose(request, [few, more], 0.0)
+        replica = policy.choose(request, [few, more], NOTHING_HELD, 0.0)
         replica.book(request, 200, 0.0)
         chosen.append(replica.id)
     assert chosen[0] == few.id
@@ -128,42 +133,40 @@ def test_headway_spares_long_prompts_that_would_be_passed():
     assert choices(make("headway"), asked, given) == {"r1"}
 
 
-def test_headway_without_externality_looks_at_its_own_wait_only():
+def test_headway_without_congestion_cost_looks_at_its_own_wait_only():
     quiet, crowded = replicas(2)
     quiet.receive(snapshot(prefill_tokens_per_s=400.0), 0.0)
     seven = {"num_running_reqs": 7, "num_decoding_reqs": 7}
     crowded.receive(busy(**seven, prefill_tokens_per_s=450.0), 0.0)
-    policy = make("headway")
-    assert policy.choose(req("a", 50), [quiet, crowded], 9.0) is quiet
-    policy.ablate(["congestion_cost"])
-    assert policy.choose(req("a", 50), [quiet, crowded], 9.0) is crowded
+    for policy, chosen in ((make("headway"), quiet), (make("headway", "congestion_cost"), crowded)):
+        assert policy.choose(req("a", 50), [quiet, crowded], NOTHING_HELD, 9.0) is chosen
 
 
 def test_headway_prefers_the_faster_of_two_idle_engines():
     slow, fast = replicas(2)
     slow.receive(snapshot(prefill_tokens_per_s=100.0), 0.0)
     fast.receive(snapshot(prefill_tokens_per_s=1000.0), 0.0)
-    assert make("headway").choose(req(), [slow, fast], 0.0) is fast
+    assert make("headway").choose(req(), [slow, fast], NOTHING_HELD, 0.0) is fast
 
 
 def test_headway_reaches_every_one_of_very_many():
     policy, given = make("headway"), replicas(300)
-    chosen = {policy.choose(req(), given, 0.0).id for _ in range(3000)}
+    chosen = {policy.choose(req(), given, NOTHING_HELD, 0.0).id for _ in range(3000)}
     assert len(chosen) == 300
 
 
 def test_round_robin_keeps_its_turn_while_replicas_come_and_go():
     policy, given = make("round_robin"), replicas(4)
-    turn = [policy.choose(req(), given, 0.0).id for _ in range(5)]
+    turn = [policy.choose(req(), given, NOTHING_HELD, 0.0).id for _ in range(5)]
     assert turn == ["r0", "r1", "r2", "r3", "r0"]
-    assert policy.choose(req(), given[2:], 0.0).id == "r2"
-    assert policy.choose(req(), given, 0.0).id == "r3"
+    assert policy.choose(req(), given[2:], NOTHING_HELD, 0.0).id == "r2"
+    assert policy.choose(req(), given, NOTHING_HELD, 0.0).id == "r3"
 
 
 def test_power_of_two_never_takes_the_worst_of_three():
     policy, given = make("power_of_two"), replicas(3)
     load(given[1], 1, 1, 1)
-    assert all(policy.choose(req(), given, 0.0) is not given[1] for _ in range(100))
+    assert all(policy.choose(req(), given, NOTHING_HELD, 0.0) is not given[1] for _ in range(100))
 
 
 def test_only_headway_wants_a_hold_queue():
@@ -183,13 +186,13 @@ class TestLeastKvUsage:
         load(small, 200)
         load(large, 1000)
         assert (kv_usage(small), kv_usage(large)) == (pytest.approx(0.2), pytest.approx(0.1))
-        assert make("least_kv_usage").choose(req(), [small, large], 0.0) is large
+        assert make("least_kv_usage").choose(req(), [small, large], NOTHING_HELD, 0.0) is large
 
     def test_more_than_full_is_still_told_apart(self):
         over, further = replicas(2)
         load(over, 11_000)
         load(further, 12_000)
-        assert make("least_kv_usage").choose(req(), [further, over], 0.0) is over
+        assert make("least_kv_usage").choose(req(), [further, over], NOTHING_HELD, 0.0) is over
 
     def test_ties_by_fewest_requests_then_at_random(self):
         one, *two = replicas(3)
@@ -202,24 +205,26 @@ class TestLeastKvUsage:
 class TestCacheAware:
     def test_goes_where_the_longest_prefix_went(self):
         policy, given = make("cache_aware"), replicas(3)
-        policy.choose(prompt(1, 2), given[1:2], 0.0)
-        policy.choose(prompt(1, 2, 3), given[2:], 0.0)
+        policy.choose(prompt(1, 2), given[1:2], NOTHING_HELD, 0.0)
+        policy.choose(prompt(1, 2, 3), given[2:], NOTHING_HELD, 0.0)
         load(given[2], 10, 10)
         assert choices(policy, prompt(1, 2, 3, 4), given) == {"r2"}
 
     def test_the_least_loaded_of_equal_matches(self):
         policy, given = make("cache_aware"), replicas(3)
         for replica in given[1:]:
-            policy.choose(prompt(1, 2), [replica], 0.0)
+            policy.choose(prompt(1, 2), [replica], NOTHING_HELD, 0.0)
         load(given[1], 10)
-        assert policy.choose(prompt(1, 2), given, 0.0) is given[2]
+        assert policy.choose(prompt(1, 2), given, NOTHING_HELD, 0.0) is given[2]
 
     @pytest.mark.parametrize(("num_shared", "follows"), [(3, False), (4, True)])
     def test_a_match_of_thirty_percent_is_none(self, num_shared, follows):
         policy, (first, idle) = make("cache_aware"), replicas(2)
-        policy.choose(prompt(*range(num_shared)), [first], 0.0)
+        policy.choose(prompt(*range(num_shared)), [first], NOTHING_HELD, 0.0)
         load(first, 10)
-        assert (policy.choose(prompt(*range(10)), [first, idle], 0.0) is first) == follows
+        assert (
+            policy.choose(prompt(*range(10)), [first, idle], NOTHING_HELD, 0.0) is first
+        ) == follows
 
     @pytest.mark.parametrize(
         ("loads", "follows"),
@@ -232,17 +237,17 @@ class TestCacheAware:
     )
     def test_uneven_loads_come_first(self, loads, follows):
         policy, given = make("cache_aware"), replicas(2)
-        policy.choose(prompt(1, 2), given[:1], 0.0)
+        policy.choose(prompt(1, 2), given[:1], NOTHING_HELD, 0.0)
         for replica, number in zip(given, loads, strict=True):
             load(replica, *[1] * number)
-        assert (policy.choose(prompt(1, 2), given, 0.0) is given[0]) == follows
+        assert (policy.choose(prompt(1, 2), given, NOTHING_HELD, 0.0) is given[0]) == follows
 
     def test_learns_while_loads_are_uneven(self):
         policy, given = make("cache_aware"), replicas(2)
         load(given[0], *[1] * 100)
-        policy.choose(prompt(1, 2), given, 0.0)
+        policy.choose(prompt(1, 2), given, NOTHING_HELD, 0.0)
         load(given[1], *[1] * 110)
-        assert policy.choose(prompt(1, 2), given, 0.0) is given[1]
+        assert policy.choose(prompt(1, 2), given, NOTHING_HELD, 0.0) is given[1]
 
 
 class TestWeightedScore:
@@ -252,16 +257,20 @@ class TestWeightedScore:
         policy, given = make("weighted_score"), replicas(2)
         given[0].receive(busy(num_waiting_reqs=1), 0.0)
         assert choices(policy, prompt(1, 2), given, 1) == {"r1"}
-        policy.choose(prompt(7, 8, 9), given[:1], 0.0)
-        assert policy.choose(prompt(7, 8), given, 0.0) is given[0]  # 3 for the prefix
-        assert policy.choose(prompt(7, 5), given, 0.0) is given[1]  # 1.5 for half of it
+        policy.choose(prompt(7, 8, 9), given[:1], NOTHING_HELD, 0.0)
+        assert policy.choose(prompt(7, 8), given, NOTHING_HELD, 0.0) is given[0]  # 3 for the prefix
+        assert (
+            policy.choose(prompt(7, 5), given, NOTHING_HELD, 0.0) is given[1]
+        )  # 1.5 for half of it
 
     def test_free_kv_cache_weighs_two(self):
         policy, given = make("weighted_score"), replicas(2)
         given[0].receive(busy(num_free_kv_tokens=4000), 0.0)
-        assert policy.choose(prompt(1), given, 0.0) is given[1]
-        policy.choose(prompt(7, 8), given[:1], 0.0)
-        assert policy.choose(prompt(7, 5), given, 0.0) is given[0]  # 1.5 against 2 x 0.6
+        assert policy.choose(prompt(1), given, NOTHING_HELD, 0.0) is given[1]
+        policy.choose(prompt(7, 8), given[:1], NOTHING_HELD, 0.0)
+        assert (
+            policy.choose(prompt(7, 5), given, NOTHING_HELD, 0.0) is given[0]
+        )  # 1.5 against 2 x 0.6
 
     def test_counts_what_is_on_its_way(self):
         policy, given = make("weighted_score"), replicas(2)
@@ -325,7 +334,7 @@ class TestLeastResponseTime:
         policy.observe(fast, 0.5, now_s=0.0)
         policy.observe(fast, 2.0, now_s=0.1)
         assert policy.cost_s(fast, 0.1) == pytest.approx(2.0)
-        assert policy.choose(req(), [fast, slow], 0.1) is slow
+        assert policy.choose(req(), [fast, slow], NOTHING_HELD, 0.1) is slow
         assert policy.cost_s(fast, 10.1) == pytest.approx(2.0 / 2.71828, rel=1e-3)
 
     def test_a_lower_latency_is_mixed_in_by_age(self):

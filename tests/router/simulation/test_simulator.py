@@ -1,16 +1,16 @@
 """The simulator: every request ends once, whatever breaks; equal seeds, equal runs."""
 
-from typing import get_args
-
 import numpy as np
 import pytest
 
-from router.settings import Part, PolicyName, RouterSettings
+from router.scheduling.ablation import PARTS
+from router.scheduling.policies import POLICIES
+from router.settings import RouterSettings
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
 from router.simulation.events import Network
 from router.simulation.simulator import Failure, Simulation
-from router.simulation.variant import ablations, policies, split
+from router.simulation.variant import ablations, policies, renamed, split
 from router.simulation.workload.synthetic import SYNTHETIC
 from router.types import Outcome
 from serving.capacity.sweep import Fleet, capacity, simulate
@@ -70,12 +70,29 @@ def test_all_policies(variant):
 
 
 def test_variants_are_those_of_the_settings():
-    assert policies() == list(get_args(PolicyName))
-    assert [split(name) for name in ablations()] == [("headway", (p,)) for p in get_args(Part)]
+    assert sorted(policies()) == sorted(POLICIES)
+    assert [split(name) for name in ablations()] == [("headway", (part,)) for part in PARTS]
     with pytest.raises(ValueError, match="unknown policy 'best'"):
         split("best")
     with pytest.raises(ValueError, match="unknown part 'luck'"):
         split("headway:luck")
+
+
+def test_an_old_name_of_a_part_is_that_part():
+    """Whoever compares runs finds the label as it was given."""
+    assert split("headway:hold,externality") == ("headway", ("hold", "congestion_cost"))
+    assert renamed("headway:hold,externality") == {"externality": "congestion_cost"}
+    assert renamed("headway:hold") == renamed("round_robin") == {}
+    for variant in ("headway:externality,congestion_cost", "headway:congestion_cost,externality"):
+        with pytest.raises(ValueError, match="externality is the old name of congestion_cost"):
+            split(variant)
+    old, new, whole = (
+        simulate(WORKLOAD.part(0, 100), Fleet(PROFILE, 3), variant)
+        for variant in ("headway:externality", "headway:congestion_cost", "headway")
+    )
+    for column in COLUMNS:
+        assert np.array_equal(getattr(old, column), getattr(new, column))
+    assert not np.array_equal(old.first_s, whole.first_s)
 
 
 @pytest.mark.parametrize("policy", ["headway", "power_of_two"])
