@@ -1,12 +1,23 @@
-"""How well predicted times agree with those that came."""
+"""How far off are predicted times?"""
 
 from collections import deque
 
-_WINDOW = 1000  # last requests; a quantile of 1,000 is sure to about 1.5 % of rank
+import msgspec
+
+_WINDOW = 1000  # last predictions; a quantile of 1,000 is sure to about 1.5 % of rank
 # Below this many, the median of the errors is itself unsure by a third and more.
 _MIN_COMPARED = 50
-# Requests after which the median is taken anew: sorting 1,000 costs 50 µs.
+# Predictions after which the median is taken anew: sorting 1,000 costs 50 µs.
 _REVIEW_INTERVAL = 50
+
+
+class AccuracyState(msgspec.Struct, frozen=True, kw_only=True):
+    """How far one kind of prediction is off; None until there is something to compare."""
+
+    num_compared: int
+    error_p50: float | None  # of the absolute relative error
+    error_p90: float | None
+    predicted_over_actual_p50: float | None
 
 
 class Accuracy:
@@ -20,7 +31,7 @@ class Accuracy:
         self.error_p50: float | None = None  # as of the last review, None before the first
 
     def add(self, predicted_s: float, actual_s: float) -> None:
-        """Compare one prediction with what came; an actual time of 0 teaches nothing."""
+        """Compare a prediction with what came, seconds; ignore an actual time of 0."""
         if actual_s <= 0.0:
             return
         self._ratios.append(predicted_s / actual_s)
@@ -28,23 +39,20 @@ class Accuracy:
         if self._num_added >= _MIN_COMPARED and self._num_added % _REVIEW_INTERVAL == 0:
             self.error_p50 = _quantile(self._errors(), 0.5)
 
-    def state(self) -> dict[str, float | int | None]:
-        """Median and p90 of the absolute relative error, median of predicted/actual.
-
-        All None until there is something to compare.
-        """
+    def state(self) -> AccuracyState:
+        """Return the quantiles of the errors in the window."""
         errors = self._errors()
-        return {
-            "num_compared": len(self._ratios),
-            "error_p50": _quantile(errors, 0.5),
-            "error_p90": _quantile(errors, 0.9),
-            "predicted_over_actual_p50": _quantile(sorted(self._ratios), 0.5),
-        }
+        return AccuracyState(
+            num_compared=len(self._ratios),
+            error_p50=_quantile(errors, 0.5),
+            error_p90=_quantile(errors, 0.9),
+            predicted_over_actual_p50=_quantile(sorted(self._ratios), 0.5),
+        )
 
     def _errors(self) -> list[float]:
         return sorted(abs(ratio - 1.0) for ratio in self._ratios)
 
 
 def _quantile(ordered: list[float], fraction: float) -> float | None:
-    """The value at this rank of an ascending list, None if it is empty."""
+    """Return the value at this rank, 0-1, of an ascending list; None if it is empty."""
     return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))] if ordered else None

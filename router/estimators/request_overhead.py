@@ -1,4 +1,4 @@
-"""How long requests are under way outside of an engine's steps."""
+"""How much of the time to a first token is spent outside of the engine's steps?"""
 
 from collections import deque
 from statistics import median
@@ -13,21 +13,22 @@ _LEAST_KNOWN = 8
 class RequestOverhead:
     """Seconds from placing a request to its first token, beyond what steps explain.
 
-    Tokenising, the ways there and back, an API layer that lags behind its engine, a step
+    Tokenising, the network there and back, an API layer that lags behind its engine, a step
     that was launched before the request came: 50 ms on a CPU, 20 to 900 on an H100
-    (docs/gpu.md), where a step takes 7. The median of what came last, so that few odd ones
+    (docs/gpu.md), where a step takes 7. The median of the last ones, so that a few odd ones
     count for nothing; for all engines of a kind together, so that an ailing one does not
-    excuse itself. Never negative: what is predicted too late on the whole is the steps' fault.
+    excuse itself. Never negative: if predictions are too late on the whole, the step times
+    are at fault.
     """
 
-    __slots__ = ("_rests_s", "time_s")
+    __slots__ = ("_overheads_s", "usual_s")
 
     def __init__(self) -> None:
-        self.time_s = 0.0
-        self._rests_s: deque[float] = deque(maxlen=_MEMORY)
+        self.usual_s = 0.0
+        self._overheads_s: deque[float] = deque(maxlen=_MEMORY)
 
-    def learn(self, rest_s: float) -> None:
-        """Take in how much later than its steps explain a first token came, seconds."""
-        self._rests_s.append(rest_s)
-        if len(self._rests_s) >= _LEAST_KNOWN:
-            self.time_s = max(0.0, median(self._rests_s))
+    def learn(self, overhead_s: float) -> None:
+        """Take in how much later a first token came than its steps explain, seconds."""
+        self._overheads_s.append(overhead_s)
+        if len(self._overheads_s) >= _LEAST_KNOWN:
+            self.usual_s = max(0.0, median(self._overheads_s))

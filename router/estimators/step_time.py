@@ -1,4 +1,4 @@
-"""How long one engine's scheduler steps take, learned from its own snapshots.
+"""How long do the scheduler steps of an engine take? Learned from its own snapshots.
 
     step_s = step_base_s + token_s * num_prefill_tokens + decode_s * num_decode_reqs
 
@@ -10,6 +10,8 @@ the moment (R² of TTFT predicted this way on SmolLM2: 0.97).
 
 import math
 
+import msgspec
+
 from router.types import EngineInfo, EngineSnapshot
 
 # Guesses for an engine that has not reported a step: the middle, on a log scale,
@@ -18,7 +20,7 @@ from router.types import EngineInfo, EngineSnapshot
 _GUESS = (0.02, 2.5e-4, 1e-4)  # base, prefilled token, decoding sequence, seconds
 
 # Steps scatter by about 10 %, the guess may be wrong tenfold: (0.1 / 10)² of one
-# step. It settles only what the steps seen so far leave open (say base against
+# step. It decides only what the steps seen so far cannot (say base against
 # token time, when all were equal).
 _PRIOR_WEIGHT = 1e-4
 
@@ -29,8 +31,8 @@ _KEEP = 1.0 - 1.0 / _MEMORY_STEPS
 
 # A step whose error is beyond three times the usual absolute error counts as much less as it
 # is beyond. For normal noise (mean absolute error 0.8 sigma) this touches 2 % of the steps; a
-# step that was stretched tenfold by a neighbour then moves nothing much. Not its error is cut:
-# a false value that counts in full would hold off all the true ones after it.
+# step that was stretched tenfold by a neighbour then moves hardly anything. Its weight is cut
+# rather than its error: a false value that counts in full would outweigh the true ones after it.
 _LARGEST_ERROR = 3.0
 _ERROR_MEMORY_STEPS = 64  # its average is then sure to about a tenth
 _COLD_ERROR = 1.0 / 3.0  # up to twice the prediction counts in full until errors are known
@@ -39,6 +41,15 @@ _WARM_UP_STEPS = 16  # five per coefficient; before, every error is the guess's
 
 _Six = tuple[float, float, float, float, float, float]  # upper triangle: 00 01 02 11 12 22
 _Three = tuple[float, float, float]
+
+
+class StepModelState(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine's steps are taken to cost."""
+
+    num_steps: int  # learned from
+    step_base_s: float
+    token_s: float  # per prefilled token
+    decode_s: float  # per decoding sequence
 
 
 class StepModel:
@@ -51,9 +62,9 @@ class StepModel:
     engine of its kind has learned; coefficients never negative. Kept as sums, not
     as a recursive covariance: the same estimate, and it cannot wind up while the
     engine is not excited. Steps with and without prefill forget separately, so that
-    minutes of mere decoding do not wipe out what prefill costs, and have errors of their own:
-    decoding is as even as clockwork on a GPU, by which all that is first learned of
-    prefill would be taken for noise.
+    minutes of mere decoding do not wipe out what prefill costs. They have errors of their own
+    as well: decode steps on a GPU hardly scatter, and measured by that, all that is first
+    learned of prefill would be taken for noise.
     """
 
     __slots__ = (
@@ -67,7 +78,7 @@ class StepModel:
     )
 
     def __init__(self) -> None:
-        self._start: _Three = (1.0, 1.0, 1.0)  # what is taken for known, in units of the guess
+        self._start: _Three = (1.0, 1.0, 1.0)  # centre of the prior, in units of the guess
         self.step_base_s, self.token_s, self.decode_s = _GUESS
         self._sums_prefill = _Sums()
         self._sums_decode = _Sums()
@@ -75,22 +86,22 @@ class StepModel:
 
     @property
     def num_steps(self) -> int:
-        """How many steps it has learned from."""
+        """Steps that it has learned from."""
         return self._sums_prefill.num_steps + self._sums_decode.num_steps
 
     @property
     def is_warm(self) -> bool:
-        """Whether it knows from steps of its own."""
+        """Whether it has learned enough steps of its own to do without the guess."""
         return self.num_steps >= _WARM_UP_STEPS
 
     @property
     def has_learned_much(self) -> bool:
-        """Whether it has just learned from as many steps again as it had, or from the first."""
+        """Whether its number of steps has just doubled, or is 1."""
         num_steps = self.num_steps
         return num_steps > 0 and num_steps & (num_steps - 1) == 0
 
     def start_from(self, other: "StepModel") -> None:
-        """Take what another engine has learned for the guess; too late once warmed up."""
+        """Use what another engine has learned as the guess; ignored once warm."""
         if self.is_warm:
             return
         base, token, decode = _GUESS
@@ -98,18 +109,18 @@ class StepModel:
         self._solve()
 
     def step_s(self, num_prefill_tokens: int, num_decode_reqs: int) -> float:
-        """Predicted duration of one such step, seconds."""
+        """Return the predicted duration of one such step, seconds."""
         return (
             self.step_base_s + self.token_s * num_prefill_tokens + self.decode_s * num_decode_reqs
         )
 
     def prefill_tokens_per_s(self, info: EngineInfo, num_decode_reqs: int) -> float:
-        """Prefill rate in full steps beside so many decoding requests, tokens/s."""
+        """Return the prefill rate in full steps beside so many decoding requests, tokens/s."""
         num_tokens = max(1, info.max_num_batched_tokens - num_decode_reqs)
         return num_tokens / max(1e-9, self.step_s(num_tokens, num_decode_reqs))
 
     def learn(self, snapshot: EngineSnapshot) -> None:
-        """Take in the snapshot's last step, unless it was learned from already."""
+        """Learn from the last step of a snapshot, unless that is done already."""
         if not self.num_steps and snapshot.prefill_tokens_per_s > 0.0:
             # An engine that ran before we met it knows its own rate better than we can guess.
             self.token_s = 1.0 / snapshot.prefill_tokens_per_s
@@ -139,8 +150,17 @@ class StepModel:
         )
         self._solve()
 
+    def state(self) -> StepModelState:
+        """Return the coefficients as they are now."""
+        return StepModelState(
+            num_steps=self.num_steps,
+            step_base_s=self.step_base_s,
+            token_s=self.token_s,
+            decode_s=self.decode_s,
+        )
+
     def _solve(self) -> None:
-        """Set the coefficients to the minimum of the weighted squares."""
+        """Set the coefficients to the minimum of the weighted squared errors."""
         p, d = self._sums_prefill, self._sums_decode
         k = _PRIOR_WEIGHT
         a = (
@@ -170,7 +190,7 @@ class _Sums:
         self.b0 = self.b1 = self.b2 = 0.0
 
     def add(self, z0: float, z1: float, z2: float, target: float) -> None:
-        """Add one step; everything before counts a little less."""
+        """Add one step and let all earlier ones count a little less."""
         self.a00 = _KEEP * self.a00 + z0 * z0
         self.a01 = _KEEP * self.a01 + z0 * z1
         self.a02 = _KEEP * self.a02 + z0 * z2
@@ -183,7 +203,7 @@ class _Sums:
         self.num_steps += 1
 
     def weight(self, error: float) -> float:
-        """How much a step of this relative error counts beside the usual ones; 1 for these."""
+        """Return the weight of a step of this relative error, 0-1, and learn the usual error."""
         limit = _LARGEST_ERROR * self._error
         counted = min(limit, abs(error))
         self._error += (max(counted, _MIN_ERROR) - self._error) / _ERROR_MEMORY_STEPS
@@ -191,7 +211,7 @@ class _Sums:
 
 
 def _solve_non_negative(a: _Six, b: _Three) -> _Three:
-    """Solution of `a x = b` (positive definite), [3], negative entries held at 0.
+    """Return the solution of `a x = b`, [3], `a` positive definite, negative entries held at 0.
 
     Active set, dropping the most negative unknown and solving again (after
     Lawson and Hanson 1974, chapter 23): at most three rounds.
@@ -213,7 +233,7 @@ def _solve_non_negative(a: _Six, b: _Three) -> _Three:
 
 
 def _solve(a: _Six, b: _Three) -> _Three:
-    """Solution of `a x = b`, [3], by elimination; stable as `a` is positive definite."""
+    """Return the solution of `a x = b`, [3], by elimination; stable as `a` is positive definite."""
     a00, a01, a02, a11, a12, a22 = a
     b0, b1, b2 = b
     f1, f2 = a01 / a00, a02 / a00

@@ -1,4 +1,4 @@
-"""Which KV blocks an engine's prefix cache holds, and what changed since somebody looked."""
+"""Which KV blocks does an engine's prefix cache hold, and what has changed since a position?"""
 
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -6,20 +6,19 @@ from itertools import islice
 
 from router.types import BlockUpdate
 
-# Changes kept for those who follow. Whoever lags further is told everything anew, which
-# is cheaper by then: a step changes some ten to hundreds of blocks, an engine has thousands.
+# Changes kept for followers. One that lags further is sent the whole set, which is
+# cheaper by then: a step changes some ten to hundreds of blocks, an engine has thousands.
 _MAX_CHANGES = 4096
 
 
 class BlockLog:
     """The cached blocks by their hashes, and a bounded log of the last changes to them.
 
-    Everybody who follows has a position, the number of changes known to them;
-    -1 is that of somebody who knows nothing. An engine without a prefix cache
-    leaves its log empty.
+    Each follower (a gateway) has a position, the number of changes that it knows; -1 means
+    that it knows nothing. An engine without a prefix cache leaves its log empty.
 
     vLLM may keep several copies of a block (requests that computed the same at
-    the same time) and tells of each; held is what has a copy left.
+    the same time) and reports each; a block is held while it has a copy left.
     """
 
     def __init__(self) -> None:
@@ -30,11 +29,11 @@ class BlockLog:
 
     @property
     def position(self) -> int:
-        """Changes so far."""
+        """Number of changes so far."""
         return self._num_changes
 
     def store(self, hashes: Iterable[int]) -> None:
-        """A copy more of each of these blocks is cached now."""
+        """Add a copy of each of these blocks."""
         for block in hashes:
             self._copies[block] += 1
             if self._copies[block] == 1:
@@ -42,7 +41,7 @@ class BlockLog:
                 self._num_changes += 1
 
     def remove(self, hashes: Iterable[int]) -> None:
-        """A copy less of each of these blocks is cached; one that is not changes nothing."""
+        """Remove a copy of each of these blocks; one that is not cached changes nothing."""
         for block in hashes:
             if self._copies[block] > 1:
                 self._copies[block] -= 1
@@ -51,20 +50,20 @@ class BlockLog:
                 self._num_changes += 1
 
     def clear(self) -> None:
-        """Nothing is cached any more."""
+        """Remove all blocks: the engine has emptied its cache."""
         self._copies.clear()
         self._changes.clear()
         self._num_changes += 1
         self._last_clear = self._num_changes
 
     def since(self, position: int) -> BlockUpdate | None:
-        """What somebody at this position has to be told, None if nothing."""
+        """Return what a follower at this position has missed, None if nothing."""
         if position == self._num_changes:
             return None
         num_new = self._num_changes - position
         if position < self._last_clear or num_new > len(self._changes):
             return BlockUpdate(since=-1, until=self._num_changes, stored=list(self._copies))
-        # Of several changes to one block, the last is what counts.
+        # Of several changes to one block only the last one counts.
         newest_first = list(islice(reversed(self._changes), num_new))
         last = dict(reversed(newest_first))
         return BlockUpdate(

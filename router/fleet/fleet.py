@@ -1,4 +1,4 @@
-"""The replicas of one gateway, found by model name and by whether they take work."""
+"""Which replicas serve a model, and which of them accept work now?"""
 
 import math
 from collections.abc import Iterator
@@ -13,59 +13,67 @@ from router.types import Request
 class _Pool:
     """Replicas that serve exactly the same names."""
 
-    __slots__ = ("num_pending", "open", "open_to_short_only", "shares", "tokens_per_s", "working")
+    __slots__ = (
+        "accepting",
+        "accepting_short_only",
+        "num_pending_tokens",
+        "parts",
+        "tokens_per_s",
+        "working",
+    )
 
     def __init__(self) -> None:
-        self.working: dict[str, Replica] = {}  # may be sent work, by id
-        # Of these: what each adds to the two sums after it, tokens and tokens/s.
-        self.shares: dict[str, tuple[int, float]] = {}
-        self.num_pending = 0
+        # By id: all that may be sent work; of these, those that should be sent any now; and
+        # those that should be sent what is short for them.
+        self.working: dict[str, Replica] = {}
+        self.accepting: dict[str, Replica] = {}
+        self.accepting_short_only: dict[str, Replica] = {}
+        # Sums over the working ones, and what each adds to them, by id.
+        self.num_pending_tokens = 0
         self.tokens_per_s = 0.0
-        self.open: dict[str, Replica] = {}  # should be sent work now, by id
-        self.open_to_short_only: dict[str, Replica] = {}  # these, too, if the work is short
+        self.parts: dict[str, tuple[int, float]] = {}
 
-    def count(self, replica: Replica) -> None:
-        """Bring the sums up to date; a replica that works no longer is left out."""
-        num_pending, tokens_per_s = self.shares.pop(replica.id, (0, 0.0))
-        self.num_pending -= num_pending
+    def update_sums(self, replica: Replica) -> None:
+        """Bring the sums up to date with a replica that has changed or works no longer."""
+        num_pending_tokens, tokens_per_s = self.parts.pop(replica.id, (0, 0.0))
+        self.num_pending_tokens -= num_pending_tokens
         self.tokens_per_s -= tokens_per_s
         if replica.id in self.working:
-            share = replica.num_pending_prefill_tokens, replica.prefill_tokens_per_s
-            self.shares[replica.id] = share
-            self.num_pending += share[0]
-            self.tokens_per_s += share[1]
+            part = replica.num_pending_prefill_tokens, replica.prefill_tokens_per_s
+            self.parts[replica.id] = part
+            self.num_pending_tokens += part[0]
+            self.tokens_per_s += part[1]
 
 
 class Fleet:
-    """All replicas, and those of a model that are working or open.
+    """All replicas, and those of a model that may be sent work, or should be sent it now.
 
-    Kept per change of one replica (`refresh`) so that a decision at a fleet
-    that is full looks at nothing: there is nobody to look at. Pools by set of
-    names, because an engine may have hundreds of names (LoRA adapters) that
-    all open and close together.
+    Kept up to date per change of one replica (`refresh`), so that a decision at a saturated
+    fleet costs nothing: there is no replica to look at. Pools by set of names, because an
+    engine may have hundreds of names (LoRA adapters) that all change together.
 
-    An engine that has run few steps yet is judged by what others of its kind have
-    learned: by a guess that is far too slow it would never be sent any. What requests take
-    outside of steps is learned of all of a kind.
+    An engine that has run few steps yet is judged by what others of its kind have learned:
+    by a guess that is far too slow it would never be sent a request. The overhead of requests
+    outside of steps is learned from all engines of a kind together.
     """
 
     __slots__ = (
-        "_novices",
-        "_paths",
+        "_cold",
+        "_overheads",
         "_pools",
         "_pools_by_name",
         "_replicas",
-        "_told",
+        "_shared_models",
     )
 
     def __init__(self) -> None:
         self._replicas: dict[str, Replica] = {}
         self._pools: dict[frozenset[str], _Pool] = {}
         self._pools_by_name: dict[str, list[_Pool]] = {}
-        # The one that told last, and from how many steps it had learned then.
-        self._told: dict[Kind, tuple[StepModel, int]] = {}
-        self._paths: dict[Kind, RequestOverhead] = {}
-        self._novices: dict[Kind, dict[str, Replica]] = {}  # have run few steps yet, by id
+        # The step model shared last, and from how many steps it had learned then.
+        self._shared_models: dict[Kind, tuple[StepModel, int]] = {}
+        self._overheads: dict[Kind, RequestOverhead] = {}
+        self._cold: dict[Kind, dict[str, Replica]] = {}  # have run few steps yet, by id
 
     def __len__(self) -> int:
         return len(self._replicas)
@@ -74,125 +82,128 @@ class Fleet:
         return iter(self._replicas.values())
 
     def get(self, replica_id: str) -> Replica | None:
-        """The replica of this id, None if there is none."""
+        """Return the replica of this id, None if there is none."""
         return self._replicas.get(replica_id)
 
     def add(self, replica: Replica) -> None:
-        """Take in a replica whose id is new."""
+        """Add a replica whose id is new."""
         self._replicas[replica.id] = replica
         if replica.names not in self._pools:
             pool = self._pools[replica.names] = _Pool()
             for name in replica.names:
                 self._pools_by_name.setdefault(name, []).append(pool)
-        self._novices.setdefault(replica.kind, {})[replica.id] = replica
-        if (told := self._told.get(replica.kind)) is not None:
-            replica.start_from(told[0])
-        replica.path = self._paths.setdefault(replica.kind, replica.path)
+        self._cold.setdefault(replica.kind, {})[replica.id] = replica
+        if (shared := self._shared_models.get(replica.kind)) is not None:
+            replica.start_from(shared[0])
+        replica.request_overhead = self._overheads.setdefault(
+            replica.kind, replica.request_overhead
+        )
         self.refresh(replica)
 
     def remove(self, replica_id: str) -> Replica | None:
-        """Forget a replica and return it; None if there is none. Its names stay known."""
+        """Remove a replica and return it; None if there is none. Its names stay known."""
         replica = self._replicas.pop(replica_id, None)
         if replica is not None:
-            self._novices[replica.kind].pop(replica_id, None)
+            self._cold[replica.kind].pop(replica_id, None)
             pool = self._pools[replica.names]
-            for replicas in (pool.working, pool.open, pool.open_to_short_only):
+            for replicas in (pool.working, pool.accepting, pool.accepting_short_only):
                 replicas.pop(replica_id, None)
-            pool.count(replica)
+            pool.update_sums(replica)
         return replica
 
-    def learn(self, replica: Replica) -> None:
-        """Tell those of its kind that have run few steps yet what the replica has learned.
+    def share_step_model(self, replica: Replica) -> None:
+        """Let those of its kind that have run few steps yet predict by what a replica has learned.
 
-        If no other has told as much: engines that start together would else all tell all.
+        Unless one with as many steps has shared before: engines that start together would
+        else all share with all.
         """
         model = replica.predictor
-        told = self._told.get(replica.kind)
-        if told is not None and model.num_steps <= told[1]:
+        shared = self._shared_models.get(replica.kind)
+        if shared is not None and model.num_steps <= shared[1]:
             return
-        self._told[replica.kind] = model, model.num_steps
-        novices = self._novices[replica.kind]
-        for novice in list(novices.values()):
-            if novice.predictor.is_warm:
-                del novices[novice.id]
+        self._shared_models[replica.kind] = model, model.num_steps
+        cold = self._cold[replica.kind]
+        for other in list(cold.values()):
+            if other.predictor.is_warm:
+                del cold[other.id]
             else:
-                novice.start_from(model)
-                self.refresh(novice)
+                other.start_from(model)
+                self.refresh(other)
 
     def refresh(self, replica: Replica) -> None:
-        """File the replica by its present state; one that was removed is left alone."""
+        """File a replica by its present state; one that was removed changes nothing."""
         if self._replicas.get(replica.id) is not replica:
             return
         pool = self._pools[replica.names]
         is_now = admission(replica)
         for replicas, belongs in (
-            (pool.open, is_now is Admission.ANY),
-            (pool.open_to_short_only, is_now is Admission.SHORT_ONLY),
+            (pool.accepting, is_now is Admission.ANY),
+            (pool.accepting_short_only, is_now is Admission.SHORT_ONLY),
             (pool.working, is_now is not Admission.UNAVAILABLE),
         ):
             if belongs:
                 replicas[replica.id] = replica
             else:
                 replicas.pop(replica.id, None)
-        pool.count(replica)
+        pool.update_sums(replica)
 
     def knows(self, model: str) -> bool:
         """Whether any replica serves this name, or did: it may be starting again."""
         return model in self._pools_by_name
 
     def working(self, model: str) -> list[Replica]:
-        """Replicas of a model that may be sent work."""
+        """Return the replicas of a model that may be sent work."""
         pools = self._pools_by_name.get(model, ())
         return [replica for pool in pools for replica in pool.working.values()]
 
-    def open(self, model: str) -> list[Replica]:
-        """Replicas of a model that should be sent work now, KV room aside."""
+    def accepting(self, model: str) -> list[Replica]:
+        """Return the replicas of a model that should be sent any request now, KV room aside."""
         pools = self._pools_by_name.get(model, ())
-        return [replica for pool in pools for replica in pool.open.values()]
+        return [replica for pool in pools for replica in pool.accepting.values()]
 
-    def open_to_short(self, model: str) -> list[Replica]:
-        """These, and those that should be sent what is short for them."""
+    def accepting_short(self, model: str) -> list[Replica]:
+        """Return these, and those that should be sent what is short for them."""
         pools = self._pools_by_name.get(model, ())
         return [
             replica
             for pool in pools
-            for replica in (*pool.open.values(), *pool.open_to_short_only.values())
+            for replica in (*pool.accepting.values(), *pool.accepting_short_only.values())
         ]
 
-    def is_any_open(self, model: str, *, to_short: bool) -> bool:
-        """Whether `open`, or `open_to_short`, would find any."""
+    def any_accepts(self, model: str, *, short: bool) -> bool:
+        """Whether `accepting`, or with `short` `accepting_short`, would find any."""
         pools = self._pools_by_name.get(model, ())
-        return any(pool.open or (to_short and pool.open_to_short_only) for pool in pools)
+        return any(pool.accepting or (short and pool.accepting_short_only) for pool in pools)
 
-    def open_to(self, request: Request) -> list[Replica]:
-        """Replicas that should be sent this request now, KV room aside."""
+    def accepting_request(self, request: Request) -> list[Replica]:
+        """Return the replicas that should be sent this request now, KV room aside."""
         replicas: list[Replica] = []
         for pool in self._pools_by_name.get(request.model, ()):
-            replicas += pool.open.values()
-            if pool.open_to_short_only:
+            replicas += pool.accepting.values()
+            if pool.accepting_short_only:
                 replicas += [
                     replica
-                    for replica in pool.open_to_short_only.values()
+                    for replica in pool.accepting_short_only.values()
                     if replica.is_short(replica.num_new_tokens(request))
                 ]
         return replicas
 
     def prefill_rate(self, model: str) -> tuple[int, float]:
-        """Engines of a model that take work, and what they prefill together, tokens/s."""
+        """Return how many engines of a model take work, and their prefill rate, tokens/s in all."""
         pools = [pool for pool in self._pools_by_name.get(model, ()) if pool.working]
         num_engines = sum(len(pool.working) for pool in pools)
         return num_engines, sum(pool.tokens_per_s for pool in pools)
 
     def prefill_s_per_token(self, model: str) -> float:
-        """What a model's engines take per prompt token, seconds, on average; inf if none works."""
+        """Return what an engine of a model takes per prompt token, seconds; inf if none works."""
         num_engines, tokens_per_s = self.prefill_rate(model)
         return num_engines / tokens_per_s if num_engines else math.inf
 
     def full_steps_s(self, model: str, num_tokens: int) -> float:
-        """Seconds of the full steps over which a prompt is spread, on one of a model's engines.
+        """Return the seconds of the full steps over which an engine of a model spreads a prompt.
 
-        Where an engine gives no prompt more than a part of a step, others fill the
-        rest. 0 if none takes work, or a prompt gets all of a step.
+        Where it gives no prompt more than a part of a step, others fill the rest.
+        0 if no engine takes work, or a prompt gets all of a step.
         """
         for pool in self._pools_by_name.get(model, ()):
             for replica in pool.working.values():
@@ -202,14 +213,14 @@ class Fleet:
                 return num_steps * replica.chunk_tokens / replica.prefill_tokens_per_s
         return 0.0
 
-    def drain_s(self, model: str, num_tokens: int) -> float | None:
-        """Predicted seconds until a model's engines have prefilled so many tokens more.
+    def time_to_prefill_s(self, model: str, num_tokens: int) -> float | None:
+        """Return the predicted seconds until a model's engines have prefilled so many more tokens.
 
-        After what they have. None if none of them takes work.
+        After what they have already. None if none of them takes work.
         """
         pools = [pool for pool in self._pools_by_name.get(model, ()) if pool.working]
         if not pools:
             return None
-        num_pending = sum(pool.num_pending for pool in pools)
+        num_pending_tokens = sum(pool.num_pending_tokens for pool in pools)
         tokens_per_s = sum(pool.tokens_per_s for pool in pools)
-        return (num_pending + num_tokens) / tokens_per_s
+        return (num_pending_tokens + num_tokens) / tokens_per_s

@@ -1,8 +1,8 @@
-"""Which engines of a fleet are fit to work, by what is seen from outside.
+"""Which engines of a fleet are fit to work, as seen from outside?
 
-An engine is *stale* when its snapshots stop though it promised them (a dead
-node, a stopped process, a network that swallows), and *hung* when they come but
-tell of no step while there is work (a scheduler step that never ends). Both
+An engine is *stale* when its snapshots stop although it has a heartbeat (a dead
+node, a stopped process, a network that drops packets), and *hung* when they come but
+report no step while there is work (a scheduler step that never ends). Both
 open its breaker and have its requests moved; single failures and slow first
 tokens reach the breaker by the calls themselves (`router.core.router`).
 """
@@ -13,12 +13,11 @@ from collections.abc import Iterable, Sequence
 from router.fleet.admission import accepts_work
 from router.fleet.fleet import Fleet
 from router.fleet.replica import Replica
-from router.resilience.breaker import Breaker, BreakerEvent, BreakerLog, BreakerState, TripReason
-from router.scheduling.placer import Placement
+from router.resilience.breaker import Breaker, BreakerLog, BreakerState, TripReason
 from router.settings import RouterSettings
 from router.types import EngineInfo, Evacuate
 
-# Between two looks at all engines: finer than any setting that they are held against.
+# Between two checks of all engines: finer than any setting that they are checked against.
 _CHECK_PERIOD_S = 0.25
 # Predicted steps that a step may take before it counts as hung, where that is longer than
 # `hang_s`: the prediction is of the mean, and a long prompt beside others, or a neighbour on
@@ -32,10 +31,10 @@ _MAX_LOG = 256
 
 
 class Health:
-    """Keeps the breakers of all engines; `check` moves what time and silence move."""
+    """Keeps the breakers of all engines; `check` moves them by time and by silence."""
 
     def __init__(self, settings: RouterSettings, rng: random.Random) -> None:
-        self.log = BreakerLog(maxlen=_MAX_LOG)
+        self.log = BreakerLog(maxlen=_MAX_LOG)  # of all breakers, oldest event first
         self.next_check_s = 0.0
         self._settings = settings
         self._rng = rng
@@ -44,10 +43,10 @@ class Health:
     def breaker(
         self, replica_id: str, info: EngineInfo, fleet: Iterable[Replica], now_s: float
     ) -> Breaker:
-        """The breaker of an engine that has connected: its former one if it was lost before.
+        """Return the breaker of an engine that has connected: its former one if it was lost before.
 
-        A new engine among others that have been at work for a while starts
-        slowly; where all are new, or out, there is nobody to leave the work to.
+        A new engine starts slowly among others that have been at work for a while; where
+        all are new, or take no work, nobody else could do the work.
         """
         if (breaker := self._lost.pop(replica_id, None)) is not None:
             return breaker
@@ -65,8 +64,8 @@ class Health:
             slow_start=others_are_warm,
         )
 
-    def lose(self, replica: Replica, now_s: float) -> None:
-        """The connection is gone. Of one that was draining nothing else was expected."""
+    def record_loss(self, replica: Replica, now_s: float) -> None:
+        """Open the breaker of an engine whose connection is gone, unless it was draining."""
         if replica.is_draining:
             return
         replica.breaker.trip(TripReason.LOST, now_s)
@@ -75,20 +74,20 @@ class Health:
             del self._lost[next(iter(self._lost))]
 
     def check(self, fleet: Fleet, now_s: float) -> list[Evacuate]:
-        """Open, half-open and warm up; return which engines are to be left.
+        """Move every breaker. Return which sick engines the requests have to leave.
 
-        One is left only while another could take its requests: what hangs may
-        yet go on, and to wait here costs no more than to wait in the queue.
+        They leave only while another engine could take them: what hangs may yet
+        go on, and to wait there costs no more than to wait in the queue.
         """
         self.next_check_s = now_s + _CHECK_PERIOD_S
         sick = []
         for replica in fleet:
             breaker = replica.breaker
-            reason = self._ailment(replica, now_s)
+            reason = self._trip_reason(replica, now_s)
             if reason is not None:
                 breaker.trip(reason, now_s)
                 sick.append((replica, reason))
-            elif breaker.is_settled:
+            elif breaker.is_steady:
                 continue
             breaker.tick(now_s)
             fleet.refresh(replica)
@@ -98,32 +97,27 @@ class Health:
             if replica.ledger.num_open and fleet.working(replica.info.model)
         ]
 
-    def judge_slow(self, placements: Sequence[Placement], fleet: Fleet, now_s: float) -> None:
-        """Count these calls to one engine as slow, if slowness may count against it.
+    def judge_slow(
+        self, replica: Replica, permits: Sequence[int], fleet: Fleet, now_s: float
+    ) -> None:
+        """Count these calls to an engine, by their permits, as slow if that may count against it.
 
-        Always against a probe. Else not where half of its fellows are out already:
-        what slows all of them is load, and fewer engines would only be slower
-        (Envoy's panic threshold).
+        It always may while the breaker is half-open. Else not where half of the model's
+        engines take no work already: what slows all of them is load, and fewer engines would
+        only be slower (Envoy's panic threshold).
         """
-        if not placements:
+        if not permits:
             return
-        replica = placements[0].replica
         if replica.breaker.status is not BreakerState.HALF_OPEN:
-            fellows = [other for other in fleet if other.info.model == replica.info.model]
-            if 2 * sum(map(accepts_work, fellows)) <= len(fellows):
+            engines = [each for each in fleet if each.info.model == replica.info.model]
+            if 2 * sum(map(accepts_work, engines)) <= len(engines):
                 return
-        for placement in placements:
-            replica.breaker.slow(placement.permit, now_s)
+        for permit in permits:
+            replica.breaker.record_slow(permit, now_s)
         fleet.refresh(replica)
 
-    def state(self) -> list[dict[str, object]]:
-        """The last events of all breakers, oldest first; JSON-able."""
-        return [
-            {name: getattr(event, name) for name in BreakerEvent.__struct_fields__}
-            for event in self.log
-        ]
-
-    def _ailment(self, replica: Replica, now_s: float) -> TripReason | None:
+    def _trip_reason(self, replica: Replica, now_s: float) -> TripReason | None:
+        """Return what is wrong with an engine, None if nothing is known to be."""
         settings = self._settings
         if replica.info.heartbeat_s and now_s - replica.snapshot_s > max(
             settings.stale_s, 2.0 * replica.info.heartbeat_s

@@ -1,6 +1,6 @@
-"""What this gateway has sent to one engine since the engine's last snapshot.
+"""What has this gateway sent to one engine since the engine's last snapshot?
 
-A booking has two lives, told apart here because each is counted elsewhere:
+A booking has two properties, kept apart because each is counted elsewhere:
 
 - *unacknowledged*: booked, but not yet contained in a snapshot. Only the
   ledger knows of its tokens, so the sums below count it. Ends with the first
@@ -29,8 +29,17 @@ class Booking(msgspec.Struct, frozen=True, gc=False):
     booked_s: float
 
 
+class LedgerState(msgspec.Struct, frozen=True, kw_only=True):
+    """How much is booked; the two sums are over unacknowledged bookings."""
+
+    num_open: int
+    num_unacknowledged: int
+    num_prefill_tokens: int
+    num_kv_tokens: int
+
+
 class Ledger:
-    """Bookings on one replica. Sums are kept, not computed: reading is O(1)."""
+    """Bookings on one replica. Its sums are updated with each change: reading is O(1)."""
 
     __slots__ = (
         "_last_number",
@@ -49,7 +58,8 @@ class Ledger:
         self.num_step_tokens = 0
         self.num_kv_tokens = 0
         self.num_sequences = 0
-        self.num_acknowledged_own_kv_tokens = 0  # these two: over open bookings that a snapshot has
+        # These two: over open bookings that a snapshot contains.
+        self.num_acknowledged_own_kv_tokens = 0
         self.num_acknowledged_sequences = 0
         self._last_number = 0
         self._open: dict[str, Booking] = {}  # by request id
@@ -67,7 +77,7 @@ class Ledger:
 
     @property
     def oldest_unacknowledged(self) -> Booking | None:
-        """The first booking that no snapshot contains yet, None if there is none."""
+        """First booking that no snapshot contains yet, None if there is none."""
         return next(iter(self._unacknowledged.values()), None)
 
     def book(
@@ -81,7 +91,7 @@ class Ledger:
         num_sequences: int,
         now_s: float,
     ) -> int:
-        """Return the number of a new booking: 1 for the first, then one more each.
+        """Add a booking and return its number: 1 for the first, then one more each.
 
         Raises `ValueError` if the request is booked here already: two bookings
         under one id could not be told apart when they end.
@@ -117,11 +127,10 @@ class Ledger:
             self.num_acknowledged_sequences += booking.num_sequences
 
     def release(self, request_id: str) -> None:
-        """End a request's booking, however it ended; an unknown id changes nothing.
+        """End a request's booking; an unknown id changes nothing.
 
-        Sent and finished, failed, cancelled, or never sent (rolled back): the
-        ledger needs no difference. If a snapshot contains the request, the
-        next one no longer will.
+        Finished, failed, cancelled, or never sent (rolled back) make no difference
+        here. If a snapshot contains the request, the next one no longer will.
         """
         booking = self._open.pop(request_id, None)
         if booking is None:
@@ -131,6 +140,15 @@ class Ledger:
         else:
             self.num_acknowledged_own_kv_tokens -= booking.num_own_kv_tokens
             self.num_acknowledged_sequences -= booking.num_sequences
+
+    def state(self) -> LedgerState:
+        """Return how much is booked."""
+        return LedgerState(
+            num_open=self.num_open,
+            num_unacknowledged=self.num_unacknowledged,
+            num_prefill_tokens=self.num_prefill_tokens,
+            num_kv_tokens=self.num_kv_tokens,
+        )
 
     def _forget(self, number: int) -> Booking:
         booking = self._unacknowledged.pop(number)

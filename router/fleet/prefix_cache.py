@@ -1,16 +1,21 @@
-"""What an engine's prefix cache holds, as far as a gateway knows."""
+"""How much of a prompt does an engine's prefix cache hold, as far as this gateway knows?"""
 
 from bisect import bisect_left
 from collections.abc import Container, Sequence
 
 from router.types import BlockUpdate, Request
 
-# No update continues from here, so only a whole one is taken.
+# No update continues from here, so only a whole one is accepted.
 _LOST = -2
 
 
 class PrefixCache:
-    """The KV blocks that an engine told of, and the prompts on their way there."""
+    """The KV blocks that an engine has reported, and the prompts on their way there.
+
+    A prompt that is sent there counts as held from `expect_prompt` until `confirm_prompt`:
+    a second one with the same prefix will find it. From then on only the engine's own
+    reports count.
+    """
 
     __slots__ = ("_block_tokens", "_blocks", "_position", "coming")
 
@@ -18,7 +23,7 @@ class PrefixCache:
         self._block_tokens = block_tokens
         self._blocks: set[int] = set()  # by hash
         self._position = 0  # changes to them that we know of
-        # Text blocks of prompts sent there of which the engine has not told us yet, counted.
+        # Text blocks of prompts sent there that the engine has not reported yet, counted.
         self.coming: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -28,11 +33,10 @@ class PrefixCache:
         return block in self._blocks
 
     def num_tokens(self, request: Request) -> int:
-        """Prompt tokens that it holds or will, as far as is known.
+        """Return the prompt tokens that it holds or will hold, as far as is known.
 
         Whole blocks. vLLM frees the last blocks of a prompt first, so those held
         come before those that are not, and their number is found by bisection.
-        What is on its way there counts as held: whoever comes second finds it.
         """
         num_tokens = _num_leading(request.block_hashes, self._blocks) * self._block_tokens
         if self.coming and request.prefix_hashes:
@@ -41,14 +45,14 @@ class PrefixCache:
         # The prompt's own size may be an estimate still, and its last token is always computed.
         return min(num_tokens, max(0, request.num_prompt_tokens - 1))
 
-    def expect(self, request: Request) -> None:
-        """The prompt of this request is on its way there."""
+    def expect_prompt(self, request: Request) -> None:
+        """Count a prompt that is on its way there."""
         coming = self.coming
         for text in request.prefix_hashes:
             coming[text] = coming.get(text, 0) + 1
 
-    def settle(self, request: Request) -> None:
-        """The engine has told of this prompt, or never will: its own word counts from here."""
+    def confirm_prompt(self, request: Request) -> None:
+        """Stop counting a prompt that the engine has reported, or never will."""
         coming = self.coming
         for text in request.prefix_hashes:
             if coming[text] > 1:
@@ -57,7 +61,7 @@ class PrefixCache:
                 del coming[text]
 
     def receive(self, update: BlockUpdate) -> bool:
-        """Whether the update continues what is known; if not, nothing is taken to be cached."""
+        """Install an update. Return False if one was missed: then nothing counts as cached."""
         if update.since < 0:
             self._blocks = set(update.stored)
         elif update.since == self._position:
@@ -71,7 +75,7 @@ class PrefixCache:
 
 
 def _num_leading(hashes: Sequence[int], held: Container[int]) -> int:
-    """How many of the first hashes are held, if those that are come first."""
+    """Return how many of the first hashes are held; those held come first."""
     if not hashes or hashes[0] not in held:
         return 0
     return bisect_left(hashes, True, key=lambda each: each not in held)

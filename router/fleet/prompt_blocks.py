@@ -1,4 +1,4 @@
-"""Which KV blocks a prompt consists of, as far as it begins like one seen before."""
+"""Which KV blocks does a prompt consist of, as far as it begins like one seen before?"""
 
 from collections import OrderedDict
 
@@ -12,7 +12,7 @@ _MAX_TEXT_BLOCKS = 100_000
 
 
 class _Piece(msgspec.Struct, frozen=True, gc=False):
-    """KV blocks that end within one text block: the `first`-th of the prompt and on."""
+    """KV blocks that end within one text block: those of the prompt from index `first` on."""
 
     first: int
     blocks: tuple[int, ...]
@@ -22,14 +22,14 @@ class PromptBlocks:
     """Learns from the engines which text prefix becomes which KV blocks.
 
     A gateway sees text and engines cache tokens. Instead of tokenising every
-    prompt a second time, it is told by the engine that has tokenised one: its
+    prompt a second time, the gateway learns from the engine that has tokenised it: its
     size and the hashes of its blocks. A later prompt that begins with the same
-    text begins with the same blocks, up to where they part; text that nobody
+    text begins with the same blocks, up to where the two differ; text that nobody
     has sent yet is cached nowhere. (Except as an answer, which an engine caches
     as well: a follow-up in a conversation is found up to the former prompt.)
 
-    Where in the text a KV block ends is taken in proportion, so the last block
-    before two prompts part may be claimed or missed wrongly.
+    Where in the text a KV block ends is estimated in proportion, so the last block
+    before two prompts differ may be counted or missed wrongly.
     """
 
     __slots__ = ("_pieces",)
@@ -43,7 +43,7 @@ class PromptBlocks:
     def learn(
         self, request: Request, num_prompt_tokens: int, block_hashes: list[int], block_size: int
     ) -> None:
-        """Take in what an engine has made of a prompt; the least recently seen is forgotten."""
+        """Take in an engine's blocks of a prompt; forget the least recently seen ones."""
         num_tokens_each = request.prefix_block_share * num_prompt_tokens
         pieces = []
         first = 0
@@ -51,7 +51,7 @@ class PromptBlocks:
             end = round(number * num_tokens_each) // block_size
             pieces.append((text, _Piece(first, tuple(block_hashes[first:end]))))
             first = end
-        # The beginning of a prompt last: forgotten after what follows it.
+        # The beginning of a prompt last, so that it is forgotten after what follows it.
         for text, piece in reversed(pieces):
             self._pieces[text] = piece
             self._pieces.move_to_end(text)
@@ -59,11 +59,11 @@ class PromptBlocks:
             self._pieces.popitem(last=False)
 
     def find(self, request: Request) -> tuple[int, ...]:
-        """The leading KV blocks of the prompt that are known, () if none."""
+        """Return the leading KV blocks of the prompt that are known, () if none."""
         blocks: list[int] = []
         for text in request.prefix_hashes:
             piece = self._pieces.get(text)
-            # Prompts of another density cut elsewhere: overlaps are cut off, a gap ends it.
+            # Prompts with other tokens per text are cut elsewhere: drop overlaps, end at a gap.
             if piece is None or piece.first > len(blocks):
                 break
             blocks[piece.first :] = piece.blocks

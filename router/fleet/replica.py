@@ -1,17 +1,37 @@
-"""One engine as this gateway knows it: the policies' whole view."""
+"""What does this gateway know of one engine? All that a policy sees of it."""
 
 import math
 import random
 
+import msgspec
+
 from router.estimators.prefill_rate import PrefillRate
 from router.estimators.request_overhead import RequestOverhead
-from router.estimators.step_time import StepModel
-from router.fleet.ledger import Ledger
+from router.estimators.step_time import StepModel, StepModelState
+from router.fleet.ledger import Ledger, LedgerState
 from router.fleet.prefix_cache import PrefixCache
-from router.resilience.breaker import Breaker, BreakerSettings
+from router.resilience.breaker import Breaker, BreakerSettings, BreakerView
 from router.types import EngineInfo, EngineSnapshot, Request
 
 Kind = tuple[str, str, int]  # model, device, tokens in one step
+
+
+class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of an engine, and predicted by it."""
+
+    info: EngineInfo
+    snapshot: EngineSnapshot | None  # None before the first one
+    age_s: float  # of the snapshot, or of the connection while there is none
+    is_draining: bool
+    breaker: BreakerView
+    ledger: LedgerState
+    num_pending_prefill_tokens: int  # in the engine and on their way to it
+    num_free_kv_tokens: int  # left when all that is pending is prefilled; may be < 0
+    num_cached_blocks: int
+    step_model: StepModelState
+    path_s: float  # usual time of a request outside of steps
+    prefill_tokens_per_s: float  # in full steps
+    ttft_s: float  # predicted for the shortest prompt
 
 
 class Replica:
@@ -26,7 +46,7 @@ class Replica:
         "__weakref__",
         "_first_long_edf_key_s",
         "_is_at_work",
-        "_recent_prefill",
+        "_prefill_rate",
         "_rest_tokens",
         "_short_ahead_tokens",
         "_step_end_s",
@@ -47,10 +67,10 @@ class Replica:
         "num_pending_prefill_tokens",
         "num_sequences",
         "num_step_demand_tokens",
-        "path",
         "predictor",
         "prefill_tokens_per_s",
         "prefix_cache",
+        "request_overhead",
         "room_tokens",
         "snapshot",
         "snapshot_s",
@@ -74,10 +94,11 @@ class Replica:
         self.snapshot_s = now_s  # when received
         self.ledger = Ledger()
         self.predictor = StepModel()
-        self._recent_prefill = PrefillRate()
-        self.path = RequestOverhead()  # outside of its steps
+        self._prefill_rate = PrefillRate()
+        self.request_overhead = RequestOverhead()  # `Fleet` shares it by kind
         self.prefix_cache = PrefixCache(info.block_size)
-        # Of the prompts sent here that one step cannot take and that are not prefilled yet, by id.
+        # EDF keys of the prompts sent here that one step cannot take and that are not prefilled
+        # yet, by request id.
         self.long_edf_keys_s: dict[str, float] = {}
         self._first_long_edf_key_s = math.inf
         self.is_draining = False  # finishes what it has, takes nothing new
@@ -96,7 +117,7 @@ class Replica:
         self.num_decoding = 0  # sequences, as of the snapshot
         self.prefill_tokens_per_s = 0.0  # in full steps
         self._rest_tokens = 0  # pending after the current step
-        self._short_ahead_tokens = 0  # of these, what comes before a short prompt
+        self._short_ahead_tokens = 0  # of these, those before a short prompt
         self._is_at_work = False  # has something to run, as of the snapshot
         self._step_start_s = now_s  # when the current step began, if it is at work
         self._step_end_s = 0.0  # when the current step should end
@@ -104,16 +125,16 @@ class Replica:
 
     @property
     def kind(self) -> Kind:
-        """What its steps depend on, as far as it tells: engines of one kind take as long."""
+        """What its step times depend on, as far as it says: engines of one kind take as long."""
         return self.info.model, self.info.device, self.info.max_num_batched_tokens
 
     def start_from(self, model: StepModel) -> None:
-        """Predict by what another engine has learned, until there are enough steps of its own."""
+        """Predict by what another engine has learned until it has enough steps of its own."""
         self.predictor.start_from(model)
         self._derive()
 
     def num_new_tokens(self, request: Request) -> int:
-        """Prompt tokens the engine would have to prefill for this request, ≥ 1."""
+        """Return the prompt tokens that the engine would have to prefill for a request, ≥ 1."""
         if not (request.block_hashes or self.prefix_cache.coming):
             return request.num_prompt_tokens or 1  # the usual case, read for every engine
         return max(1, request.num_prompt_tokens - self.prefix_cache.num_tokens(request))
@@ -127,15 +148,15 @@ class Replica:
         return num_new_tokens <= self.max_prefill_chunk
 
     def ttft_s(self, num_new_tokens: int, now_s: float, edf_key_s: float = -math.inf) -> float:
-        """Predicted seconds until a prompt of so many new tokens is prefilled here.
+        """Return the predicted seconds until a prompt of so many new tokens is prefilled here.
 
         The rest of the current step, which a newcomer cannot join, then whole
         steps until what comes before it and its own tokens are prefilled
-        (formula: `router.estimators.step_time`): all that is pending, or, before a short
-        prompt, the other short ones, as the engine lets these pass (see
-        `serving.engine.vllm.scheduler`), unless a long one whose turn comes before `edf_key_s`
-        keeps its part of the step. A wait for KV blocks is not in it: admission
-        does not send where they lack.
+        (formula: `router.estimators.step_time`). Before it comes all that is pending, or, before
+        a short prompt, the other short ones, as the engine lets these pass (see
+        `serving.engine.vllm.scheduler`), and one chunk of a long prompt if one there has a
+        lower EDF key. A wait for KV blocks is not included: no request is sent to an engine
+        that lacks them.
         """
         # Read for every engine at every decision, hence no calls in here.
         chunk = self.max_prefill_chunk
@@ -158,9 +179,9 @@ class Replica:
         return ttft_s + rest_s if rest_s > 0.0 else ttft_s
 
     def passing_s(self, num_new_tokens: int, edf_key_s: float) -> float:
-        """Predicted seconds that long prompts here will wait for this one, summed over them.
+        """Return the predicted seconds that long prompts here wait for this one, summed over them.
 
-        Those whose turn comes later: a short prompt has the next step for itself and those
+        Those of a higher EDF key. A short prompt has the next step for itself and the sequences
         that decode (see `serving.engine.vllm.scheduler`), unless it joins other short ones there.
         """
         num_passed = sum(
@@ -174,28 +195,28 @@ class Replica:
         return num_passed * step_s
 
     def tpot_s(self, num_more: int) -> float:
-        """Predicted seconds per output token with so many more sequences decoding here.
+        """Return the predicted seconds per output token with so many more sequences decoding here.
 
-        A step without prefill, stretched because of the time that prompts take: they go on
-        coming as they did lately. No longer than if each step were full of them.
+        A step without prefill, made longer by the share of time that prefill has taken lately.
+        No longer than if every step were full of prefill.
         """
         num_decoding = self.snapshot.num_decoding_reqs + self.ledger.num_sequences + num_more
         step_s = self.predictor.step_s(0, num_decoding)
         full_step_s = step_s + self.chunk_tokens * self.token_s
-        share = 1.0 - self._recent_prefill.tokens_per_s * self.token_s  # that is left for decoding
+        share = 1.0 - self._prefill_rate.tokens_per_s * self.token_s  # that is left for decoding
         return step_s / share if step_s < share * full_step_s else full_step_s
 
     def step_wait_s(self, now_s: float) -> tuple[float, float]:
-        """Seconds since the engine's last sign of progress, and what a step should take.
+        """Return the seconds since its last sign of progress, and what a step should take.
 
-        Zeros while it has nothing to run, so far as it has told us.
+        Zeros while it has nothing to run, as far as it has reported.
         """
         if not (self._is_at_work and self.snapshot.num_inflight_reqs):
             return 0.0, 0.0
         return now_s - self._step_start_s, self._step_end_s - self._step_start_s
 
     def was_step_slow(self, snapshot: EngineSnapshot, settings: BreakerSettings) -> bool:
-        """Whether a snapshot not yet received tells of a step far beyond what was expected."""
+        """Whether a snapshot not yet received reports a step far longer than predicted."""
         if snapshot.step_s <= settings.slow_floor_s:
             return False
         predicted_s = self.predictor.step_s(
@@ -205,10 +226,10 @@ class Replica:
         return is_new and settings.is_slow(snapshot.step_s, predicted_s)
 
     def receive(self, snapshot: EngineSnapshot, now_s: float) -> bool:
-        """Whether the snapshot was news; an old or repeated one changes nothing."""
+        """Install a newer snapshot. Return False if it was stale."""
         if snapshot.seq <= self.snapshot.seq:
             return False
-        # Not every snapshot ends a step: some only tell of requests that were read.
+        # Not every snapshot ends a step: some only report requests that were read.
         was_idle = not self._is_at_work
         if was_idle or snapshot.num_steps_total != self.snapshot.num_steps_total:
             self._step_start_s = now_s
@@ -216,19 +237,19 @@ class Replica:
         self.snapshot_s = now_s
         self.ledger.acknowledge(snapshot.last_booking)
         self.predictor.learn(snapshot)
-        self._recent_prefill.see(snapshot.num_prefill_tokens_total, now_s)
+        self._prefill_rate.record_total(snapshot.num_prefill_tokens_total, now_s)
         self._derive()
         return True
 
     def book(
         self, request: Request, num_kv_tokens: int, now_s: float, num_cached_tokens: int = 0
     ) -> int:
-        """Booking number under which the request is counted here from now on.
+        """Count a request here from now on. Return its booking number.
 
-        `num_cached_tokens` of its prompt are taken to be cached here. They are part of
-        the free room until somebody uses them again, so the request takes all of
-        `num_kv_tokens` of it; once it runs, only what it does not share with others
-        makes the cache grow.
+        `num_cached_tokens` of its prompt are expected to be cached here. Cached blocks are part
+        of the free room until a request uses them again, so the request takes all of
+        `num_kv_tokens` of that room; once it runs, only the tokens that it does not share with
+        others make the cache grow.
         """
         num_new_tokens = max(1, request.num_prompt_tokens - num_cached_tokens)
         number = self.ledger.book(
@@ -246,47 +267,37 @@ class Replica:
         self._derive()
         return number
 
-    def prefilled(self, request_id: str) -> None:
-        """The prompt is computed, or will not be; an unknown id changes nothing."""
+    def end_prefill(self, request_id: str) -> None:
+        """Stop counting a long prompt that is prefilled, or never will be; ignore unknown ids."""
         if self.long_edf_keys_s.pop(request_id, None) is not None:
             self._first_long_edf_key_s = min(self.long_edf_keys_s.values(), default=math.inf)
 
     def release(self, request_id: str) -> None:
-        """Count the request no longer; an unknown id changes nothing."""
+        """Stop counting a request here; an unknown id changes nothing."""
         self.ledger.release(request_id)
-        self.prefilled(request_id)
+        self.end_prefill(request_id)
         self._derive()
 
-    def state(self, now_s: float) -> dict[str, object]:
-        """What is known and predicted, for people to read; JSON-able."""
-        snapshot = self.snapshot
-        return {
-            "info": _fields(self.info),
-            "snapshot": _fields(snapshot) if snapshot.seq >= 0 else None,
-            "age_s": max(0.0, now_s - self.snapshot_s),
-            "is_draining": self.is_draining,
-            "breaker": self.breaker.state(now_s),
-            "ledger": {
-                "num_open": self.ledger.num_open,
-                "num_unacknowledged": self.ledger.num_unacknowledged,
-                "num_prefill_tokens": self.ledger.num_prefill_tokens,
-                "num_kv_tokens": self.ledger.num_kv_tokens,
-            },
-            "num_pending_prefill_tokens": self.num_pending_prefill_tokens,
-            "num_free_kv_tokens": self.num_free_kv_tokens,
-            "num_cached_blocks": len(self.prefix_cache),
-            "step_model": {
-                "num_steps": self.predictor.num_steps,
-                "step_base_s": self.predictor.step_base_s,
-                "token_s": self.predictor.token_s,
-                "decode_s": self.predictor.decode_s,
-            },
-            "path_s": self.path.time_s,
-            "prefill_tokens_per_s": self.prefill_tokens_per_s,
-            "ttft_s": self.ttft_s(1, now_s),  # of the shortest prompt
-        }
+    def state(self, now_s: float) -> ReplicaState:
+        """Return what is known and predicted."""
+        return ReplicaState(
+            info=self.info,
+            snapshot=self.snapshot if self.snapshot.seq >= 0 else None,
+            age_s=max(0.0, now_s - self.snapshot_s),
+            is_draining=self.is_draining,
+            breaker=self.breaker.state(now_s),
+            ledger=self.ledger.state(),
+            num_pending_prefill_tokens=self.num_pending_prefill_tokens,
+            num_free_kv_tokens=self.num_free_kv_tokens,
+            num_cached_blocks=len(self.prefix_cache),
+            step_model=self.predictor.state(),
+            path_s=self.request_overhead.usual_s,
+            prefill_tokens_per_s=self.prefill_tokens_per_s,
+            ttft_s=self.ttft_s(1, now_s),
+        )
 
     def _derive(self) -> None:
+        """Compute the derived attributes anew."""
         snapshot, ledger, predictor = self.snapshot, self.ledger, self.predictor
         num_pending = snapshot.num_pending_prefill_tokens
         num_decoding = snapshot.num_decoding_reqs
@@ -297,7 +308,7 @@ class Replica:
         # vLLM allocates blocks chunk by chunk: what is pending has yet to take its own.
         self.num_free_kv_tokens = snapshot.num_free_kv_tokens - num_pending - ledger.num_kv_tokens
         self.num_sequences = num_scheduled + ledger.num_sequences
-        # Whatever does not fit an empty engine never will: nothing is gained by holding it.
+        # What does not fit an empty engine never will: nothing is gained by holding it.
         is_empty = not (self.num_sequences or self.num_pending_prefill_tokens)
         num_used = self.info.num_kv_tokens - snapshot.num_free_kv_tokens + num_pending
         num_growth = peak_growth_tokens(
@@ -328,14 +339,16 @@ class Replica:
         else:
             step_tokens, step_start_s = 0, -math.inf
         self._rest_tokens = self.num_pending_prefill_tokens - step_tokens
-        # The demand of the snapshot is what the current step computes, up to its budget.
+        # The demand in the snapshot is what the current step computes, up to its budget.
         num_left_over = max(0, num_demand - chunk_tokens)
         self._short_ahead_tokens = num_left_over + ledger.num_step_tokens
         self._step_end_s = step_start_s + overhead_s + step_tokens * self.token_s
 
 
 def peak_growth_tokens(num_sequences: int, num_tokens: int, num_to_come: int) -> float:
-    """KV tokens by which running sequences will together exceed what they take now, ≥ 0.
+    """Return the KV tokens by which running sequences will exceed what they take now, ≥ 0.
+
+    Of `num_sequences` sequences that take `num_tokens` now, with `num_to_come` to be generated.
 
     Each grows by a token a step and frees all of it at its end. With n sequences
     of mean size S now, whose remaining lengths are spread evenly around a mean
@@ -349,8 +362,3 @@ def peak_growth_tokens(num_sequences: int, num_tokens: int, num_to_come: int) ->
     if ahead <= 0.0:
         return 0.0
     return ahead * ahead * num_sequences * num_sequences / (2.0 * num_to_come)
-
-
-def _fields(struct: EngineInfo | EngineSnapshot) -> dict[str, object]:
-    """The struct as a dict."""
-    return {name: getattr(struct, name) for name in struct.__struct_fields__}

@@ -1,4 +1,4 @@
-"""When a request's first token is promised, and whose turn that makes it."""
+"""When is a request's first token due, and where does that place it in the order of service?"""
 
 from router.settings import RouterSettings
 from router.types import Request, RequestClass
@@ -6,26 +6,28 @@ from router.types import Request, RequestClass
 # How far a prompt may be put behind shorter ones, in terms of the time that its prefill takes:
 # eight times leaves the p99 of all first tokens within 11 % of that of first come, first
 # served, the median at half, and the p99 of the shorter half of the prompts at three quarters
-# (simulated, Azure code on eight H100s at 80 % load). A promise that is less stands, as on CPUs.
+# (simulated, Azure code on eight H100s at 80 % load). Where the TTFT target is less than that,
+# as on CPUs, the target counts.
 _MAX_SLOWDOWN = 8.0
 
 
 def ttft_deadline_s(request: Request, settings: RouterSettings) -> float:
-    """When its first token is due, on the clock of `request.arrival_s`, seconds.
+    """Return when the first token is due, seconds on the clock of `request.arrival_s`.
 
-    Whoever sends a long document expects to wait, so the promise grows with the
-    prompt; interactive users expect half of it; batch work is promised so much
-    later that it fills gaps only, yet as promises age it comes before fresh
-    work in the end, so nothing starves (earliest deadline first).
+    The TTFT target grows with the prompt, because whoever sends a long document
+    expects to wait. Interactive requests have half of it. Batch work is due so much
+    later that it only fills gaps.
     """
     return _ttft_deadline_s(request, settings, settings.ttft_target_s_per_token)
 
 
 def edf_key_s(request: Request, settings: RouterSettings) -> float:
-    """Its place in the order of service: the promise as the engines at hand would make it.
+    """Return the place in the order of service: lower is earlier, seconds on the same clock.
 
-    Where they prefill far faster than promised, nobody is ever late, and the promise alone
-    would be shortest first: a long prompt would wait for every burst to pass.
+    Earliest deadline first (Liu and Layland 1973): deadlines only come nearer, so nothing
+    starves. The deadline is one that suits the engines at hand. Where they prefill far
+    faster than the TTFT target asks for, nobody is ever late, and the target alone would mean
+    shortest first: a long prompt would wait until every burst has passed.
     """
     s_per_token = min(settings.ttft_target_s_per_token, _MAX_SLOWDOWN * request.prefill_s_per_token)
     return _ttft_deadline_s(request, settings, s_per_token)

@@ -1,4 +1,4 @@
-"""Ids in the order of a key, any of which may leave at any time."""
+"""Which id has the lowest key, where any id may be removed at any time?"""
 
 import heapq
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ _Entry = tuple[Key, int, str]  # equal keys: first come, first served
 
 
 class LazyHeap:
-    """A binary heap that leaves the removed in place until they surface.
+    """A binary heap that keeps removed entries until they reach its top.
 
-    `push` O(log n); `remove` and `head` the same, amortised; k ids `in_order`
-    O(k log k). The heap is rebuilt when more than half of it is dead, so it
-    never holds more than twice the living (and a handful).
+    `push` costs O(log n), `remove` and `head` the same amortised, k ids `in_order`
+    O(k log k). The heap is rebuilt when more than half of its entries are removed ones, so
+    it never has more than twice as many entries as ids (and a handful).
     """
 
     __slots__ = ("_entries", "_live", "_num_pushed")
@@ -29,30 +29,30 @@ class LazyHeap:
         return id_ in self._live
 
     def push(self, id_: str, key: Key) -> None:
-        """Add an id that is not in here yet."""
+        """Add an id that is not in the heap yet."""
         self._num_pushed += 1
         entry = (key, self._num_pushed, id_)
         self._live[id_] = entry
         heapq.heappush(self._entries, entry)
 
     def remove(self, id_: str) -> None:
-        """Take out an id; one that is not in here changes nothing."""
+        """Remove an id; an unknown one changes nothing."""
         if self._live.pop(id_, None) is not None and len(self._entries) > 2 * len(self._live) + 16:
             self._entries = list(self._live.values())
             heapq.heapify(self._entries)
 
     def head(self) -> tuple[Key, str]:
-        """Lowest key and its id. Raises `IndexError` if nothing is in here."""
+        """Return the lowest key and its id. Raises `IndexError` if the heap is empty."""
         entries = self._entries
         while not self._is_live(entries[0]):
             heapq.heappop(entries)
         return entries[0][0], entries[0][2]
 
     def in_order(self) -> Iterator[str]:
-        """Ids by ascending key, found one by one; do not change the heap meanwhile.
+        """Yield the ids by ascending key; do not change the heap meanwhile.
 
-        Walks the heap as a tree, always to the lowest entry seen whose parent
-        was taken: k ids cost O(k log k), however many there are (Frederickson
+        Walks the heap as a tree, always on to the lowest entry whose parent was
+        visited: k ids cost O(k log k), however many there are (Frederickson
         1993 has the bound without the logarithm).
         """
         entries, live, num_entries = self._entries, self._live, len(self._entries)
@@ -66,5 +66,5 @@ class LazyHeap:
                 yield entry[2]
 
     def _is_live(self, entry: _Entry) -> bool:
-        # Not by the id alone: it may have left and come back under another key.
+        # Not by the id alone: it may have been removed and pushed again under another key.
         return self._live.get(entry[2]) is entry

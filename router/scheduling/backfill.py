@@ -1,4 +1,4 @@
-"""Which engine is kept for whom: reservations of EASY back-filling (Lifka 1995)."""
+"""Which engine is reserved for whom, so that back-filling delays nobody for ever?"""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,34 +11,35 @@ from router.types import Request
 
 
 class Reservations:
-    """Engines that take nobody promised later than who they are kept for.
+    """Engines that take no request less urgent than the one they are reserved for.
 
-    One per blocked head of a lane. A kept engine empties at the latest when all it runs
-    has ended, and an empty engine has room for anything, so nobody starves.
-    Which one it is does not change while the head waits, or two could take
-    turns at filling up.
+    EASY back-filling (Lifka 1995): one reservation per model, for the first request that no
+    engine has room for. A reserved engine empties at the latest when all it runs has ended,
+    and an empty engine has room for anything, so nobody starves. Which engine it is does not
+    change while the holder waits, or two engines could fill up alternately.
     """
 
-    __slots__ = ("_fleet", "_kept", "_queue")
+    __slots__ = ("_fleet", "_queue", "_reserved")
 
     def __init__(self, fleet: Fleet, queue: HoldQueue) -> None:
         self._fleet = fleet
         self._queue = queue
-        self._kept: dict[str, tuple[Key, str]] = {}  # replica id: who it is kept for
+        # By replica id: key and id of the request it is reserved for, the holder.
+        self._reserved: dict[str, tuple[Key, str]] = {}
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._reserved)
 
     def reserve(self, head: Request) -> None:
-        """Keep the engine that lacks the least for `head`, unless one is kept already."""
-        for replica_id, (_, holder_id) in self._kept.items():
+        """Reserve the engine that lacks the least for `head`, unless it has one already."""
+        for replica_id, (_, holder_id) in self._reserved.items():
             if holder_id == head.id:
-                kept = self._fleet.get(replica_id)
-                if kept is not None and accepts_work(kept):
+                reserved = self._fleet.get(replica_id)
+                if reserved is not None and accepts_work(reserved):
                     return
-                del self._kept[replica_id]
+                del self._reserved[replica_id]
                 break
-        replicas = self.open_to(head, self._fleet.working(head.model))
+        replicas = self.available_to(head, self._fleet.working(head.model))
         if replicas:
             need_tokens = kv_need_tokens(head)
 
@@ -48,39 +49,39 @@ class Reservations:
                     return True, -replica.num_pending_prefill_tokens
                 return False, replica.num_free_kv_tokens
 
-            self._kept[max(replicas, key=readiness).id] = (self._queue.key(head), head.id)
+            self._reserved[max(replicas, key=readiness).id] = (self._queue.key(head), head.id)
 
-    def open_to(self, request: Request, replicas: Sequence[Replica]) -> list[Replica]:
-        """Those of the replicas not kept for a request that is more urgent than this one."""
+    def available_to(self, request: Request, replicas: Sequence[Replica]) -> list[Replica]:
+        """Return those of the replicas not reserved for a request more urgent than this one."""
         key = self._queue.key(request)
         return [
             replica
             for replica in replicas
-            if (kept := self._kept.get(replica.id)) is None
-            or kept[1] == request.id
-            or key < kept[0]
+            if (reserved := self._reserved.get(replica.id)) is None
+            or reserved[1] == request.id
+            or key < reserved[0]
         ]
 
-    def is_for(self, replica: Replica, request: Request) -> bool:
-        """Whether this replica is kept for this request."""
-        return self._kept.get(replica.id, (None, None))[1] == request.id
+    def is_reserved_for(self, replica: Replica, request: Request) -> bool:
+        """Whether this replica is reserved for this request."""
+        return self._reserved.get(replica.id, (None, None))[1] == request.id
 
     def holders(self, model: str) -> Iterator[Request]:
-        """The held requests of a model that some engine is kept for."""
-        for _, holder_id in self._kept.values():
+        """Yield the held requests of a model that some engine is reserved for."""
+        for _, holder_id in self._reserved.values():
             holder = self._queue.get(holder_id)
             if holder is not None and holder.model == model:
                 yield holder
 
     def drop_lapsed(self) -> None:
-        """Drop those whose holder is held no longer."""
-        if self._kept:
-            self._kept = {
-                replica_id: kept
-                for replica_id, kept in self._kept.items()
-                if kept[1] in self._queue
+        """Drop the reservations whose holder is held no longer."""
+        if self._reserved:
+            self._reserved = {
+                replica_id: reserved
+                for replica_id, reserved in self._reserved.items()
+                if reserved[1] in self._queue
             }
 
     def clear(self) -> None:
-        """Drop all: the keys of one order of the queue say nothing in the other."""
-        self._kept.clear()
+        """Drop all reservations: keys of one order of the queue mean nothing in another."""
+        self._reserved.clear()

@@ -6,22 +6,22 @@ from tests.support.builders import make_replica, make_router, req
 
 
 def test_the_median_once_enough_are_known() -> None:
-    path = RequestOverhead()
+    overhead = RequestOverhead()
     for _ in range(7):
-        path.learn(0.05)
-    assert path.time_s == 0.0
-    path.learn(3.0)  # one that had something compiled
-    assert path.time_s == 0.05
+        overhead.learn(0.05)
+    assert overhead.usual_s == 0.0
+    overhead.learn(3.0)  # one that had something compiled
+    assert overhead.usual_s == 0.05
     for _ in range(32):
-        path.learn(0.2)  # the load has changed
-    assert path.time_s == 0.2
+        overhead.learn(0.2)  # the load has changed
+    assert overhead.usual_s == 0.2
 
 
 def test_never_negative() -> None:
-    path = RequestOverhead()
+    overhead = RequestOverhead()
     for _ in range(20):
-        path.learn(-1.0)
-    assert path.time_s == 0.0
+        overhead.learn(-1.0)
+    assert overhead.usual_s == 0.0
 
 
 def test_all_of_a_kind_together() -> None:
@@ -30,8 +30,8 @@ def test_all_of_a_kind_together() -> None:
     for replica in replicas:
         fleet.add(replica)
     for _ in range(8):
-        replicas[0].path.learn(0.05)
-    assert [replica.path.time_s for replica in replicas] == [0.05, 0.05, 0.0]
+        replicas[0].request_overhead.learn(0.05)
+    assert [replica.request_overhead.usual_s for replica in replicas] == [0.05, 0.05, 0.0]
 
 
 def test_what_comes_on_top_of_steps_is_predicted_from_then_on() -> None:
@@ -40,7 +40,7 @@ def test_what_comes_on_top_of_steps_is_predicted_from_then_on() -> None:
     for number in range(20):
         now_s = float(number)
         router.on_arrival(req(str(number), 100), now_s)
-        placement = router._placer.get(str(number))
+        placement = router._attempts.oldest(str(number))
         assert placement is not None
         predicted_s.append(placement.predicted_ttft_s)
         steps_s = predicted_s[0]  # no step is reported, so nothing is learned of these

@@ -4,8 +4,8 @@ from router.fleet.admission import (
     Admission,
     accepts_work,
     admission,
-    keeps_pace,
     kv_need_tokens,
+    meets_tpot_target,
     window_tokens,
 )
 from router.resilience.breaker import TripReason
@@ -69,11 +69,11 @@ def test_an_empty_engine_has_room_for_anything():
     assert replica.room_tokens == 9_000
 
 
-def test_keeps_pace_while_one_more_decodes_in_time():
+def test_meets_the_tpot_target_while_one_more_decodes_in_time():
     replica = make_replica()
     replica.receive(busy(num_decoding_reqs=4), 0.0)
     replica.predictor.step_base_s, replica.predictor.decode_s = 0.02, 0.01
-    assert keeps_pace(req("a"), replica, 0.0701)
-    assert not keeps_pace(req("a"), replica, 0.0699)
-    assert keeps_pace(req("a", num_sequences=3), replica, 0.0901)
-    assert not keeps_pace(req("a", num_sequences=3), replica, 0.0899)
+    assert meets_tpot_target(req("a"), replica, 0.0701)
+    assert not meets_tpot_target(req("a"), replica, 0.0699)
+    assert meets_tpot_target(req("a", num_sequences=3), replica, 0.0901)
+    assert not meets_tpot_target(req("a", num_sequences=3), replica, 0.0899)

@@ -12,18 +12,18 @@ def test_found_by_each_of_its_names():
     fleet = Fleet()
     fleet.add(make_replica("r0"))
     fleet.add(make_replica("r1", aliases=("lora",)))
-    assert ids(fleet.open("m")) == ["r0", "r1"]
-    assert ids(fleet.open("lora")) == ["r1"]
-    assert fleet.open("other") == []
+    assert ids(fleet.accepting("m")) == ["r0", "r1"]
+    assert ids(fleet.accepting("lora")) == ["r1"]
+    assert fleet.accepting("other") == []
 
 
-def test_a_full_engine_works_but_is_not_open():
+def test_a_saturated_engine_works_but_accepts_nothing_now():
     fleet, replica = Fleet(), make_replica()
     fleet.add(replica)
     replica.book(req("a", 5000), num_kv_tokens=5000, now_s=0.0)
     fleet.refresh(replica)
     assert ids(fleet.working("m")) == ["r0"]
-    assert fleet.open("m") == []
+    assert fleet.accepting("m") == []
 
 
 def test_a_name_stays_known_when_its_last_engine_is_gone():
@@ -42,18 +42,18 @@ def test_a_lost_replica_is_not_filed_again():
     fleet.remove("r0")
     fleet.add(make_replica())
     fleet.refresh(lost)
-    assert lost not in fleet.open("m")
+    assert lost not in fleet.accepting("m")
     assert len(fleet) == 1
 
 
-def test_drain_time_counts_what_engines_have_and_what_waits():
+def test_time_to_prefill_counts_what_engines_have_and_what_waits():
     fleet, replica = Fleet(), make_replica()
-    assert fleet.drain_s("m", 100) is None
+    assert fleet.time_to_prefill_s("m", 100) is None
     fleet.add(replica)
     replica.book(req("a", 50), num_kv_tokens=50, now_s=0.0)
     replica.prefill_tokens_per_s = 10.0
     fleet.refresh(replica)
-    assert fleet.drain_s("m", 100) == pytest.approx(15.0)
+    assert fleet.time_to_prefill_s("m", 100) == pytest.approx(15.0)
 
 
 def test_a_prompt_is_spread_over_the_steps_that_its_part_of_each_needs():
@@ -90,7 +90,7 @@ def test_engines_with_few_steps_are_judged_by_others_of_their_kind():
     guess_s, own_s = other.ttft_s(100, 9.0), experienced.ttft_s(100, 9.0)
     for replica in (old, fast, other, experienced):
         fleet.add(replica)
-    fleet.learn(old)
+    fleet.share_step_model(old)
     assert fast.ttft_s(100, 9.0) == pytest.approx(old.ttft_s(100, 9.0))
     assert other.ttft_s(100, 9.0) == guess_s
     assert experienced.ttft_s(100, 9.0) == pytest.approx(own_s, rel=0.01)
@@ -106,18 +106,18 @@ def test_only_who_has_learned_more_than_was_told_tells():
     newer.receive(stepped(1, 0.1, prefill=100), 0.0)
     for replica in (old, newer, novice):
         fleet.add(replica)
-    fleet.learn(newer)
+    fleet.share_step_model(newer)
     assert novice.ttft_s(100, 9.0) == pytest.approx(newer.ttft_s(100, 9.0), rel=0.01)
-    fleet.learn(old)
+    fleet.share_step_model(old)
     told_s = novice.ttft_s(100, 9.0)
-    fleet.learn(newer)
+    fleet.share_step_model(newer)
     assert novice.ttft_s(100, 9.0) == told_s == pytest.approx(old.ttft_s(100, 9.0))
 
 
 def test_an_engine_that_comes_later_starts_from_what_is_known():
     fleet, late = Fleet(), make_replica("late")
     fleet.add(old := learned("old"))
-    fleet.learn(old)
+    fleet.share_step_model(old)
     fleet.remove("old")
     fleet.add(late)
     assert late.ttft_s(100, 9.0) == pytest.approx(old.ttft_s(100, 9.0))

@@ -52,10 +52,10 @@ def test_what_is_on_its_way_counts_until_it_is_told_or_never_will_be():
     replica = make_replica()
     first = req("a", 100, prefix_hashes=(1, 2), prefix_block_share=0.4)
     second = req("b", 100, prefix_hashes=(1, 3), prefix_block_share=0.4)
-    replica.prefix_cache.expect(first)
-    replica.prefix_cache.expect(second)
+    replica.prefix_cache.expect_prompt(first)
+    replica.prefix_cache.expect_prompt(second)
     assert replica.prefix_cache.num_tokens(second) == 80
-    replica.prefix_cache.settle(second)
+    replica.prefix_cache.confirm_prompt(second)
     assert replica.prefix_cache.num_tokens(second) == 40
-    replica.prefix_cache.settle(first)
+    replica.prefix_cache.confirm_prompt(first)
     assert replica.prefix_cache.num_tokens(first) == 0

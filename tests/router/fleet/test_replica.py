@@ -168,7 +168,7 @@ class TestLongPromptsAhead:
         assert more_s >= 50 * replica.token_s
 
     def test_until_it_is_prefilled(self, replica):
-        replica.prefilled("long")
+        replica.end_prefill("long")
         assert replica.ttft_s(20, 0.0, 11.0) == replica.ttft_s(20, 0.0, 9.0)
 
     def test_or_has_ended(self, replica):

@@ -76,7 +76,7 @@ def test_anothers_batch_work_yields_until_it_is_due():
     held = HoldQueue(RouterSettings(ttft_target_batch_s=240.0))
     held.push(req("batch", tenant="a", priority_class=RequestClass.BATCH, arrival_s=0.0))
     held.push(req("b0", tenant="b", arrival_s=1.0))
-    held.charge(req("b", 10_000, tenant="b"))
+    held.charge_prompt(req("b", 10_000, tenant="b"))
     assert [request.id for request in held.in_order("m")] == ["b0", "batch"]
     assert held.head().id == "b0"
     held.expire(239.0)
@@ -103,7 +103,7 @@ def test_the_order_of_one_tenant_is_that_of_promises():
         if rng.random() < 0.3:
             other = req(f"o{index}", tenant="b", model="m", arrival_s=float(index))
             shared.push(other)
-            shared.charge(other)
+            shared.charge_prompt(other)
             shared.remove(other.id)
         if rng.random() < 0.4:
             head = alone.head()
@@ -113,7 +113,7 @@ def test_the_order_of_one_tenant_is_that_of_promises():
             )
             assert head == by_key
             for held in (alone, shared):
-                held.charge(head)
+                held.charge_prompt(head)
                 held.remove(head.id)
         for model in "mn":
             assert list(alone.in_order(model)) == list(shared.in_order(model))
@@ -136,7 +136,7 @@ def test_in_order_is_the_order_in_which_heads_leave():
     expected = [request.id for request in held.in_order("m")]
     left = []
     while (head := held.head()) is not None:
-        held.charge(head)
+        held.charge_prompt(head)
         held.remove(head.id)
         left.append(head.id)
     # Near the end tenants run out one by one, and who waits alone is not charged.
@@ -146,16 +146,16 @@ def test_in_order_is_the_order_in_which_heads_leave():
 
 def test_a_tenant_alone_is_not_charged_and_nothing_is_remembered():
     share = FairShare()
-    share.join("a")
-    assert not share.charge("a", 1000.0, 1.0)
-    share.join("b")
-    assert share.tag("a") == share.tag("b") == 0.0
-    assert share.charge("a", 1000.0, 2.0)
-    assert share.tag("a") == 500.0
-    share.leave("a")
-    share.leave("b")
-    share.join("a")
-    assert share.tag("a") == 0.0
+    share.start_waiting("a")
+    assert not share.charge_tokens("a", 1000.0, 1.0)
+    share.start_waiting("b")
+    assert share.virtual_time("a") == share.virtual_time("b") == 0.0
+    assert share.charge_tokens("a", 1000.0, 2.0)
+    assert share.virtual_time("a") == 500.0
+    share.stop_waiting("a")
+    share.stop_waiting("b")
+    share.start_waiting("a")
+    assert share.virtual_time("a") == 0.0
 
 
 def test_a_request_that_was_not_sent_after_all_costs_nothing():
@@ -163,9 +163,9 @@ def test_a_request_that_was_not_sent_after_all_costs_nothing():
     held.push(req("a", tenant="a"))
     held.push(req("b", tenant="b"))
     sent = req("sent", 500, tenant="a")
-    held.charge(sent)
-    held.settle(sent, Usage())
-    held.charge(req("other", 1, tenant="b"))
+    held.charge_prompt(sent)
+    held.record_usage(sent, Usage())
+    held.charge_prompt(req("other", 1, tenant="b"))
     assert held.head().id == "a"
 
 
@@ -187,7 +187,7 @@ def test_ten_thousand_held_stay_cheap(num_tenants):
 
     def turn() -> None:
         head = held.head()
-        held.charge(head)
+        held.charge_prompt(head)
         held.remove(head.id)
         held.push(head)
 

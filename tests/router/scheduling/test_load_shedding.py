@@ -1,4 +1,4 @@
-"""A burst is held; what is more than a burst is refused in part, and the rest is in time."""
+"""A burst is held; of what is more than a burst a part is refused, and the rest is in time."""
 
 import random
 
@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.queueing.deadline import ttft_deadline_s
-from router.scheduling.entry_share import AdmissionShare
-from router.scheduling.load_shedding import OverloadState
+from router.scheduling.load_shedding import AdmissionShare, OverloadState
 from router.settings import RouterSettings
 from router.types import Hold, Outcome, Reject, RejectReason
 from tests.support.builders import busy, make_router, req
@@ -18,7 +17,7 @@ MAX_LATE_S = 10.0
 CAPACITY = 2000.0  # prompt tokens per second that the engines of `World` prefill, about
 
 
-class TestOverload:
+class TestOverloadState:
     @given(
         st.lists(
             st.tuples(
@@ -36,7 +35,7 @@ class TestOverload:
             now_s += passing_s
             was_on = overload.is_on(now_s)
             assert was_on == (now_s < refused_s + MAX_LATE_S)
-            retry_after_s = overload.refuse_s(late_s, service_s, now_s)
+            retry_after_s = overload.refuse_if_late(late_s, service_s, now_s)
             is_refused = late_s > (0.0 if was_on else MAX_LATE_S)
             assert (retry_after_s is not None) == is_refused
             if is_refused:
@@ -46,43 +45,43 @@ class TestOverload:
 
     def test_those_refused_come_back_one_after_the_other(self):
         overload = OverloadState(MAX_LATE_S)
-        assert [overload.refuse_s(20.0, 0.5, 0.0) for _ in range(3)] == [20.5, 21.0, 21.5]
-        assert overload.refuse_s(1.0, 0.5, 9.0) == pytest.approx(13.0)
+        assert [overload.refuse_if_late(20.0, 0.5, 0.0) for _ in range(3)] == [20.5, 21.0, 21.5]
+        assert overload.refuse_if_late(1.0, 0.5, 9.0) == pytest.approx(13.0)
 
 
-class TestEntryShare:
+class TestAdmissionShare:
     def test_who_is_ahead_waits_for_the_others(self):
         share = AdmissionShare(10.0)
         for tenant, weight in (("a", 1.0), ("b", 3.0)):
-            share.refuse(tenant, weight, 0.0)
-        share.let_in("a", 1.0, 100, 0.0)
+            share.record_refused(tenant, weight, 0.0)
+        share.record_admitted("a", 1.0, 100, 0.0)
         assert share.tokens_ahead("a", 0.0) == 300.0
         assert share.tokens_ahead("b", 0.0) == 0.0
-        share.let_in("b", 3.0, 300, 1.0)
+        share.record_admitted("b", 3.0, 300, 1.0)
         assert share.tokens_ahead("a", 1.0) == 0.0
 
     def test_nobody_waits_for_those_who_get_all_they_want(self):
         share = AdmissionShare(10.0)
-        share.refuse("a", 1.0, 0.0)
-        share.let_in("modest", 1.0, 10, 0.0)
-        share.let_in("a", 1.0, 1000, 0.0)
+        share.record_refused("a", 1.0, 0.0)
+        share.record_admitted("modest", 1.0, 10, 0.0)
+        share.record_admitted("a", 1.0, 1000, 0.0)
         assert share.tokens_ahead("a", 0.0) == 0.0
 
     def test_wanting_less_earns_no_credit(self):
         share = AdmissionShare(10.0)
-        share.refuse("a", 1.0, 0.0)
-        share.let_in("a", 1.0, 1000, 0.0)
-        share.refuse("late", 1.0, 1.0)
+        share.record_refused("a", 1.0, 0.0)
+        share.record_admitted("a", 1.0, 1000, 0.0)
+        share.record_refused("late", 1.0, 1.0)
         assert share.tokens_ahead("a", 1.0) == 0.0
 
     def test_all_is_forgotten_in_the_end(self):
         share = AdmissionShare(10.0)
-        share.refuse("a", 1.0, 0.0)
-        share.let_in("b", 1.0, 1000, 1.0)
-        share.refuse("b", 1.0, 1.0)
-        share.let_in("a", 1.0, 10, 20.0)
+        share.record_refused("a", 1.0, 0.0)
+        share.record_admitted("b", 1.0, 1000, 1.0)
+        share.record_refused("b", 1.0, 1.0)
+        share.record_admitted("a", 1.0, 10, 20.0)
         assert share.tokens_ahead("b", 20.0) == 0.0
-        assert not share._wanting
+        assert not share._refused
 
 
 def overload_world(times_capacity: float, until_s: float, **settings) -> tuple[World, list]:
@@ -95,7 +94,7 @@ def overload_world(times_capacity: float, until_s: float, **settings) -> tuple[W
 
 
 def num_in_time(world: World, arrivals: list, from_s: float) -> int:
-    """Requests since then that were given to an engine by their promise."""
+    """Requests since then that were sent to an engine by their TTFT deadline."""
     late = {request.id for request in arrivals if request.arrival_s < from_s}
     placed = [world.requests[request_id] for request_id in world.placed_s]
     settings = RouterSettings()
@@ -107,7 +106,7 @@ def num_in_time(world: World, arrivals: list, from_s: float) -> int:
 
 
 def test_at_five_times_the_capacity_as_many_are_in_time_as_ever():
-    """The burst that comes first is let in, and is late; from then on nobody is who gets in."""
+    """The burst that comes first is admitted, and late; from then on nobody admitted is late."""
     usual, arrivals = overload_world(0.9, 90.0)
     usual_per_s = num_in_time(usual, arrivals, 60.0) / 30.0
     assert not usual.refused
@@ -130,8 +129,8 @@ def test_a_burst_is_held():
     assert not world.refused
 
 
-def test_at_the_door_tenants_go_by_weight():
-    """Within a fifth: a request at the door stands for few tokens or many, and none is cut."""
+def test_tenants_are_admitted_by_weight():
+    """Within a fifth: a request stands for few tokens or many, and none is cut."""
     rng = random.Random(0)
     world = World(max_late_s=MAX_LATE_S, max_hold_s=300.0)
     arrivals = flood(rng, "three", 3.0, 4000, 120.0, SHORT, (2,))
@@ -161,7 +160,7 @@ def test_nobody_is_refused_while_no_engine_works():
         assert router.on_arrival(request, 0.0) == [Hold(request.id)]
 
 
-def test_a_promise_that_no_engine_can_keep_makes_nobody_late():
+def test_a_target_that_no_engine_can_meet_makes_nobody_late():
     router = make_router(ttft_target_base_s=0.001, ttft_target_s_per_token=0.0, max_late_s=1.0)
     router.on_snapshot("r0", busy(1, num_pending_prefill_tokens=300), 0.0)
     assert router.on_arrival(req("a", 1000), 0.0) == [Hold("a")]
