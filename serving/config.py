@@ -23,6 +23,7 @@ from router.providers.provider import KeySettings, ProviderSettings
 from router.providers.spillover import FallbackSettings
 from router.settings import RouterSettings
 from router.types import RequestClass
+from serving.renamed import current_args
 
 
 class ConfigError(ValueError):
@@ -336,7 +337,14 @@ def read(path: Path) -> Config:
 
 
 def parse(args: dict[str, Any]) -> Config:
-    """Return the validated configuration; raise `ConfigError` naming each bad key."""
+    """Return the validated configuration; raise `ConfigError` naming each bad key.
+
+    Old names are taken for the present ones, with a warning.
+    """
+    try:
+        args = current_args(args)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     try:
         return Config.model_validate(args)
     except ValidationError as error:

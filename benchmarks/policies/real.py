@@ -20,7 +20,8 @@ from benchmarks.report.latency import Sample
 from benchmarks.report.report import Report
 from benchmarks.report.runner import run_to_the_end
 from benchmarks.systems.real_engines import RealEngines
-from router.simulation.variant import SATURATING_POLICY, policies, split
+from router.simulation.variant import SATURATING_POLICY, policies, renamed, split
+from serving.renamed import warn_renamed
 
 NUM_ENGINES = 2
 
@@ -84,6 +85,7 @@ def _parse(arguments: Sequence[str] | None) -> Plan:
     for variant in variants:
         try:
             split(variant)
+            warn_renamed(renamed(variant))
         except ValueError as error:
             parser.error(str(error))
     if options.primed and not options.shared_prefix:

@@ -25,12 +25,13 @@ from benchmarks.report.report import RESULTS, Report
 from router.simulation import clairvoyant
 from router.simulation.engine.profile import Profile
 from router.simulation.figures import Slo
-from router.simulation.variant import ablations, policies, split
+from router.simulation.variant import ablations, policies, renamed, split
 from router.simulation.workload.synthetic import SYNTHETIC
 from router.simulation.workload.workload import Workload
 from serving.capacity.profiles import ProfileError, load_profile
 from serving.capacity.sweep import Case, Sweep
 from serving.capacity.traces import TraceError, read_trace
+from serving.renamed import warn_renamed
 
 # Public traces by the names that they are published under, and likely ones.
 TRACES = {
@@ -278,6 +279,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if variant != clairvoyant.NAME:
             try:
                 split(variant)
+                warn_renamed(renamed(variant))
             except ValueError as error:
                 parser.error(str(error))
     return options

@@ -16,13 +16,14 @@ from benchmarks.report.provenance import commit
 from benchmarks.report.report import brief
 from router.simulation.engine.profile import Profile
 from router.simulation.figures import Figures, Slo
-from router.simulation.variant import policies, split
+from router.simulation.variant import policies, renamed, split
 from router.simulation.workload.synthetic import SYNTHETIC
 from router.simulation.workload.workload import Workload
 from serving.capacity.profiles import ProfileError, load_profile
 from serving.capacity.sweep import Case, Sweep
 from serving.capacity.traces import TraceError, read_trace
 from serving.config import ConfigError
+from serving.renamed import warn_renamed
 
 _KEY = "traffic"
 _PERCENTILES = (50, 90, 99)
@@ -127,6 +128,7 @@ def _prepare(question: Question) -> tuple[Profile, Workload, tuple[str, ...]]:
     try:
         for variant in variants:
             split(variant)
+            warn_renamed(renamed(variant))
         profile = load_profile(question.profile)
         if question.trace in SYNTHETIC and not Path(question.trace).exists():
             workload = SYNTHETIC[question.trace](question.num_requests, question.seed)

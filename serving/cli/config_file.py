@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from serving.config import Config, ConfigError, parse, resolved
+from serving.renamed import current_args, current_import_path
 
 IMPORT_PATH = "serving.cluster.application:build"
 _APPLICATION = "applications.0"
@@ -87,7 +88,8 @@ def load(path: Path | None, options: Mapping[str, Any]) -> LaunchFile:
         **_DEFAULTS["http_options"],
         **_mapping(serve["http_options"], "http_options"),
     }
-    args = _mapping(_check_application(serve).get("args") or {}, f"{_APPLICATION}.args")
+    application = _check_application(serve)
+    args = _mapping(application.get("args") or {}, f"{_APPLICATION}.args")
     if path:
         args = {"watch_file": str(path.absolute()), **resolved(args, path.absolute().parent)}
     listener = {key: options[key] for key in ("host", "port") if key in options}
@@ -96,6 +98,7 @@ def load(path: Path | None, options: Mapping[str, Any]) -> LaunchFile:
             args = _with(args, key.split("."), value, key)
     args = resolved(args, Path.cwd())
     haproxy = parse(args).gateway.front == "haproxy"
+    args = current_args(args)  # what is launched need not warn again
     if "gateway.front" in options:  # the option moves the whole front, not just our end of it
         serve["proxy_location"] = "EveryNode" if haproxy else "Disabled"
     elif haproxy and serve.get("proxy_location") == "Disabled":
@@ -107,7 +110,7 @@ def load(path: Path | None, options: Mapping[str, Any]) -> LaunchFile:
             serve["http_options"] = {**serve["http_options"], key: value}
         else:
             args = _with(args, ["gateway", key], value, key)
-    serve["applications"] = [{**serve["applications"][0], "args": args}]
+    serve["applications"] = [{**application, "args": args}]
     return LaunchFile(serve, parse(args))
 
 
@@ -141,16 +144,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_application(serve: dict[str, Any]) -> dict[str, Any]:
-    """Return the one application of the file."""
+    """Return the one application of the file, its import path by the present name."""
     applications = serve["applications"]
     if not isinstance(applications, list) or len(applications) != 1:
         raise ConfigError("applications: must be a list of exactly one")
     application = _mapping(applications[0], _APPLICATION)
     for key in application.keys() - set(_APPLICATION_KEYS):
         raise ConfigError(f"{_APPLICATION}.{key}: unknown key, or not taken by `headway serve`")
-    if (import_path := application.get("import_path")) != IMPORT_PATH:
+    import_path = current_import_path(application.get("import_path"))
+    if import_path != IMPORT_PATH:
         raise ConfigError(f"{_APPLICATION}.import_path: {import_path!r} is not {IMPORT_PATH}")
-    return application
+    return {**application, "import_path": import_path}
 
 
 def _mapping(value: Any, key: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from router.scheduling.policies import POLICIES
 from serving.cli.config_file import LaunchFile, check_with_ray, load
 from serving.cli.keys import key_app
 from serving.cli.launch import launch
@@ -62,7 +63,10 @@ Front = Annotated[
         "are then open on two ports of all interfaces.",
     ),
 ]
-Policy = Annotated[str | None, typer.Option(help="How an engine is chosen; see router.policy.")]
+Policy = Annotated[
+    str | None,
+    typer.Option(help=f"How an engine is chosen (router.policy): {', '.join(POLICIES)}."),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(

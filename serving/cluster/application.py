@@ -22,6 +22,7 @@ from serving.gateway.tenants.keys import read_keys
 from serving.planning.bundled_model import onboard_model
 from serving.planning.hardware import detect
 from serving.planning.plan import plan
+from serving.renamed import current_args
 
 # Admission is the router's; Serve's own limit must never bind.
 _NO_LIMIT = 1_000_000
@@ -93,6 +94,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     `ConfigError` for a configuration that cannot work on this machine.
     """
     config = parse(args)
+    args = current_args(args)  # what is deployed need not warn again
     if config.auth.keys_file is not None:
         read_keys(config.auth.keys_file)  # what is wrong with it shows before engines start
     for provider in config.providers:

@@ -22,6 +22,7 @@ from serving.gateway.request_parser import ENDPOINTS, Intake
 from serving.gateway.request_path import TokenPath
 from serving.gateway.tenants.keys import read_keys
 from serving.gateway.tenants.tenants import Tenants
+from serving.renamed import current_parts
 
 logger = logging.getLogger(__name__)
 
@@ -215,11 +216,11 @@ class Gateway:
         self.tenants.authorize_admin(request.headers.raw)
         try:
             body = await request.json()
-            name, ablate = body["policy"], body.get("ablate", [])
-            self.driver.set_policy(name, ablate)
+            name, parts = body["policy"], current_parts(body.get("ablate", []))
+            self.driver.set_policy(name, parts)
         except (ValueError, KeyError, TypeError) as error:
             raise ApiError(400, f"'policy': {error}", param="policy") from None
-        return JSONResponse({"policy": name, "ablate": ablate})
+        return JSONResponse({"policy": name, "ablate": parts})
 
 
 async def _reply_error(request: Request, error: Exception) -> Response:

@@ -9,7 +9,7 @@ says how to look through more of them).
 import json
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import pytest
@@ -19,8 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from router.core.router import Router
 from router.resilience.breaker import Failure
+from router.scheduling.ablation import PARTS
 from router.scheduling.policies import POLICIES
-from router.settings import Part, RouterSettings
+from router.settings import RouterSettings
 from router.types import (
     BlockUpdate,
     Decision,
@@ -42,7 +43,6 @@ MAX_REQUESTS, MAX_TOKENS, MAX_BYTES, MAX_HOLD_S = 3, 3500, 299, 10.0
 MAX_ATTEMPTS = 3
 NAMES = {"r0": ("m",), "r1": ("m", "lora"), "r2": ("n",)}  # what each engine serves
 SIZES = st.sampled_from([0, 1, 30, 120, 900, 3000])
-PARTS = get_args(Part)
 ENGINES = st.sampled_from(sorted(NAMES))
 ANY_REQUEST = st.integers(0, 9)  # see `Shell.pick`
 TALKS = st.sampled_from([1, 2])  # conversations

@@ -508,7 +508,7 @@ class TestPolicies:
         }
         assert len(used) == 8
 
-    def test_without_externality_those_who_decode_do_not_count(self):
+    def test_without_congestion_cost_those_who_decode_do_not_count(self):
         def chosen(**settings) -> str:
             router = make_router(2, **settings)
             router.on_snapshot("r0", snapshot(prefill_tokens_per_s=400.0), 0.0)
