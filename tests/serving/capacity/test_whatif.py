@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 
 from router.simulation.engine.profile import Profile
 from router.simulation.figures import Slo
+from serving import renamed
 from serving.capacity.profiles import save_profile
 from serving.capacity.whatif import Question, Search, WhatIfError, answer
 from serving.cli.main import main
@@ -73,6 +74,28 @@ def test_answer(profile):
     text = console.export_text()
     assert "Simulated, not measured: profile slow" in text
     assert f"headway: {many['headway']} engines" in text
+
+
+def test_an_old_name_of_a_part_stays_the_label(profile, caplog):
+    """With one warning, though every simulated run reads it."""
+    renamed._warn_once.cache_clear()
+    question = Question(
+        profile=str(profile),
+        trace="poisson",
+        slo=Slo(8.0, 0.5),
+        percentile=90,
+        variants=("headway:externality", "headway:congestion_cost"),
+        rate=2.0,
+        num_requests=100,
+    )
+    found = answer(question, Console(record=True))
+    assert list(found) == ["headway:externality", "headway:congestion_cost"]
+    old, new = found.values()
+    assert (old.enough, old.tried) == (new.enough, new.tried)
+    lines = [each.getMessage() for each in caplog.records if each.name == "serving.renamed"]
+    assert lines == [
+        "externality is now called congestion_cost; the next release drops the old name"
+    ]
 
 
 @pytest.mark.parametrize(

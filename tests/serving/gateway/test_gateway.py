@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from serving import renamed
 from serving.stream.frames import Resync
 from tests.support.running_gateway import CHAT, running
 
@@ -158,6 +159,23 @@ async def test_the_policy_can_be_switched_while_serving():
             reply = await system.client.post("/headway/policy", json=body)
             assert reply.status_code == 400
             assert "policy" in reply.json()["error"]["message"]
+
+
+async def test_an_old_name_of_a_part_is_taken_with_one_warning(caplog):
+    renamed._warn_once.cache_clear()
+    old = {"policy": "headway", "ablate": ["order", "externality"]}
+    async with running() as system:
+        for _ in range(2):
+            reply = await system.client.post("/headway/policy", json=old)
+            assert reply.json() == {"policy": "headway", "ablate": ["order", "congestion_cost"]}
+        both = {"policy": "headway", "ablate": ["externality", "congestion_cost"]}
+        reply = await system.client.post("/headway/policy", json=both)
+        assert reply.status_code == 400
+        assert "externality is the old name of congestion_cost" in reply.text
+    lines = [each.getMessage() for each in caplog.records if each.name == "serving.renamed"]
+    assert lines == [
+        "externality is now called congestion_cost; the next release drops the old name"
+    ]
 
 
 async def test_prompts_are_hashed_for_policies_that_compare_them():
