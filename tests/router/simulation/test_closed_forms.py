@@ -16,7 +16,11 @@ from router.simulation.journal import Run
 from router.simulation.node import Engine
 from router.simulation.simulator import Simulation
 from router.simulation.workload.workload import Arrival, Workload
-from tests.support.textbook_queues import SERVICE_S, FirstComeFirstServed, ProcessorSharing
+from tests.router.simulation.textbook_queues import (
+    SERVICE_S,
+    FirstComeFirstServed,
+    ProcessorSharing,
+)
 
 NUM_REQUESTS = 12_000
 NUM_BATCHES = 30
