@@ -12,13 +12,14 @@ import math
 
 import msgspec
 
+from router.estimators.output_length import MeanOutputLength
 from router.types import Usage
 
 _MINUTE_S = 60.0
 # Until a tenant's own replies have taught better: a chat answer of about 200 words.
 _PRIOR_OUTPUT_TOKENS = 256.0
 # About the last 30 replies count: enough for a stable mean, few enough to follow a change.
-_OUTPUT_FORGETTING = 1 / 30
+_OUTPUT_MEMORY = 30.0
 
 
 class TenantLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +92,7 @@ class TenantQuota:
     """
 
     __slots__ = (
-        "_mean_output_tokens",
+        "_output_length",
         "_requests",
         "_tokens",
         "limits",
@@ -101,7 +102,7 @@ class TenantQuota:
     def __init__(self, limits: TenantLimits, now_s: float) -> None:
         self.limits = limits
         self.num_concurrent = 0
-        self._mean_output_tokens = _PRIOR_OUTPUT_TOKENS  # of one sequence
+        self._output_length = MeanOutputLength(_PRIOR_OUTPUT_TOKENS, _OUTPUT_MEMORY)
         self._requests: TokenBucket | None = None  # None: no limit
         self._tokens: TokenBucket | None = None
         self.use_limits(limits, now_s)
@@ -114,9 +115,7 @@ class TenantQuota:
 
     def predict_output_tokens(self, max_output_tokens: int | None, num_sequences: int = 1) -> float:
         """Expected output tokens of a request: the tenant's mean, at most what it allows."""
-        mean = self._mean_output_tokens
-        per_sequence = mean if max_output_tokens is None else min(mean, max_output_tokens)
-        return per_sequence * num_sequences
+        return self._output_length.predict(max_output_tokens) * num_sequences
 
     def reserve(
         self,
@@ -166,8 +165,7 @@ class TenantQuota:
             used = usage.num_prompt_tokens + usage.num_output_tokens
             self._tokens.withdraw(used - reservation.num_tokens, now_s)
         if usage.num_output_tokens:
-            mean = usage.num_output_tokens / reservation.num_sequences
-            self._mean_output_tokens += _OUTPUT_FORGETTING * (mean - self._mean_output_tokens)
+            self._output_length.learn(usage.num_output_tokens, reservation.num_sequences)
 
     def remaining(self, now_s: float) -> dict[str, tuple[float, float, float]]:
         """What is left of each rate in force, by OpenAI's names: `requests`, `tokens`.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
+from router.estimators.output_length import PRIOR_TOKENS, MeanOutputLength
 from router.limits.lease import LeasedLimiter
 from router.limits.rate_limit import Amount, RateLimiter, RateLimiterState, RateLimits
 from router.resilience.breaker import Breaker, BreakerLog, BreakerSettings, BreakerView
@@ -19,9 +20,7 @@ _PER_MILLION = 1e-6
 # ones, few enough to follow its good and bad hours.
 _TTFT_MEMORY = 20.0
 _OVERDUE_DEVIATIONS = 4.0  # beyond the mean: see `Provider.max_ttft_s`
-# Until replies have taught better: real traffic's median answer (Azure 2023, LMSYS-Chat-1M).
-_PRIOR_OUTPUT_TOKENS = 128.0
-_OUTPUT_MEMORY = 50.0
+_USAGE_MEMORY = 50.0  # replies that the usual output and the error of prompt sizes go by
 # By how much a prompt's estimated size is off, as a share of it: bytes per token differ by
 # so much. Twice that is reserved beside the estimate, as a provider counts the real size.
 _PRIOR_PROMPT_ERROR = 0.1
@@ -112,7 +111,7 @@ class Provider:
         self._ttft_deviation_s = settings.ttft_s / 2.0
         self._num_ttfts = 0
         self.cost = 0.0  # spent since the start, by what replies really took
-        self._num_output_tokens = _PRIOR_OUTPUT_TOKENS  # usual, of one sequence
+        self._output_length = MeanOutputLength(PRIOR_TOKENS, _USAGE_MEMORY)
         self._prompt_error = _PRIOR_PROMPT_ERROR  # usual, as a share of the estimate
         self._make_limiter = make_limiter
         self._rng = rng
@@ -145,10 +144,9 @@ class Provider:
         Without a limit of the client's own, twice the usual output stands for the most. Of
         exponential lengths 13 % are longer; those are corrected when they have ended.
         """
-        usual = self._num_output_tokens
         most = request.max_output_tokens
-        num_output_tokens = math.ceil(2.0 * usual) if most is None else most
-        expected = usual if most is None else min(usual, most)
+        expected = self._output_length.predict(most)
+        num_output_tokens = math.ceil(2.0 * expected) if most is None else most
         num_prompt_tokens = math.ceil(request.num_prompt_tokens * (1.0 + 2.0 * self._prompt_error))
         return Amount(
             1,
@@ -218,9 +216,8 @@ class Provider:
         """Learn from what a request really took; add its cost."""
         self.cost += self._cost(usage.num_prompt_tokens, usage.num_output_tokens)
         error = abs(usage.num_prompt_tokens / max(1, request.num_prompt_tokens) - 1.0)
-        self._prompt_error += (min(error, 1.0) - self._prompt_error) / _OUTPUT_MEMORY
-        num_output_tokens = usage.num_output_tokens / request.num_sequences
-        self._num_output_tokens += (num_output_tokens - self._num_output_tokens) / _OUTPUT_MEMORY
+        self._prompt_error += (min(error, 1.0) - self._prompt_error) / _USAGE_MEMORY
+        self._output_length.learn(usage.num_output_tokens, request.num_sequences)
 
     def state(self, now_s: float) -> ProviderState:
         """Return what it costs, how fast it is and what may be sent under its keys."""

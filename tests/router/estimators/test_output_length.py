@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.estimators import output_length
-from router.estimators.output_length import OutputLengths
+from router.estimators.output_length import MeanOutputLength, OutputLengths
 from tests.support.builders import req
 
 
@@ -93,3 +93,11 @@ def test_a_prediction_lies_between_what_was_seen_and_the_prior(answers, limit, n
 def test_limits_that_make_no_sense_are_the_engines_to_refuse():
     for limit in (0, -1):
         assert OutputLengths().predict(req(max_output_tokens=limit)) == 1
+
+
+def test_a_mean_follows_answers_within_its_memory_and_keeps_to_the_clients_limit():
+    mean = MeanOutputLength(prior_tokens=128.0, memory=50.0)
+    assert (mean.predict(None), mean.predict(16)) == (128.0, 16)
+    for _ in range(300):
+        mean.learn(60, num_sequences=2)
+    assert mean.predict(None) == pytest.approx(30.0, rel=0.02)
