@@ -6,9 +6,7 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import httpx
 import psutil
@@ -17,85 +15,23 @@ from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
 from benchmarks.systems.processes import engine_core
 from tests.support.tiny_model import tiny_model
+from tests.system.served import START_TIMEOUT_S, start_headway
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 MODEL = "SmolLM2-135M-Instruct"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-START_TIMEOUT_S = 240
 BLOCK_SIZE = 32
-
-
-class Server:
-    """A running `headway serve`."""
-
-    def __init__(self, process: subprocess.Popen, url: str) -> None:
-        self.process = process
-        self.url = url
-        self.http = httpx.Client(base_url=url, timeout=60)
-
-    def state(self) -> dict:
-        return self.http.get("/headway/state").json()
-
-    def snapshots(self) -> list[dict]:
-        return [replica["snapshot"] for replica in self.state()["replicas"].values()]
-
-    def total(self, field: str) -> float:
-        return sum(snapshot[field] for snapshot in self.snapshots())
-
-    def until(self, condition, timeout_s: float):
-        """Return the first truthy `condition()`; fail after `timeout_s`."""
-        deadline = time.monotonic() + timeout_s
-        while not (value := condition()):
-            assert time.monotonic() < deadline, f"not so after {timeout_s} s"
-            time.sleep(0.02)
-        return value
-
-    def settled_steps(self) -> float:
-        """Return the engines' steps once none was added for 0.3 s.
-
-        An engine without requests may still have a step in flight: that of one who left.
-        """
-        steps, since = self.total("num_steps_total"), time.monotonic()
-        while time.monotonic() - since < 0.3:
-            time.sleep(0.05)
-            if (now := self.total("num_steps_total")) != steps:
-                steps, since = now, time.monotonic()
-        return steps
-
-    def idle(self) -> bool:
-        state = self.state()
-        return not state["num_open_requests"] and not any(
-            replica["snapshot"]["num_inflight_reqs"] or replica["snapshot"]["num_running_reqs"]
-            for replica in state["replicas"].values()
-        )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    port = free_port()
     log = tmp_path_factory.mktemp("serve") / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [
-                str(Path(sys.executable).parent / "headway"),
-                *("serve", "--device", "cpu", "--port", str(port)),
-            ],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    server = Server(process, f"http://127.0.0.1:{port}")
+    server = start_headway(log)
+    process = server.process
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not _ready(server):
+        while not server.is_ready():
             assert process.poll() is None, f"headway serve ended:\n{log.read_text()}"
             assert time.monotonic() < deadline, f"not ready:\n{log.read_text()}"
             time.sleep(0.2)
@@ -111,14 +47,7 @@ def server(tmp_path_factory):
     assert code == 0, log.read_text()
     assert not left
     with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", port)) != 0
-
-
-def _ready(server: Server) -> bool:
-    try:
-        return server.http.get("/health").json()["num_engines"] == 2
-    except (httpx.HTTPError, KeyError):
-        return False
+        assert probe.connect_ex(("127.0.0.1", server.port)) != 0
 
 
 def test_curl_gets_paris(server):
@@ -160,29 +89,19 @@ def test_when_both_engines_are_killed_the_same_curl_answers_through_a_second_ser
     server, tmp_path
 ):
     """Two small engines here; the server of the other tests is the provider."""
-    port = free_port()
     providers = [{"name": "second", "url": f"{server.url}/v1", "models": {MODEL: MODEL}}]
-    command = [
-        *("headway", "serve", "--device", "cpu", "--port", str(port), "--replicas", "2"),
-        *("--model", str(tiny_model(tmp_path / "tiny")), "--served-model-name", MODEL),
-        *("--set", f"providers={json.dumps(providers)}"),
-    ]
-    command[0] = str(Path(sys.executable).parent / "headway")
     log = tmp_path / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    first = Server(process, f"http://127.0.0.1:{port}")
+    first = start_headway(
+        log,
+        *("--replicas", "2", "--model", str(tiny_model(tmp_path / "tiny"))),
+        *("--served-model-name", MODEL, "--set", f"providers={json.dumps(providers)}"),
+    )
+    process = first.process
     curl = ["curl", "-sS", "-i", f"{first.url}/v1/chat/completions", "-d"]
     body = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 20}
     curl.append(json.dumps(body))
     try:
-        first.until(lambda: process.poll() is not None or _ready(first), START_TIMEOUT_S)
+        first.until(lambda: process.poll() is not None or first.is_ready(), START_TIMEOUT_S)
         assert process.poll() is None, log.read_text()
         reply = subprocess.run(curl, capture_output=True, check=True, text=True).stdout
         assert "x-headway-provider" not in reply
