@@ -175,3 +175,14 @@ async def listening(server: ProviderServer, port: int = 0) -> AsyncIterator[int]
         yield port
     finally:
         await runner.cleanup()
+
+
+def configured(*servers: ProviderServer, **fields) -> dict:
+    """The section `providers` for these servers."""
+    models = {"fake-model": MODEL}
+    return {
+        "providers": [
+            {"name": f"p{number}", "url": server.url, "models": models, "ttft_s": 0.05, **fields}
+            for number, server in enumerate(servers)
+        ]
+    }

@@ -12,21 +12,10 @@ import pytest
 
 from serving.config import ConfigError, parse
 from tests.support import virtual_time
-from tests.support.provider_server import MODEL, ProviderServer, listening, serving
+from tests.support.provider_server import ProviderServer, configured, listening, serving
 from tests.support.running_gateway import CHAT, System, running
 
-MODELS = {"fake-model": MODEL}
 NUMBERS = tuple("0123456789")  # words of a reply
-
-
-def configured(*servers: ProviderServer, **fields) -> dict:
-    """The section `providers` for these servers."""
-    return {
-        "providers": [
-            {"name": f"p{number}", "url": server.url, "models": MODELS, "ttft_s": 0.05, **fields}
-            for number, server in enumerate(servers)
-        ]
-    }
 
 
 def budget(system: System, name: str = "p0") -> dict:
