@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 MODEL = "their-model"
+MODELS = {"fake-model": MODEL}  # ours by name, theirs
 
 
 @dataclass
@@ -179,10 +180,9 @@ async def listening(server: ProviderServer, port: int = 0) -> AsyncIterator[int]
 
 def configured(*servers: ProviderServer, **fields) -> dict:
     """The section `providers` for these servers."""
-    models = {"fake-model": MODEL}
     return {
         "providers": [
-            {"name": f"p{number}", "url": server.url, "models": models, "ttft_s": 0.05, **fields}
+            {"name": f"p{number}", "url": server.url, "models": MODELS, "ttft_s": 0.05, **fields}
             for number, server in enumerate(servers)
         ]
     }

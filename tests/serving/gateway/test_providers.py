@@ -12,7 +12,14 @@ import pytest
 
 from serving.config import ConfigError, parse
 from tests.support import virtual_time
-from tests.support.provider_server import ProviderServer, configured, listening, serving
+from tests.support.provider_server import (
+    MODEL,
+    MODELS,
+    ProviderServer,
+    configured,
+    listening,
+    serving,
+)
 from tests.support.running_gateway import CHAT, System, running
 
 NUMBERS = tuple("0123456789")  # words of a reply
