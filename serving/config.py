@@ -258,7 +258,7 @@ class Config(_Section):
     """All that `serving.cluster.application:build` takes."""
 
     model: str | None = Field(
-        None, description="Hugging Face id or folder; unset on CPU: the small model on board"
+        None, description="Hugging Face id or folder; unset on CPU: the small bundled model"
     )
     served_model_name: str | None = Field(None, description="the name clients ask for")
     device: Literal["auto", "cuda", "cpu"] = "auto"

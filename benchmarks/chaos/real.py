@@ -56,7 +56,7 @@ class Plan:
 
 
 class ChaosEngines(RealEngines):
-    """The model on board, computed in numbers of this type."""
+    """The bundled model, computed in numbers of this type."""
 
     def __init__(self, dtype: str) -> None:
         super().__init__(_NUM_ENGINES)

@@ -46,8 +46,8 @@ from serving.capacity.profiles import load_profile
 from serving.capacity.sweep import Fleet, simulate
 from serving.capacity.sweep import capacity as simulated_capacity
 from serving.config import parse
-from serving.planning.hardware import detect
-from serving.planning.plan import plan
+from serving.planning.hardware import detect_hardware
+from serving.planning.plan import make_plan
 
 NUM_ENGINES = 2
 LINES = RESULTS / "fidelity-measured.csv"
@@ -78,8 +78,8 @@ class Measured:
 def measured_profile() -> Profile:
     """Return the profile of an engine as it is here and now."""
     args = {"device": "cpu", "replicas": NUM_ENGINES}
-    the_plan = plan(parse(args), detect())
-    return run_to_the_end(lambda: measure_profile(args, the_plan, "as-measured", console))
+    plan = make_plan(parse(args), detect_hardware())
+    return run_to_the_end(lambda: measure_profile(args, plan, "as-measured", console))
 
 
 async def measure(

@@ -1,6 +1,6 @@
 """Headway and other routers in front of the same engines: `python -m benchmarks.peers`.
 
-First eight emulated H100s, then two vLLM engines with the model on board;
+First eight emulated H100s, then two vLLM engines with the bundled model;
 `--emulated` or `--real` takes one of the two.
 
 All run side by side and idle until it is their turn, in an order that is

@@ -38,7 +38,7 @@ class EmulatedFleet(SystemUnderTest):
 
 
 class VllmFleet(SystemUnderTest):
-    """Real vLLM servers with the model on board, one CPU core each."""
+    """Real vLLM servers with the bundled model, one CPU core each."""
 
     start_timeout_s = 900.0  # a machine's first start downloads the model and converts it
 

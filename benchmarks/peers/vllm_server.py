@@ -17,9 +17,9 @@ import uvloop
 from router.fleet.prefill_chunk import prefill_chunk_tokens
 from serving.config import parse
 from serving.engine.vllm.engine import on_core, vllm_arguments
-from serving.planning.bundled_model import onboard_model
-from serving.planning.hardware import detect
-from serving.planning.plan import plan
+from serving.planning.bundled_model import prepare_bundled_model
+from serving.planning.hardware import detect_hardware
+from serving.planning.plan import make_plan
 
 
 async def serve(port: int, rank: int, num_engines: int) -> None:
@@ -32,8 +32,10 @@ async def serve(port: int, rank: int, num_engines: int) -> None:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         config = parse({"device": "cpu", "replicas": num_engines})
-        the_plan = dataclasses.replace(plan(config, detect()), model=str(onboard_model()))
-        args = vllm_arguments(the_plan)
+        plan = dataclasses.replace(
+            make_plan(config, detect_hardware()), model=str(prepare_bundled_model())
+        )
+        args = vllm_arguments(plan)
         args.scheduling_policy = "fcfs"
         args.enable_logging_iteration_details = False
         args.long_prefill_token_threshold = prefill_chunk_tokens(args.max_num_batched_tokens)

@@ -17,7 +17,7 @@ _PROMPT_TOKENS = "headway_prompt_tokens_total"
 
 
 class RealEngines(Headway):
-    """The model on board on `num_engines` engines, behind the gateway's own listener."""
+    """The bundled model on `num_engines` engines, behind the gateway's own listener."""
 
     # A machine's first start downloads the model and converts it.
     start_timeout_s = 900.0

@@ -1,7 +1,7 @@
-"""A Ray Serve config file with Headway's configuration inside, plus command-line options.
+"""What do a Ray Serve config file and the command line's options say together?
 
-`serve run FILE` and `headway serve FILE` read the same file. Where Ray ignores
-keys it does not know, a typo is refused here.
+`serve run FILE` and `headway serve FILE` read the same file, in which Headway's configuration is
+the application's `args`. Ray ignores keys that it does not know; here they are errors.
 """
 
 from collections.abc import Mapping
@@ -26,21 +26,21 @@ _APPLICATION_KEYS = (
     "logging_config",
 )
 _DEFAULTS: dict[str, Any] = {
-    "http_options": {"host": "127.0.0.1", "port": 8000},  # HAProxy's, in that mode
+    "http_options": {"host": "127.0.0.1", "port": 8000},  # HAProxy's, if it is the front
     "applications": [{"name": "headway", "import_path": IMPORT_PATH, "args": {}}],
 }
 
 
 @dataclass(frozen=True, slots=True)
-class LaunchFile:
-    """What to launch: Serve's side as it was written, Headway's parsed."""
+class ConfigFile:
+    """What to launch: Serve's keys as they were written, Headway's parsed."""
 
-    serve: dict[str, Any]  # the whole file as Ray Serve's ServeDeploySchema takes it
+    serve: dict[str, Any]  # the whole file, as Ray Serve's ServeDeploySchema has it
     config: Config
 
     @property
     def application(self) -> dict[str, Any]:
-        """The one application of the file."""
+        """The file's only application."""
         return self.serve["applications"][0]
 
     @property
@@ -53,12 +53,12 @@ class LaunchFile:
 
     @property
     def proxy_location(self) -> Literal["Disabled", "HeadOnly", "EveryNode"]:
-        """Where Serve's proxies run: nowhere when the gateway listens itself."""
+        """Where Serve's proxies run: nowhere if the gateway listens itself."""
         return self.serve.get("proxy_location", "EveryNode") if self.haproxy else "Disabled"
 
     @property
     def host(self) -> str:
-        """The address that clients' connections are accepted on."""
+        """The address that clients connect to."""
         return self.serve["http_options"]["host"] if self.haproxy else self.config.gateway.host
 
     @property
@@ -67,35 +67,35 @@ class LaunchFile:
 
     @property
     def url(self) -> str:
-        """Where clients on this machine find the OpenAI endpoint, without `/v1`."""
+        """The URL of the OpenAI endpoint for clients on this machine, without `/v1`."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
         prefix = (self.application.get("route_prefix") or "/") if self.haproxy else "/"
         return f"http://{host}:{self.port}{prefix.rstrip('/')}"
 
 
-def load(path: Path | None, options: Mapping[str, Any]) -> LaunchFile:
+def load_config_file(path: Path | None, options: Mapping[str, Any]) -> ConfigFile:
     """Return what `path` and `options` say; raise `ConfigError`, naming the key.
 
-    `options` has values by dotted key, such as `gateway.front`; they win over
-    the file. `host` and `port` go to whatever listens. Without a file the
-    defaults of `deploy/cpu.yaml` hold.
+    `options` has values by dotted key, such as `gateway.front`; they override
+    the file. `host` and `port` apply to whatever listens. Without a file the
+    defaults are those of `deploy/cpu.yaml`.
     """
-    serve = _read(path) if path else {}
+    serve = _read_yaml(path) if path else {}
     for key in serve.keys() - set(_OUTER_KEYS):
         raise ConfigError(f"{key}: unknown key, or not taken by `headway serve`")
     serve = {**_DEFAULTS, **serve}
     serve["http_options"] = {
         **_DEFAULTS["http_options"],
-        **_mapping(serve["http_options"], "http_options"),
+        **_check_mapping(serve["http_options"], "http_options"),
     }
     application = _check_application(serve)
-    args = _mapping(application.get("args") or {}, f"{_APPLICATION}.args")
+    args = _check_mapping(application.get("args") or {}, f"{_APPLICATION}.args")
     if path:
         args = {"watch_file": str(path.absolute()), **resolved(args, path.absolute().parent)}
     listener = {key: options[key] for key in ("host", "port") if key in options}
     for key, value in options.items():
         if key not in listener:
-            args = _with(args, key.split("."), value, key)
+            args = _with_value(args, key.split("."), value, key)
     args = resolved(args, Path.cwd())
     haproxy = parse(args).gateway.front == "haproxy"
     args = current_args(args)  # what is launched need not warn again
@@ -109,13 +109,13 @@ def load(path: Path | None, options: Mapping[str, Any]) -> LaunchFile:
         if haproxy:
             serve["http_options"] = {**serve["http_options"], key: value}
         else:
-            args = _with(args, ["gateway", key], value, key)
+            args = _with_value(args, ["gateway", key], value, key)
     serve["applications"] = [{**application, "args": args}]
-    return LaunchFile(serve, parse(args))
+    return ConfigFile(serve, parse(args))
 
 
-def check_with_ray(file: LaunchFile) -> None:
-    """Raise `ConfigError` for what Ray Serve's own schema refuses; imports Ray Serve."""
+def check_with_ray(file: ConfigFile) -> None:
+    """Raise `ConfigError` for what Ray Serve's own schema refuses. This imports Ray Serve."""
     from pydantic import ValidationError
     from ray.serve.schema import ServeDeploySchema
 
@@ -126,7 +126,7 @@ def check_with_ray(file: LaunchFile) -> None:
         raise ConfigError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -148,7 +148,7 @@ def _check_application(serve: dict[str, Any]) -> dict[str, Any]:
     applications = serve["applications"]
     if not isinstance(applications, list) or len(applications) != 1:
         raise ConfigError("applications: must be a list of exactly one")
-    application = _mapping(applications[0], _APPLICATION)
+    application = _check_mapping(applications[0], _APPLICATION)
     for key in application.keys() - set(_APPLICATION_KEYS):
         raise ConfigError(f"{_APPLICATION}.{key}: unknown key, or not taken by `headway serve`")
     import_path = current_import_path(application.get("import_path"))
@@ -157,15 +157,16 @@ def _check_application(serve: dict[str, Any]) -> dict[str, Any]:
     return {**application, "import_path": import_path}
 
 
-def _mapping(value: Any, key: str) -> dict[str, Any]:
+def _check_mapping(value: Any, key: str) -> dict[str, Any]:
+    """Return `value`; raise `ConfigError` unless it is a mapping."""
     if not isinstance(value, dict):
         raise ConfigError(f"{key}: must be a mapping of keys to values")
     return value
 
 
-def _with(tree: dict[str, Any], path: list[str], value: Any, key: str) -> dict[str, Any]:
+def _with_value(tree: dict[str, Any], path: list[str], value: Any, key: str) -> dict[str, Any]:
     """Return a copy of `tree` with `value` at `path`."""
     name, *rest = path
     if not rest:
         return {**tree, name: value}
-    return {**tree, name: _with(_mapping(tree.get(name) or {}, key), rest, value, key)}
+    return {**tree, name: _with_value(_check_mapping(tree.get(name) or {}, key), rest, value, key)}

@@ -1,4 +1,11 @@
-"""Ctrl-C and SIGTERM: the first stops what is being waited for, the second hurries."""
+"""What do Ctrl-C and SIGTERM do to a launch?
+
+| signal | effect                                                                    |
+|--------|---------------------------------------------------------------------------|
+| first  | raises `StopSignal` wherever the main thread is, so that waiting ends     |
+| second | sets `must_hurry`: cleaning up goes on, but waits for nothing             |
+| later  | none                                                                      |
+"""
 
 import signal
 from types import FrameType
@@ -7,8 +14,8 @@ from typing import Self
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Stop(KeyboardInterrupt):
-    """The first signal, raised wherever the main thread is."""
+class StopSignal(KeyboardInterrupt):
+    """The first signal."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -16,36 +23,36 @@ class Stop(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Counts signals. Only the first raises: cleaning up is never cut short by another."""
+    """Count signals while in the block; raise only on the first, so cleaning up is never cut."""
 
     def __init__(self) -> None:
         self._count = 0
         self._before: dict[int, object] = {}
 
     @property
-    def hurry(self) -> bool:
-        """Whether a second signal has come: do not wait for anything any more."""
+    def must_hurry(self) -> bool:
+        """Whether a second signal has come, after which nothing is waited for."""
         return self._count > 1
 
     def __enter__(self) -> Self:
         self._before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
-        self.install()
+        self.install_handlers()
         return self
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
 
-    def install(self) -> None:
-        """Take the signals; again after `ray.init`, which takes SIGTERM for itself."""
+    def install_handlers(self) -> None:
+        """Handle the signals; needed again after `ray.init`, which handles SIGTERM itself."""
         for signum in _SIGNALS:
             signal.signal(signum, self._on_signal)
 
-    def quiet(self) -> None:
-        """From now on no signal raises: the end has begun for another reason."""
+    def stop_raising(self) -> None:
+        """Raise on no signal from now on: cleaning up has begun for another reason."""
         self._count = max(self._count, 1)
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         self._count += 1
         if self._count == 1:
-            raise Stop(signum)
+            raise StopSignal(signum)

@@ -1,9 +1,7 @@
-"""The command line of keys: `headway key create`, `list`, `revoke`."""
+"""How does a person make, list and revoke API keys? `headway key`."""
 
 import datetime
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -11,11 +9,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from serving.cli.errors import errors_in_one_line
 from serving.config import ConfigError
 from serving.gateway.tenants.keys import KeysFile, make_key, read_keys
 
 key_app = typer.Typer(
-    help="Make, list and revoke API keys. A gateway that serves takes changes up within seconds.",
+    help="Make, list and revoke API keys. A running gateway applies changes within seconds.",
     no_args_is_help=True,
 )
 
@@ -48,7 +47,7 @@ def create(
     if expires_days is not None:
         now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
         expires = now + datetime.timedelta(days=expires_days)
-    with _errors_in_one_line(), KeysFile(file) as keys_file:
+    with errors_in_one_line(OSError), KeysFile(file) as keys_file:
         text, key = make_key(tenant, admin=admin, expires=expires)
         keys_file.keys.append(key)
         keys_file.save()
@@ -58,8 +57,8 @@ def create(
 
 @key_app.command("list")
 def list_command(file: _File = _DEFAULT) -> None:
-    """List the keys by id and tenant; the keys themselves are not known."""
-    with _errors_in_one_line():
+    """List the keys by id and tenant; only their hashes are stored."""
+    with errors_in_one_line(OSError):
         keys = read_keys(file)
     table = Table("id", "tenant", "created", "expires", "admin")
     for key in keys:
@@ -78,20 +77,11 @@ def revoke(
     key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id, as listed.")],
     file: _File = _DEFAULT,
 ) -> None:
-    """Remove a key: new requests with it are refused; what runs may end."""
-    with _errors_in_one_line(), KeysFile(file) as keys_file:
-        left = [key for key in keys_file.keys if key.id != key_id]
-        if len(left) == len(keys_file.keys):
+    """Remove a key: new requests with it are refused; running ones may finish."""
+    with errors_in_one_line(OSError), KeysFile(file) as keys_file:
+        others = [key for key in keys_file.keys if key.id != key_id]
+        if len(others) == len(keys_file.keys):
             raise ConfigError(f"{file} has no key {key_id}; `headway key list` shows them")
-        keys_file.keys = left
+        keys_file.keys = others
         keys_file.save()
     print(f"key {key_id} is revoked", file=sys.stderr)
-
-
-@contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    try:
-        yield
-    except (ConfigError, OSError) as error:
-        print(f"headway: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None

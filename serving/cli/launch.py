@@ -1,47 +1,56 @@
-"""One launch from start to end: deploy, show progress, wait, drain, leave nothing behind."""
+"""What happens in a launch, from start to end?
+
+The application is built, Ray is started or joined, the application is deployed; then engines are
+waited for and watched. At the end streams are drained, and no process and no file is left.
+"""
 
 import contextlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
-from serving.cli.config_file import LaunchFile, check_with_ray
-from serving.cli.interrupts import Interrupts, Stop
+from serving.cli.config_file import ConfigFile, check_with_ray
+from serving.cli.interrupts import Interrupts, StopSignal
 from serving.cli.progress import (
-    Board,
+    ProgressDisplay,
     engine_core_error,
     engine_phases,
-    failure,
+    failure_cause,
     last_error,
-    read_state,
+    read_app_state,
 )
 from serving.cluster.processes import descendants
 from serving.cluster.ray_session import (
-    Cluster,
-    environment,
-    joined_cluster,
-    own_cluster,
-    own_folder,
+    RaySession,
+    joined_session,
+    private_environment,
+    private_folder,
+    private_session,
 )
-from serving.gateway.http.endpoint import StartError, check_port, is_loopback, wait_for_answer
+from serving.gateway.http.endpoint import (
+    StartError,
+    check_port_is_free,
+    is_loopback,
+    wait_for_answer,
+)
 from serving.planning.hardware import Hardware
 from serving.planning.plan import Plan
 
 _ENGINE = "Engine"  # the deployment in `serving.cluster.application`
 _POLL_S = 0.5
-_WATCH_S = 5.0  # between looks at engines that run
-_DRAIN_MARGIN_S = 15.0  # Serve's own steps around the engines' drain
+_WATCH_S = 5.0  # between two checks of running engines
+_DRAIN_MARGIN_S = 15.0  # for Serve's own steps before and after the engines drain
 
-
-Build = Callable[[dict[str, Any]], Any]  # arguments -> Serve application
+Build = Callable[[dict[str, Any]], Any]  # makes the Serve application from its arguments
 
 
 def launch(
-    file: LaunchFile,
+    file: ConfigFile,
     plan: Plan,
     hardware: Hardware,
     console: Console,
@@ -52,89 +61,96 @@ def launch(
 ) -> int:
     """Serve until a signal comes; return the exit code.
 
-    0 after a drain, 128 + signal if it came before anything was ready. Raises
-    `ConfigError`, `OnboardError` and `StartError`; nothing is left running
-    then. `address` joins a Ray that runs already. `build` stands for
-    `serving.cluster.application.build`; for tests.
+    It is 0 after a drain, and 128 + signal if that came before anything was ready. Raise
+    `ConfigError`, `BundledModelError` or `StartError` if the start fails; then nothing is left
+    running. With `address` join the Ray that runs there. Tests replace
+    `serving.cluster.application.build` by `build`.
     """
     start_s = time.monotonic()
     with Interrupts() as interrupts, contextlib.ExitStack() as stack:
         try:
             if address is None:
-                check_port(file.host, file.port)
-                folder = stack.enter_context(own_folder())
-                os.environ.update(environment(folder, haproxy=file.haproxy, given=os.environ))
+                check_port_is_free(file.host, file.port)
+                folder = stack.enter_context(private_folder())
+                variables = private_environment(folder, haproxy=file.haproxy, given=os.environ)
+                os.environ.update(variables)
             else:
                 os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if file.haproxy else "0"
             os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the plan
             check_with_ray(file)
-            # Built before Ray starts: what is wrong shows at once, the plan made in
-            # there counts the same free memory as ours, and the model on board is
-            # fetched where it is needed.
-            application = (build or _build())(file.application["args"])
+            # Built before Ray starts: errors show at once, the plan that it makes
+            # sees the same free memory as ours, and the bundled model is
+            # fetched if it is needed.
+            application = (build or _import_build())(file.application["args"])
             runtime_env = file.application.get("runtime_env") or {}
             if address is None:
                 console.print("starting Ray …")
                 num_gpus = len(hardware.gpus) if plan.device == "cuda" else 0
-                ray = own_cluster(folder, len(hardware.cores), num_gpus, runtime_env, verbose)
+                ray = private_session(folder, len(hardware.cores), num_gpus, runtime_env, verbose)
             else:
-                ray = joined_cluster(address, runtime_env, verbose)
-            cluster = stack.enter_context(ray)
-            interrupts.install()
-            return _serve(file, plan, application, cluster, console, interrupts, start_s)
-        except Stop as stop:
+                ray = joined_session(address, runtime_env, verbose)
+            session = stack.enter_context(ray)
+            interrupts.install_handlers()
+            return _serve(file, plan, application, session, console, interrupts, start_s)
+        except StopSignal as stop:
             console.print("stopped before anything was ready")
             return 128 + stop.signum
         finally:
-            interrupts.quiet()
+            interrupts.stop_raising()
             stack.close()
 
 
-def _build() -> Build:
-    from serving.cluster.application import (
-        build,  # late: Ray Serve reads the environment when imported
-    )
+def _import_build() -> Build:
+    # Late: Ray Serve reads the environment when imported.
+    from serving.cluster.application import build
 
     return build
 
 
 def _serve(
-    file: LaunchFile,
+    file: ConfigFile,
     plan: Plan,
     application: Any,
-    cluster: Cluster,
+    session: RaySession,
     console: Console,
     interrupts: Interrupts,
     start_s: float,
 ) -> int:
-    with _removed_at_end(file, cluster, console, interrupts) as drained:
-        _deploy(file, application)
-        board = Board(console)
-        with board.shown():
-            _wait_for_engines(file, plan, cluster, board)
+    with _removed_at_end(file, session, console, interrupts) as removal:
+        _deploy_application(file, application)
+        display = ProgressDisplay(console)
+        with display.shown():
+            _wait_for_engines(file, plan, session, display)
         wait_for_answer(file.url)
         try:
             console.print(_ready_text(file, plan, time.monotonic() - start_s))
-            _watch(file, plan, console)
-        except Stop:
-            drained.append(True)
+            _watch_engines(file, plan, console)
+        except StopSignal:
+            removal.drains = True
     return 0
+
+
+@dataclass(slots=True)
+class _Removal:
+    """How the application is removed."""
+
+    drains: bool = False  # running streams may finish first
 
 
 @contextlib.contextmanager
 def _removed_at_end(
-    file: LaunchFile, cluster: Cluster, console: Console, interrupts: Interrupts
-) -> Iterator[list[bool]]:
-    """Remove the application at the end: gently if the block appends to the list.
+    file: ConfigFile, session: RaySession, console: Console, interrupts: Interrupts
+) -> Iterator[_Removal]:
+    """Remove the application at the end, in the way that the block chooses.
 
-    On our own Ray an abrupt end needs no removal, for Ray goes as a whole.
+    Without a drain there is nothing to remove from a private Ray, which ends as a whole.
     """
-    gently: list[bool] = []
+    removal = _Removal()
     try:
-        yield gently
+        yield removal
     finally:
-        interrupts.quiet()
-        if gently:
+        interrupts.stop_raising()
+        if removal.drains:
             timeout_s = file.config.engine.drain_timeout_s
             console.print(
                 f"draining: running streams may finish, for up to {timeout_s:.0f} s "
@@ -142,29 +158,29 @@ def _removed_at_end(
             )
         else:
             timeout_s = 0.0
-        if gently or not cluster.is_ours:
-            _remove(file, timeout_s + _DRAIN_MARGIN_S, interrupts)
-        if not cluster.is_ours and not cluster.serve_was_running:
+        if removal.drains or not session.is_private:
+            _delete_application(file, timeout_s + _DRAIN_MARGIN_S, interrupts)
+        if not session.is_private and not session.serve_was_running:
             from ray import serve
 
             serve.shutdown()
 
 
-def _remove(file: LaunchFile, timeout_s: float, interrupts: Interrupts) -> None:
+def _delete_application(file: ConfigFile, timeout_s: float, interrupts: Interrupts) -> None:
     """Have Serve delete the application and wait until it is gone, at most `timeout_s`."""
     from ray import serve
 
     deadline_s = time.monotonic() + timeout_s
-    with contextlib.suppress(Exception):  # Ray may be what failed; we are leaving anyhow
+    with contextlib.suppress(Exception):  # Ray itself may have failed; the launch ends anyhow
         serve.delete(file.name, _blocking=False)
-        while read_state(file.name, _ENGINE) is not None:
-            if interrupts.hurry or time.monotonic() > deadline_s:
+        while read_app_state(file.name, _ENGINE) is not None:
+            if interrupts.must_hurry or time.monotonic() > deadline_s:
                 return
             time.sleep(0.1)
 
 
-def _deploy(file: LaunchFile, application: Any) -> None:
-    """Hand the application to Ray Serve; returns before it runs. Raises `StartError`."""
+def _deploy_application(file: ConfigFile, application: Any) -> None:
+    """Pass the application to Ray Serve without waiting for it. Raise `StartError` if refused."""
     from ray import serve
 
     target = serve.RunTarget(
@@ -184,22 +200,24 @@ def _deploy(file: LaunchFile, application: Any) -> None:
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
-    except Exception as error:  # what a remote actor raised comes as a class made up by Ray
+    except Exception as error:  # Ray makes a class up for what a remote actor raised
         raise StartError(f"Ray Serve cannot start: {last_error(str(error))}") from error
 
 
-def _wait_for_engines(file: LaunchFile, plan: Plan, cluster: Cluster, board: Board) -> None:
+def _wait_for_engines(
+    file: ConfigFile, plan: Plan, session: RaySession, display: ProgressDisplay
+) -> None:
     """Return once all engines and gateways run; raise `StartError` if one cannot."""
     timeout_s = file.config.engine.start_timeout_s
     deadline_s = time.monotonic() + timeout_s
     while True:
-        state = read_state(file.name, _ENGINE)
+        state = read_app_state(file.name, _ENGINE)
         if state is None:
             raise StartError("the application was deleted while it started")
-        if (cause := failure(state)) is not None:
-            raise StartError(f"cannot start: {engine_core_error(cluster.logs) or cause}")
-        processes = descendants() if cluster.is_ours else []
-        board.update(
+        if (cause := failure_cause(state)) is not None:
+            raise StartError(f"cannot start: {engine_core_error(session.logs) or cause}")
+        processes = descendants() if session.is_private else []
+        display.show_phases(
             engine_phases(processes, file.name, _ENGINE, plan.num_replicas, state.num_ready)
         )
         if state.status == "RUNNING":
@@ -213,27 +231,30 @@ def _wait_for_engines(file: LaunchFile, plan: Plan, cluster: Cluster, board: Boa
         time.sleep(_POLL_S)
 
 
-def _watch(file: LaunchFile, plan: Plan, console: Console) -> None:
-    """Report engines that go and come back; ends by `Stop`, or `StartError` if all is lost."""
+def _watch_engines(file: ConfigFile, plan: Plan, console: Console) -> None:
+    """Report engines that stop and come back, until `StopSignal`.
+
+    Raise `StartError` if Ray or the application is gone.
+    """
     num_ready = plan.num_replicas
     while True:
         time.sleep(_WATCH_S)
         try:
-            state = read_state(file.name, _ENGINE)
-        except Exception as error:  # whatever Ray's client raises when Ray is gone
+            state = read_app_state(file.name, _ENGINE)
+        except Exception as error:  # Ray's client raises anything when Ray is gone
             raise StartError(f"Ray is gone: {error}") from error
         if state is None:
             raise StartError("the application was deleted by somebody else")
         if state.num_ready != num_ready:
             num_ready = state.num_ready
-            cause = failure(state)
+            cause = failure_cause(state)
             console.print(
                 f"{num_ready} of {plan.num_replicas} engines ready"
                 + (f": {cause}" if cause else ""),
             )
 
 
-def _ready_text(file: LaunchFile, plan: Plan, start_s: float) -> str:
+def _ready_text(file: ConfigFile, plan: Plan, start_s: float) -> str:
     engines = f"{plan.num_replicas} engine" + ("s" if plan.num_replicas > 1 else "")
     question = json.dumps(
         {

@@ -2,10 +2,6 @@
 
 import importlib
 import importlib.metadata
-import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,17 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from router.scheduling.policies import POLICIES
-from serving.cli.config_file import LaunchFile, check_with_ray, load
+from serving.cli.config_file import ConfigFile, check_with_ray, load_config_file
+from serving.cli.errors import errors_in_one_line
 from serving.cli.keys import key_app
 from serving.cli.launch import launch
 from serving.config import ConfigError
-from serving.gateway.http.endpoint import StartError
-from serving.planning.bundled_model import OnboardError
-from serving.planning.hardware import Hardware, detect
-from serving.planning.plan import Plan, plan
-
-_BAD_CONFIG = 2
-_FAILED = 1
+from serving.planning.hardware import Hardware, detect_hardware
+from serving.planning.plan import Plan, make_plan
 
 main = typer.Typer(
     help="Serve language models from many engines behind one OpenAI-compatible endpoint.",
@@ -36,12 +28,12 @@ main = typer.Typer(
 )
 main.add_typer(key_app, name="key")
 
-ConfigFile = Annotated[
+ConfigPath = Annotated[
     Path | None,
     typer.Argument(
         metavar="CONFIG.yaml",
         help="A Ray Serve config file, such as those in deploy/. Without one: "
-        "the model on board on CPU, or --model on all GPUs.",
+        "the bundled model on CPU, or --model on all GPUs.",
     ),
 ]
 Model = Annotated[str | None, typer.Option(help="Hugging Face id or folder.")]
@@ -81,7 +73,7 @@ Set = Annotated[
 @main.command()
 def serve(
     ctx: typer.Context,
-    config: ConfigFile = None,
+    config: ConfigPath = None,
     model: Model = None,
     served_model_name: ServedModelName = None,
     device: Device = None,
@@ -94,7 +86,9 @@ def serve(
     set_: Set = None,
     address: Annotated[
         str | None,
-        typer.Option(help="Join the Ray at this address (auto: this machine's) and leave it be."),
+        typer.Option(
+            help="Join the Ray at this address (auto: this machine's); it is left running."
+        ),
     ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show the logs of Ray and of the engines.")
@@ -102,19 +96,17 @@ def serve(
 ) -> None:
     """Start the engines and the endpoint, and serve until Ctrl-C."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    with _errors_in_one_line(verbose):
-        file, hardware, the_plan = _planned(ctx.params)
-        for sentence in (*the_plan.why[:1], *the_plan.warnings):
+    with errors_in_one_line(verbose=verbose):
+        file, hardware, plan = _load_and_plan(ctx.params)
+        for sentence in (*plan.why[:1], *plan.warnings):
             console.print(sentence)
-        raise typer.Exit(
-            launch(file, the_plan, hardware, console, address=address, verbose=verbose)
-        )
+        raise typer.Exit(launch(file, plan, hardware, console, address=address, verbose=verbose))
 
 
 @main.command("plan")
 def plan_command(
     ctx: typer.Context,
-    config: ConfigFile = None,
+    config: ConfigPath = None,
     model: Model = None,
     served_model_name: ServedModelName = None,
     device: Device = None,
@@ -127,16 +119,16 @@ def plan_command(
     set_: Set = None,
 ) -> None:
     """Show which engines `headway serve` would start where, and why. Starts nothing."""
-    with _errors_in_one_line():
-        file, hardware, the_plan = _planned(ctx.params)
+    with errors_in_one_line():
+        file, hardware, plan = _load_and_plan(ctx.params)
         check_with_ray(file)
-        _print_plan(Console(highlight=False, markup=False), file, hardware, the_plan)
+        _print_plan(Console(highlight=False, markup=False), file, hardware, plan)
 
 
 @main.command("profile")
 def profile_command(
     ctx: typer.Context,
-    config: ConfigFile = None,
+    config: ConfigPath = None,
     model: Model = None,
     device: Device = None,
     tensor_parallel_size: TensorParallelSize = None,
@@ -146,10 +138,10 @@ def profile_command(
     ),
 ) -> None:
     """Start the service, measure what its engines' steps cost, and write that for the simulator."""
-    with _errors_in_one_line():
-        file, _, the_plan = _planned(ctx.params)
+    with errors_in_one_line():
+        file, _, plan = _load_and_plan(ctx.params)
         console = Console(highlight=False, markup=False, soft_wrap=True)
-        _benchmark("measure").run(file.application["args"], the_plan, output, console)
+        _benchmark("measure").run(file.application["args"], plan, output, console)
 
 
 @main.command()
@@ -188,7 +180,7 @@ def whatif(
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
 ) -> None:
     """Find how many engines traffic needs for a promise, and under which policy. Simulated."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         _benchmark("whatif").ask(
             Console(highlight=False),
             trace=trace,
@@ -216,18 +208,6 @@ def version() -> None:
             continue
 
 
-@contextmanager
-def _errors_in_one_line(verbose: bool = False) -> Iterator[None]:
-    """Turn expected errors into one line on stderr and an exit code."""
-    try:
-        yield
-    except (ConfigError, OnboardError, StartError) as error:
-        if verbose:
-            traceback.print_exc()
-        print(f"headway: {error}", file=sys.stderr)
-        raise typer.Exit(_BAD_CONFIG if isinstance(error, ConfigError) else _FAILED) from None
-
-
 def _benchmark(name: str) -> Any:
     """Return a module of `benchmarks`; may raise `ConfigError`."""
     try:
@@ -251,29 +231,29 @@ _KEYS = {  # options of the command line and the keys that they set
 }
 
 
-def _planned(params: dict[str, Any]) -> tuple[LaunchFile, Hardware, Plan]:
-    """Configuration, hardware and plan for the command's parameters; may raise `ConfigError`."""
+def _load_and_plan(params: dict[str, Any]) -> tuple[ConfigFile, Hardware, Plan]:
+    """Return configuration, hardware and plan for the command's parameters."""
     options = {_KEYS[name]: params[name] for name in _KEYS if params.get(name) is not None}
     if options.get("replicas", "auto") != "auto":
-        options["replicas"] = _yaml("replicas", options["replicas"])
+        options["replicas"] = _parse_yaml("replicas", options["replicas"])
     for assignment in params["set_"] or ():
         key, equals, value = assignment.partition("=")
         if not equals or not all(key.split(".")):
             raise ConfigError(f"--set {assignment}: is not of the form KEY=VALUE")
-        options[key] = _yaml(key, value)
-    file = load(params["config"], options)
-    hardware = detect()
-    return file, hardware, plan(file.config, hardware)
+        options[key] = _parse_yaml(key, value)
+    file = load_config_file(params["config"], options)
+    hardware = detect_hardware()
+    return file, hardware, make_plan(file.config, hardware)
 
 
-def _yaml(key: str, value: str) -> Any:
+def _parse_yaml(key: str, value: str) -> Any:
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"{key}: {value!r} is not YAML: {' '.join(str(error).split())}") from None
 
 
-def _print_plan(console: Console, file: LaunchFile, hardware: Hardware, the_plan: Plan) -> None:
+def _print_plan(console: Console, file: ConfigFile, hardware: Hardware, plan: Plan) -> None:
     gib = 1 << 30
     table = Table.grid(padding=(0, 2))
     for gpu in hardware.gpus:
@@ -291,27 +271,25 @@ def _print_plan(console: Console, file: LaunchFile, hardware: Hardware, the_plan
         f"{hardware.num_free_ram_bytes / gib:.1f} of {hardware.num_ram_bytes / gib:.1f} GiB free",
     )
     table.add_row()
-    table.add_row(
-        "model", f"{the_plan.model or 'on board'}, served as {the_plan.served_model_name}"
-    )
-    table.add_row("engines", f"{the_plan.num_replicas} × {the_plan.device_name}")
-    if the_plan.num_engine_bytes:
-        total = the_plan.num_replicas * the_plan.num_engine_bytes
+    table.add_row("model", f"{plan.model or 'bundled'}, served as {plan.served_model_name}")
+    table.add_row("engines", f"{plan.num_replicas} × {plan.device_name}")
+    if plan.num_engine_bytes:
+        total = plan.num_replicas * plan.num_engine_bytes
         table.add_row(
             "memory",
-            f"{the_plan.num_engine_bytes / gib:.1f} GiB each, {total / gib:.1f} GiB in all",
+            f"{plan.num_engine_bytes / gib:.1f} GiB each, {total / gib:.1f} GiB in all",
         )
-    if the_plan.num_kv_bytes:
-        table.add_row("KV cache", f"{the_plan.num_kv_bytes / gib:.2f} GiB each")
-    table.add_row("Ray asks", f"{the_plan.engine_actor_options} per engine")
+    if plan.num_kv_bytes:
+        table.add_row("KV cache", f"{plan.num_kv_bytes / gib:.2f} GiB each")
+    table.add_row("Ray asks", f"{plan.engine_actor_options} per engine")
     table.add_row("front", f"{file.config.gateway.front}, {file.url}/v1")
-    for key, value in the_plan.engine_args.items():
+    for key, value in plan.engine_args.items():
         mine = "  (yours)" if key in file.config.engine.args else ""
         table.add_row("engine arg", f"{key} = {value}{mine}")
     table.add_row()
-    for sentence in the_plan.why:
+    for sentence in plan.why:
         table.add_row("why", sentence)
-    for sentence in the_plan.warnings:
+    for sentence in plan.warnings:
         table.add_row("careful", sentence)
     console.print(table)
 

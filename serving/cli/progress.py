@@ -1,7 +1,7 @@
-"""What starting and running engines look like on a terminal, or in a log.
+"""How far has the start got, and why did it fail? As a terminal or a log shows it.
 
-Ray Serve tells how many replicas of a deployment run; on our own Ray the
-processes tell how far the others are.
+Ray Serve says how many replicas of a deployment run. On a private Ray the
+processes show how far the others are.
 """
 
 import re
@@ -20,20 +20,20 @@ _PHASES = ("waiting for a process", "starting", "loading the model", "ready")
 _HEARTBEAT_S = 15.0  # between lines that say nothing new, where there is no terminal
 _ERROR = re.compile(r"^\S*?(?:\w\.)*(\w*(?:Error|Exception|Interrupt|Exit)\b.*)$")
 _LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\)\s*(?:[A-Z]+ [\d-]+ [\d:]+ (?:\[[^\]]+\] )?)?")
-_MAX_LOG_BYTES = 1 << 20  # of each log's end: the cause of a failure is near it
+_MAX_LOG_BYTES = 1 << 20  # at each log's end, where the cause of a failure is
 
 
 @dataclass(frozen=True, slots=True)
 class AppState:
-    """One reading of `serve.status()`, as far as it matters here."""
+    """What `serve.status()` says of the application."""
 
     status: str  # NOT_STARTED, DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY, DELETING
-    num_ready: int  # engines
-    message: str  # what Serve says about a deployment that is not well
+    num_ready: int  # engines that run
+    message: str  # what Serve says about unhealthy deployments
 
 
-def read_state(app: str, engine: str) -> AppState | None:
-    """Ask Ray Serve about application `app`; None once it is gone."""
+def read_app_state(app: str, engine: str) -> AppState | None:
+    """Return what Ray Serve knows of application `app`; None once it is deleted."""
     from ray import serve
 
     overview = serve.status().applications.get(app)
@@ -48,18 +48,18 @@ def read_state(app: str, engine: str) -> AppState | None:
     )
 
 
-def failure(state: AppState) -> str | None:
-    """Return the last words of a replica that could not start; None if none has failed.
+def failure_cause(state: AppState) -> str | None:
+    """Return the error of a replica that could not start; None if none has failed.
 
-    Serve would try again several times for each replica; a second try of the
-    same engine on the same machine ends like the first, minutes later.
+    Serve would try again several times for each replica. But the same engine on the same machine
+    fails again, minutes later.
     """
     failed = state.status == "DEPLOY_FAILED" or "failed to start" in state.message
     return last_error(state.message) or "no reason given" if failed else None
 
 
 def last_error(text: str) -> str:
-    """Return the last line of `text` that names an exception, else its last line."""
+    """Return the last exception in `text`, else its last line."""
     lines = [_LOG_PREFIX.sub("", line).strip() for line in text.splitlines()]
     lines = [line for line in lines if line]
     errors = [match[1] for line in lines if (match := _ERROR.match(line))]
@@ -69,8 +69,8 @@ def last_error(text: str) -> str:
 def engine_core_error(logs: Path | None) -> str | None:
     """Return the last exception that an engine core wrote to Ray's logs, if any.
 
-    vLLM's engine core is a process of its own: what its parent raises says only
-    that the cause is "above".
+    vLLM's engine core is a process of its own, and its parent's exception does not name
+    the cause.
     """
     for log in sorted(logs.glob("worker-*")) if logs else ():
         with log.open("rb") as file:
@@ -86,10 +86,10 @@ def engine_core_error(logs: Path | None) -> str | None:
 def engine_phases(
     processes: Sequence[psutil.Process], app: str, engine: str, num_engines: int, num_ready: int
 ) -> list[str]:
-    """Return the phase of each engine, most advanced first.
+    """Return the phase of each engine, the most advanced first.
 
     Serve names a replica's process after application and deployment; vLLM names
-    the child that loads the model.
+    the child process that loads the model.
     """
     title = f"ray::ServeReplica:{app}:{engine}"
     replicas, cores = set(), set()
@@ -108,34 +108,34 @@ def engine_phases(
     return [_PHASES[rank] for rank in ranks]
 
 
-class Board:
-    """Shows the engines' progress: a live table on a terminal, else a line per change."""
+class ProgressDisplay:
+    """Show the engines' progress: a live table on a terminal, else a line per change."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._clock = clock
         self._start_s = clock()
-        self._since: list[tuple[str, float]] = []  # phase and when it began, per engine
+        self._phases: list[tuple[str, float]] = []  # of each engine, and when it began
         self._live: Live | None = None
         self._last_line_s = self._start_s
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Draw while in the block."""
+        """Keep the live table on the terminal while in the block."""
         if not self._console.is_terminal:
             yield
             return
         with Live(console=self._console, refresh_per_second=4, transient=False) as self._live:
             yield
 
-    def update(self, phases: list[str]) -> None:
-        """Take in the phase of every engine."""
+    def show_phases(self, phases: list[str]) -> None:
+        """Show the current phase of every engine."""
         now_s = self._clock()
-        before = [phase for phase, _ in self._since]
-        self._since += [("", now_s)] * (len(phases) - len(self._since))
+        before = [phase for phase, _ in self._phases]
+        self._phases += [("", now_s)] * (len(phases) - len(self._phases))
         for i, phase in enumerate(phases):
-            if self._since[i][0] != phase:
-                self._since[i] = (phase, now_s)
+            if self._phases[i][0] != phase:
+                self._phases[i] = (phase, now_s)
         if self._live:
             self._live.update(self._table(now_s))
         elif before != phases or now_s - self._last_line_s >= _HEARTBEAT_S:
@@ -145,7 +145,7 @@ class Board:
 
     def _table(self, now_s: float) -> Table:
         table = Table.grid(padding=(0, 2))
-        for i, (phase, since_s) in enumerate(self._since, 1):
+        for i, (phase, since_s) in enumerate(self._phases, 1):
             end_s = since_s if phase == _PHASES[-1] else now_s
             table.add_row(f"engine {i}", phase, f"{end_s - self._start_s:.0f} s")
         return table

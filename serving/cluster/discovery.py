@@ -1,27 +1,27 @@
-"""Which engine replicas there are: told by Ray Serve as they come and go."""
+"""Which engine replicas are there? Ray Serve tells when they come and go."""
 
 from collections.abc import Callable
 
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.request_router import RequestRouter
 
-Members = dict[str, dict]
+Members = dict[str, dict]  # metadata by replica id, as `EngineReplica` reports it
 
 _members: Members = {}
 _subscribers: list[Callable[[Members], object]] = []
 
 
 def subscribe(on_change: Callable[[Members], object]) -> None:
-    """Call `on_change` with every replica's metadata now, and whenever they change.
+    """Call `on_change` with all replicas' metadata now, and again whenever they change.
 
-    Called from Serve's router thread.
+    The calls come from Serve's router thread.
     """
     _subscribers.append(on_change)
     on_change(dict(_members))
 
 
 def publish(members: Members) -> None:
-    """Take in the replicas that Serve routes to."""
+    """Store the replicas that Serve routes to and tell every subscriber."""
     _members.clear()
     _members.update(members)
     for on_change in _subscribers:
@@ -31,8 +31,8 @@ def publish(members: Members) -> None:
 class EngineDirectory(RequestRouter):
     """Serve's request router of the engine deployment, in the gateway's process.
 
-    It routes nothing: requests go over the links. It is here because Serve
-    tells it, by long poll, of every change of the replicas, metadata included.
+    It routes nothing: requests go over the stream. It exists because Serve
+    tells it, by long poll, of every change of the replicas and of their metadata.
     """
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:

@@ -1,4 +1,4 @@
-"""The Ray Serve deployment that owns one engine."""
+"""When does an engine's replica start, stop and get replaced? The Ray Serve deployment of one."""
 
 import asyncio
 import gc
@@ -13,19 +13,19 @@ from serving.cluster.loop_thread import LoopThread
 from serving.config import Config, parse
 from serving.engine.step_log import StepLog
 from serving.planning.plan import Plan
-from serving.stream.engine import Engine
+from serving.stream.engine import EngineFactory
 from serving.stream.server import StreamServer
 
 logger = logging.getLogger(__name__)
 
-_WATCH_INTERVAL_S = 0.25
+_DEATH_CHECK_INTERVAL_S = 0.25
 _PING_INTERVAL_S = 1.0
 
 
 class EngineReplica:
-    """Starts the engine, offers its port to the gateways, watches over it.
+    """Start the engine, offer its stream server to the gateways, exit when it fails.
 
-    Requests never come through Ray: the gateways learn the port's address from
+    Requests never come through Ray: the gateways learn the server's address from
     `record_replica_metadata` and connect. Ray places, checks, restarts and drains.
     """
 
@@ -33,76 +33,79 @@ class EngineReplica:
         self._config = parse(args)
         self._loop = LoopThread("engine")
         rank = serve.get_replica_context().rank
-        self._port, address = await self._loop.run(_open(self._config, plan, rank.local_rank))
+        self._server, address = await self._loop.run(
+            _start_server(self._config, plan, rank.local_rank)
+        )
         self._metadata = {
             "host": address[0],
             "port": address[1],
-            "secret": self._port.secret,
-            "pid": os.getpid(),
+            "secret": self._server.secret,
         }
-        # What lives from here on lives long: keep the collector off the token path.
+        # What exists by now stays: the garbage collector need not look at it while tokens wait.
         gc.collect()
         gc.freeze()
         self._watches = [
-            asyncio.create_task(self._leave_with_the_engine()),
-            asyncio.create_task(self._leave_when_hung()),
+            asyncio.create_task(self._exit_when_engine_dies()),
+            asyncio.create_task(self._exit_when_engine_hangs()),
         ]
 
     async def record_replica_metadata(self) -> dict:
-        """Return the port's address and secret; Ray hands them to the gateways."""
+        """Return the server's address and secret; Ray passes them to the gateways."""
         return self._metadata
 
     async def check_health(self) -> None:
         """Raise `RuntimeError` once the engine can serve no more."""
-        if self._port.engine.dead:
+        if self._server.engine.dead:
             raise RuntimeError("the engine is dead")
 
-    async def _leave_with_the_engine(self) -> None:
-        """Exit when the engine dies: Serve would route to us for 24 s more (measured)."""
-        while not self._port.engine.dead:
-            await asyncio.sleep(_WATCH_INTERVAL_S)
+    async def _exit_when_engine_dies(self) -> None:
+        """Exit at once when the engine dies: Serve would route to us for 24 s more (measured)."""
+        while not self._server.engine.dead:
+            await asyncio.sleep(_DEATH_CHECK_INTERVAL_S)
         os._exit(1)
 
-    async def _leave_when_hung(self) -> None:
-        """Exit when the engine core has not answered for long: Ray starts another one.
+    async def _exit_when_engine_hangs(self) -> None:
+        """Exit when the engine core has not answered for `engine.hang_timeout_s`.
 
-        It answers between its steps, so this looks at what no snapshot tells once
-        the gateways have taken their requests off a hung engine: then it seems idle.
+        Ray then starts another replica. Snapshots do not show this once the gateways have moved
+        their requests away: a hung engine without requests looks idle. The core
+        answers between two steps.
         """
         timeout_s = self._config.engine.hang_timeout_s
         while True:
             await asyncio.sleep(_PING_INTERVAL_S)
             try:
-                await asyncio.wait_for(self._loop.run(self._port.engine.ping()), timeout_s)
+                await asyncio.wait_for(self._loop.run(self._server.engine.ping()), timeout_s)
             except TimeoutError:
-                logger.error("the engine has not answered for %g s: leaving", timeout_s)
+                logger.error("the engine has not answered for %g s: exiting", timeout_s)
                 os._exit(1)
-            except Exception as error:  # it died: `_leave_with_the_engine` sees to that
+            except Exception as error:  # it died: `_exit_when_engine_dies` handles that
                 logger.warning("the engine does not answer: %s", error)
 
     async def __del__(self) -> None:
-        # Serve drains only requests that it carried; the streams here are ours.
-        if hasattr(self, "_watches"):
+        # Serve drains only requests that came through it; the streams here are ours to drain.
+        if hasattr(self, "_watches"):  # absent where `__init__` failed
             for watch in self._watches:
                 watch.cancel()
-            await self._loop.run(_close(self._port, self._config.engine.drain_timeout_s))
+            await self._loop.run(_stop_server(self._server, self._config.engine.drain_timeout_s))
 
 
-async def _open(
+async def _start_server(
     config: Config, plan: Plan, local_rank: int
 ) -> tuple[StreamServer, tuple[str, int]]:
+    """Start the engine and its stream server. Return the server and its address."""
     module, _, name = config.engine.factory.partition(":")
-    factory: type[Engine] = getattr(importlib.import_module(module), name)
+    factory: EngineFactory = getattr(importlib.import_module(module), name)
     engine = await factory.start(config, plan, local_rank)
-    port = StreamServer(engine, config.gateway.stream_window_bytes)
-    address = await port.listen(ray.util.get_node_ip_address())
+    server = StreamServer(engine, config.gateway.stream_window_bytes)
+    address = await server.listen(ray.util.get_node_ip_address())
     if (folder := config.engine.step_log) is not None:
-        log = StepLog(engine, folder / f"{os.getpid()}.jsonl", port.on_step)
+        log = StepLog(engine, folder / f"{os.getpid()}.jsonl", server.on_step)
         engine.subscribe(log.on_step)
-    return port, address
+    return server, address
 
 
-async def _close(port: StreamServer, timeout_s: float) -> None:
-    await port.drain(timeout_s)
-    port.close()
-    await port.engine.shutdown()
+async def _stop_server(server: StreamServer, timeout_s: float) -> None:
+    await server.drain(timeout_s)
+    server.close()
+    await server.engine.shutdown()

@@ -1,4 +1,4 @@
-"""An event loop of our own beside Ray Serve's."""
+"""Where do coroutines run that Ray Serve's event loop must not delay?"""
 
 import asyncio
 import threading
@@ -13,8 +13,8 @@ T = TypeVar("T")
 class LoopThread:
     """A uvloop in a daemon thread.
 
-    Serve runs user code on a plain asyncio loop that it shares with its own
-    calls; tokens get one that nobody else blocks.
+    Serve runs user code on a plain asyncio loop and makes its own calls on it
+    too. The token path gets a loop that nothing else blocks.
     """
 
     def __init__(self, name: str) -> None:
@@ -23,5 +23,5 @@ class LoopThread:
         self._thread.start()
 
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Await `coroutine` on this loop, from any other."""
+        """Run `coroutine` on this loop and return its result; awaited from any other loop."""
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))

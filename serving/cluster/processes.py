@@ -1,8 +1,8 @@
-"""Keep track of every process that a launch starts, and end what outlives it.
+"""Which processes did a launch start, and how are those ended that outlive it?
 
 Ray's processes, its workers, vLLM's engine cores and HAProxy are children of
-children, and some detach. On Linux the launcher becomes their subreaper: an
-orphan among them is handed to it instead of to init, so that none escapes.
+children, and some detach. On Linux the launcher becomes their subreaper: the kernel
+gives it their orphans instead of giving them to init, so none escapes.
 """
 
 import contextlib
@@ -17,27 +17,29 @@ _TERMINATE_S = 3.0  # from SIGTERM to SIGKILL
 
 
 def become_subreaper() -> None:
-    """Adopt orphaned descendants from now on; only Linux has that."""
+    """Adopt orphaned descendants from now on; does nothing except on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def descendants() -> list[psutil.Process]:
-    """Return all living descendants of this process; dead ones are reaped on the way."""
-    return [process for process in psutil.Process().children(recursive=True) if not _dead(process)]
+    """Return all living descendants of this process; reap the dead ones."""
+    children = psutil.Process().children(recursive=True)
+    return [process for process in children if not _reap_if_dead(process)]
 
 
-def _dead(process: psutil.Process) -> bool:
+def _reap_if_dead(process: psutil.Process) -> bool:
+    """Reap the process if it is dead. Return whether it is."""
     with contextlib.suppress(psutil.Error, ChildProcessError):
         if process.status() != psutil.STATUS_ZOMBIE:
             return False
-        process.wait(0)  # ours to reap if it was handed to us
+        process.wait(0)  # works only where it is our own child, by birth or adoption
     return True
 
 
 @contextlib.contextmanager
-def nothing_left() -> Iterator[None]:
-    """End all processes that the block started and left running, in whatever way it ends."""
+def ending_new_processes() -> Iterator[None]:
+    """End all processes that the block started and left running, however the block ends."""
     before = {process.pid for process in descendants()}
     try:
         yield
@@ -47,7 +49,7 @@ def nothing_left() -> Iterator[None]:
             with contextlib.suppress(psutil.Error):
                 process.terminate()
         psutil.wait_procs(left, timeout=_TERMINATE_S)
-        # Killing a parent may bring up children that appeared meanwhile: look again.
+        # A process may have started others before it ended: look again.
         while left := [process for process in descendants() if process.pid not in before]:
             for process in left:
                 with contextlib.suppress(psutil.Error):

@@ -1,8 +1,7 @@
-"""The Ray that an application runs on: our own on this machine, or one that is there.
+"""Which Ray does the application run on? A private one on this machine, or one that runs already.
 
-Our own one is private: it listens on the loopback interface only, its token is
-random, and every file of it, of vLLM and of HAProxy lies in one folder that
-goes with it.
+The private one listens on the loopback interface only and has a random token. All
+its files, vLLM's and HAProxy's are in one folder, which is removed at the end.
 """
 
 import contextlib
@@ -20,54 +19,57 @@ from typing import Any
 
 import psutil
 
-from serving.cluster.processes import become_subreaper, nothing_left
+from serving.cluster.processes import become_subreaper, ending_new_processes
 from serving.gateway.http.endpoint import StartError
 from serving.planning.bundled_model import default_cache_dir
 
-_OBJECT_STORE_BYTES = 200_000_000  # tokens do not travel through it
+_OBJECT_STORE_BYTES = 200_000_000  # requests and tokens do not go through it
 _PREFIX = "headway-"
-_OWNER = "owner"  # file with pid and start time of the launcher
+_OWNER_FILE = "owner"  # holds pid and start time of the launcher
 # HAProxy allows its sockets 97 characters; Ray Serve puts a folder of 56 in between.
 _MAX_FOLDER_LENGTH = 97 - len("/proxy/") - 56 - len("/metrics.sock")
-NAMESPACE = "serve"  # Ray Serve's own
+_NAMESPACE = "serve"  # Ray Serve's own
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 
 
 @dataclass(frozen=True, slots=True)
-class Cluster:
+class RaySession:
     """A Ray that this process is connected to."""
 
-    is_ours: bool
-    serve_was_running: bool  # then somebody else's applications may be there
-    folder: Path | None  # where our own one keeps its files
+    is_private: bool
+    serve_was_running: bool  # if so, it may have applications of others
+    folder: Path | None  # of all files of a private one
 
     @property
     def logs(self) -> Path | None:
-        """Folder of the logs of all processes on our own Ray."""
+        """The folder of all processes' logs; None if the Ray is not ours."""
         return self.folder / "ray" / "session_latest" / "logs" if self.folder else None
 
 
-def environment(folder: Path, *, haproxy: bool, given: Mapping[str, str]) -> dict[str, str]:
-    """Return what our own Ray, Serve, vLLM and HAProxy need set, before Ray is imported.
+def private_environment(
+    folder: Path, *, haproxy: bool, given: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the environment variables of a private Ray, Serve, vLLM and HAProxy.
 
-    What the user has `given` in the environment stays, but for the front and the
-    files. `folder` is private to this run; two ports are drawn for HAProxy.
+    They must be set before Ray is imported. Those that the user has `given`
+    stay, except for the choice of the front and the places of files. `folder` is private to
+    this run; HAProxy gets two free TCP ports.
     """
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Without a token, whoever reaches a port of Ray runs code as this user.
+        # Without a token, whoever can connect to Ray runs code as this user.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # Ray would replace 127.0.0.1 by the address of the network otherwise,
-        # and listen there; named after the systems where that is the default.
+        # Otherwise Ray would replace 127.0.0.1 by the machine's network address and
+        # listen there. Named after the systems where "0" is the default.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default to be; silences a warning
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a future default; avoids a warning
         "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
-        # Ray's default of 15 would let anything else on the machine go before gateway and engines.
+        # With Ray's default of 15 everything else on the machine would run before our processes.
         "RAY_worker_niceness": "0",
-        # Nobody but our own HAProxy has to notice that a gateway leaves.
+        # Only our own HAProxy has to notice that a gateway stops.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-        # Compiled kernels are worth keeping; the rest of vLLM's files is not.
+        # Compiled kernels are kept for the next start; the rest of vLLM's files is not.
         "TORCHINDUCTOR_CACHE_DIR": str(default_cache_dir() / "torchinductor"),
     }
     if given.get("RAY_AUTH_MODE", "token") != "token":
@@ -75,7 +77,7 @@ def environment(folder: Path, *, haproxy: bool, given: Mapping[str, str]) -> dic
     if haproxy:
         for key in ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT"):
             defaults[key] = str(_free_port())
-        # Serve passes every chunk between two threads otherwise: twice the CPU per token.
+        # Otherwise Serve passes every chunk between two threads: twice the CPU per token.
         defaults["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] = "0"
     proxy = folder / "proxy"
     return {
@@ -97,10 +99,10 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def own_folder() -> Iterator[Path]:
+def private_folder() -> Iterator[Path]:
     """Yield a new private folder and remove it afterwards.
 
-    Folders that a killed launcher left are removed first.
+    First remove folders that killed launchers left.
     """
     base = Path(tempfile.gettempdir())
     if len(str(base / _PREFIX)) + 8 > _MAX_FOLDER_LENGTH:  # mkdtemp adds eight characters
@@ -110,27 +112,28 @@ def own_folder() -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
     try:
-        (folder / _OWNER).write_text(f"{os.getpid()} {psutil.Process().create_time()}")
+        (folder / _OWNER_FILE).write_text(f"{os.getpid()} {psutil.Process().create_time()}")
         for name in ("proxy", "tmp"):
             (folder / name).mkdir()
         yield folder
     finally:
-        _remove(folder)
+        _remove_folder(folder)
 
 
 def _is_abandoned(folder: Path) -> bool:
+    """Whether the launcher that made `folder` has ended."""
     try:
-        pid, started = (folder / _OWNER).read_text().split()
+        pid, started = (folder / _OWNER_FILE).read_text().split()
         owner = psutil.Process(int(pid))
         return owner.create_time() != float(started) or owner.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
     except (OSError, ValueError, psutil.Error):
-        return False  # not ours, or just being made
+        return False  # of another user, or being made right now
 
 
-def _remove(folder: Path) -> None:
-    for _ in range(20):  # a process just killed may still be writing
+def _remove_folder(folder: Path) -> None:
+    for _ in range(20):  # a process that was just killed may still be writing
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             return
@@ -138,17 +141,17 @@ def _remove(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def own_cluster(
+def private_session(
     folder: Path, num_cpus: int, num_gpus: int, runtime_env: dict[str, Any], verbose: bool
-) -> Iterator[Cluster]:
-    """Run a Ray of our own on this machine; `environment()` has been set before.
+) -> Iterator[RaySession]:
+    """Run a private Ray on this machine. `private_environment()` must have been set before.
 
-    Call from the main thread: Ray's processes end with the thread that started
-    them, even when it is killed. Raises `StartError`.
+    Call it from the main thread: Ray's processes end with the thread that started
+    them, even if that is killed. Raise `StartError` if Ray cannot start.
     """
     become_subreaper()
     with (
-        nothing_left(),
+        ending_new_processes(),
         _connected(
             "cannot start Ray",
             "local",
@@ -162,24 +165,26 @@ def own_cluster(
             _temp_dir=str(folder / "ray"),
         ),
     ):
-        yield Cluster(is_ours=True, serve_was_running=False, folder=folder)
+        yield RaySession(is_private=True, serve_was_running=False, folder=folder)
 
 
 @contextlib.contextmanager
-def joined_cluster(address: str, runtime_env: dict[str, Any], verbose: bool) -> Iterator[Cluster]:
-    """Connect to the Ray at `address` ("auto" for this machine's); it is left running.
+def joined_session(
+    address: str, runtime_env: dict[str, Any], verbose: bool
+) -> Iterator[RaySession]:
+    """Connect to the Ray at `address` ("auto" for this machine's) and leave it running.
 
-    Raises `StartError`.
+    Raise `StartError` if it cannot be reached.
     """
     with _connected(f"cannot join the Ray at {address}", address, runtime_env, verbose):
-        yield Cluster(is_ours=False, serve_was_running=_serve_runs(), folder=None)
+        yield RaySession(is_private=False, serve_was_running=_serve_is_running(), folder=None)
 
 
 @contextlib.contextmanager
 def _connected(
     trouble: str, address: str, runtime_env: dict[str, Any], verbose: bool, **options: Any
 ) -> Iterator[None]:
-    import ray  # late: it reads the environment
+    import ray  # late: it reads the environment when imported
 
     level = logging.INFO if verbose else logging.ERROR
     for name in ("ray", "ray.serve"):
@@ -187,13 +192,13 @@ def _connected(
     try:
         ray.init(
             address,
-            namespace=NAMESPACE,
+            namespace=_NAMESPACE,
             runtime_env=runtime_env or None,
             log_to_driver=verbose,
             logging_level=level,
             **options,
         )
-    except Exception as error:  # Ray raises what comes up, from OSError to bare Exception
+    except Exception as error:  # Ray raises anything, from OSError to bare Exception
         raise StartError(f"{trouble}: {' '.join(str(error).split())}") from error
     try:
         yield
@@ -201,11 +206,11 @@ def _connected(
         ray.shutdown()
 
 
-def _serve_runs() -> bool:
+def _serve_is_running() -> bool:
     import ray
 
     try:
-        ray.get_actor(_CONTROLLER, namespace=NAMESPACE)
+        ray.get_actor(_CONTROLLER, namespace=_NAMESPACE)
     except ValueError:
         return False
     return True

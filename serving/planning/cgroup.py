@@ -1,8 +1,8 @@
-"""Limits that Linux control groups put on this process: cores and memory.
+"""How many cores and how much memory do Linux control groups allow this process?
 
-Both versions are read, and every group from the process's own up to the root,
-since a limit anywhere above binds as well. In a container the paths of
-`/proc/self/cgroup` may be those of the host; the mounted root is then our own.
+Both versions of control groups are read, and every group from the process's own up to the root,
+since a limit of any of them applies. In a container `/proc/self/cgroup` may name paths
+of the host; the mounted root is then the process's own group.
 """
 
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ _UNLIMITED = 1 << 60  # version 1 writes a huge number for "no limit", 2 writes 
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class CgroupLimits:
     """What the groups allow; None where they set no limit."""
 
     num_cores: float | None = None  # quota over period
     num_memory_bytes: int | None = None  # the tightest limit
-    num_free_memory_bytes: int | None = None  # least room left under any limit
+    num_free_memory_bytes: int | None = None  # the least left under any limit
 
 
-def read_limits(root: Path = Path("/")) -> Limits:
+def read_limits(root: Path = Path("/")) -> CgroupLimits:
     """Return the limits on this process; files that cannot be read set none."""
     cores: list[float] = []
     memory: list[int] = []
@@ -35,11 +35,13 @@ def read_limits(root: Path = Path("/")) -> Limits:
         memory.append(limit)
         used = _number(folder / "memory.current", folder / "memory.usage_in_bytes") or 0
         free.append(max(0, limit - used + _reclaimable(folder)))
-    return Limits(min(cores, default=None), min(memory, default=None), min(free, default=None))
+    return CgroupLimits(
+        min(cores, default=None), min(memory, default=None), min(free, default=None)
+    )
 
 
 def _folders(root: Path, controller: str) -> list[Path]:
-    """The folders of our groups that hold `controller`'s files, own group first."""
+    """Return the folders of our groups with `controller`'s files, our own group first."""
     mount = root / "sys/fs/cgroup"
     folders = []
     for line in _text(root / "proc/self/cgroup").splitlines():
@@ -59,6 +61,7 @@ def _folders(root: Path, controller: str) -> list[Path]:
 
 
 def _cores(folder: Path) -> float | None:
+    """Return the group's quota in cores; None if it has none."""
     quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
     if not quota:
         quota = _text(folder / "cpu.cfs_quota_us").strip()
@@ -70,6 +73,7 @@ def _cores(folder: Path) -> float | None:
 
 
 def _number(*paths: Path) -> int | None:
+    """Return the number in the first file that has one; None if that means "no limit"."""
     for path in paths:
         try:
             value = int(_text(path))
@@ -80,7 +84,7 @@ def _number(*paths: Path) -> int | None:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Bytes of file cache that count as used and that the kernel would give back first."""
+    """Return the bytes of file cache that count as used and that the kernel would free first."""
     fields = dict(
         line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines() if " " in line
     )

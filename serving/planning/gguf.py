@@ -1,10 +1,10 @@
-"""A GGUF file of a Llama turned into the folder vLLM loads: safetensors, tokenizer, chat template.
+"""How does a Llama's GGUF file become what vLLM loads: safetensors, tokenizer, chat template?
 
-Only what the model on board needs. `transformers` does this too, but takes 30 s
-where this takes 6 s, with the same weights bit for bit, and forgets the digit
-splitting of the tokenizer ("a  1" gets other ids than the model was trained
-with). Names and layouts: llama.cpp's `gguf-py` constants and
-`convert_hf_to_gguf.py`, whose steps are undone here.
+This converts only what the bundled model needs. `transformers` can do it too and gives the same
+weights bit for bit. But it takes 30 s where this takes 6 s, and it loses the tokenizer's
+splitting of digits ("a  1" gets other ids than in training). Names and layouts
+are those of llama.cpp's `gguf-py` constants and of its `convert_hf_to_gguf.py`, whose steps
+are undone here.
 
 `python -m serving.planning.gguf GGUF FOLDER` prints the fraction done, one per line.
 """
@@ -39,9 +39,9 @@ _CONTROL_TOKEN = 3  # llama.cpp's LLAMA_TOKEN_TYPE_CONTROL
 
 
 def convert(gguf_path: Path, folder: Path, progress: Callable[[float], None]) -> None:
-    """Write into the existing `folder` what vLLM loads; report the fraction done, 0 to 1.
+    """Write what vLLM loads into the existing `folder`; report the fraction done, 0 to 1.
 
-    Raises `ValueError` for a GGUF that is not a Llama with a byte-level BPE
+    Raise `ValueError` for a GGUF that is not a Llama with a byte-level BPE
     tokenizer.
     """
     from gguf import GGUFReader
@@ -61,7 +61,7 @@ def convert(gguf_path: Path, folder: Path, progress: Callable[[float], None]) ->
         num_key_value_heads=_field(reader, "llama.attention.head_count_kv"),
         max_position_embeddings=_field(reader, "llama.context_length"),
         rope_theta=_field(reader, "llama.rope.freq_base"),
-        # Stored as float32: 7 digits bring back the number that was meant.
+        # Stored as float32: rounded to 7 digits it is the original number again.
         rms_norm_eps=float(f"{_field(reader, 'llama.attention.layer_norm_rms_epsilon'):.7g}"),
         tie_word_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors),
         bos_token_id=_field(reader, "tokenizer.ggml.bos_token_id"),
@@ -71,7 +71,7 @@ def convert(gguf_path: Path, folder: Path, progress: Callable[[float], None]) ->
     write_config(folder, config)
     _write_tokenizer(reader, folder, config)
 
-    # Q and K rows are stored pairwise interleaved for llama.cpp's rotary embedding.
+    # llama.cpp's rotary embedding wants the rows of Q and K interleaved in pairs.
     num_heads_of = {
         "attn_q": config["num_attention_heads"],
         "attn_k": config["num_key_value_heads"],
@@ -118,7 +118,7 @@ def llama_config(
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write `config.json` and the `generation_config.json` that goes with it."""
+    """Write `config.json` and the matching `generation_config.json`."""
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", {key: config[key] for key in ids})
@@ -183,7 +183,7 @@ def _write_tokenizer(reader: GGUFReader, folder: Path, config: dict[str, Any]) -
     tokens: list[str] = _field(reader, "tokenizer.ggml.tokens")
     types: list[int] = _field(reader, "tokenizer.ggml.token_type")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    # llama.cpp's pre-tokenizer "smollm" is GPT-2's after every digit was split off.
+    # llama.cpp's pre-tokenizer "smollm" splits off every digit and then works as GPT-2's.
     digits = [{"type": "Digits", "individual_digits": True}]
     split = digits if _field(reader, "tokenizer.ggml.pre") == "smollm" else []
     _write_json(

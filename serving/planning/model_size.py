@@ -1,4 +1,4 @@
-"""How large a model is, read from its folder without loading it."""
+"""How large is a model? Read from its folder, without loading it."""
 
 import json
 from dataclasses import dataclass, replace
@@ -8,15 +8,15 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """Sizes that decide whether an engine fits; None where the folder does not tell."""
+    """Sizes that decide how much memory an engine needs; None where the folder does not say."""
 
     num_weight_bytes: int
-    max_model_len: int | None = None  # tokens that the model was trained for
+    max_model_len: int | None = None  # tokens of context that the model was trained for
     num_kv_bytes_per_token: int | None = None  # at two bytes per value, all layers
     num_attention_heads: int | None = None  # must divide by tensor_parallel_size
 
     def in_float32(self) -> "ModelSize":
-        """The size with weights and KV cache of four bytes per value, where files have two."""
+        """Return the size with four bytes per value of weights and KV cache; files have two."""
         per_token = self.num_kv_bytes_per_token
         return replace(
             self,
@@ -25,16 +25,16 @@ class ModelSize:
         )
 
 
-# The model on board (`serving.planning.bundled_model`): 135 M parameters in bfloat16, 30 layers
+# Of `serving.planning.bundled_model`: 135 M parameters in bfloat16, 30 layers
 # of 3 KV heads with 64 values each.
-ON_BOARD = ModelSize(269_060_552, 8192, 2 * 30 * 3 * 64 * 2, 9)
+BUNDLED_MODEL_SIZE = ModelSize(269_060_552, 8192, 2 * 30 * 3 * 64 * 2, 9)
 
 
-def measure(model: str) -> ModelSize | None:
-    """Return the size of the model in folder `model`; None where it is not a folder.
+def read_model_size(model: str) -> ModelSize | None:
+    """Return the size of the model in folder `model`; None if it is not a folder.
 
-    Weights are the safetensors files, or PyTorch's .bin files where there are
-    none. Shapes are `config.json`'s, of the language part of a multimodal model.
+    Weights are the safetensors files, or PyTorch's .bin files if there are
+    none. Shapes come from `config.json`; of a multimodal model, those of its language part.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -54,7 +54,7 @@ def measure(model: str) -> ModelSize | None:
 
 
 def _kv_bytes_per_token(shape: dict[str, Any]) -> int | None:
-    """Keys and values of all layers; None for latent attention, which keeps less."""
+    """Return the bytes of keys and values in all layers; None for latent attention, with less."""
     try:
         if shape.get("kv_lora_rank"):
             return None

@@ -1,12 +1,11 @@
-"""Which engines run where: pure, from configuration and hardware to a `Plan`.
+"""Which engines run where?
 
-One node. A cluster of several would give its own `Hardware` per node, or one
-that sums them up: nothing here asks the machine, except for the size of a
-model that lies in a local folder.
+The plan is for one node. It follows from configuration and hardware alone; from the machine
+nothing is read but the size of a model in a local folder.
 
-An engine is one Ray actor. With tensor parallelism it holds all its GPUs and
-vLLM's own processes share them out; since Ray never splits one actor's
-resources over nodes, the GPUs of an engine are always on one node and no
+An engine is one Ray actor. With tensor parallelism it has all its GPUs, and
+vLLM assigns them to its own processes. Ray never splits one actor's
+resources over nodes, so the GPUs of an engine are always on one node and no
 placement group is needed.
 """
 
@@ -16,12 +15,12 @@ from typing import Any, Literal
 from serving.config import Config, ConfigError, EngineConfig
 from serving.planning.bundled_model import SERVED_MODEL_NAME
 from serving.planning.hardware import Hardware
-from serving.planning.memory import cpu_memory, gpu_memory
-from serving.planning.model_size import ON_BOARD, ModelSize, measure
+from serving.planning.memory import check_gpu_memory, plan_cpu_memory
+from serving.planning.model_size import BUNDLED_MODEL_SIZE, ModelSize, read_model_size
 
 _MAX_CPU_MODEL_LEN = 4096  # tokens; prefilling these takes one core about 15 s (SmolLM2)
-_GATEWAY_CPUS = 0.1  # logical, for placement only; a gateway uses what it needs
-_OURS = {  # engine.args that Headway has keys of its own for
+_GATEWAY_CPUS = 0.1  # logical CPUs, for placement only; a gateway uses what it needs
+_HEADWAY_KEYS = {  # by names in engine.args that Headway has keys of its own for
     "model": "model",
     "served_model_name": "served_model_name",
     "tensor_parallel_size": "tensor_parallel_size",
@@ -34,28 +33,28 @@ class Plan:
     """What starts where, and why."""
 
     device: Literal["cuda", "cpu"]
-    device_name: str  # in words, of one engine
-    model: str | None  # None: the model on board, or a stand-in engine without one
+    device_name: str  # of one engine, for people
+    model: str | None  # None: the bundled model, or an engine that needs none
     served_model_name: str
     num_replicas: int
     num_gpus_per_replica: int
     num_cores_per_replica: int  # cores that an engine is pinned to; 0 = not pinned
     engine_actor_options: dict[str, Any]  # Ray's, of each engine
     gateway_actor_options: dict[str, Any]
-    engine_args: dict[str, Any]  # vLLM's, those of the user among them
+    engine_args: dict[str, Any]  # vLLM's, including those of the user
     num_kv_bytes: int | None  # KV cache per engine; None: vLLM fills the GPU's share
-    num_engine_bytes: int | None  # memory per engine, all told; None: not known
-    uses_model_on_board: bool
+    num_engine_bytes: int | None  # memory per engine, KV cache included; None: not known
+    uses_bundled_model: bool
     why: tuple[str, ...]  # sentences
     warnings: tuple[str, ...] = ()  # sentences
 
 
-def plan(config: Config, hardware: Hardware, size: ModelSize | None = None) -> Plan:
-    """Return where the engines go; raise `ConfigError`, naming the key, if they cannot.
+def make_plan(config: Config, hardware: Hardware, size: ModelSize | None = None) -> Plan:
+    """Return where the engines run; raise `ConfigError`, naming the key, if they cannot.
 
-    `size` is read from the model's folder where not given.
+    `size` is read from the model's folder if it is not given.
     """
-    for key, ours in _OURS.items():
+    for key, ours in _HEADWAY_KEYS.items():
         if key in config.engine.args:
             raise ConfigError(f"engine.args.{key}: set `{ours}` instead")
     if config.replicas != "auto" and config.replicas < 1:
@@ -63,13 +62,16 @@ def plan(config: Config, hardware: Hardware, size: ModelSize | None = None) -> P
             f"replicas: {config.replicas} engines cannot serve; set 1 or more, or auto"
         )
     if size is None:
-        size = measure(config.model) if config.model else ON_BOARD if _is_vllm(config) else None
+        if config.model:
+            size = read_model_size(config.model)
+        elif _is_vllm(config):
+            size = BUNDLED_MODEL_SIZE
     on_gpu = _device(config, hardware) == "cuda"
     return (_plan_gpus if on_gpu else _plan_cores)(config, hardware, size)
 
 
 def _is_vllm(config: Config) -> bool:
-    """Whether the engine is vLLM: stand-ins need neither a model nor memory for it."""
+    """Whether the engine is vLLM; others need neither a model nor memory for it."""
     return config.engine.factory == EngineConfig().factory
 
 
@@ -102,7 +104,7 @@ def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Pl
     if config.model is None and _is_vllm(config):
         raise ConfigError(
             f"model: name the model to serve, as there are GPUs here ({_gpu_names(hardware)}); "
-            "for the small model on board set device to cpu"
+            "for the small bundled model set device to cpu"
         )
     num_gpus = len(hardware.gpus)
     tensor, pipeline = config.tensor_parallel_size, _pipeline(config)
@@ -112,18 +114,18 @@ def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Pl
     )
     if per_replica > num_gpus:
         raise ConfigError(
-            f"tensor_parallel_size: one engine with {sizes} needs {_n(per_replica, 'GPU')}, "
+            f"tensor_parallel_size: one engine with {sizes} needs {_counted(per_replica, 'GPU')}, "
             f"this node has {num_gpus}: lower tensor_parallel_size"
         )
     if config.replicas == "auto":
         replicas = num_gpus // per_replica
-        because = f"{_n(num_gpus, 'GPU')} here, {per_replica} per engine"
+        because = f"{_counted(num_gpus, 'GPU')} here, {per_replica} per engine"
     else:
         replicas = config.replicas
         because = "replicas is set"
     if replicas * per_replica > num_gpus:
         raise ConfigError(
-            f"replicas: {replicas} × {sizes} need {_n(replicas * per_replica, 'GPU')}, "
+            f"replicas: {replicas} × {sizes} need {_counted(replicas * per_replica, 'GPU')}, "
             f"this node has {num_gpus}: lower replicas or tensor_parallel_size"
         )
     heads = size.num_attention_heads if size else None
@@ -137,10 +139,10 @@ def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Pl
         **config.engine.args,
     }
     used = hardware.gpus[: replicas * per_replica]
-    why = [f"{_n(replicas, 'engine')} of {_n(per_replica, 'GPU')}: {because}."]
-    why += gpu_memory(engine_args, used, per_replica, size)
+    why = [f"{_counted(replicas, 'engine')} of {_counted(per_replica, 'GPU')}: {because}."]
+    why += check_gpu_memory(engine_args, used, per_replica, size)
     if idle := num_gpus - len(used):
-        why.append(f"{_n(idle, 'GPU')} stay{'s' if idle == 1 else ''} idle.")
+        why.append(f"{_counted(idle, 'GPU')} stay{'s' if idle == 1 else ''} idle.")
     if tensor > 1 and not all(gpu.num_nvlinks for gpu in used):
         why.append("No NVLink found: tensor parallelism goes over PCIe.")
     warnings = []
@@ -162,7 +164,7 @@ def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Pl
         engine_args=engine_args,
         num_kv_bytes=config.engine.args.get("kv_cache_memory_bytes"),
         num_engine_bytes=None,
-        uses_model_on_board=False,
+        uses_bundled_model=False,
         why=tuple(why),
         warnings=tuple(warnings),
     )
@@ -178,15 +180,15 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
     replicas = min(2, num_cores) if config.replicas == "auto" else config.replicas
     dtype = "bfloat16" if hardware.has_bfloat16 else "float32"
     engine_args: dict[str, Any] = {"dtype": dtype, "block_size": 32}
-    # Half of it for a long prompt (`max_prefill_chunk`): steps of about 0.25 s at 1.7 ms a token,
-    # of which the 40 ms that any step costs are a small part. Longer ones would prefill
-    # hardly faster, and who comes meanwhile would wait longer.
+    # A long prompt gets half of these (`max_prefill_chunk`): steps of about 0.25 s at 1.7 ms per
+    # token, of which the fixed 40 ms of a step are a small part. With more tokens prefill would
+    # hardly be faster, and requests that arrive during a step would wait longer.
     engine_args["max_num_batched_tokens"] = 256
     # Inductor's CPU code gave wrong text for SmolLM2 (vLLM 0.32, AVX-512 BF16:
     # "L'Étoile, la Marseillaise" for the capital of France) and takes a minute to build.
     engine_args["enforce_eager"] = True
     trained_len = size.max_model_len if size else None
-    # -1 lets vLLM take the longest that the KV cache holds.
+    # With -1 vLLM chooses the longest that the KV cache holds.
     unknown_len = -1 if _is_vllm(config) else _MAX_CPU_MODEL_LEN
     engine_args["max_model_len"] = min(_MAX_CPU_MODEL_LEN, trained_len or unknown_len)
     engine_args |= config.engine.args
@@ -196,21 +198,23 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
     why: list[str] = []
     if _is_vllm(config):
         if not hardware.has_bfloat16:
-            # Measured on a Zen 3 core (SmolLM2, 256 tokens times a layer's weights): 7 times
-            # the products per second; whole prompts differ by more.
+            # Measured on a Zen 3 core (SmolLM2, 256 tokens times a layer's weights): float32 gives
+            # 7 times the products per second; for whole prompts the ratio is larger.
             why.append(
                 "This CPU has no bfloat16 instructions and would take several times as long "
                 "with it as with float32 (engine.args.dtype)."
             )
-        fit = cpu_memory(config, engine_args, hardware.num_free_ram_bytes, replicas, size)
-        replicas, num_kv_bytes, num_engine_bytes = fit.num_replicas, fit.kv_bytes, fit.engine_bytes
+        free_bytes = hardware.num_free_ram_bytes
+        memory = plan_cpu_memory(config, engine_args, free_bytes, replicas, size)
+        replicas = memory.num_replicas
+        num_kv_bytes, num_engine_bytes = memory.num_kv_bytes, memory.num_engine_bytes
         engine_args["kv_cache_memory_bytes"] = num_kv_bytes
-        why += fit.why
+        why += memory.why
     why.insert(
         0,
-        f"{_n(replicas, 'engine')} of one core: "
+        f"{_counted(replicas, 'engine')} of one core: "
         + (
-            f"{_n(num_cores, 'core')} here, and two engines suffice to show routing."
+            f"{_counted(num_cores, 'core')} here, and two engines suffice to show routing."
             if config.replicas == "auto"
             else "replicas is set."
         ),
@@ -223,18 +227,18 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
     warnings = []
     if _is_vllm(config) and replicas > num_cores:
         warnings.append(
-            f"{_n(replicas, 'engine')} share {_n(num_cores, 'core')}: steps will stretch "
-            "many times over; lower replicas."
+            f"{_counted(replicas, 'engine')} share {_counted(num_cores, 'core')}: steps will "
+            "stretch many times over; lower replicas."
         )
     engine_cpus, gateway_cpus = _logical_cpus(num_cores, replicas, config)
-    on_board = config.model is None and _is_vllm(config)
+    uses_bundled_model = config.model is None and _is_vllm(config)
     return Plan(
         device="cpu",
         device_name=f"{hardware.cpu_name or 'CPU'}, 1 core",
         model=config.model,
         served_model_name=config.served_model_name
         or config.model
-        or (SERVED_MODEL_NAME if on_board else "stand-in"),
+        or (SERVED_MODEL_NAME if uses_bundled_model else "stand-in"),
         num_replicas=replicas,
         num_gpus_per_replica=0,
         num_cores_per_replica=1,
@@ -243,7 +247,7 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
         engine_args=engine_args,
         num_kv_bytes=num_kv_bytes,
         num_engine_bytes=num_engine_bytes,
-        uses_model_on_board=on_board,
+        uses_bundled_model=uses_bundled_model,
         why=tuple(why),
         warnings=tuple(warnings),
     )
@@ -257,10 +261,10 @@ def _pipeline(config: Config) -> int:
 
 
 def _logical_cpus(num_cores: int, replicas: int, config: Config) -> tuple[float, float]:
-    """Logical CPUs of an engine and of a gateway, for Ray's placement.
+    """Return the logical CPUs of an engine and of a gateway, for Ray's placement.
 
-    Chosen so that all fit a Ray that counts just the real cores, which is what
-    plain `serve run` starts; Ray's controller and proxies ask for none.
+    They are chosen so that all actors fit into a Ray that counts just the real cores, as plain
+    `serve run` starts it. Serve's controller and proxies ask for none.
     """
     gateway = min(_GATEWAY_CPUS, num_cores / 4 / config.gateway.replicas)
     share = (num_cores - gateway * config.gateway.replicas) / replicas
@@ -273,5 +277,5 @@ def _gpu_names(hardware: Hardware) -> str:
     return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
 
 
-def _n(number: int, noun: str) -> str:
+def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")

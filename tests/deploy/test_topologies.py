@@ -6,9 +6,9 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from serving.cli.config_file import check_with_ray, load
+from serving.cli.config_file import check_with_ray, load_config_file
 from serving.planning.hardware import Gpu, Hardware
-from serving.planning.plan import plan
+from serving.planning.plan import make_plan
 
 GIB = 1 << 30
 FOLDER = Path(__file__).parents[2] / "deploy"
@@ -39,12 +39,12 @@ def test_all_are_here() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_ray_takes_it_and_it_fits(path: Path) -> None:
     ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
-    file = load(path, {})
+    file = load_config_file(path, {})
     check_with_ray(file)
-    the_plan = plan(file.config, hardware(path))
+    plan = make_plan(file.config, hardware(path))
     expected = {"cpu": 2, "cpu-haproxy": 2, "emulated8": 8, "gpu8-tp1": 8, "gpu8-tp2x4": 4}
-    assert the_plan.num_replicas == expected[path.stem]
-    gpus = the_plan.num_replicas * the_plan.num_gpus_per_replica
+    assert plan.num_replicas == expected[path.stem]
+    gpus = plan.num_replicas * plan.num_gpus_per_replica
     assert gpus == (8 if path.name.startswith("gpu8") else 0)
 
 
@@ -54,4 +54,4 @@ def test_only_the_front_that_listens_has_the_port(path: Path) -> None:
     content = yaml.safe_load(path.read_text())
     front = content["applications"][0]["args"]["gateway"].get("front", "own")
     assert (content["proxy_location"] == "Disabled") == (front == "own")
-    assert load(path, {}).port == 8000
+    assert load_config_file(path, {}).port == 8000

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from serving.planning.bundled_model import onboard_model
+from serving.planning.bundled_model import prepare_bundled_model
 from serving.planning.gguf import llama_config, write_config, write_safetensors
 
 HIDDEN_SIZE = 64
@@ -26,7 +26,7 @@ def tiny_model(folder: Path, *, max_position_embeddings: int = 4096, seed: int =
     if (folder / "model.safetensors").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    real = onboard_model()
+    real = prepare_bundled_model()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(real / name, folder / name)
     write_config(

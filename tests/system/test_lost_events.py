@@ -25,8 +25,8 @@ from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.engine.vllm.engine import VllmEngine
 from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
-from serving.planning.hardware import detect
-from serving.planning.plan import plan
+from serving.planning.hardware import detect_hardware
+from serving.planning.plan import make_plan
 from serving.stream.engine import Engine
 from serving.stream.server import StreamServer
 from tests.support.lossy_relay import LossyRelay
@@ -238,7 +238,7 @@ async def test_on_a_real_engine(tmp_path):
             },
         }
     )
-    engine = await VllmEngine.start(config, plan(config, detect()), local_rank=0)
+    engine = await VllmEngine.start(config, make_plan(config, detect_hardware()), local_rank=0)
     try:
         async with running([engine] * NUM_ENGINES) as run:
             await nothing_breaks(run)

@@ -20,8 +20,8 @@ from serving.config import parse
 from serving.engine.vllm.engine import VllmEngine
 from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
-from serving.planning.hardware import detect
-from serving.planning.plan import plan
+from serving.planning.hardware import detect_hardware
+from serving.planning.plan import make_plan
 from serving.stream.server import StreamServer
 from tests.support.running_gateway import free_port
 from tests.support.tiny_model import tiny_model
@@ -110,8 +110,8 @@ async def pair(tmp_path_factory):
             "router": {"breaker": {"slow_start_s": 0.0}},
         }
     )
-    the_plan = plan(config, detect())
-    engine = await VllmEngine.start(config, the_plan, local_rank=0)
+    plan = make_plan(config, detect_hardware())
+    engine = await VllmEngine.start(config, plan, local_rank=0)
     gateway = Gateway(config, "gateway")
     listener = Listener(gateway.app, config.gateway)
     await listener.start()

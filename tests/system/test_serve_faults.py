@@ -144,11 +144,11 @@ async def test_a_killed_gateway_takes_only_its_own_clients_with_it_and_sigterm_t
 # another configuration, by which Serve replaces gateway and engines.
 DEPLOY = """
 import os, sys
-from serving.cluster.ray_session import environment, own_cluster, own_folder
+from serving.cluster.ray_session import private_environment, private_folder, private_session
 
 port = int(sys.argv[1])
-with own_folder() as folder:
-    os.environ.update(environment(folder, haproxy=False, given=os.environ))
+with private_folder() as folder:
+    os.environ.update(private_environment(folder, haproxy=False, given=os.environ))
     from ray import serve
     from serving.cluster.application import build
 
@@ -167,7 +167,7 @@ with own_folder() as folder:
             args, engine.options(num_replicas=num_engines).bind(*engine.init_args)
         )
 
-    with own_cluster(folder, 8, 0, {}, False):
+    with private_session(folder, 8, 0, {}, False):
         serve.start(proxy_location="Disabled")
         serve.run(application(2), name="headway")
         print("up", flush=True)

@@ -23,7 +23,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_port(host: str, port: int) -> None:
+def check_port_is_free(host: str, port: int) -> None:
     """Raise `StartError` unless `host:port` is free: engines would load for nothing."""
     try:
         family, kind, proto, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -7,7 +7,7 @@ import pytest
 
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.sequence import Job
-from serving.planning.bundled_model import onboard_model
+from serving.planning.bundled_model import prepare_bundled_model
 from tests.support.vllm_scheduler import BLOCK, VllmScheduler, make_profile
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
@@ -29,7 +29,7 @@ def step(engine: EngineModel, now_s: float) -> tuple[dict[str, int], int, float]
 
 @pytest.fixture(scope="module")
 def model() -> Path:
-    return onboard_model()
+    return prepare_bundled_model()
 
 
 @pytest.mark.parametrize("priority", [False, True])

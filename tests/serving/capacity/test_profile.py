@@ -14,7 +14,7 @@ from serving.capacity.profiles import save_profile
 from serving.config import parse
 from serving.engine.step_log import LoggedStep
 from serving.planning.hardware import Hardware
-from serving.planning.plan import plan
+from serving.planning.plan import make_plan
 
 
 def make_truth(folder: Path) -> tuple[Profile, str]:
@@ -48,7 +48,7 @@ async def test_finds_what_the_engines_were_made_of(tmp_path: Path) -> None:
     }
     hardware = Hardware(cores=(0, 1), num_ram_bytes=1 << 34, num_free_ram_bytes=1 << 34, gpus=())
     console = Console(file=io.StringIO())
-    profile = await measure(args, plan(parse(args), hardware), "found", console)
+    profile = await measure(args, make_plan(parse(args), hardware), "found", console)
     assert (profile.name, profile.max_num_seqs, profile.num_kv_tokens) == ("found", 16, 20_000)
     assert "emulated" in profile.source
     assert "2 engines" in profile.source

@@ -18,16 +18,16 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from serving.cli import main
-from serving.cli.config_file import load
+from serving.cli.config_file import load_config_file
 from serving.cli.progress import (
     AppState,
-    Board,
+    ProgressDisplay,
     engine_core_error,
     engine_phases,
-    failure,
+    failure_cause,
     last_error,
 )
-from serving.cluster.ray_session import environment
+from serving.cluster.ray_session import private_environment
 from serving.config import ConfigError
 from serving.planning.hardware import Hardware
 
@@ -40,7 +40,7 @@ START_TIMEOUT_S = 150  # of a stand-in; 15 on two idle cores
 def laptop(monkeypatch: pytest.MonkeyPatch) -> Hardware:
     """Two cores and 20 GiB, whatever this machine has."""
     hardware = Hardware(cores=(0, 1), num_ram_bytes=24 * GIB, num_free_ram_bytes=20 * GIB)
-    monkeypatch.setattr(main, "detect", lambda: hardware)
+    monkeypatch.setattr(main, "detect_hardware", lambda: hardware)
     return hardware
 
 
@@ -151,23 +151,23 @@ def test_version() -> None:
 
 class TestLaunchFile:
     def test_host_and_port_go_to_what_listens(self) -> None:
-        own = load(None, {"host": "0.0.0.0", "port": 1234})
+        own = load_config_file(None, {"host": "0.0.0.0", "port": 1234})
         assert (own.config.gateway.host, own.config.gateway.port) == ("0.0.0.0", 1234)
         assert own.url == "http://127.0.0.1:1234"
-        proxied = load(None, {"gateway.front": "haproxy", "port": 1234})
+        proxied = load_config_file(None, {"gateway.front": "haproxy", "port": 1234})
         assert proxied.serve["http_options"] == {"host": "127.0.0.1", "port": 1234}
         assert proxied.config.gateway.port == 8000
         assert proxied.url == "http://127.0.0.1:1234"
 
     @pytest.mark.parametrize(("name", "front"), [("cpu", "haproxy"), ("cpu-haproxy", "own")])
     def test_the_front_can_be_swapped(self, name: str, front: str) -> None:
-        file = load(ROOT / f"deploy/{name}.yaml", {"gateway.front": front})
+        file = load_config_file(ROOT / f"deploy/{name}.yaml", {"gateway.front": front})
         assert file.haproxy == (front == "haproxy")
         assert file.proxy_location == ("EveryNode" if file.haproxy else "Disabled")
 
     def test_options_win_and_leave_the_rest(self, tmp_path: Path) -> None:
         path = Path(write(tmp_path, application("{model: a, engine: {args: {seed: 1, dtype: x}}}")))
-        file = load(path, {"model": "b", "engine.args.seed": 2})
+        file = load_config_file(path, {"model": "b", "engine.args.seed": 2})
         assert file.application["args"] == {
             "watch_file": str(path),
             "model": "b",
@@ -177,23 +177,23 @@ class TestLaunchFile:
 
     def test_a_value_is_no_mapping(self) -> None:
         with pytest.raises(ConfigError, match=r"model\.x: must be a mapping"):
-            load(None, {"model": "b", "model.x": 1})
+            load_config_file(None, {"model": "b", "model.x": 1})
 
 
 class TestEnvironment:
     def test_files_stay_in_the_folder(self, tmp_path: Path) -> None:
-        variables = environment(tmp_path, haproxy=True, given={})
+        variables = private_environment(tmp_path, haproxy=True, given={})
         assert variables["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
         for name in ("CONFIG_FILE_LOC", "SOCKET_PATH", "SERVER_STATE_FILE", "METRICS_SOCKET_PATH"):
             assert Path(variables[f"RAY_SERVE_HAPROXY_{name}"]).is_relative_to(tmp_path)
         assert Path(variables["TMPDIR"]).is_relative_to(tmp_path)
 
     def test_ray_is_private_unless_the_user_says_otherwise(self, tmp_path: Path) -> None:
-        variables = environment(tmp_path, haproxy=False, given={})
+        variables = private_environment(tmp_path, haproxy=False, given={})
         assert variables["RAY_AUTH_MODE"] == "token"
         assert len(variables["RAY_AUTH_TOKEN"]) == 64
         assert variables["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
-        given = environment(tmp_path, haproxy=False, given={"RAY_AUTH_MODE": "disabled"})
+        given = private_environment(tmp_path, haproxy=False, given={"RAY_AUTH_MODE": "disabled"})
         assert not given.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}
 
 
@@ -215,7 +215,7 @@ class TestProgress:
     def test_a_failed_replica_is_told_from_a_slow_one(
         self, state: AppState, cause: str | None
     ) -> None:
-        assert failure(state) == cause
+        assert failure_cause(state) == cause
 
     def test_the_engine_core_knows_better_than_its_parent(self, tmp_path: Path) -> None:
         prefix = "(EngineCore pid=7) ERROR 11-22 19:58:03 [core.py:1006] "
@@ -247,10 +247,10 @@ class TestProgress:
     def test_without_a_terminal_a_line_per_change(self) -> None:
         now_s = 0.0
         console = Console(file=None, force_terminal=False, width=200)
-        board = Board(console, clock=lambda: now_s)
-        with console.capture() as capture, board.shown():
+        display = ProgressDisplay(console, clock=lambda: now_s)
+        with console.capture() as capture, display.shown():
             for now_s, phase in ((1.0, "starting"), (2.0, "starting"), (9.0, "ready")):  # noqa: B007
-                board.update([phase])
+                display.show_phases([phase])
         assert capture.get() == "   1 s  engine 1 starting\n   9 s  engine 1 ready\n"
 
 
@@ -258,10 +258,10 @@ STAND_IN = """
 import http.server, subprocess, sys, threading
 from rich.console import Console
 from serving.gateway.http.endpoint import StartError
-from serving.planning.hardware import detect
+from serving.planning.hardware import detect_hardware
 from serving.cli.launch import launch
-from serving.cli.config_file import load
-from serving.planning.plan import plan
+from serving.cli.config_file import load_config_file
+from serving.planning.plan import make_plan
 
 port, fails = int(sys.argv[1]), sys.argv[2] == "fails"
 
@@ -288,10 +288,11 @@ def build(args):
     gateway = serve.deployment(name="Gateway", ray_actor_options=options)(Gateway)
     return gateway.bind(engines.bind())
 
-file = load(None, {"port": port, "engine.factory": "none:NullEngine", "device": "cpu"})
-hardware = detect()
+file = load_config_file(None, {"port": port, "engine.factory": "none:NullEngine", "device": "cpu"})
+hardware = detect_hardware()
 try:
-    sys.exit(launch(file, plan(file.config, hardware), hardware, Console(width=200), build=build))
+    plan = make_plan(file.config, hardware)
+    sys.exit(launch(file, plan, hardware, Console(width=200), build=build))
 except StartError as error:
     sys.exit(f"headway: {error}")
 """

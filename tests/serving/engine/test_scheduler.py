@@ -3,7 +3,7 @@
 import pytest
 
 from router.simulation.engine.sequence import Job
-from serving.planning.bundled_model import onboard_model
+from serving.planning.bundled_model import prepare_bundled_model
 from tests.support.vllm_scheduler import BLOCK, VllmScheduler, make_profile
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
@@ -19,7 +19,7 @@ def test_a_chunk_that_is_withdrawn_leaves_the_prefix_cache() -> None:
 
     size = 7 * BLOCK
     profile = make_profile(num_kv_tokens=size, max_model_len=size, max_prefill_chunk=3 * BLOCK)
-    engine = VllmScheduler(onboard_model(), profile, priority=True, kind=HeadwayScheduler)
+    engine = VllmScheduler(prepare_bundled_model(), profile, priority=True, kind=HeadwayScheduler)
     engine.add(Job("long", 7 * BLOCK - 1, 1, priority=1), list(range(7 * BLOCK - 1)))
     assert engine.step()[0] == {"long/0": 3 * BLOCK}
     engine.add(Job("urgent", BLOCK, 3, priority=0), [10_000] * BLOCK)
@@ -50,7 +50,7 @@ def test_with_async_scheduling_a_step_that_runs_is_pending_as_well() -> None:
     pairs: list[float] = []
 
     def told(kind: type, num_ahead: int) -> list[dict[str, int]]:
-        engine = VllmScheduler(onboard_model(), profile, priority=True, kind=kind)
+        engine = VllmScheduler(prepare_bundled_model(), profile, priority=True, kind=kind)
         engine.add(Job("long", 10 * BLOCK, 3), list(range(10 * BLOCK)))
         steps = [engine.schedule() for _ in range(num_ahead)]
         pending = []

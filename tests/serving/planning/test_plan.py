@@ -9,8 +9,8 @@ import pytest
 
 from serving.config import ConfigError, parse
 from serving.planning.hardware import Gpu, Hardware
-from serving.planning.model_size import ON_BOARD, ModelSize, measure
-from serving.planning.plan import Plan, plan
+from serving.planning.model_size import BUNDLED_MODEL_SIZE, ModelSize, read_model_size
+from serving.planning.plan import Plan, make_plan
 
 GIB = 1 << 30
 
@@ -41,23 +41,23 @@ def laptop(num_cores: int = 2, num_free_gib: float = 20) -> Hardware:
 
 
 def make(hardware: Hardware, size: ModelSize | None = None, **args: Any) -> Plan:
-    return plan(parse(args), hardware, size)
+    return make_plan(parse(args), hardware, size)
 
 
-def logical_cpus(the_plan: Plan, num_gateways: int = 1) -> float:
+def logical_cpus(plan: Plan, num_gateways: int = 1) -> float:
     return (
-        the_plan.num_replicas * the_plan.engine_actor_options["num_cpus"]
-        + num_gateways * the_plan.gateway_actor_options["num_cpus"]
+        plan.num_replicas * plan.engine_actor_options["num_cpus"]
+        + num_gateways * plan.gateway_actor_options["num_cpus"]
     )
 
 
 class TestOnCpu:
-    def test_two_engines_with_the_model_on_board(self) -> None:
-        the_plan = make(laptop())
-        assert (the_plan.device, the_plan.num_replicas, the_plan.model) == ("cpu", 2, None)
-        assert the_plan.uses_model_on_board
-        assert the_plan.served_model_name == "SmolLM2-135M-Instruct"
-        assert the_plan.engine_args == {
+    def test_two_engines_with_the_bundled_model(self) -> None:
+        plan = make(laptop())
+        assert (plan.device, plan.num_replicas, plan.model) == ("cpu", 2, None)
+        assert plan.uses_bundled_model
+        assert plan.served_model_name == "SmolLM2-135M-Instruct"
+        assert plan.engine_args == {
             "dtype": "bfloat16",
             "block_size": 32,
             "max_num_batched_tokens": 256,
@@ -72,26 +72,26 @@ class TestOnCpu:
     def test_all_actors_fit_a_ray_that_counts_real_cores(
         self, num_cores: int, num_gateways: int, replicas: Any
     ) -> None:
-        the_plan = make(laptop(num_cores), replicas=replicas, gateway={"replicas": num_gateways})
-        assert logical_cpus(the_plan, num_gateways) <= num_cores + 1e-9
-        assert the_plan.engine_actor_options["num_cpus"] > 0
+        plan = make(laptop(num_cores), replicas=replicas, gateway={"replicas": num_gateways})
+        assert logical_cpus(plan, num_gateways) <= num_cores + 1e-9
+        assert plan.engine_actor_options["num_cpus"] > 0
 
     def test_without_bfloat16_instructions_it_is_float32_and_twice_the_memory(self) -> None:
         old = dataclasses.replace(laptop(), has_bfloat16=False)
         size = ModelSize(GIB, 32768, 1 << 20)
         args = {"engine": {"args": {"max_model_len": 3000}}, "replicas": 1, "model": "m"}
-        the_plan = make(old, size, **args)
-        assert the_plan.engine_args["dtype"] == "float32"
-        assert the_plan.num_kv_bytes == 3000 << 21
-        assert any("engine.args.dtype" in sentence for sentence in the_plan.why)
+        plan = make(old, size, **args)
+        assert plan.engine_args["dtype"] == "float32"
+        assert plan.num_kv_bytes == 3000 << 21
+        assert any("engine.args.dtype" in sentence for sentence in plan.why)
         args["engine"]["args"]["dtype"] = "bfloat16"
         assert make(old, size, **args).num_kv_bytes == 3000 << 20
 
     def test_arguments_of_the_user_win(self) -> None:
         args = {"block_size": 16, "max_model_len": 1024, "kv_cache_memory_bytes": GIB // 2}
-        the_plan = make(laptop(), engine={"args": {**args, "seed": 7}})
-        assert the_plan.engine_args.items() >= {**args, "seed": 7}.items()
-        assert the_plan.num_kv_bytes == GIB // 2
+        plan = make(laptop(), engine={"args": {**args, "seed": 7}})
+        assert plan.engine_args.items() >= {**args, "seed": 7}.items()
+        assert plan.num_kv_bytes == GIB // 2
 
     def test_the_kv_cache_shrinks_before_an_engine_goes(self) -> None:
         shrunk = make(laptop(num_free_gib=7))
@@ -132,9 +132,9 @@ class TestOnCpu:
         assert "share 2 cores" in make(laptop(), replicas=3).warnings[0]
 
     def test_a_stand_in_engine_needs_neither_model_nor_memory(self) -> None:
-        the_plan = make(laptop(num_free_gib=0.5), engine={"factory": "a.b:C"}, replicas=5)
-        assert (the_plan.num_replicas, the_plan.uses_model_on_board) == (5, False)
-        assert the_plan.num_engine_bytes is None
+        plan = make(laptop(num_free_gib=0.5), engine={"factory": "a.b:C"}, replicas=5)
+        assert (plan.num_replicas, plan.uses_bundled_model) == (5, False)
+        assert plan.num_engine_bytes is None
         assert make(gpu_node(), engine={"factory": "a.b:C"}).device == "cpu"
 
     def test_tensor_parallelism_needs_gpus(self) -> None:
@@ -149,17 +149,17 @@ class TestOnCpu:
 class TestOnGpu:
     @pytest.mark.parametrize(("tensor", "replicas"), [(1, 8), (2, 4), (4, 2), (8, 1), (3, 2)])
     def test_auto_takes_all_gpus(self, tensor: int, replicas: int) -> None:
-        the_plan = make(gpu_node(), model="a/b", tensor_parallel_size=tensor)
-        assert (the_plan.device, the_plan.num_replicas) == ("cuda", replicas)
-        assert the_plan.num_gpus_per_replica == tensor
-        assert the_plan.engine_actor_options["num_gpus"] == tensor
-        assert the_plan.engine_args["tensor_parallel_size"] == tensor
-        assert the_plan.engine_args["gpu_memory_utilization"] == 0.9
-        assert logical_cpus(the_plan) <= 64
+        plan = make(gpu_node(), model="a/b", tensor_parallel_size=tensor)
+        assert (plan.device, plan.num_replicas) == ("cuda", replicas)
+        assert plan.num_gpus_per_replica == tensor
+        assert plan.engine_actor_options["num_gpus"] == tensor
+        assert plan.engine_args["tensor_parallel_size"] == tensor
+        assert plan.engine_args["gpu_memory_utilization"] == 0.9
+        assert logical_cpus(plan) <= 64
 
     def test_pipeline_stages_take_gpus_too(self) -> None:
-        the_plan = make(gpu_node(), model="a/b", engine={"args": {"pipeline_parallel_size": 4}})
-        assert (the_plan.num_replicas, the_plan.num_gpus_per_replica) == (2, 4)
+        plan = make(gpu_node(), model="a/b", engine={"args": {"pipeline_parallel_size": 4}})
+        assert (plan.num_replicas, plan.num_gpus_per_replica) == (2, 4)
 
     @pytest.mark.parametrize(
         ("args", "message"),
@@ -199,7 +199,7 @@ class TestOnGpu:
 
     def test_heads_must_divide(self) -> None:
         with pytest.raises(ConfigError, match="9 attention heads do not divide by 2"):
-            make(gpu_node(), ON_BOARD, model="m", tensor_parallel_size=2)
+            make(gpu_node(), BUNDLED_MODEL_SIZE, model="m", tensor_parallel_size=2)
 
     def test_a_gpu_in_use_is_named(self) -> None:
         gpus = list(gpu_node().gpus)
@@ -234,11 +234,11 @@ class TestDevice:
 
 
 def test_size_of_a_folder(tmp_path: Path) -> None:
-    assert measure("org/model") is None
+    assert read_model_size("org/model") is None
     (tmp_path / "a.safetensors").write_bytes(b"x" * 10)
     (tmp_path / "b.safetensors").write_bytes(b"x" * 5)
     (tmp_path / "config.json").write_text("not json")
-    assert measure(str(tmp_path)) == ModelSize(15)
+    assert read_model_size(str(tmp_path)) == ModelSize(15)
     shape = {
         "hidden_size": 576,
         "num_attention_heads": 9,
@@ -247,4 +247,6 @@ def test_size_of_a_folder(tmp_path: Path) -> None:
         "max_position_embeddings": 8192,
     }
     (tmp_path / "config.json").write_text(json.dumps({"text_config": shape}))
-    assert measure(str(tmp_path)) == dataclasses.replace(ON_BOARD, num_weight_bytes=15)
+    assert read_model_size(str(tmp_path)) == dataclasses.replace(
+        BUNDLED_MODEL_SIZE, num_weight_bytes=15
+    )
