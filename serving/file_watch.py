@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import msgspec
+
 from serving.config import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -14,6 +16,13 @@ T = TypeVar("T")
 
 # A stat per second costs nothing, and nobody notices the second.
 _INTERVAL_S = 1.0
+
+
+class FileWatchState(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether a watched file is used as it is now."""
+
+    num_reloads: int
+    error: str | None  # of the last attempt to read it
 
 
 class FileWatch(Generic[T]):
@@ -52,9 +61,9 @@ class FileWatch(Generic[T]):
             self.num_reloads += 1
             logger.info("%s is read anew", self.path)
 
-    def state(self) -> dict[str, object]:
-        """JSON-able."""
-        return {"num_reloads": self.num_reloads, "error": self.error}
+    def state(self) -> FileWatchState:
+        """Return how often it was read anew, and why it was not."""
+        return FileWatchState(num_reloads=self.num_reloads, error=self.error)
 
     def close(self) -> None:
         self._task.cancel()

@@ -1,12 +1,13 @@
 """What happened to breakers and to replies, from their own records."""
 
 import itertools
-from typing import Any
+from collections.abc import Iterable
 
 from benchmarks.chaos.client import Reply
+from router.resilience.breaker import BreakerEvent
 
 
-def probe_faults(events: list[dict[str, Any]]) -> tuple[int, list[str]]:
+def probe_faults(events: Iterable[BreakerEvent]) -> tuple[int, list[str]]:
     """How often a breaker was half-open to the end, and what was wrong with the probes.
 
     Each time there must be exactly one probe before the breaker closes.
@@ -14,22 +15,22 @@ def probe_faults(events: list[dict[str, Any]]) -> tuple[int, list[str]]:
     num_half_open = 0
     wrong = []
     for name, own in itertools.groupby(
-        sorted(events, key=lambda event: (event["breaker"], event["at_s"])),
-        key=lambda event: event["breaker"],
+        sorted(events, key=lambda event: (event.breaker, event.at_s)),
+        key=lambda event: event.breaker,
     ):
         num_probes: int | None = None
         for event in own:
-            if event["event"] == "half_open":
+            if event.event == "half_open":
                 num_probes = 0
-            elif event["event"] == "probe":
+            elif event.event == "probe":
                 if num_probes is None:
                     wrong.append(f"{name}: a probe while not half-open")
                 else:
                     num_probes += 1
             elif num_probes is not None:
                 # It may be tripped again before anybody has called: a process still stopped.
-                if num_probes > 1 or (num_probes == 0 and event["event"] == "closed"):
-                    wrong.append(f"{name}: {num_probes} probes before it was {event['event']}")
+                if num_probes > 1 or (num_probes == 0 and event.event == "closed"):
+                    wrong.append(f"{name}: {num_probes} probes before it was {event.event}")
                 num_half_open += num_probes
                 num_probes = None
     return num_half_open, wrong

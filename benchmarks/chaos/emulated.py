@@ -167,7 +167,7 @@ class Fleet:
             sent=len(self.replies),
             failed=failed.total(),
             different=len(different),
-            retries_and_resumptions=state["retries"]["num_made"],
+            retries_and_resumptions=state.retries.num_made,
         )
         gaps_s = seam_gaps_s(whole, [at_s for at_s, _ in self.faults], _DETECT_S)
         for what, values_s in (
@@ -191,15 +191,15 @@ class Fleet:
             p50=percentile(usual_s, 50),
             p99=percentile(usual_s, 99),
         )
-        _, wrong_probes = probe_faults(state["breaker_events"])
-        num_open = state["num_open_requests"] + state["num_placed"] + state["num_record_bytes"]
-        num_booked = sum(replica["ledger"]["num_open"] for replica in state["replicas"].values())
+        _, wrong_probes = probe_faults(state.breaker_events)
+        num_open = state.num_open_requests + state.num_placed + state.num_record_bytes
+        num_booked = sum(replica.ledger.num_open for replica in state.replicas.values())
         report.target("streamed requests", len(self.replies), ">= 5000")
         report.target("failed requests", failed.total(), "== 0")
         report.target("replies that differ", len(different), "== 0")
         report.target("probes beyond one per half-open", len(wrong_probes), "== 0")
         report.target("requests and bookings left over", num_open + num_booked, "== 0")
-        outcomes = {name: count for name, count in state["outcomes"].items() if count}
+        outcomes = {name: count for name, count in state.outcomes.items() if count}
         report.note(f"Outcomes as the gateway counts them: {outcomes}.")
         report.note(
             "For the client: the longest pause in a reply that begins within "

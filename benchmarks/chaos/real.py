@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import httpx
+import msgspec
 import psutil
 
 from benchmarks.chaos.client import Question, Reply, ask
@@ -30,6 +31,9 @@ from benchmarks.report.report import Report
 from benchmarks.report.runner import run_and_judge
 from benchmarks.systems.real_engines import RealEngines, total
 from benchmarks.systems.system import BenchmarkError
+from router.fleet.replica import ReplicaState
+from router.resilience.breaker import BreakerState
+from serving.gateway.metrics import GatewayState
 
 _NUM_ENGINES = 2
 # Not the engines' usual bfloat16, in which many a choice is a near tie that the next batch
@@ -76,6 +80,10 @@ class ChaosEngines(RealEngines):
         count = total(text, f"{_RESUME_DELAY}_count")
         return int(count), total(text, f"{_RESUME_DELAY}_sum") / max(1.0, count)
 
+    async def gateway_state(self) -> GatewayState:
+        """Return what the gateway says of itself now."""
+        return msgspec.convert(await self.state(), GatewayState)
+
 
 class Chaos:
     """One run."""
@@ -88,7 +96,7 @@ class Chaos:
         self.references: dict[Question, Reply] = {}
         self.seen = Observed(TIE_NATS[plan.dtype])
         self._http = http
-        self._state: dict[str, Any] = {}
+        self._state: GatewayState | None = None  # as last seen
         self._rng = random.Random(f"faults {plan.seed}")
         self._num_answered = [0] * plan.num_workers
         self._is_over = False
@@ -105,7 +113,7 @@ class Chaos:
             reply.token_ids != self.references[reply.question].token_ids for reply in again
         )
         await self.subject.wait_until_idle()
-        self.seen.before = await self.subject.state()
+        self.seen.before = await self.subject.gateway_state()
         self.seen.num_references = len(self.references)
         num_different = self.seen.num_undisturbed_different
         say(f"{len(self.references)} undisturbed replies, {num_different} vary")
@@ -121,7 +129,7 @@ class Chaos:
             await self.subject.wait_until_idle()
         finally:
             watch.cancel()
-        self._look(await self.subject.state())
+        self._look(await self.subject.gateway_state())
         self.seen.after = self._state
         self.seen.resumed = await self.subject.resumed()
         await self._judge()
@@ -147,13 +155,17 @@ class Chaos:
     async def _watch(self) -> None:
         while True:
             with contextlib.suppress(BenchmarkError):
-                self._look(await self.subject.state())
+                self._look(await self.subject.gateway_state())
             await asyncio.sleep(_POLL_S)
 
-    def _look(self, state: dict[str, Any]) -> None:
+    def _look(self, state: GatewayState) -> None:
         self._state = state
-        for event in state["breaker_events"]:
-            self.seen.breaker_events[event["at_s"], event["breaker"], event["event"]] = event
+        self.seen.breaker_events |= dict.fromkeys(state.breaker_events)
+
+    @property
+    def _replicas(self) -> dict[str, ReplicaState]:
+        """The engines as last seen, by id."""
+        return self._state.replicas if self._state is not None else {}
 
     async def _disturb(self) -> None:
         plan, started_s = self.plan, time.monotonic()
@@ -165,7 +177,7 @@ class Chaos:
             hit = [await self._inflict(faults[0], is_last=False)]
             if faults[1:]:
                 # Until the other one has what this one had.
-                await self._until(lambda: len(self._state["replicas"]) < _NUM_ENGINES)
+                await self._until(lambda: len(self._replicas) < _NUM_ENGINES)
                 hit.append(await self._inflict(faults[1], is_last=True))
             await self._recover(hit)
             await self._until_all_are_others()
@@ -183,7 +195,7 @@ class Chaos:
 
     async def _inflict(self, fault: Fault, *, is_last: bool) -> tuple[Inflicted, EngineProcesses]:
         replica_id, processes = await self._victim()
-        num_streams = self._state["replicas"][replica_id]["snapshot"]["num_inflight_reqs"]
+        num_streams = _num_streams(self._replicas[replica_id])
         inflicted = Inflicted(fault, replica_id, num_streams, is_last)
         self.seen.faults.append(inflicted)
         processes.inflict(fault)
@@ -197,7 +209,7 @@ class Chaos:
                 await asyncio.sleep(self._rng.uniform(*_HANG_S))
                 processes.go_on()
         lost = {each.replica_id for each, _ in hit if each.fault is not Fault.HANG}
-        await self._until(lambda: lost.isdisjoint(self._state["replicas"]))
+        await self._until(lambda: lost.isdisjoint(self._replicas))
         await self._until(self._are_both_at_work)
         for inflicted, processes in hit:
             inflicted.recovered_s = time.monotonic()
@@ -209,32 +221,30 @@ class Chaos:
         deadline_s = time.monotonic() + _RECOVERY_TIMEOUT_S
         while time.monotonic() < deadline_s:
             await asyncio.sleep(self._rng.uniform(0.5, 5.0))
-            self._look(await self.subject.state())
+            self._look(await self.subject.gateway_state())
             busy = [
                 replica_id
-                for replica_id, replica in sorted(self._state["replicas"].items())
-                if replica["snapshot"] and replica["snapshot"]["num_inflight_reqs"]
+                for replica_id, replica in sorted(self._replicas.items())
+                if _num_streams(replica)
             ]
             if busy:
                 replica_id = self._rng.choice(busy)
                 with contextlib.suppress(psutil.Error, LookupError):
-                    pid = self._state["replicas"][replica_id]["info"]["pid"]
+                    pid = self._replicas[replica_id].info.pid
                     return replica_id, EngineProcesses(pid)
         raise BenchmarkError(f"no engine to hit in {_RECOVERY_TIMEOUT_S:g} s")
 
     def _are_both_at_work(self) -> bool:
         """Breakers closed, and both have streams."""
-        replicas = self._state["replicas"].values()
+        replicas = self._replicas.values()
         return len(replicas) == _NUM_ENGINES and all(
-            replica["breaker"]["state"] == "closed"
-            and replica["snapshot"]
-            and replica["snapshot"]["num_inflight_reqs"]
+            replica.breaker.state is BreakerState.CLOSED and _num_streams(replica)
             for replica in replicas
         )
 
     async def _until(self, condition: Any) -> None:
         deadline_s = time.monotonic() + _RECOVERY_TIMEOUT_S
-        while not (self._state and condition()):
+        while self._state is None or not condition():
             if time.monotonic() > deadline_s:
                 log = self.subject.launches[0].log_tail()
                 raise BenchmarkError(f"no recovery in {_RECOVERY_TIMEOUT_S:g} s:\n{log}")
@@ -252,6 +262,11 @@ class Chaos:
                 say(str(error))
                 verdict = Verdict(Kind.UNEXPLAINED)
             self.seen.verdicts.append((reply, verdict))
+
+
+def _num_streams(replica: ReplicaState) -> int:
+    """How many requests the engine has, by its last snapshot."""
+    return replica.snapshot.num_inflight_reqs if replica.snapshot is not None else 0
 
 
 async def run(plan: Plan) -> Report:

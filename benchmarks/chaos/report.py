@@ -3,13 +3,14 @@
 import itertools
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 from benchmarks.chaos.checks import probe_faults, seam_gaps_s
 from benchmarks.chaos.client import Reply
 from benchmarks.chaos.faults import Fault, Inflicted
 from benchmarks.chaos.verdicts import Kind, Verdict
 from benchmarks.report.report import Report, percentile
+from router.resilience.breaker import BreakerEvent, BreakerState
+from serving.gateway.metrics import GatewayState
 
 # A stream stops with the fault; its last chunk may have been under way.
 _SEAM_STARTS_WITHIN_S = 2.0
@@ -26,10 +27,10 @@ class Observed:
     replies: list[Reply] = field(default_factory=list)
     verdicts: list[tuple[Reply, Verdict]] = field(default_factory=list)
     faults: list[Inflicted] = field(default_factory=list)
-    breaker_events: dict[tuple[float, str, str], dict[str, Any]] = field(default_factory=dict)
+    breaker_events: dict[BreakerEvent, None] = field(default_factory=dict)  # as they came
     resumed: tuple[int, float] = (0, 0.0)  # how many replies, mean seconds
-    before: dict[str, Any] = field(default_factory=dict)  # the gateway's state
-    after: dict[str, Any] = field(default_factory=dict)
+    before: GatewayState | None = None
+    after: GatewayState | None = None
 
 
 def fill(report: Report, seen: Observed) -> None:
@@ -133,15 +134,17 @@ def _fill_seams(report: Report, seen: Observed) -> None:
 
 
 def _fill_state(report: Report, seen: Observed) -> None:
-    state = seen.after
-    events = sorted(seen.breaker_events.values(), key=lambda event: event["at_s"])
+    before, after = seen.before, seen.after
+    assert before is not None  # the run has come to its end
+    assert after is not None
+    events = sorted(seen.breaker_events, key=lambda event: event.at_s)
     num_half_open, wrong_probes = probe_faults(events)
     outcomes = {
-        name: count - seen.before["outcomes"].get(name, 0)
-        for name, count in state["outcomes"].items()
-        if count - seen.before["outcomes"].get(name, 0)
+        name: count - before.outcomes.get(name, 0)
+        for name, count in after.outcomes.items()
+        if count - before.outcomes.get(name, 0)
     }
-    kinds = Counter(event["event"] for event in events)
+    kinds = Counter(event.event for event in events)
     report.row(
         "breakers and outcomes",
         opened=kinds["open"],
@@ -149,16 +152,16 @@ def _fill_state(report: Report, seen: Observed) -> None:
         probes=kinds["probe"],
         closed_again=kinds["closed"],
         outcomes=str(outcomes),
-        retries_and_resumptions=state["retries"]["num_made"] - seen.before["retries"]["num_made"],
+        retries_and_resumptions=after.retries.num_made - before.retries.num_made,
     )
-    num_left = state["num_open_requests"] + state["num_placed"] + state["num_record_bytes"]
-    num_left += sum(replica["ledger"]["num_open"] for replica in state["replicas"].values())
+    num_left = after.num_open_requests + after.num_placed + after.num_record_bytes
+    num_left += sum(replica.ledger.num_open for replica in after.replicas.values())
     kills = sum(fault.fault.is_kill for fault in seen.faults)
     report.target("kills", kills, ">= 10")
     report.target("hangs", len(seen.faults) - kills, ">= 3")
     report.target("breakers closed again by a probe", kinds["closed"], ">= 3")
     report.target("probes beyond one per half-open", len(wrong_probes), "== 0")
-    report.target("breakers not closed at the end", _num_not_closed(state), "== 0")
+    report.target("breakers not closed at the end", _num_not_closed(after), "== 0")
     report.target("requests and bookings left over", num_left, "== 0")
     num_missing = len(seen.replies) - sum(outcomes.values())
     report.target("requests without exactly one outcome", abs(num_missing), "== 0")
@@ -166,9 +169,9 @@ def _fill_state(report: Report, seen: Observed) -> None:
         report.note(f"Probes: {sentence}")
 
 
-def _num_not_closed(state: dict[str, Any]) -> int:
-    replicas = state["replicas"].values()
-    return sum(replica["breaker"]["state"] != "closed" for replica in replicas)
+def _num_not_closed(state: GatewayState) -> int:
+    replicas = state.replicas.values()
+    return sum(replica.breaker.state is not BreakerState.CLOSED for replica in replicas)
 
 
 def _detections_s(seen: Observed) -> list[float]:
@@ -177,11 +180,11 @@ def _detections_s(seen: Observed) -> list[float]:
     for fault in seen.faults:
         if not fault.fault.is_kill:
             seen_s = [
-                event["at_s"]
-                for event in seen.breaker_events.values()
-                if event["breaker"] == fault.replica_id
-                and event["event"] == "open"
-                and event["at_s"] >= fault.at_s
+                event.at_s
+                for event in seen.breaker_events
+                if event.breaker == fault.replica_id
+                and event.event == "open"
+                and event.at_s >= fault.at_s
             ]
             found.append(min(seen_s, default=float("inf")) - fault.at_s)
     return found

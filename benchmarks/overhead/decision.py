@@ -112,8 +112,8 @@ class Bench:
         for _ in range(self._num_held):
             self.now_s += 1e-4
             self.take(self.router.on_arrival(self.request(), self.now_s))
-        held = self.router.state(self.now_s)["held"]
-        assert held["num_requests"] == self._num_held, held
+        held = self.router.state(self.now_s).held
+        assert held.num_requests == self._num_held, held
 
 
 def open_fleet(bench: Bench, num_decisions: int) -> dict[str, list[float]]:

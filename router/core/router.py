@@ -30,6 +30,7 @@ import msgspec
 
 from router.core.lifecycle import OpenRequests
 from router.core.remainder import continued, retried
+from router.core.state import RetriesState, RouterState
 from router.fleet.fleet import Fleet
 from router.fleet.health import Health
 from router.fleet.replica import Replica
@@ -424,24 +425,24 @@ class Router:
         placement = self._placer.get(request.id)
         return edf_key_s(placement.request if placement is not None else request, self.settings)
 
-    def state(self, now_s: float) -> dict[str, object]:
-        """Everything worth knowing about the router now; JSON-able."""
-        return {
-            "policy": self._placer.policy.name,
-            "ablate": self._placer.policy.ablated,
-            "holds": self._placer.holds,
-            "replicas": {replica.id: replica.state(now_s) for replica in self._fleet},
-            "held": self._queue.state(),
-            "is_overloaded": self._overloads.state(now_s),
-            "num_placed": len(self._placer),
-            "outcomes": {outcome.value: self.outcomes[outcome] for outcome in Outcome},
-            "is_by_arrival": self._queue.by_arrival,
-            "accuracy": self._predictions.state(),
-            "fallback": self._spill.state(now_s),
-            "hedges": self._hedges.state(),
-            "retries": {"num_made": self.num_retries, "budget": self._retries.state()},
-            "breaker_events": self._health.state(),
-        }
+    def state(self, now_s: float) -> RouterState:
+        """Return everything worth knowing about the router now."""
+        return RouterState(
+            policy=self._placer.policy.name,
+            ablate=self._placer.policy.ablated,
+            holds=self._placer.holds,
+            replicas={replica.id: replica.state(now_s) for replica in self._fleet},
+            held=self._queue.state(),
+            is_overloaded=self._overloads.is_overloaded_by_model(now_s),
+            num_placed=len(self._placer),
+            outcomes={outcome.value: self.outcomes[outcome] for outcome in Outcome},
+            is_by_arrival=self._queue.by_arrival,
+            accuracy=self._predictions.state(),
+            fallback=self._spill.state(now_s),
+            hedges=self._hedges.state(),
+            retries=RetriesState(num_made=self.num_retries, budget=self._retries.state()),
+            breaker_events=list(self._health.log),
+        )
 
     def _use(self, policy: Policy) -> bool:
         """Choose by this policy, and hold and order as it wants; whether the order has changed.

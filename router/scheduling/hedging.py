@@ -10,6 +10,8 @@ paid out of the retry budget, so that it cannot double the load where everything
 
 import math
 
+import msgspec
+
 from router.queueing.hold_queue import HoldQueue
 from router.resilience.retry_budget import RetryBudget
 from router.scheduling.placer import Placement, Placer
@@ -19,6 +21,14 @@ from router.types import Hedge, Usage
 _LOOK_S = 0.05
 # Nobody is late whose prediction was less than this: that is what a look may miss by.
 _LEAST_PREDICTED_S = _LOOK_S
+
+
+class HedgingState(msgspec.Struct, frozen=True, kw_only=True):
+    """How many requests had a second engine."""
+
+    num_open: int  # that have two now
+    num_made: int
+    num_won: int  # that the second one answered first
 
 
 class Hedges:
@@ -89,13 +99,13 @@ class Hedges:
         self._take_back(second)
         return True
 
-    def state(self) -> dict[str, int]:
-        """Counts; JSON-able."""
-        return {
-            "num_open": len(self._seconds),
-            "num_made": self.num_made,
-            "num_won": self.num_won,
-        }
+    def state(self) -> HedgingState:
+        """Return the counts."""
+        return HedgingState(
+            num_open=len(self._seconds),
+            num_made=self.num_made,
+            num_won=self.num_won,
+        )
 
     def _take_back(self, placement: Placement) -> None:
         placement.replica.breaker.release(placement.permit)  # if it had no verdict yet

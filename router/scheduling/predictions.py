@@ -2,10 +2,18 @@
 
 import msgspec
 
-from router.estimators.accuracy import Accuracy
+from router.estimators.accuracy import Accuracy, AccuracyState
 from router.estimators.output_length import OutputLengths
 from router.scheduling.placer import Placement
 from router.types import Request, Usage
+
+
+class PredictionsState(msgspec.Struct, frozen=True, kw_only=True):
+    """How far predicted times were off, since the policy was chosen."""
+
+    ttft: AccuracyState  # from placing to the first token
+    tpot: AccuracyState  # per output token after the first
+    latency: AccuracyState  # from placing to the end
 
 
 class Predictions:
@@ -66,6 +74,6 @@ class Predictions:
         if first_s is not None and first_s < now_s and num_more > 0.0:
             self._accuracy["tpot"].add(placement.predicted_tpot_s, (now_s - first_s) / num_more)
 
-    def state(self) -> dict[str, dict[str, float | int | None]]:
-        """Errors of each predicted time; see `Accuracy.state`."""
-        return {name: each.state() for name, each in self._accuracy.items()}
+    def state(self) -> PredictionsState:
+        """Return the errors of each predicted time."""
+        return PredictionsState(**{name: each.state() for name, each in self._accuracy.items()})

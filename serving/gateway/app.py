@@ -2,7 +2,9 @@
 
 import logging
 import time
+from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.routing import Route
@@ -15,7 +17,7 @@ from serving.gateway.driver import Driver
 from serving.gateway.http.body_reader import Bodies
 from serving.gateway.http.endpoint import is_loopback
 from serving.gateway.http.errors import ApiError
-from serving.gateway.metrics import Metrics
+from serving.gateway.metrics import GatewayState, Metrics
 from serving.gateway.providers.calls import Providers
 from serving.gateway.providers.leases import Ask, Leases
 from serving.gateway.request_parser import ENDPOINTS, Intake
@@ -115,6 +117,7 @@ class Gateway:
         app.get("/health")(self.health)
         app.get("/metrics")(self.prometheus)
         app.get("/headway/state")(self.get_state)
+        app.get("/headway/state/schema")(self.get_state_schema)
         app.post("/headway/policy")(self.set_policy)
         app.post("/headway/reload")(self.reload)
         app.get("/headway/usage")(self.get_usage)
@@ -125,38 +128,45 @@ class Gateway:
 
     # --- the small endpoints ----------------------------------------------
 
-    def state(self) -> dict:
-        """Return every engine's snapshot and ledger, the hold queue and the outcomes."""
-        return {
-            "gateway_id": self.gateway_id,
-            "num_open_requests": len(self.driver.exchanges),
-            "num_record_bytes": self.driver.records.num_bytes,
-            "num_incoming_bytes": self.bodies.num_bytes,
-            "tokens_per_byte": self.intake.tokens_per_byte,
-            "tenants": self.tenants.state(time.monotonic()),
-            "cache": self.cache.state(),
-            "files": {name: watch.state() for name, watch in self.watches.items()},
-            **self.router.state(time.monotonic()),
-        }
+    def state(self) -> GatewayState:
+        """Return every engine's snapshot and ledger, the hold queue, the outcomes and more."""
+        now_s = time.monotonic()
+        return GatewayState(
+            gateway_id=self.gateway_id,
+            num_open_requests=len(self.driver.exchanges),
+            num_record_bytes=self.driver.records.num_bytes,
+            num_incoming_bytes=self.bodies.num_bytes,
+            tokens_per_byte=self.intake.tokens_per_byte,
+            tenants=self.tenants.state(now_s),
+            cache=self.cache.state(),
+            files={name: watch.state() for name, watch in self.watches.items()},
+            **msgspec.structs.asdict(self.router.state(now_s)),
+        )
 
-    async def get_state(self, request: Request) -> JSONResponse:
+    async def get_state(self, request: Request) -> Response:
+        """Answer with this gateway's state."""
         self.tenants.authorize_admin(request.headers.raw)
-        return JSONResponse(self.state())
+        return _json(self.state())
 
-    async def get_usage(self, request: Request) -> JSONResponse:
+    async def get_state_schema(self, request: Request) -> Response:
+        """Answer with the JSON schema of `/headway/state`."""
+        self.tenants.authorize_admin(request.headers.raw)
+        return _json(msgspec.json.schema(GatewayState))
+
+    async def get_usage(self, request: Request) -> Response:
         """What each tenant has used of this gateway; one without an admin key sees its own."""
         caller = self.tenants.authenticate(request.headers.raw)
         usage = self.tenants.usage()
         if caller is not None and not caller.is_admin:
             usage = {caller.tenant.name: usage[caller.tenant.name]}
-        return JSONResponse({"gateway_id": self.gateway_id, "tenants": usage})
+        return _json({"gateway_id": self.gateway_id, "tenants": usage})
 
-    async def reload(self, request: Request) -> JSONResponse:
+    async def reload(self, request: Request) -> Response:
         """Read keys and config anew now; without this, within a second of a change."""
         self.tenants.authorize_admin(request.headers.raw)
         for watch in self.watches.values():
             await watch.reload()
-        return JSONResponse({name: watch.state() for name, watch in self.watches.items()})
+        return _json({name: watch.state() for name, watch in self.watches.items()})
 
     async def models(self, request: Request) -> JSONResponse:
         caller = self.tenants.authenticate(request.headers.raw)
@@ -221,6 +231,11 @@ class Gateway:
         except (ValueError, KeyError, TypeError) as error:
             raise ApiError(400, f"'policy': {error}", param="policy") from None
         return JSONResponse({"policy": name, "ablate": parts})
+
+
+def _json(content: Any) -> Response:
+    """Answer with this, structs in it or not, as JSON."""
+    return Response(msgspec.json.encode(content), media_type="application/json")
 
 
 async def _reply_error(request: Request, error: Exception) -> Response:

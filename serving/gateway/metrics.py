@@ -1,4 +1,7 @@
-"""Prometheus metrics of one gateway. They observe; nothing decides by them."""
+"""What can be seen of a gateway: its state when somebody asks, its metrics by Prometheus.
+
+Nothing decides by them.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,15 +11,33 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from router.core.state import RouterState
+from router.limits.sliding_window import WindowState
+from router.providers.spillover import SpilloverState
 from router.resilience.breaker import BreakerState
 from router.types import Request, Usage
-from serving.gateway.tenants.tenants import Consumption
+from serving.file_watch import FileWatchState
+from serving.gateway.cache.response_store import ResponseCacheState
+from serving.gateway.tenants.tenants import Consumption, TenantsState
 
 # From an idle GPU's first token to a long wait behind documents.
 _LATENCY_BUCKETS_S = (
     *(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
     *(1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 300.0),
 )
+
+
+class GatewayState(RouterState, frozen=True, kw_only=True):
+    """One gateway at one moment, its router's state beside its own: `/headway/state`."""
+
+    gateway_id: str
+    num_open_requests: int
+    num_record_bytes: int  # kept of what engines have generated for open requests
+    num_incoming_bytes: int  # of bodies on their way in
+    tokens_per_byte: float  # by which prompts are estimated
+    tenants: TenantsState
+    cache: ResponseCacheState
+    files: dict[str, FileWatchState]  # by the setting that names them
 
 
 class Metrics:
@@ -62,8 +83,8 @@ class Metrics:
             self._cached_tokens.labels(request.model).inc(usage.num_cached_tokens)
             self._output_tokens.labels(request.model).inc(usage.num_output_tokens)
 
-    def watch(self, state: Callable[[], dict]) -> None:
-        """Export the router's state, read at every scrape."""
+    def watch(self, state: Callable[[], GatewayState]) -> None:
+        """Export the gateway's state, read at every scrape."""
         self.registry.register(_StateCollector(state))
 
     def render(self) -> bytes:
@@ -72,7 +93,7 @@ class Metrics:
 
 
 class _StateCollector(Collector):
-    """Turns `/headway/state` into gauges when Prometheus asks."""
+    """Turns the state into Prometheus's gauges, whenever they are read."""
 
     _ENGINE_GAUGES = (
         "num_running_reqs",
@@ -87,7 +108,7 @@ class _StateCollector(Collector):
         "num_prefix_hits_total",
     )
 
-    def __init__(self, state: Callable[[], dict]) -> None:
+    def __init__(self, state: Callable[[], GatewayState]) -> None:
         self._state = state
 
     def describe(self) -> Iterable[Metric]:
@@ -97,77 +118,76 @@ class _StateCollector(Collector):
         state = self._state()
         for name in self._ENGINE_GAUGES:
             gauge = GaugeMetricFamily(f"headway_engine_{name}", name, labels=["replica"])
-            for replica_id, replica in state["replicas"].items():
-                if (snapshot := replica["snapshot"]) is not None:
-                    gauge.add_metric([replica_id], snapshot[name])
+            for replica_id, replica in state.replicas.items():
+                if replica.snapshot is not None:
+                    gauge.add_metric([replica_id], getattr(replica.snapshot, name))
             yield gauge
         for name in ("num_requests", "num_tokens", "num_bytes"):
-            value = state["held"][name]
+            value = getattr(state.held, name)
             yield GaugeMetricFamily(f"headway_held_{name}", f"hold queue: {name}", value=value)
         error = GaugeMetricFamily(
             "headway_prediction_error",
             "absolute relative error of predicted times, last 1,000 requests",
             labels=["time", "quantile"],
         )
-        for time, accuracy in state["accuracy"].items():
-            for quantile, key in (("0.5", "error_p50"), ("0.9", "error_p90")):
-                if (value := accuracy[key]) is not None:
+        for time, accuracy in msgspec.structs.asdict(state.accuracy).items():
+            for quantile, value in (("0.5", accuracy.error_p50), ("0.9", accuracy.error_p90)):
+                if value is not None:
                     error.add_metric([time, quantile], value)
         yield error
         for field in msgspec.structs.fields(Consumption):
             usage = CounterMetricFamily(
                 f"headway_tenant_{field.name}", f"{field.name} of a tenant", labels=["tenant"]
             )
-            for tenant, consumption in state["tenants"]["by_name"].items():
-                usage.add_metric([tenant], consumption[field.name])
+            for name, tenant in state.tenants.by_name.items():
+                usage.add_metric([name], getattr(tenant, field.name))
             yield usage
         breakers = GaugeMetricFamily(
             "headway_breaker_state",
             "1 for the state that the breaker is in",
             labels=["replica", "state"],
         )
-        for replica_id, replica in state["replicas"].items():
-            for status in BreakerState:
-                is_in = status.value == replica["breaker"]["state"]
-                breakers.add_metric([replica_id, status.value], float(is_in))
+        for replica_id, replica in state.replicas.items():
+            for each in BreakerState:
+                is_in = each is replica.breaker.state
+                breakers.add_metric([replica_id, each.value], float(is_in))
         yield breakers
-        retries = state["retries"]
         yield GaugeMetricFamily(
-            "headway_retries_total", "attempts beyond the first", value=retries["num_made"]
+            "headway_retries_total", "attempts beyond the first", value=state.retries.num_made
         )
         yield GaugeMetricFamily(
-            "headway_retry_budget", "retries left", value=retries["budget"]["balance"]
+            "headway_retry_budget", "retries left", value=state.retries.budget.balance
         )
         yield GaugeMetricFamily(
             "headway_record_bytes",
             "kept of what engines have generated for open requests",
-            value=state["num_record_bytes"],
+            value=state.num_record_bytes,
         )
         overloaded = GaugeMetricFamily(
             "headway_overloaded", "1 while whoever would be late is refused", labels=["model"]
         )
-        for model, is_overloaded in state["is_overloaded"].items():
+        for model, is_overloaded in state.is_overloaded.items():
             overloaded.add_metric([model], float(is_overloaded))
         yield overloaded
-        yield from _provider_metrics(state["fallback"])
+        yield from _provider_metrics(state.fallback)
         cache = CounterMetricFamily(
             "headway_cache_requests", "requests by how the response cache took them", labels=["how"]
         )
         for verdict in ("hit", "miss", "join", "bypass"):
-            cache.add_metric([verdict], state["cache"][f"num_{verdict}"])
+            cache.add_metric([verdict], getattr(state.cache, f"num_{verdict}"))
         yield cache
         for name in ("num_stored", "num_stored_bytes", "num_flight_bytes"):
-            value = state["cache"].get(name, 0)
+            value = getattr(state.cache, name) or 0  # unset where Redis has it
             yield GaugeMetricFamily(f"headway_cache_{name}", f"cache: {name}", value=value)
         outcomes = GaugeMetricFamily(
             "headway_outcomes_total", "requests by how they ended", labels=["outcome"]
         )
-        for outcome, count in state["outcomes"].items():
+        for outcome, count in state.outcomes.items():
             outcomes.add_metric([outcome], count)
         yield outcomes
 
 
-def _provider_metrics(fallback: dict) -> Iterable[Metric]:
+def _provider_metrics(fallback: SpilloverState) -> Iterable[Metric]:
     """What providers have cost, how fast they are, and how much of each limit is used."""
     labels = ["provider", "key"]
     cost = CounterMetricFamily("headway_provider_cost", "spent, as settled", labels=labels[:1])
@@ -177,17 +197,16 @@ def _provider_metrics(fallback: dict) -> Iterable[Metric]:
     used = GaugeMetricFamily(
         "headway_provider_limit_used_ratio", "of a limit", labels=[*labels, "limit"]
     )
-    for name, provider in fallback["providers"].items():
-        cost.add_metric([name], provider["cost"])
-        ttft.add_metric([name], provider["ttft_s"])
-        for key_name, key in provider["keys"].items():
-            budget = key["budget"]
-            refused.add_metric([name, key_name], budget.get("num_refused", 0))
-            closed.add_metric([name, key_name], key["breaker"]["state"] == "closed")
+    for name, provider in fallback.providers.items():
+        cost.add_metric([name], provider.cost)
+        ttft.add_metric([name], provider.ttft_s)
+        for key_name, key in provider.keys.items():
+            refused.add_metric([name, key_name], key.budget.num_refused)
+            closed.add_metric([name, key_name], key.breaker.state is BreakerState.CLOSED)
             for limit in ("requests", "tokens", "cost_hour", "cost_day"):
-                if limit in budget:
-                    used.add_metric([name, key_name, limit], budget[limit]["share"])
+                window: WindowState = getattr(key.budget, limit)
+                used.add_metric([name, key_name, limit], window.share)
     yield from (cost, ttft, refused, closed, used)
     yield CounterMetricFamily(
-        "headway_fallbacks", "requests sent to providers", value=fallback["num_spilled"]
+        "headway_fallbacks", "requests sent to providers", value=fallback.num_spilled
     )

@@ -9,6 +9,7 @@ from benchmarks.chaos.checks import probe_faults, seam_gaps_s
 from benchmarks.chaos.client import Question, Reply
 from benchmarks.chaos.faults import Fault, schedule
 from benchmarks.chaos.verdicts import Kind, judge, questions
+from router.resilience.breaker import BreakerEvent
 
 QUESTION = Question("Why?", 4)
 TIE = 0.25
@@ -75,9 +76,9 @@ class TestJudge:
         assert verdict.kind is Kind.UNEXPLAINED
 
 
-def events(*names: str) -> list[dict[str, Any]]:
+def events(*names: str) -> list[BreakerEvent]:
     return [
-        {"breaker": "r0", "at_s": float(at_s), "event": name} for at_s, name in enumerate(names)
+        BreakerEvent(at_s=float(at_s), breaker="r0", event=name) for at_s, name in enumerate(names)
     ]
 
 

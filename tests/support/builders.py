@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import msgspec
+
 from router.core.router import Router
 from router.fleet.replica import Replica
 from router.settings import RouterSettings
@@ -61,3 +63,10 @@ def make_router(
     for index in range(num_replicas):
         router.on_replica_up(f"r{index}", info(**engine or {}), now_s=0.0)
     return router
+
+
+def after_json(state):
+    """What JSON makes of a state: the same, or it had a number that JSON does not know."""
+    decoded = msgspec.json.decode(msgspec.json.encode(state), type=type(state))
+    assert decoded == state
+    return decoded

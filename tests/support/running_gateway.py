@@ -57,16 +57,16 @@ class System:
 
     @property
     def outcomes(self) -> dict:
-        return self.gateway.state()["outcomes"]
+        return self.gateway.state().outcomes
 
     def assert_empty(self) -> None:
         """Nothing is booked, held or open any more."""
         state = self.gateway.state()
-        assert state["num_open_requests"] == state["num_placed"] == 0
-        assert state["held"]["num_requests"] == state["held"]["num_bytes"] == 0
-        assert state["fallback"]["num_open"] == 0
-        for replica in state["replicas"].values():
-            assert replica["ledger"]["num_open"] == replica["ledger"]["num_kv_tokens"] == 0
+        assert state.num_open_requests == state.num_placed == 0
+        assert state.held.num_requests == state.held.num_bytes == 0
+        assert state.fallback.num_open == 0
+        for replica in state.replicas.values():
+            assert replica.ledger.num_open == replica.ledger.num_kv_tokens == 0
 
 
 def free_port() -> int:

@@ -6,7 +6,10 @@ import time
 from pathlib import Path
 
 import httpx
+import msgspec
 
+from router.types import EngineSnapshot
+from serving.gateway.metrics import GatewayState
 from tests.support.running_gateway import free_port
 
 START_TIMEOUT_S = 240
@@ -38,14 +41,15 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
-    def state(self) -> dict:
-        return self.http.get("/headway/state").json()
+    def state(self) -> GatewayState:
+        reply = self.http.get("/headway/state")
+        return msgspec.json.decode(reply.content, type=GatewayState)
 
-    def snapshots(self) -> list[dict]:
-        return [replica["snapshot"] for replica in self.state()["replicas"].values()]
+    def snapshots(self) -> list[EngineSnapshot]:
+        return [replica.snapshot for replica in self.state().replicas.values()]
 
     def total(self, field: str) -> float:
-        return sum(snapshot[field] for snapshot in self.snapshots())
+        return sum(getattr(snapshot, field) for snapshot in self.snapshots())
 
     def until(self, condition, timeout_s: float):
         """Return the first truthy `condition()`; fail after `timeout_s`."""
@@ -76,7 +80,7 @@ class Server:
 
     def idle(self) -> bool:
         state = self.state()
-        return not state["num_open_requests"] and not any(
-            replica["snapshot"]["num_inflight_reqs"] or replica["snapshot"]["num_running_reqs"]
-            for replica in state["replicas"].values()
+        return not state.num_open_requests and not any(
+            replica.snapshot.num_inflight_reqs or replica.snapshot.num_running_reqs
+            for replica in state.replicas.values()
         )

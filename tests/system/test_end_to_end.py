@@ -9,11 +9,14 @@ import subprocess
 import time
 
 import httpx
+import msgspec
 import psutil
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
 from benchmarks.systems.processes import engine_core
+from router.fleet.ledger import Ledger
+from serving.gateway.metrics import GatewayState
 from tests.support.tiny_model import tiny_model
 from tests.system.served import START_TIMEOUT_S, start_headway
 
@@ -105,8 +108,8 @@ def test_when_both_engines_are_killed_the_same_curl_answers_through_a_second_ser
         assert process.poll() is None, log.read_text()
         reply = subprocess.run(curl, capture_output=True, check=True, text=True).stdout
         assert "x-headway-provider" not in reply
-        replicas = first.state()["replicas"].values()
-        cores = [engine_core(psutil.Process(each["info"]["pid"])) for each in replicas]
+        replicas = first.state().replicas.values()
+        cores = [engine_core(psutil.Process(each.info.pid)) for each in replicas]
         assert len(cores) == 2
         for core in cores:
             core.kill()
@@ -116,7 +119,7 @@ def test_when_both_engines_are_killed_the_same_curl_answers_through_a_second_ser
         assert "x-headway-provider: second" in reply
         assert "Paris" in reply
         assert time.monotonic() - start < 10
-        assert first.state()["outcomes"]["failed"] == 0
+        assert first.state().outcomes["failed"] == 0
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(90) == 0, log.read_text()
@@ -168,18 +171,18 @@ def test_32_streams_at_once_finish_and_leave_no_booking(server):
         async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
             return await asyncio.gather(*(tell(client, number) for number in range(32)))
 
-    before = server.state()["outcomes"]["completed"]
+    before = server.state().outcomes["completed"]
     ends = asyncio.run(tell_all())
     assert len(ends) == 32
     assert all(count > 0 and reason in ("stop", "length") for count, reason in ends)
     server.until(server.idle, 5)
     state = server.state()
-    assert state["outcomes"]["completed"] == before + 32
-    assert state["num_placed"] == 0
-    for replica in state["replicas"].values():
-        assert replica["ledger"] == dict.fromkeys(replica["ledger"], 0)
-        assert replica["snapshot"]["num_pending_prefill_tokens"] == 0
-        assert replica["snapshot"]["kv_cache_usage"] == 0
+    assert state.outcomes["completed"] == before + 32
+    assert state.num_placed == 0
+    for replica in state.replicas.values():
+        assert replica.ledger == Ledger().state()
+        assert replica.snapshot.num_pending_prefill_tokens == 0
+        assert replica.snapshot.kv_cache_usage == 0
 
 
 def _prompt(seed: int, num_tokens: int) -> list[int]:
@@ -215,26 +218,27 @@ def test_pending_prefill_agrees_with_vllms_counters(server):
                 for seed, length in enumerate(lengths)
             ]
             while not all(task.done() for task in tasks):
-                state = (await client.get("/headway/state")).json()
-                replicas = state["replicas"].values()
-                snapshots = [replica["snapshot"] for replica in replicas]
-                if all(not replica["ledger"]["num_unacknowledged"] for replica in replicas) and (
-                    sum(replica["snapshot"]["last_booking"] for replica in replicas) >= sent
+                reply = await client.get("/headway/state")
+                state = msgspec.json.decode(reply.content, type=GatewayState)
+                replicas = state.replicas.values()
+                snapshots = [replica.snapshot for replica in replicas]
+                if all(not replica.ledger.num_unacknowledged for replica in replicas) and (
+                    sum(replica.snapshot.last_booking for replica in replicas) >= sent
                 ):
-                    computed = sum(s["num_prefill_tokens_total"] for s in snapshots)
-                    cached = sum(s["num_prefix_hits_total"] for s in snapshots)
+                    computed = sum(s.num_prefill_tokens_total for s in snapshots)
+                    cached = sum(s.num_prefix_hits_total for s in snapshots)
                     expected = (
                         sum(lengths)
                         - (computed - base["num_prefill_tokens_total"])
                         - (cached - base["num_prefix_hits_total"])
                     )
-                    pending = sum(s["num_pending_prefill_tokens"] for s in snapshots)
+                    pending = sum(s.num_pending_prefill_tokens for s in snapshots)
                     looks.append((pending, expected))
                 await asyncio.sleep(0.02)
             assert {task.result().status_code for task in tasks} == {200}
         return looks
 
-    sent = sum(snapshot["last_booking"] for snapshot in server.snapshots()) + len(lengths)
+    sent = sum(snapshot.last_booking for snapshot in server.snapshots()) + len(lengths)
     looks = asyncio.run(send_all())
     server.http.post("/headway/policy", json={"policy": "headway"})
     assert len({pending for pending, _ in looks}) >= 4, f"too few states seen: {looks}"
@@ -259,15 +263,15 @@ def test_a_conversation_stays_where_its_prefix_is(server):
         return reply.json()["usage"]["prompt_tokens"]
 
     def engines() -> list[dict]:
-        return list(server.state()["replicas"].values())
+        return list(server.state().replicas.values())
 
     def hits() -> list[int]:
-        return [engine["snapshot"]["num_prefix_hits_total"] for engine in engines()]
+        return [engine.snapshot.num_prefix_hits_total for engine in engines()]
 
-    before, blocks_before = hits(), [engine["num_cached_blocks"] for engine in engines()]
+    before, blocks_before = hits(), [engine.num_cached_blocks for engine in engines()]
     num_tokens = ask("What is item 7?")
     grown = [
-        engine["num_cached_blocks"] - blocks
+        engine.num_cached_blocks - blocks
         for engine, blocks in zip(engines(), blocks_before, strict=True)
     ]
     # The prompt's whole blocks, and one that the answer may have filled.
@@ -300,13 +304,13 @@ def test_kv_usage_is_vllms_block_count(server):
         for line in reply.iter_lines():
             if not line.startswith("data: {"):
                 continue
-            for replica in server.state()["replicas"].values():
-                snapshot, info = replica["snapshot"], replica["info"]
-                if snapshot["num_decoding_reqs"]:
-                    looks.append(snapshot["num_decode_context_tokens"])
-                    num_blocks = info["num_kv_tokens"] // BLOCK_SIZE
-                    assert round(snapshot["kv_cache_usage"] * num_blocks, 6) == 32
-                    used = info["num_kv_tokens"] - snapshot["num_free_kv_tokens"]
+            for replica in server.state().replicas.values():
+                snapshot, info = replica.snapshot, replica.info
+                if snapshot.num_decoding_reqs:
+                    looks.append(snapshot.num_decode_context_tokens)
+                    num_blocks = info.num_kv_tokens // BLOCK_SIZE
+                    assert round(snapshot.kv_cache_usage * num_blocks, 6) == 32
+                    used = info.num_kv_tokens - snapshot.num_free_kv_tokens
                     assert used == 32 * BLOCK_SIZE
     assert len(looks) >= 5
     assert looks == sorted(looks)
@@ -328,7 +332,7 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second(server):
         server.http.post("/v1/chat/completions", json=body, timeout=1.0)
     server.until(lambda: server.total("num_running_reqs") == 0, 1)
     server.until(server.idle, 5)
-    assert server.state()["outcomes"]["reneged"] >= 2
+    assert server.state().outcomes["reneged"] >= 2
 
 
 BAD = {

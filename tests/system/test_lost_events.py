@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from benchmarks.chaos.verdicts import TIE_NATS
+from router.fleet.ledger import Ledger
 from serving.capacity.profiles import load_profile
 from serving.config import parse
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
@@ -118,7 +119,7 @@ class Run:
         for number, engine in enumerate(self.engines):
             replica = replicas.get(f"r{number}")
             cached = engine.blocks.since(-1).stored
-            if replica.state(0.0)["num_cached_blocks"] != len(cached):
+            if replica.state(0.0).num_cached_blocks != len(cached):
                 return False
             if not all(block in replica.prefix_cache for block in cached):
                 return False
@@ -192,16 +193,16 @@ async def nothing_breaks(run: Run) -> None:
     last = NUM_GROUPS - 1
     await run.ask(last, NUM_TURNS)
     await run.ask(last, NUM_TURNS + 1)
-    await run.until(lambda: not run.gateway.state()["num_open_requests"])
+    await run.until(lambda: not run.gateway.state().num_open_requests)
     hits = [
         replica.snapshot.num_prefix_hits_total - num
         for replica, num in zip(replicas, before, strict=True)
     ]
     assert max(hits) > 300
     state = run.gateway.state()
-    assert state["outcomes"]["failed"] == state["outcomes"]["reneged"] == 0
-    for replica in state["replicas"].values():
-        assert replica["ledger"] == dict.fromkeys(replica["ledger"], 0)
+    assert state.outcomes["failed"] == state.outcomes["reneged"] == 0
+    for replica in state.replicas.values():
+        assert replica.ledger == Ledger().state()
 
 
 async def test_on_emulated_engines(tmp_path):

@@ -20,6 +20,7 @@ from serving.config import parse
 from serving.engine.vllm.engine import VllmEngine
 from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
+from serving.gateway.metrics import GatewayState
 from serving.planning.hardware import detect_hardware
 from serving.planning.plan import make_plan
 from serving.stream.server import StreamServer
@@ -91,7 +92,7 @@ class Pair:
                     await self.cut()
         return "\n".join(chunks).encode()
 
-    def state(self) -> dict:
+    def state(self) -> GatewayState:
         return self.gateway.state()
 
 
@@ -231,11 +232,11 @@ async def test_nothing_shows(pair, name):
     body = request(path, fields)
     undisturbed = await pair.ask(path, body)
     for cut_at in ((3, 11), (1, 2, 30)):
-        before = pair.state()["retries"]["num_made"]
+        before = pair.state().retries.num_made
         resumed = await pair.ask(path, body, cut_at=cut_at)
-        assert pair.state()["retries"]["num_made"] == before + len(cut_at)
+        assert pair.state().retries.num_made == before + len(cut_at)
         assert_same(resumed, undisturbed)
-        assert pair.state()["num_open_requests"] == pair.state()["num_record_bytes"] == 0
+        assert pair.state().num_open_requests == pair.state().num_record_bytes == 0
 
 
 async def test_a_stop_string_across_the_seam(pair):
@@ -257,7 +258,7 @@ async def test_a_reply_that_is_not_streamed_keeps_what_was_generated(pair):
     body = request(CHAT, {"stream": False, "max_tokens": 400})
     undisturbed = json.loads(await pair.ask(CHAT, body))
     task = asyncio.create_task(pair.ask(CHAT, body))
-    while pair.state()["num_record_bytes"] < 500:
+    while pair.state().num_record_bytes < 500:
         await asyncio.sleep(0.01)
     await pair.cut()
     resumed = json.loads(await task)
@@ -272,7 +273,7 @@ async def test_prompt_log_probabilities(pair):
     body = request(COMPLETIONS, {**fields, "max_tokens": 300})
     undisturbed = json.loads(await pair.ask(COMPLETIONS, body))
     task = asyncio.create_task(pair.ask(COMPLETIONS, body))
-    while pair.state()["num_record_bytes"] < 300:
+    while pair.state().num_record_bytes < 300:
         await asyncio.sleep(0.01)
     await pair.cut()
     resumed = json.loads(await task)
@@ -295,7 +296,7 @@ async def test_what_does_not_come_again_ends_in_an_error(pair, monkeypatch):
     reply = await pair.ask(CHAT, request(CHAT, {"temperature": 1.0}), cut_at=(10,))
     assert b"generated again, it differs from what had been sent" in reply
     assert b"[DONE]" not in reply
-    assert pair.state()["num_open_requests"] == 0
+    assert pair.state().num_open_requests == 0
     async with asyncio.timeout(5):
         while any(server.num_streams for server in pair.servers.values()):
             await asyncio.sleep(0.01)

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import psutil
 import pytest
 
 from benchmarks.systems.null_engine import MODEL
 from benchmarks.systems.system import Headway
+from router.resilience.breaker import BreakerState
+from serving.gateway.metrics import GatewayState
 from tests.support.running_gateway import CHAT, free_port
 
 pytestmark = pytest.mark.timeout(300)
@@ -87,19 +90,24 @@ class TwoGateways(Headway):
         self.launches[0].refresh()
         return self.launches[0].titled(GATEWAY)
 
-    async def states(self) -> dict[str, dict[str, Any]]:
+    async def states(self) -> dict[str, GatewayState]:
         """`/headway/state` of every gateway that answers, by its id; a few tries find all."""
         found = {}
         for _ in range(12):
             async with httpx.AsyncClient(base_url=self.urls[0], timeout=5) as http:
-                state = (await http.get("/headway/state")).json()
-                found[state["gateway_id"]] = state
+                state = await read_state(http)
+                found[state.gateway_id] = state
         return found
 
 
-def all_know(states: dict[str, dict[str, Any]], num_engines: int) -> bool:
+async def read_state(http: httpx.AsyncClient) -> GatewayState:
+    reply = await http.get("/headway/state")
+    return msgspec.json.decode(reply.content, type=GatewayState)
+
+
+def all_know(states: dict[str, GatewayState], num_engines: int) -> bool:
     """Whether there are two gateways and both know so many engines."""
-    return [len(state["replicas"]) for state in states.values()] == [num_engines] * 2
+    return [len(state.replicas) for state in states.values()] == [num_engines] * 2
 
 
 async def test_a_killed_gateway_takes_only_its_own_clients_with_it_and_sigterm_takes_none():
@@ -119,9 +127,9 @@ async def test_a_killed_gateway_takes_only_its_own_clients_with_it_and_sigterm_t
         assert all(stream.ended_s - killed_s < 2 and not stream.is_whole for stream in cut)
         # Engines have dropped its requests: what is left is what the other one has.
         (alive,) = (await service.states()).values()
-        left = [replica["snapshot"]["num_inflight_reqs"] for replica in alive["replicas"].values()]
-        assert sum(left) == alive["num_open_requests"] == NUM_STREAMS - len(cut)
-        assert all(r["breaker"]["state"] == "closed" for r in alive["replicas"].values())
+        left = [replica.snapshot.num_inflight_reqs for replica in alive.replicas.values()]
+        assert sum(left) == alive.num_open_requests == NUM_STREAMS - len(cut)
+        assert {r.breaker.state for r in alive.replicas.values()} == {BreakerState.CLOSED}
         await asyncio.gather(*(stream.task for stream in streams))
         assert all(stream.is_whole for stream in streams if stream not in cut)
         # Ray starts another one, which answers first and finds the engines a moment later.
@@ -202,14 +210,14 @@ async def test_fewer_engines_and_another_configuration_abort_nothing(tmp_path):
                 return
         raise AssertionError(f"ended before {word!r}")
 
-    async def state() -> dict[str, Any]:
+    async def state() -> GatewayState:
         async with httpx.AsyncClient(base_url=url, timeout=5) as http:
-            return (await http.get("/headway/state")).json()
+            return await read_state(http)
 
     try:
         async with asyncio.timeout(240):
             await says("up")
-            while len((await state())["replicas"]) < 2:
+            while len((await state()).replicas) < 2:
                 await asyncio.sleep(0.2)
             for step, num_tokens in (("smaller", 300), ("other", 600)):
                 streams = await open_streams(url, num_tokens)
@@ -217,11 +225,11 @@ async def test_fewer_engines_and_another_configuration_abort_nothing(tmp_path):
                 await says(step)
                 await asyncio.gather(*(stream.task for stream in streams))
                 assert [stream.error for stream in streams if not stream.is_whole] == []
-                while len((await state())["replicas"]) != 1:
+                while len((await state()).replicas) != 1:
                     await asyncio.sleep(0.2)
                 found = await state()
-                assert found["num_open_requests"] == found["retries"]["num_made"] == 0
-                assert found["breaker_events"] == []
+                assert found.num_open_requests == found.retries.num_made == 0
+                assert found.breaker_events == []
     finally:
         process.stdin.close()
         try:

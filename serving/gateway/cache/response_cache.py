@@ -14,6 +14,7 @@ from serving.gateway.cache.cache_key import cache_key
 from serving.gateway.cache.response_store import (
     MemoryStore,
     RedisStore,
+    ResponseCacheState,
     ResponseStore,
     StoredResponse,
 )
@@ -122,22 +123,27 @@ class ResponseCache:
         self._flights[flight_key] = flight
         return self._count("miss"), flight.join()
 
-    def state(self) -> dict[str, object]:
-        """JSON-able."""
-        state: dict[str, object] = {
-            "enabled": self.enabled,
-            **{f"num_{verdict}": count for verdict, count in self.num_by_verdict.items()},
-            "num_flights": len(self._flights),
-            "num_flight_bytes": self._num_flight_bytes,
-            "num_store_errors": self._store.num_errors,
-        }
-        if isinstance(self._store, MemoryStore):
-            state |= {
-                "num_stored": len(self._store),
-                "num_stored_bytes": self._store.num_bytes,
-                "num_evicted": self._store.num_evicted,
-            }
-        return state
+    def state(self) -> ResponseCacheState:
+        """Return the counts so far, and what is kept now."""
+        store = self._store
+        state = ResponseCacheState(
+            enabled=self.enabled,
+            num_hit=self.num_by_verdict["hit"],
+            num_miss=self.num_by_verdict["miss"],
+            num_join=self.num_by_verdict["join"],
+            num_bypass=self.num_by_verdict["bypass"],
+            num_flights=len(self._flights),
+            num_flight_bytes=self._num_flight_bytes,
+            num_store_errors=store.num_errors,
+        )
+        if not isinstance(store, MemoryStore):
+            return state
+        return msgspec.structs.replace(
+            state,
+            num_stored=len(store),
+            num_stored_bytes=store.num_bytes,
+            num_evicted=store.num_evicted,
+        )
 
     def close(self) -> None:
         self._spawn(self._store.close())

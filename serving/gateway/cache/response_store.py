@@ -37,6 +37,22 @@ class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
         return _ENTRY_BYTES + num_header_bytes + len(self.body)
 
 
+class ResponseCacheState(msgspec.Struct, frozen=True, kw_only=True):
+    """How requests were answered, and what is kept; `num_stored…` are absent with Redis."""
+
+    enabled: bool
+    num_hit: int
+    num_miss: int
+    num_join: int
+    num_bypass: int
+    num_flights: int  # responses on their way
+    num_flight_bytes: int
+    num_store_errors: int
+    num_stored: int | msgspec.UnsetType = msgspec.UNSET
+    num_stored_bytes: int | msgspec.UnsetType = msgspec.UNSET
+    num_evicted: int | msgspec.UnsetType = msgspec.UNSET
+
+
 class ResponseStore(Protocol):
     """Keeps responses for a time."""
 

@@ -27,6 +27,26 @@ class Consumption(msgspec.Struct):
     num_output_tokens: int = 0
 
 
+class TenantState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a tenant has used (as in `Consumption`), and what it may still use."""
+
+    num_requests: int
+    num_refused: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    num_concurrent: int
+    weight: float
+    remaining: dict[str, float]  # `requests` and `tokens`, as far as there is a limit
+
+
+class TenantsState(msgspec.Struct, frozen=True, kw_only=True):
+    """All tenants that have been here; no key, and no hash of one."""
+
+    num_keys: int | None  # None: nobody needs one
+    by_name: dict[str, TenantState]
+
+
 class Tenant:
     """One tenant, for as long as the gateway lives."""
 
@@ -153,30 +173,30 @@ class Tenants:
             consumption.num_cached_tokens += usage.num_cached_tokens
             consumption.num_output_tokens += usage.num_output_tokens
 
-    def usage(self) -> dict[str, dict[str, int]]:
-        """What each tenant has used, by name; JSON-able."""
+    def usage(self) -> dict[str, Consumption]:
+        """Return what each tenant has used until now, by name."""
         return {
-            name: msgspec.structs.asdict(tenant.consumption)
+            name: msgspec.structs.replace(tenant.consumption)
             for name, tenant in sorted(self._tenants.items())
         }
 
-    def state(self, now_s: float) -> dict[str, object]:
-        """Keys in number, tenants with their use and what is left; no key, no hash."""
-        return {
-            "num_keys": len(self._keys) if self._keys is not None else None,
-            "by_name": {
-                name: {
+    def state(self, now_s: float) -> TenantsState:
+        """Return how many keys there are, and every tenant's use and what is left of it."""
+        return TenantsState(
+            num_keys=len(self._keys) if self._keys is not None else None,
+            by_name={
+                name: TenantState(
                     **msgspec.structs.asdict(tenant.consumption),
-                    "num_concurrent": tenant.quota.num_concurrent,
-                    "weight": tenant.config.weight,
-                    "remaining": {
+                    num_concurrent=tenant.quota.num_concurrent,
+                    weight=tenant.config.weight,
+                    remaining={
                         what: remaining
                         for what, (_, remaining, _) in tenant.quota.remaining(now_s).items()
                     },
-                }
+                )
                 for name, tenant in sorted(self._tenants.items())
             },
-        }
+        )
 
     def _tenant(self, name: str) -> Tenant:
         """Return the tenant of this name, made when it is first seen."""

@@ -6,7 +6,6 @@ shortest failing sequence as a program, and what brings it back (`tests/conftest
 says how to look through more of them).
 """
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from router.core.router import Router
-from router.resilience.breaker import Failure
+from router.resilience.breaker import BreakerState, Failure
 from router.scheduling.ablation import PARTS
 from router.scheduling.policies import POLICIES
 from router.settings import RouterSettings
@@ -37,7 +36,7 @@ from router.types import (
     RequestClass,
     Usage,
 )
-from tests.support.builders import info, req, snapshot
+from tests.support.builders import after_json, info, req, snapshot
 
 MAX_REQUESTS, MAX_TOKENS, MAX_BYTES, MAX_HOLD_S = 3, 3500, 299, 10.0
 MAX_ATTEMPTS = 3
@@ -161,8 +160,8 @@ class Shell(RuleBasedStateMachine):
         engine = self.engines[dispatch.replica_id]
         assert engine.accepts_work
         breaker = self.breakers()[dispatch.replica_id]
-        assert breaker["state"] != "open"
-        if breaker["state"] == "half_open":
+        assert breaker.state is not BreakerState.OPEN
+        if breaker.state is BreakerState.HALF_OPEN:
             assert self.probes.get(dispatch.replica_id) not in engine.calls
             self.probes[dispatch.replica_id] = request.id
         engine.calls.add(request.id)
@@ -244,12 +243,12 @@ class Shell(RuleBasedStateMachine):
         return open_ids[number % len(open_ids)] if number and open_ids else "q0"
 
     def breakers(self) -> dict[str, dict]:
-        replicas = self.router.state(self.now_s)["replicas"]
-        return {replica_id: replica["breaker"] for replica_id, replica in replicas.items()}
+        replicas = self.router.state(self.now_s).replicas
+        return {replica_id: replica.breaker for replica_id, replica in replicas.items()}
 
     def evacuate(self, replica_id: str) -> None:
         """Only from engines with an open breaker, and only while there is work on them."""
-        assert self.breakers()[replica_id]["state"] == "open"
+        assert self.breakers()[replica_id].state is BreakerState.OPEN
         engine = self.engines[replica_id]
         assert engine.bookings
         for request_id in list(engine.bookings):
@@ -512,17 +511,17 @@ class Shell(RuleBasedStateMachine):
     @invariant()
     def every_request_is_in_one_place(self):
         state = self.router.state(self.now_s)
-        assert state["held"]["num_requests"] == len(self.held)
-        assert state["num_placed"] == len(self.placed)
+        assert state.held.num_requests == len(self.held)
+        assert state.num_placed == len(self.placed)
         assert +self.router.outcomes == +self.ended
         assert self.num_arrived == len(self.held) + len(self.placed) + self.ended.total()
 
     @invariant()
     def the_queue_is_bounded(self):
         """Beyond its bounds there is only what had been placed before."""
-        held = self.router.state(self.now_s)["held"]
-        assert held["num_tokens"] == sum(r.num_prompt_tokens for r in self.held.values())
-        assert held["num_bytes"] == sum(r.num_bytes for r in self.held.values())
+        held = self.router.state(self.now_s).held
+        assert held.num_tokens == sum(r.num_prompt_tokens for r in self.held.values())
+        assert held.num_bytes == sum(r.num_bytes for r in self.held.values())
         new = [r for r in self.held.values() if not self.num_attempts[r.id]]
         assert len(new) <= MAX_REQUESTS
         assert sum(r.num_prompt_tokens for r in new) <= MAX_TOKENS
@@ -530,36 +529,36 @@ class Shell(RuleBasedStateMachine):
 
     @invariant()
     def ledgers_count_what_is_open_and_what_is_on_its_way(self):
-        replicas = self.router.state(self.now_s)["replicas"]
+        replicas = self.router.state(self.now_s).replicas
         assert replicas.keys() == self.engines.keys()
         for replica_id, engine in self.engines.items():
-            ledger = replicas[replica_id]["ledger"]
+            ledger = replicas[replica_id].ledger
             sizes = [
                 self.num_booked_tokens[request_id]
                 for request_id, number in engine.bookings.items()
                 if number > engine.report.last_booking
             ]
-            assert ledger["num_open"] == len(engine.bookings)
-            assert ledger["num_unacknowledged"] == len(sizes)
-            assert ledger["num_prefill_tokens"] == sum(sizes)
-            assert (ledger["num_kv_tokens"] > 0) == bool(sizes)
+            assert ledger.num_open == len(engine.bookings)
+            assert ledger.num_unacknowledged == len(sizes)
+            assert ledger.num_prefill_tokens == sum(sizes)
+            assert (ledger.num_kv_tokens > 0) == bool(sizes)
 
     @invariant()
     def what_is_cached_is_what_was_told_without_a_gap(self):
-        replicas = self.router.state(self.now_s)["replicas"]
+        replicas = self.router.state(self.now_s).replicas
         for replica_id, engine in self.engines.items():
-            assert replicas[replica_id]["num_cached_blocks"] == engine.told.total()
+            assert replicas[replica_id].num_cached_blocks == engine.told.total()
 
     @invariant()
     def nobody_waits_for_an_idle_engine(self):
-        holds = self.router.state(self.now_s)["holds"]
+        holds = self.router.state(self.now_s).holds
         breakers = self.breakers()
         for replica_id, engine in self.engines.items():
             breaker = breakers[replica_id]
             # Slow start goes by calls: idle by its report, it may have one whose end is on its way.
-            num_calls = max(1.0, breaker["share"] * MAX_NUM_SEQS)
-            is_full = breaker["share"] < 1.0 and len(engine.calls) >= num_calls
-            if breaker["state"] != "closed" or is_full:
+            num_calls = max(1.0, breaker.share * MAX_NUM_SEQS)
+            is_full = breaker.share < 1.0 and len(engine.calls) >= num_calls
+            if breaker.state is not BreakerState.CLOSED or is_full:
                 continue
             if engine.accepts_work and (engine.is_idle or not holds):
                 waiting = [r.id for r in self.held.values() if r.model in NAMES[replica_id]]
@@ -571,9 +570,9 @@ class Shell(RuleBasedStateMachine):
         breakers = self.breakers()
         for replica_id, engine in self.engines.items():
             breaker = breakers[replica_id]
-            assert breaker["num_open_calls"] == len(engine.calls)
-            assert (breaker["reason"] is None) == (breaker["state"] == "closed")
-            if breaker["state"] != "half_open":
+            assert breaker.num_open_calls == len(engine.calls)
+            assert (breaker.reason is None) == (breaker.state is BreakerState.CLOSED)
+            if breaker.state is not BreakerState.HALF_OPEN:
                 self.probes.pop(replica_id, None)
             elif (
                 engine.accepts_work
@@ -584,7 +583,7 @@ class Shell(RuleBasedStateMachine):
 
     def teardown(self):
         """When the load is gone, so is every booking."""
-        json.dumps(self.router.state(self.now_s), allow_nan=False)
+        after_json(self.router.state(self.now_s))
         while self.held or self.placed:
             while self.held:  # who leaves may make room for others
                 request_id = next(iter(self.held))

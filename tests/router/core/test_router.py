@@ -1,10 +1,9 @@
-import json
 import random
 
 import pytest
 
 from router.core.router import Router
-from router.resilience.breaker import Failure
+from router.resilience.breaker import BreakerState, Failure, TripReason
 from router.settings import RouterSettings
 from router.types import (
     Decision,
@@ -17,7 +16,7 @@ from router.types import (
     RejectReason,
     Usage,
 )
-from tests.support.builders import busy, info, make_router, req, snapshot, stepped
+from tests.support.builders import after_json, busy, info, make_router, req, snapshot, stepped
 
 FULL = 5000  # tokens: an engine with a prompt of this size to prefill takes no more
 
@@ -55,9 +54,7 @@ class TestArrival:
     def test_two_requests_do_not_see_the_same_idle_engine(self):
         router = make_router(2)
         occupy(router, "r0", "r1")
-        placed = {
-            replica["ledger"]["num_open"] for replica in router.state(0.0)["replicas"].values()
-        }
+        placed = {replica.ledger.num_open for replica in router.state(0.0).replicas.values()}
         assert placed == {1}
 
     def test_an_open_id_is_not_taken_twice(self):
@@ -99,7 +96,7 @@ class TestArrival:
         router.on_arrival(req("b", 1000), 0.0)
         [reject] = router.on_arrival(req("c"), 0.0)
         assert reject.reason is RejectReason.QUEUE_FULL
-        rate = router.state(0.0)["replicas"]["r0"]["prefill_tokens_per_s"]
+        rate = router.state(0.0).replicas["r0"].prefill_tokens_per_s
         assert reject.retry_after_s == pytest.approx((FULL + 1000) / rate)
         assert ends(router) == {Outcome.REJECTED: 1}
 
@@ -126,7 +123,7 @@ class TestEnds:
         assert end(router) == [Dispatch("b", "r0", 2)]
         assert end(router) == []  # told twice
         assert ends(router) == {outcome: 1}
-        assert router.state(1.0)["replicas"]["r0"]["ledger"]["num_open"] == 1
+        assert router.state(1.0).replicas["r0"].ledger.num_open == 1
 
     def test_a_client_that_leaves_the_queue(self):
         router = make_router()
@@ -149,7 +146,7 @@ class TestEnds:
         occupy(router, "r0")
         router.on_arrival(req("b"), 0.0)
         assert router.on_finish("b", None, 0.0) == given_up(router, "b") == []
-        assert router.state(0.0)["held"]["num_requests"] == 1
+        assert router.state(0.0).held.num_requests == 1
 
     def test_expires_when_it_said_it_would(self):
         router = make_router(max_hold_s=60.0)
@@ -173,7 +170,7 @@ class TestFailedAttempt:
         [second] = router.on_attempt_failed("a", Failure.ERROR, 0.1)
         assert {first.replica_id, second.replica_id} == {"r0", "r1"}
         assert second.booking == 1
-        assert router.state(0.1)["replicas"][first.replica_id]["ledger"]["num_open"] == 0
+        assert router.state(0.1).replicas[first.replica_id].ledger.num_open == 0
 
     def test_the_same_engine_again_where_there_is_no_other(self):
         router = make_router()
@@ -194,8 +191,8 @@ class TestFailedAttempt:
         router = make_router()
         router.on_arrival(req("a", 10), 0.0)
         router.on_attempt_failed("a", None, 0.1, num_output_tokens=7)
-        ledger = router.state(0.1)["replicas"]["r0"]["ledger"]
-        assert ledger["num_prefill_tokens"] == 17
+        ledger = router.state(0.1).replicas["r0"].ledger
+        assert ledger.num_prefill_tokens == 17
 
     def test_keeps_its_turn(self):
         router = make_router()
@@ -254,7 +251,7 @@ class TestFailedAttempt:
         assert router.on_attempt_failed("a", Failure.ERROR, 0.0) == [Dispatch("a", "r0", 4)]
         assert router.on_attempt_failed("b", Failure.ERROR, 0.0) == [Fail("b")]
         assert router.on_attempt_failed("c", None, 0.0) == [Dispatch("c", "r0", 5)]
-        assert router.state(0.0)["retries"]["num_made"] == 2
+        assert router.state(0.0).retries.num_made == 2
 
     def test_failures_open_the_breaker(self):
         router = make_router(2, breaker={"max_consecutive_failures": 1, "cooldown_jitter": 0.0})
@@ -263,11 +260,11 @@ class TestFailedAttempt:
         router.on_finish("a", None, 0.0)
         [third] = router.on_arrival(req("b"), 0.5)
         assert third.replica_id == second.replica_id
-        breaker = router.state(0.5)["replicas"][first.replica_id]["breaker"]
-        assert breaker["state"] == "open"
-        assert breaker["next_probe_in_s"] == pytest.approx(0.5)
-        [event] = router.state(0.5)["breaker_events"]
-        assert (event["breaker"], event["event"]) == (first.replica_id, "open")
+        breaker = router.state(0.5).replicas[first.replica_id].breaker
+        assert breaker.state is BreakerState.OPEN
+        assert breaker.next_probe_in_s == pytest.approx(0.5)
+        [event] = router.state(0.5).breaker_events
+        assert (event.breaker, event.event) == (first.replica_id, "open")
 
 
 ALIVE = {"heartbeat_s": 0.5}
@@ -313,7 +310,7 @@ class TestHealth:
             now_s += 3.0 * step_s if number == 50 else step_s
             router.on_tick(now_s)
             router.on_snapshot(hung, busy(number, **report, **step, num_steps_total=number), now_s)
-        assert router.state(now_s)["breaker_events"] == []
+        assert router.state(now_s).breaker_events == []
         hung_s, seq, decisions = now_s, 60, []
         while not decisions:
             now_s += 0.25
@@ -339,21 +336,21 @@ class TestHealth:
         assert router.on_tick(11.2) == [Dispatch("a", "r0", 1)]
         assert router.on_tick(12.0) == []
         assert router.on_finish("a", None, 12.0) == [Dispatch("b", "r0", 2)]
-        events = [event["event"] for event in router.state(12.0)["breaker_events"]]
+        events = [event.event for event in router.state(12.0).breaker_events]
         assert events == ["open", "half_open", "probe", "closed"]
 
     def test_an_engine_that_left_in_peace_opened_nothing(self):
         router = make_router()
         router.on_replica_draining("r0", 1.0)
         router.on_replica_down("r0", 2.0)
-        assert router.state(2.0)["breaker_events"] == []
+        assert router.state(2.0).breaker_events == []
 
     def test_a_newcomer_among_old_ones_starts_slowly(self):
         router = make_router(2, breaker={"slow_start_s": 10.0})
         router.on_replica_up("r2", info(), 30.0)
         shares = {
-            replica_id: replica["breaker"]["share"]
-            for replica_id, replica in router.state(30.0)["replicas"].items()
+            replica_id: replica.breaker.share
+            for replica_id, replica in router.state(30.0).replicas.items()
         }
         assert shares == {"r0": 1.0, "r1": 1.0, "r2": 0.1}
         placed = [router.on_arrival(req(str(n), 1), 30.0)[0].replica_id for n in range(12)]
@@ -363,9 +360,9 @@ class TestHealth:
         router = make_router(2, engine=ALIVE, breaker={"slow_start_s": 10.0})
         router.on_tick(60.0)
         router.on_replica_up("r2", info(), 60.0)
-        replicas = router.state(60.0)["replicas"]
-        assert [replicas[name]["breaker"]["state"] for name in ("r0", "r1")] == ["open"] * 2
-        assert replicas["r2"]["breaker"]["share"] == 1.0
+        replicas = router.state(60.0).replicas
+        assert [replicas[name].breaker.state for name in ("r0", "r1")] == [BreakerState.OPEN] * 2
+        assert replicas["r2"].breaker.share == 1.0
 
     def test_who_waits_is_the_probe_before_who_comes(self):
         """Also when the arrival is what makes the router look at its engines."""
@@ -383,8 +380,8 @@ class TestHealth:
         assert router.on_arrival(req("probe"), 0.5) == [Hold("probe")]
         assert router.on_tick(1.5) == [Dispatch("probe", "r0", 1)]
         router.on_first_token("probe", 4.0)
-        breaker = router.state(4.0)["replicas"]["r0"]["breaker"]
-        assert (breaker["state"], breaker["reason"]) == ("open", "probe_slow")
+        breaker = router.state(4.0).replicas["r0"].breaker
+        assert (breaker.state, breaker.reason) == (BreakerState.OPEN, TripReason.PROBE_SLOW)
 
     def test_slowness_of_all_is_load_and_no_reason_to_have_fewer(self):
         router = make_router(2, policy="round_robin", breaker={"min_calls": 1, "slow_floor_s": 1.0})
@@ -392,10 +389,8 @@ class TestHealth:
             router.on_arrival(req(str(number)), 0.0)
         for number in range(8):
             router.on_first_token(str(number), 60.0)
-        states = {
-            replica["breaker"]["state"] for replica in router.state(60.0)["replicas"].values()
-        }
-        assert states == {"open", "closed"}
+        states = {replica.breaker.state for replica in router.state(60.0).replicas.values()}
+        assert states == {BreakerState.OPEN, BreakerState.CLOSED}
 
 
 class TestReplicas:
@@ -416,7 +411,7 @@ class TestReplicas:
         for number in range(10):
             router.on_arrival(req(f"b{number}", 30), 0.0)
         sent = router.on_snapshot("r0", busy(last_booking=1), 1.0)
-        tokens = router.state(1.0)["replicas"]["r0"]["num_pending_prefill_tokens"]
+        tokens = router.state(1.0).replicas["r0"].num_pending_prefill_tokens
         assert tokens == 30 * len(sent) >= 100  # at least a whole step, and no pile
         assert len(sent) < 10
 
@@ -435,7 +430,7 @@ class TestReplicas:
             [dispatch] = router.on_arrival(req(request_id, 80), 0.0)
             placed[dispatch.replica_id].append(request_id)
         assert router.on_replica_down("r0", 1.0) == []
-        assert "r0" not in router.state(1.0)["replicas"]
+        assert "r0" not in router.state(1.0).replicas
         failed, retried = placed["r0"]
         assert given_up(router, failed) == []
         assert router.on_attempt_failed(retried, None, 1.0) == [Hold(retried)]  # r1 is full
@@ -449,7 +444,7 @@ class TestReplicas:
         router.on_replica_up("r0", info(), 1.0)
         assert router.on_arrival(req("b"), 5.0) == [Dispatch("b", "r0", 1)]
         router.on_finish("a", None, 2.0)  # of the old connection
-        assert router.state(2.0)["replicas"]["r0"]["ledger"]["num_open"] == 1
+        assert router.state(2.0).replicas["r0"].ledger.num_open == 1
 
 
 class TestPolicies:
@@ -461,21 +456,21 @@ class TestPolicies:
             assert isinstance(decision, Dispatch)
 
     def test_holding_is_settable_for_any_policy(self):
-        assert make_router(policy="round_robin", hold=True).state(0.0)["holds"]
-        assert not make_router(policy="headway", hold=False).state(0.0)["holds"]
+        assert make_router(policy="round_robin", hold=True).state(0.0).holds
+        assert not make_router(policy="headway", hold=False).state(0.0).holds
 
     def test_a_policy_that_does_not_hold_lets_all_go(self):
         router = make_router()
         occupy(router, "r0")
         router.on_arrival(req("b"), 0.0)
         assert router.set_policy("round_robin", 1.0) == [Dispatch("b", "r0", 2)]
-        assert router.state(1.0)["policy"] == "round_robin"
+        assert router.state(1.0).policy == "round_robin"
 
     def test_an_unknown_policy_is_refused_and_changes_nothing(self):
         router = make_router()
         with pytest.raises(ValueError, match=r"'best'.*round_robin"):
             router.set_policy("best", 0.0)
-        assert router.state(0.0)["policy"] == "headway"
+        assert router.state(0.0).policy == "headway"
 
     def test_without_the_hold_all_go_at_once(self):
         router = make_router(ablate=["hold"])
@@ -501,11 +496,7 @@ class TestPolicies:
             router.on_snapshot("r0", stepped(number, 0.002, prefill=100, decodes=1), 0.01 * number)
         for number in range(16):
             router.on_arrival(req(str(number), 100), 1.0)
-        used = {
-            name
-            for name, each in router.state(1.0)["replicas"].items()
-            if each["ledger"]["num_open"]
-        }
+        used = {name for name, each in router.state(1.0).replicas.items() if each.ledger.num_open}
         assert len(used) == 8
 
     def test_without_congestion_cost_those_who_decode_do_not_count(self):
@@ -526,19 +517,19 @@ class TestPolicies:
         router.on_arrival(req("document", 4000, arrival_s=0.0), 0.0)
         router.on_arrival(req("question", 10, arrival_s=0.1), 0.1)
         assert router.set_policy("headway", 0.2, ["order"]) == []
-        assert router.state(0.2)["ablate"] == ["order"]
+        assert router.state(0.2).ablate == ["order"]
         both = router.set_policy("headway", 0.3, ["order", "hold"])
         assert both == [Dispatch("document", "r0", 2), Dispatch("question", "r0", 3)]
         router.set_policy("headway", 0.4)
-        assert router.state(0.4)["ablate"] == []
-        assert router.state(0.4)["holds"]
+        assert router.state(0.4).ablate == []
+        assert router.state(0.4).holds
 
     def test_an_unknown_part_is_refused_and_changes_nothing(self):
         router = make_router(ablate=["order"])
         with pytest.raises(ValueError, match=r"'magic'.*congestion_cost"):
             router.set_policy("round_robin", 0.0, ["magic"])
         state = router.state(0.0)
-        assert (state["policy"], state["ablate"]) == ("headway", ["order"])
+        assert (state.policy, state.ablate) == ("headway", ["order"])
         with pytest.raises(ValueError, match="ablate"):
             make_router(ablate=["magic"])
 
@@ -575,15 +566,15 @@ class TestPolicies:
 class TestState:
     def test_is_json(self):
         router = Router(RouterSettings())
-        json.dumps(router.state(0.0), allow_nan=False)
+        after_json(router.state(0.0))
         router.on_replica_up("r0", info(), 0.0)
         router.on_arrival(req("a", FULL), 0.0)
         router.on_arrival(req("b"), 0.0)
         router.on_first_token("a", 1.0)
         router.on_snapshot("r0", stepped(1, 0.1, prefill=100), 1.0)
-        state = json.loads(json.dumps(router.state(3.0), allow_nan=False))
-        assert state["replicas"]["r0"]["age_s"] == 2.0
-        assert state["accuracy"]["ttft"]["num_compared"] == 1
+        state = after_json(router.state(3.0))
+        assert state.replicas["r0"].age_s == 2.0
+        assert state.accuracy.ttft.num_compared == 1
 
     def test_predictions_are_compared_with_what_came(self):
         router = make_router()
@@ -591,25 +582,25 @@ class TestState:
         predicted_s = 0.02 + 100 * 2.5e-4  # the cold guess: one step of 100 tokens
         router.on_first_token("a", predicted_s)
         router.on_first_token("a", 99.0)  # the first counts
-        accuracy = router.state(1.0)["accuracy"]["ttft"]
-        assert accuracy["num_compared"] == 1
-        assert accuracy["predicted_over_actual_p50"] == pytest.approx(1.0)
+        accuracy = router.state(1.0).accuracy.ttft
+        assert accuracy.num_compared == 1
+        assert accuracy.predicted_over_actual_p50 == pytest.approx(1.0)
 
 
 def test_prediction_accuracy_is_that_of_the_present_policy():
     router = make_router()
     router.on_arrival(req("a"), 0.0)
     router.on_first_token("a", 1.0)
-    assert router.state(1.0)["accuracy"]["ttft"]["num_compared"] == 1
+    assert router.state(1.0).accuracy.ttft.num_compared == 1
     router.set_policy("round_robin", 1.0)
-    assert router.state(1.0)["accuracy"]["ttft"]["num_compared"] == 0
+    assert router.state(1.0).accuracy.ttft.num_compared == 0
 
 
 class TestHopeless:
     def test_what_would_expire_before_its_turn_is_refused_at_once(self):
         router = make_router()
         occupy(router, "r0")
-        rate = router.state(0.0)["replicas"]["r0"]["prefill_tokens_per_s"]
+        rate = router.state(0.0).replicas["r0"].prefill_tokens_per_s
         drain_s = FULL / rate
         [reject] = router.on_arrival(req("b", deadline_s=drain_s / 2), 0.0)
         assert reject.reason is RejectReason.HOPELESS
@@ -641,7 +632,7 @@ def compare(router: Router, name: str, actual_over_predicted: float) -> None:
 def test_bad_predictions_give_way_to_the_order_of_arrival():
     router = make_router()
     compare(router, "bad", 0.25)  # predicted four times too long
-    assert router.state(1.0)["is_by_arrival"]
+    assert router.state(1.0).is_by_arrival
     occupy(router, "r0")
     router.on_arrival(req("document", 4000, arrival_s=0.0), 0.0)
     router.on_arrival(req("question", 10, arrival_s=0.1), 0.1)
@@ -651,4 +642,4 @@ def test_bad_predictions_give_way_to_the_order_of_arrival():
         router.on_cancel(request_id, 1.0)
     for repeat in range(3):
         compare(router, f"good{repeat}-", 1.0)
-    assert not router.state(1.0)["is_by_arrival"]
+    assert not router.state(1.0).is_by_arrival

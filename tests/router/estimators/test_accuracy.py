@@ -1,13 +1,13 @@
-from router.estimators.accuracy import Accuracy
+from router.estimators.accuracy import Accuracy, AccuracyState
 
 
 def test_nothing_compared_yet():
-    assert Accuracy().state() == {
-        "num_compared": 0,
-        "error_p50": None,
-        "error_p90": None,
-        "predicted_over_actual_p50": None,
-    }
+    assert Accuracy().state() == AccuracyState(
+        num_compared=0,
+        error_p50=None,
+        error_p90=None,
+        predicted_over_actual_p50=None,
+    )
 
 
 def test_errors_are_relative_to_what_came():
@@ -15,12 +15,12 @@ def test_errors_are_relative_to_what_came():
     for predicted_s in (0.5, 1.0, 1.25):
         accuracy.add(predicted_s, actual_s=1.0)
     accuracy.add(1.0, actual_s=0.0)  # nothing to compare with
-    assert accuracy.state() == {
-        "num_compared": 3,
-        "error_p50": 0.25,
-        "error_p90": 0.5,
-        "predicted_over_actual_p50": 1.0,
-    }
+    assert accuracy.state() == AccuracyState(
+        num_compared=3,
+        error_p50=0.25,
+        error_p90=0.5,
+        predicted_over_actual_p50=1.0,
+    )
 
 
 def test_old_errors_leave():
@@ -29,7 +29,7 @@ def test_old_errors_leave():
         accuracy.add(9.0, actual_s=1.0)
     for _ in range(1000):
         accuracy.add(1.0, actual_s=1.0)
-    assert accuracy.state()["error_p90"] == 0.0
+    assert accuracy.state().error_p90 == 0.0
 
 
 def test_the_median_is_reviewed_every_fifty():

@@ -48,5 +48,5 @@ def test_what_comes_on_top_of_steps_is_predicted_from_then_on() -> None:
         router.on_finish(str(number), None, now_s + 0.5)
     assert predicted_s[7] == predicted_s[0]
     assert predicted_s[8:] == pytest.approx([predicted_s[0] + 0.04] * 12)
-    replica = router.state(20.0)["replicas"]["r0"]
-    assert replica["path_s"] == pytest.approx(0.04)
+    replica = router.state(20.0).replicas["r0"]
+    assert replica.path_s == pytest.approx(0.04)

@@ -6,7 +6,7 @@ from router.core.router import Router
 from router.limits.rate_limit import RateReport
 from router.providers.provider import ProviderSettings
 from router.providers.spillover import FallbackSettings
-from router.resilience.breaker import Failure
+from router.resilience.breaker import BreakerState, Failure
 from router.types import (
     Dispatch,
     Fail,
@@ -71,12 +71,12 @@ def test_who_would_wait_past_its_promise_goes_and_nobody_else():
     decisions = overload(router)
     assert not fallbacks(decisions)  # looked at 50 ms apart
     gone = fallbacks(router.on_tick(0.06))
-    held = router.state(0.06)["held"]["num_requests"]
+    held = router.state(0.06).held.num_requests
     assert gone
     # The engine prefills 900 tokens in about 0.4 s (its cold start's guess) and 2.3 s are
     # promised: a handful keeps its promise here.
     assert 3 <= held <= 8
-    assert held + len(gone) + router.state(0.06)["num_placed"] == 40
+    assert held + len(gone) + router.state(0.06).num_placed == 40
 
 
 def crowd(*providers: ProviderSettings) -> list[str]:
@@ -116,7 +116,7 @@ def test_a_providers_first_tokens_are_learned_from_the_first_on():
     for number, ttft_s in enumerate((0.2, 0.4, 0.3)):
         router.on_arrival(req(f"q{number}"), 10.0 * number)
         router.on_first_token(f"q{number}", 10.0 * number + ttft_s)
-    learned = router.state(30.0)["fallback"]["providers"]["p0"]["ttft_s"]
+    learned = router.state(30.0).fallback.providers["p0"].ttft_s
     assert learned == pytest.approx(0.3)
 
 
@@ -216,9 +216,9 @@ def test_a_failure_before_the_first_token_moves_on_and_the_probe_brings_traffic_
             decisions = router.on_provider_failed(request_id, Failure.ERROR, now_s, was_sent=False)
         assert decisions[0].provider == "p1"
         now_s += 0.01
-    state = router.state(now_s)["fallback"]["providers"]["p0"]["keys"]["default"]
-    assert state["breaker"]["state"] == "open"
-    assert state["budget"]["requests"]["used"] == 0
+    state = router.state(now_s).fallback.providers["p0"].keys["default"]
+    assert state.breaker.state is BreakerState.OPEN
+    assert state.budget.requests.used == 0
     # After the cooldown exactly one request probes; its first token brings the rest back.
     now_s = 2.0
     assert router.on_arrival(req("probe"), now_s)[0].provider == "p0"
@@ -252,11 +252,11 @@ def test_a_client_that_leaves_leaves_no_reservation():
     router = make(limited(rpm=5, max_concurrency=1))
     router.on_arrival(req("a"), 0.0)
     router.on_cancel("a", 0.5)
-    state = router.state(0.5)["fallback"]
-    assert state["num_open"] == 0
-    budget = state["providers"]["p0"]["keys"]["default"]["budget"]
-    assert budget["num_open"] == 0
-    assert budget["requests"]["used"] == 1  # it was sent, so the provider may have counted it
+    state = router.state(0.5).fallback
+    assert state.num_open == 0
+    budget = state.providers["p0"].keys["default"].budget
+    assert budget.num_open == 0
+    assert budget.requests.used == 1  # it was sent, so the provider may have counted it
     assert router.outcomes[Outcome.RENEGED] == 1
 
 
@@ -318,5 +318,5 @@ def test_unused_output_returns_where_the_provider_returns_it(returns, counted):
     router.on_arrival(req("a", 10, max_output_tokens=50), 0.0)
     router.on_provider_answer("a", TRAFFIC, 0.1)
     router.on_finish("a", Usage(num_prompt_tokens=12, num_output_tokens=5), 1.0)
-    budget = router.state(1.0)["fallback"]["providers"]["p0"]["keys"]["default"]["budget"]
-    assert budget["tokens"]["used"] == counted
+    budget = router.state(1.0).fallback.providers["p0"].keys["default"].budget
+    assert budget.tokens.used == counted

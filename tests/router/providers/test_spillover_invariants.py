@@ -203,9 +203,9 @@ class Shell(RuleBasedStateMachine):
             return
         state = self.router.state(self.now_s)
         places = list(self.where.values())
-        assert state["held"]["num_requests"] == places.count("held")
-        assert state["num_placed"] == places.count("r0")
-        assert state["fallback"]["num_open"] == sum(place in LIMITS for place in places)
+        assert state.held.num_requests == places.count("held")
+        assert state.num_placed == places.count("r0")
+        assert state.fallback.num_open == sum(place in LIMITS for place in places)
         assert self.router.outcomes == self.ended
         assert sum(self.ended.values()) + len(self.where) == self.num_arrived
         if "held" in places:
@@ -216,11 +216,12 @@ class Shell(RuleBasedStateMachine):
             return
         for request_id in list(self.where):
             self.router.on_cancel(request_id, self.now_s)
-        for provider in self.router.state(self.now_s + 90_000.0)["fallback"]["providers"].values():
-            for key in provider["keys"].values():
-                budget = key["budget"]
-                assert budget["num_open"] == key["breaker"]["num_open_calls"] == 0
-                assert not any(budget[name]["used"] for name in ("requests", "tokens", "cost_day"))
+        for provider in self.router.state(self.now_s + 90_000.0).fallback.providers.values():
+            for key in provider.keys.values():
+                budget = key.budget
+                assert budget.num_open == key.breaker.num_open_calls == 0
+                windows = (budget.requests, budget.tokens, budget.cost_day)
+                assert not any(window.used for window in windows)
 
 
 TestFallbackInvariants = Shell.TestCase

@@ -103,7 +103,7 @@ def backlog(num_tokens: int, **settings) -> Router:
 def test_anothers_backlog_makes_nobody_hopeless():
     """By arrival it would come long after its deadline; by turns it comes soon."""
     router = backlog(100_000)
-    drain_s = 100_000 / router.state(0.0)["replicas"]["r0"]["prefill_tokens_per_s"]
+    drain_s = 100_000 / router.state(0.0).replicas["r0"].prefill_tokens_per_s
     late = req("g", 1000, tenant="greedy", arrival_s=1.0, deadline_s=drain_s / 2)
     [reject] = router.on_arrival(late, 1.0)
     assert reject.reason is RejectReason.HOPELESS
@@ -113,7 +113,7 @@ def test_anothers_backlog_makes_nobody_hopeless():
 
 def test_who_is_late_by_its_own_backlog_is_still_told_so():
     router = backlog(50_000)
-    drain_s = 50_000 / router.state(0.0)["replicas"]["r0"]["prefill_tokens_per_s"]
+    drain_s = 50_000 / router.state(0.0).replicas["r0"].prefill_tokens_per_s
     for number in range(50):
         router.on_arrival(req(f"m{number}", 1000, tenant="modest"), 0.0)
     fields = {"tenant": "modest", "arrival_s": 1.0}

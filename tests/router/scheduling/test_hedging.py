@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.fleet.ledger import Ledger
 from router.resilience.breaker import Failure
+from router.scheduling.hedging import HedgingState
 from router.types import Dispatch, Hedge, Usage
 from tests.support.builders import info, make_router, req
 
@@ -22,13 +24,13 @@ def hedged(num_replicas: int = 2, **settings):
 
 
 def num_booked(router) -> dict[str, int]:
-    replicas = router.state(LATE_S)["replicas"]
-    return {name: replica["ledger"]["num_open"] for name, replica in replicas.items()}
+    replicas = router.state(LATE_S).replicas
+    return {name: replica.ledger.num_open for name, replica in replicas.items()}
 
 
 def num_calls(router) -> int:
-    replicas = router.state(LATE_S)["replicas"].values()
-    return sum(replica["breaker"]["num_open_calls"] for replica in replicas)
+    replicas = router.state(LATE_S).replicas.values()
+    return sum(replica.breaker.num_open_calls for replica in replicas)
 
 
 def test_who_is_late_goes_to_a_second_engine_once():
@@ -37,7 +39,7 @@ def test_who_is_late_goes_to_a_second_engine_once():
     assert {first.replica_id, hedge.dispatch.replica_id} == {"r0", "r1"}
     assert num_booked(router) == {"r0": 1, "r1": 1}
     assert not router.on_tick(2 * LATE_S)
-    assert router.state(0.0)["hedges"] == {"num_open": 1, "num_made": 1, "num_won": 0}
+    assert router.state(0.0).hedges == HedgingState(num_open=1, num_made=1, num_won=0)
 
 
 def test_by_default_nobody_does():
@@ -87,7 +89,7 @@ def test_the_first_answers_first():
     router.on_finish("a", USAGE, LATE_S)
     assert num_booked(router) == {"r0": 0, "r1": 0}
     assert num_calls(router) == 0
-    assert router.state(0.0)["outcomes"]["completed"] == 1
+    assert router.state(0.0).outcomes["completed"] == 1
 
 
 def test_the_second_answers_first():
@@ -99,8 +101,8 @@ def test_the_second_answers_first():
     assert num_booked(router) == {"r0": 0, "r1": 0}
     assert num_calls(router) == 0
     state = router.state(0.0)
-    assert state["outcomes"]["completed"] == 1
-    assert state["hedges"] == {"num_open": 0, "num_made": 1, "num_won": 1}
+    assert state.outcomes["completed"] == 1
+    assert state.hedges == HedgingState(num_open=0, num_made=1, num_won=1)
 
 
 def test_the_first_fails_and_the_second_goes_on():
@@ -126,7 +128,7 @@ def test_the_client_leaves_both():
     router.on_cancel("a", LATE_S)
     assert num_booked(router) == {"r0": 0, "r1": 0}
     assert num_calls(router) == 0
-    assert router.state(0.0)["outcomes"]["reneged"] == 1
+    assert router.state(0.0).outcomes["reneged"] == 1
 
 
 def test_words_of_a_hedge_that_is_over_change_nothing():
@@ -201,13 +203,13 @@ def test_whatever_comes_in_whatever_order_nothing_stays_behind(events):
         for decision in decisions:
             if isinstance(decision, Hedge):
                 num_hedges += 1
-                assert router.state(now_s)["replicas"][decision.dispatch.replica_id]
-    assert router.state(now_s)["hedges"]["num_made"] == num_hedges
+                assert router.state(now_s).replicas[decision.dispatch.replica_id]
+    assert router.state(now_s).hedges.num_made == num_hedges
     for number in range(num_arrived):
         router.on_cancel(f"q{number}", now_s)
     state = router.state(now_s)
-    assert state["hedges"]["num_open"] == 0
-    assert sum(state["outcomes"].values()) == num_arrived
-    for replica in state["replicas"].values():
-        assert replica["ledger"] == dict.fromkeys(replica["ledger"], 0)
-        assert replica["breaker"]["num_open_calls"] == 0
+    assert state.hedges.num_open == 0
+    assert sum(state.outcomes.values()) == num_arrived
+    for replica in state.replicas.values():
+        assert replica.ledger == Ledger().state()
+        assert replica.breaker.num_open_calls == 0

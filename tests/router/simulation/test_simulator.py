@@ -52,9 +52,9 @@ def assert_each_ended_once(simulation, run):
         assert run.has(outcome).sum() == counted
     for gateway in simulation.gateways:
         state = gateway.router.state(simulation.now_s)
-        assert state["num_placed"] == state["held"]["num_requests"] == 0
-        for replica in state["replicas"].values():
-            assert replica["ledger"]["num_open"] == 0
+        assert state.num_placed == state.held.num_requests == 0
+        for replica in state.replicas.values():
+            assert replica.ledger.num_open == 0
 
 
 @pytest.mark.parametrize("variant", [*policies(), *ablations(), "clairvoyant"])

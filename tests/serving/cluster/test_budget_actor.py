@@ -28,7 +28,7 @@ SCRIPT = """
         leases.rearm()
         async with asyncio.timeout(20):
             while budget.room_s(Amount(1, 10), time.monotonic()) > 0.0:
-                if budget.state(0.0).get("paused_s"):
+                if budget.state(0.0).paused_s:
                     return False
                 await asyncio.sleep(0.01)
         budget.reserve(name, Amount(1, 10), time.monotonic())
@@ -44,7 +44,7 @@ SCRIPT = """
         leases, budget = pairs[0]
         leases.rearm()
         await asyncio.sleep(0.3)
-        print(budget.state(time.monotonic())["requests"]["used"])
+        print(budget.state(time.monotonic()).requests.used)
         actor = ray.get_actor("budgets-app", namespace="headway")
         ray.kill(actor, no_restart=False)  # dies, and Ray starts it again
         other = Leases("g2", ask_actor("app"), lambda: None)

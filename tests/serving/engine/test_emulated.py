@@ -278,8 +278,8 @@ async def test_behind_the_real_gateway(profile: str) -> None:
         assert system.outcomes["completed"] == 40
         await system.until(lambda: not system.num_engine_streams)
         system.assert_empty()
-        state = system.gateway.state()["replicas"]
-        assert all(replica["snapshot"]["num_steps_total"] for replica in state.values())
+        state = system.gateway.state().replicas
+        assert all(replica.snapshot.num_steps_total for replica in state.values())
 
 
 @pytest.mark.parametrize("stream", [True, False])

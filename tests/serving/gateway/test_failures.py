@@ -5,6 +5,7 @@ import contextlib
 
 import pytest
 
+from router.resilience.breaker import TripReason
 from tests.support.running_gateway import CHAT, System, running
 
 NUMBERED = b"data: %d\n\n"
@@ -68,7 +69,7 @@ async def test_after_the_first_token_another_engine_goes_on_where_it_broke_off()
         go_on(system)
         assert await text == whole(8_000)
         assert system.outcomes["completed"] == 1
-        assert system.gateway.state()["retries"]["num_made"] == 1
+        assert system.gateway.state().retries.num_made == 1
         system.assert_empty()
 
 
@@ -116,7 +117,7 @@ async def test_endpoints_that_cannot_go_on_end_with_an_error():
 async def test_without_another_engine_the_stream_waits_for_one():
     async with running(num_engines=1) as system, begun(system) as text:
         system.servers[0].close()
-        await system.until(lambda: system.gateway.state()["held"]["num_requests"] == 1)
+        await system.until(lambda: system.gateway.state().held.num_requests == 1)
         await system.add_engine(NUMBERED)
         assert await text == whole(8_000)
         system.assert_empty()
@@ -128,7 +129,7 @@ async def test_a_hung_engine_is_left():
         index = busy_index(system)
         system.engines[1 - index].gate.set()
         assert await text == whole(8_000)
-        assert system.gateway.state()["replicas"][f"r{index}"]["breaker"]["reason"] == "hung"
+        assert system.gateway.state().replicas[f"r{index}"].breaker.reason is TripReason.HUNG
         go_on(system)
         await system.until(lambda: not system.num_engine_streams)
         system.assert_empty()
@@ -162,8 +163,8 @@ async def test_client_errors_are_passed_on_and_open_nothing(status):
         for _ in range(5):
             reply = await system.client.post(CHAT, json=system.chat())
             assert reply.status_code == status
-        assert system.gateway.state()["breaker_events"] == []
-        assert system.gateway.state()["retries"]["num_made"] == 0
+        assert system.gateway.state().breaker_events == []
+        assert system.gateway.state().retries.num_made == 0
 
 
 async def test_breakers_and_retries_are_in_the_metrics():
@@ -184,5 +185,5 @@ async def test_a_draining_engine_that_runs_out_of_time_hands_its_streams_over():
         go_on(system)
         assert await text == whole(8_000)
         assert system.outcomes["completed"] == 1
-        assert system.gateway.state()["breaker_events"] == []
+        assert system.gateway.state().breaker_events == []
         system.assert_empty()

@@ -61,7 +61,7 @@ async def test_a_client_that_hangs_up_at_done_has_had_its_reply():
 async def test_a_client_that_leaves_the_queue_is_forgotten():
     async with running(num_engines=0) as system:
         task = asyncio.create_task(system.client.post(CHAT, json=system.chat()))
-        await system.until(lambda: system.gateway.state()["held"]["num_requests"] == 1)
+        await system.until(lambda: system.gateway.state().held.num_requests == 1)
         task.cancel()
         await system.until(lambda: system.outcomes["reneged"] == 1)
         system.assert_empty()
@@ -70,7 +70,7 @@ async def test_a_client_that_leaves_the_queue_is_forgotten():
 async def test_a_request_waits_for_the_first_engine():
     async with running(num_engines=0) as system:
         task = asyncio.create_task(system.client.post(CHAT, json=system.chat()))
-        await system.until(lambda: system.gateway.state()["held"]["num_requests"] == 1)
+        await system.until(lambda: system.gateway.state().held.num_requests == 1)
         await system.add_engine()
         assert (await task).status_code == 200
         system.assert_empty()
@@ -87,7 +87,7 @@ async def test_a_request_that_waits_too_long_is_told_so():
 async def test_a_full_queue_answers_429_with_retry_after():
     async with running(num_engines=0, router={"max_held_requests": 1}) as system:
         first = asyncio.create_task(system.client.post(CHAT, json=system.chat()))
-        await system.until(lambda: system.gateway.state()["held"]["num_requests"] == 1)
+        await system.until(lambda: system.gateway.state().held.num_requests == 1)
         reply = await system.client.post(CHAT, json=system.chat())
         assert reply.status_code == 429
         assert int(reply.headers["retry-after"]) >= 1
@@ -150,10 +150,10 @@ async def test_the_policy_can_be_switched_while_serving():
     async with running() as system:
         reply = await system.client.post("/headway/policy", json={"policy": "round_robin"})
         assert reply.json() == {"policy": "round_robin", "ablate": []}
-        assert system.gateway.state()["policy"] == "round_robin"
+        assert system.gateway.state().policy == "round_robin"
         without = {"policy": "headway", "ablate": ["order"]}
         assert (await system.client.post("/headway/policy", json=without)).json() == without
-        assert system.gateway.state()["ablate"] == ["order"]
+        assert system.gateway.state().ablate == ["order"]
         bad_parts = [{"policy": "headway", "ablate": parts} for parts in (["x"], "x", 1, None)]
         for body in ({"policy": "nonsense"}, {}, [], *bad_parts):
             reply = await system.client.post("/headway/policy", json=body)

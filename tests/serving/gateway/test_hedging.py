@@ -4,13 +4,14 @@ import asyncio
 
 import pytest
 
+from router.scheduling.hedging import HedgingState
 from tests.support.running_gateway import CHAT, System, running
 
 HEDGE = {"router": {"hedge_factor": 2.0}}
 
 
-def hedges(system: System) -> dict[str, int]:
-    return system.gateway.state()["hedges"]
+def hedges(system: System) -> HedgingState:
+    return system.gateway.state().hedges
 
 
 async def both_asked(system: System, **fields) -> tuple[asyncio.Task, int]:
@@ -37,7 +38,7 @@ async def test_who_answers_first_has_it_and_the_other_stops(winner, is_streamed)
         assert reply.text.count("data: {}") == 3
         slow = system.engines[1 - fast]
         await system.until(lambda: slow.num_cancelled == 1)
-        assert hedges(system) == {"num_open": 0, "num_made": 1, "num_won": int(fast != first)}
+        assert hedges(system) == HedgingState(num_open=0, num_made=1, num_won=int(fast != first))
         assert system.outcomes["completed"] == 1
         system.assert_empty()
 
@@ -48,12 +49,12 @@ async def test_one_of_both_is_lost_and_the_other_answers(lost):
         task, first = await both_asked(system, max_tokens=3)
         gone = first if lost == "first" else 1 - first
         system.servers[gone].close()
-        await system.until(lambda: not hedges(system)["num_open"])
+        await system.until(lambda: not hedges(system).num_open)
         system.engines[1 - gone].gate.set()
         reply = await task
         assert reply.text.count("data: {}") == 3
         assert system.outcomes["completed"] == 1
-        assert system.gateway.state()["retries"]["num_made"] == 0
+        assert system.gateway.state().retries.num_made == 0
         system.assert_empty()
 
 
@@ -65,7 +66,7 @@ async def test_an_error_of_the_second_is_nobodys_concern():
         await system.until(lambda: system.num_engine_streams == 1)
         (first,) = (i for i, server in enumerate(system.servers) if server.num_streams)
         system.engines[1 - first].status = 500
-        await system.until(lambda: hedges(system)["num_made"] and not hedges(system)["num_open"])
+        await system.until(lambda: hedges(system).num_made and not hedges(system).num_open)
         system.engines[first].gate.set()
         reply = await task
         assert reply.status_code == 200

@@ -8,9 +8,13 @@ import re
 import time
 
 import httpx
+import msgspec
 import pytest
 
+from router.limits.rate_limit import RateLimiterState
+from router.resilience.breaker import BreakerState, BreakerView
 from serving.config import ConfigError, parse
+from serving.gateway.metrics import GatewayState
 from tests.support import virtual_time
 from tests.support.provider_server import (
     MODEL,
@@ -25,14 +29,14 @@ from tests.support.running_gateway import CHAT, System, running
 NUMBERS = tuple("0123456789")  # words of a reply
 
 
-def budget(system: System, name: str = "p0") -> dict:
-    providers = system.gateway.state()["fallback"]["providers"]
-    return providers[name]["keys"]["default"]["budget"]
+def budget(system: System, name: str = "p0") -> RateLimiterState:
+    providers = system.gateway.state().fallback.providers
+    return providers[name].keys["default"].budget
 
 
-def breaker(system: System, name: str = "p0") -> dict:
-    providers = system.gateway.state()["fallback"]["providers"]
-    return providers[name]["keys"]["default"]["breaker"]
+def breaker(system: System, name: str = "p0") -> BreakerView:
+    providers = system.gateway.state().fallback.providers
+    return providers[name].keys["default"].breaker
 
 
 def texts(reply: httpx.Response) -> str:
@@ -65,9 +69,9 @@ async def test_without_engines_the_provider_answers_streamed_and_whole():
         assert whole.json()["choices"][0]["message"]["content"] == "far far"
         assert server.bodies[1]["user"] == "me"
         assert "priority_class" not in server.bodies[1]
-        state = system.gateway.state()["fallback"]
-        assert state["num_spilled"] == 2
-        assert budget(system)["tokens"]["used"] == (1 + 3) + (1 + 2)
+        state = system.gateway.state().fallback
+        assert state.num_spilled == 2
+        assert budget(system).tokens.used == (1 + 3) + (1 + 2)
         assert system.outcomes["completed"] == 2
         system.assert_empty()
 
@@ -85,7 +89,7 @@ async def test_usage_and_cost_are_accounted():
         running(num_engines=0, **configured(server, price_prompt=1e6, price_output=2e6)) as system,
     ):
         await system.client.post(CHAT, json=system.chat(max_tokens=5))
-        assert system.gateway.state()["fallback"]["providers"]["p0"]["cost"] == 1 + 5 * 2
+        assert system.gateway.state().fallback.providers["p0"].cost == 1 + 5 * 2
         metrics = (await system.client.get("/metrics")).text
         assert 'headway_provider_cost_total{provider="p0"} 11.0' in metrics
         assert "headway_fallbacks_total 1.0" in metrics
@@ -193,7 +197,7 @@ async def test_the_clients_own_mistake_is_told_to_it_and_to_nobody_else():
             reply = await system.client.post(CHAT, json=system.chat())
             assert reply.status_code == 400
             assert reply.json()["error"]["message"] == "No such field"
-        assert breaker(system)["state"] == "closed"
+        assert breaker(system).state is BreakerState.CLOSED
         assert not other.bodies
 
 
@@ -257,8 +261,8 @@ async def test_keys_are_sent_and_shown_nowhere(monkeypatch, tmp_path, caplog):
         assert "bad" in state
         assert "sk-right" not in seen
         assert "sk-wrong" not in seen
-        key = json.loads(state)["fallback"]["providers"]["p0"]["keys"]["bad"]
-        assert key["breaker"]["state"] == "open"
+        key = msgspec.json.decode(state, type=GatewayState).fallback.providers["p0"].keys["bad"]
+        assert key.breaker.state is BreakerState.OPEN
 
 
 def test_a_missing_key_is_named_by_its_setting(monkeypatch):
@@ -381,13 +385,13 @@ async def _die_and_come_back() -> None:
             await life.aclose()
         assert not errors
         # Those that had begun went on there, word for word.
-        assert 0 < system.gateway.state()["retries"]["num_made"] <= num_begun
+        assert 0 < system.gateway.state().retries.num_made <= num_begun
         moved = times["p1"]
         print(f"{len(moved)} moved, first token after {max(moved):.3f} s at most")
         assert len(moved) > 50
         assert sorted(moved)[int(0.99 * len(moved))] <= 1.5 * ttft_s
-        assert breaker(system)["state"] != "closed"
-        await asyncio.sleep((breaker(system)["next_probe_in_s"] or 0.0) + 0.1)
+        assert breaker(system).state is not BreakerState.CLOSED
+        await asyncio.sleep((breaker(system).next_probe_in_s or 0.0) + 0.1)
         await stack.enter_async_context(listening(primary, port))
         primary.bodies.clear()
         times["p0"].clear()

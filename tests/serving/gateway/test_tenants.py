@@ -107,6 +107,7 @@ async def test_only_admins_see_and_change_the_server(office):
     async with office.running() as system:
         for method, path in (
             ("GET", "/headway/state"),
+            ("GET", "/headway/state/schema"),
             ("GET", "/metrics"),
             ("POST", "/headway/policy"),
             ("POST", "/headway/reload"),
@@ -150,8 +151,8 @@ async def test_over_quota_one_is_told_and_others_are_not_touched(office):
         assert {reply.status_code for reply in others} == {200}
         assert "x-ratelimit-limit-requests" not in others[0].headers
         usage = system.gateway.tenants.usage()
-        assert (usage["greedy"]["num_requests"], usage["greedy"]["num_refused"]) == (6, 2)
-        assert usage["modest"]["num_requests"] == 50
+        assert (usage["greedy"].num_requests, usage["greedy"].num_refused) == (6, 2)
+        assert usage["modest"].num_requests == 50
 
 
 async def test_a_prompt_that_can_never_pass_gets_no_retry_after(office):
@@ -238,7 +239,7 @@ async def test_keys_come_and_go_while_serving(office):
         assert (await system.client.get("/v1/models", headers=new)).status_code == 200
         office.path.write_text("{broken")
         await watch.reload()
-        assert "keys file" in system.gateway.state()["files"]["auth.keys_file"]["error"]
+        assert "keys file" in system.gateway.state().files["auth.keys_file"].error
         assert (await system.client.get("/v1/models", headers=new)).status_code == 200
         for engine in system.engines:
             engine.gate.set()

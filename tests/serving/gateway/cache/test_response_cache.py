@@ -63,7 +63,7 @@ async def test_a_failure_is_told_to_all_and_not_kept():
         system.engines[0].chunk = b'data: {"error": {"message": "EngineDeadError"}}\n\n'
         assert (await ask(system)).headers["x-headway-cache"] == "miss"
         assert (await ask(system)).headers["x-headway-cache"] == "miss"
-        assert system.gateway.cache.state()["num_stored"] == 0
+        assert system.gateway.cache.state().num_stored == 0
 
 
 async def test_what_a_provider_answered_is_not_kept():
@@ -106,7 +106,7 @@ async def test_each_tenant_has_its_own(tmp_path):
         assert int(after["x-ratelimit-remaining-tokens"]) >= int(
             before["x-ratelimit-remaining-tokens"]
         )
-        assert system.gateway.tenants.usage()["a"]["num_requests"] == usage["num_requests"] + 51
+        assert system.gateway.tenants.usage()["a"].num_requests == usage.num_requests + 51
 
 
 async def test_a_flood_of_distinct_requests_stays_within_the_bound():
@@ -121,7 +121,7 @@ async def test_a_flood_of_distinct_requests_stays_within_the_bound():
             nonlocal peak
             while True:
                 state = system.gateway.cache.state()
-                peak = max(peak, state["num_stored_bytes"] + state["num_flight_bytes"])
+                peak = max(peak, state.num_stored_bytes + state.num_flight_bytes)
                 await asyncio.sleep(0.001)
 
         watching = asyncio.create_task(watch())
@@ -136,8 +136,8 @@ async def test_a_flood_of_distinct_requests_stays_within_the_bound():
         watching.cancel()
         assert bound / 2 < peak <= bound
         state = system.gateway.cache.state()
-        assert state["num_evicted"] > 0
-        assert (state["num_flights"], state["num_flight_bytes"]) == (0, 0)
+        assert state.num_evicted > 0
+        assert (state.num_flights, state.num_flight_bytes) == (0, 0)
         system.assert_empty()
 
 
@@ -186,4 +186,4 @@ async def test_settings_change_while_serving(tmp_path):
         write(enabled=False)
         await watch.reload()
         assert "x-headway-cache" not in (await ask(system)).headers
-        assert system.gateway.cache.state()["num_stored"] == 0
+        assert system.gateway.cache.state().num_stored == 0

@@ -38,7 +38,7 @@ async def test_a_thousand_at_once_cost_one_generation():
         assert sum(b"x-headway-cache: join" in reply for reply in replies) == 999
         system.assert_empty()
         state = system.gateway.cache.state()
-        assert (state["num_flights"], state["num_flight_bytes"]) == (0, 0)
+        assert (state.num_flights, state.num_flight_bytes) == (0, 0)
 
 
 @pytest.mark.parametrize("leader_leaves", [True, False])
@@ -75,7 +75,7 @@ async def test_when_the_last_leaves_the_generation_ends():
             engine.gate.set()
         assert (await ask(system)).headers["x-headway-cache"] == "miss"
         system.assert_empty()
-        assert system.gateway.cache.state()["num_flight_bytes"] == 0
+        assert system.gateway.cache.state().num_flight_bytes == 0
 
 
 async def test_who_is_in_a_hurry_does_not_join_batch_work():
@@ -114,5 +114,5 @@ async def test_past_the_bound_of_one_response_readers_are_served_in_step():
         assert sum(map(len, flight._chunks)) <= 100_000 + 64 * 1024 + 2000
         num_bytes = sum([len(piece) async for piece in slow.aiter_raw()])
         assert num_bytes == len((await quick).content) == 20_000 * 1008 + len(b"data: [DONE]\n\n")
-        assert system.gateway.cache.state()["num_stored"] == 0
+        assert system.gateway.cache.state().num_stored == 0
         system.assert_empty()

@@ -1,0 +1,40 @@
+"""What can be seen of the router from outside?"""
+
+import msgspec
+
+from router.fleet.replica import ReplicaState
+from router.providers.spillover import SpilloverState
+from router.queueing.hold_queue import HoldQueueState
+from router.resilience.breaker import BreakerEvent
+from router.resilience.retry_budget import RetryBudgetState
+from router.scheduling.hedging import HedgingState
+from router.scheduling.predictions import PredictionsState
+
+
+class RetriesState(msgspec.Struct, frozen=True, kw_only=True):
+    """How often requests were sent on, and how often they still may be."""
+
+    num_made: int  # attempts beyond the first, resumptions included
+    budget: RetryBudgetState
+
+
+class RouterState(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything worth knowing about the router at one moment.
+
+    Every number is finite: JSON knows no infinity, and none is written as null.
+    """
+
+    policy: str
+    ablate: list[str]  # parts of it that are switched off
+    holds: bool  # whether requests wait here until an engine has room
+    replicas: dict[str, ReplicaState]  # by id
+    held: HoldQueueState
+    is_overloaded: dict[str, bool]  # by model: whether whoever would be late is refused
+    num_placed: int  # requests at engines
+    outcomes: dict[str, int]  # by `router.types.Outcome`, since the start
+    is_by_arrival: bool  # whether the queue is in order of arrival
+    accuracy: PredictionsState
+    fallback: SpilloverState
+    hedges: HedgingState
+    retries: RetriesState
+    breaker_events: list[BreakerEvent]  # the last ones of all engines, oldest first
