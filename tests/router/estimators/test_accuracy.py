@@ -3,10 +3,7 @@ from router.estimators.accuracy import Accuracy, AccuracyState
 
 def test_nothing_compared_yet():
     assert Accuracy().state() == AccuracyState(
-        num_compared=0,
-        error_p50=None,
-        error_p90=None,
-        predicted_over_actual_p50=None,
+        num_compared=0, error_p50=None, error_p90=None, predicted_over_actual_p50=None
     )
 
 
@@ -16,10 +13,7 @@ def test_errors_are_relative_to_what_came():
         accuracy.add(predicted_s, actual_s=1.0)
     accuracy.add(1.0, actual_s=0.0)  # nothing to compare with
     assert accuracy.state() == AccuracyState(
-        num_compared=3,
-        error_p50=0.25,
-        error_p90=0.5,
-        predicted_over_actual_p50=1.0,
+        num_compared=3, error_p50=0.25, error_p90=0.5, predicted_over_actual_p50=1.0
     )
 
 

@@ -20,7 +20,7 @@ def test_window_is_one_step_and_what_is_prefilled_while_we_react():
     assert window_tokens(replica) == 2 * 100
 
 
-def test_closes_at_the_window_and_opens_below_it():
+def test_saturated_at_the_window_and_not_below_it():
     replica = make_replica()
     replica.book(req("a", 5000), num_kv_tokens=5000, now_s=0.0)
     assert admission(replica) is Admission.SATURATED
@@ -28,7 +28,7 @@ def test_closes_at_the_window_and_opens_below_it():
     assert admission(replica) is Admission.ANY
 
 
-def test_beside_a_long_prompt_it_is_open_to_short_ones():
+def test_beside_a_long_prompt_it_accepts_short_ones():
     replica = make_replica(max_prefill_chunk=50)
     replica.receive(busy(num_pending_prefill_tokens=5000, num_step_demand_tokens=50), 0.0)
     assert admission(replica) is Admission.SHORT_ONLY
@@ -36,7 +36,7 @@ def test_beside_a_long_prompt_it_is_open_to_short_ones():
     assert admission(replica) is Admission.SATURATED
 
 
-def test_closes_when_all_sequences_are_taken():
+def test_saturated_when_all_sequences_are_taken():
     replica = make_replica(max_num_seqs=4)
     replica.receive(busy(num_running_reqs=2, num_waiting_reqs=1), 0.0)
     assert admission(replica) is Admission.ANY

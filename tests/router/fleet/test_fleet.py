@@ -96,22 +96,22 @@ def test_engines_with_few_steps_are_judged_by_others_of_their_kind():
     assert experienced.ttft_s(100, 9.0) == pytest.approx(own_s, rel=0.01)
 
 
-def test_only_who_has_learned_more_than_was_told_tells():
-    fleet, old, newer, novice = (
+def test_a_step_model_is_shared_only_if_it_has_learned_more_than_the_last():
+    fleet, old, newer, cold = (
         Fleet(),
         learned("old"),
         make_replica("newer"),
-        make_replica("novice"),
+        make_replica("cold"),
     )
     newer.receive(stepped(1, 0.1, prefill=100), 0.0)
-    for replica in (old, newer, novice):
+    for replica in (old, newer, cold):
         fleet.add(replica)
     fleet.share_step_model(newer)
-    assert novice.ttft_s(100, 9.0) == pytest.approx(newer.ttft_s(100, 9.0), rel=0.01)
+    assert cold.ttft_s(100, 9.0) == pytest.approx(newer.ttft_s(100, 9.0), rel=0.01)
     fleet.share_step_model(old)
-    told_s = novice.ttft_s(100, 9.0)
+    shared_s = cold.ttft_s(100, 9.0)
     fleet.share_step_model(newer)
-    assert novice.ttft_s(100, 9.0) == told_s == pytest.approx(old.ttft_s(100, 9.0))
+    assert cold.ttft_s(100, 9.0) == shared_s == pytest.approx(old.ttft_s(100, 9.0))
 
 
 def test_an_engine_that_comes_later_starts_from_what_is_known():

@@ -155,7 +155,7 @@ def test_nothing_runs_so_nothing_grows():
 
 
 class TestLongPromptsAhead:
-    """A short prompt passes the long ones, but for those whose turn comes first."""
+    """A short prompt passes the long ones, but for those of a lower EDF key."""
 
     @pytest.fixture
     def replica(self):
@@ -163,7 +163,7 @@ class TestLongPromptsAhead:
         replica.book(req("long", 500, edf_key_s=10.0), num_kv_tokens=500, now_s=0.0)
         return replica
 
-    def test_a_long_one_promised_sooner_keeps_its_part_of_the_step(self, replica):
+    def test_a_long_one_due_sooner_keeps_its_part_of_the_step(self, replica):
         more_s = replica.ttft_s(20, 0.0, 11.0) - replica.ttft_s(20, 0.0, 9.0)
         assert more_s >= 50 * replica.token_s
 

@@ -36,7 +36,7 @@ def test_who_has_most_gets_no_more():
     assert len(held) == 10
 
 
-def test_equals_do_not_push_each_other_out():
+def test_equals_do_not_evict_each_other():
     held = full(5, 5)
     assert leaving(held, req("m5", tenant="modest")) == []
     assert leaving(held, req("new", tenant="new")) != []
@@ -58,7 +58,7 @@ def test_only_what_lacks_counts():
 
 
 def test_it_is_all_or_nothing():
-    """Who would still not fit pushes nobody out."""
+    """Who would still not fit evicts nobody."""
     held = full()
     assert leaving(held, req("huge", 2000, tenant="modest")) == []
     assert len(held) == 10
@@ -101,25 +101,25 @@ def backlog(num_tokens: int, **settings) -> Router:
 
 
 def test_anothers_backlog_makes_nobody_hopeless():
-    """By arrival it would come long after its deadline; by turns it comes soon."""
+    """By arrival it would come long after its deadline; by virtual time it comes soon."""
     router = backlog(100_000)
-    drain_s = 100_000 / router.state(0.0).replicas["r0"].prefill_tokens_per_s
-    late = req("g", 1000, tenant="greedy", arrival_s=1.0, deadline_s=drain_s / 2)
+    prefill_s = 100_000 / router.state(0.0).replicas["r0"].prefill_tokens_per_s
+    late = req("g", 1000, tenant="greedy", arrival_s=1.0, deadline_s=prefill_s / 2)
     [reject] = router.on_arrival(late, 1.0)
     assert reject.reason is RejectReason.HOPELESS
-    fields = {"tenant": "modest", "arrival_s": 1.0, "deadline_s": drain_s / 10}
+    fields = {"tenant": "modest", "arrival_s": 1.0, "deadline_s": prefill_s / 10}
     assert router.on_arrival(req("m", 100, **fields), 1.0) == [Hold("m")]
 
 
 def test_who_is_late_by_its_own_backlog_is_still_told_so():
     router = backlog(50_000)
-    drain_s = 50_000 / router.state(0.0).replicas["r0"].prefill_tokens_per_s
+    prefill_s = 50_000 / router.state(0.0).replicas["r0"].prefill_tokens_per_s
     for number in range(50):
         router.on_arrival(req(f"m{number}", 1000, tenant="modest"), 0.0)
     fields = {"tenant": "modest", "arrival_s": 1.0}
-    [reject] = router.on_arrival(req("m", 1000, **fields, deadline_s=drain_s), 1.0)
+    [reject] = router.on_arrival(req("m", 1000, **fields, deadline_s=prefill_s), 1.0)
     assert reject.reason is RejectReason.HOPELESS  # both wait for as much: 100,000 in all
-    patient = req("p", 1000, **fields, deadline_s=3 * drain_s)
+    patient = req("p", 1000, **fields, deadline_s=3 * prefill_s)
     assert router.on_arrival(patient, 1.0) == [Hold("p")]
 
 

@@ -1,4 +1,4 @@
-"""Classes and promises: who is served first, in the gateway and inside the engine."""
+"""Classes and TTFT deadlines: who is served first, in the gateway and inside the engine."""
 
 import msgspec
 import pytest
@@ -17,16 +17,16 @@ def of(name: str, num_tokens: int, priority_class: RequestClass, arrival_s: floa
     return req(name, num_tokens, priority_class=priority_class, arrival_s=arrival_s)
 
 
-def test_the_promise_grows_with_the_prompt_and_shrinks_with_the_class():
+def test_the_ttft_target_grows_with_the_prompt_and_shrinks_with_the_class():
     settings = RouterSettings(
         ttft_target_base_s=1.0, ttft_target_s_per_token=0.01, ttft_target_batch_s=100.0
     )
-    promises = [ttft_deadline_s(of("a", 200, kind, 7.0), settings) - 7.0 for kind in RequestClass]
-    assert promises == pytest.approx([1.5, 3.0, 103.0])
+    targets_s = [ttft_deadline_s(of("a", 200, kind, 7.0), settings) - 7.0 for kind in RequestClass]
+    assert targets_s == pytest.approx([1.5, 3.0, 103.0])
 
 
 def test_the_order_asks_no_more_patience_than_the_engines_need():
-    """Eight times what a prompt's prefill takes, where that is less than its promise."""
+    """Eight times what a prompt's prefill takes, where that is less than its TTFT target."""
     settings = RouterSettings(ttft_target_base_s=0.5, ttft_target_s_per_token=0.002)
     request = of("a", 1000, RequestClass.STANDARD, 7.0)
     assert edf_key_s(request, settings) == ttft_deadline_s(request, settings) == 9.5
@@ -37,7 +37,7 @@ def test_the_order_asks_no_more_patience_than_the_engines_need():
 
 
 def test_a_long_prompt_is_not_passed_for_as_long_where_prefill_is_fast():
-    """It is promised after 6.5 s; ten thousand tokens/s take 0.3 s, and so it waits 2.9 s."""
+    """Its TTFT target is 6.5 s; ten thousand tokens/s take 0.3 s, and so it waits 2.9 s."""
     router = make_router(engine={"max_num_batched_tokens": 1000})
     fast = busy(1, prefill_tokens_per_s=10_000.0, num_pending_prefill_tokens=50_000)
     router.on_snapshot("r0", fast, 0.0)
@@ -95,8 +95,8 @@ def test_but_no_more_of_them_than_the_next_step_has_room_for():
     assert isinstance(decisions[-1], Hold)
 
 
-def test_once_its_promise_is_due_a_long_prompt_is_passed_no_more():
-    router = capped_router()  # "longer" is promised at 0.2 + 0.5 + 6.0 s
+def test_past_its_deadline_a_long_prompt_is_passed_no_more():
+    router = capped_router()  # "longer" is due at 0.2 + 0.5 + 6.0 s
     assert router.on_arrival(req("before", 40, arrival_s=6.0), 6.0) == [Dispatch("before", "r0", 2)]
     router.on_tick(6.8)
     assert router.on_arrival(req("after", 40, arrival_s=6.9), 6.9) == [Hold("after")]
@@ -116,9 +116,9 @@ def test_a_short_prompts_prediction_does_not_count_what_it_passes():
     assert replica.ttft_s(40, 0.3) < replica.ttft_s(60, 0.3) / 5
 
 
-def test_the_engine_is_told_the_promise_only_by_policies_that_hold():
+def test_the_engine_gets_the_deadline_only_from_policies_that_hold():
     router = make_router()
     request = req("a", 100, arrival_s=5.0)
-    assert router.engine_priority_s(request) == ttft_deadline_s(request, router.settings)
+    assert router.discipline.engine_priority_s(request) == ttft_deadline_s(request, router.settings)
     router.set_policy("round_robin", 0.0)
-    assert router.engine_priority_s(request) is None
+    assert router.discipline.engine_priority_s(request) is None

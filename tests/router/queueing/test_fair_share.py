@@ -85,7 +85,7 @@ def test_anothers_batch_work_yields_until_it_is_due():
     assert held.head().id == "batch"
 
 
-def test_the_order_of_one_tenant_is_that_of_promises():
+def test_the_order_of_one_tenant_is_that_of_edf_keys():
     """Byte for byte what it is without tenants, while others come and go."""
     rng = random.Random(1)
     alone, shared = (HoldQueue(RouterSettings()) for _ in range(2))
@@ -171,7 +171,7 @@ def test_a_request_that_was_not_sent_after_all_costs_nothing():
 
 @pytest.mark.parametrize("num_tenants", [1, 2, 100, 1000])
 def test_ten_thousand_held_stay_cheap(num_tenants):
-    """Memory per held request, and the time of one turn, with a generous bound."""
+    """Memory per held request, and the time of one round, with a generous bound."""
     held = HoldQueue(RouterSettings(max_held_requests=100_000))
     rng = random.Random(0)
     requests = [
@@ -185,10 +185,10 @@ def test_ten_thousand_held_stay_cheap(num_tenants):
     tracemalloc.stop()
     assert num_bytes / len(requests) <= 2048 - 400  # the requests themselves were there before
 
-    def turn() -> None:
+    def hold_and_place() -> None:
         head = held.head()
         held.charge_prompt(head)
         held.remove(head.id)
         held.push(head)
 
-    assert min(timeit.repeat(turn, number=500, repeat=3)) / 500 <= 200e-6
+    assert min(timeit.repeat(hold_and_place, number=500, repeat=3)) / 500 <= 200e-6

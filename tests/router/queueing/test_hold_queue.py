@@ -17,16 +17,16 @@ def order(held: HoldQueue, model: str = "m") -> list[str]:
 
 
 def test_short_passes_long_but_not_for_ever():
-    """Promises: 0.5 s and 2 ms per token after arrival."""
+    """TTFT targets: 0.5 s and 2 ms per token."""
     held = queue(ttft_target_base_s=0.5, ttft_target_s_per_token=0.002)
-    held.push(req("long", 5000, arrival_s=0.0))  # promised at 10.5
+    held.push(req("long", 5000, arrival_s=0.0))  # due at 10.5
     held.push(req("short", 10, arrival_s=1.0))
     held.push(req("late", 10, arrival_s=11.0))
     assert order(held) == ["short", "long", "late"]
     assert held.head().id == "short"
 
 
-def test_equal_promises_by_arrival_then_by_turn():
+def test_equal_deadlines_by_arrival_then_as_they_were_held():
     held = queue(ttft_target_base_s=0.0, ttft_target_s_per_token=1.0)
     held.push(req("later", 1, arrival_s=1.0))
     held.push(req("earlier", 2, arrival_s=0.0))
@@ -60,7 +60,7 @@ def test_each_bound_holds(bound):
     assert (len(held), held.num_tokens, held.num_bytes) == (2, 20, 200)
 
 
-def test_lanes_do_not_hide_each_other():
+def test_queues_of_models_do_not_hide_each_other():
     held = queue()
     held.push(req("a", model="m", arrival_s=0.0))
     held.push(req("b", model="n", arrival_s=1.0))
@@ -104,7 +104,7 @@ def test_an_id_is_held_once():
     st.lists(st.tuples(st.integers(0, 2000), st.floats(0, 20), st.booleans()), max_size=20),
     st.booleans(),
 )
-def test_tokens_before_a_request_are_those_promised_before_it(requests, by_arrival):
+def test_tokens_before_a_request_are_those_due_before_it(requests, by_arrival):
     held = queue()
     held.reorder(by_arrival=by_arrival)
     waiting = []
@@ -126,12 +126,12 @@ def test_tokens_before_a_request_are_those_promised_before_it(requests, by_arriv
         assert surely <= held.num_tokens_before(request) <= possibly
 
 
-def test_before_a_request_go_other_tenants_turns_only():
+def test_before_a_request_go_other_tenants_shares_only():
     held = queue()
     for number in range(100):
         held.push(req(f"greedy{number}", 10, tenant="greedy"))
     assert held.num_tokens_before(req("next", 10, tenant="greedy")) == 1000
-    # A newcomer's turn comes with the first: one of theirs may be before it.
+    # A newcomer's virtual time is that of the first: one of theirs may be before it.
     assert held.num_tokens_before(req("modest", 10, tenant="modest")) <= 10
     for number in range(3):
         held.push(req(f"modest{number}", 10, tenant="modest", weight=0.5))

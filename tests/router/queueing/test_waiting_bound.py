@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.core.carry_out import carry_out
 from router.core.router import Router
 from router.queueing.deadline import ttft_deadline_s
 from router.settings import RouterSettings
 from router.types import Dispatch, EngineSnapshot, Request, RequestClass, Usage
 from tests.support.builders import info, req
+from tests.support.shell import IdleShell
 
 BUDGET, CHUNK, STEP_S, KV_TOKENS = 100, 50, 0.1, 2000
 # A long document that finds the engine full, and short questions that never stop.
@@ -90,25 +92,27 @@ def dispatched_s(arrivals: list[Request], router_settings: RouterSettings) -> di
     requests = {request.id: request for request in arrivals}
     went_s: dict[str, float] = {}
 
-    def carry_out(decisions: list, now_s: float) -> None:
-        for decision in decisions:
-            if isinstance(decision, Dispatch):
-                went_s[decision.request_id] = now_s
-                engine.take(requests[decision.request_id], decision.booking)
+    class Shell(IdleShell):
+        def __init__(self, now_s: float) -> None:
+            self.now_s = now_s
+
+        def dispatch(self, decision: Dispatch) -> None:
+            went_s[decision.request_id] = self.now_s
+            engine.take(requests[decision.request_id], decision.booking)
 
     now_s = 0.0
     while waiting or engine.jobs or len(went_s) < len(requests):
         end_s = now_s + STEP_S
         while waiting and waiting[-1].arrival_s < end_s:
             request = waiting.pop()
-            carry_out(router.on_arrival(request, request.arrival_s), request.arrival_s)
+            carry_out(router.on_arrival(request, request.arrival_s), Shell(request.arrival_s))
         now_s = end_s
         ended = engine.step()
         for job in ended:
             usage = Usage(num_prompt_tokens=job.request.num_prompt_tokens, num_output_tokens=10)
-            carry_out(router.on_finish(job.request.id, usage, now_s), now_s)
-        carry_out(router.on_snapshot("r0", engine.snapshot(), now_s), now_s)
-        carry_out(router.on_tick(now_s), now_s)
+            carry_out(router.on_finish(job.request.id, usage, now_s), Shell(now_s))
+        carry_out(router.on_snapshot("r0", engine.snapshot(), now_s), Shell(now_s))
+        carry_out(router.on_tick(now_s), Shell(now_s))
         assert now_s < 4000.0, "somebody starves"
     return went_s
 
@@ -121,8 +125,8 @@ def dispatched_s(arrivals: list[Request], router_settings: RouterSettings) -> di
         max_size=120,
     )
 )
-def test_nobody_is_passed_any_more_when_the_promise_is_due(gaps_and_sizes):
-    """But by who was promised sooner: so what is waited for then is known, and bounded.
+def test_nobody_is_passed_any_more_past_the_deadline(gaps_and_sizes):
+    """But by who is due sooner: so what is waited for then is known, and bounded.
 
     What came by then, and what the engine had. A step passes until the router hears again.
     """

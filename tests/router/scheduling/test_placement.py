@@ -55,12 +55,12 @@ def test_followers_join_the_head_where_there_is_room_for_both():
 
 def test_a_more_urgent_request_is_not_bound_by_a_reservation():
     router = kv_router(800)
-    router.on_arrival(req("large", 1000, arrival_s=0.0), 0.0)  # promised at 2.5 s
+    router.on_arrival(req("large", 1000, arrival_s=0.0), 0.0)  # due at 2.5 s
     assert router.on_arrival(req("urgent", 10, arrival_s=1.0), 1.0) == [Dispatch("urgent", "r0", 1)]
 
 
-def test_the_kept_engine_does_not_change_while_the_head_waits():
-    """Or two engines could take turns at filling up, and the head starve."""
+def test_the_reserved_engine_does_not_change_while_the_head_waits():
+    """Or two engines could fill up alternately, and the head starve."""
     router = kv_router(800, 500)
     router.on_arrival(req("large", 1000, arrival_s=0.0), 0.0)
     router.on_snapshot("r0", busy(2, num_free_kv_tokens=700), 1.0)  # its decodes grew
@@ -69,14 +69,14 @@ def test_the_kept_engine_does_not_change_while_the_head_waits():
     assert dispatch.replica_id == "r1"
 
 
-def test_a_kept_engine_that_is_lost_is_replaced():
+def test_a_reserved_engine_that_is_lost_is_replaced():
     router = kv_router(800, 500)
     router.on_arrival(req("large", 1000, arrival_s=0.0), 0.0)
     router.on_replica_down("r0", 1.0)
     assert router.on_arrival(req("small", 200, arrival_s=9.0), 9.0) == [Hold("small")]
 
 
-def test_an_engine_kept_for_one_model_is_kept_from_its_other_names():
+def test_an_engine_reserved_for_one_model_is_so_for_its_other_names():
     router = make_router(1, engine=WIDE | {"aliases": ("lora",)})
     router.on_snapshot("r0", busy(1, num_free_kv_tokens=800), 0.0)
     router.on_arrival(req("large", 1000, arrival_s=0.0), 0.0)
