@@ -9,8 +9,13 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from router.limits.rate_limit import RateLimiterState
+from router.resilience.breaker import BreakerView
+from tests.support.running_gateway import System
+
 MODEL = "their-model"
 MODELS = {"fake-model": MODEL}  # ours by name, theirs
+NUMBERS = tuple("0123456789")  # words of a reply
 
 
 @dataclass
@@ -186,3 +191,13 @@ def configured(*servers: ProviderServer, **fields) -> dict:
             for number, server in enumerate(servers)
         ]
     }
+
+
+def budget(system: System, name: str = "p0") -> RateLimiterState:
+    providers = system.gateway.state().fallback.providers
+    return providers[name].keys["default"].budget
+
+
+def breaker(system: System, name: str = "p0") -> BreakerView:
+    providers = system.gateway.state().fallback.providers
+    return providers[name].keys["default"].breaker
