@@ -12,80 +12,12 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 
 from serving.planning.bundled_model import SMOLLM2, BundledModelError, Source, prepare_bundled_model
-from serving.planning.gguf import convert
+from tests.serving.planning.tiny_gguf import write_gguf
 
 ROOT = Path(__file__).resolve().parents[3]
-HALF_ULP = 2**-8  # of bfloat16: a leading bit and 7 more
-NUM_LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS = 2, 64, 96, 4, 2
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abc123", "Ġ", "ab", "ĠĠ"]
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-
-
-def write_gguf(path: Path) -> dict[str, np.ndarray]:
-    """Write a random little Llama; return its weights, rows as llama.cpp orders them."""
-    rng = np.random.default_rng(7)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(len(TOKENS))
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INTERMEDIATE)
-    writer.add_block_count(NUM_LAYERS)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_context_length(128)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
-    writer.add_token_merges(["a b", "Ġ Ġ"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_chat_template(TEMPLATE)
-    kv_size = HIDDEN // HEADS * KV_HEADS
-    shapes = {"token_embd": (len(TOKENS), HIDDEN), "output_norm": (HIDDEN,)}
-    for layer in range(NUM_LAYERS):
-        shapes |= {
-            f"blk.{layer}.attn_norm": (HIDDEN,),
-            f"blk.{layer}.attn_q": (HIDDEN, HIDDEN),
-            f"blk.{layer}.attn_k": (kv_size, HIDDEN),
-            f"blk.{layer}.attn_v": (kv_size, HIDDEN),
-            f"blk.{layer}.attn_output": (HIDDEN, HIDDEN),
-            f"blk.{layer}.ffn_norm": (HIDDEN,),
-            f"blk.{layer}.ffn_gate": (INTERMEDIATE, HIDDEN),
-            f"blk.{layer}.ffn_up": (INTERMEDIATE, HIDDEN),
-            f"blk.{layer}.ffn_down": (HIDDEN, INTERMEDIATE),
-        }
-    weights = {}
-    for name, shape in shapes.items():
-        weights[name] = rng.standard_normal(shape, np.float32)
-        writer.add_tensor(f"{name}.weight", weights[name])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return weights
-
-
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Return the bfloat16 tensors of `path` as float32."""
-    data = path.read_bytes()
-    head_size = int.from_bytes(data[:8], "little")
-    tensors = {}
-    for name, entry in json.loads(data[8 : 8 + head_size]).items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            bits = np.frombuffer(data[8 + head_size + start : 8 + head_size + end], "<u2")
-            floats = (bits.astype(np.uint32) << 16).view(np.float32)
-            tensors[name] = floats.reshape(entry["shape"])
-    return tensors
 
 
 @pytest.fixture(scope="module")
@@ -329,41 +261,6 @@ def test_of_two_at_once_one_makes_it_and_the_other_waits(
     assert [process.returncode for process in processes] == [0, 0]
     assert {output[-1] for output in outputs} == {str(tmp_path / "tiny")}
     assert sum("converting" in output for output in outputs) == 1
-
-
-def test_weights_are_those_of_the_gguf_rounded(tmp_path: Path) -> None:
-    weights = write_gguf(tmp_path / "tiny.gguf")
-    convert(tmp_path / "tiny.gguf", tmp_path, lambda done: None)
-    made = read_safetensors(tmp_path / "model.safetensors")
-    assert len(made) == len(weights)
-    pairs = {
-        "token_embd": "model.embed_tokens.weight",
-        "output_norm": "model.norm.weight",
-        "blk.1.ffn_down": "model.layers.1.mlp.down_proj.weight",
-        "blk.0.attn_output": "model.layers.0.self_attn.o_proj.weight",
-    }
-    for name, made_name in pairs.items():
-        np.testing.assert_allclose(made[made_name], weights[name], rtol=HALF_ULP)
-    # Row 2i+j of a head in llama.cpp's order is row i + j * size/2 in Hugging Face's.
-    size = HIDDEN // HEADS
-    query, key = (made[f"model.layers.0.self_attn.{letter}_proj.weight"] for letter in "qk")
-    for i, j in [(0, 1), (3, 0), (size // 2 - 1, 1)]:
-        for made_rows, rows in [
-            (query, weights["blk.0.attn_q"]),
-            (key, weights["blk.0.attn_k"]),
-        ]:
-            np.testing.assert_allclose(
-                made_rows[size + i + j * size // 2], rows[size + 2 * i + j], rtol=HALF_ULP
-            )
-
-
-def test_a_gguf_of_something_else_is_refused(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "mamba")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    with pytest.raises(ValueError, match="not a Llama"):
-        convert(tmp_path / "other.gguf", tmp_path, lambda done: None)
 
 
 @pytest.fixture(scope="module")
