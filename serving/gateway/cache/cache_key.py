@@ -1,4 +1,4 @@
-"""Which requests may be answered from the response cache, and under which key."""
+"""Which requests may be answered from the response cache, and under which key?"""
 
 import hashlib
 from typing import Any
@@ -15,13 +15,13 @@ _STATEFUL = ("previous_response_id", "conversation", "background", "store")
 def cache_key(
     path: str, body: bytes, model: str, scope: tuple[str, ...], *, with_tools: bool
 ) -> str | None:
-    """Return the key of a deterministic request, 64 hexadecimal digits, None of any other.
+    """Return the key of a deterministic request, 64 hexadecimal digits; None for any other.
 
-    Deterministic: temperature 0, or a seed, or embeddings. The body counts by
-    what it says, not how it is written: order of keys, spaces, null for absent.
-    `model` is the one that answers, `scope` whatever else must agree (tenant,
-    revision). A reply is kept in the form it was asked for: `stream` is part of
-    the key, so each form is replayed byte by byte as vLLM wrote it.
+    Deterministic means temperature 0, or a seed, or embeddings. The body counts by what it
+    says, not by how it is written: order of keys, spaces, null for absent. `model` is the one
+    that answers, `scope` whatever else must agree (tenant, revision). A reply is kept in the
+    form it was asked for: `stream` is part of the key, so each form is replayed byte by byte
+    as vLLM wrote it.
     """
     if b'_url"' in body:  # may lie elsewhere, and change there
         return None

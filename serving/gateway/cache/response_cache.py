@@ -1,4 +1,10 @@
-"""Answers deterministic requests that were asked before, or are being answered now."""
+"""Can a request be answered by a response that is stored, or on its way to another client?
+
+look_up:  bypass  not deterministic, or the client forbids storing
+          hit     stored: replayed
+          join    another client's generation of it is running: read along
+          miss    its generation starts, and is stored when it has ended well
+"""
 
 import asyncio
 import hashlib
@@ -24,20 +30,20 @@ from serving.gateway.exchange import Exchange
 from serving.stream.frames import Headers
 
 Verdict = Literal["hit", "miss", "join", "bypass"]
-# Who is in a hurry does not wait for a batch request's turn.
+# By class, too: an urgent request does not wait for a batch request's place in the queue.
 SingleFlightKey = tuple[str, RequestClass]
 
 # Belong to one reply, not to its content.
 _OWN_HEADERS = (b"date", b"x-request-id")
-# Marks what another service answered in the engines' stead: another model, perhaps, so
-# whoever asks again is to get the engines' answer.
+# Marks what a provider answered instead of the engines: another model, perhaps, so the next
+# such request is to get the engines' answer.
 _PROVIDER_HEADER = b"x-headway-provider"
-# Of the bound, for responses that are on their way; what is stored gives way to them.
+# Of the bound, for responses that are being generated; stored ones are evicted for them.
 _FLIGHT_SHARE = 0.5
 
 
 class Replay:
-    """A stored response, whole in one chunk; reads like an `Exchange`."""
+    """A stored response, whole in one chunk; read like an `Exchange`."""
 
     def __init__(self, stored: StoredResponse) -> None:
         self.status = stored.status
@@ -50,14 +56,14 @@ class Replay:
         body, self._body = self._body, b""
         return body
 
-    def leave(self) -> None:
-        """Nothing to end."""
+    def close(self) -> None:
+        """Do nothing: there is nothing to end."""
 
 
 class ResponseCache:
-    """Exact: a hit is what the same tenant got for the same request to the same model.
+    """Responses by exact request: of the same tenant, to the same model.
 
-    Between the gateway and the driver: hits and joins never reach the router.
+    Stands between the request path and the driver: hits and joins never reach the router.
     """
 
     def __init__(self, config: Config, driver: Driver) -> None:
@@ -80,10 +86,10 @@ class ResponseCache:
         return self._config.enabled
 
     def use_config(self, config: CacheConfig) -> None:
-        """Go by these settings from now on; may raise `ConfigError`, then nothing changes.
+        """Go by these settings from now on. Raises `ConfigError`, and then changes nothing.
 
-        What is stored stays, within the new bound, unless the cache is switched
-        off or the store changes.
+        What is stored stays, within the new bound, unless the cache is switched off or the
+        store changes.
         """
         stays = config.enabled and config.redis_url == self._config.redis_url
         if stays and self._config.enabled:
@@ -95,33 +101,36 @@ class ResponseCache:
             self._store = store
         self._config = config
 
-    async def open(
+    async def look_up(
         self, exchange: Exchange, headers: Headers
     ) -> tuple[Verdict, Subscriber | Replay | None]:
-        """How the request is answered, and what to read; None if the caller is to open it."""
+        """Return how the request is answered, and what to read.
+
+        With a bypass that is None: then the caller opens the exchange itself.
+        """
         no_store, no_cache = _cache_control(headers)
-        key = None if no_store else self._key(exchange)
+        key = None if no_store else self._cache_key(exchange)
         if key is None:
-            return self._count("bypass"), None
+            return self._count_verdict("bypass"), None
         flight_key = (key, exchange.request.priority_class)
         if not no_cache:
-            if (reader := self._join(flight_key)) is not None:
-                return self._count("join"), reader
+            if (subscriber := self._subscribe(flight_key)) is not None:
+                return self._count_verdict("join"), subscriber
             stored = await self._store.get(key)
             if stored is not None:
-                return self._count("hit"), Replay(stored)
-            # While Redis was asked somebody else may have started it.
-            if (reader := self._join(flight_key)) is not None:
-                return self._count("join"), reader
+                return self._count_verdict("hit"), Replay(stored)
+            # While Redis was asked another request may have started it.
+            if (subscriber := self._subscribe(flight_key)) is not None:
+                return self._count_verdict("join"), subscriber
         flight = SingleFlight(
             exchange,
             self._driver,
-            keep=self._keep,
-            release=self._release,
-            on_end=lambda flight: self._land(flight_key, flight),
+            keep=self._keep_bytes,
+            release=self._release_bytes,
+            on_end=lambda flight: self._finish_flight(flight_key, flight),
         )
         self._flights[flight_key] = flight
-        return self._count("miss"), flight.join()
+        return self._count_verdict("miss"), flight.subscribe()
 
     def state(self) -> ResponseCacheState:
         """Return the counts so far, and what is kept now."""
@@ -146,30 +155,33 @@ class ResponseCache:
         )
 
     def close(self) -> None:
+        """Close the store; what it keeps in memory is lost."""
         self._spawn(self._store.close())
 
-    def _count(self, verdict: Verdict) -> Verdict:
+    def _count_verdict(self, verdict: Verdict) -> Verdict:
         self.num_by_verdict[verdict] += 1
         return verdict
 
-    def _key(self, exchange: Exchange) -> str | None:
+    def _cache_key(self, exchange: Exchange) -> str | None:
+        """Return the key of a request; None if it is not deterministic."""
         request = exchange.request
-        for info in self._driver.engines.values():
+        for info in self._driver.engines.infos.values():
             if request.model in (info.model, *info.aliases):
                 break
         else:
-            return None  # nobody knows yet what would answer
+            return None  # it is not known yet which engine would answer
         scope = (request.tenant, self._config.revision, self._model_revision, info.engine)
         return cache_key(
             exchange.path, exchange.body, request.model, scope, with_tools=self._config.tools
         )
 
-    def _join(self, flight_key: SingleFlightKey) -> Subscriber | None:
+    def _subscribe(self, flight_key: SingleFlightKey) -> Subscriber | None:
+        """Join a running generation; None if there is none that can be joined."""
         flight = self._flights.get(flight_key)
-        return flight.join() if flight is not None and flight.is_whole else None
+        return flight.subscribe() if flight is not None and flight.is_whole else None
 
-    def _keep(self, flight: SingleFlight, num_bytes: int) -> bool:
-        """Whether so many bytes more of a response on its way may be kept."""
+    def _keep_bytes(self, flight: SingleFlight, num_bytes: int) -> bool:
+        """Keep so many bytes more of a running generation. Return False if they are too many."""
         config = self._config
         if (
             flight.num_kept_bytes + num_bytes > config.max_entry_bytes
@@ -180,20 +192,21 @@ class ResponseCache:
         self._make_room()
         return True
 
-    def _release(self, num_bytes: int) -> None:
+    def _release_bytes(self, num_bytes: int) -> None:
         self._num_flight_bytes -= num_bytes
         self._make_room()
 
     def _make_room(self) -> None:
+        """Leave the store what running generations do not take of the bound."""
         if isinstance(self._store, MemoryStore):
             self._store.shrink_to(self._config.max_bytes - self._num_flight_bytes)
 
-    def _land(self, flight_key: SingleFlightKey, flight: SingleFlight) -> None:
-        """A flight has ended, or all its readers have left."""
+    def _finish_flight(self, flight_key: SingleFlightKey, flight: SingleFlight) -> None:
+        """Store what a generation gave, if it is worth it: it has ended, or all have left."""
         body = flight.body
         exchange = flight.exchange
         if body is None or not _is_worth_keeping(exchange, body):
-            self._forget(flight_key, flight)
+            self._forget_flight(flight_key, flight)
             return
         headers = [
             (name, value)
@@ -202,20 +215,20 @@ class ResponseCache:
         ]
         stored = StoredResponse(exchange.status, headers, body, time.time())
         if stored.num_bytes > self._config.max_entry_bytes:
-            self._forget(flight_key, flight)
+            self._forget_flight(flight_key, flight)
         else:
-            self._spawn(self._keep_landed(flight_key, flight, stored))
+            self._spawn(self._store_response(flight_key, flight, stored))
 
-    async def _keep_landed(
+    async def _store_response(
         self, flight_key: SingleFlightKey, flight: SingleFlight, stored: StoredResponse
     ) -> None:
-        # Until it is stored whoever asks joins the flight, or it would run twice.
+        # Until it is stored new requests join the flight, or it would run twice.
         try:
             await self._store.put(flight_key[0], stored, self._config.ttl_s)
         finally:
-            self._forget(flight_key, flight)
+            self._forget_flight(flight_key, flight)
 
-    def _forget(self, flight_key: SingleFlightKey, flight: SingleFlight) -> None:
+    def _forget_flight(self, flight_key: SingleFlightKey, flight: SingleFlight) -> None:
         if self._flights.get(flight_key) is flight:
             del self._flights[flight_key]
 
@@ -241,7 +254,7 @@ def _cache_control(headers: Headers) -> tuple[bool, bool]:
 
 
 def _is_worth_keeping(exchange: Exchange, body: bytes) -> bool:
-    """Whether a body that has ended is an answer: streams tell of errors under status 200."""
+    """Whether a whole body is an answer: streams tell of errors under status 200."""
     headers = dict(exchange.response_headers)
     if exchange.status != 200 or _PROVIDER_HEADER in headers:
         return False

@@ -1,4 +1,4 @@
-"""Where complete responses are kept: in memory, or in Redis."""
+"""Where are complete responses kept: in memory, or in Redis?"""
 
 import logging
 import time
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 # Beside the bytes themselves: objects, key and place in the table, measured at about 1 KB.
 _ENTRY_BYTES = 1024
-# A cache that takes longer than this to answer is none; then it is left alone for a while.
+# A cache that takes longer than this to answer is of no use; then it is not asked for a while.
 _REDIS_TIMEOUT_S = 0.25
 _REDIS_PAUSE_S = 5.0
 # A Redis answers in parts of a millisecond: more at once would only fill its buffers.
@@ -32,7 +32,7 @@ class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def num_bytes(self) -> int:
-        """Memory it takes, about."""
+        """About how much memory it takes."""
         num_header_bytes = sum(len(name) + len(value) for name, value in self.headers)
         return _ENTRY_BYTES + num_header_bytes + len(self.body)
 
@@ -64,7 +64,7 @@ class ResponseStore(Protocol):
 
 
 class MemoryStore:
-    """The least recently used go first when bytes run out."""
+    """Responses in this process; the least recently used are evicted when bytes run out."""
 
     def __init__(self, max_bytes: int) -> None:
         self.num_bytes = 0
@@ -77,7 +77,7 @@ class MemoryStore:
         return len(self._entries)
 
     async def get(self, key: str) -> StoredResponse | None:
-        """The response, unless it has expired."""
+        """Return the response, None if there is none or it has expired."""
         entry = self._entries.get(key)
         if entry is None:
             return None
@@ -97,13 +97,14 @@ class MemoryStore:
         self.shrink_to(self._max_bytes)
 
     def shrink_to(self, max_bytes: int) -> None:
-        """Hold to this bound from now on."""
+        """Evict down to this bound, and hold to it from now on."""
         self._max_bytes = max_bytes
         while self.num_bytes > max_bytes:
             self._remove(next(iter(self._entries)))
             self.num_evicted += 1
 
     async def close(self) -> None:
+        """Drop all responses."""
         self._entries.clear()
         self.num_bytes = 0
 
@@ -112,9 +113,9 @@ class MemoryStore:
 
 
 class RedisStore:
-    """A Redis that gateways share; it bounds and evicts by its own `maxmemory` settings.
+    """Responses in a Redis that gateways share, bounded by its own `maxmemory` settings.
 
-    While it does not answer, everything is a miss.
+    While it does not answer, every lookup is a miss.
     """
 
     def __init__(self, url: str) -> None:
@@ -141,7 +142,7 @@ class RedisStore:
         self.num_errors = 0
 
     async def get(self, key: str) -> StoredResponse | None:
-        """The response; None also if Redis does not answer."""
+        """Return the response, None if there is none or Redis does not answer."""
         if time.monotonic() < self._resumes_s:
             return None
         try:
@@ -164,13 +165,15 @@ class RedisStore:
             self._pause(error)
 
     async def close(self) -> None:
+        """Close all connections."""
         await self._client.aclose()
 
     def _pause(self, error: Exception) -> None:
+        """Count an error, and leave Redis alone for a while."""
         self.num_errors += 1
         now_s = time.monotonic()
         was_paused, self._resumes_s = now_s < self._resumes_s, now_s + _REDIS_PAUSE_S
         if was_paused:
-            return  # asked before the first of them failed
+            return  # it was asked before the first of them failed
         # The class alone: the message may bear the address with its password.
         logger.warning("the response cache's Redis failed (%s)", type(error).__name__)

@@ -1,4 +1,12 @@
-"""One generation that any number of clients read."""
+r"""How do any number of clients read one generation?
+
+    running --all subscribers leave--> cancelled
+       |    \--ends, or fails---------> ended: who subscribed reads what is left
+       \--a byte may not be kept------> running, no longer whole: no client can join any more
+
+While the response is whole the engine never waits for a subscriber. Once it is not, what all
+have read is dropped, and the engine waits for the slowest, as it does for a client of its own.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -9,13 +17,13 @@ from serving.stream.frames import Headers
 
 
 class Subscriber:
-    """One client's place in a flight; reads like an `Exchange`."""
+    """One client's place in a single flight; read like an `Exchange`."""
 
     def __init__(self, flight: "SingleFlight") -> None:
         self.position = 0  # chunks read
         self._flight = flight
         self._waiter: asyncio.Future[None] | None = None
-        self._left = False
+        self._is_closed = False
 
     @property
     def status(self) -> int:
@@ -27,22 +35,23 @@ class Subscriber:
 
     async def next_chunk(self) -> bytes:
         """Return all body bytes that have come, b"" at the end; raises as `Exchange` does."""
-        while not self._left:
-            chunk = self._flight.read(self)
+        while not self._is_closed:
+            chunk = self._flight.read_new(self)
             if chunk is not None:
                 return chunk
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         raise EngineFailed("the client left")
 
-    def leave(self) -> None:
-        """The client needs no more; the generation ends with the last of them."""
-        if not self._left:
-            self._left = True
-            self._flight.leave(self)
+    def close(self) -> None:
+        """Read no more; the generation ends with its last subscriber."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._flight.unsubscribe(self)
             self.wake()
 
     def wake(self) -> None:
+        """Look again: something has come, or the client has left."""
         if (waiter := self._waiter) is not None:
             self._waiter = None
             if not waiter.done():
@@ -50,12 +59,7 @@ class Subscriber:
 
 
 class SingleFlight:
-    """Runs an exchange to its end and keeps what comes, for readers who join late.
-
-    While `keep` grants the bytes the engine never waits for a reader. Past that
-    nobody can join any more, what all have read is dropped, and the engine
-    waits for the slowest, as it does for a client of its own.
-    """
+    """Runs an exchange to its end and keeps what comes, for subscribers who join late."""
 
     def __init__(
         self,
@@ -66,11 +70,11 @@ class SingleFlight:
         release: Callable[[int], None],
         on_end: Callable[["SingleFlight"], None],
     ) -> None:
-        """Opens the exchange.
+        """Open the exchange.
 
-        `keep(self, n)` says whether n bytes may be kept; `release(n)` gives back
-        all of them when the last reader has left. `on_end(self)` is called once:
-        at the end, or when all have left before it.
+        `keep(self, n)` says whether n bytes may be kept; `release(n)` gives back all of them
+        when the last subscriber has left. `on_end(self)` is called once: at the end, or when
+        all have left before it.
         """
         self.exchange = exchange
         self.num_kept_bytes = 0
@@ -83,28 +87,29 @@ class SingleFlight:
         self._num_dropped = 0  # chunks
         self._ended = False
         self._error: Exception | None = None
-        self._readers: set[Subscriber] = set()
+        self._subscribers: set[Subscriber] = set()
         self._all_read: asyncio.Future[None] | None = None
         driver.open(exchange)
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
     def body(self) -> bytes | None:
-        """The whole response, None unless it has ended well and is all here."""
+        """The whole response; None unless it has ended well and is all here."""
         if self._ended and self._error is None and self.is_whole:
             return b"".join(self._chunks)
         return None
 
-    def join(self) -> Subscriber:
-        """A new reader, from the beginning; only while `is_whole`."""
-        reader = Subscriber(self)
-        self._readers.add(reader)
-        return reader
+    def subscribe(self) -> Subscriber:
+        """Return a new subscriber, at the beginning; only while `is_whole`."""
+        subscriber = Subscriber(self)
+        self._subscribers.add(subscriber)
+        return subscriber
 
-    def leave(self, reader: Subscriber) -> None:
-        self._readers.discard(reader)
-        self._drop_what_all_have_read()
-        if self._readers:
+    def unsubscribe(self, subscriber: Subscriber) -> None:
+        """Forget a subscriber. With the last one the generation ends, and its bytes are freed."""
+        self._subscribers.discard(subscriber)
+        self._drop_read_chunks()
+        if self._subscribers:
             return
         if not self._ended:
             self._end(EngineFailed("the clients left"))
@@ -112,17 +117,17 @@ class SingleFlight:
         num_bytes, self.num_kept_bytes = self.num_kept_bytes, 0
         self._release(num_bytes)
 
-    def read(self, reader: Subscriber) -> bytes | None:
-        """What has come since the reader's last look, b"" at the end, None if nothing has."""
-        new = self._chunks[reader.position - self._num_dropped :]
+    def read_new(self, subscriber: Subscriber) -> bytes | None:
+        """Return what has come since its last call, b"" at the end, None if nothing has."""
+        new = self._chunks[subscriber.position - self._num_dropped :]
         if not new:
             if not self._ended:
                 return None
             if self._error is not None:
                 raise self._error
             return b""
-        reader.position += len(new)
-        self._drop_what_all_have_read()
+        subscriber.position += len(new)
+        self._drop_read_chunks()
         return new[0] if len(new) == 1 else b"".join(new)
 
     async def _run(self) -> None:
@@ -138,13 +143,13 @@ class SingleFlight:
                 self._chunks.append(chunk)
                 self._wake_all()
                 if not self.is_whole:
-                    self._drop_what_all_have_read()
+                    self._drop_read_chunks()
                     if self._chunks:
                         self._all_read = asyncio.get_running_loop().create_future()
                         await self._all_read
-                self._driver.taken(self.exchange, len(chunk))
+                self._driver.acknowledge_bytes(self.exchange, len(chunk))
             self._end(None)
-        except Exception as error:  # `Rejected`, `EngineFailed`: the readers' to tell
+        except Exception as error:  # `Rejected`, `EngineFailed`: raised to the subscribers
             self._end(error)
 
     def _end(self, error: Exception | None) -> None:
@@ -157,14 +162,15 @@ class SingleFlight:
         self._wake_all()
 
     def _wake_all(self) -> None:
-        for reader in self._readers:
-            reader.wake()
+        for subscriber in self._subscribers:
+            subscriber.wake()
 
-    def _drop_what_all_have_read(self) -> None:
+    def _drop_read_chunks(self) -> None:
+        """Drop what all have read, unless the response is still whole."""
         if self.is_whole:
             return
         num_read = min(
-            (reader.position for reader in self._readers),
+            (subscriber.position for subscriber in self._subscribers),
             default=self._num_dropped + len(self._chunks),
         )
         del self._chunks[: num_read - self._num_dropped]

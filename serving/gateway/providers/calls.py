@@ -1,32 +1,46 @@
-"""Carries out `Fallback` decisions: calls to providers, and how each one ends."""
+r"""What becomes of a `Fallback` decision: how is the provider called, and how did the call end?
+
+    started --first event is good--> begun --whole--> complete
+      |  \--429--> refused             |
+      \--------------------------------+--breaks off, stalls, or is an error--> failed
+
+Each call ends in exactly one of these, unless it is cancelled because the client has left. Its
+end is told to `CallEvents`.
+"""
 
 import asyncio
 import logging
-import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any, Protocol
 
 import msgspec
 from pydantic import SecretStr
 
-from router.core.router import Router
+from router.limits.rate_limit import RateReport
+from router.providers.provider import MakeLimiter
+from router.providers.spillover import make_rate_limiter
 from router.resilience.breaker import Failure
-from router.types import Decision, Fallback, Usage
+from router.types import Fallback, Usage
 from serving.config import Config, ProviderConfig
 from serving.gateway.exchange import DONE, Exchange
 from serving.gateway.providers.continuation import Continuation, can_continue
 from serving.gateway.providers.credentials import read_api_keys
 from serving.gateway.providers.event_reader import ReplyReader
-from serving.gateway.providers.http_client import Client, HttpClient, ProviderFailed, Reply
+from serving.gateway.providers.http_client import (
+    Client,
+    HttpClient,
+    ProviderFailed,
+    ProviderReply,
+)
 from serving.gateway.providers.leases import Leases
 from serving.gateway.providers.rate_headers import rate_report
 from serving.stream.frames import Headers
 
 logger = logging.getLogger(__name__)
 
-# Replies that tell of the request, which any other provider would refuse as well.
+# Statuses that tell of the request, which any other provider would refuse as well.
 _CLIENTS_FAULT = frozenset((400, 413, 415, 422))
-# Replies that the next call under the same key would get, too.
+# Statuses that the next call under the same key would get, too.
 _KEYS_FAULT = frozenset((401, 402, 403))
 # OpenAI's codes of a 429 that no waiting helps against.
 _OUT_OF_MONEY = (b"insufficient_quota", b"billing_hard_limit_reached")
@@ -37,12 +51,16 @@ _OURS = ("priority_class",)
 _USAGE_ON_REQUEST = frozenset(("/v1/chat/completions", "/v1/completions"))
 
 
-class Owner(Protocol):
-    """Whoever has the exchanges; told what came of a call, on the event loop."""
+class CallEvents(Protocol):
+    """Who has the exchanges, told on the event loop of what became of a call."""
 
-    def execute(self, decisions: list[Decision]) -> None: ...
-    def on_first_byte(self, exchange: Exchange) -> None: ...
-    def on_complete(self, exchange: Exchange, usage: Usage | None) -> None: ...
+    def on_provider_answer(self, exchange: Exchange, report: RateReport) -> None: ...
+    def on_provider_first_byte(self, exchange: Exchange) -> None: ...
+    def on_provider_complete(self, exchange: Exchange, usage: Usage | None) -> None: ...
+    def on_provider_refused(self, exchange: Exchange, report: RateReport) -> None: ...
+    def on_provider_failed(
+        self, exchange: Exchange, failed: ProviderFailed, words: str
+    ) -> None: ...
 
 
 class _Refused(Exception):
@@ -53,23 +71,24 @@ class _Refused(Exception):
         self.headers = headers
 
 
-class Call:
+class ProviderCall:
     """One exchange at one provider."""
 
-    def __init__(self, exchange: Exchange, window_bytes: int) -> None:
+    def __init__(self, exchange: Exchange, window_bytes: int, events: CallEvents) -> None:
         self.exchange = exchange
+        self.events = events
         self.has_begun = False  # the reply
         self.task: asyncio.Task[None] | None = None
-        self._credit_bytes = window_bytes
+        self._credit_bytes = window_bytes  # may be passed on before the client takes any
         self._credit = asyncio.Event()
 
-    def taken(self, num_bytes: int) -> None:
-        """The client has taken so many bytes."""
+    def acknowledge_bytes(self, num_bytes: int) -> None:
+        """Let so many bytes more be passed on: the client has taken as many."""
         self._credit_bytes += num_bytes
         self._credit.set()
 
-    async def pass_on(self, data: bytes) -> None:
-        """Give bytes to the client; returns when it keeps up."""
+    async def pass_bytes(self, data: bytes) -> None:
+        """Give bytes to the client. Return when it keeps up."""
         self.exchange.reply.write(data)
         self.exchange.on_data(data)
         self._credit_bytes -= len(data)
@@ -81,25 +100,18 @@ class Call:
 class Providers:
     """The clients of all providers, and the calls that are open."""
 
-    def __init__(
-        self,
-        router: Router,
-        owner: Owner,
-        window_bytes: int,
-        leases: Leases | None = None,
-    ) -> None:
-        self._router = router
-        self._owner = owner
+    def __init__(self, window_bytes: int, leases: Leases | None = None) -> None:
+        """`leases` where several gateways share the limits."""
         self._leases = leases
         self._window_bytes = window_bytes
         self._configs: dict[str, ProviderConfig] = {}
         self._keys: dict[str, dict[str, SecretStr | None]] = {}
         self._clients: dict[str, Client] = {}
-        self._calls: dict[str, Call] = {}
+        self._calls: dict[str, ProviderCall] = {}  # by request
         self._closing: set[asyncio.Task[None]] = set()
 
-    def use(self, config: Config) -> None:
-        """Go by this configuration's providers from now on; open calls go on as they began.
+    def use_config(self, config: Config) -> None:
+        """Take keys and clients from this configuration; open calls go on as they began.
 
         Raises `ConfigError`, and changes nothing, if a key cannot be read or an extra
         is not installed.
@@ -110,18 +122,18 @@ class Providers:
         made = {name: _make_client(configs[name]) for name in changed}
         for name in changed + [name for name in self._configs if name not in configs]:
             if (client := self._clients.pop(name, None)) is not None:
-                self._later(self._close_when_idle(client))
+                self._spawn(self._close_when_idle(client))
         self._clients |= made
         self._configs, self._keys = configs, keys
-        settings = (config.providers, config.fallback, time.monotonic())
-        if self._leases is None:
-            self._owner.execute(self._router.use_providers(*settings))
-        else:
-            self._owner.execute(self._router.use_providers(*settings, self._leases.make))
+
+    @property
+    def make_limiter(self) -> MakeLimiter:
+        """What makes the rate limiter of a key that is new."""
+        return make_rate_limiter if self._leases is None else self._leases.make_limiter
 
     @property
     def models(self) -> list[str]:
-        """Our names of the models that providers answer for, those of the first first."""
+        """Our names of the models that providers answer for, in the order of the providers."""
         return list(dict.fromkeys(name for each in self._configs.values() for name in each.models))
 
     @property
@@ -129,9 +141,10 @@ class Providers:
         """Whether any provider goes on with what another has begun."""
         return any(each.continues for each in self._configs.values())
 
-    def start(self, exchange: Exchange, decision: Fallback) -> None:
-        """Send the exchange to the provider."""
-        call = self._calls[exchange.request.id] = Call(exchange, self._window_bytes)
+    def start_call(self, exchange: Exchange, decision: Fallback, events: CallEvents) -> None:
+        """Send the exchange to the provider, under the key that was decided."""
+        call = ProviderCall(exchange, self._window_bytes, events)
+        self._calls[exchange.request.id] = call
         # As things are now: the configuration may change before the task begins.
         config = self._configs[decision.provider]
         api_key = self._keys[decision.provider][decision.key]
@@ -141,105 +154,91 @@ class Providers:
             self._run(call, name, config, client, api_key)
         )
 
-    def taken(self, exchange: Exchange, num_bytes: int) -> None:
-        """The client has taken so much of the response."""
+    def acknowledge_bytes(self, exchange: Exchange, num_bytes: int) -> None:
+        """Let the call go on: the client has taken so much of the response."""
         if (call := self._calls.get(exchange.request.id)) is not None:
-            call.taken(num_bytes)
+            call.acknowledge_bytes(num_bytes)
 
-    def cancel(self, exchange: Exchange) -> None:
-        """The client has left: hang up."""
+    def cancel_call(self, exchange: Exchange) -> None:
+        """Hang up, if the exchange is at a provider: its client has left."""
         call = self._calls.pop(exchange.request.id, None)
         if call is not None and call.task is not None:
             call.task.cancel()
 
-    def rearm(self) -> None:
-        """The router was asked something: shared budgets may have to hear of it."""
+    def rearm_timer(self) -> None:
+        """Set the timer of the leases anew: the router was asked something."""
         if self._leases is not None:
-            self._leases.rearm()
+            self._leases.rearm_timer()
 
     def close(self) -> None:
-        """Leave: hang up everywhere."""
+        """Hang up everywhere."""
         if self._leases is not None:
             self._leases.close()
         for call in self._calls.values():
             if call.task is not None:
                 call.task.cancel()
         for client in self._clients.values():
-            self._later(client.close())
+            self._spawn(client.close())
         self._clients = {}
 
     async def _run(
         self,
-        call: Call,
+        call: ProviderCall,
         name: str,
         config: ProviderConfig,
         client: Client,
         api_key: SecretStr | None,
     ) -> None:
-        """Make the call and report how it ended."""
-        exchange = call.exchange
-        request_id = exchange.request.id
+        """Make the call and tell how it ended."""
+        exchange, events = call.exchange, call.events
         try:
-            usage = await self._ask(call, config, client, api_key)
+            usage = await self._relay_reply(call, config, client, api_key)
         except _Refused as refused:
             report = rate_report(refused.headers)
             logger.info("provider %s answered 429 (%s)", name, report)
-            self._end(call)
-            self._owner.execute(
-                self._router.on_provider_refused(request_id, report, time.monotonic())
-            )
+            self._forget_call(call)
+            events.on_provider_refused(exchange, report)
         except ProviderFailed as failed:
-            self._failed(call, name, failed)
+            self._fail_call(call, name, failed)
         except TimeoutError:
             words = "it stalled" if call.has_begun else "no first token in time"
-            self._failed(call, name, ProviderFailed(words, Failure.TIMEOUT))
+            self._fail_call(call, name, ProviderFailed(words, Failure.TIMEOUT))
         except Exception as error:  # a client library's own: the exchange must end all the same
             logger.exception("call to provider %s", name)
-            self._failed(call, name, ProviderFailed(type(error).__name__))
+            self._fail_call(call, name, ProviderFailed(type(error).__name__))
         else:
-            self._end(call)
-            self._owner.on_complete(exchange, usage)
+            self._forget_call(call)
+            events.on_provider_complete(exchange, usage)
 
-    def _failed(self, call: Call, name: str, failed: ProviderFailed) -> None:
+    def _fail_call(self, call: ProviderCall, name: str, failed: ProviderFailed) -> None:
+        """Tell that a call has failed, or that it is complete if only its end is missing."""
         exchange = call.exchange
         logger.warning("provider %s failed: %s", name, failed)
-        self._end(call)
-        exchange.failure, exchange.failed_s = f"provider {name}: {failed}", time.monotonic()
+        self._forget_call(call)
         continuation = exchange.continuation
         if continuation is not None and continuation.has_finished:
             exchange.on_data(DONE)  # nothing is missing but the end, and perhaps the usage
-            self._owner.on_complete(exchange, None)
+            call.events.on_provider_complete(exchange, None)
             return
-        self._owner.execute(
-            self._router.on_provider_failed(
-                exchange.request.id,
-                failed.failure,
-                time.monotonic(),
-                can_retry=not exchange.reply.has_begun,
-                num_output_tokens=(
-                    continuation.num_new_tokens
-                    if continuation is not None and continuation.is_text
-                    else None
-                ),
-                was_sent=failed.was_sent,
-                lasts=failed.lasts,
-            )
-        )
+        call.events.on_provider_failed(exchange, failed, f"provider {name}: {failed}")
 
-    def _end(self, call: Call) -> None:
+    def _forget_call(self, call: ProviderCall) -> None:
         if self._calls.get(call.exchange.request.id) is call:
             del self._calls[call.exchange.request.id]
 
-    async def _ask(
-        self, call: Call, config: ProviderConfig, client: Client, api_key: SecretStr | None
+    async def _relay_reply(
+        self, call: ProviderCall, config: ProviderConfig, client: Client, api_key: SecretStr | None
     ) -> Usage | None:
-        """Pass the provider's reply on; return its usage if it said."""
+        """Pass the provider's reply on. Return its usage, None if it did not say.
+
+        Raises `_Refused`, `ProviderFailed` and `TimeoutError`.
+        """
         exchange = call.exchange
         body, hides_usage = _body_for(config, exchange)
         continuation = exchange.continuation
         if continuation is not None:
-            continuation.move()
-            body = continuation.body(body)
+            continuation.move_on()
+            body = continuation.body_for_rest(body)
         elif self._continues and can_continue(exchange.path, body):
             continuation = Continuation()
         is_stream = bool(body.get("stream"))
@@ -247,9 +246,9 @@ class Providers:
         first_s = config.first_token_timeout_s if is_stream else config.whole_timeout_s
         async with (
             asyncio.timeout(first_s) as timer,
-            client.ask(exchange.path, body, api_key) as reply,
+            client.post(exchange.path, body, api_key) as reply,
         ):
-            await self._judge(call, reply)
+            await self._check_head(call, reply)
             # Nothing is passed on before a first event shows that all is well.
             passed = b""
             loop = asyncio.get_running_loop()
@@ -259,28 +258,28 @@ class Providers:
                     continue
                 if reader.error is not None and (continuation is not None or not call.has_begun):
                     raise ProviderFailed(f"it answered with an error: {reader.error}")
-                if continuation is not None and not (passed := continuation.take(passed)):
+                if continuation is not None and not (passed := continuation.pass_events(passed)):
                     continue
                 if not call.has_begun:
                     exchange.continuation = continuation
-                    self._begin(call, config, reply)
-                timer.reschedule(None)  # a slow reader is not the provider's fault
-                await call.pass_on(passed)
+                    self._begin_reply(call, config, reply)
+                timer.reschedule(None)  # a slow client is not the provider's fault
+                await call.pass_bytes(passed)
                 passed = b""
                 timer.reschedule(loop.time() + config.stall_timeout_s)
             timer.reschedule(None)
             if not reader.is_complete and reply.status == 200:
                 raise ProviderFailed("the reply broke off")
-            if rest := reader.end():
+            if rest := reader.flush():
                 if not call.has_begun:
-                    self._begin(call, config, reply)
-                await call.pass_on(rest)
+                    self._begin_reply(call, config, reply)
+                await call.pass_bytes(rest)
             if not call.has_begun:
                 raise ProviderFailed("it answered nothing")
         return reader.usage
 
-    async def _judge(self, call: Call, reply: Reply) -> None:
-        """Take in status and headers; raises for what is not to be passed on."""
+    async def _check_head(self, call: ProviderCall, reply: ProviderReply) -> None:
+        """Take in status and headers. Raises `_Refused` and `ProviderFailed`."""
         exchange = call.exchange
         status = reply.status
         if status == 429:
@@ -289,13 +288,16 @@ class Providers:
                 raise ProviderFailed("the account has no money left", lasts=True)
             raise _Refused(reply.headers)
         report = rate_report(reply.headers)
-        self._router.on_provider_answer(exchange.request.id, report, time.monotonic())
+        call.events.on_provider_answer(exchange, report)
         if status in _KEYS_FAULT:
             raise ProviderFailed(f"it answered {status}: the key is not accepted", lasts=True)
         if status != 200 and (exchange.reply.has_begun or status not in _CLIENTS_FAULT):
             raise ProviderFailed(f"it answered {status}")
 
-    def _begin(self, call: Call, config: ProviderConfig, reply: Reply) -> None:
+    def _begin_reply(
+        self, call: ProviderCall, config: ProviderConfig, reply: ProviderReply
+    ) -> None:
+        """Give status and headers to the client."""
         call.has_begun = True
         exchange = call.exchange
         kind = reply.headers.get("content-type", "application/json")
@@ -304,7 +306,7 @@ class Providers:
             (b"x-headway-provider", config.name.encode()),
         ]
         exchange.on_head(reply.status, headers)
-        self._owner.on_first_byte(exchange)
+        call.events.on_provider_first_byte(exchange)
 
     async def _close_when_idle(self, client: Client) -> None:
         """Close a client that is used no more, once no call of ours is open (it may be on it)."""
@@ -312,8 +314,8 @@ class Providers:
             await asyncio.wait(calls)
         await client.close()
 
-    def _later(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
@@ -342,7 +344,8 @@ def _body_for(config: ProviderConfig, exchange: Exchange) -> tuple[dict[str, Any
     return body, hides_usage
 
 
-async def _error_text(reply: Reply) -> bytes:
+async def _error_text(reply: ProviderReply) -> bytes:
+    """Return the body of an error, or the beginning of a large one."""
     text = b""
     async for chunk in reply.chunks():
         text += chunk

@@ -1,8 +1,14 @@
-"""A chat's reply as far as it has come, so that another service can go on with it."""
+"""How does another provider go on with a chat's reply that one has begun?
+
+Asked for as vLLM has it (`continue_final_message`): the text so far is the last message, which
+the model is to go on with. Its events are then made to look like those of the same reply.
+"""
 
 from typing import Any
 
 import msgspec
+
+from serving.gateway.providers.event_reader import event_data
 
 # Fields of a request by which the rest of a reply is not just more text of the same, or
 # by which it would be begun anew: vLLM's structured output, for one.
@@ -29,33 +35,29 @@ def can_continue(path: str, body: dict[str, Any]) -> bool:
 
 
 class Continuation:
-    """Notes the text of one service's events, and makes those of the next parts of the same reply.
-
-    Asked for as vLLM has it (`continue_final_message`): the text so far is the last
-    message, which the model is to go on with.
-    """
+    """One chat's reply as far as it has come, over all the providers that had it."""
 
     def __init__(self) -> None:
         self.text = ""
-        self.num_tokens = 0  # about: an event each
+        self.num_tokens = 0  # about: one an event
         self.is_text = True  # nothing else has come so far
         self.has_finished = False  # its last token has come
-        self._alike: dict[str, Any] = {}  # what every event of the reply says
-        self._num_moved_tokens = 0  # that services before this one have said
-        self._has_moved = False
+        self._shared_fields: dict[str, Any] = {}  # what every event of the reply says
+        self._num_earlier_tokens = 0  # of providers before the one that has it now
+        self._was_moved = False  # from the provider that began it
 
     @property
     def num_new_tokens(self) -> int:
-        """Those of the service that has it now."""
-        return self.num_tokens - self._num_moved_tokens
+        """Tokens of the provider that has it now."""
+        return self.num_tokens - self._num_earlier_tokens
 
-    def move(self) -> None:
-        """Another service goes on."""
-        self._has_moved = True
-        self._num_moved_tokens = self.num_tokens
+    def move_on(self) -> None:
+        """Let another provider have it from here on."""
+        self._was_moved = True
+        self._num_earlier_tokens = self.num_tokens
 
-    def body(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return what to ask another service for the rest."""
+    def body_for_rest(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the body that asks another provider for the rest."""
         said = {"role": "assistant", "content": self.text}
         limits = {
             name: max(1, body[name] - self.num_tokens)
@@ -70,22 +72,22 @@ class Continuation:
             "add_generation_prompt": False,
         }
 
-    def take(self, events: bytes) -> bytes:
-        """Note whole events, and return them as the client is to see them."""
-        return b"".join(self._take(event) for event in events.split(b"\n\n") if event)
+    def pass_events(self, events: bytes) -> bytes:
+        """Take in whole events. Return them as the client is to see them."""
+        return b"".join(self._pass_event(event) for event in events.split(b"\n\n") if event)
 
-    def _take(self, event: bytes) -> bytes:
+    def _pass_event(self, event: bytes) -> bytes:
         chunk = _decoded(event)
         if chunk is None:
             return event + b"\n\n"
-        content = self._note(chunk)
-        if not self._has_moved:
-            if not self._alike:
+        content = self._note_chunk(chunk)
+        if not self._was_moved:
+            if not self._shared_fields:
                 names = ("id", "created", "model")
-                self._alike = {name: chunk[name] for name in names if name in chunk}
-            self._add(content)
+                self._shared_fields = {name: chunk[name] for name in names if name in chunk}
+            self._add_text(content)
             return event + b"\n\n"
-        chunk |= self._alike
+        chunk |= self._shared_fields
         for choice in chunk.get("choices") or ():
             delta = choice.get("delta") or {}
             delta.pop("role", None)  # it has been said
@@ -97,12 +99,12 @@ class Continuation:
         if (usage := chunk.get("usage")) is not None:
             for name, sign in (("prompt_tokens", -1), ("completion_tokens", 1)):
                 if name in usage:
-                    usage[name] += sign * self._num_moved_tokens
-        self._add(content)
+                    usage[name] += sign * self._num_earlier_tokens
+        self._add_text(content)
         return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
 
-    def _note(self, chunk: dict[str, Any]) -> str:
-        """Return the text of a chunk."""
+    def _note_chunk(self, chunk: dict[str, Any]) -> str:
+        """Note what a chunk bears beside text, and whether it is the last. Return its text."""
         content = ""
         for choice in chunk.get("choices") or ():
             delta = choice.get("delta") or {}
@@ -112,16 +114,15 @@ class Continuation:
             self.has_finished = self.has_finished or choice.get("finish_reason") is not None
         return content
 
-    def _add(self, content: str) -> None:
+    def _add_text(self, content: str) -> None:
         self.text += content
         self.num_tokens += bool(content)
 
 
 def _decoded(event: bytes) -> dict[str, Any] | None:
-    """The chunk that an event bears; None if it bears something else."""
-    data = b"".join(line[5:] for line in event.split(b"\n") if line.startswith(b"data:"))
+    """Return the chunk that an event bears; None if it bears something else."""
     try:
-        chunk = msgspec.json.decode(data)
+        chunk = msgspec.json.decode(event_data(event))
     except msgspec.DecodeError:
         return None
     return chunk if isinstance(chunk, dict) else None

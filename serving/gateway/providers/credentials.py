@@ -1,4 +1,4 @@
-"""API keys of providers: read from where the configuration points, and kept out of sight."""
+"""Which API keys are providers called with? Read from where the configuration points."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A provider's reply on its way to the client: complete events, and the usage in them."""
+"""Which whole events of a provider's reply go to the client, and what usage do they tell?"""
 
 from typing import Any
 
@@ -38,12 +38,17 @@ class _Reply(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Reply).decode
 
 
-class ReplyReader:
-    """Cuts a reply into what may be passed on at once and notes what it used.
+def event_data(event: bytes) -> bytes:
+    """Return what an event bears: its `data:` lines, joined."""
+    return b"".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:"))
 
-    Events (`stream`) are passed on whole, so that the first can be looked at
-    before anything is out and one that the client did not ask for can be left
-    out: the chunk of usage that has no choices (`hides_usage`).
+
+class ReplyReader:
+    """Cuts a reply into what may be passed on at once and notes its usage.
+
+    Events (`stream`) are passed on whole. So the first can be checked before anything is
+    out, and one that the client did not ask for can be left out: the chunk of usage that has
+    no choices (`hides_usage`).
     """
 
     def __init__(self, *, stream: bool, hides_usage: bool) -> None:
@@ -55,7 +60,7 @@ class ReplyReader:
         self._buffer = b""
 
     def feed(self, data: bytes) -> bytes:
-        """Return what can be passed on now."""
+        """Take in the reply's next bytes. Return what can be passed on now."""
         self._buffer += data
         if not self._stream:
             return b""
@@ -67,24 +72,23 @@ class ReplyReader:
                 passed.append(event + b"\n\n")
         return b"".join(passed)
 
-    def end(self) -> bytes:
-        """Return the rest: of a reply that is no stream, all of it."""
+    def flush(self) -> bytes:
+        """Return the rest at the reply's end: of one that is no stream, all of it."""
         rest, self._buffer = self._buffer, b""
         if not self._stream:
-            self._note(rest)
+            self._note_usage(rest)
         return rest
 
     def _is_passed(self, event: bytes) -> bool:
-        data = b"".join(
-            line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")
-        )
+        """Whether an event goes to the client; notes what it tells."""
+        data = event_data(event)
         if data == b"[DONE]":
             self.is_complete = True
             return True
         # Most events hold a token and nothing to note: they are not parsed.
         if b'"usage"' not in data and b'"error"' not in data:
             return True
-        reply = self._note(data)
+        reply = self._note_usage(data)
         if reply is None:
             return True
         if reply.response is not None:
@@ -92,7 +96,8 @@ class ReplyReader:
         has_usage = reply.usage is not None and reply.choices == []
         return not (has_usage and self._hides_usage)
 
-    def _note(self, data: bytes) -> _Reply | None:
+    def _note_usage(self, data: bytes) -> _Reply | None:
+        """Note the usage, or the error, in a reply's JSON. Return it; None if it is not JSON."""
         try:
             reply = _decode(data)
         except msgspec.DecodeError:

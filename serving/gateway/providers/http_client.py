@@ -1,4 +1,4 @@
-"""HTTP to an OpenAI-compatible provider."""
+"""How is an OpenAI-compatible provider called over HTTP, and what can go wrong with it?"""
 
 import contextlib
 import urllib.parse
@@ -31,8 +31,8 @@ class ProviderFailed(Exception):
         self.lasts = lasts  # the next call would fail in the same way
 
 
-class Reply(Protocol):
-    """A reply that has begun."""
+class ProviderReply(Protocol):
+    """A provider's reply that has begun."""
 
     status: int
     headers: dict[str, str]  # by lower-case name
@@ -45,13 +45,15 @@ class Reply(Protocol):
 class Client(Protocol):
     """Calls one provider."""
 
-    def ask(
+    def post(
         self, path: str, body: dict[str, Any], api_key: SecretStr | None
-    ) -> contextlib.AbstractAsyncContextManager[Reply]:
-        """Send a request; the reply is open within the block. Raises `ProviderFailed`."""
+    ) -> contextlib.AbstractAsyncContextManager[ProviderReply]:
+        """Send a request. Return its reply, which lasts for the block. Raises `ProviderFailed`."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Drop all connections."""
+        ...
 
 
 class _HttpReply:
@@ -74,15 +76,15 @@ class HttpClient:
         self._proxy = _proxy(config.url or "")
 
     @contextlib.asynccontextmanager
-    async def ask(
+    async def post(
         self, path: str, body: dict[str, Any], api_key: SecretStr | None
-    ) -> AsyncIterator[Reply]:
-        """As `Client.ask`."""
+    ) -> AsyncIterator[ProviderReply]:
+        """As `Client.post`."""
         config = self._config
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),  # budgets bound what is open
-                # Whoever asks bounds the rest: it depends on what is asked.
+                connector=aiohttp.TCPConnector(limit=0),  # rate limits bound what is open
+                # The caller bounds the rest: it depends on the request.
                 timeout=aiohttp.ClientTimeout(total=None, connect=config.connect_timeout_s),
             )
         headers = {"content-type": "application/json", **config.headers}
@@ -114,7 +116,7 @@ class HttpClient:
 
 
 def _proxy(url: str) -> str | None:
-    """The proxy that the environment names for a URL (HTTPS_PROXY, NO_PROXY and so on).
+    """Return the proxy that the environment names for a URL (HTTPS_PROXY, NO_PROXY and so on).
 
     Looked up once: aiohttp's own way does it in a thread for every request.
     """

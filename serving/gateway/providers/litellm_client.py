@@ -1,7 +1,7 @@
-"""Providers that the package litellm knows: Anthropic, Gemini, Bedrock and others.
+"""How is a provider called that only the package litellm knows: Anthropic, Gemini, Bedrock?
 
-An optional extra, `headway[litellm]`, pinned: a later release was flagged as
-compromised. Chat completions only.
+An optional extra, `headway[litellm]`, pinned: a later release was flagged as compromised.
+Chat completions only.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ from pydantic import SecretStr
 from router.resilience.breaker import Failure
 from serving.config import ConfigError, ProviderConfig
 from serving.gateway.exchange import DONE
-from serving.gateway.providers.http_client import ProviderFailed, Reply
+from serving.gateway.providers.http_client import ProviderFailed, ProviderReply
 
 _PINNED = "1.106.2"
 _PREFIX = "llm_provider-"  # of the provider's own headers
 
 
 class _LitellmReply:
-    """litellm's objects as the events, or the body, that OpenAI would have sent."""
+    """litellm's objects, as the events or the body that OpenAI would have sent."""
 
     def __init__(self, answer: Any, *, stream: bool) -> None:
         self.status = 200
@@ -44,7 +44,7 @@ class _LitellmReply:
 
 
 class _ErrorReply:
-    """An error that litellm raised, as the reply that it was."""
+    """An error that litellm raised, as the reply that the provider sent."""
 
     def __init__(self, error: Exception, status: int) -> None:
         self.status = status
@@ -75,10 +75,10 @@ class LitellmClient:
         self._config = config
 
     @contextlib.asynccontextmanager
-    async def ask(
+    async def post(
         self, path: str, body: dict[str, Any], api_key: SecretStr | None
-    ) -> AsyncIterator[Reply]:
-        """As `Client.ask`."""
+    ) -> AsyncIterator[ProviderReply]:
+        """As `Client.post`."""
         config = self._config
         if path != "/v1/chat/completions":
             raise ProviderFailed(f"{path} is not served through litellm", was_sent=False)
@@ -101,4 +101,4 @@ class LitellmClient:
         yield _LitellmReply(answer, stream=bool(body.get("stream")))
 
     async def close(self) -> None:
-        """Nothing: litellm keeps its connections for all that use it."""
+        """Do nothing: litellm keeps its connections for all that use it."""

@@ -1,4 +1,4 @@
-"""What the headers of a provider's reply say of its limits."""
+"""What do the headers of a provider's reply say of its limits?"""
 
 import email.utils
 import time
@@ -16,11 +16,11 @@ _NAMES = {
     "limit_tokens": ("x-ratelimit-limit-tokens", "anthropic-ratelimit-tokens-limit"),
     "remaining_tokens": ("x-ratelimit-remaining-tokens", "anthropic-ratelimit-tokens-remaining"),
 }
-_LONGEST_S = 3600.0  # to wait for a provider's word; beyond this it is asked again
+_MAX_WAIT_S = 3600.0  # however long a provider says: after this it is asked again
 
 
 def rate_report(headers: Mapping[str, str]) -> RateReport:
-    """Return what the headers, by lower-case name, say; what they do not is None."""
+    """Return what the headers, by lower-case name, say; None for what they do not."""
     numbers: dict[str, int | None] = {}
     for field, names in _NAMES.items():
         texts = [headers[name] for name in names if name in headers]
@@ -36,9 +36,9 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
             wait_s = float(text) * unit_s
         except ValueError:
             continue
-        return min(_LONGEST_S, max(0.0, wait_s)) if wait_s == wait_s else None
+        return min(_MAX_WAIT_S, max(0.0, wait_s)) if wait_s == wait_s else None
     try:
         date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
     except ValueError:
         return None
-    return min(_LONGEST_S, max(0.0, date.timestamp() - time.time()))
+    return min(_MAX_WAIT_S, max(0.0, date.timestamp() - time.time()))

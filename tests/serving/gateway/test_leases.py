@@ -14,7 +14,7 @@ import pytest
 from serving.config import parse
 from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
-from serving.gateway.providers.leases import BudgetKeeper
+from serving.gateway.providers.leases import LeaseKeeper
 from tests.support import virtual_time
 from tests.support.provider_server import MODEL, ProviderServer, listening
 from tests.support.running_gateway import CHAT, free_port
@@ -61,11 +61,11 @@ async def _drive(
     num_gateways: int, server: ProviderServer, minutes: int, halve_at_s: float | None = None
 ) -> list[int]:
     """Run the load through so many gateways; returns the statuses that clients saw."""
-    keeper = BudgetKeeper()
+    keeper = LeaseKeeper()
 
-    async def ask(*arguments) -> bytes:
+    async def send_update(*arguments) -> bytes:
         await asyncio.sleep(0.001)  # a call of an actor takes about that
-        return keeper.hear(*arguments)
+        return keeper.answer_update(*arguments)
 
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(listening(server))
@@ -85,7 +85,7 @@ async def _drive(
                     "providers": [provider],
                 }
             )
-            gateway = Gateway(config, f"g{number}", ask if num_gateways > 1 else None)
+            gateway = Gateway(config, f"g{number}", send_update if num_gateways > 1 else None)
             listener = Listener(gateway.app, config.gateway)
             await listener.start()
             stack.push_async_callback(listener.stop)

@@ -1,4 +1,4 @@
-"""The keeper of budgets as a real Ray actor, in a Ray of its own."""
+"""The keeper of leases as a real Ray actor, in a Ray of its own."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ SCRIPT = """
     import asyncio, sys, time
     import ray
     from router.limits.rate_limit import Amount, RateLimits
-    from serving.cluster.budget_actor import ask_actor
+    from serving.cluster.lease_actor import actor_sender
     from serving.gateway.providers.leases import Leases
 
     ray.init(
@@ -23,32 +23,32 @@ SCRIPT = """
         _temp_dir=sys.argv[1],
     )
 
-    async def granted(leases, budget, name):
-        budget.want(name, Amount(1, 10))
-        leases.rearm()
+    async def granted(leases, limiter, name):
+        limiter.note_waiting(name, Amount(1, 10))
+        leases.rearm_timer()
         async with asyncio.timeout(20):
-            while budget.room_s(Amount(1, 10), time.monotonic()) > 0.0:
-                if budget.state(0.0).paused_s:
+            while limiter.wait_s(Amount(1, 10), time.monotonic()) > 0.0:
+                if limiter.state(0.0).paused_s:
                     return False
                 await asyncio.sleep(0.01)
-        budget.reserve(name, Amount(1, 10), time.monotonic())
+        limiter.reserve(name, Amount(1, 10), time.monotonic())
         return True
 
     async def main():
         limits = RateLimits(rpm=2)
         pairs = []
         for gateway in ("g0", "g1"):
-            leases = Leases(gateway, ask_actor("app"), lambda: None)
-            pairs.append((leases, leases.make("p/k", limits)))
+            leases = Leases(gateway, actor_sender("app"), lambda: None)
+            pairs.append((leases, leases.make_limiter("p/k", limits)))
         print([await granted(*pair, "a") for pair in pairs])
-        leases, budget = pairs[0]
-        leases.rearm()
+        leases, limiter = pairs[0]
+        leases.rearm_timer()
         await asyncio.sleep(0.3)
-        print(budget.state(time.monotonic()).requests.used)
-        actor = ray.get_actor("budgets-app", namespace="headway")
+        print(limiter.state(time.monotonic()).requests.used)
+        actor = ray.get_actor("leases-app", namespace="headway")
         ray.kill(actor, no_restart=False)  # dies, and Ray starts it again
-        other = Leases("g2", ask_actor("app"), lambda: None)
-        print(await granted(other, other.make("p/k", limits), "b"))
+        other = Leases("g2", actor_sender("app"), lambda: None)
+        print(await granted(other, other.make_limiter("p/k", limits), "b"))
 
     asyncio.run(main())
 """
