@@ -25,8 +25,9 @@ from benchmarks.policies.comparison import say
 from benchmarks.report.report import Report, percentile
 from benchmarks.report.runner import run_and_judge
 from benchmarks.systems.faulty_engine import FaultyEngine, FaultyFleet
-from benchmarks.systems.system import BenchmarkError, free_ports
 from router.types import Request
+from serving.capacity.launch import MeasureError
+from serving.capacity.service import free_ports
 from serving.config import parse
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.gateway.app import Gateway
@@ -98,7 +99,7 @@ class Fleet:
         for size in _SIZES:
             reply = await self._ask(size)
             if reply.error:
-                raise BenchmarkError(f"an undisturbed reply failed: {reply.error}")
+                raise MeasureError(f"an undisturbed reply failed: {reply.error}")
             self.texts[size] = reply.text
         async with asyncio.TaskGroup() as tasks:
             faults = tasks.create_task(self._disturb(tasks))

@@ -30,9 +30,9 @@ from benchmarks.policies.comparison import say
 from benchmarks.report.report import Report
 from benchmarks.report.runner import run_and_judge
 from benchmarks.systems.real_engines import RealEngines, total
-from benchmarks.systems.system import BenchmarkError
 from router.fleet.replica import ReplicaState
 from router.resilience.breaker import BreakerState
+from serving.capacity.launch import MeasureError
 from serving.gateway.metrics import GatewayState
 
 _NUM_ENGINES = 2
@@ -76,7 +76,7 @@ class ChaosEngines(RealEngines):
 
         Mean seconds from the engine's failure, or from its being left, to the next byte.
         """
-        text = await asyncio.to_thread(self._ask, "/metrics")
+        text = await self.ask("/metrics")
         count = total(text, f"{_RESUME_DELAY}_count")
         return int(count), total(text, f"{_RESUME_DELAY}_sum") / max(1.0, count)
 
@@ -105,7 +105,7 @@ class Chaos:
         """Undisturbed replies, then load and faults, then the verdicts."""
         for reply in await self._ask_all():
             if fault := reply.fault():
-                raise BenchmarkError(f"an undisturbed reply is wrong: {fault}")
+                raise MeasureError(f"an undisturbed reply is wrong: {fault}")
             self.references[reply.question] = reply
         # Once more, now with a prefix cache: what differs here, differs without any failure.
         again = await self._ask_all()
@@ -154,7 +154,7 @@ class Chaos:
 
     async def _watch(self) -> None:
         while True:
-            with contextlib.suppress(BenchmarkError):
+            with contextlib.suppress(MeasureError):
                 self._look(await self.subject.gateway_state())
             await asyncio.sleep(_POLL_S)
 
@@ -232,7 +232,7 @@ class Chaos:
                 with contextlib.suppress(psutil.Error, LookupError):
                     pid = self._replicas[replica_id].info.pid
                     return replica_id, EngineProcesses(pid)
-        raise BenchmarkError(f"no engine to hit in {_RECOVERY_TIMEOUT_S:g} s")
+        raise MeasureError(f"no engine to hit in {_RECOVERY_TIMEOUT_S:g} s")
 
     def _are_both_at_work(self) -> bool:
         """Breakers closed, and both have streams."""
@@ -247,7 +247,7 @@ class Chaos:
         while self._state is None or not condition():
             if time.monotonic() > deadline_s:
                 log = self.subject.launches[0].log_tail()
-                raise BenchmarkError(f"no recovery in {_RECOVERY_TIMEOUT_S:g} s:\n{log}")
+                raise MeasureError(f"no recovery in {_RECOVERY_TIMEOUT_S:g} s", log)
             await asyncio.sleep(_POLL_S / 2)
 
     async def _judge(self) -> None:
@@ -258,7 +258,7 @@ class Chaos:
             go_on = vllm_going_on(self._http, self.model, ignore_eos=not question.ends_early)
             try:
                 verdict = await judge(reply, self.references[question], go_on, self.seen.tie_nats)
-            except BenchmarkError as error:  # what cannot be compared is not explained
+            except MeasureError as error:  # what cannot be compared is not explained
                 say(str(error))
                 verdict = Verdict(Kind.UNEXPLAINED)
             self.seen.verdicts.append((reply, verdict))

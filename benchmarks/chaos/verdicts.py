@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import httpx
 
 from benchmarks.chaos.client import Question, Reply
-from benchmarks.systems.system import BenchmarkError
+from serving.capacity.launch import MeasureError
 
 # What adding up in another order may turn: for bfloat16 two steps between neighbouring
 # numbers at the size that logits have (up to 32); for float32 some hundred such steps,
@@ -97,7 +97,7 @@ def vllm_going_on(http: httpx.AsyncClient, model: str, *, ignore_eos: bool) -> G
         }
         response = await http.post("/v1/completions", json=body, timeout=_TIMEOUT)
         if response.status_code != 200:
-            raise BenchmarkError(f"cannot compare: {response.text[:500]}")
+            raise MeasureError(f"cannot compare: {response.text[:500]}")
         choice = response.json()["choices"][0]
         tops = [
             {int(name.removeprefix("token_id:")): value for name, value in top.items()}

@@ -27,20 +27,19 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.fidelity.run_pace import pace
-from benchmarks.load.client import Client
 from benchmarks.load.loops import open_loop
 from benchmarks.load.mix import Mix
 from benchmarks.report.latency import Sample
 from benchmarks.report.report import RESULTS, Report
 from benchmarks.report.runner import run_to_the_end
 from benchmarks.systems.real_engines import RealEngines
-from benchmarks.systems.system import BenchmarkError
 from router.simulation.engine.profile import Pace, Profile
 from router.simulation.figures import percentile
 from router.simulation.variant import OURS
 from router.simulation.workload.workload import Arrival, Workload
 from serving.capacity import logged_steps
-from serving.capacity.profile import Service
+from serving.capacity.client import Client
+from serving.capacity.launch import MeasureError
 from serving.capacity.profile import measure as measure_profile
 from serving.capacity.profiles import load_profile
 from serving.capacity.sweep import Fleet, simulate
@@ -92,9 +91,9 @@ async def measure(
 ) -> tuple[list[Measured], dict[str, Any]]:
     """Return every request of each seed's run at each load, and what there is to know of them.
 
-    Raises `BenchmarkError` where a run is too short to tell the machine's pace.
+    Raises `MeasureError` where a run is too short to tell the machine's pace.
     """
-    subject = Service({}, "cpu", NUM_ENGINES, log_folder)
+    subject = RealEngines(NUM_ENGINES, {"engine": {"step_log": str(log_folder)}})
     mix = _MIX
     found: list[Measured] = []
     runs: list[dict[str, Any]] = []
@@ -114,7 +113,7 @@ async def measure(
             try:
                 machine = pace(profile, steps)
             except ValueError as error:
-                raise BenchmarkError(f"{error}: raise --duration") from error
+                raise MeasureError(f"{error}: raise --duration") from error
             found += [Measured(load, rate, seed, sample) for sample in samples]
             runs.append(
                 {

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Iterator
 
-from benchmarks.load.client import Call, Client, Record
+from serving.capacity.client import Call, Client, Record
 
 # A closed loop that meets a refusing server must not spin on it.
 _PAUSE_AFTER_ERROR_S = 0.1

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from benchmarks.load.client import Call
+from serving.capacity.client import Call
 
 Kind = Literal["short", "long"]
 

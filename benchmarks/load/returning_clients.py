@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from benchmarks.load.client import Call, Client, Record
 from benchmarks.load.mix import Ask, Mix
 from router.settings import RouterSettings
 from router.simulation.figures import Slo
+from serving.capacity.client import Call, Client, Record
 
 _TIMEOUT_S = 120.0
 

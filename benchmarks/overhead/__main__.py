@@ -19,9 +19,10 @@ from rich.console import Console
 from benchmarks.overhead import phases
 from benchmarks.overhead.figures import ROLES, Figures
 from benchmarks.overhead.phases import Durations, Prober, Window, paired_ttft
-from benchmarks.report.report import Report, brief, percentile
+from benchmarks.report.report import Report, percentile
 from benchmarks.report.runner import run_to_the_end
 from benchmarks.systems.system import Floor, Headway
+from router.simulation.figures import brief
 
 FRONTS = ("own", "haproxy")
 DEFAULT_FRONT = "own"
@@ -72,11 +73,11 @@ async def run(fronts: Sequence[str], durations: Durations, seed: int) -> Report:
 
 
 async def _crowd(prober: Prober, subject: Headway, figures: Figures) -> None:
-    launch = subject.launches[0]
+    (usage,) = prober.usages
 
     def gateway_mb() -> float:
-        launch.refresh()
-        return launch.rss_bytes("gateway") / 1e6
+        usage.refresh()
+        return usage.rss_bytes("gateway") / 1e6
 
     before, during, num_left = await prober.crowd(gateway_mb, subject.num_streams_in_engines)
     figures.add_crowd(subject.name, before, during, num_left)

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from benchmarks.load.client import Call, Client, Record
 from benchmarks.load.loops import ClosedLoop, open_loop
 from benchmarks.systems.null_engine import MODEL
-from benchmarks.systems.processes import machine_busy_s
-from benchmarks.systems.system import BenchmarkError, SystemUnderTest
+from benchmarks.systems.processes import ResourceUsage, machine_busy_s
+from serving.capacity.client import Call, Client, Record
+from serving.capacity.launch import MeasureError
+from serving.capacity.service import SystemUnderTest
 
 LOAD_ROLE = "load generator"
 OTHERS_ROLE = "others"  # processes that are neither the subject's nor ours
@@ -81,6 +82,10 @@ class Prober:
     durations: Durations
     failures: Counter[str] = field(default_factory=Counter)
     idle_cores: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
+    usages: list[ResourceUsage] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.usages = [ResourceUsage(launch) for launch in self.subject.launches]
 
     async def idle(self) -> None:
         """Learn what each role uses while nothing is asked of it."""
@@ -169,8 +174,8 @@ class Prober:
         return window
 
     async def _window(self, client: Client, span_s: float) -> Window:
-        for launch in self.subject.launches:
-            launch.refresh()
+        for usage in self.usages:
+            usage.refresh()
         cpu_before = self._cpu_s()
         start_s, num_events, num_ended = time.perf_counter(), client.num_events, client.num_ended
         num_pieces = client.num_pieces
@@ -187,19 +192,19 @@ class Prober:
 
     def _cpu_s(self) -> defaultdict[str, float]:
         used: defaultdict[str, float] = defaultdict(float)
-        for launch in self.subject.launches:
-            for role, used_s in launch.cpu_s().items():
+        for usage in self.usages:
+            for role, used_s in usage.cpu_s().items():
                 used[role] += used_s
         used[LOAD_ROLE] = time.process_time()
         used[OTHERS_ROLE] = machine_busy_s() - sum(used.values())
         return used
 
     def checked(self, records: list[Record]) -> list[Record]:
-        """Count the failed ones; raise `BenchmarkError` when there is no other."""
+        """Count the failed ones; raise `MeasureError` when there is no other."""
         failed = Counter(record.error for record in records if not record.completed)
         self.failures.update(failed)
         if failed.total() == len(records):
-            raise BenchmarkError(f"{self.subject.name}: every request failed: {failed}")
+            raise MeasureError(f"{self.subject.name}: every request failed: {failed}")
         return records
 
 

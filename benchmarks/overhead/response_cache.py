@@ -16,12 +16,14 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.load.client import Call, Client
 from benchmarks.load.loops import open_loop
-from benchmarks.report.report import Report, Spread, brief, percentile
+from benchmarks.report.report import Report, Spread, percentile
 from benchmarks.report.runner import run_to_the_end
 from benchmarks.systems.null_engine import MODEL
-from benchmarks.systems.system import BenchmarkError, Floor, Headway
+from benchmarks.systems.system import Floor, Headway
+from router.simulation.figures import brief
+from serving.capacity.client import Call, Client
+from serving.capacity.launch import MeasureError
 
 NUM_ENGINES = 2
 _RATE = 30.0  # requests per second of each way
@@ -114,7 +116,7 @@ async def _ttft_s(
         start_s = time.perf_counter()
         records = await open_loop(client, arrivals)
     if failed := [record.error for record in records if not record.completed]:
-        raise BenchmarkError(f"{way}: {len(failed)} of {len(records)} requests failed: {failed[0]}")
+        raise MeasureError(f"{way}: {len(failed)} of {len(records)} requests failed: {failed[0]}")
     return [record.ttft_s for record in records if record.due_s - start_s >= _WARM_UP_S]
 
 

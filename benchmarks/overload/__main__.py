@@ -9,31 +9,30 @@ the usual load again, and at last ten thousand connections that give nothing.
 
 import argparse
 import asyncio
-import contextlib
 import itertools
-import json
 import resource
 import sys
 import time
-import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.load.client import Client
+from benchmarks.load.capacity import measured_capacity
 from benchmarks.load.hostile_clients import Crowd
-from benchmarks.load.loops import ClosedLoop
 from benchmarks.load.mix import Mix
 from benchmarks.load.returning_clients import ReturningClients, Visit
 from benchmarks.overload.watch import Watch
 from benchmarks.peers.fleet import EmulatedHeadway
-from benchmarks.policies.comparison import num_served, say
+from benchmarks.policies.comparison import say
 from benchmarks.report.plot_overload import plot_watch
-from benchmarks.report.report import RESULTS, Report, brief, percentile
+from benchmarks.report.report import RESULTS, Report, percentile
 from benchmarks.report.runner import run_to_the_end
-from benchmarks.systems.processes import machine_busy_s
-from router.simulation.figures import Slo
+from benchmarks.systems.processes import ResourceUsage, machine_busy_s
+from router.simulation.figures import Slo, brief
+from router.simulation.variant import OURS
+from serving.capacity.client import Client
+from serving.capacity.service import get_json
 
 _MODEL = "emulated"
 _PROFILE = "h100-llama8b"
@@ -85,10 +84,7 @@ class Deployment(EmulatedHeadway):
 
     def get_state(self) -> dict[str, Any] | None:
         """What the gateway says of itself; None if it does not answer in time."""
-        url = f"{self.urls[0]}/headway/state"
-        with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(url, timeout=5) as it:
-            return dict(json.load(it))
-        return None
+        return get_json(f"{self.urls[0]}/headway/state")
 
 
 class Run:
@@ -107,19 +103,12 @@ class Run:
         """Return the requests per second that the engines carry, all of them always full."""
         self.watch.phase = "capacity"
         num_workers = _WORKERS_PER_ENGINE * self.plan.num_engines
-        calls = (
-            _MIX.call(ask, _MODEL, "capacity") for ask in _MIX.asks(f"{self.plan.seed} capacity")
+        # By ours, for it is what ours carries that is exceeded: other policies fill engines more,
+        # for they do not keep to the time per token.
+        seed, window_s = self.plan.seed, self.plan.capacity_s
+        rate = await measured_capacity(
+            self.deployment, _MIX, _MODEL, seed, num_workers, window_s, OURS
         )
-        async with Client(self.deployment.urls) as client:
-            loop = ClosedLoop(client, calls, num_workers)
-            await loop.start(ramp_s=1.0)
-            await asyncio.sleep(4.0)
-            start_s = time.perf_counter()
-            await asyncio.sleep(self.plan.capacity_s)
-            end_s = time.perf_counter()
-            records = await loop.stop()
-        done = [record for record in records if record.completed]
-        rate = num_served(done, start_s, end_s) / (end_s - start_s)
         say(f"capacity: {brief(rate)} requests/s")
         return rate
 
@@ -256,9 +245,8 @@ class Run:
         return crowd
 
     def _cpu_s(self) -> defaultdict[str, float]:
-        launch = self.deployment.launches[0]
-        launch.refresh()
-        used = launch.cpu_s()
+        self.watch.usage.refresh()
+        used = self.watch.usage.cpu_s()
         used["load generator"] = time.process_time()
         return used
 
@@ -278,7 +266,7 @@ async def run(plan: Plan) -> tuple[Report, Watch, float]:
     }
     report = Report("overload", "emulated", plan.seed, config)
     async with Deployment(_PROFILE, plan.num_engines, _MODEL) as deployment:
-        watch = Watch(deployment.launches[0], deployment.get_state)
+        watch = Watch(ResourceUsage(deployment.launches[0]), deployment.get_state)
         async with watch.running():
             await asyncio.sleep(_PAUSE_S)
             one = Run(plan, deployment, watch, report)

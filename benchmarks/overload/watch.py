@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.systems.processes import Launch
+from benchmarks.systems.processes import ResourceUsage
 
 _INTERVAL_S = 1.0
 
@@ -34,7 +34,7 @@ class Look:
 class Watch:
     """Looks until told to stop."""
 
-    launch: Launch
+    usage: ResourceUsage
     get_state: Callable[[], dict[str, Any] | None]
     phase: str = "idle"
     looks: list[Look] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Watch:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Look while the body runs."""
-        self.launch.refresh()
+        self.usage.refresh()
         task = asyncio.create_task(self._run())
         try:
             yield
@@ -62,8 +62,8 @@ class Watch:
         look = Look(
             at_s=time.monotonic() - self._start_s,
             phase=self.phase,
-            gateway_mb=self.launch.rss_bytes("gateway") / 1e6,
-            engines_mb=self.launch.rss_bytes("engines") / 1e6,
+            gateway_mb=self.usage.rss_bytes("gateway") / 1e6,
+            engines_mb=self.usage.rss_bytes("engines") / 1e6,
             num_held=state.get("held", {}).get("num_requests", 0),
             num_placed=state.get("num_placed", 0),
             held_mb=state.get("held", {}).get("num_bytes", 0) / 1e6,

@@ -20,18 +20,20 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from benchmarks.load.capacity import measured_capacity
 from benchmarks.load.mix import Mix
 from benchmarks.peers import PEERS
 from benchmarks.peers.fleet import EmulatedFleet, EmulatedHeadway, VllmFleet
 from benchmarks.peers.peer import MissingError
 from benchmarks.peers.turn import BUSY_ROUTER_CPU, MAX_OTHERS_CPU, Stage, Turn
-from benchmarks.policies.comparison import capacity, finish, say
+from benchmarks.policies.comparison import NUM_WORKERS, finish, say
 from benchmarks.report.latency import Latencies, Sample
 from benchmarks.report.report import Report, Spread
 from benchmarks.report.runner import run_to_the_end
 from benchmarks.systems.real_engines import RealEngines
-from benchmarks.systems.system import BenchmarkError, Headway, SystemUnderTest, get_json
 from router.simulation.variant import OURS
+from serving.capacity.launch import MeasureError
+from serving.capacity.service import Service, SystemUnderTest, get_json
 from serving.planning.bundled_model import SERVED_MODEL_NAME
 
 # How often a turn is taken that was disturbed: the last one counts, whatever it was, for a
@@ -83,7 +85,7 @@ class Plan:
     def model(self) -> str:
         return SERVED_MODEL_NAME if self.profile is None else "emulated"
 
-    def subjects(self) -> tuple[EmulatedFleet | VllmFleet, Headway]:
+    def subjects(self) -> tuple[EmulatedFleet | VllmFleet, Service]:
         """The engines that the peers get, and Headway with its own."""
         if self.profile is None:
             return VllmFleet(self.num_engines), RealEngines(self.num_engines)
@@ -121,7 +123,7 @@ async def run(plan: Plan) -> tuple[Report, list[Sample]]:
                 subject = peer(policy, fleet.urls, plan.model)
                 try:
                     subjects[subject.name] = await stack.enter_async_context(subject)
-                except BenchmarkError as error:
+                except MeasureError as error:
                     say(f"{subject.name} is skipped: {error}")
                     report.note(f"{subject.name} is skipped: it did not start.")
         say(f"up: {', '.join(subjects)}")
@@ -176,10 +178,11 @@ async def run(plan: Plan) -> tuple[Report, list[Sample]]:
     return report, samples
 
 
-async def _rate(plan: Plan, ours: Headway) -> float:
+async def _rate(plan: Plan, ours: Service) -> float:
     """What to send to real engines, requests per second."""
-    assert isinstance(ours, RealEngines), "emulated engines have a rate"
-    carried = await capacity(ours, plan.mix, plan.model, plan.seed, _CALIBRATION_S)
+    carried = await measured_capacity(
+        ours, plan.mix, plan.model, plan.seed, NUM_WORKERS, _CALIBRATION_S
+    )
     await ours.switch(OURS)
     say(f"two engines carry {carried:.2f} requests/s; sending {_LOAD:.0%} of that")
     return _LOAD * carried

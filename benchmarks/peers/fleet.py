@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.peer import answers
-from benchmarks.systems.processes import Launch
-from benchmarks.systems.system import Headway, SystemUnderTest, free_ports
+from benchmarks.systems.system import Headway
+from serving.capacity.launch import Launch
+from serving.capacity.service import SystemUnderTest, free_ports
 from serving.planning.bundled_model import SERVED_MODEL_NAME
-
-_ROOT = Path(__file__).parents[2]
 
 
 class EmulatedFleet(SystemUnderTest):
@@ -27,7 +26,7 @@ class EmulatedFleet(SystemUnderTest):
                 *(sys.executable, "-m", "benchmarks.peers.emulated_server", "--port", str(port)),
                 *("--profile", self._profile, "--model", self._model),
             ]
-            self.launches.append(Launch(command, folder / f"engine-{number}.log", _ROOT))
+            self.launches.append(Launch(command, folder / f"engine-{number}.log"))
 
     def _is_ready(self) -> bool:
         return all(answers(url, self._model) for url in self.urls)
@@ -52,7 +51,7 @@ class VllmFleet(SystemUnderTest):
                 *(sys.executable, "-m", "benchmarks.peers.vllm_server", "--port", str(port)),
                 *("--rank", str(rank), "--engines", str(2 * self.num_engines)),
             ]
-            self.launches.append(Launch(command, folder / f"engine-{rank}.log", _ROOT))
+            self.launches.append(Launch(command, folder / f"engine-{rank}.log"))
 
     def _is_ready(self) -> bool:
         return all(answers(url, SERVED_MODEL_NAME) for url in self.urls)

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from benchmarks.systems.processes import Launch
-from benchmarks.systems.system import SystemUnderTest, free_ports
+from serving.capacity.launch import Launch
+from serving.capacity.service import SystemUnderTest, free_ports
 from serving.planning.bundled_model import default_cache_dir
 
-_ROOT = Path(__file__).parents[2]
 _INSTALL_TIMEOUT_S = 300.0
 
 
@@ -67,7 +66,7 @@ class Peer(SystemUnderTest):
     def _launch(self, folder: Path) -> None:
         (port,) = free_ports(1)
         self.urls = [f"http://127.0.0.1:{port}"]
-        self.launches = [Launch(self.command(folder, port), folder / "peer.log", _ROOT)]
+        self.launches = [Launch(self.command(folder, port), folder / "peer.log")]
 
     def _is_ready(self) -> bool:
         return answers(self.urls[0], self.model)

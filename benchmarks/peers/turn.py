@@ -5,14 +5,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.load.client import Client
 from benchmarks.load.loops import open_loop
 from benchmarks.load.mix import Ask, Mix
 from benchmarks.policies.comparison import say
 from benchmarks.report.latency import Latencies, Sample
-from benchmarks.report.report import brief, percentile
-from benchmarks.systems.processes import machine_busy_s
-from benchmarks.systems.system import Headway, SystemUnderTest
+from benchmarks.report.report import percentile
+from benchmarks.systems.processes import ResourceUsage, machine_busy_s
+from router.simulation.figures import brief
+from serving.capacity.client import Client
+from serving.capacity.service import Service, SystemUnderTest
 
 _NUM_CONNECTIONS = 64
 _PAUSE_S = 1.0  # what the turn before left behind is over
@@ -97,14 +98,15 @@ class Stage:
         ours = time.process_time()
         used = {}
         for launch in launches:
-            launch.refresh()
-            used[launch] = launch.cpu_s()
+            usage = ResourceUsage(launch)
+            usage.refresh()
+            used[launch] = usage.cpu_s()
             ours += sum(used[launch].values())
         others_s = machine_busy_s() - ours
         subject, engines = self.subjects[name], self._engines[name]
         engines_s = sum(used[launch]["engines"] for launch in engines.launches)
         # Ray's own processes idle beside Headway's gateway, and do so in everybody's turn.
-        is_headway = isinstance(subject, Headway)
+        is_headway = isinstance(subject, Service)
         router_s = sum(
             used[launch]["gateway"] if is_headway else sum(used[launch].values())
             for launch in subject.launches

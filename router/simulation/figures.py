@@ -167,6 +167,13 @@ def knee(loads: Sequence[float], ttft_p99_s: Sequence[float]) -> float | None:
     return max(load for load, p99_s in pairs if p99_s <= 2.0 * ttft_p99_s[0])
 
 
+def brief(value: float) -> str:
+    """Return the number with about three digits that mean something."""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
 def _shares_met(
     run: Run, met: np.ndarray, steady: np.ndarray, classes: Mapping[str, np.ndarray]
 ) -> list[float]:

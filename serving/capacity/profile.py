@@ -13,12 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from scipy.stats import trim_mean
 
-from benchmarks.report.runner import run_to_the_end
-from benchmarks.systems.real_engines import RealEngines
 from router.simulation.engine.profile import Profile
 from router.types import EngineInfo
 from serving.capacity import logged_steps
 from serving.capacity.profiles import save_profile
+from serving.capacity.service import Service
 from serving.capacity.step_fit import TERMS, fit
 from serving.capacity.step_probe import StepProbe
 from serving.config import parse
@@ -31,40 +30,18 @@ _FAR_OUT = 0.1  # of the times that first tokens take, this share at either end
 _WHAT_MAKES_AN_ENGINE = ("model", "served_model_name", "tensor_parallel_size", "engine")
 
 
-class Service(RealEngines):
-    """`headway serve` by a configuration of the user's, its engines' steps written down."""
-
-    def __init__(
-        self, args: Mapping[str, Any], device: str, num_engines: int, log_folder: Path
-    ) -> None:
-        super().__init__(num_engines)
-        self._args = args
-        self._device = device
-        self._log_folder = log_folder
-
-    def config(self, port: int, gateway_port: int) -> dict[str, Any]:
-        config = super().config(port, gateway_port)
-        args = config["applications"][0]["args"]
-        args |= {key: self._args[key] for key in _WHAT_MAKES_AN_ENGINE if key in self._args}
-        args["device"] = self._device
-        engine = parse(args).engine.model_dump(mode="json", exclude_unset=True)
-        args["engine"] = {**engine, "step_log": str(self._log_folder)}
-        return config
-
-
 async def measure(args: Mapping[str, Any], plan: Plan, name: str, console: Console) -> Profile:
     """Return the profile of one of the engines that `plan` would start for `args`.
 
     Everything that users' requests go through is there: on CPU cores it takes its share of
     them. There all engines are started, and do the same one alone and side by side, for they
-    share memory and the cores' spare time. Raises `BenchmarkError` if they do not start.
+    share memory and the cores' spare time. Raises `MeasureError` if they do not start.
     """
     num_engines = plan.num_replicas if plan.device == "cpu" else 1
     console.print(f"Starting {num_engines} × {plan.device_name}")
     begin_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="headway-steps-") as folder:
-        service = Service(args, plan.device, num_engines, Path(folder))
-        async with service:
+        async with Service(num_engines, _logged(args, plan.device, Path(folder))) as service:
             start_s = time.monotonic() - begin_s
             state = await service.state()
             info, *_ = (
@@ -72,9 +49,7 @@ async def measure(args: Mapping[str, Any], plan: Plan, name: str, console: Conso
                 for replica in state["replicas"].values()
             )
             await service.switch("round_robin")
-            probe = StepProbe(
-                service.urls, info, num_engines, lambda: not service.num_streams_in_engines()
-            )
+            probe = StepProbe(service, info)
             await probe.decode(2, _WARM_UP_TOKENS, num_engines)
             since_s = time.monotonic()
             await _carry_out(probe, console)
@@ -94,6 +69,13 @@ async def measure(args: Mapping[str, Any], plan: Plan, name: str, console: Conso
         "path_s": float(f"{path_s:.4g}"),
     }
     return fitted.model_copy(update=values)
+
+
+def _logged(args: Mapping[str, Any], device: str, folder: Path) -> dict[str, Any]:
+    """Return the configuration of the same engines, which write their steps down in `folder`."""
+    kept = {key: args[key] for key in _WHAT_MAKES_AN_ENGINE if key in args} | {"device": device}
+    engine = parse(kept).engine.model_dump(mode="json", exclude_unset=True)
+    return {**kept, "engine": {**engine, "step_log": str(folder)}}
 
 
 def _path_s(firsts: Sequence[tuple[int, float]], profile: Profile, slowness: float) -> float:
@@ -146,9 +128,9 @@ def _blank(name: str, info: EngineInfo, start_s: float) -> Profile:
     )
 
 
-def run(args: Mapping[str, Any], plan: Plan, output: Path, console: Console) -> None:
-    """Measure, write `output` and tell what came out."""
-    profile = run_to_the_end(lambda: measure(args, plan, output.stem, console))
+async def run(args: Mapping[str, Any], plan: Plan, output: Path, console: Console) -> None:
+    """Measure, write `output` and tell what came out. Raises `MeasureError`."""
+    profile = await measure(args, plan, output.stem, console)
     save_profile(profile, output)
     for name in (*TERMS, "noise", "contention", "path_s"):
         console.print(f"{name:20} {getattr(profile, name):.4g}")

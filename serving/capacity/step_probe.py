@@ -1,14 +1,16 @@
 """Work of known shape for a whole service, by which its engines' steps can be measured."""
 
 import asyncio
+import itertools
+import json
 import random
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from benchmarks.load.client import Client
-from benchmarks.systems.system import BenchmarkError
 from router.types import EngineInfo
-from serving.capacity.known_calls import KnownCalls
+from serving.capacity.client import Call, Client
+from serving.capacity.launch import MeasureError
+from serving.capacity.service import Service
 
 _NUM_DECODE_STEPS = 24
 _NUM_REPEATS = 3
@@ -21,6 +23,8 @@ _LARGEST_BATCH = 64
 # A batch whose prompts alone take more steps than this would measure prefill.
 _MAX_PREFILL_STEPS = 16
 _TIMEOUT_S = 600.0
+# Token ids to say nothing with: beyond the special ones, within every vocabulary.
+_FIRST_ID, _NUM_IDS = 1000, 20_000
 
 Job = Callable[[], Awaitable[None]]
 
@@ -33,16 +37,13 @@ class StepProbe:
     give each of them one.
     """
 
-    def __init__(
-        self, urls: list[str], info: EngineInfo, num_engines: int, is_idle: Callable[[], bool]
-    ) -> None:
+    def __init__(self, service: Service, info: EngineInfo) -> None:
         # Of those that one step takes: tokens, and seconds to the first one generated.
         self.firsts: list[tuple[int, float]] = []
-        self._urls = urls
+        self._service = service
         self._info = info
-        self._num_engines = num_engines
-        self._is_idle = is_idle
-        self._calls = KnownCalls(info.model)
+        self._num_engines = service.num_engines
+        self._numbers = itertools.count()  # of calls
         self._rng = random.Random(0)
 
     def plan(self) -> list[tuple[str, Job]]:
@@ -72,13 +73,13 @@ class StepProbe:
 
     async def decode(self, num_requests: int, num_tokens: int, num_busy: int) -> None:
         """Have so many engines decode so many each; the others have little to do."""
-        async with Client(self._urls) as client:
+        async with Client(self._service.urls) as client:
             for _ in range(num_requests):
                 for number in range(self._num_engines):
                     num_output_tokens = _NUM_DECODE_STEPS if number < num_busy else 1
-                    client.send(self._calls.make(num_tokens, num_output_tokens))
+                    client.send(self._call(num_tokens, num_output_tokens))
             await client.wait(_TIMEOUT_S)
-        await self._until_idle()
+        await self._service.wait_until_idle(_TIMEOUT_S)
 
     async def _prefill(self, num_tokens: int) -> None:
         """Have every engine prefill one prompt beside one that decodes.
@@ -86,26 +87,38 @@ class StepProbe:
         An engine that wakes up does not tell how long its first step took: the
         one that decodes keeps it awake.
         """
-        async with Client(self._urls) as companions, Client(self._urls) as client:
+        async with Client(self._service.urls) as companions, Client(self._service.urls) as client:
             kept = [
-                companions.send(self._calls.make(16, self._info.max_model_len - 32))
+                companions.send(self._call(16, self._info.max_model_len - 32))
                 for _ in range(self._num_engines)
             ]
             while not all(record.num_events for record in kept):
                 if errors := [record.error for record in kept if record.error]:
-                    raise BenchmarkError(f"an engine refused a request: {errors[0]}")
+                    raise MeasureError(f"an engine refused a request: {errors[0]}")
                 await asyncio.sleep(0.005)
             records = []
             is_shortest = num_tokens == _SHORTEST_TOKENS
             for _ in range(_NUM_SHORT_REPEATS if is_shortest else _NUM_REPEATS):
                 await asyncio.sleep(self._rng.uniform(0.0, _MAX_PAUSE_S))
                 for _ in range(self._num_engines):
-                    records.append(client.send(self._calls.make(num_tokens, 1)))
+                    records.append(client.send(self._call(num_tokens, 1)))
                 await client.wait(_TIMEOUT_S)
             if num_tokens <= (self._info.max_prefill_chunk or self._info.max_num_batched_tokens):
                 self.firsts += [(num_tokens, record.ttft_s) for record in records]
-        await self._until_idle()
+        await self._service.wait_until_idle(_TIMEOUT_S)
 
-    async def _until_idle(self) -> None:
-        while not await asyncio.to_thread(self._is_idle):
-            await asyncio.sleep(0.1)
+    def _call(self, num_tokens: int, num_output_tokens: int) -> Call:
+        """Return a streamed completion for a prompt of so many tokens, which comes to its end.
+
+        No two share a block of their prompts.
+        """
+        number = next(self._numbers)
+        ids = [_FIRST_ID + (number * 7919 + each * each) % _NUM_IDS for each in range(num_tokens)]
+        body = {
+            "model": self._info.model,
+            "prompt": ids,
+            "max_tokens": num_output_tokens,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        return Call("/v1/completions", json.dumps(body).encode(), stream=True)

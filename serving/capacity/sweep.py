@@ -86,7 +86,8 @@ def simulate(
 def capacity(workload: Workload, fleet: Fleet, seed: int = 0) -> float:
     """Return the requests per second that the fleet completes of this mix, kept full.
 
-    With every request there from the start; counted while the engines are full.
+    With every request there from the start; counted while the engines are full. Simulated, in
+    virtual time; what engines that run carry is found by sending, which is the benchmarks' job.
     """
     run = simulate(workload.at_once(), fleet, SATURATING_POLICY, seed=seed, settings=_UNBOUNDED)
     ends_s = np.sort(run.end_s[run.completed])

@@ -12,16 +12,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.report.provenance import commit
-from benchmarks.report.report import brief
 from router.simulation.engine.profile import Profile
-from router.simulation.figures import Figures, Slo
+from router.simulation.figures import Figures, Slo, brief
 from router.simulation.variant import policies, renamed, split
 from router.simulation.workload.synthetic import SYNTHETIC
 from router.simulation.workload.workload import Workload
 from serving.capacity.profiles import ProfileError, load_profile
 from serving.capacity.sweep import Case, Sweep
 from serving.capacity.traces import TraceError, read_trace
+from serving.checkout import commit_id
 from serving.config import ConfigError
 from serving.renamed import warn_renamed
 
@@ -196,7 +195,7 @@ def _show(
     for variant, search in sorted(searches.items(), key=lambda each: each[1].enough or math.inf):
         found = f"{search.enough} engines" if search.enough else f"not even {question.max_engines}"
         console.print(f"{variant}: {found}")
-    revision = (commit()["id"] or "not in a checkout")[:12]
+    revision = (commit_id() or "not in a checkout")[:12]
     console.print(
         f"Simulated, not measured: profile {profile.name} ({profile.device}, {profile.model}), "
         f"seed {question.seed}, commit {revision}. {profile.source}",

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import typer
 
+from serving.capacity.launch import MeasureError
 from serving.config import ConfigError
 from serving.gateway.http.endpoint import StartError
 from serving.planning.bundled_model import BundledModelError
@@ -24,9 +25,9 @@ def errors_in_one_line(*others: type[Exception], verbose: bool = False) -> Itera
     """
     try:
         yield
-    except (ConfigError, BundledModelError, StartError, *others) as error:
+    except (ConfigError, BundledModelError, StartError, MeasureError, *others) as error:
         if verbose:
             traceback.print_exc()
         print(f"headway: {error}", file=sys.stderr)
-        failed = isinstance(error, BundledModelError | StartError)
+        failed = isinstance(error, BundledModelError | StartError | MeasureError)
         raise typer.Exit(_FAILED if failed else _BAD_CONFIG) from None

@@ -7,9 +7,13 @@
 | later  | none                                                                      |
 """
 
+import asyncio
 import signal
+from collections.abc import Awaitable, Callable
 from types import FrameType
-from typing import Self
+from typing import Self, TypeVar
+
+T = TypeVar("T")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -56,3 +60,25 @@ class Interrupts:
         self._count += 1
         if self._count == 1:
             raise StopSignal(signum)
+
+
+def run_until_stopped(run: Callable[[], Awaitable[T]]) -> T:
+    """Return what `run()` returns, on an event loop of its own.
+
+    A signal cancels it, so that what it started is taken down on the way out. Raises
+    `SystemExit` then: nothing is to be written.
+    """
+    import uvloop  # late: most commands need no event loop
+
+    async def run_cancellable() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        for signum in _SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(signum, task.cancel)
+        return await run()
+
+    try:
+        return uvloop.run(run_cancellable())
+    except asyncio.CancelledError:
+        print("Stopped before the end: nothing is written.")
+        raise SystemExit(130) from None

@@ -1,7 +1,8 @@
 """The command line: `headway serve`, `plan`, `key`, `profile`, `version`."""
 
-import importlib
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 from router.scheduling.policies import POLICIES
 from serving.cli.config_file import ConfigFile, check_with_ray, load_config_file
 from serving.cli.errors import errors_in_one_line
+from serving.cli.interrupts import run_until_stopped
 from serving.cli.keys import key_app
 from serving.cli.launch import launch
 from serving.config import ConfigError
@@ -141,7 +143,9 @@ def profile_command(
     with errors_in_one_line():
         file, _, plan = _load_and_plan(ctx.params)
         console = Console(highlight=False, markup=False, soft_wrap=True)
-        _benchmark("measure").run(file.application["args"], plan, output, console)
+        with _missing_package_named():
+            from serving.capacity import profile
+        run_until_stopped(lambda: profile.run(file.application["args"], plan, output, console))
 
 
 @main.command()
@@ -181,7 +185,9 @@ def whatif(
 ) -> None:
     """Find how many engines traffic needs for a promise, and under which policy. Simulated."""
     with errors_in_one_line():
-        _benchmark("whatif").ask(
+        from serving.capacity.whatif import ask  # late, as NumPy is: no other command needs it
+
+        ask(
             Console(highlight=False),
             trace=trace,
             slo_ttft_s=slo_ttft,
@@ -208,13 +214,15 @@ def version() -> None:
             continue
 
 
-def _benchmark(name: str) -> Any:
-    """Return a module of `benchmarks`; may raise `ConfigError`."""
+@contextmanager
+def _missing_package_named() -> Iterator[None]:
+    """Raise `ConfigError` if the block imports a package that only developers have."""
     try:
-        return importlib.import_module(f"benchmarks.{name}")
+        yield
     except ModuleNotFoundError as error:
+        package = (error.name or str(error)).partition(".")[0]
         raise ConfigError(
-            f"this command needs the module {error.name}: pip install {error.name}"
+            f"this command needs the module {package}: pip install {package}"
         ) from None
 
 

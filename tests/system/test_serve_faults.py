@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from benchmarks.systems.null_engine import MODEL
+from benchmarks.systems.processes import titled
 from benchmarks.systems.system import Headway
 from router.resilience.breaker import BreakerState
 from serving.gateway.metrics import GatewayState
@@ -87,8 +88,7 @@ class TwoGateways(Headway):
         return config
 
     def gateways(self) -> list[psutil.Process]:
-        self.launches[0].refresh()
-        return self.launches[0].titled(GATEWAY)
+        return titled(self.launches[0], GATEWAY)
 
     async def states(self) -> dict[str, GatewayState]:
         """`/headway/state` of every gateway that answers, by its id; a few tries find all."""

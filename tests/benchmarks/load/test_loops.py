@@ -6,8 +6,8 @@ import itertools
 import time
 from collections.abc import Awaitable, Callable
 
-from benchmarks.load.client import Call, Client, Record
 from benchmarks.load.loops import ClosedLoop, open_loop
+from serving.capacity.client import Call, Client, Record
 
 Reply = Callable[[asyncio.StreamWriter], Awaitable[None]]
 

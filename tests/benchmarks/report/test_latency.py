@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load.client import Record
 from benchmarks.load.mix import Ask
 from benchmarks.report.latency import Latencies, Sample, write_csv
 from benchmarks.report.plot_ttft import plot_ttft
 from benchmarks.report.report import Report
+from serving.capacity.client import Record
 
 
 def sample(policy: str, ttft_s: float | None, kind: str = "short", repeat: int = 0) -> Sample:

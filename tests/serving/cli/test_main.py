@@ -137,6 +137,26 @@ class TestMistakes:
         assert result.exit_code == 1
         assert "cannot listen on 203.0.113.1:8000" in result.stderr
 
+    def test_a_service_that_cannot_be_measured(self, tmp_path: Path) -> None:
+        children = set(psutil.Process().children(recursive=True))
+        output = tmp_path / "profile.yaml"
+        options = ("--set", "engine.factory=nowhere:Engine", "--output", str(output))
+        result = run("profile", *options)
+        assert result.exit_code == 1
+        reason = "cannot start: ModuleNotFoundError: No module named 'nowhere'"
+        assert result.stderr == f"headway: headway serve ended: {reason}\n"
+        assert not output.exists()
+        assert set(psutil.Process().children(recursive=True)) <= children
+
+    def test_a_package_that_only_developers_have(self) -> None:
+        lines = "import sys; sys.modules['scipy'] = None; from serving.cli.main import main; main()"
+        command = [sys.executable, "-c", lines, "profile"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 2
+        assert result.stderr == (
+            "headway: this command needs the module scipy: pip install scipy\n"
+        )
+
 
 def test_plan_shows_what_and_why() -> None:
     result = run("plan", "--set", "engine.args.seed=7")

@@ -12,9 +12,9 @@ import zmq
 import zmq.asyncio
 
 from benchmarks.peers.emulated_server import serve
-from benchmarks.systems.system import free_ports
 from router.simulation.engine.profile import Profile
 from serving.capacity.profiles import save_profile
+from serving.capacity.service import free_ports
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.engine.emulated.kv_events import KvEventPublisher, KvEvents, KvEventsConfig
 from serving.engine.emulated.text import Prompt

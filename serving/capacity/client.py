@@ -94,6 +94,7 @@ class _Connection(asyncio.Protocol):
         self._transport = transport  # type: ignore[assignment]
 
     def send(self, call: Call, record: Record, on_end: Callable[[Record], None] | None) -> None:
+        assert self._transport is not None, "this connection is closed"
         self.record, self.stream, self._on_end = record, call.stream, on_end
         self._half_blank = False
         self._pieces.clear()
@@ -153,13 +154,12 @@ class _Connection(asyncio.Protocol):
         if record.completed and self.stream:
             record.num_events -= 1
             self._client.num_events -= 1
-        if self._parser.should_keep_alive():
+        keeps_alive = self._parser.should_keep_alive()
+        if keeps_alive:
             self._target.idle.append(self)
-            self._finish(record)
-        else:
-            self._finish(record)
-            if self._transport is not None:
-                self._transport.close()
+        self._finish(record)
+        if not keeps_alive and self._transport is not None:
+            self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -194,7 +194,7 @@ class _Target:
 
 
 class Client:
-    """A pool of connections to one or several servers, which take turns."""
+    """A pool of connections to one or several servers, in rotation."""
 
     def __init__(self, urls: Sequence[str], headers: dict[str, str] | None = None) -> None:
         self.headers = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
@@ -206,14 +206,14 @@ class Client:
             _Target(parts.hostname or "127.0.0.1", parts.port or 80, [])
             for parts in map(urlsplit, urls)
         ]
-        self._turns = itertools.cycle(self._targets)
+        self._rotation = itertools.cycle(self._targets)
         self._opening: set[asyncio.Task[None]] = set()
         self.num_active = 0  # sent or connecting, and not ended
         self._all_ended = asyncio.Event()
 
     async def connect(self, num_connections: int) -> None:
         """Open connections ahead, so that connecting is not part of what is measured."""
-        for target in itertools.islice(self._turns, num_connections):
+        for target in itertools.islice(self._rotation, num_connections):
             target.idle.append(await self._open(target))
 
     def send(self, call: Call, on_end: Callable[[Record], None] | None = None) -> Record:
@@ -221,7 +221,7 @@ class Client:
         record = Record(due_s=time.perf_counter())
         self.num_active += 1
         self._all_ended.clear()
-        target = next(self._turns)
+        target = next(self._rotation)
         if target.idle:
             target.idle.pop().send(call, record, on_end)
         else:

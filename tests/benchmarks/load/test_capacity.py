@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.load.client import Record
-from benchmarks.policies.comparison import num_served
+from benchmarks.load.capacity import num_served
+from serving.capacity.client import Record
 
 
 def record(sent_s: float, last_s: float) -> Record:

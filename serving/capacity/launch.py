@@ -1,0 +1,119 @@
+"""One command and all that it starts: found, and ended without leaving anything behind.
+
+Ray detaches processes, renames them and starts new ones, so neither parents
+nor names find them all. A mark in the environment of the first is inherited
+by the rest; where a renamed process has overwritten its environment, its
+parent bears the mark.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+_MARK = "HEADWAY_LAUNCH"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_libc = ctypes.CDLL(None)
+_ROOT = Path(__file__).parents[2]  # where the packages are, installed or not
+
+
+class MeasureError(Exception):
+    """What is measured did not start or does not answer: there is nothing to measure.
+
+    `log` is the end of what it has said, for whoever wants to know more.
+    """
+
+    def __init__(self, reason: str, log: str = "") -> None:
+        super().__init__(reason)
+        self.log = log
+
+
+class Launch:
+    """One command and all that it starts."""
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        """Start it; its output goes to `log`. It is told to end should we be killed."""
+        # All that were ever found, parents first.
+        self.processes: dict[psutil.Process, None] = {}
+        self._mark = uuid.uuid4().hex
+        self._log = log
+        path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+        with log.open("wb") as output:
+            self._first = subprocess.Popen(
+                command,
+                cwd=_ROOT,
+                env={**os.environ, _MARK: self._mark, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                preexec_fn=lambda: _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+                start_new_session=True,  # a Ctrl-C is for us; we end it in good order
+            )
+
+    @property
+    def pid(self) -> int:
+        """Of the command itself."""
+        return self._first.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status of the command itself, `None` while it runs."""
+        return self._first.poll()
+
+    def log_tail(self, num_bytes: int = 3000) -> str:
+        """Return the end of what it has said."""
+        return self._log.read_bytes()[-num_bytes:].decode(errors="replace")
+
+    def refresh(self) -> None:
+        """Look for processes that have come; takes tens of milliseconds."""
+        for process in psutil.process_iter():
+            if process.pid != os.getpid():
+                with contextlib.suppress(psutil.Error):
+                    if self._is_ours(process):
+                        self.processes[process] = None
+
+    def living(self) -> list[psutil.Process]:
+        """Return those processes found that still run."""
+        return [
+            process
+            for process in self.processes
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        ]
+
+    def end(self, patience_s: float = 40.0) -> list[str]:
+        """Ask the command to end, wait, kill what is left; return the titles of those killed.
+
+        A process is known by its start time too, so a number used anew is safe.
+        """
+        self.refresh()
+        if self._first.poll() is None:
+            self._first.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._first.wait(patience_s)
+        deadline_s = time.monotonic() + 3.0  # the last ones of a clean end are still leaving
+        while self.living() and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        self.refresh()
+        killed = []
+        for process in self.living():
+            with contextlib.suppress(psutil.Error):
+                killed.append(" ".join(process.cmdline())[:120])
+                process.kill()
+        self._first.wait()
+        return killed
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        if process in self.processes or process.pid == self._first.pid:
+            return True
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(_MARK) == self._mark:
+                return True
+        parent = process.parent()
+        return parent is not None and parent in self.processes

@@ -1,0 +1,205 @@
+"""`headway serve` as something to measure: up for a while, asked and switched while it serves."""
+
+import asyncio
+import copy
+import json
+import socket
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import yaml
+
+from router.simulation.variant import split
+from serving.capacity.launch import Launch, MeasureError
+
+_READY_POLL_S = 0.25
+_IDLE_POLL_S = 0.1
+
+
+class SystemUnderTest:
+    """An endpoint that is measured, up between `async with` and its end."""
+
+    start_timeout_s: ClassVar[float] = 120.0
+
+    def __init__(self, name: str, num_engines: int) -> None:
+        self.name = name
+        self.num_engines = num_engines
+        self.urls: list[str] = []
+        self.launches: list[Launch] = []
+        self.killed: list[str] = []  # titles of processes that did not end by themselves
+        self._folder = tempfile.TemporaryDirectory(prefix="headway-measured-")
+
+    async def __aenter__(self) -> Self:
+        try:
+            self._launch(Path(self._folder.name))
+            await self._wait_until_ready()
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End every process and remove every file of this system."""
+        for launch in self.launches:
+            for title in launch.end():
+                self.killed.append(title)
+                print(f"killed, for it did not end by itself: {title}", file=sys.stderr)
+        self._folder.cleanup()
+
+    def _launch(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def _is_ready(self) -> bool:
+        raise NotImplementedError
+
+    async def _wait_until_ready(self) -> None:
+        deadline_s = time.monotonic() + self.start_timeout_s
+        while not await asyncio.to_thread(self._is_ready):
+            ended = any(launch.returncode is not None for launch in self.launches)
+            if ended or time.monotonic() > deadline_s:
+                log = "\n".join(launch.log_tail() for launch in self.launches)
+                reason = "ended" if ended else f"is not ready after {self.start_timeout_s:g} s"
+                raise MeasureError(f"{self.name} {reason}: {_last_line(log)}", log)
+            await asyncio.sleep(_READY_POLL_S)
+
+
+class Service(SystemUnderTest):
+    """`headway serve` by a configuration, started as a user starts it."""
+
+    # A machine's first start downloads the model and converts it.
+    start_timeout_s = 900.0
+
+    def __init__(
+        self,
+        num_engines: int,
+        args: Mapping[str, Any],
+        *,
+        front: str = "own",
+        name: str = "headway serve",
+    ) -> None:
+        """`args` are Headway's keys of the config file; who listens where is added."""
+        super().__init__(name, num_engines)
+        self._args = args
+        self._front = front
+
+    def config(self, port: int, gateway_port: int) -> dict[str, Any]:
+        """Return the content of the config file."""
+        return {
+            "http_options": {"host": "127.0.0.1", "port": port},
+            "applications": [
+                {
+                    "name": "headway",
+                    "route_prefix": "/",
+                    "import_path": "serving.cluster.application:build",
+                    "args": {
+                        **copy.deepcopy(dict(self._args)),  # for subclasses to change
+                        "replicas": self.num_engines,
+                        "gateway": {"front": self._front, "port": gateway_port},
+                    },
+                }
+            ],
+        }
+
+    async def state(self) -> dict[str, Any]:
+        """Return `/headway/state`."""
+        return json.loads(await self.ask("/headway/state"))
+
+    async def switch(self, policy: str) -> None:
+        """Choose by `policy` from now on; `headway:hold,order` is headway without these two."""
+        name, parts = split(policy)
+        await self.ask("/headway/policy", {"policy": name, "ablate": parts})
+
+    async def wait_until_idle(self, timeout_s: float = 120.0) -> None:
+        """Return when neither the gateway nor an engine has a request any more."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            num_open = (await self.state())["num_open_requests"]
+            if not num_open and not await asyncio.to_thread(self.num_streams_in_engines):
+                return
+            if time.monotonic() > deadline_s:
+                raise MeasureError(f"still {num_open} requests open after {timeout_s:g} s")
+            await asyncio.sleep(_IDLE_POLL_S)
+
+    def num_streams_in_engines(self) -> int:
+        """Return the requests that the engines still have, by their last snapshots."""
+        return sum(
+            max(snapshot["num_running_reqs"], snapshot["num_inflight_reqs"])
+            for snapshot in self._snapshots()
+        )
+
+    async def ask(self, path: str, body: Mapping[str, Any] | None = None) -> str:
+        """Return the answer to a GET, or a POST of `body`; raise `MeasureError` if it fails."""
+        return await asyncio.to_thread(self._ask, path, body)
+
+    def _launch(self, folder: Path) -> None:
+        port, gateway_port = free_ports(2)
+        self.urls = [f"http://127.0.0.1:{gateway_port if self._front == 'own' else port}"]
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump(self.config(port, gateway_port)))
+        command = [sys.executable, "-m", "serving.cli.main", "serve", str(path)]
+        self.launches = [Launch(command, folder / "headway.log")]
+
+    def _is_ready(self) -> bool:
+        if get_json(f"{self.urls[0]}/health") is None:
+            return False
+        return len(self._snapshots()) == self.num_engines
+
+    def _snapshots(self) -> list[dict[str, Any]]:
+        state = get_json(f"{self.urls[0]}/headway/state")
+        if state is None:
+            return []
+        return [
+            replica["snapshot"]
+            for replica in state["replicas"].values()
+            if replica["snapshot"] is not None
+        ]
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None) -> str:
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            with urllib.request.urlopen(self.urls[0] + path, data, timeout=30) as reply:
+                return reply.read().decode()
+        except urllib.error.HTTPError as error:
+            reason = error.read().decode(errors="replace")
+            raise MeasureError(f"{path}: HTTP {error.code}: {reason}") from None
+        except OSError as error:
+            log = self.launches[0].log_tail()
+            raise MeasureError(
+                f"{path} does not answer ({error}): {_last_line(log)}", log
+            ) from None
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def get_json(url: str) -> Any:
+    """Return the JSON at `url`, `None` unless it answers 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return json.load(reply)
+    except (OSError, urllib.error.URLError, ValueError):
+        return None
+
+
+def _last_line(log: str) -> str:
+    """Return the last thing said, in which `headway serve` names the reason of its end."""
+    lines = log.strip().splitlines() or ["it has said nothing"]
+    return lines[-1].removeprefix("headway: ")
