@@ -1,4 +1,4 @@
-"""The nouns of the router: frozen values, no logic.
+"""What do the router and its shells say to each other? Frozen values, no logic.
 
 Times are seconds of the caller's monotonic clock and always passed in. Token
 counts are the model's own tokens. Structs rather than dataclasses because
@@ -9,12 +9,27 @@ import enum
 
 import msgspec
 
+# How often an engine sends its state, seconds. A snapshot is at most this old under load; more
+# often than the fastest engine steps (~5 ms) would only cost CPU.
+SNAPSHOT_INTERVAL_S = 0.010
+# An engine records nothing while idle; this tells the gateway that it lives.
+HEARTBEAT_S = 0.5
+# Share of the memory of `EngineSnapshot.prefill_tokens_per_s` that one prefill step replaces:
+# about the last 20 steps count, a few seconds of a busy engine.
+PREFILL_RATE_FORGETTING = 0.05
+
+# About the tokens of one block of `Request.prefix_hashes`. vLLM's own blocks of 16 would
+# find a few more tokens for four times the work and memory.
+PREFIX_BLOCK_TOKENS = 64
+# Of a prompt, its first ones; llm-d, too, looks at 256.
+MAX_PREFIX_BLOCKS = 256
+
 
 class Outcome(enum.Enum):
     """How a request ended. Every request ends in exactly one of these."""
 
     COMPLETED = "completed"
-    REJECTED = "rejected"  # the queue was full, had to make room, or nothing can serve it
+    REJECTED = "rejected"  # it could not be held, was evicted, or nothing can serve it
     EXPIRED = "expired"  # its deadline passed while it was held
     RENEGED = "reneged"  # the client left
     FAILED = "failed"  # an engine or the connection to it failed
@@ -25,7 +40,7 @@ class RequestClass(enum.Enum):
 
     INTERACTIVE = "interactive"
     STANDARD = "standard"
-    BATCH = "batch"  # fills gaps, yields to everything else
+    BATCH = "batch"  # fills gaps; yields to all others until its TTFT deadline
 
 
 class RejectReason(enum.Enum):
@@ -33,8 +48,8 @@ class RejectReason(enum.Enum):
 
     QUEUE_FULL = "queue_full"
     EXPIRED = "expired"
-    HOPELESS = "hopeless"  # it would expire before its turn came
-    OVERLOADED = "overloaded"  # its first token would come too late, as everybody's would
+    HOPELESS = "hopeless"  # it would expire before an engine had room for it
+    OVERLOADED = "overloaded"  # its first token would come too late: `router.scheduling`
     UNKNOWN_MODEL = "unknown_model"
     NO_BUDGET = "no_budget"  # only providers serve the model, and none may be sent it
 
@@ -44,14 +59,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     model: str
-    num_prompt_tokens: int  # estimated before dispatch unless the body bore token ids
+    num_prompt_tokens: int  # estimated before dispatch unless the body has token ids
     max_output_tokens: int | None = None  # the client's own limit
     num_expected_output_tokens: int = 128  # predicted by the router, per sequence
     num_sequences: int = 1  # OpenAI's `n`
-    # What the model's engines took per prompt token when it came, by the router.
+    # What the model's engines took per prompt token when it came; set by the router.
     prefill_s_per_token: float = float("inf")
-    # Its place in the order of service, by the router (`router.queueing.deadline`); inf: as
-    # they come.
+    # Its place in the order of service, earliest deadline first (`router.queueing.deadline`);
+    # set by the router. inf: by arrival.
     edf_key_s: float = float("inf")
     num_bytes: int = 0  # body size, for the queue's byte bound
     tenant: str = ""
@@ -63,14 +78,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     # covers all before it. Whole blocks only; none unless the policy reads them.
     prefix_hashes: tuple[int, ...] = ()
     prefix_block_share: float = 0.0  # share of the prompt that each of them covers
-    # The leading KV blocks of the prompt by the engines' own hashes, as far as they are known.
+    # The leading KV blocks of the prompt by the engines' own hashes, as far as known.
     block_hashes: tuple[int, ...] = ()
-    # Engines that took it and did not carry it through, and when the last one gave up.
+    # Engines and provider keys that did not complete it, and when the last one gave up.
     tried: tuple[str, ...] = ()
-    num_stuck: int = 0  # of these, in a row, the last that got its reply no further
+    num_stuck: int = 0  # of these the last ones in a row that got its reply no further
     retried_s: float = float("-inf")
-    # Part of its reply was sent: by an engine, and then only engines can go on with it, or by a
-    # provider, and then such as say so.
+    # Part of its reply was sent: by an engine, then only engines can continue it; or by a
+    # provider, then only providers that say they can.
     has_begun: bool = False
 
 
@@ -82,14 +97,14 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int  # tokens, prompt and output together
     max_num_seqs: int  # sequences in one scheduler step
     max_num_batched_tokens: int  # token budget of one scheduler step
-    max_prefill_chunk: int = 0  # of that, what one prompt may take; 0 = all
+    max_prefill_chunk: int = 0  # of that, what one prompt may take, tokens; 0 = all
     async_scheduling: bool = False  # a step is launched before the one before it has ended
     num_kv_tokens: int  # capacity of the KV cache, tokens
     block_size: int  # tokens per KV block
     aliases: tuple[str, ...] = ()  # further names of the model, LoRA adapters among them
     device: str = ""  # hardware, in words
     engine: str = ""  # engine and version; says "simulated" where it is
-    heartbeat_s: float = 0.0  # longest time between snapshots while it lives; 0 = no promise
+    heartbeat_s: float = 0.0  # longest time between snapshots while it lives; 0 = unknown
     pid: int = 0  # of the replica's process, on its node; for people
 
 
@@ -106,17 +121,17 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     last_booking: int = 0  # this and every lower booking of the receiver is contained
     num_running_reqs: int = 0  # vLLM's scheduler: in the batch
     num_waiting_reqs: int = 0  # vLLM's scheduler: waiting, deferred ones included
-    num_inflight_reqs: int = 0  # all that the replica has taken and not ended
+    num_inflight_reqs: int = 0  # all that the replica has received and not ended
     kv_cache_usage: float = 0.0  # 0-1, cached but free blocks not counted
     num_free_kv_tokens: int = 0
     num_pending_prefill_tokens: int = 0  # submitted minus computed, exact per request
-    num_step_demand_tokens: int = 0  # of these, what the next step would like to compute
+    num_step_demand_tokens: int = 0  # of these, what the next step could compute at most
     num_decoding_reqs: int = 0
     num_decode_context_tokens: int = 0  # prompt + generated, over decoding requests
     prefill_tokens_per_s: float = 0.0  # measured over recent steps; 0 = not known yet
     step_s: float = 0.0  # duration of the last step
     step_num_prefill_tokens: int = 0  # what that step computed
-    step_num_prefill_pairs: float = 0.0  # of attention: each of these times the tokens before it
+    step_num_prefill_pairs: float = 0.0  # of attention: each of these tokens times those before it
     step_num_decode_reqs: int = 0
     num_prefill_tokens_total: int = 0  # computed by prefill, recomputation included
     num_prefix_queries_total: int = 0  # tokens looked up in the prefix cache
@@ -131,7 +146,7 @@ class BlockUpdate(msgspec.Struct, frozen=True, kw_only=True):
 
     Blocks by their hashes as vLLM computes them (64 bits), which cover all that
     comes before the block. Positions count changes; an update that does not
-    begin where the last one ended tells that something was missed.
+    begin where the last one ended means that one was missed.
     """
 
     since: int  # position that it continues; -1: `stored` is all that is cached
@@ -141,7 +156,7 @@ class BlockUpdate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens a finished request really took, as vLLM counted them."""
+    """Tokens that a finished request used, as vLLM counted them."""
 
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
@@ -149,7 +164,11 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Dispatch(msgspec.Struct, frozen=True):
-    """Send the request to this replica under this booking number."""
+    """Send the request to this replica under this booking number.
+
+    A request that is at an engine already is sent to a second one: a hedge. Whichever answers
+    first has it.
+    """
 
     request_id: str
     replica_id: str
@@ -157,10 +176,12 @@ class Dispatch(msgspec.Struct, frozen=True):
     num_cached_tokens: int = 0  # of the prompt, expected in the engine's prefix cache
 
 
-class Hedge(msgspec.Struct, frozen=True):
-    """Send a placed request to a second replica, too; whichever answers first has it."""
+class Withdraw(msgspec.Struct, frozen=True):
+    """Tell this engine to stop: another one, which was sent the request too, answers it."""
 
-    dispatch: Dispatch
+    request_id: str
+    replica_id: str
+    booking: int
 
 
 class Hold(msgspec.Struct, frozen=True):
@@ -186,7 +207,7 @@ class Fallback(msgspec.Struct, frozen=True):
 
 
 class Fail(msgspec.Struct, frozen=True):
-    """Give the request up: no engine carries it through, or no retry is left for it."""
+    """Give the request up: no engine completes it, or no retry is left for it."""
 
     request_id: str
 
@@ -198,4 +219,4 @@ class Evacuate(msgspec.Struct, frozen=True):
     reason: str
 
 
-Decision = Dispatch | Hedge | Hold | Fallback | Reject | Fail | Evacuate
+Decision = Dispatch | Withdraw | Hold | Fallback | Reject | Fail | Evacuate

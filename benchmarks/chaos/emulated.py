@@ -82,13 +82,13 @@ class Fleet:
         engines = [FaultyEngine(_engine(rank)) for rank in range(plan.num_engines)]
         self.fleet = FaultyFleet(engines, gateway.driver.engines.set_members)
         self._failing: set[FaultyEngine] = set()
-        self._observe_resumed = gateway.metrics.resumed
-        gateway.metrics.resumed = self._resumed  # type: ignore[method-assign]
+        self._observe_resume = gateway.metrics.observe_resume
+        gateway.metrics.observe_resume = self._resumed  # type: ignore[method-assign]
 
     def _resumed(self, request: Request, delay_s: float) -> None:
         """Every value of `headway_resume_delay_seconds`, which itself keeps only buckets."""
         self.resume_delays_s.append(delay_s)
-        self._observe_resumed(request, delay_s)
+        self._observe_resume(request, delay_s)
 
     async def run(self) -> None:
         """Undisturbed replies first, then load and faults."""

@@ -3,9 +3,9 @@
 A request is open from `admit` until its one Outcome is counted here, and all
 that time it is in exactly one place:
 
-    at an engine     `Placer`, with a booking; it leaves by `end`, or to be placed again
+    at an engine     `Attempts`, one or two; it leaves by `end`, or by `retry` to be placed again
     in the queue     `HoldQueue`; it leaves for an engine or a provider, or expires
-    at a provider    `Spillover`; it leaves by the provider's word, or the client's
+    at a provider    `ProviderCalls`; it leaves by the provider's word, or the client's
 
 What can go nowhere at once is held, or refused where holding it is of no use:
 the queue is full, it would expire before its turn, everybody would be late, or
@@ -15,13 +15,21 @@ nobody may serve it.
 import math
 from collections import Counter
 
+import msgspec
+
 from router.fleet.fleet import Fleet
 from router.providers.spillover import Spillover
 from router.queueing.hold_queue import HoldQueue
+from router.resilience.retry_budget import RetryBudget
+from router.scheduling.attempt import Attempt, Attempts
 from router.scheduling.load_shedding import LoadShedder
-from router.scheduling.placer import Placement, Placer
+from router.scheduling.placer import Placer
 from router.scheduling.wait_time import WaitEstimator
 from router.types import Decision, Fail, Hold, Outcome, Reject, RejectReason, Request, Usage
+
+# Times `max_attempts` that engines may fail under a reply that gets on between: a bound on
+# what a request can do that ends each engine a little later than the one before.
+_MAX_MOVES = 3
 
 
 class OpenRequests:
@@ -31,14 +39,22 @@ class OpenRequests:
         self,
         fleet: Fleet,
         queue: HoldQueue,
+        attempts: Attempts,
         placer: Placer,
         spill: Spillover,
         waits: WaitEstimator,
         overloads: LoadShedder,
+        retries: RetryBudget,
+        max_attempts: int,
     ) -> None:
+        """`max_attempts`: engines that may fail in a row under one request."""
         self.outcomes: Counter[Outcome] = Counter()
+        self.num_retries = 0  # resumptions included
+        self._retries = retries
+        self._max_attempts = max_attempts
         self._fleet = fleet
         self._queue = queue
+        self._attempts = attempts
         self._placer = placer
         self._spill = spill
         self._waits = waits
@@ -46,7 +62,7 @@ class OpenRequests:
 
     def __contains__(self, request_id: object) -> bool:
         return (
-            request_id in self._placer
+            request_id in self._attempts
             or request_id in self._queue
             or request_id in self._spill.calls
         )
@@ -56,7 +72,7 @@ class OpenRequests:
     def admit(self, request: Request, now_s: float) -> list[Decision]:
         """Place, hold or reject a new request."""
         # While no engine is there at all, any of them may be the one that is starting.
-        is_known = self._fleet.knows(request.model) or self._spill.offers.serves(request.model)
+        is_known = self._fleet.knows(request.model) or self._spill.quotes.serves(request.model)
         if len(self._fleet) and not is_known:
             return [self._reject(request, RejectReason.UNKNOWN_MODEL, None)]
         return self.enter(request, now_s)
@@ -67,7 +83,7 @@ class OpenRequests:
         # that made room, and what is kept for them this request does not get.
         dispatch = self._placer.place(request, now_s)
         if dispatch is not None:
-            self._overloads.let_in(request, now_s)
+            self._overloads.record_admitted(request, now_s)
             return [dispatch]
         decisions = self._expire(now_s)
         expires_s = self._queue.expires_s(request)
@@ -79,7 +95,7 @@ class OpenRequests:
             # Held, it would only take room until it expired. Once what is too much has
             # drained, one like it would be in time.
             decisions.append(self._turn_away(request, RejectReason.HOPELESS, late_s, now_s))
-        elif (again_s := self._overloads.refuse_s(request, now_s)) is not None:
+        elif (again_s := self._overloads.refuse_if_late(request, now_s)) is not None:
             decisions.append(self._turn_away(request, RejectReason.OVERLOADED, again_s, now_s))
         elif not self._queue.push(request):
             decisions += self._make_room(request, now_s)
@@ -93,6 +109,44 @@ class OpenRequests:
 
     # On
 
+    def retry(
+        self,
+        attempt: Attempt,
+        now_s: float,
+        *,
+        costs_retry: bool,
+        has_begun: bool,
+        num_output_tokens: int,
+    ) -> list[Decision]:
+        """Place a request again whose only attempt has failed, or give it up.
+
+        The engine has generated `num_output_tokens` that another will have to prefill.
+        `costs_retry` if it goes elsewhere out of the retry budget; past the last one a provider
+        may have it. It keeps its first arrival, so it has not lost its place in the order.
+        """
+        self._attempts.end(attempt, Usage())  # it is charged anew where it goes next
+        again = retried(
+            attempt.request, attempt.replica.id, num_output_tokens, now_s, has_begun=has_begun
+        )
+        is_over = self._is_suspect(again) or (costs_retry and not self._retries.try_withdraw(now_s))
+        if not is_over:
+            decisions = self.enter(again, now_s)
+        elif (fallback := self._spill.send_now(again, now_s)) is not None:
+            decisions = [fallback]
+        else:
+            return [Fail(again.id), *self.close(Outcome.FAILED, now_s)]
+        self.num_retries += 1
+        return [*decisions, *self.place_held(now_s)]  # in the room that it has left
+
+    def _is_suspect(self, request: Request) -> bool:
+        """Whether engines fail because of a request, rather than under it.
+
+        One that ends them does so at the same token again and again; one whose reply got
+        further each time was just there.
+        """
+        most = self._max_attempts
+        return request.num_stuck >= most or len(request.tried) >= _MAX_MOVES * most
+
     def place_held(self, now_s: float, *, at_once: bool = False) -> list[Decision]:
         """Reject what has been held too long, place what can be.
 
@@ -105,10 +159,10 @@ class OpenRequests:
         dispatches = self._placer.place_held(now_s)
         num_tokens: dict[str, int] = {}
         for dispatch in dispatches:
-            if (placement := self._placer.get(dispatch.request_id)) is not None:
-                model, num_more = placement.request.model, placement.request.num_prompt_tokens
+            if (attempt := self._attempts.oldest(dispatch.request_id)) is not None:
+                model, num_more = attempt.request.model, attempt.request.num_prompt_tokens
                 num_tokens[model] = num_tokens.get(model, 0) + num_more
-        self._waits.took(num_tokens, now_s)
+        self._waits.record_departures(num_tokens, now_s)
         return [*dispatches, *self._spill.send_held(now_s, at_once=at_once)]
 
     # Out
@@ -116,19 +170,14 @@ class OpenRequests:
     def end(
         self, request_id: str, outcome: Outcome, now_s: float, usage: Usage | None = None
     ) -> list[Decision]:
-        """End a placed request, if there is one of this id; its room may let others go."""
-        placement = self._placer.get(request_id)
-        if placement is None:
+        """End a request at engines, if there is one of this id; its room may let others go."""
+        attempts = self._attempts.of(request_id)
+        if not attempts:
             return []
-        self.take_back(placement, usage)
+        for hedge in attempts[1:]:
+            self._attempts.end(hedge, Usage())
+        self._attempts.end(attempts[0], usage)
         return self.close(outcome, now_s)
-
-    def take_back(self, placement: Placement, usage: Usage | None) -> None:
-        """Take a request off its engine, and its booking with it; it took so much, if known."""
-        placement.replica.breaker.release(placement.permit)  # if it had no verdict yet
-        self._placer.release(placement.request.id)
-        if usage is not None:
-            self._queue.settle(placement.request, usage)
 
     def close(self, outcome: Outcome, now_s: float, *, at_once: bool = False) -> list[Decision]:
         """Count the end of a request that has left its place; see `place_held`."""
@@ -141,7 +190,7 @@ class OpenRequests:
         if leaving:
             self._queue.push(request)
         return [
-            self._turn_away(each, RejectReason.QUEUE_FULL, self._drain_s(each.model), now_s)
+            self._turn_away(each, RejectReason.QUEUE_FULL, self._time_to_empty_s(each.model), now_s)
             for each in leaving or [request]
         ]
 
@@ -160,7 +209,7 @@ class OpenRequests:
         if request.tried:
             self.outcomes[Outcome.FAILED] += 1
             return Fail(request.id)
-        wait_s = self._spill.offers.wait_s(request, now_s)
+        wait_s = self._spill.quotes.wait_s(request, now_s)
         retry_after_s = None if math.isinf(wait_s) else wait_s
         return self._reject(request, RejectReason.NO_BUDGET, retry_after_s)
 
@@ -182,9 +231,9 @@ class OpenRequests:
 
     def _is_hopeless(self, request: Request, now_s: float) -> bool:
         """Whether only providers serve the model, and no budget has room in time."""
-        if self._fleet.knows(request.model) or not self._spill.offers.serves(request.model):
+        if self._fleet.knows(request.model) or not self._spill.quotes.serves(request.model):
             return False
-        return now_s + self._spill.offers.wait_s(request, now_s) >= self._queue.expires_s(request)
+        return now_s + self._spill.quotes.wait_s(request, now_s) >= self._queue.expires_s(request)
 
     def _service_start_s(self, request: Request, now_s: float) -> float:
         """When what is held before a request will have been prefilled, as predicted.
@@ -192,20 +241,55 @@ class OpenRequests:
         `now_s` where nothing is known of engines that could do it.
         """
         num_tokens = self._queue.num_tokens_by_model.get(request.model, 0)
-        drain_s = self._fleet.drain_s(request.model, num_tokens)
-        if drain_s is None:
+        wait_s = self._fleet.time_to_prefill_s(request.model, num_tokens)
+        if wait_s is None:
             return now_s
-        if now_s + drain_s > self._queue.expires_s(request):  # look closer: some come after it
+        if now_s + wait_s > self._queue.expires_s(request):  # look closer: some come after it
             num_tokens = self._queue.num_tokens_before(request)
-            drain_s = self._fleet.drain_s(request.model, num_tokens)
-        return now_s + (drain_s or 0.0)
+            wait_s = self._fleet.time_to_prefill_s(request.model, num_tokens)
+        return now_s + (wait_s or 0.0)
 
-    def _drain_s(self, model: str) -> float | None:
+    def _time_to_empty_s(self, model: str) -> float | None:
         """Predicted seconds until the queue is empty; None if no engine empties it.
 
-        Models drain side by side, so the slowest counts. By prefill rates
+        The queues of all models empty side by side, so the slowest counts. By prefill rates
         alone: true while prefill is what engines are short of.
         """
         held = {model: 0} | self._queue.num_tokens_by_model
-        drains_s = [self._fleet.drain_s(name, num_tokens) for name, num_tokens in held.items()]
-        return max((drain_s for drain_s in drains_s if drain_s is not None), default=None)
+        waits_s = [
+            self._fleet.time_to_prefill_s(name, num_tokens) for name, num_tokens in held.items()
+        ]
+        return max((wait_s for wait_s in waits_s if wait_s is not None), default=None)
+
+
+def retried(
+    request: Request, replica_id: str, num_output_tokens: int, now_s: float, *, has_begun: bool
+) -> Request:
+    """The request after this engine generated so many tokens that another has to prefill."""
+    return msgspec.structs.replace(
+        _grown(request, num_output_tokens),
+        tried=(*request.tried, replica_id),
+        num_stuck=1 if num_output_tokens > 0 else request.num_stuck + 1,
+        retried_s=now_s,
+        has_begun=has_begun,
+    )
+
+
+def continued(request: Request, num_output_tokens: int) -> Request:
+    """A request for the rest of a reply of which a provider has sent so many tokens."""
+    most = request.max_output_tokens
+    return msgspec.structs.replace(
+        _grown(request, num_output_tokens),
+        max_output_tokens=None if most is None else max(1, most - num_output_tokens),
+        has_begun=True,
+    )
+
+
+def _grown(request: Request, num_output_tokens: int) -> Request:
+    num_prompt_tokens = request.num_prompt_tokens + num_output_tokens
+    prefix_tokens_each = request.prefix_block_share * request.num_prompt_tokens
+    return msgspec.structs.replace(
+        request,
+        num_prompt_tokens=num_prompt_tokens,
+        prefix_block_share=prefix_tokens_each / max(1, num_prompt_tokens),
+    )

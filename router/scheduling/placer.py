@@ -10,11 +10,12 @@ from types import MappingProxyType
 
 import msgspec
 
-from router.fleet.admission import keeps_pace, kv_need_tokens
+from router.fleet.admission import meets_tpot_target, kv_need_tokens
 from router.fleet.fleet import Fleet
 from router.fleet.prompt_blocks import PromptBlocks
 from router.fleet.replica import Replica
 from router.queueing.hold_queue import HoldQueue
+from router.scheduling.attempt import Attempt, Attempts
 from router.scheduling.backfill import Reservations
 from router.scheduling.policies import Load, Policy
 from router.types import Dispatch, Request
@@ -23,27 +24,6 @@ from router.types import Dispatch, Request
 # (about 1 µs each). Engines are fed in the order of promises in any case; one
 # that none of the first 32 fits has little room to fill.
 _BACKFILL_DEPTH = 32
-
-
-class Placement(msgspec.Struct):
-    """A request that was sent to an engine and has not ended."""
-
-    request: Request
-    replica: Replica
-    placed_s: float
-    predicted_ttft_s: float
-    predicted_tpot_s: float
-    permit: int  # of the engine's breaker
-    path_s: float = 0.0  # of the predicted time, what is spent outside of steps
-    expects_prompt: bool = False  # the engine has yet to tell of its prompt
-    first_token_s: float | None = None  # when it came
-    is_under_way: bool = False  # the engine generates; a reply may come all at once for all that
-
-    @property
-    def predicted_latency_s(self) -> float:
-        """Predicted seconds from placing the request to the end of its answer."""
-        num_more = self.request.num_expected_output_tokens - 1
-        return self.predicted_ttft_s + num_more * self.predicted_tpot_s
 
 
 class Placer:
@@ -61,54 +41,34 @@ class Placer:
         self,
         fleet: Fleet,
         queue: HoldQueue,
+        attempts: Attempts,
         policy: Policy,
-        *,
-        holds: bool,
         tpot_targets_s: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self.policy = policy
-        self.holds = holds
+        self.holds = True
         self._prompts = PromptBlocks()
         self._fleet = fleet
         self._queue = queue
+        self._attempts = attempts
         self._tpot_targets_s = tpot_targets_s
-        self._placed: dict[str, Placement] = {}
         self._reservations = Reservations(fleet, queue)
 
-    def __len__(self) -> int:
-        return len(self._placed)
-
-    def __contains__(self, request_id: object) -> bool:
-        return request_id in self._placed
-
-    def use(self, policy: Policy, *, holds: bool, by_arrival: bool) -> bool:
-        """Choose by this policy from now on; hold or not; whether the order has changed."""
-        self.policy, self.holds = policy, holds
+    def use_order(self, *, holds: bool, by_arrival: bool) -> bool:
+        """Hold or not, and order by arrival or not, from now on; return whether that is news."""
+        self.holds = holds
         if by_arrival == self._queue.by_arrival:
             return False
         self._queue.reorder(by_arrival=by_arrival)
         self._reservations.clear()
         return True
 
-    def get(self, request_id: str) -> Placement | None:
-        """The placement of this request, None if there is none."""
-        return self._placed.get(request_id)
-
-    def start(self, request_id: str, now_s: float) -> Placement | None:
-        """The placement whose first token has just come; None if it had, or is unknown."""
-        placement = self._placed.get(request_id)
-        if placement is None or placement.first_token_s is not None:
-            return None
-        placement.first_token_s = now_s
-        placement.replica.prefilled(request_id)
-        return placement
-
     def place(self, request: Request, now_s: float) -> Dispatch | None:
         """Choose and book an engine for the request; None if it has to wait."""
         if not self.holds:
             replicas = self._fleet.working(request.model)
             request = self._with_blocks(request)
-        elif not self._is_any_open(request.model):
+        elif not self._any_accepts(request.model):
             return None  # the usual case while many are held, so found out first
         else:
             request = self._with_blocks(request)
@@ -119,89 +79,55 @@ class Placer:
             replicas = [r for r in replicas if r.id not in request.tried] or replicas
         if self._tpot_targets_s and self.policy.holds:
             replicas = self._keeping_pace(request, replicas)
-        placement, dispatch = self._book(request, replicas, now_s)
-        self._placed[request.id] = placement
-        return dispatch
+        return self._book(request, replicas, now_s)
 
-    def place_beside(self, first: Placement, now_s: float) -> tuple[Placement, Dispatch] | None:
-        """Book a placed request on another engine as well, if one has room for it at once.
+    def place_beside(self, attempt: Attempt, now_s: float) -> Dispatch | None:
+        """Book a second engine for a request, if one has room for it at once."""
+        request = attempt.request
+        others = [each for each in self._with_room(request) if each.id != attempt.replica.id]
+        return self._book(request, others, now_s) if others else None
 
-        It is the caller's to `put` or to `unbook`.
-        """
-        others = [each for each in self._with_room(first.request) if each is not first.replica]
-        return self._book(first.request, others, now_s) if others else None
-
-    def _book(
-        self, request: Request, replicas: Sequence[Replica], now_s: float
-    ) -> tuple[Placement, Dispatch]:
-        """Choose and book one of these engines."""
+    def _book(self, request: Request, replicas: Sequence[Replica], now_s: float) -> Dispatch:
+        """Choose one of these engines and book an attempt there."""
         load = Load(self._queue.num_held(request.model) / len(replicas))
         replica = self.policy.choose(request, replicas, load, now_s)
         num_cached_tokens = replica.prefix_cache.num_tokens(request)
         num_new_tokens = max(1, request.num_prompt_tokens - num_cached_tokens)
-        path_s = replica.path.time_s
-        predicted_ttft_s = replica.ttft_s(num_new_tokens, now_s, request.edf_key_s) + path_s
+        overhead_s = replica.request_overhead.usual_s
+        predicted_ttft_s = replica.ttft_s(num_new_tokens, now_s, request.edf_key_s) + overhead_s
         predicted_tpot_s = replica.tpot_s(request.num_sequences)
         booking = replica.book(request, kv_need_tokens(request), now_s, num_cached_tokens)
         if self.policy.wants_blocks:
-            replica.prefix_cache.expect(request)
-        permit = replica.breaker.begin(now_s)
+            replica.prefix_cache.expect_prompt(request)
+        permit = replica.breaker.begin_call(now_s)
         self._fleet.refresh(replica)
-        self._queue.charge(request)
-        placement = Placement(
-            request,
-            replica,
-            now_s,
-            predicted_ttft_s,
-            predicted_tpot_s,
-            permit,
-            path_s,
-            expects_prompt=self.policy.wants_blocks,
+        self._queue.charge_prompt(request)
+        self._attempts.add(
+            Attempt(
+                request,
+                replica,
+                booking,
+                now_s,
+                predicted_ttft_s,
+                predicted_tpot_s,
+                permit,
+                overhead_s,
+                expects_prompt=self.policy.wants_blocks,
+            )
         )
-        return placement, Dispatch(request.id, replica.id, booking, num_cached_tokens)
+        return Dispatch(request.id, replica.id, booking, num_cached_tokens)
 
     def learn_prompt(
-        self, request_id: str, num_prompt_tokens: int, block_hashes: list[int]
+        self, request_id: str, replica_id: str, num_prompt_tokens: int, block_hashes: list[int]
     ) -> None:
-        """Take in what the engine has made of a prompt, once; an unknown id changes nothing."""
-        placement = self._placed.get(request_id)
-        if placement is None or not placement.expects_prompt:
+        """Take in what an engine has made of a prompt, once; ignore an unknown attempt."""
+        attempt = self._attempts.get(request_id, replica_id)
+        if attempt is None or not attempt.expects_prompt:
             return
-        placement.expects_prompt = False
-        request, replica = placement.request, placement.replica
-        replica.prefix_cache.settle(request)
+        attempt.expects_prompt = False
+        request, replica = attempt.request, attempt.replica
+        replica.prefix_cache.confirm_prompt(request)
         self._prompts.learn(request, num_prompt_tokens, block_hashes, replica.info.block_size)
-
-    def on(self, replica: Replica) -> list[Placement]:
-        """The placements on one replica."""
-        return [placed for placed in self._placed.values() if placed.replica is replica]
-
-    def release(self, request_id: str) -> Placement | None:
-        """End a placement and its booking; None if there is none of this id."""
-        placement = self._placed.pop(request_id, None)
-        if placement is not None:
-            self.unbook(placement)
-        return placement
-
-    def unbook(self, placement: Placement) -> None:
-        """End the booking of a placement that is not filed, or no more."""
-        replica = placement.replica
-        replica.release(placement.request.id)
-        if placement.expects_prompt:
-            replica.prefix_cache.settle(placement.request)
-        self._fleet.refresh(replica)
-
-    def put(self, placement: Placement) -> None:
-        """File a placement in the stead of the one of the same request."""
-        self._placed[placement.request.id] = placement
-
-    def unanswered(self) -> list[Placement]:
-        """The placements whose engine has not begun to answer, so far as is known."""
-        return [
-            each
-            for each in self._placed.values()
-            if each.first_token_s is None and not each.is_under_way
-        ]
 
     def place_held(self, now_s: float) -> list[Dispatch]:
         """Place what is held until nothing more is admissible, the most urgent first.
@@ -225,11 +151,11 @@ class Placer:
 
     def _backfill(self, head: Request, now_s: float) -> list[Dispatch]:
         """Keep an engine for a blocked head; place followers on the others."""
-        if not self._is_any_open(head.model):
+        if not self._any_accepts(head.model):
             return []  # nobody is to be given anything, so nobody needs to be kept
         # Where the head waits for long prompts to get on, short ones may pass it
         # while it is not due: they take room in steps that it could not have.
-        lacks_kv = bool(self._open_to(self._with_blocks(head)))
+        lacks_kv = bool(self._accepting_request(self._with_blocks(head)))
         if lacks_kv or now_s >= self._queue.key(head)[0]:
             self._reservations.reserve(head)
         dispatches = []
@@ -253,38 +179,41 @@ class Placer:
         return max(
             (
                 replica.room_tokens
-                for replica in self._open_to_short(head.model)
-                if not self._reservations.is_for(replica, head)
+                for replica in self._accepting_short(head.model)
+                if not self._reservations.is_reserved_for(replica, head)
             ),
             default=-1,
         )
 
-    def _is_any_open(self, model: str) -> bool:
+    def _any_accepts(self, model: str) -> bool:
         """Whether any engine of the model should get anything now, KV room aside."""
-        return self._fleet.is_any_open(model, to_short=not self._queue.by_arrival)
+        return self._fleet.any_accepts(model, short=not self._queue.by_arrival)
 
-    def _open_to_short(self, model: str) -> list[Replica]:
+    def _accepting_short(self, model: str) -> list[Replica]:
         """Engines of a model that should get a short prompt now, KV room aside."""
         if self._queue.by_arrival:  # nobody passes anybody
-            return self._fleet.open(model)
-        return self._fleet.open_to_short(model)
+            return self._fleet.accepting(model)
+        return self._fleet.accepting_short(model)
 
-    def _open_to(self, request: Request) -> list[Replica]:
+    def _accepting_request(self, request: Request) -> list[Replica]:
         """Engines that should get this request now, KV room aside."""
         if self._queue.by_arrival:
-            return self._fleet.open(request.model)
-        return self._fleet.open_to(request)
+            return self._fleet.accepting(request.model)
+        return self._fleet.accepting_request(request)
 
     def _with_room(self, request: Request) -> list[Replica]:
         """Of these, those with KV room for it that are not kept for another."""
         need_tokens = kv_need_tokens(request)
-        replicas = [each for each in self._open_to(request) if need_tokens <= each.room_tokens]
-        return self._reservations.open_to(request, replicas) if self._reservations else replicas
+        accepting = self._accepting_request(request)
+        replicas = [replica for replica in accepting if need_tokens <= replica.room_tokens]
+        if not self._reservations:
+            return replicas
+        return self._reservations.available_to(request, replicas)
 
     def _keeping_pace(self, request: Request, replicas: list[Replica]) -> list[Replica]:
         """Those that can take the request at its model's TPOT target; all if none can."""
         target_s = self._tpot_targets_s.get(request.model, self._tpot_targets_s.get("*", math.inf))
-        return [each for each in replicas if keeps_pace(request, each, target_s)] or replicas
+        return [each for each in replicas if meets_tpot_target(request, each, target_s)] or replicas
 
     def _with_blocks(self, request: Request) -> Request:
         """The request with the KV blocks of its prompt, as far as they are known by now."""

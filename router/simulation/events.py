@@ -14,7 +14,7 @@ from router.simulation.engine.sequence import Job, Progress
 from router.simulation.journal import Journal
 from router.simulation.provider import ProviderModel
 from router.simulation.workload.workload import Arrival, Workload
-from router.types import Request
+from router.types import SNAPSHOT_INTERVAL_S, Request
 
 T = TypeVar("T")
 NodeT = TypeVar("NodeT")
@@ -28,7 +28,7 @@ class Network:
     # Measured on loopback: 0.5 ms at the median. What a profile says of it comes first.
     submit_s: float = 0.0005  # from a decision to the engine's queue
     reply_s: float = 0.0005  # from the end of a step to the gateway
-    snapshot_interval_s: float = 0.010  # as in serving/stream/server.py
+    snapshot_interval_s: float = SNAPSHOT_INTERVAL_S
     snapshot_loss: float = 0.0  # share of snapshots that never arrive
 
 

@@ -1,18 +1,21 @@
 """A gateway of a simulation: a router and a shell around it, as `serving.gateway.driver` is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 
 import msgspec
 
+from router.core.carry_out import carry_out
 from router.core.router import Router
 from router.limits.rate_limit import RateReport
-from router.scheduling.policies.prefix_index import BLOCK_TOKENS
 from router.settings import RouterSettings
 from router.simulation.engine.sequence import Job, Progress
 from router.simulation.events import World
-from router.simulation.node import HEARTBEAT_S, Node
+from router.simulation.node import Node
 from router.types import (
+    HEARTBEAT_S,
+    MAX_PREFIX_BLOCKS,
+    PREFIX_BLOCK_TOKENS,
     BlockUpdate,
     Decision,
     Dispatch,
@@ -26,10 +29,9 @@ from router.types import (
     RejectReason,
     Request,
     Usage,
+    Withdraw,
 )
 
-# As in serving/gateway/request_parser.py, which imports what a simulation must not need (FastAPI).
-_MAX_PREFIX_BLOCKS = 256
 _BYTES_PER_TOKEN = 4
 
 
@@ -66,8 +68,8 @@ class Gateway:
         arrival = simulation.workload.arrivals[number]
         self.look()
         hashes: tuple[int, ...] = ()
-        if self.router.wants_prefix:
-            hashes = arrival.block_hashes(BLOCK_TOKENS)[:_MAX_PREFIX_BLOCKS]
+        if self.router.discipline.wants_prefix:
+            hashes = arrival.block_hashes(PREFIX_BLOCK_TOKENS)[:MAX_PREFIX_BLOCKS]
         request = Request(
             id=str(number),
             model=self._model,
@@ -79,7 +81,7 @@ class Gateway:
             arrival_s=now_s,
             deadline_s=now_s + self._max_hold_s,
             prefix_hashes=hashes,
-            prefix_block_share=BLOCK_TOKENS / arrival.num_prompt_tokens,
+            prefix_block_share=PREFIX_BLOCK_TOKENS / arrival.num_prompt_tokens,
         )
         self._calls[request.id] = Call(number, request)
         self._execute(self.router.on_arrival(request, now_s))
@@ -142,8 +144,8 @@ class Gateway:
         streams = self._streams[node.id]
         for job in jobs:
             if (call := streams.get(job.id)) is not None:
-                hashes = job.block_hashes[: job.num_prompt_tokens // segment_tokens]
-                self.router.on_prompt(call.request.id, job.num_prompt_tokens, list(hashes))
+                hashes = list(job.block_hashes[: job.num_prompt_tokens // segment_tokens])
+                self.router.on_prompt(call.request.id, node.id, job.num_prompt_tokens, hashes)
         if progresses:
             self._receive(node, progresses)
 
@@ -160,6 +162,7 @@ class Gateway:
                 if not call.has_begun:
                     call.has_begun = True
                     journal.first_s[call.number] = now_s
+                self._execute(self.router.on_answer(request_id, node.id, now_s))
                 self._execute(self.router.on_first_token(request_id, now_s))
             if progress.finished:
                 arrival = simulation.workload.arrivals[call.number]
@@ -170,7 +173,7 @@ class Gateway:
                 )
                 journal.num_cached_tokens[call.number] = progress.num_cached_tokens
                 journal.num_preemptions_each[call.number] += progress.num_preemptions
-                del self._streams[node.id][progress.job_id]
+                del self._streams[node.id][progress.job_id], call.jobs[node.id]
                 self._close(request_id, Outcome.COMPLETED)
                 self._execute(self.router.on_finish(request_id, usage, now_s))
 
@@ -181,22 +184,18 @@ class Gateway:
         for job_id, call in lost.items():
             self._fail_attempt(node, job_id, call)
 
-    def _evacuate(self, node: Node) -> None:
-        simulation = self._simulation
-        left, self._streams[node.id] = self._streams[node.id], {}
-        for job_id, call in left.items():
-            simulation.at(simulation.now_s + simulation.network.submit_s, node.cancel, job_id)
-            self._fail_attempt(node, job_id, call)
-
     def _fail_attempt(self, node: Node, job_id: str, call: "Call") -> None:
-        """The engine did not carry it through: another goes on where it stopped."""
-        num_output_tokens = node.num_output_tokens(job_id)
-        call.num_output_tokens += num_output_tokens
-        call.awaits_first_token = True
-        call.num_attempts += 1
+        """Report that an engine did not carry a request through; another goes on with it."""
+        del call.jobs[node.id]
+        num_output_tokens = 0
+        if not call.jobs:  # else the other attempt has its own
+            num_output_tokens = node.num_output_tokens(job_id)
+            call.num_output_tokens += num_output_tokens
+            call.awaits_first_token = True
         self._execute(
             self.router.on_attempt_failed(
                 call.request.id,
+                node.id,
                 None,
                 self._simulation.now_s,
                 has_begun=call.has_begun,
@@ -207,23 +206,7 @@ class Gateway:
     # Decisions
 
     def _execute(self, decisions: list[Decision]) -> None:
-        for decision in decisions:
-            if isinstance(decision, Hold):
-                self._held.add(decision.request_id)
-                continue
-            if self._held and not isinstance(decision, Evacuate):
-                self._held.discard(decision.request_id)
-            if isinstance(decision, Dispatch):
-                self._dispatch(decision)
-            elif isinstance(decision, Fallback):
-                self._fall_back(decision)
-            elif isinstance(decision, Reject):
-                expired = decision.reason is RejectReason.EXPIRED
-                self._close(decision.request_id, Outcome.EXPIRED if expired else Outcome.REJECTED)
-            elif isinstance(decision, Fail):
-                self._close(decision.request_id, Outcome.FAILED)
-            elif isinstance(decision, Evacuate):
-                self._evacuate(self._simulation.nodes[decision.replica_id])
+        carry_out(decisions, self)
         if self.listens != bool(self._held):
             self._listen(bool(self._held))
         wake_s = self.router.next_wake_s()
@@ -257,27 +240,58 @@ class Gateway:
             self.look()
             self._execute(self.router.on_tick(self._simulation.now_s))
 
-    def _dispatch(self, decision: Dispatch) -> None:
+    def hold(self, decision: Hold) -> None:
+        self._held.add(decision.request_id)
+
+    def dispatch(self, decision: Dispatch) -> None:
+        self._held.discard(decision.request_id)
         simulation = self._simulation
         call = self._calls[decision.request_id]
         node = simulation.nodes[decision.replica_id]
         arrival = simulation.workload.arrivals[call.number]
-        if not call.has_begun:
+        if not (call.has_begun or call.jobs):
             simulation.journal.placed_s[call.number] = simulation.now_s
         job = Job(
             # An engine may get the same request twice: each time is a job of its own.
-            id=f"{call.number}.{call.num_attempts}",
+            id=f"{call.number}.{call.num_jobs}",
             num_prompt_tokens=arrival.num_prompt_tokens + call.num_output_tokens,
             num_output_tokens=max(1, arrival.num_output_tokens - call.num_output_tokens),
             priority=simulation.priority_of(self, call.request, arrival),
             block_hashes=arrival.block_hashes(simulation.segment_tokens, with_reply=True),
             num_expected_cached_tokens=decision.num_cached_tokens,
         )
+        call.num_jobs += 1
+        call.jobs[node.id] = job.id
         self._streams[node.id][job.id] = call
         arrive_s = simulation.now_s + simulation.network.submit_s
         simulation.at(arrive_s, node.submit, (self, decision.booking, job))
 
-    def _fall_back(self, decision: Fallback) -> None:
+    def withdraw(self, decision: Withdraw) -> None:
+        call = self._calls[decision.request_id]
+        self._cancel(decision.replica_id, call.jobs.pop(decision.replica_id))
+
+    def reject(self, decision: Reject) -> None:
+        is_expired = decision.reason is RejectReason.EXPIRED
+        self._close(decision.request_id, Outcome.EXPIRED if is_expired else Outcome.REJECTED)
+
+    def fail(self, decision: Fail) -> None:
+        self._close(decision.request_id, Outcome.FAILED)
+
+    def evacuate(self, decision: Evacuate) -> None:
+        node = self._simulation.nodes[decision.replica_id]
+        for job_id, call in list(self._streams[node.id].items()):
+            self._cancel(node.id, job_id)
+            self._fail_attempt(node, job_id, call)
+
+    def _cancel(self, replica_id: str, job_id: str) -> None:
+        """Tell an engine to stop a job."""
+        simulation = self._simulation
+        del self._streams[replica_id][job_id]
+        arrive_s = simulation.now_s + simulation.network.submit_s
+        simulation.at(arrive_s, simulation.nodes[replica_id].cancel, job_id)
+
+    def fall_back(self, decision: Fallback) -> None:
+        self._held.discard(decision.request_id)
         simulation = self._simulation
         call = self._calls[decision.request_id]
         simulation.journal.placed_s[call.number] = simulation.now_s
@@ -303,13 +317,13 @@ class Gateway:
     def _on_refused(self, news: tuple[str, RateReport]) -> None:
         request_id, report = news
         now_s = self._simulation.now_s
-        self._execute(self.router.on_provider_refused(request_id, report, now_s))
+        self._execute(self.router.providers.on_refused(request_id, report, now_s))
 
     def _on_provider_first(self, news: tuple["Call", RateReport]) -> None:
         call, report = news
         now_s, request_id = self._simulation.now_s, call.request.id
         self._simulation.journal.first_s[call.number] = now_s
-        self._execute(self.router.on_provider_answer(request_id, report, now_s))
+        self._execute(self.router.providers.on_answer(request_id, report, now_s))
         self._execute(self.router.on_first_token(request_id, now_s))
 
     def _on_provider_end(self, call: "Call") -> None:
@@ -322,7 +336,10 @@ class Gateway:
         self._execute(self.router.on_finish(request_id, usage, simulation.now_s))
 
     def _close(self, request_id: str, outcome: Outcome) -> None:
+        self._held.discard(request_id)
         call = self._calls.pop(request_id)
+        for replica_id, job_id in call.jobs.items():
+            self._cancel(replica_id, job_id)
         self._simulation.num_open -= 1
         self._simulation.journal.end(call.number, outcome, self._simulation.now_s)
 
@@ -333,7 +350,8 @@ class Call:
 
     number: int  # of the arrival
     request: Request
+    jobs: dict[str, str] = field(default_factory=dict)  # by engine: one, or two while hedged
+    num_jobs: int = 0  # so far
     num_output_tokens: int = 0  # that engines have sent which then failed
-    num_attempts: int = 0  # that have failed
     has_begun: bool = False  # its first token has come
     awaits_first_token: bool = True  # from the engine that has it

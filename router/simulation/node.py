@@ -20,10 +20,8 @@ import msgspec
 from router.fleet.block_log import BlockLog
 from router.simulation.engine.sequence import Job, Progress
 from router.simulation.events import Receiver, World
-from router.types import BlockUpdate, EngineInfo, EngineSnapshot
+from router.types import HEARTBEAT_S, BlockUpdate, EngineInfo, EngineSnapshot
 
-# As in serving/stream/server.py, which imports what a simulation must not need (asyncio, Ray).
-HEARTBEAT_S = 0.5
 # Steps that are worth beginning at once: somebody comes before long, and cuts the run.
 _MAX_RUN_S = 0.1
 

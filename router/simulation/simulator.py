@@ -18,10 +18,10 @@ from router.settings import RouterSettings
 from router.simulation.events import Network, Receiver
 from router.simulation.gateway import Gateway
 from router.simulation.journal import Journal, Run
-from router.simulation.node import HEARTBEAT_S, Engine, Node
+from router.simulation.node import Engine, Node
 from router.simulation.provider import ProviderModel
 from router.simulation.workload.workload import Arrival, Workload
-from router.types import Request
+from router.types import HEARTBEAT_S, Request
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ class Simulation:
         ]
         for gateway in self.gateways if providers else ():
             settings_of = [provider.settings for provider in providers]
-            gateway.router.use_providers(settings_of, fallback or FallbackSettings(), 0.0)
+            gateway.router.providers.use(settings_of, fallback or FallbackSettings(), 0.0)
         rng = random.Random(f"simulation {seed}")
         self._gateway_of = [rng.randrange(num_gateways) for _ in workload.arrivals]
         for _ in range(num_engines):
@@ -141,7 +141,7 @@ class Simulation:
         """What vLLM is told: lower is first."""
         if self._priority is not None:
             return self._priority(arrival)
-        ttft_deadline_s = gateway.router.engine_priority_s(request)
+        ttft_deadline_s = gateway.router.discipline.engine_priority_s(request)
         return 0 if ttft_deadline_s is None else round(ttft_deadline_s * 1000)
 
     def _arrive(self, number: int) -> None:

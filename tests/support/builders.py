@@ -6,8 +6,9 @@ import msgspec
 
 from router.core.router import Router
 from router.fleet.replica import Replica
+from router.resilience.breaker import Failure
 from router.settings import RouterSettings
-from router.types import EngineInfo, EngineSnapshot, Request
+from router.types import Decision, EngineInfo, EngineSnapshot, Request
 
 
 def req(request_id: str = "a", num_tokens: int = 10, **fields: Any) -> Request:
@@ -63,6 +64,14 @@ def make_router(
     for index in range(num_replicas):
         router.on_replica_up(f"r{index}", info(**engine or {}), now_s=0.0)
     return router
+
+
+def fail_attempt(
+    router: Router, request_id: str, failure: Failure | None, now_s: float, **options: Any
+) -> list[Decision]:
+    """Report that the one engine which has a request did not carry it through."""
+    (attempt,) = router._attempts.of(request_id)
+    return router.on_attempt_failed(request_id, attempt.replica.id, failure, now_s, **options)
 
 
 def after_json(state):

@@ -5,10 +5,12 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 
+from router.core.carry_out import carry_out
 from router.core.router import Router
 from router.settings import RouterSettings
 from router.types import Dispatch, EngineSnapshot, Reject, Request, Usage
 from tests.support.builders import info, req
+from tests.support.shell import IdleShell
 
 NUM_TOKENS_PER_STEP = 100
 
@@ -67,7 +69,7 @@ class Engine:
         )
 
 
-class World:
+class World(IdleShell):
     """Two engines behind a router, and tenants that ask for more than they can give."""
 
     def __init__(self, num_engines: int = 2, **settings) -> None:
@@ -92,7 +94,7 @@ class World:
             self.now_s, kind, index, what = heapq.heappop(events)
             if kind == 0:
                 self.requests[what.id] = what
-                self.carry_out(self.router.on_arrival(what, self.now_s))
+                carry_out(self.router.on_arrival(what, self.now_s), self)
             else:
                 self.step(what)
                 heapq.heappush(events, (self.now_s + STEP_S, 1, index, what))
@@ -103,21 +105,20 @@ class World:
             num_output = request.max_output_tokens
             self.num_tokens[request.tenant] += request.num_prompt_tokens + num_output
             usage = Usage(num_prompt_tokens=request.num_prompt_tokens, num_output_tokens=num_output)
-            self.carry_out(self.router.on_finish(request.id, usage, self.now_s))
-        self.carry_out(self.router.on_snapshot(name, engine.snapshot(), self.now_s))
+            carry_out(self.router.on_finish(request.id, usage, self.now_s), self)
+        carry_out(self.router.on_snapshot(name, engine.snapshot(), self.now_s), self)
 
-    def carry_out(self, decisions) -> None:
-        for decision in decisions:
-            if isinstance(decision, Dispatch):
-                request = self.requests[decision.request_id]
-                engine = self.engines[decision.replica_id]
-                engine.prefilling.append([request, request.num_prompt_tokens])
-                engine.last_booking = decision.booking
-                waits_s = self.waited_s.setdefault(request.tenant, [])
-                waits_s.append(self.now_s - request.arrival_s)
-                self.placed_s[request.id] = self.now_s
-            elif isinstance(decision, Reject):
-                self.refused[decision.request_id] = decision
+    def dispatch(self, decision: Dispatch) -> None:
+        request = self.requests[decision.request_id]
+        engine = self.engines[decision.replica_id]
+        engine.prefilling.append([request, request.num_prompt_tokens])
+        engine.last_booking = decision.booking
+        waits_s = self.waited_s.setdefault(request.tenant, [])
+        waits_s.append(self.now_s - request.arrival_s)
+        self.placed_s[request.id] = self.now_s
+
+    def reject(self, decision: Reject) -> None:
+        self.refused[decision.request_id] = decision
 
 
 def flood(

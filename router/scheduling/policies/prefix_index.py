@@ -5,11 +5,7 @@ from collections import OrderedDict
 from weakref import WeakKeyDictionary
 
 from router.fleet.replica import Replica
-from router.types import Request
-
-# Tokens of one block of `Request.prefix_hashes`, about. vLLM's own blocks, of 16,
-# would find a few more tokens for four times the work and memory.
-BLOCK_TOKENS = 64
+from router.types import PREFIX_BLOCK_TOKENS, Request
 
 
 class PrefixIndex:
@@ -52,5 +48,5 @@ class PrefixIndex:
         for block in reversed(request.prefix_hashes):
             blocks[block] = None
             blocks.move_to_end(block)
-        for _ in range(len(blocks) - max(1, replica.info.num_kv_tokens // BLOCK_TOKENS)):
+        for _ in range(len(blocks) - max(1, replica.info.num_kv_tokens // PREFIX_BLOCK_TOKENS)):
             blocks.popitem(last=False)

@@ -18,10 +18,7 @@ from router.fleet.block_log import BlockLog
 from router.simulation.engine.profile import Profile
 from router.simulation.engine.sequence import Job, Progress, Sequence, State
 from router.simulation.engine.step_scheduler import StepScheduler
-from router.types import EngineInfo, EngineSnapshot
-
-# As in serving/engine/vllm/stats.py: what one step replaces of the prefill rate's memory.
-_RATE_FORGETTING = 0.05
+from router.types import PREFILL_RATE_FORGETTING, EngineInfo, EngineSnapshot
 
 
 class EngineModel:
@@ -303,7 +300,7 @@ class EngineModel:
         self.step_num_decode_reqs = decoding.num_sequences
         self.num_prefill_tokens_total += num_prefill_tokens
         if num_prefill_tokens:
-            keep = 1.0 - _RATE_FORGETTING
+            keep = 1.0 - PREFILL_RATE_FORGETTING
             self._prefill_rate_tokens = keep * self._prefill_rate_tokens + num_prefill_tokens
             self._prefill_rate_s = keep * self._prefill_rate_s + self.step_s
         self.num_steps_total += num_steps

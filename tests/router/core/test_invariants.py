@@ -16,6 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from router.core.carry_out import carry_out
 from router.core.router import Router
 from router.resilience.breaker import BreakerState, Failure
 from router.scheduling.ablation import PARTS
@@ -28,6 +29,7 @@ from router.types import (
     EngineSnapshot,
     Evacuate,
     Fail,
+    Fallback,
     Hold,
     Outcome,
     Reject,
@@ -35,6 +37,7 @@ from router.types import (
     Request,
     RequestClass,
     Usage,
+    Withdraw,
 )
 from tests.support.builders import after_json, info, req, snapshot
 
@@ -54,6 +57,7 @@ MAX_NUM_SEQS = 8  # of each engine
 class Engine:
     """One connection to an engine."""
 
+    replica_id: str
     calls: set[str] = field(default_factory=set)  # open; of former connections, too
     accepts_work: bool = True
     last_booking: int = 0
@@ -94,6 +98,7 @@ class Shell(RuleBasedStateMachine):
         self.num_stuck: Counter[str] = Counter()  # of these, since the reply last got further
         self.ended: Counter[Outcome] = Counter()
         self.num_turns_known: Counter[int] = Counter()  # of which the router knows the KV blocks
+        self.entering: Request | None = None  # about which the router is to decide
         self.limits: dict[str, int] = {}  # of the predicted answer, by request
         self.num_booked_tokens: dict[str, int] = {}  # to prefill, by request placed last
         self.policy, self.ablate = "", frozenset()
@@ -125,33 +130,46 @@ class Shell(RuleBasedStateMachine):
 
     # What the decisions mean
 
-    def carry_out(self, decisions: list[Decision], entering: Request | None = None) -> None:
-        """Follow the decisions; `entering` is the request they were asked for, if any."""
-        for decision in decisions:
-            if isinstance(decision, Evacuate):
-                self.evacuate(decision.replica_id)
-                continue
-            request = self.held.get(decision.request_id)
-            if request is None:
-                assert entering is not None, f"{decision} of a request that is not waiting"
-                assert decision.request_id == entering.id
-                request, entering = entering, None
-                was_held = False
-            else:
-                was_held = True
-            match decision:
-                case Dispatch():
-                    self.send(request, decision, was_held)
-                case Hold():
-                    assert not was_held
-                    self.held[request.id] = request
-                case Reject():
-                    self.reject(request, decision, entering if was_held else None)
-                case Fail():
-                    assert not was_held
-                    assert self.num_attempts[request.id]
-                    self.ended[Outcome.FAILED] += 1
-        assert entering is None, "no decision about the request"
+    def follow(self, decisions: list[Decision], entering: Request | None = None) -> None:
+        """Carry out the decisions; `entering` is the request they were asked for, if any."""
+        outer, self.entering = self.entering, entering
+        carry_out(decisions, self)
+        assert self.entering is None, "no decision about the request"
+        self.entering = outer
+
+    def waiting(self, request_id: str) -> tuple[Request, bool]:
+        """The request that a decision is about, and whether it was held."""
+        if (request := self.held.get(request_id)) is not None:
+            return request, True
+        assert self.entering is not None, f"a decision about {request_id}, which is not waiting"
+        assert request_id == self.entering.id
+        request, self.entering = self.entering, None
+        return request, False
+
+    def dispatch(self, decision: Dispatch) -> None:
+        request, was_held = self.waiting(decision.request_id)
+        self.send(request, decision, was_held)
+
+    def hold(self, decision: Hold) -> None:
+        request, was_held = self.waiting(decision.request_id)
+        assert not was_held
+        self.held[request.id] = request
+
+    def reject(self, decision: Reject) -> None:
+        request, was_held = self.waiting(decision.request_id)
+        self.turn_away(request, decision, self.entering if was_held else None)
+
+    def fail(self, decision: Fail) -> None:
+        request, was_held = self.waiting(decision.request_id)
+        assert not was_held
+        assert self.num_attempts[request.id]
+        self.ended[Outcome.FAILED] += 1
+
+    def withdraw(self, decision: Withdraw) -> None:
+        raise AssertionError(f"{decision} without hedging")
+
+    def fall_back(self, decision: Fallback) -> None:
+        raise AssertionError(f"{decision} without providers")
 
     def send(self, request: Request, dispatch: Dispatch, was_held: bool) -> None:
         if was_held:
@@ -168,7 +186,7 @@ class Shell(RuleBasedStateMachine):
         assert request.model in NAMES[dispatch.replica_id]
         assert dispatch.booking == engine.last_booking + 1
         assert dispatch.num_cached_tokens == self.num_cached_tokens(request, engine)
-        placed = self.router._placer.get(request.id).request
+        placed = self.router._attempts.oldest(request.id).request
         assert 1 <= placed.num_expected_output_tokens <= self.limits[request.id]
         engine.last_booking += 1
         engine.bookings[request.id] = dispatch.booking
@@ -179,7 +197,7 @@ class Shell(RuleBasedStateMachine):
         self.num_booked_tokens[request.id] = max(1, num_new_tokens)
         self.placed[request.id] = (request, engine)
 
-    def reject(self, request: Request, reject: Reject, entering: Request | None) -> None:
+    def turn_away(self, request: Request, reject: Reject, entering: Request | None) -> None:
         """`entering` is for whom a request that was held had to leave, if it had to."""
         if request.id in self.held and reject.reason is not RejectReason.EXPIRED:
             assert reject.reason is RejectReason.QUEUE_FULL
@@ -246,8 +264,9 @@ class Shell(RuleBasedStateMachine):
         replicas = self.router.state(self.now_s).replicas
         return {replica_id: replica.breaker for replica_id, replica in replicas.items()}
 
-    def evacuate(self, replica_id: str) -> None:
+    def evacuate(self, decision: Evacuate) -> None:
         """Only from engines with an open breaker, and only while there is work on them."""
+        replica_id = decision.replica_id
         assert self.breakers()[replica_id].state is BreakerState.OPEN
         engine = self.engines[replica_id]
         assert engine.bookings
@@ -255,6 +274,8 @@ class Shell(RuleBasedStateMachine):
             self.fail_attempt(request_id, None)
 
     def fail_attempt(self, request_id: str, failure: Failure | None, **options: Any) -> None:
+        _, engine = self.placed.get(request_id, (None, None))
+        replica_id = "r0" if engine is None else engine.replica_id
         request = self.take_back(request_id)
         if request is not None:
             num_tokens = request.num_prompt_tokens + options.get("num_output_tokens", 0)
@@ -263,14 +284,16 @@ class Shell(RuleBasedStateMachine):
             has_got_on = options.get("num_output_tokens", 0) > 0
             self.num_stuck[request_id] = 1 if has_got_on else self.num_stuck[request_id] + 1
             self.retried_s[request_id] = self.now_s
-        decisions = self.router.on_attempt_failed(request_id, failure, self.now_s, **options)
+        decisions = self.router.on_attempt_failed(
+            request_id, replica_id, failure, self.now_s, **options
+        )
         if request is not None:
             # There is budget enough in these sequences: it is the attempts that run out.
             may_retry = options.get("can_retry", True)
             is_last = self.num_stuck[request_id] == MAX_ATTEMPTS
             is_last = is_last or self.num_attempts[request_id] == 3 * MAX_ATTEMPTS
             assert (Fail(request_id) in decisions) == (is_last or not may_retry)
-        self.carry_out(decisions, entering=request)
+        self.follow(decisions, entering=request)
 
     def expires_s(self, request: Request) -> float:
         if request.id in self.retried_s:
@@ -313,7 +336,7 @@ class Shell(RuleBasedStateMachine):
         self.num_arrived += 1
         is_limited = max_output_tokens is not None and "length" not in self.ablate
         self.limits[request.id] = max_output_tokens if is_limited else MAX_OUTPUT_TOKENS
-        self.carry_out(self.router.on_arrival(request, self.now_s), entering=request)
+        self.follow(self.router.on_arrival(request, self.now_s), entering=request)
 
     @rule(talk=TALKS, num_turns=st.sampled_from([1, 2, MAX_TURNS]))
     def arrive_with_prefix(self, talk, num_turns):
@@ -350,7 +373,7 @@ class Shell(RuleBasedStateMachine):
             was_held = self.held.pop(request_id, None) is not None
             self.ended[Outcome.RENEGED] += was_placed or was_held
             decisions = self.router.on_cancel(request_id, self.now_s)
-        self.carry_out(decisions)
+        self.follow(decisions)
 
     @rule(
         number=ANY_REQUEST,
@@ -377,11 +400,11 @@ class Shell(RuleBasedStateMachine):
         request_id = self.pick(number)
         request, engine = self.placed.get(request_id, (None, None))
         if request is None or not request.prefix_hashes:
-            self.router.on_prompt(request_id, 100, [1, 2, 3])
+            self.router.on_prompt(request_id, "r0", 100, [1, 2, 3])
             return
         talk, num_turns = request.prefix_hashes[-1] // 100, len(request.prefix_hashes)
         blocks = kv_blocks(talk, 0, num_turns * TURN_TOKENS // BLOCK_TOKENS)
-        self.router.on_prompt(request_id, request.num_prompt_tokens, blocks)
+        self.router.on_prompt(request_id, engine.replica_id, request.num_prompt_tokens, blocks)
         if engine.coming.pop(request_id, None) is not None:  # else nobody wants to know it
             self.num_turns_known[talk] = max(self.num_turns_known[talk], num_turns)
 
@@ -392,7 +415,7 @@ class Shell(RuleBasedStateMachine):
         """Also while it is up: a new connection, whose old requests fail one by one later."""
         model, *aliases = NAMES[replica_id]
         self.lose(replica_id)
-        self.engines[replica_id] = Engine(calls=self.lost.pop(replica_id, set()))
+        self.engines[replica_id] = Engine(replica_id, calls=self.lost.pop(replica_id, set()))
         engine = info(
             model=model,
             aliases=tuple(aliases),
@@ -400,18 +423,18 @@ class Shell(RuleBasedStateMachine):
             num_kv_tokens=2000,
             heartbeat_s=0.5,
         )
-        self.carry_out(self.router.on_replica_up(replica_id, engine, self.now_s))
+        self.follow(self.router.on_replica_up(replica_id, engine, self.now_s))
 
     @rule(replica_id=ENGINES)
     def drain(self, replica_id):
         if replica_id in self.engines:
             self.engines[replica_id].accepts_work = False
-        self.carry_out(self.router.on_replica_draining(replica_id, self.now_s))
+        self.follow(self.router.on_replica_draining(replica_id, self.now_s))
 
     @rule(replica_id=ENGINES)
     def down(self, replica_id):
         self.lose(replica_id)
-        self.carry_out(self.router.on_replica_down(replica_id, self.now_s))
+        self.follow(self.router.on_replica_down(replica_id, self.now_s))
 
     def lose(self, replica_id: str) -> None:
         engine = self.engines.pop(replica_id, None)
@@ -442,7 +465,7 @@ class Shell(RuleBasedStateMachine):
         )
         if step > 0:
             engine.report = report
-        self.carry_out(self.router.on_snapshot(replica_id, report, self.now_s))
+        self.follow(self.router.on_snapshot(replica_id, report, self.now_s))
 
     @rule(
         replica_id=ENGINES,
@@ -488,7 +511,7 @@ class Shell(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.0, 0.1, 3.0, 100.0, -5.0]))
     def tick(self, seconds):
         self.now_s += seconds
-        self.carry_out(self.router.on_tick(self.now_s))
+        self.follow(self.router.on_tick(self.now_s))
 
     @rule()
     def wake(self):
@@ -498,13 +521,13 @@ class Shell(RuleBasedStateMachine):
         if wake_s is not None:
             assert wake_s <= min(map(self.expires_s, self.held.values()), default=wake_s)
             self.now_s = max(self.now_s, wake_s)
-            self.carry_out(self.router.on_tick(self.now_s))
+            self.follow(self.router.on_tick(self.now_s))
             assert all(self.expires_s(request) > self.now_s for request in self.held.values())
 
     @rule(policy=st.sampled_from(sorted(POLICIES)), ablate=st.sets(st.sampled_from(PARTS)))
     def switch(self, policy, ablate):
         self.policy, self.ablate = policy, frozenset(ablate)
-        self.carry_out(self.router.set_policy(policy, self.now_s, ablate))
+        self.follow(self.router.set_policy(policy, self.now_s, ablate))
 
     # What always holds
 
@@ -589,11 +612,11 @@ class Shell(RuleBasedStateMachine):
                 request_id = next(iter(self.held))
                 del self.held[request_id]
                 self.ended[Outcome.RENEGED] += 1
-                self.carry_out(self.router.on_cancel(request_id, self.now_s))
+                self.follow(self.router.on_cancel(request_id, self.now_s))
             for request_id in list(self.placed):
                 self.take_back(request_id)
                 self.ended[Outcome.COMPLETED] += 1
-                self.carry_out(self.router.on_finish(request_id, None, self.now_s))
+                self.follow(self.router.on_finish(request_id, None, self.now_s))
         self.every_request_is_in_one_place()
         self.ledgers_count_what_is_open_and_what_is_on_its_way()
         assert self.router.next_wake_s() is None

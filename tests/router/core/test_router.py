@@ -16,7 +16,16 @@ from router.types import (
     RejectReason,
     Usage,
 )
-from tests.support.builders import after_json, busy, info, make_router, req, snapshot, stepped
+from tests.support.builders import (
+    after_json,
+    busy,
+    fail_attempt,
+    info,
+    make_router,
+    req,
+    snapshot,
+    stepped,
+)
 
 FULL = 5000  # tokens: an engine with a prompt of this size to prefill takes no more
 
@@ -27,7 +36,7 @@ def ends(router: Router) -> dict[Outcome, int]:
 
 def given_up(router: Router, request_id: str) -> list[Decision]:
     """What follows when a request fails that cannot be retried."""
-    fail, *decisions = router.on_attempt_failed(request_id, None, 1.0, can_retry=False) or [None]
+    fail, *decisions = fail_attempt(router, request_id, None, 1.0, can_retry=False) or [None]
     assert fail in (Fail(request_id), None)
     return decisions
 
@@ -137,7 +146,7 @@ class TestEnds:
         router = make_router()
         assert router.on_finish("x", None, 0.0) == []
         assert router.on_cancel("x", 0.0) == []
-        assert router.on_attempt_failed("x", None, 0.0) == []
+        assert router.on_attempt_failed("x", "r0", None, 0.0) == []
         assert router.on_first_token("x", 0.0) == []
         assert ends(router) == {}
 
@@ -167,7 +176,7 @@ class TestFailedAttempt:
     def test_goes_elsewhere(self):
         router = make_router(2)
         [first] = router.on_arrival(req("a"), 0.0)
-        [second] = router.on_attempt_failed("a", Failure.ERROR, 0.1)
+        [second] = fail_attempt(router, "a", Failure.ERROR, 0.1)
         assert {first.replica_id, second.replica_id} == {"r0", "r1"}
         assert second.booking == 1
         assert router.state(0.1).replicas[first.replica_id].ledger.num_open == 0
@@ -175,7 +184,7 @@ class TestFailedAttempt:
     def test_the_same_engine_again_where_there_is_no_other(self):
         router = make_router()
         router.on_arrival(req("a"), 0.0)
-        assert router.on_attempt_failed("a", Failure.ERROR, 0.1) == [Dispatch("a", "r0", 2)]
+        assert fail_attempt(router, "a", Failure.ERROR, 0.1) == [Dispatch("a", "r0", 2)]
 
     def test_leaves_its_room_to_who_waits(self):
         """Here to one who is held with a sooner promise, and for whom the engine is kept."""
@@ -184,13 +193,13 @@ class TestFailedAttempt:
         router.on_snapshot("r0", snapshot(num_free_kv_tokens=400), 0.0)
         router.on_arrival(req("long", 500), 0.0)
         assert router.on_arrival(req("short", 300, arrival_s=0.1), 0.1) == [Hold("short")]
-        decisions = router.on_attempt_failed("long", None, 0.2)
+        decisions = fail_attempt(router, "long", None, 0.2)
         assert decisions == [Hold("long"), Dispatch("short", "r0", 2)]
 
     def test_with_what_was_generated_as_part_of_its_prompt(self):
         router = make_router()
         router.on_arrival(req("a", 10), 0.0)
-        router.on_attempt_failed("a", None, 0.1, num_output_tokens=7)
+        fail_attempt(router, "a", None, 0.1, num_output_tokens=7)
         ledger = router.state(0.1).replicas["r0"].ledger
         assert ledger.num_prefill_tokens == 17
 
@@ -199,7 +208,7 @@ class TestFailedAttempt:
         occupy(router, "r0")
         router.on_arrival(req("b", arrival_s=49.0), 49.0)
         router.on_replica_down("r0", 50.0)
-        assert router.on_attempt_failed("full-r0", None, 50.0) == [Hold("full-r0")]
+        assert fail_attempt(router, "full-r0", None, 50.0) == [Hold("full-r0")]
         decisions = router.on_replica_up("r1", info(), 51.0)
         assert decisions[0] == Dispatch("full-r0", "r1", 1)
 
@@ -207,7 +216,7 @@ class TestFailedAttempt:
         router = make_router(max_hold_s=10.0, max_held_requests=0)
         router.on_arrival(req("a", deadline_s=5.0), 0.0)
         router.on_replica_down("r0", 60.0)
-        assert router.on_attempt_failed("a", None, 60.0) == [Hold("a")]
+        assert fail_attempt(router, "a", None, 60.0) == [Hold("a")]
         assert router.on_tick(69.0) == []
         assert router.on_tick(70.0) == [Reject("a", RejectReason.EXPIRED)]
         assert ends(router) == {Outcome.EXPIRED: 1}
@@ -216,47 +225,47 @@ class TestFailedAttempt:
         router = make_router(max_attempts=3)
         router.on_arrival(req("a"), 0.0)
         for _ in range(2):
-            [again] = router.on_attempt_failed("a", None, 0.0)
+            [again] = fail_attempt(router, "a", None, 0.0)
             assert isinstance(again, Dispatch)
-        assert router.on_attempt_failed("a", None, 0.0) == [Fail("a")]
+        assert fail_attempt(router, "a", None, 0.0) == [Fail("a")]
         assert ends(router) == {Outcome.FAILED: 1}
 
     def test_is_not_blamed_while_its_reply_gets_on(self):
         router = make_router(max_attempts=2)
         router.on_arrival(req("a"), 0.0)
         for _ in range(5):
-            [again] = router.on_attempt_failed("a", None, 0.0, num_output_tokens=1)
+            [again] = fail_attempt(router, "a", None, 0.0, num_output_tokens=1)
             assert isinstance(again, Dispatch)
-        assert router.on_attempt_failed("a", None, 0.0, num_output_tokens=1) == [Fail("a")]
+        assert fail_attempt(router, "a", None, 0.0, num_output_tokens=1) == [Fail("a")]
 
     def test_is_blamed_for_what_happens_at_the_same_token(self):
         router = make_router(max_attempts=3)
         router.on_arrival(req("a"), 0.0)
         for num_output_tokens in (7, 7, 0):
-            [again] = router.on_attempt_failed("a", None, 0.0, num_output_tokens=num_output_tokens)
+            [again] = fail_attempt(router, "a", None, 0.0, num_output_tokens=num_output_tokens)
             assert isinstance(again, Dispatch)
-        assert router.on_attempt_failed("a", None, 0.0) == [Fail("a")]
+        assert fail_attempt(router, "a", None, 0.0) == [Fail("a")]
 
     def test_a_record_that_is_given_up_is_no_progress(self):
         router = make_router(max_attempts=2)
         router.on_arrival(req("a", num_tokens=20), 0.0)
-        [again] = router.on_attempt_failed("a", None, 0.0, num_output_tokens=7)
+        [again] = fail_attempt(router, "a", None, 0.0, num_output_tokens=7)
         assert isinstance(again, Dispatch)
-        assert router.on_attempt_failed("a", None, 0.0, num_output_tokens=-7) == [Fail("a")]
+        assert fail_attempt(router, "a", None, 0.0, num_output_tokens=-7) == [Fail("a")]
 
     def test_failures_of_single_requests_draw_on_the_budget_and_losses_do_not(self):
         router = make_router(retry={"max_balance": 1.0, "share": 0.0, "reserve_per_s": 0.0})
         for request_id in "abc":
             router.on_arrival(req(request_id), 0.0)
-        assert router.on_attempt_failed("a", Failure.ERROR, 0.0) == [Dispatch("a", "r0", 4)]
-        assert router.on_attempt_failed("b", Failure.ERROR, 0.0) == [Fail("b")]
-        assert router.on_attempt_failed("c", None, 0.0) == [Dispatch("c", "r0", 5)]
+        assert fail_attempt(router, "a", Failure.ERROR, 0.0) == [Dispatch("a", "r0", 4)]
+        assert fail_attempt(router, "b", Failure.ERROR, 0.0) == [Fail("b")]
+        assert fail_attempt(router, "c", None, 0.0) == [Dispatch("c", "r0", 5)]
         assert router.state(0.0).retries.num_made == 2
 
     def test_failures_open_the_breaker(self):
         router = make_router(2, breaker={"max_consecutive_failures": 1, "cooldown_jitter": 0.0})
         [first] = router.on_arrival(req("a"), 0.0)
-        [second] = router.on_attempt_failed("a", Failure.ERROR, 0.0)
+        [second] = fail_attempt(router, "a", Failure.ERROR, 0.0)
         router.on_finish("a", None, 0.0)
         [third] = router.on_arrival(req("b"), 0.5)
         assert third.replica_id == second.replica_id
@@ -279,7 +288,7 @@ class TestHealth:
             router.on_snapshot(other, snapshot(second), float(second))
             assert router.on_tick(float(second)) == []
         assert router.on_tick(3.5) == [Evacuate(first.replica_id, "stale")]
-        assert router.on_attempt_failed("a", None, 3.5) == [Dispatch("a", other, 1)]
+        assert fail_attempt(router, "a", None, 3.5) == [Dispatch("a", other, 1)]
         assert router.on_tick(4.0) == []
 
     def test_an_engine_that_fell_silent_while_nobody_looked_gets_nothing(self):
@@ -433,7 +442,7 @@ class TestReplicas:
         assert "r0" not in router.state(1.0).replicas
         failed, retried = placed["r0"]
         assert given_up(router, failed) == []
-        assert router.on_attempt_failed(retried, None, 1.0) == [Hold(retried)]  # r1 is full
+        assert fail_attempt(router, retried, None, 1.0) == [Hold(retried)]  # r1 is full
         assert ends(router) == {Outcome.FAILED: 1}
         [again] = router.on_snapshot("r1", busy(last_booking=2), 2.0)
         assert again == Dispatch(retried, "r1", 3)
@@ -535,11 +544,11 @@ class TestPolicies:
 
     def test_says_whether_prefix_hashes_are_wanted(self):
         router = make_router()
-        assert router.wants_prefix
+        assert router.discipline.wants_prefix
         router.set_policy("headway", 0.0, ["prefix"])
-        assert not router.wants_prefix
+        assert not router.discipline.wants_prefix
         router.set_policy("cache_aware", 0.0)
-        assert router.wants_prefix
+        assert router.discipline.wants_prefix
 
     def test_latencies_reach_the_policy(self):
         """By first token, or by the end where the response comes in one piece."""
@@ -624,7 +633,7 @@ def compare(router: Router, name: str, actual_over_predicted: float) -> None:
     for number in range(50):
         request_id = f"{name}{number}"
         router.on_arrival(req(request_id, 100), 0.0)
-        predicted_s = router._placer.get(request_id).predicted_ttft_s
+        predicted_s = router._attempts.oldest(request_id).predicted_ttft_s
         router.on_first_token(request_id, predicted_s * actual_over_predicted)
         router.on_finish(request_id, None, 1.0)
 

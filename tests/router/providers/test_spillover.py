@@ -17,7 +17,7 @@ from router.types import (
     RejectReason,
     Usage,
 )
-from tests.support.builders import busy, info, make_router, req
+from tests.support.builders import busy, fail_attempt, info, make_router, req
 
 TRAFFIC = RateReport()
 
@@ -37,7 +37,7 @@ def limited(name: str = "p0", **limits) -> ProviderSettings:
 def make(*providers: ProviderSettings, num_replicas: int = 0, spill: str = "late", **settings):
     """A router with these providers, and engines that are idle."""
     router = make_router(num_replicas, **settings)
-    router.use_providers(providers, FallbackSettings(spill=spill), 0.0)
+    router.providers.use(providers, FallbackSettings(spill=spill), 0.0)
     return router
 
 
@@ -199,7 +199,7 @@ def test_who_waits_for_a_budget_goes_to_an_engine_that_comes_first():
 def test_a_refused_request_waits_or_moves_on():
     router = make(provider("p0"), provider("p1"))
     router.on_arrival(req("a"), 0.0)
-    assert router.on_provider_refused("a", RateReport(retry_after_s=20.0), 0.1) == [
+    assert router.providers.on_refused("a", RateReport(retry_after_s=20.0), 0.1) == [
         Fallback("a", "p1", "default")
     ]
     assert router.on_arrival(req("b"), 1.0) == [Fallback("b", "p1", "default")]
@@ -213,7 +213,7 @@ def test_a_failure_before_the_first_token_moves_on_and_the_probe_brings_traffic_
         request_id = f"q{number}"
         decisions = router.on_arrival(req(request_id), now_s)
         if decisions[0].provider == "p0":
-            decisions = router.on_provider_failed(request_id, Failure.ERROR, now_s, was_sent=False)
+            decisions = router.providers.on_failed(request_id, Failure.ERROR, now_s, was_sent=False)
         assert decisions[0].provider == "p1"
         now_s += 0.01
     state = router.state(now_s).fallback.providers["p0"].keys["default"]
@@ -235,7 +235,7 @@ def test_a_request_that_fails_everywhere_is_given_up():
         if not isinstance(decisions[-1], Fallback):
             break
         now_s += 10.0
-        decisions = router.on_provider_failed("a", Failure.ERROR, now_s)
+        decisions = router.providers.on_failed("a", Failure.ERROR, now_s)
     assert decisions == [Fail("a")]
     assert router.outcomes == {Outcome.FAILED: 1}
 
@@ -244,7 +244,7 @@ def test_once_an_answer_has_begun_it_is_not_begun_elsewhere():
     router = make(provider("p0"), provider("p1"))
     router.on_arrival(req("a"), 0.0)
     router.on_first_token("a", 0.2)
-    assert router.on_provider_failed("a", Failure.ERROR, 0.5, can_retry=False) == [Fail("a")]
+    assert router.providers.on_failed("a", Failure.ERROR, 0.5, can_retry=False) == [Fail("a")]
     assert router.outcomes[Outcome.FAILED] == 1
 
 
@@ -270,12 +270,12 @@ def test_models_that_only_a_provider_has_are_known():
 def test_providers_can_change_while_requests_are_open():
     router = make(limited("p0", rpm=2), provider("p1"))
     router.on_arrival(req("a"), 0.0)
-    router.use_providers([limited("p0", rpm=1)], FallbackSettings(), 1.0)
+    router.providers.use([limited("p0", rpm=1)], FallbackSettings(), 1.0)
     assert router.on_arrival(req("b"), 1.0)[0] == Hold("b")  # `a` still counts
-    assert router.use_providers([limited("p0", rpm=3)], FallbackSettings(), 2.0) == [
+    assert router.providers.use([limited("p0", rpm=3)], FallbackSettings(), 2.0) == [
         Fallback("b", "p0", "default")
     ]
-    router.use_providers([], FallbackSettings(), 3.0)
+    router.providers.use([], FallbackSettings(), 3.0)
     assert router.on_finish("a", None, 4.0) == []
     assert router.on_finish("b", None, 4.0) == []
     assert router.outcomes[Outcome.COMPLETED] == 2
@@ -296,7 +296,7 @@ def test_a_hung_fleet_is_left_by_the_clock_alone():
 def test_past_the_last_retry_a_provider_answers():
     router = make(provider(), num_replicas=1, max_attempts=1)
     router.on_arrival(req("a"), 0.0)
-    assert router.on_attempt_failed("a", Failure.ERROR, 0.1) == [Fallback("a", "p0", "default")]
+    assert fail_attempt(router, "a", Failure.ERROR, 0.1) == [Fallback("a", "p0", "default")]
     router.on_finish("a", None, 1.0)
     assert router.outcomes == {Outcome.COMPLETED: 1}
 
@@ -304,11 +304,11 @@ def test_past_the_last_retry_a_provider_answers():
 def test_a_reply_that_an_engine_has_begun_is_for_engines_alone():
     router = make(provider(), num_replicas=1, max_attempts=1)
     router.on_arrival(req("a"), 0.0)
-    assert router.on_attempt_failed("a", Failure.ERROR, 0.1, has_begun=True) == [Fail("a")]
+    assert fail_attempt(router, "a", Failure.ERROR, 0.1, has_begun=True) == [Fail("a")]
     router = make(provider(), num_replicas=1)
     router.on_arrival(req("a"), 0.0)
     router.on_replica_down("r0", 0.1)
-    assert router.on_attempt_failed("a", None, 0.1, has_begun=True) == [Hold("a")]
+    assert fail_attempt(router, "a", None, 0.1, has_begun=True) == [Hold("a")]
     assert fallbacks(router.on_tick(5.0)) == []
 
 
@@ -316,7 +316,7 @@ def test_a_reply_that_an_engine_has_begun_is_for_engines_alone():
 def test_unused_output_returns_where_the_provider_returns_it(returns, counted):
     router = make(limited(returns_unused_tokens=returns))
     router.on_arrival(req("a", 10, max_output_tokens=50), 0.0)
-    router.on_provider_answer("a", TRAFFIC, 0.1)
+    router.providers.on_answer("a", TRAFFIC, 0.1)
     router.on_finish("a", Usage(num_prompt_tokens=12, num_output_tokens=5), 1.0)
     budget = router.state(1.0).fallback.providers["p0"].keys["default"].budget
     assert budget.tokens.used == counted

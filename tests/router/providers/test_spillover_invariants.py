@@ -6,13 +6,25 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from router.core.carry_out import carry_out
 from router.core.router import Router
 from router.limits.rate_limit import RateReport
 from router.providers.provider import ProviderSettings
 from router.providers.spillover import FallbackSettings
 from router.resilience.breaker import Failure
 from router.settings import RouterSettings
-from router.types import Dispatch, Fail, Fallback, Hold, Outcome, Reject, RejectReason, Usage
+from router.types import (
+    Dispatch,
+    Evacuate,
+    Fail,
+    Fallback,
+    Hold,
+    Outcome,
+    Reject,
+    RejectReason,
+    Usage,
+    Withdraw,
+)
 from tests.support.builders import info, req, snapshot
 
 MODELS = ["m", "m", "only-there", "ghost"]
@@ -56,28 +68,46 @@ class Shell(RuleBasedStateMachine):
     def start(self, spill):
         self.spill = spill
         self.router = Router(RouterSettings(max_held_requests=4, max_hold_s=100.0))
-        self.carry_out(self.router.use_providers(providers(), FallbackSettings(spill=spill), 0.0))
+        self.follow(self.router.providers.use(providers(), FallbackSettings(spill=spill), 0.0))
 
-    def carry_out(self, decisions, entering: str | None = None) -> None:
-        for decision in decisions:
-            request_id = decision.request_id
-            assert request_id == entering or self.where.get(request_id) == "held", decision
-            if request_id == entering:
-                entering = None
-            match decision:
-                case Dispatch(replica_id=replica_id):
-                    assert request_id not in self.started
-                    self.where[request_id] = replica_id
-                case Fallback(provider=provider, key=key):
-                    self.send(request_id, f"{provider}/{key}")
-                case Hold():
-                    self.where[request_id] = "held"
-                case Reject(reason=reason):
-                    expired = reason is RejectReason.EXPIRED
-                    self.end(request_id, Outcome.EXPIRED if expired else Outcome.REJECTED)
-                case Fail():
-                    self.end(request_id, Outcome.FAILED)
-        assert entering is None, "no decision about the request"
+    def follow(self, decisions, entering: str | None = None) -> None:
+        self.entering = entering
+        carry_out(decisions, self)
+        assert self.entering is None, "no decision about the request"
+
+    def is_waiting(self, request_id: str) -> None:
+        """Only what waits, or is just coming in, is decided about."""
+        assert request_id == self.entering or self.where.get(request_id) == "held", request_id
+        if request_id == self.entering:
+            self.entering = None
+
+    def dispatch(self, decision: Dispatch) -> None:
+        self.is_waiting(decision.request_id)
+        assert decision.request_id not in self.started
+        self.where[decision.request_id] = decision.replica_id
+
+    def fall_back(self, decision: Fallback) -> None:
+        self.is_waiting(decision.request_id)
+        self.send(decision.request_id, f"{decision.provider}/{decision.key}")
+
+    def hold(self, decision: Hold) -> None:
+        self.is_waiting(decision.request_id)
+        self.where[decision.request_id] = "held"
+
+    def reject(self, decision: Reject) -> None:
+        self.is_waiting(decision.request_id)
+        is_expired = decision.reason is RejectReason.EXPIRED
+        self.end(decision.request_id, Outcome.EXPIRED if is_expired else Outcome.REJECTED)
+
+    def fail(self, decision: Fail) -> None:
+        self.is_waiting(decision.request_id)
+        self.end(decision.request_id, Outcome.FAILED)
+
+    def withdraw(self, decision: Withdraw) -> None:
+        raise AssertionError(f"{decision} without hedging")
+
+    def evacuate(self, decision: Evacuate) -> None:
+        raise AssertionError(f"{decision} of an engine that is well")
 
     def send(self, request_id: str, key_id: str) -> None:
         # What has begun at a provider goes on at one that continues it, or nowhere.
@@ -109,7 +139,7 @@ class Shell(RuleBasedStateMachine):
         request_id = f"q{self.num_arrived}"
         self.num_arrived += 1
         request = req(request_id, num_tokens, model=model, arrival_s=self.now_s)
-        self.carry_out(self.router.on_arrival(request, self.now_s), request_id)
+        self.follow(self.router.on_arrival(request, self.now_s), request_id)
 
     @rule(number=ANY_REQUEST)
     def first_token(self, number):
@@ -117,7 +147,7 @@ class Shell(RuleBasedStateMachine):
         if self.is_away(request_id):
             self.started.add(request_id)
             self.silent.discard(request_id)
-        self.router.on_provider_answer(request_id, RateReport(), self.now_s)
+        self.router.providers.on_answer(request_id, RateReport(), self.now_s)
         assert self.router.on_first_token(request_id, self.now_s) == []
 
     @rule(number=ANY_REQUEST, usage=st.sampled_from([None, Usage(num_prompt_tokens=5)]))
@@ -125,14 +155,14 @@ class Shell(RuleBasedStateMachine):
         request_id = self.pick(number)
         if self.where.get(request_id, "held") != "held":
             self.end(request_id, Outcome.COMPLETED)
-        self.carry_out(self.router.on_finish(request_id, usage, self.now_s))
+        self.follow(self.router.on_finish(request_id, usage, self.now_s))
 
     @rule(number=ANY_REQUEST)
     def leave(self, number):
         request_id = self.pick(number)
         if request_id in self.where:
             self.end(request_id, Outcome.RENEGED)
-        self.carry_out(self.router.on_cancel(request_id, self.now_s))
+        self.follow(self.router.on_cancel(request_id, self.now_s))
 
     @rule(number=ANY_REQUEST, retry_after_s=st.sampled_from([None, 0.0, 30.0]))
     def refused(self, number, retry_after_s):
@@ -141,8 +171,8 @@ class Shell(RuleBasedStateMachine):
             return  # a 429 comes before any token
         entering = request_id if self.is_away(request_id) else None
         report = RateReport(retry_after_s=retry_after_s)
-        decisions = self.router.on_provider_refused(request_id, report, self.now_s)
-        self.carry_out(decisions, entering)
+        decisions = self.router.providers.on_refused(request_id, report, self.now_s)
+        self.follow(decisions, entering)
 
     @rule(
         number=ANY_REQUEST,
@@ -159,7 +189,7 @@ class Shell(RuleBasedStateMachine):
             last = [name for name in log if name.startswith(f"{request_id} ")]
             if last:  # else its key was forgotten meanwhile
                 del log[last[-1]]
-        decisions = self.router.on_provider_failed(
+        decisions = self.router.providers.on_failed(
             request_id,
             failure,
             self.now_s,
@@ -168,26 +198,26 @@ class Shell(RuleBasedStateMachine):
             was_sent=was_sent,
             lasts=lasts,
         )
-        self.carry_out(decisions, entering)
+        self.follow(decisions, entering)
 
     @rule()
     def engine_comes(self):
-        self.carry_out(self.router.on_replica_up("r0", info(num_kv_tokens=2000), self.now_s))
+        self.follow(self.router.on_replica_up("r0", info(num_kv_tokens=2000), self.now_s))
 
     @rule()
     def engine_drains(self):
-        self.carry_out(self.router.on_replica_draining("r0", self.now_s))
+        self.follow(self.router.on_replica_draining("r0", self.now_s))
 
     @rule(num_pending_prefill_tokens=st.sampled_from([0, 500, 50_000]), seq=st.integers(0, 99))
     def engine_reports(self, num_pending_prefill_tokens, seq):
         state = snapshot(seq, num_pending_prefill_tokens=num_pending_prefill_tokens)
-        self.carry_out(self.router.on_snapshot("r0", state, self.now_s))
+        self.follow(self.router.on_snapshot("r0", state, self.now_s))
 
     @rule(with_second=st.booleans())
     def reload(self, with_second):
         fallback = FallbackSettings(spill=self.spill)
-        self.carry_out(
-            self.router.use_providers(providers(with_second=with_second), fallback, self.now_s)
+        self.follow(
+            self.router.providers.use(providers(with_second=with_second), fallback, self.now_s)
         )
         if not with_second:  # its budget is forgotten with it
             self.sent["p1/default"].clear()
@@ -195,7 +225,7 @@ class Shell(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.01, 0.3, 5.0, 61.0]))
     def wait(self, seconds):
         self.now_s += seconds
-        self.carry_out(self.router.on_tick(self.now_s))
+        self.follow(self.router.on_tick(self.now_s))
 
     @invariant()
     def the_router_knows_where_everything_is(self):

@@ -4,7 +4,7 @@ import pytest
 
 from router.core.router import Router
 from router.types import BlockUpdate, Usage
-from tests.support.builders import make_router, req, snapshot
+from tests.support.builders import fail_attempt, make_router, req, snapshot
 
 BLOCKS = list(range(40))  # 640 tokens
 
@@ -23,7 +23,7 @@ def conversation(seed: int, **settings) -> tuple[Router, str, str]:
     router = make_router(2, engine={"max_num_batched_tokens": 8192}, seed=seed, **settings)
     [dispatch] = router.on_arrival(turn("first", 10), 0.0)
     home = dispatch.replica_id
-    router.on_prompt("first", 640, BLOCKS)
+    router.on_prompt("first", home, 640, BLOCKS)
     assert router.on_blocks(home, BlockUpdate(since=0, until=40, stored=BLOCKS))
     router.on_finish("first", Usage(num_output_tokens=10), 1.0)
     for replica_id in ("r0", "r1"):
@@ -58,12 +58,12 @@ def test_what_was_generated_makes_no_more_of_a_prompt_cached():
     router.on_arrival(turn("first", 10), 0.0)
     [dispatch] = router.on_arrival(turn("second", 12), 0.0)
     assert dispatch.num_cached_tokens == 640
-    [again] = router.on_attempt_failed("second", None, 1.0, num_output_tokens=100)
+    [again] = fail_attempt(router, "second", None, 1.0, num_output_tokens=100)
     assert again.num_cached_tokens == 640
     # What its engine then tells is the whole, in which that text is so much less.
-    router.on_prompt("second", 868, list(range(54)))
+    router.on_prompt("second", "r0", 868, list(range(54)))
     router.on_blocks("r0", BlockUpdate(since=0, until=54, stored=list(range(54))))
-    router.on_prompt("first", 640, BLOCKS)
+    router.on_prompt("first", "r0", 640, BLOCKS)
     [third] = router.on_arrival(turn("third", 14), 2.0)
     assert third.num_cached_tokens == 768
 

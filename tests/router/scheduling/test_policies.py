@@ -8,7 +8,8 @@ from router.scheduling.policies import POLICIES, Load, Policy, make_policy
 from router.scheduling.policies.headway import costs_s
 from router.scheduling.policies.least_kv_usage import kv_usage
 from router.scheduling.policies.least_response_time import LeastResponseTime
-from router.scheduling.policies.prefix_index import BLOCK_TOKENS, PrefixIndex
+from router.scheduling.policies.prefix_index import PrefixIndex
+from router.types import PREFIX_BLOCK_TOKENS
 from tests.support.builders import busy, info, make_replica, req, snapshot
 
 NOTHING_HELD = Load(num_held_per_engine=0.0)
@@ -31,7 +32,7 @@ def load(replica: Replica, *token_counts: int) -> None:
 
 def prompt(*blocks: int, request_id: str = "a"):
     """A request of these blocks. Chained: a number stands for all blocks up to it."""
-    return req(request_id, BLOCK_TOKENS * len(blocks), prefix_hashes=blocks)
+    return req(request_id, PREFIX_BLOCK_TOKENS * len(blocks), prefix_hashes=blocks)
 
 
 def choices(policy, request, given, number: int = 50) -> set[str]:
@@ -297,7 +298,7 @@ class TestPrefixIndex:
 
     def test_holds_as_many_as_the_engine_could(self):
         """The least recently sent go first, and of one prompt the last blocks."""
-        index, replica = PrefixIndex(), make_replica(num_kv_tokens=4 * BLOCK_TOKENS)
+        index, replica = PrefixIndex(), make_replica(num_kv_tokens=4 * PREFIX_BLOCK_TOKENS)
         index.add(prompt(1, 2), replica)
         index.add(prompt(5, 6), replica)
         index.add(prompt(1, 2), replica)
@@ -309,7 +310,7 @@ class TestPrefixIndex:
         assert index.match_share(prompt(*range(10, 30)), replica) == 4 / 20
 
     def test_stays_bounded_whatever_comes(self):
-        index, replica = PrefixIndex(), make_replica(num_kv_tokens=50 * BLOCK_TOKENS)
+        index, replica = PrefixIndex(), make_replica(num_kv_tokens=50 * PREFIX_BLOCK_TOKENS)
         rng = random.Random(0)
         for _ in range(500):
             start = rng.randrange(20) * 100

@@ -34,7 +34,11 @@ WORKLOAD = SYNTHETIC["conversations"](400, 0).at_rate(30.0)
 
 
 def simulation(workload=WORKLOAD, num_engines=3, policy="headway", **options):
-    settings = RouterSettings(policy=policy, max_hold_s=options.pop("max_hold_s", 300.0))
+    settings = RouterSettings(
+        policy=policy,
+        max_hold_s=options.pop("max_hold_s", 300.0),
+        hedge_factor=options.pop("hedge_factor", None),
+    )
     return Simulation(
         workload,
         settings,
@@ -42,6 +46,10 @@ def simulation(workload=WORKLOAD, num_engines=3, policy="headway", **options):
         num_engines,
         **options,
     )
+
+
+def num_retries(gateway, now_s: float) -> int:
+    return gateway.router.state(now_s).retries.num_made
 
 
 def assert_each_ended_once(simulation, run):
@@ -116,6 +124,7 @@ COLUMNS = ("placed_s", "first_s", "end_s", "outcome", "num_cached_tokens")
         {},
         {"num_gateways": 2},
         {"network": Network(snapshot_loss=0.3)},
+        {"hedge_factor": 1.2},
         {"failures": [Failure(0, 1.0, 3.0), Failure(1, 2.0, 1.0)]},
         {"workload": SYNTHETIC["bursty"](200, 0).at_rate(150.0), "num_engines": 2},
     ],
@@ -149,7 +158,7 @@ def test_failing_engines(policy, num_gateways):
     run = failing.run()
     assert_each_ended_once(failing, run)
     assert run.completed.all()
-    assert sum(gateway.router.num_retries for gateway in failing.gateways) > 10
+    assert sum(num_retries(gateway, failing.now_s) for gateway in failing.gateways) > 10
     undisturbed = simulation(policy=policy, num_gateways=num_gateways).run()
     assert np.median(run.e2e_s) > np.median(undisturbed.e2e_s)
 

@@ -1,0 +1,187 @@
+r"""Which engines are there, and which attempt does a frame of theirs belong to?
+
+    named by Ray --connect--> up --not named any more--> draining --last attempt over--> closed
+         ^                     |
+         \--------lost---------/   its attempts are lost with the connection
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+from router.core.router import Router
+from router.resilience.resume import Resume
+from router.types import BlockUpdate, Decision, Dispatch, EngineInfo, EngineSnapshot
+from serving.gateway.exchange import Attempt, Exchange
+from serving.stream.client import StreamClient
+from serving.stream.frames import Ack, Cancel, Data, End, Head, Prompt, Resync, Submit
+
+logger = logging.getLogger(__name__)
+
+_RECONNECT_S = 0.5
+
+
+class AttemptEvents(Protocol):
+    """Who has the exchanges, told on the event loop of what became of their attempts."""
+
+    def execute(self, decisions: list[Decision]) -> None: ...
+    def on_head(self, attempt: Attempt, frame: Head) -> None: ...
+    def on_data(self, attempt: Attempt, frame: Data) -> None: ...
+    def on_end(self, attempt: Attempt, frame: End) -> None: ...
+    def on_attempt_lost(self, attempt: Attempt) -> None: ...
+
+
+class Engines:
+    """The connections to all engines, each with the attempts that are open on it."""
+
+    def __init__(self, router: Router, gateway_id: str, events: AttemptEvents) -> None:
+        self.infos: dict[str, EngineInfo] = {}  # of those that are up, by replica
+        self._router = router
+        self._gateway_id = gateway_id
+        self._events = events
+        self._members: dict[str, dict] = {}
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._connections: dict[str, StreamClient] = {}
+        self._attempts: dict[str, dict[int, Attempt]] = {}  # by replica and booking
+
+    # --- membership ------------------------------------------------------
+
+    def set_members(self, members: Mapping[str, dict]) -> None:
+        """Go by these replicas, which Ray names with the metadata of each.
+
+        A replica that is not named any more drains: it gets no new work, its
+        streams end in peace, then its connection is closed.
+        """
+        for replica_id in members.keys() - self._members.keys():
+            task = asyncio.get_running_loop().create_task(
+                self._connect(replica_id, members[replica_id])
+            )
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+        gone = self._members.keys() - members.keys()
+        self._members = dict(members)
+        for replica_id in gone:
+            self._events.execute(self._router.on_replica_draining(replica_id, time.monotonic()))
+            self._close_if_drained(replica_id)
+
+    async def _connect(self, replica_id: str, metadata: dict) -> None:
+        """Connect, and again while Ray still names the replica."""
+        while replica_id in self._members and replica_id not in self._connections:
+            try:
+                self._connections[replica_id] = await StreamClient.connect(
+                    replica_id, metadata, self._gateway_id, self
+                )
+            except OSError as error:
+                logger.warning("engine %s is not reachable: %s", replica_id, error)
+                await asyncio.sleep(_RECONNECT_S)
+
+    def _close_if_drained(self, replica_id: str) -> None:
+        connection = self._connections.get(replica_id)
+        if connection and replica_id not in self._members and not self._attempts.get(replica_id):
+            connection.close()
+
+    def close(self) -> None:
+        """Close every connection. Engines abort what was open."""
+        self._members = {}
+        for connection in list(self._connections.values()):
+            connection.close()
+
+    # --- attempts --------------------------------------------------------
+
+    def submit(
+        self, exchange: Exchange, decision: Dispatch, priority: int, resume: Resume | None
+    ) -> None:
+        """Send an exchange to an engine, to go on with what there is of its reply."""
+        attempt = Attempt(exchange, self._connections[decision.replica_id], decision.booking)
+        exchange.attempts.append(attempt)
+        exchange.num_attempts += 1
+        self._attempts[decision.replica_id][decision.booking] = attempt
+        attempt.connection.post(
+            Submit(
+                decision.booking,
+                exchange.request.id,
+                exchange.request.num_prompt_tokens,
+                decision.num_cached_tokens,
+                priority,
+                exchange.method,
+                exchange.path,
+                exchange.headers,
+                exchange.body,
+                exchange.created_s,
+                resume,
+            )
+        )
+
+    def get(self, replica_id: str, booking: int) -> Attempt:
+        """Return the attempt of this booking, which is open."""
+        return self._attempts[replica_id][booking]
+
+    def at_replica(self, replica_id: str) -> list[Attempt]:
+        """Return the attempts that are open on one engine."""
+        return list(self._attempts[replica_id].values())
+
+    def acknowledge_bytes(self, attempt: Attempt, num_bytes: int) -> None:
+        """Let the engine send so many bytes more."""
+        attempt.connection.post(Ack(attempt.booking, num_bytes))
+
+    def cancel(self, attempt: Attempt) -> None:
+        """Tell the engine to stop."""
+        attempt.connection.post(Cancel(attempt.booking))
+        self.end(attempt)
+
+    def end(self, attempt: Attempt) -> None:
+        """Hear of an attempt no more. One whose engine was lost has ended already."""
+        attempt.exchange.attempts.remove(attempt)
+        if (attempts := self._attempts.get(attempt.replica_id)) is not None:
+            attempts.pop(attempt.booking, None)
+            self._close_if_drained(attempt.replica_id)
+
+    # --- what engines tell -----------------------------------------------
+
+    def on_welcome(self, client: StreamClient, info: EngineInfo) -> None:
+        self.infos[client.replica_id] = info
+        self._attempts[client.replica_id] = {}
+        self._events.execute(self._router.on_replica_up(client.replica_id, info, time.monotonic()))
+
+    def on_snapshot(self, client: StreamClient, snapshot: EngineSnapshot) -> None:
+        now_s = time.monotonic()
+        self._events.execute(self._router.on_snapshot(client.replica_id, snapshot, now_s))
+
+    def on_blocks(self, client: StreamClient, update: BlockUpdate) -> None:
+        if not self._router.on_blocks(client.replica_id, update):
+            client.post(Resync())
+
+    # Frames of attempts that were cancelled may still be under way: they have none here.
+
+    def on_prompt(self, client: StreamClient, frame: Prompt) -> None:
+        replica_id = client.replica_id
+        if (attempt := self._attempts[replica_id].get(frame.stream)) is not None:
+            request_id = attempt.exchange.request.id
+            self._router.on_prompt(request_id, replica_id, frame.num_tokens, frame.block_hashes)
+
+    def on_head(self, client: StreamClient, frame: Head) -> None:
+        if (attempt := self._attempts[client.replica_id].get(frame.stream)) is not None:
+            self._events.on_head(attempt, frame)
+
+    def on_data(self, client: StreamClient, frame: Data) -> None:
+        if (attempt := self._attempts[client.replica_id].get(frame.stream)) is not None:
+            self._events.on_data(attempt, frame)
+
+    def on_end(self, client: StreamClient, frame: End) -> None:
+        if (attempt := self._attempts[client.replica_id].get(frame.stream)) is not None:
+            self._events.on_end(attempt, frame)
+
+    def on_lost(self, client: StreamClient) -> None:
+        replica_id = client.replica_id
+        if self._connections.get(replica_id) is client:
+            del self._connections[replica_id]
+        self.infos.pop(replica_id, None)
+        lost = self._attempts.pop(replica_id, {})
+        # First close the door, then find the requests another place.
+        self._events.execute(self._router.on_replica_down(replica_id, time.monotonic()))
+        for attempt in lost.values():
+            self._events.on_attempt_lost(attempt)
+        if (metadata := self._members.pop(replica_id, None)) is not None:
+            self.set_members({**self._members, replica_id: metadata})
