@@ -73,7 +73,7 @@ async def test_a_live_state_is_what_its_schema_says(keys):
             for _ in range(2)
         ]
         await system.until(lambda: system.num_engine_streams == 2)
-        system.ports[0].close()
+        system.servers[0].close()
         await system.until(lambda: system.gateway.state().breaker_events)
         reply = await system.client.get("/headway/state", headers=admin)
         schema = (await system.client.get("/headway/state/schema", headers=admin)).json()
