@@ -69,9 +69,10 @@ def make_router(
 def fail_attempt(
     router: Router, request_id: str, failure: Failure | None, now_s: float, **options: Any
 ) -> list[Decision]:
-    """Report that the one engine which has a request did not carry it through."""
-    (attempt,) = router._attempts.of(request_id)
-    return router.on_attempt_failed(request_id, attempt.replica.id, failure, now_s, **options)
+    """Report that the one engine which has a request, or else r0, did not carry it through."""
+    replica_ids = [attempt.replica.id for attempt in router._attempts.of(request_id)]
+    [replica_id] = replica_ids or ["r0"]
+    return router.on_attempt_failed(request_id, replica_id, failure, now_s, **options)
 
 
 def after_json(state):
