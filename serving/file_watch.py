@@ -1,4 +1,4 @@
-"""Files that may change while serving."""
+"""When has a file changed while serving, and is its new content used?"""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# A stat per second costs nothing, and nobody notices the second.
+# One `stat` per second costs nothing, and a second's delay is short enough.
 _INTERVAL_S = 1.0
 
 
@@ -26,18 +26,18 @@ class FileWatchState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FileWatch(Generic[T]):
-    """Reads a file anew when it has changed; keeps to what it said last if it is broken.
+    """Read a file again when it has changed; keep its last valid content if it is broken.
 
-    By polling: also over NFS and for the symbolic links that Kubernetes mounts.
-    `read` runs in a thread and may raise `ConfigError`; `use` runs on the loop.
+    It polls, which also works over NFS and with the symbolic links that Kubernetes mounts.
+    `read` runs in a thread, `apply` on the event loop. Either may raise `ConfigError`.
     """
 
-    def __init__(self, path: Path, read: Callable[[Path], T], use: Callable[[T], None]) -> None:
+    def __init__(self, path: Path, read: Callable[[Path], T], apply: Callable[[T], None]) -> None:
         self.path = path
         self.num_reloads = 0
-        self.error: str | None = None  # of the last attempt
+        self.error: str | None = None  # of the last reload
         self._read = read
-        self._use = use
+        self._apply = apply
         self._seen = _signature(path)
         self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -49,17 +49,17 @@ class FileWatch(Generic[T]):
                 await self.reload()
 
     async def reload(self) -> None:
-        """Read the file and use what it says, changed or not."""
+        """Read the file and apply its content, changed or not."""
         try:
             content = await asyncio.to_thread(self._read, self.path)
-            self._use(content)
+            self._apply(content)
         except ConfigError as error:
             self.error = str(error)
             logger.error("%s is not used: %s", self.path, error)
         else:
             self.error = None
             self.num_reloads += 1
-            logger.info("%s is read anew", self.path)
+            logger.info("%s was read again", self.path)
 
     def state(self) -> FileWatchState:
         """Return how often it was read anew, and why it was not."""

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible front: all that stands behind it, and its small endpoints."""
+"""What does a gateway consist of, and what do its small endpoints answer?"""
 
 import logging
 import time
@@ -14,14 +14,14 @@ from serving.config import Config, read
 from serving.file_watch import FileWatch
 from serving.gateway.cache.response_cache import ResponseCache
 from serving.gateway.driver import Driver
-from serving.gateway.http.body_reader import Bodies
+from serving.gateway.http.body_reader import BodyReader
 from serving.gateway.http.endpoint import is_loopback
 from serving.gateway.http.errors import ApiError
 from serving.gateway.metrics import GatewayState, Metrics
 from serving.gateway.providers.calls import Providers
-from serving.gateway.providers.leases import Ask, Leases
-from serving.gateway.request_parser import ENDPOINTS, Intake
-from serving.gateway.request_path import TokenPath
+from serving.gateway.providers.leases import Leases, SendUpdate
+from serving.gateway.request_parser import ENDPOINTS, RequestParser
+from serving.gateway.request_path import RequestPath
 from serving.gateway.tenants.keys import read_keys
 from serving.gateway.tenants.tenants import Tenants
 from serving.renamed import current_parts
@@ -30,96 +30,102 @@ logger = logging.getLogger(__name__)
 
 
 class Gateway:
-    """One gateway: the ASGI application and all behind it, on one event loop.
+    """One gateway: the ASGI application and all that it uses, on one event loop.
 
-    Made on the running loop. Raises `ConfigError` if its keys cannot be read.
+    Create it on the running loop. It raises `ConfigError` if a key cannot be read.
     """
 
-    def __init__(self, config: Config, gateway_id: str, ask: Ask | None = None) -> None:
-        """`ask` reaches the keeper of budgets where several gateways share them."""
+    def __init__(
+        self, config: Config, gateway_id: str, send_update: SendUpdate | None = None
+    ) -> None:
+        """`send_update` reaches the keeper of leases where several gateways share limits."""
         self.config = config
         self.gateway_id = gateway_id
         self.metrics = Metrics()
         self.router = Router(config.router)
+        leases = None
+        if send_update is not None:
+            leases = Leases(gateway_id, send_update, self._on_grant)
+        self.providers = Providers(config.gateway.stream_window_bytes, leases)
         self.driver = Driver(
             self.router,
             gateway_id,
-            config.gateway.stream_window_bytes,
-            config.gateway.max_record_bytes,
+            self.providers,
             self.metrics,
+            window_bytes=config.gateway.stream_window_bytes,
+            max_record_bytes=config.gateway.max_record_bytes,
         )
-        leases = None if ask is None else Leases(gateway_id, ask, self._on_grant)
-        self.providers = Providers(
-            self.router, self.driver, config.gateway.stream_window_bytes, leases
-        )
-        self.driver.providers = self.providers
-        self.providers.use(config)
-        self.intake = Intake()
-        self.bodies = Bodies(config.gateway)
+        self.driver.use_providers(config)
+        self.request_parser = RequestParser()
+        self.body_reader = BodyReader(config.gateway)
         self.cache = ResponseCache(config, self.driver)
-        self.watches: dict[str, FileWatch] = {}
         self.tenants = self._make_tenants()
-        self.token_path = TokenPath(
+        self.file_watches = self._watch_files()
+        self.request_path = RequestPath(
             config,
             self.driver,
-            self.bodies,
-            self.intake,
+            self.body_reader,
+            self.request_parser,
             self.providers,
             self.tenants,
             self.cache,
         )
-        self.started_s = int(time.time())
-        self.metrics.watch(self.state)
-        self.app = self._build()
+        self.started_s = int(time.time())  # seconds since the epoch
+        self.metrics.export_state(self.state)
+        self.app = self._make_app()
 
     def _make_tenants(self) -> Tenants:
         config = self.config
-        if (keys_file := config.auth.keys_file) is None:
-            if config.gateway.front == "own" and not is_loopback(config.gateway.host):
-                logger.warning(
-                    "open to the network on %s, and nobody needs a key: set auth.keys_file",
-                    config.gateway.host,
-                )
-            tenants = Tenants(config, None)
-        else:
-            tenants = Tenants(config, read_keys(keys_file))
-            self.watches["auth.keys_file"] = FileWatch(keys_file, read_keys, tenants.use_keys)
-        if (watch_file := config.watch_file) is not None:
-            self.watches["watch_file"] = FileWatch(watch_file, read, self._use_config)
-        return tenants
+        if (keys_file := config.auth.keys_file) is not None:
+            return Tenants(config, read_keys(keys_file))
+        if config.gateway.front == "own" and not is_loopback(config.gateway.host):
+            logger.warning(
+                "open to the network on %s, and nobody needs a key: set auth.keys_file",
+                config.gateway.host,
+            )
+        return Tenants(config, None)
+
+    def _watch_files(self) -> dict[str, FileWatch]:
+        """Start to watch the files that may change. Return the watches by setting."""
+        watches: dict[str, FileWatch] = {}
+        if (keys_file := self.config.auth.keys_file) is not None:
+            watches["auth.keys_file"] = FileWatch(keys_file, read_keys, self.tenants.use_keys)
+        if (watch_file := self.config.watch_file) is not None:
+            watches["watch_file"] = FileWatch(watch_file, read, self._use_config)
+        return watches
 
     def _use_config(self, config: Config) -> None:
-        """Take over from a changed config file what can change while serving.
+        """Use those sections of a changed config file that may change while serving.
 
-        Raises `ConfigError` if a provider's key cannot be read or Redis not be used.
+        Raise `ConfigError` if a provider's key cannot be read or Redis cannot be used.
         """
         self.cache.use_config(config.cache)
-        self.providers.use(config)
+        self.driver.use_providers(config)
         self.tenants.use_configs(config.tenants)
 
     def _on_grant(self) -> None:
-        """Budgets have been leased: see who waits for them."""
+        """Let the router decide again: requests may wait for what was just leased."""
         self.driver.execute(self.router.on_tick(time.monotonic()))
 
     def close(self) -> None:
-        """Leave: stop watching files, close the connections to engines."""
-        for watch in self.watches.values():
+        """Stop watching files and close the connections to engines."""
+        for watch in self.file_watches.values():
             watch.close()
         self.cache.close()
         self.driver.close()
 
-    def _build(self) -> FastAPI:
+    def _make_app(self) -> FastAPI:
         app = FastAPI(title="Headway", openapi_url=None)
         for path in ENDPOINTS:
             # A plain ASGI endpoint: tokens pass through no response object.
-            app.router.routes.append(Route(path, self.token_path, methods=["POST"]))
-        app.get("/v1/models")(self.models)
-        app.get("/health")(self.health)
-        app.get("/metrics")(self.prometheus)
+            app.router.routes.append(Route(path, self.request_path, methods=["POST"]))
+        app.get("/v1/models")(self.get_models)
+        app.get("/health")(self.get_health)
+        app.get("/metrics")(self.get_metrics)
         app.get("/headway/state")(self.get_state)
         app.get("/headway/state/schema")(self.get_state_schema)
         app.post("/headway/policy")(self.set_policy)
-        app.post("/headway/reload")(self.reload)
+        app.post("/headway/reload")(self.reload_files)
         app.get("/headway/usage")(self.get_usage)
         app.add_exception_handler(ApiError, _reply_error)
         app.add_exception_handler(404, _no_such_route)
@@ -135,11 +141,11 @@ class Gateway:
             gateway_id=self.gateway_id,
             num_open_requests=len(self.driver.exchanges),
             num_record_bytes=self.driver.records.num_bytes,
-            num_incoming_bytes=self.bodies.num_bytes,
-            tokens_per_byte=self.intake.tokens_per_byte,
+            num_incoming_bytes=self.body_reader.num_bytes,
+            tokens_per_byte=self.request_parser.tokens_per_byte,
             tenants=self.tenants.state(now_s),
             cache=self.cache.state(),
-            files={name: watch.state() for name, watch in self.watches.items()},
+            files={name: watch.state() for name, watch in self.file_watches.items()},
             **msgspec.structs.asdict(self.router.state(now_s)),
         )
 
@@ -154,25 +160,26 @@ class Gateway:
         return _json(msgspec.json.schema(GatewayState))
 
     async def get_usage(self, request: Request) -> Response:
-        """What each tenant has used of this gateway; one without an admin key sees its own."""
+        """Answer with what each tenant has used; with the caller's own unless it is an admin."""
         caller = self.tenants.authenticate(request.headers.raw)
         usage = self.tenants.usage()
         if caller is not None and not caller.is_admin:
             usage = {caller.tenant.name: usage[caller.tenant.name]}
         return _json({"gateway_id": self.gateway_id, "tenants": usage})
 
-    async def reload(self, request: Request) -> Response:
-        """Read keys and config anew now; without this, within a second of a change."""
+    async def reload_files(self, request: Request) -> Response:
+        """Read keys and config again now; otherwise this happens within a second of a change."""
         self.tenants.authorize_admin(request.headers.raw)
-        for watch in self.watches.values():
+        for watch in self.file_watches.values():
             await watch.reload()
-        return _json({name: watch.state() for name, watch in self.watches.items()})
+        return _json({name: watch.state() for name, watch in self.file_watches.items()})
 
-    async def models(self, request: Request) -> JSONResponse:
+    async def get_models(self, request: Request) -> JSONResponse:
+        """Answer with the models that the caller may use, as OpenAI's API lists them."""
         caller = self.tenants.authenticate(request.headers.raw)
         cards = {
             name: info
-            for info in self.driver.engines.values()
+            for info in self.driver.engines.infos.values()
             for name in (info.model, *info.aliases)
             if caller is None or caller.tenant.may_use((name,))
         }
@@ -207,16 +214,17 @@ class Gateway:
             }
         )
 
-    async def health(self) -> JSONResponse:
-        """200 while at least one engine is connected, or a provider stands in."""
-        num_engines = len(self.driver.engines)
-        stands_in = "providers only" if self.providers.models else "no engine"
+    async def get_health(self) -> JSONResponse:
+        """Answer 200 while an engine is connected or a provider is configured, else 503."""
+        num_engines = len(self.driver.engines.infos)
+        without_engines = "providers only" if self.providers.models else "no engine"
         return JSONResponse(
-            {"status": "ok" if num_engines else stands_in, "num_engines": num_engines},
+            {"status": "ok" if num_engines else without_engines, "num_engines": num_engines},
             status_code=200 if num_engines or self.providers.models else 503,
         )
 
-    async def prometheus(self, request: Request) -> Response:
+    async def get_metrics(self, request: Request) -> Response:
+        """Answer with the metrics in Prometheus's text format."""
         if not self.config.auth.open_metrics:
             self.tenants.authorize_admin(request.headers.raw)
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
@@ -234,7 +242,7 @@ class Gateway:
 
 
 def _json(content: Any) -> Response:
-    """Answer with this, structs in it or not, as JSON."""
+    """Return a response with `content`, which may contain structs, as JSON."""
     return Response(msgspec.json.encode(content), media_type="application/json")
 
 

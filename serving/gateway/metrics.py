@@ -1,6 +1,6 @@
-"""What can be seen of a gateway: its state when somebody asks, its metrics by Prometheus.
+"""What can be seen of a gateway? Its state, on request, and its metrics, by Prometheus.
 
-Nothing decides by them.
+Nothing is decided by them.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ from serving.file_watch import FileWatchState
 from serving.gateway.cache.response_store import ResponseCacheState
 from serving.gateway.tenants.tenants import Consumption, TenantsState
 
-# From an idle GPU's first token to a long wait behind documents.
+# From the first token of an idle GPU to a long wait behind long prompts.
 _LATENCY_BUCKETS_S = (
     *(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
     *(1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 300.0),
@@ -32,16 +32,16 @@ class GatewayState(RouterState, frozen=True, kw_only=True):
 
     gateway_id: str
     num_open_requests: int
-    num_record_bytes: int  # kept of what engines have generated for open requests
-    num_incoming_bytes: int  # of bodies on their way in
-    tokens_per_byte: float  # by which prompts are estimated
+    num_record_bytes: int  # of the records of open requests: what engines have generated
+    num_incoming_bytes: int  # received so far of incomplete bodies
+    tokens_per_byte: float  # by which the sizes of prompts are estimated
     tenants: TenantsState
     cache: ResponseCacheState
     files: dict[str, FileWatchState]  # by the setting that names them
 
 
 class Metrics:
-    """Counts requests and tokens, times first tokens and whole requests."""
+    """Count requests and tokens; time first tokens and whole requests."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -70,20 +70,20 @@ class Metrics:
         )
         self._output_tokens = Counter("headway_generation_tokens", "Tokens generated", **common)
 
-    def first_token(self, request: Request, now_s: float) -> None:
+    def observe_first_token(self, request: Request, now_s: float) -> None:
         self._ttft_s.labels(request.model).observe(now_s - request.arrival_s)
 
-    def resumed(self, request: Request, delay_s: float) -> None:
+    def observe_resume(self, request: Request, delay_s: float) -> None:
         self._resume_delay_s.labels(request.model).observe(delay_s)
 
-    def finished(self, request: Request, usage: Usage | None, now_s: float) -> None:
+    def observe_finish(self, request: Request, usage: Usage | None, now_s: float) -> None:
         self._e2e_s.labels(request.model).observe(now_s - request.arrival_s)
         if usage is not None:
             self._prompt_tokens.labels(request.model).inc(usage.num_prompt_tokens)
             self._cached_tokens.labels(request.model).inc(usage.num_cached_tokens)
             self._output_tokens.labels(request.model).inc(usage.num_output_tokens)
 
-    def watch(self, state: Callable[[], GatewayState]) -> None:
+    def export_state(self, state: Callable[[], GatewayState]) -> None:
         """Export the gateway's state, read at every scrape."""
         self.registry.register(_StateCollector(state))
 
@@ -93,7 +93,7 @@ class Metrics:
 
 
 class _StateCollector(Collector):
-    """Turns the state into Prometheus's gauges, whenever they are read."""
+    """Turn the state into Prometheus's gauges whenever they are read."""
 
     _ENGINE_GAUGES = (
         "num_running_reqs",
@@ -112,7 +112,7 @@ class _StateCollector(Collector):
         self._state = state
 
     def describe(self) -> Iterable[Metric]:
-        return ()  # registering must not call for the state yet
+        return ()  # or registering would read the state already
 
     def collect(self) -> Iterable[Metric]:
         state = self._state()
@@ -188,9 +188,9 @@ class _StateCollector(Collector):
 
 
 def _provider_metrics(fallback: SpilloverState) -> Iterable[Metric]:
-    """What providers have cost, how fast they are, and how much of each limit is used."""
+    """Yield what providers have cost, how fast they are, and the used share of each limit."""
     labels = ["provider", "key"]
-    cost = CounterMetricFamily("headway_provider_cost", "spent, as settled", labels=labels[:1])
+    cost = CounterMetricFamily("headway_provider_cost", "spent, as recorded", labels=labels[:1])
     ttft = GaugeMetricFamily("headway_provider_ttft_seconds", "usual, learned", labels=labels[:1])
     refused = CounterMetricFamily("headway_provider_refusals", "429s", labels=labels)
     closed = GaugeMetricFamily("headway_provider_breaker_closed", "traffic flows", labels=labels)

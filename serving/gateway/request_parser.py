@@ -1,4 +1,4 @@
-"""From an HTTP body to a `Request`: the little that routing needs to know of it."""
+"""What does routing need to know of an HTTP body? From a body to a `Request`."""
 
 import math
 from collections.abc import Sequence
@@ -6,28 +6,32 @@ from typing import Any
 
 import msgspec
 
-from router.scheduling.policies.prefix_index import BLOCK_TOKENS
-from router.types import EngineInfo, Request, RequestClass, Usage
+from router.types import (
+    MAX_PREFIX_BLOCKS,
+    PREFIX_BLOCK_TOKENS,
+    EngineInfo,
+    Request,
+    RequestClass,
+    Usage,
+)
 from serving.gateway.http.errors import ApiError
 
-# Until the first replies have taught better: English text in a byte-pair
-# vocabulary takes about four bytes a token.
+# Used until the first replies show better: English text in a byte-pair
+# vocabulary has about four bytes per token.
 _PRIOR_TOKENS_PER_BYTE = 0.25
 # The prior weighs as much as this many bytes of real prompts.
 _PRIOR_BYTES = 2_000.0
-# Older prompts fade: about the last 200 KB of prompt text count.
+# Older prompts count less and less: about the last 200 KB of prompt text matter.
 _MEMORY_BYTES = 200_000.0
-# Prompts are compared with others by such blocks, and by their first 64 KB (llm-d,
-# too, looks at 256 blocks).
-_BLOCK_BYTES = round(BLOCK_TOKENS / _PRIOR_TOKENS_PER_BYTE)
-_MAX_BLOCKS = 256
+# Prompts are compared by blocks of this size, and only by their first 64 KB.
+_BLOCK_BYTES = round(PREFIX_BLOCK_TOKENS / _PRIOR_TOKENS_PER_BYTE)
 
 
 _ABSENT = msgspec.Raw(b"")
 
 
 class _Body(msgspec.Struct):
-    """Fields common to all endpoints. Unknown ones are vLLM's business."""
+    """Fields common to all endpoints. vLLM checks the others."""
 
     model: str | None = None
     stream: bool | None = None
@@ -50,8 +54,8 @@ class _InputBody(_Body, kw_only=True):
     input: msgspec.Raw = _ABSENT
 
 
-# The endpoints served, with what must be in the body and which of vLLM's
-# tasks an engine needs for them.
+# By path: the body's type, the field that holds the prompt, and the one of vLLM's tasks that an
+# engine must support.
 ENDPOINTS: dict[str, tuple[type[_Body], str, str]] = {
     "/v1/chat/completions": (_ChatBody, "messages", "generate"),
     "/v1/completions": (_CompletionBody, "prompt", "generate"),
@@ -59,26 +63,26 @@ ENDPOINTS: dict[str, tuple[type[_Body], str, str]] = {
     "/v1/embeddings": (_InputBody, "input", "embed"),
 }
 
-# Lax like vLLM's pydantic models: what those coerce is not refused here.
+# Not strict, like vLLM's pydantic models: what those convert is not refused here.
 _DECODERS = {
     path: msgspec.json.Decoder(body, strict=False) for path, (body, _, _) in ENDPOINTS.items()
 }
 
 
-class Intake:
-    """Parses bodies and estimates prompt sizes; learns tokens per byte from replies."""
+class RequestParser:
+    """Parse bodies and estimate prompt sizes; learn tokens per byte from replies."""
 
     def __init__(self) -> None:
         self._num_tokens = _PRIOR_TOKENS_PER_BYTE * _PRIOR_BYTES
         self._num_bytes = _PRIOR_BYTES
-        self._default_model = ""  # of requests that name none: the engines', while there are any
+        self._default_model = ""  # for requests that name none; the engines', if there are any
 
     @property
     def tokens_per_byte(self) -> float:
         return self._num_tokens / self._num_bytes
 
-    def learn(self, num_text_bytes: int, usage: Usage | None) -> None:
-        """Take in how many tokens a prompt of so many bytes really was."""
+    def learn_tokens_per_byte(self, num_text_bytes: int, usage: Usage | None) -> None:
+        """Learn from how many tokens a prompt of so many bytes really was."""
         if usage is None or not usage.num_prompt_tokens or not num_text_bytes:
             return
         keep = math.exp(-num_text_bytes / _MEMORY_BYTES)
@@ -111,17 +115,17 @@ class Intake:
             raise ApiError(400, f"Invalid request body: {error}") from None
         except msgspec.DecodeError as error:
             raise ApiError(400, f"The request body is not valid JSON: {error}") from None
-        model = self._model(fields.model, engines, task, models_elsewhere)
+        model = self._resolve_model(fields.model, engines, task, models_elsewhere)
         prompt = bytes(getattr(fields, prompt_field))
         if prompt in (b"", b"null", b"[]") and not getattr(fields, "prompt_embeds", None):
             raise ApiError(400, f"'{prompt_field}' is missing or empty", param=prompt_field)
         if path == "/v1/chat/completions" and not prompt.startswith(b"["):
             raise ApiError(400, "'messages' must be a list of messages", param="messages")
-        num_tokens, num_text_bytes = self._size(prompt)
+        num_tokens, num_text_bytes = self._estimate_tokens(prompt)
         infos = [info for info in engines.values() if model in (info.model, *info.aliases)]
         if infos:
-            # Longer prompts are refused by vLLM; until it has counted them
-            # they must not pass for more than the model can take.
+            # vLLM refuses longer prompts. Until it has counted them the
+            # estimate must not exceed what the model accepts.
             num_tokens = min(num_tokens, max(info.max_model_len for info in infos))
         return (
             Request(
@@ -140,13 +144,13 @@ class Intake:
             num_text_bytes,
         )
 
-    def _size(self, prompt: bytes) -> tuple[int, int]:
-        """Estimated tokens, and the bytes that the estimate is from."""
+    def _estimate_tokens(self, prompt: bytes) -> tuple[int, int]:
+        """Return the estimated tokens, and the number of bytes that they were estimated from."""
         if prompt.startswith(b"[") and prompt[:16].lstrip(b"[ \t\r\n")[:1].isdigit():
             return prompt.count(b",") + 1, 0  # token ids: exact
         return round(len(prompt) * self.tokens_per_byte), len(prompt)
 
-    def _model(
+    def _resolve_model(
         self,
         name: str | None,
         engines: dict[str, EngineInfo],
@@ -159,7 +163,7 @@ class Intake:
         if name is None:
             name = self._default_model or next(iter(models_elsewhere), "")
         if not engines or name in models_elsewhere:
-            return name  # no engine is up: hold, one may come
+            return name  # no engine runs: the request is held, one may start
         serving = [info for info in infos if name in (info.model, *info.aliases)]
         if not serving:
             raise ApiError(
@@ -185,7 +189,9 @@ def prefix_hashes(model: str, prompt: bytes) -> tuple[int, ...]:
     """
     chained = hash(model)
     hashes = []
-    for end in range(_BLOCK_BYTES, min(len(prompt), _BLOCK_BYTES * _MAX_BLOCKS) + 1, _BLOCK_BYTES):
+    for end in range(
+        _BLOCK_BYTES, min(len(prompt), _BLOCK_BYTES * MAX_PREFIX_BLOCKS) + 1, _BLOCK_BYTES
+    ):
         chained = hash((chained, prompt[end - _BLOCK_BYTES : end]))
         hashes.append(chained)
     return tuple(hashes)

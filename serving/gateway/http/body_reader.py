@@ -1,28 +1,28 @@
-"""Request bodies on their way in."""
+"""Which request bodies are accepted, while they arrive?"""
 
 from starlette.types import Receive, Scope
 
 from serving.config import GatewayConfig
 from serving.gateway.http.errors import ApiError
 
-# An oversized body is read to its end before the refusal, or many clients
-# would see a reset connection and never the reply; past this it is cut.
+# An oversized body is read to its end before it is refused, or many clients would see a
+# reset connection and never the reply. Beyond this many times the limit it is cut off.
 _DISCARD_FACTOR = 8
-# Until some of what is on its way has come, or was cut for not coming: a guess.
+# A guess: by then other bodies have arrived, or were cut off for being late.
 _RETRY_AFTER_S = 1.0
 
 
-class Bodies:
-    """Reads bodies, each of them and all together bounded."""
+class BodyReader:
+    """Read request bodies; bound each of them, and all together."""
 
     def __init__(self, config: GatewayConfig) -> None:
-        self.num_bytes = 0  # received of bodies that are not whole yet
+        self.num_bytes = 0  # received so far of all incomplete bodies
         self._config = config
 
-    async def read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """Return the body, None if the client left before its end.
+    async def read_body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """Return the body; None if the client left before its end.
 
-        Raises `ApiError`: 413 for one that is too large, 429 while too much is on its way.
+        Raise `ApiError`: 413 for a body that is too large, 429 while all together are.
         """
         limit = self._config.max_body_bytes
         headers = dict(scope["headers"])

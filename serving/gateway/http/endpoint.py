@@ -1,4 +1,4 @@
-"""The address that clients connect to: free before the start, answering after it."""
+"""Is the address that clients connect to free before the start, and does it answer after it?"""
 
 import contextlib
 import ipaddress
@@ -8,7 +8,7 @@ import urllib.request
 
 import psutil
 
-_ANSWER_TIMEOUT_S = 30.0  # from running gateways to the first answer on the port
+_ANSWER_TIMEOUT_S = 30.0  # from when gateways run to the first answer
 
 
 class StartError(RuntimeError):
@@ -24,7 +24,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_port_is_free(host: str, port: int) -> None:
-    """Raise `StartError` unless `host:port` is free: engines would load for nothing."""
+    """Raise `StartError` unless `host:port` is free, before engines load for nothing."""
     try:
         family, kind, proto, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, proto) as probe:
@@ -33,13 +33,13 @@ def check_port_is_free(host: str, port: int) -> None:
             probe.listen()
     except OSError as error:
         raise StartError(
-            f"cannot listen on {host}:{port}: {error.strerror}{_holder(port)}; "
+            f"cannot listen on {host}:{port}: {error.strerror}{_port_holder(port)}; "
             "choose another with --port or --host"
         ) from None
 
 
-def _holder(port: int) -> str:
-    """Which process listens on `port`, as far as we are allowed to see."""
+def _port_holder(port: int) -> str:
+    """Return which process listens on `port`, in words; empty if we may not see it."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
             if connection.status != psutil.CONN_LISTEN or not connection.laddr:

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API words them."""
+"""How do errors look in OpenAI's API?"""
 
 import math
 
@@ -9,7 +9,7 @@ from serving.stream.frames import Headers
 
 
 class ApiError(Exception):
-    """An error reply: `status` is the HTTP status, the rest OpenAI's error object."""
+    """An error reply. `status` is the HTTP status, the rest is OpenAI's error object."""
 
     def __init__(
         self,
@@ -31,6 +31,7 @@ class ApiError(Exception):
         self._headers = headers or []
 
     def body(self) -> bytes:
+        """Return OpenAI's error object as JSON."""
         return msgspec.json.encode(
             {
                 "error": {
@@ -43,21 +44,22 @@ class ApiError(Exception):
         )
 
     def headers(self) -> Headers:
+        """Return the reply's headers."""
         headers = [(b"content-type", b"application/json"), *self._headers]
         if self.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         if self.retry_after_s is not None:
-            # Whole seconds, rounded up: earlier would be too early.
+            # Whole seconds, rounded up: a client must not come back too early.
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s))))
         return headers
 
 
-# What to say when no engine is up to predict from: about an engine's start.
+# Used when no engine runs to predict a time from: about as long as one takes to start.
 _RETRY_AFTER_S = 30.0
 
 
-def from_rejection(reason: RejectReason, retry_after_s: float | None) -> ApiError:
-    """The reply to a request that the router refused."""
+def rejection_error(reason: RejectReason, retry_after_s: float | None) -> ApiError:
+    """Return the reply to a request that the router refused."""
     status, message = {
         RejectReason.QUEUE_FULL: (429, "All engines are busy and the queue is full."),
         RejectReason.EXPIRED: (503, "No engine became free within router.max_hold_s."),

@@ -1,4 +1,12 @@
-"""HTTP connections that are cut when the other side does not get on."""
+"""When is an HTTP connection cut because its client is too slow or sends too much?
+
+| the client                                              | the connection                  |
+|---------------------------------------------------------|---------------------------------|
+| sends no complete head within `head_timeout_s`          | closes                          |
+| sends no complete body within `body_timeout_s`          | closes                          |
+| sends a head of more than `max_head_bytes`              | is answered 431 and closes      |
+| leaves a full buffer unread for `stall_timeout_s`       | is aborted                      |
+"""
 
 import asyncio
 from dataclasses import dataclass
@@ -13,23 +21,23 @@ _TOO_LARGE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What a client is given; in seconds and bytes."""
+class ClientLimits:
+    """How long a client may take, and how much it may send."""
 
-    head_timeout_s: float  # from the connection, or the request's first byte, to its last header
-    body_timeout_s: float  # from there to the last byte of its body
-    stall_timeout_s: float  # without reading while a full buffer waits for it
+    head_timeout_s: float  # from the connection, or a request's first byte, to its last header
+    body_timeout_s: float  # from the last header to the last byte of the body
+    stall_timeout_s: float  # without reading while the send buffer is full
     max_head_bytes: int
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which itself has a timeout for idle connections between requests only.
+    """uvicorn's protocol with these limits; uvicorn itself limits only idle time between requests.
 
-    One timer per connection at most, none of them touched per token: a
+    There is at most one timer per direction, and sending a token touches none: a
     response that the client reads in time never fills the buffer.
     """
 
-    def __init__(self, *args: Any, limits: Limits, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, limits: ClientLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits = limits
         self._is_in_head = True
@@ -39,18 +47,18 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect_within(self._limits.head_timeout_s)
+        self._set_request_timeout(self._limits.head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._expect_within(None)
+        self._set_request_timeout(None)
         if self._stall_timer is not None:
             self._stall_timer.cancel()
 
     def data_received(self, data: bytes) -> None:
         if self._is_in_head:
             if self._request_timer is None:
-                self._expect_within(self._limits.head_timeout_s)
+                self._set_request_timeout(self._limits.head_timeout_s)
             self._num_head_bytes += len(data)
         super().data_received(data)
         if self._is_in_head and self._num_head_bytes > self._limits.max_head_bytes:
@@ -60,12 +68,12 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         self._is_in_head, self._num_head_bytes = False, 0
-        self._expect_within(self._limits.body_timeout_s)
+        self._set_request_timeout(self._limits.body_timeout_s)
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._is_in_head = True
-        self._expect_within(None)
+        self._set_request_timeout(None)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -80,8 +88,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._stall_timer.cancel()
             self._stall_timer = None
 
-    def _expect_within(self, timeout_s: float | None) -> None:
-        """Close unless told otherwise by then; None: nothing is expected."""
+    def _set_request_timeout(self, timeout_s: float | None) -> None:
+        """Close the connection after `timeout_s` unless called again before; None: do not."""
         if self._request_timer is not None:
             self._request_timer.cancel()
             self._request_timer = None

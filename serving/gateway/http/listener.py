@@ -1,4 +1,4 @@
-"""The gateway's own HTTP listener."""
+"""How does a gateway listen for HTTP by itself?"""
 
 import asyncio
 import functools
@@ -8,15 +8,15 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from serving.config import GatewayConfig
-from serving.gateway.http.guard import GuardedProtocol, Limits
+from serving.gateway.http.guard import ClientLimits, GuardedProtocol
 
 
 class Listener:
-    """uvicorn on a socket that several gateways of one node share (SO_REUSEPORT)."""
+    """uvicorn on a TCP port that several gateways of one node share (SO_REUSEPORT)."""
 
     def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
         self._socket = _bind(config.host, config.port)
-        limits = Limits(
+        limits = ClientLimits(
             config.head_timeout_s,
             config.body_timeout_s,
             config.stall_timeout_s,
@@ -47,7 +47,7 @@ class Listener:
             await asyncio.sleep(0.01)
 
     async def stop(self) -> None:
-        """Stop accepting, let open responses finish, close."""
+        """Accept no more connections, let open responses finish, then close."""
         self._server.should_exit = True
         if self._task is not None:
             await self._task
@@ -55,7 +55,7 @@ class Listener:
 
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With protocol 0 asyncio would leave Nagle's algorithm on: 40 ms stalls.
+    # With protocol 0 asyncio would not switch off Nagle's algorithm: delays of 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

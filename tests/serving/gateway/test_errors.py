@@ -1,12 +1,12 @@
 import pytest
 
 from router.types import RejectReason
-from serving.gateway.http.errors import from_rejection
+from serving.gateway.http.errors import rejection_error
 
 
 @pytest.mark.parametrize("reason", RejectReason)
 def test_every_refusal_has_words_and_a_status(reason):
-    error = from_rejection(reason, 12.3)
+    error = rejection_error(reason, 12.3)
     assert error.status in (404, 429, 503)
     assert error.code == reason.value
     assert str(error)
@@ -16,7 +16,7 @@ def test_every_refusal_has_words_and_a_status(reason):
     "reason", [RejectReason.OVERLOADED, RejectReason.QUEUE_FULL, RejectReason.HOPELESS]
 )
 def test_too_much_is_429_and_says_when_to_come_back(reason):
-    error = from_rejection(reason, 12.3)
+    error = rejection_error(reason, 12.3)
     assert error.status == 429
     assert dict(error.headers())[b"retry-after"] == b"13"  # whole seconds, and none too early
-    assert int(dict(from_rejection(reason, None).headers())[b"retry-after"]) >= 1
+    assert int(dict(rejection_error(reason, None).headers())[b"retry-after"]) >= 1

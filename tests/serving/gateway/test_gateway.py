@@ -213,17 +213,17 @@ async def test_the_small_endpoints():
 async def test_lost_news_of_the_cache_is_asked_for_anew():
     """And the gateway's view is the engine's again."""
     async with running(num_engines=1) as system:
-        engine, driver = system.engines[0], system.gateway.driver
+        engine, engines = system.engines[0], system.gateway.driver.engines
         (replica,) = system.gateway.router._fleet
-        posted, post = [], driver.engines._connections["r0"].post
-        driver.engines._connections["r0"].post = lambda frame: (posted.append(frame), post(frame))
+        posted, post = [], engines._connections["r0"].post
+        engines._connections["r0"].post = lambda frame: (posted.append(frame), post(frame))
         engine.blocks.store([1, 2, 3])
         await system.until(lambda: replica.prefix_cache._blocks == {1, 2, 3})
-        lost, receive = [], driver.on_blocks
-        driver.on_blocks = lambda link, update: lost.append(update)
+        lost, receive = [], engines.on_blocks
+        engines.on_blocks = lambda client, update: lost.append(update)
         engine.blocks.remove([2])
         await system.until(lambda: lost)
-        driver.on_blocks = receive
+        engines.on_blocks = receive
         assert not any(isinstance(frame, Resync) for frame in posted)
         engine.blocks.store([4])
         await system.until(lambda: replica.prefix_cache._blocks == {1, 3, 4})

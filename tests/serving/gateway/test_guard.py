@@ -97,12 +97,12 @@ async def test_bodies_on_their_way_are_bounded_together():
             _, writer = await connect(system)
             writer.write(HEAD + b"content-length: 10000\r\n\r\n" + b" " * 5000)
             halves.append(writer)
-        await system.until(lambda: system.gateway.bodies.num_bytes == 10_000)
+        await system.until(lambda: system.gateway.body_reader.num_bytes == 10_000)
         refused = await system.client.post(CHAT, json=system.chat())
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "too_many_bodies"
         assert int(refused.headers["retry-after"]) >= 1
-        await system.until(lambda: system.gateway.bodies.num_bytes == 0)  # they are cut
+        await system.until(lambda: system.gateway.body_reader.num_bytes == 0)  # they are cut
         assert (await system.client.post(CHAT, json=system.chat())).status_code == 200
         for writer in halves:
             writer.close()

@@ -5,7 +5,7 @@ import pytest
 
 from router.types import Usage
 from serving.gateway.http.errors import ApiError
-from serving.gateway.request_parser import Intake, prefix_hashes
+from serving.gateway.request_parser import RequestParser, prefix_hashes
 from tests.support.fakes import INFO
 
 ENGINES = {"r0": INFO}
@@ -13,9 +13,9 @@ EMBEDDER = {"r0": msgspec.structs.replace(INFO, tasks=("embed",))}
 CHAT = "/v1/chat/completions"
 
 
-def parse(path: str, body: bytes | dict, engines=ENGINES, intake=None):
+def parse(path: str, body: bytes | dict, engines=ENGINES, parser=None):
     raw = body if isinstance(body, bytes) else msgspec.json.encode(body)
-    return (intake or Intake()).parse(path, raw, "id", engines, 100.0, 30.0)
+    return (parser or RequestParser()).parse(path, raw, "id", engines, 100.0, 30.0)
 
 
 def chat(**fields) -> dict:
@@ -41,12 +41,12 @@ def test_token_ids_are_counted_exactly(text):
 
 def test_the_estimate_learns_from_real_counts():
     """A language with two tokens per byte is known for one after a few long prompts."""
-    intake = Intake()
+    parser = RequestParser()
     for _ in range(50):
-        intake.learn(20_000, Usage(num_prompt_tokens=40_000))
-    assert intake.tokens_per_byte == pytest.approx(2.0, rel=0.01)
-    intake.learn(1_000, None)  # refused by vLLM: nothing was counted
-    assert intake.tokens_per_byte == pytest.approx(2.0, rel=0.01)
+        parser.learn_tokens_per_byte(20_000, Usage(num_prompt_tokens=40_000))
+    assert parser.tokens_per_byte == pytest.approx(2.0, rel=0.01)
+    parser.learn_tokens_per_byte(1_000, None)  # refused by vLLM: nothing was counted
+    assert parser.tokens_per_byte == pytest.approx(2.0, rel=0.01)
 
 
 def test_an_estimate_never_exceeds_what_the_model_takes():
@@ -124,9 +124,9 @@ class TestPrefixHashes:
 
     def test_only_where_wanted(self):
         body = msgspec.json.encode(chat(messages=[{"role": "user", "content": "word " * 400}]))
-        intake, asked = Intake(), (CHAT, body, "id", ENGINES, 100.0, 30.0)
-        assert intake.parse(*asked)[0].prefix_hashes == ()
-        assert len(intake.parse(*asked, wants_prefix=True)[0].prefix_hashes) == 7
+        parser, asked = RequestParser(), (CHAT, body, "id", ENGINES, 100.0, 30.0)
+        assert parser.parse(*asked)[0].prefix_hashes == ()
+        assert len(parser.parse(*asked, wants_prefix=True)[0].prefix_hashes) == 7
 
     def test_the_next_turn_of_a_conversation_matches_the_last(self):
         turn = [{"role": "user", "content": "word " * 400}]

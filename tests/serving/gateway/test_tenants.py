@@ -228,7 +228,7 @@ async def test_keys_come_and_go_while_serving(office):
         await system.until(lambda: system.num_engine_streams == 1)
         new = office.hire("acme")
         assert (await system.client.get("/v1/models", headers=old)).status_code == 200
-        watch = system.gateway.watches["auth.keys_file"]
+        watch = system.gateway.file_watches["auth.keys_file"]
         await system.until(lambda: watch.num_reloads == 1)
         assert (await system.client.get("/v1/models", headers=new)).status_code == 200
         with KeysFile(office.path) as file:

@@ -164,7 +164,7 @@ async def test_settings_change_while_serving(tmp_path):
 
     write()
     async with running(watch_file=str(path)) as system:
-        watch = system.gateway.watches["watch_file"]
+        watch = system.gateway.file_watches["watch_file"]
         for engine in system.engines:
             engine.gate.clear()
         stream = asyncio.create_task(ask(system))
