@@ -1,16 +1,8 @@
 """Short ways to bring a router into a state, and to see what became of it."""
 
 from router.core.router import Router
-from router.types import (
-    Decision,
-    Dispatch,
-    Fail,
-    Outcome,
-)
-from tests.support.builders import (
-    fail_attempt,
-    req,
-)
+from router.types import Decision, Dispatch, Fail, Outcome
+from tests.support.builders import fail_attempt, req
 
 FULL = 5000  # tokens: an engine with a prompt of this size to prefill takes no more
 

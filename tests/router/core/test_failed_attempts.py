@@ -3,22 +3,9 @@
 import pytest
 
 from router.resilience.breaker import BreakerState, Failure
-from router.types import (
-    Dispatch,
-    Fail,
-    Hold,
-    Outcome,
-    Reject,
-    RejectReason,
-)
+from router.types import Dispatch, Fail, Hold, Outcome, Reject, RejectReason
 from tests.router.core.short_ways import ends, occupy
-from tests.support.builders import (
-    fail_attempt,
-    info,
-    make_router,
-    req,
-    snapshot,
-)
+from tests.support.builders import fail_attempt, info, make_router, req, snapshot
 
 
 class TestFailedAttempt:

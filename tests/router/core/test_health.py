@@ -3,20 +3,9 @@
 import pytest
 
 from router.resilience.breaker import BreakerState, TripReason
-from router.types import (
-    Dispatch,
-    Evacuate,
-    Hold,
-)
+from router.types import Dispatch, Evacuate, Hold
 from tests.router.core.short_ways import occupy
-from tests.support.builders import (
-    busy,
-    fail_attempt,
-    info,
-    make_router,
-    req,
-    snapshot,
-)
+from tests.support.builders import busy, fail_attempt, info, make_router, req, snapshot
 
 ALIVE = {"heartbeat_s": 0.5}
 

@@ -15,12 +15,7 @@ from hypothesis.stateful import initialize, invariant, rule
 from router.resilience.breaker import BreakerState, Failure
 from router.scheduling.ablation import PARTS
 from router.scheduling.policies import POLICIES
-from router.types import (
-    BlockUpdate,
-    Outcome,
-    RequestClass,
-    Usage,
-)
+from router.types import BlockUpdate, Outcome, RequestClass, Usage
 from tests.router.core.generated_shell import (
     BLOCK_TOKENS,
     MAX_BYTES,

@@ -6,18 +6,9 @@ import pytest
 
 from router.core.router import Router
 from router.settings import RouterSettings
-from router.types import (
-    Dispatch,
-)
+from router.types import Dispatch
 from tests.router.core.short_ways import FULL, occupy
-from tests.support.builders import (
-    busy,
-    info,
-    make_router,
-    req,
-    snapshot,
-    stepped,
-)
+from tests.support.builders import busy, info, make_router, req, snapshot, stepped
 
 
 class TestPolicies:

@@ -4,14 +4,7 @@ import pytest
 
 from router.core.router import Router
 from router.settings import RouterSettings
-from router.types import (
-    Dispatch,
-    Hold,
-    Outcome,
-    Reject,
-    RejectReason,
-    Usage,
-)
+from router.types import Dispatch, Hold, Outcome, Reject, RejectReason, Usage
 from tests.router.core.short_ways import FULL, ends, given_up, occupy
 from tests.support.builders import (
     after_json,

@@ -7,13 +7,7 @@ import time
 
 from router.resilience.breaker import BreakerState
 from tests.support import virtual_time
-from tests.support.provider_server import (
-    NUMBERS,
-    ProviderServer,
-    breaker,
-    configured,
-    listening,
-)
+from tests.support.provider_server import NUMBERS, ProviderServer, breaker, configured, listening
 from tests.support.running_gateway import CHAT, running
 
 
