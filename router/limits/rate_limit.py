@@ -149,11 +149,6 @@ class RateLimiter:
         self._call_s = 1.0  # usual duration of a call; a guess until one has ended
         self.num_refused = 0  # 429s
 
-    @property
-    def num_reservations(self) -> int:
-        """Reservations that have not ended."""
-        return len(self._reservations)
-
     def use_limits(self, limits: RateLimits) -> None:
         """Go by these limits from now on; what is reserved or counted stays."""
         self.limits = limits

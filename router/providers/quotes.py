@@ -19,7 +19,6 @@ class Quote(msgspec.Struct, frozen=True):
     key: ProviderKey
     amount: Amount  # to reserve
     wait_s: float  # until the key's limits have room; 0: now
-    first_token_s: float  # when the first token is expected
     latest_first_token_s: float  # by when it will have come, all but surely
 
 
@@ -93,7 +92,7 @@ class Quotes:
             first_token_s = now_s + wait_s + provider.ttft_s
             if first_token_s < before_s:
                 latest_s = now_s + wait_s + provider.max_ttft_s
-                best = Quote(key, amount, wait_s, first_token_s, latest_s)
+                best = Quote(key, amount, wait_s, latest_s)
                 if first_token_s <= ttft_deadline_s:
                     return best
                 before_s = first_token_s

@@ -83,6 +83,7 @@ class ResponseCache:
 
     @property
     def enabled(self) -> bool:
+        """Whether responses are looked up and kept at all."""
         return self._config.enabled
 
     def use_config(self, config: CacheConfig) -> None:

@@ -58,9 +58,17 @@ class ResponseStore(Protocol):
 
     num_errors: int
 
-    async def get(self, key: str) -> StoredResponse | None: ...
-    async def put(self, key: str, response: StoredResponse, ttl_s: float) -> None: ...
-    async def close(self) -> None: ...
+    async def get(self, key: str) -> StoredResponse | None:
+        """Return the response, None if there is none, or none that can be had now."""
+        ...
+
+    async def put(self, key: str, response: StoredResponse, ttl_s: float) -> None:
+        """Keep a response for so long, if there is room."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of what the store holds."""
+        ...
 
 
 class MemoryStore:
