@@ -3,7 +3,6 @@
 import random
 from typing import get_args
 
-import numpy as np
 import pytest
 
 import router.simulation.gateway as shell
@@ -116,7 +115,8 @@ def test_hedging_away_from_an_engine_that_stalls(decided):
         if isinstance(each, Withdraw) and each.replica_id == "engine-0000"
     ]
     assert len(saved) == hedges.num_won
-    assert np.mean(run.ttft_s[saved]) < 0.5 * np.mean(alone.ttft_s[saved])
+    first = saved[0]  # until then both runs are the same
+    assert run.ttft_s[first] < 0.5 * alone.ttft_s[first]
 
 
 def test_leaving_an_engine_that_hangs(decided):
