@@ -49,7 +49,6 @@ class Gateway:
         self.providers = Providers(config.gateway.stream_window_bytes, leases)
         self.driver = Driver(
             self.router,
-            gateway_id,
             self.providers,
             self.metrics,
             window_bytes=config.gateway.stream_window_bytes,

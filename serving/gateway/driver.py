@@ -48,7 +48,6 @@ class Driver:
     def __init__(
         self,
         router: Router,
-        gateway_id: str,
         providers: Providers,
         metrics: Metrics,
         *,
@@ -60,7 +59,7 @@ class Driver:
         self.metrics = metrics
         self.exchanges: dict[str, Exchange] = {}
         self.records = Records(max_record_bytes)
-        self.engines = Engines(router, gateway_id, self)
+        self.engines = Engines(router, self)
         self._providers = providers
         self._ack_bytes = window_bytes // 2
         self._timer: asyncio.TimerHandle | None = None

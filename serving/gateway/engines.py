@@ -1,8 +1,8 @@
 r"""Which engines are there, and which attempt does a frame of theirs belong to?
 
-    named by Ray --connect--> up --not named any more--> draining --last attempt over--> closed
-         ^                     |
-         \--------lost---------/   its attempts are lost with the connection
+named by Ray --connect--> up --not named any more--> draining --last attempt over--> closed
+     ^                     |
+     \--------lost---------/   its attempts are lost with the connection
 """
 
 import asyncio
@@ -36,10 +36,9 @@ class AttemptEvents(Protocol):
 class Engines:
     """The connections to all engines, each with the attempts that are open on it."""
 
-    def __init__(self, router: Router, gateway_id: str, events: AttemptEvents) -> None:
+    def __init__(self, router: Router, events: AttemptEvents) -> None:
         self.infos: dict[str, EngineInfo] = {}  # of those that are up, by replica
         self._router = router
-        self._gateway_id = gateway_id
         self._events = events
         self._members: dict[str, dict] = {}
         self._connecting: set[asyncio.Task[None]] = set()
@@ -71,7 +70,7 @@ class Engines:
         while replica_id in self._members and replica_id not in self._connections:
             try:
                 self._connections[replica_id] = await StreamClient.connect(
-                    replica_id, metadata, self._gateway_id, self
+                    replica_id, metadata, self
                 )
             except OSError as error:
                 logger.warning("engine %s is not reachable: %s", replica_id, error)

@@ -34,20 +34,18 @@ class StreamEvents(Protocol):
 class StreamClient(FrameConnection):
     """One connection to one engine's replica. Once lost it is never used again."""
 
-    def __init__(self, replica_id: str, secret: str, gateway_id: str, events: StreamEvents) -> None:
+    def __init__(self, replica_id: str, secret: str, events: StreamEvents) -> None:
         super().__init__()
         self.replica_id = replica_id
-        self._hello = Hello(secret, gateway_id)
+        self._hello = Hello(secret)
         self._events = events
 
     @classmethod
-    async def connect(
-        cls, replica_id: str, metadata: dict, gateway_id: str, events: StreamEvents
-    ) -> "StreamClient":
+    async def connect(cls, replica_id: str, metadata: dict, events: StreamEvents) -> "StreamClient":
         """Connect to the address in a replica's metadata. Raise `OSError` if that fails."""
         loop = asyncio.get_running_loop()
         _, client = await loop.create_connection(
-            lambda: cls(replica_id, metadata["secret"], gateway_id, events),
+            lambda: cls(replica_id, metadata["secret"], events),
             metadata["host"],
             metadata["port"],
         )

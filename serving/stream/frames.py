@@ -33,7 +33,6 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """First frame from the gateway. The secret proves that Ray told it the address."""
 
     secret: str
-    gateway_id: str
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=2):

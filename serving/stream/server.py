@@ -83,7 +83,7 @@ class StreamServer:
     async def drain(self, timeout_s: float) -> None:
         """Return when no request runs any more, or after `timeout_s`."""
         deadline_s = asyncio.get_running_loop().time() + timeout_s
-        while self.accountings and asyncio.get_running_loop().time() < deadline_s:
+        while self.num_streams and asyncio.get_running_loop().time() < deadline_s:
             await asyncio.sleep(0.05)
 
     def close(self) -> None:

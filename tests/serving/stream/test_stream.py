@@ -67,7 +67,7 @@ async def connected():
     host, number = await server.listen("127.0.0.1")
     recorder = Recorder()
     metadata = {"host": host, "port": number, "secret": server.secret}
-    client = await StreamClient.connect("r0", metadata, "gateway", recorder)
+    client = await StreamClient.connect("r0", metadata, recorder)
     await recorder.until(lambda: recorder.info)
     try:
         yield engine, server, client, recorder
@@ -150,7 +150,7 @@ async def test_a_stranger_is_turned_away():
         stranger = Recorder()
         host, number = server._server.sockets[0].getsockname()
         metadata = {"host": host, "port": number, "secret": "guess"}
-        client = await StreamClient.connect("r0", metadata, "gateway", stranger)
+        client = await StreamClient.connect("r0", metadata, stranger)
         client.post(submit(1, num_chunks=1))
         await stranger.until(lambda: stranger.lost)
         assert stranger.info is None
