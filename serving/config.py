@@ -1,6 +1,6 @@
-"""Headway's configuration: parsed and validated once, at the edge.
+"""Which configuration keys are there, and what may they be? Validated once, at the edge.
 
-The same keys stand under `applications[0].args` of a Ray Serve config file
+The same keys are in `applications[0].args` of a Ray Serve config file
 and in the options of `headway serve`.
 """
 
@@ -49,31 +49,31 @@ _EMULATED = "serving.engine.emulated.engine:EmulatedEngine"
 
 
 class EngineConfig(_Section):
-    """One engine replica. The word `emulated` alone stands for an emulated one."""
+    """One engine replica. The value `emulated` alone means an emulated engine."""
 
     factory: str = Field(
         "serving.engine.vllm.engine:VllmEngine",
-        description="module:class of the engine behind the stream",
+        description="module:class of the engine",
     )
     args: dict[str, Any] = Field(
         default_factory=dict,
         description="vLLM engine arguments by their Python names, e.g. max_model_len; "
-        "they win over what Headway would set",
+        "they override what Headway would set",
     )
-    start_timeout_s: float = Field(900.0, gt=0, description="give up on an engine after, seconds")
+    start_timeout_s: float = Field(900.0, gt=0, description="time for engines to start, seconds")
     hang_timeout_s: float = Field(
         30.0,
         gt=0,
-        description="an engine whose core has not answered for so long, between two steps, is "
-        "started anew, seconds; longer than the longest step and any compilation",
+        description="an engine whose core has not answered between two steps for this long is "
+        "restarted, seconds; must be longer than the longest step and any compilation",
     )
     step_log: AbsolutePath | None = Field(
         None,
-        description="folder in which every replica writes a file with a line of JSON for each of "
-        "its engine's steps, by which its times can be studied; grows without bound",
+        description="folder in which every replica writes a file with one line of JSON per step of "
+        "its engine, for the study of step times; it grows without bound",
     )
     drain_timeout_s: float = Field(
-        60.0, ge=0, description="running streams may finish for so long on shutdown, seconds"
+        60.0, ge=0, description="time for running streams to finish on shutdown, seconds"
     )
 
     @model_validator(mode="before")
@@ -83,7 +83,7 @@ class EngineConfig(_Section):
 
 
 class GatewayConfig(_Section):
-    """The OpenAI-compatible front."""
+    """The OpenAI-compatible HTTP server."""
 
     front: Literal["own", "haproxy"] = Field(
         "own",
@@ -98,8 +98,8 @@ class GatewayConfig(_Section):
     max_incoming_bytes: int = Field(
         256 * 2**20,
         ge=1024,
-        description="bytes of bodies being received, over all requests; beyond these, requests are "
-        "answered 429",
+        description="total size of request bodies that are being received, bytes; beyond it "
+        "requests are answered 429",
     )
     max_connections: int = Field(
         20_000, ge=1, description="beyond this many connections requests are answered 503"
@@ -108,22 +108,24 @@ class GatewayConfig(_Section):
         64 * 2**10, ge=1024, description="a larger request head is answered 431"
     )
     head_timeout_s: float = Field(
-        30.0, gt=0, description="a connection is closed that sends no whole head in time, seconds"
+        30.0, gt=0, description="time for a client to send a whole request head, seconds"
     )
     body_timeout_s: float = Field(
-        120.0, gt=0, description="and one whose body is not there in time, seconds"
+        120.0, gt=0, description="time for a client to send a whole request body, seconds"
     )
     stall_timeout_s: float = Field(
-        60.0, gt=0, description="and one that has not read its full buffer in time, seconds"
+        60.0, gt=0, description="time for a client to read from a full send buffer, seconds"
     )
     max_record_bytes: int = Field(
         256 * 2**20,
         ge=0,
-        description="bytes kept, over all open requests, of what engines have generated, so that "
-        "another can go on (12 per token); what goes beyond could not be resumed",
+        description="total size of the records of what engines have generated for open requests, "
+        "bytes (12 per token); a request without a record cannot be resumed by another engine",
     )
     stream_window_bytes: int = Field(
-        64 * 2**10, ge=4096, description="bytes of one response in flight to a slow reader"
+        64 * 2**10,
+        ge=4096,
+        description="bytes of one response that may be on their way to a slow client",
     )
 
 
@@ -133,20 +135,20 @@ class AuthConfig(_Section):
     keys_file: AbsolutePath | None = Field(
         None,
         description="file of API keys, made by `headway key create`; unset: nobody needs a key. "
-        "On several nodes it stands at this path on each that runs a gateway",
+        "With several nodes it must be at this path on each that runs a gateway",
     )
-    open_metrics: bool = Field(False, description="/metrics needs no admin key")
+    open_metrics: bool = Field(False, description="whether /metrics needs no admin key")
 
 
 class TenantConfig(_Section):
-    """One tenant: what it may ask for, and how much. Unset limits are none."""
+    """One tenant: what it may ask for, and how much. An unset limit does not limit."""
 
     requests_per_min: float | None = Field(None, ge=1, description="requests per minute")
     tokens_per_min: float | None = Field(
         None, gt=0, description="prompt and output tokens per minute"
     )
     max_concurrent_requests: int | None = Field(
-        None, ge=1, description="requests at the same time, held ones included"
+        None, ge=1, description="requests at the same time, including held ones"
     )
     weight: float = Field(
         1.0, gt=0, description="share of tokens under overload, relative to other tenants"
@@ -184,12 +186,12 @@ class ProviderKeyConfig(KeySettings):
 
 
 class ProviderConfig(ProviderSettings):
-    """A service elsewhere that answers what the engines here cannot."""
+    """A service elsewhere that answers what our engines cannot."""
 
     kind: Literal["openai", "litellm"] = Field(
         "openai",
         description="openai: any OpenAI-compatible HTTP service; litellm: what the package "
-        "litellm knows (Anthropic, Gemini, Bedrock, …), chat completions only",
+        "litellm supports (Anthropic, Gemini, Bedrock, …), chat completions only",
     )
     url: str | None = Field(
         None,
@@ -207,16 +209,18 @@ class ProviderConfig(ProviderSettings):
     )
     asks_usage: bool = Field(
         True,
-        description="have streams end with their usage (stream_options); without it the whole "
-        "reservation counts",
+        description="ask streams to end with their usage (stream_options); without it the whole "
+        "reservation is recorded as used",
     )
-    connect_timeout_s: float = Field(5.0, gt=0, description="to a connection, seconds")
+    connect_timeout_s: float = Field(5.0, gt=0, description="time to connect, seconds")
     first_token_timeout_s: float = Field(
-        30.0, gt=0, description="from sending to the first token of a stream, seconds"
+        30.0, gt=0, description="time from sending to the first token of a stream, seconds"
     )
-    stall_timeout_s: float = Field(30.0, gt=0, description="between two pieces, seconds")
+    stall_timeout_s: float = Field(
+        30.0, gt=0, description="longest time between two chunks, seconds"
+    )
     whole_timeout_s: float = Field(
-        600.0, gt=0, description="for a reply that comes all at once, seconds"
+        600.0, gt=0, description="time for a reply that is not streamed, seconds"
     )
 
     @model_validator(mode="after")
@@ -235,21 +239,27 @@ class ProviderConfig(ProviderSettings):
 
 
 class CacheConfig(_Section):
-    """Responses of deterministic requests, kept to answer the same request again."""
+    """Responses to deterministic requests, stored to answer the same requests again."""
 
     enabled: bool = Field(False, description="answer repeated deterministic requests from a cache")
-    ttl_s: float = Field(3600.0, gt=0, description="a response is kept for so long, seconds")
+    ttl_s: float = Field(3600.0, gt=0, description="time that a response is stored, seconds")
     max_bytes: int = Field(
-        256 * 2**20, ge=2**16, description="bound in memory, responses on their way included"
+        256 * 2**20,
+        ge=2**16,
+        description="bound in memory, including responses that are still arriving",
     )
     max_entry_bytes: int = Field(
-        4 * 2**20, ge=1024, description="a larger response is neither kept nor joined"
+        4 * 2**20,
+        ge=1024,
+        description="a larger response is neither stored nor shared between requests",
     )
-    tools: bool = Field(False, description="also requests that offer tools")
-    revision: str = Field("", description="part of every key: a new word forgets all responses")
+    tools: bool = Field(False, description="whether requests with tools are cached too")
+    revision: str = Field(
+        "", description="part of every key: with a new value no stored response is found"
+    )
     redis_url: SecretStr | None = Field(
         None,
-        description="keep responses in this Redis, which gateways share and which bounds them "
+        description="store responses in this Redis, shared by gateways and bounded "
         "by its own maxmemory, e.g. redis://:password@host:6379/0; unset: in each gateway's memory",
     )
 
@@ -280,7 +290,7 @@ class Config(_Section):
     watch_file: AbsolutePath | None = Field(
         None,
         description="config file whose `tenants`, `cache`, `providers` and `fallback` gateways "
-        "read anew when it changes; "
+        "read again when it changes; "
         "`headway serve CONFIG.yaml` sets it to that file",
     )
 
@@ -293,12 +303,12 @@ class Config(_Section):
         return providers
 
 
-# Keys with a path that may be relative to the file they stand in.
+# Keys with a path that may be relative to the config file.
 _PATHS = (("auth", "keys_file"), ("engine", "step_log"))
 
 
 def resolved(args: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return a copy of `args` whose file names are taken relative to `folder`."""
+    """Return a copy of `args` with relative paths resolved against `folder`."""
     args = dict(args)
     for section, key in _PATHS:
         values = args.get(section)
@@ -311,7 +321,7 @@ def resolved(args: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _provider_resolved(provider: Any, folder: Path) -> Any:
-    """The same for the files of one provider's keys; what is malformed stays as it is."""
+    """Return a provider with the paths of its keys resolved; leave malformed ones as they are."""
     keys = provider.get("keys") if isinstance(provider, dict) else None
     if not isinstance(keys, list):
         return provider
@@ -325,7 +335,7 @@ def _provider_resolved(provider: Any, folder: Path) -> Any:
 
 
 def read(path: Path) -> Config:
-    """Return what a config file says under its application's `args`; may raise `ConfigError`."""
+    """Return the `args` of a config file's application, validated. Raise `ConfigError` if bad."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         args = content["applications"][0].get("args") or {}
@@ -339,7 +349,7 @@ def read(path: Path) -> Config:
 def parse(args: dict[str, Any]) -> Config:
     """Return the validated configuration; raise `ConfigError` naming each bad key.
 
-    Old names are taken for the present ones, with a warning.
+    Old names are accepted with a warning.
     """
     try:
         args = current_args(args)

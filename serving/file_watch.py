@@ -19,10 +19,10 @@ _INTERVAL_S = 1.0
 
 
 class FileWatchState(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether a watched file is used as it is now."""
+    """How a watched file was read so far."""
 
     num_reloads: int
-    error: str | None  # of the last attempt to read it
+    error: str | None  # of the last reload; None: its content is used
 
 
 class FileWatch(Generic[T]):
@@ -62,7 +62,7 @@ class FileWatch(Generic[T]):
             logger.info("%s was read again", self.path)
 
     def state(self) -> FileWatchState:
-        """Return how often it was read anew, and why it was not."""
+        """Return how often the file was read again, and why its content is not used."""
         return FileWatchState(num_reloads=self.num_reloads, error=self.error)
 
     def close(self) -> None:

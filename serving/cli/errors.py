@@ -23,11 +23,13 @@ def errors_in_one_line(*others: type[Exception], verbose: bool = False) -> Itera
     The exit code is 1 if something failed, 2 if the user asked for what cannot be. `others` are
     expected too, and count as the latter.
     """
+    failures = (BundledModelError, StartError, MeasureError)
+    expected: tuple[type[Exception], ...] = (ConfigError, *failures, *others)
     try:
         yield
-    except (ConfigError, BundledModelError, StartError, MeasureError, *others) as error:
+    except expected as error:
         if verbose:
             traceback.print_exc()
         print(f"headway: {error}", file=sys.stderr)
-        failed = isinstance(error, BundledModelError | StartError | MeasureError)
+        failed = isinstance(error, failures)
         raise typer.Exit(_FAILED if failed else _BAD_CONFIG) from None

@@ -102,11 +102,11 @@ class RequestParser:
         wants_prefix: bool = False,
         models_elsewhere: Sequence[str] = (),
     ) -> tuple[Request, int]:
-        """Return the request and the bytes of its prompt's text (0 if given as token ids).
+        """Return the request, and the bytes of its prompt's text (0 if it is token ids).
 
-        `models_elsewhere` are answered by providers, whatever the engines serve.
-        `priority_class` is that of a body that names none. Raises `ApiError` 400
-        or 404 for what no engine needs to see.
+        Providers answer for `models_elsewhere`, whatever the engines serve.
+        `priority_class` applies to a body that names none. Raise `ApiError` 400
+        or 404 for a request that no engine could answer.
         """
         _, prompt_field, task = ENDPOINTS[path]
         try:
@@ -157,6 +157,7 @@ class RequestParser:
         task: str,
         models_elsewhere: Sequence[str],
     ) -> str:
+        """Return the model that is asked for; raise `ApiError` if no engine has it."""
         infos = list(engines.values())
         if infos:
             self._default_model = infos[0].model
@@ -180,12 +181,12 @@ class RequestParser:
 
 
 def prefix_hashes(model: str, prompt: bytes) -> tuple[int, ...]:
-    """Chained hashes of the prompt's whole blocks, of the first 256 at most.
+    """Return chained hashes of the prompt's whole blocks, of the first 256 at most.
 
-    Of the JSON text as it came: equal prompts that are written differently do not
-    match, which spoils a guess and nothing more. By Python's own hash, the cheapest
-    there is (64 bits of SipHash, keyed anew in each process; 0.8 µs per KB, blake2b
-    takes four times as long), so they mean something within one gateway only.
+    The JSON text is hashed as it is. Equal prompts that are written differently do not match, but
+    the hashes only serve a guess. Python's own hash is the cheapest (64 bits of SipHash: 0.8 µs
+    per KB; blake2b takes four times as long). Each process has another key for it, so hashes
+    can be compared within one gateway only.
     """
     chained = hash(model)
     hashes = []
