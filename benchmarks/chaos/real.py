@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import httpx
-import msgspec
 import psutil
 
 from benchmarks.chaos.client import Question, Reply, ask
@@ -80,10 +79,6 @@ class ChaosEngines(RealEngines):
         count = total(text, f"{_RESUME_DELAY}_count")
         return int(count), total(text, f"{_RESUME_DELAY}_sum") / max(1.0, count)
 
-    async def gateway_state(self) -> GatewayState:
-        """Return what the gateway says of itself now."""
-        return msgspec.convert(await self.state(), GatewayState)
-
 
 class Chaos:
     """One run."""
@@ -113,7 +108,7 @@ class Chaos:
             reply.token_ids != self.references[reply.question].token_ids for reply in again
         )
         await self.subject.wait_until_idle()
-        self.seen.before = await self.subject.gateway_state()
+        self.seen.before = await self.subject.state()
         self.seen.num_references = len(self.references)
         num_different = self.seen.num_undisturbed_different
         say(f"{len(self.references)} undisturbed replies, {num_different} vary")
@@ -129,7 +124,7 @@ class Chaos:
             await self.subject.wait_until_idle()
         finally:
             watch.cancel()
-        self._look(await self.subject.gateway_state())
+        self._look(await self.subject.state())
         self.seen.after = self._state
         self.seen.resumed = await self.subject.resumed()
         await self._judge()
@@ -155,7 +150,7 @@ class Chaos:
     async def _watch(self) -> None:
         while True:
             with contextlib.suppress(MeasureError):
-                self._look(await self.subject.gateway_state())
+                self._look(await self.subject.state())
             await asyncio.sleep(_POLL_S)
 
     def _look(self, state: GatewayState) -> None:
@@ -221,7 +216,7 @@ class Chaos:
         deadline_s = time.monotonic() + _RECOVERY_TIMEOUT_S
         while time.monotonic() < deadline_s:
             await asyncio.sleep(self._rng.uniform(0.5, 5.0))
-            self._look(await self.subject.gateway_state())
+            self._look(await self.subject.state())
             busy = [
                 replica_id
                 for replica_id, replica in sorted(self._replicas.items())

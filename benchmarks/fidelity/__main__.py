@@ -121,7 +121,9 @@ async def measure(
                     "requests_per_s": rate,
                     "seed": seed,
                     "template_tokens": (num_prompt - num_prompt_before - num_text) / len(samples),
-                    "step_models": [each["step_model"] for each in state["replicas"].values()],
+                    "step_models": [
+                        msgspec.to_builtins(each.step_model) for each in state.replicas.values()
+                    ],
                     "pace": asdict(machine),
                 }
             )
@@ -131,7 +133,8 @@ async def measure(
                 f"cache, and {machine.compute:.2f} times for what each token adds",
                 soft_wrap=True,
             )
-        infos = [each["info"] for each in (await subject.state())["replicas"].values()]
+        replicas = (await subject.state()).replicas.values()
+        infos = [msgspec.to_builtins(each.info) for each in replicas]
     return found, {"model": model, "engines": infos, "runs": runs}
 
 

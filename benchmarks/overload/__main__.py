@@ -32,7 +32,6 @@ from benchmarks.systems.processes import ResourceUsage, machine_busy_s
 from router.simulation.figures import Slo, brief
 from router.simulation.variant import OURS
 from serving.capacity.client import Client
-from serving.capacity.service import get_json
 
 _MODEL = "emulated"
 _PROFILE = "h100-llama8b"
@@ -81,10 +80,6 @@ class Deployment(EmulatedHeadway):
             "body_timeout_s": _BODY_TIMEOUT_S,
         }
         return config
-
-    def get_state(self) -> dict[str, Any] | None:
-        """What the gateway says of itself; None if it does not answer in time."""
-        return get_json(f"{self.urls[0]}/headway/state")
 
 
 class Run:
@@ -266,7 +261,7 @@ async def run(plan: Plan) -> tuple[Report, Watch, float]:
     }
     report = Report("overload", "emulated", plan.seed, config)
     async with Deployment(_PROFILE, plan.num_engines, _MODEL) as deployment:
-        watch = Watch(ResourceUsage(deployment.launches[0]), deployment.get_state)
+        watch = Watch(ResourceUsage(deployment.launches[0]), deployment.find_state)
         async with watch.running():
             await asyncio.sleep(_PAUSE_S)
             one = Run(plan, deployment, watch, report)
@@ -287,7 +282,7 @@ async def run(plan: Plan) -> tuple[Report, Watch, float]:
             watch.phase = "end"
             await asyncio.sleep(_PAUSE_S)
             last = await watch.look()
-            state = deployment.get_state() or {}
+            state = await asyncio.to_thread(deployment.find_state)
     bounds_bytes = _MAX_HELD_BYTES + _MAX_RECORD_BYTES + _MAX_INCOMING_BYTES
     bound_mb = base_mb + bounds_bytes / 1e6
     _memory(report, watch, name)
@@ -310,9 +305,11 @@ async def run(plan: Plan) -> tuple[Report, Watch, float]:
     report.target("gateway's memory at most, of its bound", gateway_mb / bound_mb, "<= 1")
     report.target("idle connections at the same time", crowd.cut["idle"], f">= {plan.num_idle}")
     report.target("promises kept beside them", one.share_beside_crowd, ">= 0.95")
-    num_left = last.num_held + last.num_placed + state.get("num_record_bytes", -1)
-    num_booked = sum(each["ledger"]["num_open"] for each in state.get("replicas", {}).values())
-    report.target("requests, records and bookings left over", num_left + num_booked, "== 0")
+    num_left = None
+    if state is not None:
+        num_booked = sum(each.ledger.num_open for each in state.replicas.values())
+        num_left = last.num_held + last.num_placed + state.num_record_bytes + num_booked
+    report.target("requests, records and bookings left over", num_left, "== 0")
     report.note(
         "Capacity: requests per second served while every engine always has a full step (closed "
         "loop). Goodput: requests per second that got their first token by the router's promise "

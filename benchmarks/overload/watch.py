@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.systems.processes import ResourceUsage
+from router.resilience.breaker import BreakerState
+from serving.gateway.metrics import GatewayState
 
 _INTERVAL_S = 1.0
 
@@ -22,12 +24,12 @@ class Look:
     phase: str
     gateway_mb: float  # resident, shared pages included
     engines_mb: float  # of all of them
-    num_held: int
-    num_placed: int
-    held_mb: float  # bodies in the hold queue
-    record_mb: float
-    num_open_breakers: int
-    is_overloaded: bool
+    num_held: int = 0  # these are 0 where the gateway did not say
+    num_placed: int = 0
+    held_mb: float = 0.0  # bodies in the hold queue
+    record_mb: float = 0.0
+    num_open_breakers: int = 0
+    is_overloaded: bool = False
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Watch:
     """Looks until told to stop."""
 
     usage: ResourceUsage
-    get_state: Callable[[], dict[str, Any] | None]
+    find_state: Callable[[], GatewayState | None]
     phase: str = "idle"
     looks: list[Look] = field(default_factory=list)
     _start_s: float = field(default_factory=time.monotonic)
@@ -57,19 +59,13 @@ class Watch:
 
     async def look(self) -> Look:
         """Look now."""
-        state = await asyncio.to_thread(self.get_state) or {}
-        replicas = state.get("replicas", {}).values()
+        state = await asyncio.to_thread(self.find_state)
         look = Look(
             at_s=time.monotonic() - self._start_s,
             phase=self.phase,
             gateway_mb=self.usage.rss_bytes("gateway") / 1e6,
             engines_mb=self.usage.rss_bytes("engines") / 1e6,
-            num_held=state.get("held", {}).get("num_requests", 0),
-            num_placed=state.get("num_placed", 0),
-            held_mb=state.get("held", {}).get("num_bytes", 0) / 1e6,
-            record_mb=state.get("num_record_bytes", 0) / 1e6,
-            num_open_breakers=sum(each["breaker"]["state"] != "closed" for each in replicas),
-            is_overloaded=any(state.get("is_overloaded", {}).values()),
+            **(_seen_in(state) if state is not None else {}),
         )
         self.looks.append(look)
         return look
@@ -91,3 +87,16 @@ class Watch:
                         for name, value in row.items()
                     }
                 )
+
+
+def _seen_in(state: GatewayState) -> dict[str, Any]:
+    """Return what a look takes from the gateway's state."""
+    breakers = (replica.breaker for replica in state.replicas.values())
+    return {
+        "num_held": state.held.num_requests,
+        "num_placed": state.num_placed,
+        "held_mb": state.held.num_bytes / 1e6,
+        "record_mb": state.num_record_bytes / 1e6,
+        "num_open_breakers": sum(each.state is not BreakerState.CLOSED for each in breakers),
+        "is_overloaded": any(state.is_overloaded.values()),
+    }

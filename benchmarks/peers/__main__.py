@@ -10,7 +10,6 @@ which the load generator itself was late is taken again, whoever's turn it was.
 """
 
 import argparse
-import asyncio
 import contextlib
 import random
 import sys
@@ -19,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
+
+import msgspec
 
 from benchmarks.load.capacity import measured_capacity
 from benchmarks.load.mix import Mix
@@ -33,7 +34,7 @@ from benchmarks.report.runner import run_to_the_end
 from benchmarks.systems.real_engines import RealEngines
 from router.simulation.variant import OURS
 from serving.capacity.launch import MeasureError
-from serving.capacity.service import Service, SystemUnderTest, get_json
+from serving.capacity.service import Service, SystemUnderTest
 from serving.planning.bundled_model import SERVED_MODEL_NAME
 
 # How often a turn is taken that was disturbed: the last one counts, whatever it was, for a
@@ -152,7 +153,7 @@ async def run(plan: Plan) -> tuple[Report, list[Sample]]:
                     turns[name].append(turn)
                     repeated[name] += attempt
         num_late = fleet.num_late() if isinstance(fleet, EmulatedFleet) else 0
-        state = await asyncio.to_thread(get_json, f"{ours.urls[0]}/headway/state")
+        state = await ours.state()
     samples = [sample for taken in turns.values() for turn in taken for sample in turn.samples]
     latencies = Latencies(samples)
     latencies.fill(report)
@@ -166,7 +167,7 @@ async def run(plan: Plan) -> tuple[Report, list[Sample]]:
             engines_cpu_s=Spread.of([turn.cost.engines_s for turn in taken]),
             others_cpu_s=Spread.of([turn.cost.others_s for turn in taken]),
         )
-    report.config["prediction_accuracy"] = state["accuracy"]
+    report.config["prediction_accuracy"] = msgspec.to_builtins(state.accuracy)
     rivals = [name for name in subjects if name != OURS]
     latencies.set_targets(report, OURS, rivals)
     for (name, reason), count in Counter(

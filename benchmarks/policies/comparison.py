@@ -99,17 +99,17 @@ class Comparison:
         self.samples += samples
         num_prompt, num_cached = await subject.prompt_tokens()
         state = await subject.state()
-        self.holds[policy] = bool(state["holds"])
-        accuracy: dict[str, float | None] = state["accuracy"]["ttft"]
+        self.holds[policy] = state.holds
+        accuracy = state.accuracy.ttft
         figures = {
             "prompt_tokens": num_prompt - num_prompt_before,
             "prefix_hit_tokens": num_cached - num_cached_before,
             "mean_hold_s": watch.mean_hold_s(span_s, len(asks)),
             "most_held": max(watch.num_held, default=0),
             "sent_late_p99_ms": percentile([each.late_s for each in records], 99) * 1e3,
-            "prediction_error_p50": accuracy["error_p50"],
-            "prediction_error_p90": accuracy["error_p90"],
-            "predictions_compared": accuracy["num_compared"],
+            "prediction_error_p50": accuracy.error_p50,
+            "prediction_error_p90": accuracy.error_p90,
+            "predictions_compared": accuracy.num_compared,
         }
         for name, value in figures.items():
             if value is not None:

@@ -39,7 +39,7 @@ class HoldWatch:
     async def look(self) -> None:
         """Look until cancelled."""
         while True:
-            self.num_held.append((await self.subject.state())["held"]["num_requests"])
+            self.num_held.append((await self.subject.state()).held.num_requests)
             await asyncio.sleep(0.5)
 
     def mean_hold_s(self, span_s: float, num_requests: int) -> float:

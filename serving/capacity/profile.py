@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from scipy.stats import trim_mean
@@ -44,10 +43,7 @@ async def measure(args: Mapping[str, Any], plan: Plan, name: str, console: Conso
         async with Service(num_engines, _logged(args, plan.device, Path(folder))) as service:
             start_s = time.monotonic() - begin_s
             state = await service.state()
-            info, *_ = (
-                msgspec.convert(replica["info"], EngineInfo, strict=False)
-                for replica in state["replicas"].values()
-            )
+            info, *_ = (replica.info for replica in state.replicas.values())
             await service.switch("round_robin")
             probe = StepProbe(service, info)
             await probe.decode(2, _WARM_UP_TOKENS, num_engines)

@@ -13,11 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import msgspec
 import yaml
 
 from router.simulation.variant import split
+from router.types import EngineSnapshot
 from serving.capacity.launch import Launch, MeasureError
+from serving.gateway.metrics import GatewayState
 
+_STATE_PATH = "/headway/state"
 _READY_POLL_S = 0.25
 _IDLE_POLL_S = 0.1
 
@@ -109,9 +113,14 @@ class Service(SystemUnderTest):
             ],
         }
 
-    async def state(self) -> dict[str, Any]:
-        """Return `/headway/state`."""
-        return json.loads(await self.ask("/headway/state"))
+    async def state(self) -> GatewayState:
+        """Return what the gateway says of itself now; raise `MeasureError` if it does not."""
+        return msgspec.json.decode(await self.ask(_STATE_PATH), type=GatewayState)
+
+    def find_state(self) -> GatewayState | None:
+        """Return the same; `None` if the gateway does not answer in time."""
+        found = get_json(self.urls[0] + _STATE_PATH)
+        return None if found is None else msgspec.convert(found, GatewayState)
 
     async def switch(self, policy: str) -> None:
         """Choose by `policy` from now on; `headway:hold,order` is headway without these two."""
@@ -122,7 +131,7 @@ class Service(SystemUnderTest):
         """Return when neither the gateway nor an engine has a request any more."""
         deadline_s = time.monotonic() + timeout_s
         while True:
-            num_open = (await self.state())["num_open_requests"]
+            num_open = (await self.state()).num_open_requests
             if not num_open and not await asyncio.to_thread(self.num_streams_in_engines):
                 return
             if time.monotonic() > deadline_s:
@@ -132,7 +141,7 @@ class Service(SystemUnderTest):
     def num_streams_in_engines(self) -> int:
         """Return the requests that the engines still have, by their last snapshots."""
         return sum(
-            max(snapshot["num_running_reqs"], snapshot["num_inflight_reqs"])
+            max(snapshot.num_running_reqs, snapshot.num_inflight_reqs)
             for snapshot in self._snapshots()
         )
 
@@ -153,15 +162,10 @@ class Service(SystemUnderTest):
             return False
         return len(self._snapshots()) == self.num_engines
 
-    def _snapshots(self) -> list[dict[str, Any]]:
-        state = get_json(f"{self.urls[0]}/headway/state")
-        if state is None:
-            return []
-        return [
-            replica["snapshot"]
-            for replica in state["replicas"].values()
-            if replica["snapshot"] is not None
-        ]
+    def _snapshots(self) -> list[EngineSnapshot]:
+        state = self.find_state()
+        replicas = state.replicas.values() if state is not None else ()
+        return [replica.snapshot for replica in replicas if replica.snapshot is not None]
 
     def _ask(self, path: str, body: Mapping[str, Any] | None) -> str:
         data = None if body is None else json.dumps(body).encode()
