@@ -38,7 +38,6 @@ class Plan:
     served_model_name: str
     num_replicas: int
     num_gpus_per_replica: int
-    num_cores_per_replica: int  # cores that an engine is pinned to; 0 = not pinned
     engine_actor_options: dict[str, Any]  # Ray's, of each engine
     gateway_actor_options: dict[str, Any]
     engine_args: dict[str, Any]  # vLLM's, including those of the user
@@ -158,7 +157,6 @@ def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Pl
         served_model_name=config.served_model_name or config.model or "stand-in",
         num_replicas=replicas,
         num_gpus_per_replica=per_replica,
-        num_cores_per_replica=0,
         engine_actor_options={"num_cpus": engine_cpus, "num_gpus": per_replica},
         gateway_actor_options={"num_cpus": gateway_cpus},
         engine_args=engine_args,
@@ -241,7 +239,6 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
         or (SERVED_MODEL_NAME if uses_bundled_model else "stand-in"),
         num_replicas=replicas,
         num_gpus_per_replica=0,
-        num_cores_per_replica=1,
         engine_actor_options={"num_cpus": engine_cpus, "num_gpus": 0},
         gateway_actor_options={"num_cpus": gateway_cpus},
         engine_args=engine_args,
