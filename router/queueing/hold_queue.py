@@ -227,7 +227,7 @@ class HoldQueue:
         return num_tokens
 
     def num_held(self, model: str) -> int:
-        """Return the requests held for this model name."""
+        """Return how many requests are held for this model name."""
         model_queue = self._model_queues.get(model)
         return len(model_queue) if model_queue is not None else 0
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from router.fleet.admission import meets_tpot_target, kv_need_tokens
+from router.fleet.admission import kv_need_tokens, meets_tpot_target
 from router.fleet.fleet import Fleet
 from router.fleet.prompt_blocks import PromptBlocks
 from router.fleet.replica import Replica
