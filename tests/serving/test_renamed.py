@@ -13,7 +13,7 @@ import yaml
 from router.scheduling.ablation import PARTS, RENAMED_PARTS
 from router.settings import RouterSettings
 from serving import renamed
-from serving.cli.config_file import IMPORT_PATH, load
+from serving.cli.config_file import IMPORT_PATH, load_config_file
 from serving.config import ConfigError, EngineConfig, parse, read
 from serving.renamed import FACTORIES, IMPORT_PATHS, KEYS, current_args, current_parts
 
@@ -143,7 +143,7 @@ class TestLaunch:
         """Each engine and each gateway parses it again, in a process of its own."""
         factory = "benchmarks.emulated:EmulatedEngine"
         args = {"router": OLD_ROUTER, "engine": {"factory": factory}}
-        file = load(write_config(tmp_path, args, "serving.app:build"), {})
+        file = load_config_file(write_config(tmp_path, args, "serving.app:build"), {})
         assert file.application["import_path"] == "serving.cluster.application:build"
         assert file.config.router.model_dump(exclude_unset=True) == NEW_ROUTER
         assert len(warnings()) == 1 + 4 + 1 + 1  # import path, keys, factory, part
@@ -153,7 +153,7 @@ class TestLaunch:
         assert len(warnings()) == 7
 
     def test_an_option(self, warnings: Any) -> None:
-        file = load(
+        file = load_config_file(
             None, {"router.promise_base_s": 1.5, "engine.factory": "serving.engine:VllmEngine"}
         )
         assert file.config.router.ttft_target_base_s == 1.5
@@ -162,11 +162,11 @@ class TestLaunch:
 
     def test_an_option_beside_the_other_name_in_the_file(self, tmp_path: Path) -> None:
         path = write_config(tmp_path, {"router": {"promise_base_s": 1.0}})
-        assert load(path, {"router.promise_base_s": 2.0}).config == parse(
+        assert load_config_file(path, {"router.promise_base_s": 2.0}).config == parse(
             {"watch_file": str(path), "router": {"ttft_target_base_s": 2.0}}
         )
         with pytest.raises(ConfigError, match=r"router\.promise_base_s .*ttft_target_base_s"):
-            load(path, {"router.ttft_target_base_s": 2.0})
+            load_config_file(path, {"router.ttft_target_base_s": 2.0})
 
     def test_a_file_that_is_read_anew(self, tmp_path: Path, warnings: Any) -> None:
         path = write_config(tmp_path, {"router": OLD_ROUTER})
@@ -177,7 +177,7 @@ class TestLaunch:
     def test_another_import_path_is_still_refused(self, tmp_path: Path) -> None:
         for path in ("serving.app:main", ["serving.app:build"], None):
             with pytest.raises(ConfigError, match=r"import_path: .* is not serving\.cluster"):
-                load(write_config(tmp_path, {}, path), {})  # type: ignore[arg-type]
+                load_config_file(write_config(tmp_path, {}, path), {})  # type: ignore[arg-type]
 
 
 def test_the_line_reaches_whoever_started_it() -> None:
