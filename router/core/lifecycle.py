@@ -1,4 +1,4 @@
-"""Where every open request is, and how each one ends.
+"""How does a request enter, go on, and end?
 
 A request is open from `admit` until its one Outcome is counted here, and all
 that time it is in exactly one place:
@@ -8,8 +8,8 @@ that time it is in exactly one place:
     at a provider    `ProviderCalls`; it leaves by the provider's word, or the client's
 
 What can go nowhere at once is held, or refused where holding it is of no use:
-the queue is full, it would expire before its turn, everybody would be late, or
-nobody may serve it.
+the queue is full, it would expire before it is served, its first token would be far too
+late, or nobody may serve it.
 """
 
 import math
@@ -41,9 +41,9 @@ class OpenRequests:
         queue: HoldQueue,
         attempts: Attempts,
         placer: Placer,
-        spill: Spillover,
+        spillover: Spillover,
         waits: WaitEstimator,
-        overloads: LoadShedder,
+        load_shedder: LoadShedder,
         retries: RetryBudget,
         max_attempts: int,
     ) -> None:
@@ -56,15 +56,15 @@ class OpenRequests:
         self._queue = queue
         self._attempts = attempts
         self._placer = placer
-        self._spill = spill
+        self._spillover = spillover
         self._waits = waits
-        self._overloads = overloads
+        self._load_shedder = load_shedder
 
     def __contains__(self, request_id: object) -> bool:
         return (
             request_id in self._attempts
             or request_id in self._queue
-            or request_id in self._spill.calls
+            or request_id in self._spillover.calls
         )
 
     # In
@@ -72,18 +72,18 @@ class OpenRequests:
     def admit(self, request: Request, now_s: float) -> list[Decision]:
         """Place, hold or reject a new request."""
         # While no engine is there at all, any of them may be the one that is starting.
-        is_known = self._fleet.knows(request.model) or self._spill.quotes.serves(request.model)
+        is_known = self._fleet.knows(request.model) or self._spillover.quotes.serves(request.model)
         if len(self._fleet) and not is_known:
             return [self._reject(request, RejectReason.UNKNOWN_MODEL, None)]
         return self.enter(request, now_s)
 
     def enter(self, request: Request, now_s: float) -> list[Decision]:
         """Place, hold or reject a request that is in no place, new or to be placed again."""
-        # Passes nobody: who waits could not go now either, or would have gone with the event
-        # that made room, and what is kept for them this request does not get.
+        # It passes no held request: what is held could not be placed now either, or would have
+        # been by the event that made room; and an engine reserved for one does not take this.
         dispatch = self._placer.place(request, now_s)
         if dispatch is not None:
-            self._overloads.record_admitted(request, now_s)
+            self._load_shedder.record_admitted(request, now_s)
             return [dispatch]
         decisions = self._expire(now_s)
         expires_s = self._queue.expires_s(request)
@@ -92,17 +92,17 @@ class OpenRequests:
         elif self._is_hopeless(request, now_s):
             decisions.append(self._give_up(request, now_s))
         elif (late_s := self._service_start_s(request, now_s) - expires_s) > 0.0:
-            # Held, it would only take room until it expired. Once what is too much has
-            # drained, one like it would be in time.
+            # Held, it would only take room until it expired. Once the queue is shorter by that
+            # much, a request like it would be in time.
             decisions.append(self._turn_away(request, RejectReason.HOPELESS, late_s, now_s))
-        elif (again_s := self._overloads.refuse_if_late(request, now_s)) is not None:
+        elif (again_s := self._load_shedder.refuse_if_late(request, now_s)) is not None:
             decisions.append(self._turn_away(request, RejectReason.OVERLOADED, again_s, now_s))
         elif not self._queue.push(request):
             decisions += self._make_room(request, now_s)
-        # A request that is not the next one changes nothing for the others.
-        if decisions or self._spill.providers or self._queue.is_head(request):
+        # A request that is not the head of its queue changes nothing for the others.
+        if decisions or self._spillover.providers or self._queue.is_head(request):
             at_once = not self._fleet.working(request.model)
-            decisions += self._give_out(now_s, at_once=at_once)
+            decisions += self._dispatch_held(now_s, at_once=at_once)
         if request.id in self._queue:
             decisions.append(Hold(request.id))
         return decisions
@@ -131,18 +131,18 @@ class OpenRequests:
         is_over = self._is_suspect(again) or (costs_retry and not self._retries.try_withdraw(now_s))
         if not is_over:
             decisions = self.enter(again, now_s)
-        elif (fallback := self._spill.send_now(again, now_s)) is not None:
+        elif (fallback := self._spillover.send_now(again, now_s)) is not None:
             decisions = [fallback]
         else:
             return [Fail(again.id), *self.close(Outcome.FAILED, now_s)]
         self.num_retries += 1
-        return [*decisions, *self.place_held(now_s)]  # in the room that it has left
+        return [*decisions, *self.place_held(now_s)]  # in the room that is free now
 
     def _is_suspect(self, request: Request) -> bool:
-        """Whether engines fail because of a request, rather than under it.
+        """Whether a request is the likely cause of the failures under it.
 
-        One that ends them does so at the same token again and again; one whose reply got
-        further each time was just there.
+        A request that kills engines does so at the same token again and again. One whose reply
+        got further each time was only present.
         """
         most = self._max_attempts
         return request.num_stuck >= most or len(request.tried) >= _MAX_MOVES * most
@@ -150,12 +150,12 @@ class OpenRequests:
     def place_held(self, now_s: float, *, at_once: bool = False) -> list[Decision]:
         """Reject what has been held too long, place what can be.
 
-        Providers are thought of every 50 ms only, unless `at_once`.
+        Providers are considered every 50 ms only, unless `at_once`.
         """
-        return [*self._expire(now_s), *self._give_out(now_s, at_once=at_once)]
+        return [*self._expire(now_s), *self._dispatch_held(now_s, at_once=at_once)]
 
-    def _give_out(self, now_s: float, *, at_once: bool) -> list[Decision]:
-        """Place what engines have room for; send to providers what should not wait for them."""
+    def _dispatch_held(self, now_s: float, *, at_once: bool) -> list[Decision]:
+        """Place what engines have room for. Send to providers what should not wait for them."""
         dispatches = self._placer.place_held(now_s)
         num_tokens: dict[str, int] = {}
         for dispatch in dispatches:
@@ -163,7 +163,7 @@ class OpenRequests:
                 model, num_more = attempt.request.model, attempt.request.num_prompt_tokens
                 num_tokens[model] = num_tokens.get(model, 0) + num_more
         self._waits.record_departures(num_tokens, now_s)
-        return [*dispatches, *self._spill.send_held(now_s, at_once=at_once)]
+        return [*dispatches, *self._spillover.send_held(now_s, at_once=at_once)]
 
     # Out
 
@@ -180,12 +180,12 @@ class OpenRequests:
         return self.close(outcome, now_s)
 
     def close(self, outcome: Outcome, now_s: float, *, at_once: bool = False) -> list[Decision]:
-        """Count the end of a request that has left its place; see `place_held`."""
+        """Count the end of a request, and place what is held; see `place_held`."""
         self.outcomes[outcome] += 1
         return self.place_held(now_s, at_once=at_once)
 
     def _make_room(self, request: Request, now_s: float) -> list[Decision]:
-        """Hold a request for which the queue has no room in the stead of others, or refuse it."""
+        """Hold a request in place of others that a full queue holds, or refuse it."""
         leaving = self._queue.make_room(request)
         if leaving:
             self._queue.push(request)
@@ -197,19 +197,21 @@ class OpenRequests:
     def _turn_away(
         self, request: Request, reason: RejectReason, retry_after_s: float | None, now_s: float
     ) -> Decision:
-        """What becomes of a request that cannot be held."""
-        if self._spill.settings.spill != "unavailable" or not self._fleet.working(request.model):
-            fallback = self._spill.send_now(request, now_s)
+        """Send a request that cannot be held to a provider, or refuse it."""
+        if self._spillover.settings.spill != "unavailable" or not self._fleet.working(
+            request.model
+        ):
+            fallback = self._spillover.send_now(request, now_s)
             if fallback is not None:
                 return fallback
         return self._reject(request, reason, retry_after_s)
 
     def _give_up(self, request: Request, now_s: float) -> Decision:
-        """End a request that is hopeless."""
+        """End a request that no engine and no budget will serve in time."""
         if request.tried:
             self.outcomes[Outcome.FAILED] += 1
             return Fail(request.id)
-        wait_s = self._spill.quotes.wait_s(request, now_s)
+        wait_s = self._spillover.quotes.wait_s(request, now_s)
         retry_after_s = None if math.isinf(wait_s) else wait_s
         return self._reject(request, RejectReason.NO_BUDGET, retry_after_s)
 
@@ -222,7 +224,7 @@ class OpenRequests:
     def _reject(
         self, request: Request, reason: RejectReason, retry_after_s: float | None
     ) -> Reject:
-        """The decision, counted."""
+        """Return the refusal, with its outcome counted."""
         expired = reason is RejectReason.EXPIRED
         self.outcomes[Outcome.EXPIRED if expired else Outcome.REJECTED] += 1
         return Reject(request.id, reason, retry_after_s)
@@ -231,12 +233,14 @@ class OpenRequests:
 
     def _is_hopeless(self, request: Request, now_s: float) -> bool:
         """Whether only providers serve the model, and no budget has room in time."""
-        if self._fleet.knows(request.model) or not self._spill.quotes.serves(request.model):
+        if self._fleet.knows(request.model) or not self._spillover.quotes.serves(request.model):
             return False
-        return now_s + self._spill.quotes.wait_s(request, now_s) >= self._queue.expires_s(request)
+        return now_s + self._spillover.quotes.wait_s(request, now_s) >= self._queue.expires_s(
+            request
+        )
 
     def _service_start_s(self, request: Request, now_s: float) -> float:
-        """When what is held before a request will have been prefilled, as predicted.
+        """Return when what is held before a request will have been prefilled, as predicted.
 
         `now_s` where nothing is known of engines that could do it.
         """
@@ -250,7 +254,7 @@ class OpenRequests:
         return now_s + (wait_s or 0.0)
 
     def _time_to_empty_s(self, model: str) -> float | None:
-        """Predicted seconds until the queue is empty; None if no engine empties it.
+        """Return the predicted seconds until the queue is empty; None if no engine empties it.
 
         The queues of all models empty side by side, so the slowest counts. By prefill rates
         alone: true while prefill is what engines are short of.
@@ -265,7 +269,10 @@ class OpenRequests:
 def retried(
     request: Request, replica_id: str, num_output_tokens: int, now_s: float, *, has_begun: bool
 ) -> Request:
-    """The request after this engine generated so many tokens that another has to prefill."""
+    """Return the request as it is after an engine generated tokens that another has to prefill.
+
+    They join the prompt, whose text blocks then cover less of it.
+    """
     return msgspec.structs.replace(
         _grown(request, num_output_tokens),
         tried=(*request.tried, replica_id),
@@ -276,7 +283,7 @@ def retried(
 
 
 def continued(request: Request, num_output_tokens: int) -> Request:
-    """A request for the rest of a reply of which a provider has sent so many tokens."""
+    """Return a request for the rest of a reply of which a provider has sent so many tokens."""
     most = request.max_output_tokens
     return msgspec.structs.replace(
         _grown(request, num_output_tokens),

@@ -1,4 +1,4 @@
-"""Choosing and booking, in one synchronous call.
+"""Which engine does a request go to, and when? Choosing and booking are one synchronous call.
 
 Were they two, two requests would see the same idle engine between them.
 """
@@ -21,20 +21,20 @@ from router.scheduling.policies import Load, Policy
 from router.types import Dispatch, Request
 
 # Followers of a blocked head that are tried elsewhere: bounds the work per event
-# (about 1 µs each). Engines are fed in the order of promises in any case; one
+# (about 1 µs each). Engines are fed in the order of deadlines in any case; an engine
 # that none of the first 32 fits has little room to fill.
 _BACKFILL_DEPTH = 32
 
 
 class Placer:
-    """Gives requests to replicas: at once, or as their turn comes.
+    """Gives requests to engines: at once, or in the order of the hold queue.
 
-    With `holds`, an engine gets work only while it is open and has KV room, and
-    for the head of a lane that no open engine has room for one is kept
-    (`router.scheduling.backfill`). Followers may go to the other engines meanwhile;
-    none of that delays the head on its own. A head that KV has room for, and
-    that only waits its turn behind other long prompts, gets its reservation
-    when its promise is due; until then short prompts may pass it.
+    With `holds`, an engine gets work only while it accepts some and has KV room. For the
+    head of a model's queue that no accepting engine has room for, one engine is reserved
+    (`router.scheduling.backfill`). Followers may go to the other engines meanwhile, which
+    does not delay the head. A head that KV has room for, and that only waits behind other
+    long prompts, gets its reservation at its TTFT deadline; until then short prompts may
+    pass it.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class Placer:
         return True
 
     def place(self, request: Request, now_s: float) -> Dispatch | None:
-        """Choose and book an engine for the request; None if it has to wait."""
+        """Choose and book an engine for the request. Return None if it has to wait."""
         if not self.holds:
             replicas = self._fleet.working(request.model)
             request = self._with_blocks(request)
         elif not self._any_accepts(request.model):
-            return None  # the usual case while many are held, so found out first
+            return None  # the usual case while many are held, so checked first
         else:
             request = self._with_blocks(request)
             replicas = self._with_room(request)
@@ -78,7 +78,7 @@ class Placer:
         if request.tried:  # elsewhere, if there is an elsewhere
             replicas = [r for r in replicas if r.id not in request.tried] or replicas
         if self._tpot_targets_s and self.policy.holds:
-            replicas = self._keeping_pace(request, replicas)
+            replicas = self._meeting_tpot_target(request, replicas)
         return self._book(request, replicas, now_s)
 
     def place_beside(self, attempt: Attempt, now_s: float) -> Dispatch | None:
@@ -132,7 +132,7 @@ class Placer:
     def place_held(self, now_s: float) -> list[Dispatch]:
         """Place what is held until nothing more is admissible, the most urgent first.
 
-        Looks at the heads of the lanes and a few behind a blocked one, never at
+        Looks at the head of each model's queue and a few behind a blocked one, never at
         the whole queue.
         """
         dispatches: list[Dispatch] = []
@@ -150,18 +150,18 @@ class Placer:
         return dispatches
 
     def _backfill(self, head: Request, now_s: float) -> list[Dispatch]:
-        """Keep an engine for a blocked head; place followers on the others."""
+        """Reserve an engine for a blocked head. Place followers on the others."""
         if not self._any_accepts(head.model):
-            return []  # nobody is to be given anything, so nobody needs to be kept
-        # Where the head waits for long prompts to get on, short ones may pass it
-        # while it is not due: they take room in steps that it could not have.
+            return []  # no engine is given anything, so none needs to be reserved
+        # Where the head waits behind the prefill of long prompts, short ones may pass it before
+        # its deadline: they take room in steps that it could not have.
         lacks_kv = bool(self._accepting_request(self._with_blocks(head)))
         if lacks_kv or now_s >= self._queue.key(head)[0]:
             self._reservations.reserve(head)
         dispatches = []
         roomiest = self._most_room(head)
         followers = list(islice(self._queue.in_order(head.model), 1, 1 + _BACKFILL_DEPTH))
-        if self._queue.num_tenants > 1:  # then who an engine is kept for may be far behind
+        if self._queue.num_tenants > 1:  # then the holder of a reservation may be far behind
             holders = self._reservations.holders(head.model)
             followers += [each for each in holders if each is not head and each not in followers]
         for request in followers:
@@ -175,7 +175,7 @@ class Placer:
         return dispatches
 
     def _most_room(self, head: Request) -> float:
-        """Most KV room among open engines that are not kept for `head`, tokens; -1 if none."""
+        """Return the most KV room of an accepting engine not reserved for `head`, tokens; else -1."""
         return max(
             (
                 replica.room_tokens
@@ -190,19 +190,19 @@ class Placer:
         return self._fleet.any_accepts(model, short=not self._queue.by_arrival)
 
     def _accepting_short(self, model: str) -> list[Replica]:
-        """Engines of a model that should get a short prompt now, KV room aside."""
+        """Return the engines of a model that should get a short prompt now, KV room aside."""
         if self._queue.by_arrival:  # nobody passes anybody
             return self._fleet.accepting(model)
         return self._fleet.accepting_short(model)
 
     def _accepting_request(self, request: Request) -> list[Replica]:
-        """Engines that should get this request now, KV room aside."""
+        """Return the engines that should get this request now, KV room aside."""
         if self._queue.by_arrival:
             return self._fleet.accepting(request.model)
         return self._fleet.accepting_request(request)
 
     def _with_room(self, request: Request) -> list[Replica]:
-        """Of these, those with KV room for it that are not kept for another."""
+        """Return those of them with KV room for it that are not reserved for another."""
         need_tokens = kv_need_tokens(request)
         accepting = self._accepting_request(request)
         replicas = [replica for replica in accepting if need_tokens <= replica.room_tokens]
@@ -210,13 +210,13 @@ class Placer:
             return replicas
         return self._reservations.available_to(request, replicas)
 
-    def _keeping_pace(self, request: Request, replicas: list[Replica]) -> list[Replica]:
-        """Those that can take the request at its model's TPOT target; all if none can."""
+    def _meeting_tpot_target(self, request: Request, replicas: list[Replica]) -> list[Replica]:
+        """Return those that can take the request at its model's TPOT target; all if none can."""
         target_s = self._tpot_targets_s.get(request.model, self._tpot_targets_s.get("*", math.inf))
         return [each for each in replicas if meets_tpot_target(request, each, target_s)] or replicas
 
     def _with_blocks(self, request: Request) -> Request:
-        """The request with the KV blocks of its prompt, as far as they are known by now."""
+        """Return the request with the KV blocks of its prompt, as far as they are known."""
         if not request.prefix_hashes or not self.policy.wants_blocks:
             return request
         block_hashes = self._prompts.find(request)
