@@ -175,7 +175,7 @@ class Placer:
         return dispatches
 
     def _most_room(self, head: Request) -> float:
-        """Return the most KV room of an accepting engine not reserved for `head`, tokens; else -1."""
+        """Return the most KV room of an accepting engine not reserved for `head`, tokens, or -1."""
         return max(
             (
                 replica.room_tokens
