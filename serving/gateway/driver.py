@@ -5,23 +5,23 @@ import logging
 import time
 from collections.abc import Collection
 
-from router.core.carry_out import carry_out
-from router.core.router import Router
-from router.limits.rate_limit import RateReport
-from router.resilience.breaker import Failure
-from router.resilience.resume import Records
-from router.types import (
+from router import (
     Decision,
     Dispatch,
     Evacuate,
     Fail,
+    Failure,
     Fallback,
     Hold,
     Reject,
     Request,
+    Router,
     Usage,
     Withdraw,
+    carry_out,
 )
+from router.limits.rate_limit import RateReport
+from router.resilience.resume import Records
 from serving.config import Config
 from serving.gateway.engines import Engines
 from serving.gateway.exchange import Attempt, EngineFailed, Exchange, Rejected
@@ -125,6 +125,8 @@ class Driver:
                 self._fail_attempt(attempt, Failure.ERROR, f"it answered {frame.status}")
                 return
         attempt.head = frame
+        if attempt.has_answered:  # with progress: it told what it generates before its head
+            exchange.on_head(frame.status, frame.headers)
 
     def on_data(self, attempt: Attempt, frame: Data) -> None:
         if not attempt.has_answered:
