@@ -19,10 +19,9 @@ from pydantic import (
     model_validator,
 )
 
+from router import RequestClass, RouterSettings
 from router.providers.provider import KeySettings, ProviderSettings
 from router.providers.spillover import FallbackSettings
-from router.settings import RouterSettings
-from router.types import RequestClass
 from serving.renamed import current_args
 
 

@@ -25,7 +25,7 @@ from benchmarks.policies.comparison import say
 from benchmarks.report.report import Report, percentile
 from benchmarks.report.runner import run_and_judge
 from benchmarks.systems.faulty_engine import FaultyEngine, FaultyFleet
-from router.types import Request
+from router import Request
 from serving.capacity.launch import MeasureError
 from serving.capacity.service import free_ports
 from serving.config import parse

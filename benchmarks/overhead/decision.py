@@ -16,9 +16,7 @@ from typing import Any
 from rich.progress import track
 
 from benchmarks.report.report import Report, percentile
-from router.core.router import Router
-from router.settings import RouterSettings
-from router.types import Dispatch, EngineInfo, EngineSnapshot, Request
+from router import Dispatch, EngineInfo, EngineSnapshot, Request, Router, RouterSettings
 
 NUM_HELD = 10_000
 # Median, µs, by number of engines.

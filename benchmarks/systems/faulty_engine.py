@@ -1,4 +1,7 @@
-"""Any engine, made to fail on demand, behind a stream server of its own."""
+"""What does an engine look like that fails? Any engine, made to fail on demand.
+
+Each faulty engine stands behind a stream server of its own, as Ray's replicas do.
+"""
 
 import asyncio
 import itertools
@@ -7,17 +10,17 @@ from collections.abc import Callable
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
-from router.types import EngineSnapshot
+from router import EngineSnapshot
 from serving.stream.accounting import RequestAccounting
 from serving.stream.engine import Engine
 from serving.stream.server import StreamServer
 
 
 class FaultyEngine:
-    """The `serving.stream.engine.Engine` around another one.
+    """A `serving.stream.engine.Engine` around another one.
 
-    Hung, it sends nothing and counts no step; silent, it tells nothing of
-    itself; dead, whatever it would send is about that.
+    A hung engine sends nothing and counts no step. A silent one pushes no snapshot. A dead one
+    answers every stream with the news of its death.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -25,30 +28,29 @@ class FaultyEngine:
         self.blocks = engine.blocks
         self.dead = False
         self.is_silent = False
-        self.num_streams = 0
         self._engine = engine
-        self._flows = asyncio.Event()
-        self._flows.set()
-        self._frozen: EngineSnapshot | None = None
+        self._runs = asyncio.Event()  # cleared while it hangs
+        self._runs.set()
+        self._snapshot_at_hang: EngineSnapshot | None = None
 
     def hang(self) -> None:
         """Stop in the middle of a step."""
-        self._flows.clear()
+        self._runs.clear()
 
-    def go_on(self) -> None:
-        """As if nothing had been."""
-        self._frozen = None
+    def recover(self) -> None:
+        """End every fault: the engine continues as if there had been none."""
+        self._snapshot_at_hang = None
         self.is_silent = self.dead = False
-        self._flows.set()
+        self._runs.set()
 
     def subscribe(self, on_step: Callable[[], None]) -> None:
         self._engine.subscribe(on_step)
 
     def snapshot(self, seq: int, accountings: list[RequestAccounting]) -> EngineSnapshot:
         snapshot = self._engine.snapshot(seq, accountings)
-        if not self._flows.is_set():
-            self._frozen = self._frozen or snapshot
-            num_steps = self._frozen.num_steps_total
+        if not self._runs.is_set():
+            self._snapshot_at_hang = self._snapshot_at_hang or snapshot
+            num_steps = self._snapshot_at_hang.num_steps_total
             snapshot = msgspec.structs.replace(snapshot, num_steps_total=num_steps)
         return snapshot
 
@@ -56,25 +58,21 @@ class FaultyEngine:
         self._engine.forget(accounting)
 
     async def ping(self) -> None:
-        await self._flows.wait()
+        await self._runs.wait()
 
     async def shutdown(self) -> None:
         await self._engine.shutdown()
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_if_well(message: Message) -> None:
-            await self._flows.wait()
+        async def send_unless_hung(message: Message) -> None:
+            await self._runs.wait()
             await send(message)
 
-        self.num_streams += 1
-        try:
-            await self._engine.app(scope, receive, send_if_well)
-        finally:
-            self.num_streams -= 1
+        await self._engine.app(scope, receive, send_unless_hung)
 
 
 class FaultyStreamServer(StreamServer):
-    """A stream server whose snapshots can be withheld."""
+    """A stream server that pushes no snapshots while its engine is silent."""
 
     engine: FaultyEngine
 
@@ -84,28 +82,29 @@ class FaultyStreamServer(StreamServer):
 
 
 class FaultyFleet:
-    """Engines and their servers, as Ray would name them: each new server is a new replica."""
+    """Engines and their stream servers, named as by Ray: each new server is a new replica."""
 
     def __init__(
-        self, engines: list[FaultyEngine], tell: Callable[[dict[str, dict]], None]
+        self, engines: list[FaultyEngine], set_members: Callable[[dict[str, dict]], None]
     ) -> None:
+        """`set_members` is told of all replicas whenever one comes or goes."""
         self.engines = engines
-        self.servers: dict[FaultyEngine, FaultyStreamServer] = {}
+        self._servers: dict[FaultyEngine, FaultyStreamServer] = {}
         self._names: dict[FaultyEngine, str] = {}
         self._members: dict[str, dict] = {}
-        self._tell = tell
+        self._set_members = set_members
         self._numbers = itertools.count()
 
-    async def open(self, engine: FaultyEngine) -> None:
-        """Offer the engine, under a name that nobody has had."""
-        server = self.servers[engine] = FaultyStreamServer(engine, 64 * 2**10)
+    async def add_engine(self, engine: FaultyEngine) -> None:
+        """Start a server for the engine, as a replica with a new name."""
+        server = self._servers[engine] = FaultyStreamServer(engine, 64 * 2**10)
         host, port = await server.listen("127.0.0.1")
         name = self._names[engine] = f"r{next(self._numbers)}"
         self._members[name] = {"host": host, "port": port, "secret": server.secret}
-        self._tell(self._members)
+        self._set_members(self._members)
 
-    def close(self, engine: FaultyEngine) -> None:
-        """Lose the engine: its connections break, and Ray names it no longer."""
+    def remove_engine(self, engine: FaultyEngine) -> None:
+        """Break the engine's connections; its replica is gone."""
         del self._members[self._names.pop(engine)]
-        self.servers.pop(engine).close()
-        self._tell(self._members)
+        self._servers.pop(engine).close()
+        self._set_members(self._members)

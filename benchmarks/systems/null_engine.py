@@ -1,18 +1,17 @@
-"""An engine with no model: it emits tokens on a clock, so that only our path is measured.
+"""What does our own path cost? An engine without a model leaves only the path to measure.
 
-`engine.factory: "benchmarks.systems.null_engine:NullEngine"` puts it where vLLM would
-be. As in vLLM, one loop turn wakes every stream that the step advanced, each
-stream is a task of its own that writes one server-sent event per token, and a
-response is the events that vLLM 0.32 writes: role, one per token (the last
-bears the finish reason), usage if asked for, `[DONE]`.
+The null engine emits tokens on a clock. `engine.factory:
+"benchmarks.systems.null_engine:NullEngine"` puts it in vLLM's place. As in vLLM, one iteration
+of the event loop wakes every stream that the step advanced, and each stream is a task of its own
+that writes one server-sent event per token. A response is the events that vLLM 0.32 writes: the
+role, one event per token (the last with the finish reason), usage if asked for, `[DONE]`.
 
-Two things differ on purpose. The first token leaves at once instead of with
-the next step, so that its time measures the path and not the phase of the
-clock. And a stream that back-pressure holds up emits later instead of merging
-tokens, so that events can be counted as tokens.
+Two things differ on purpose. The first token is sent at once and not with the next step, so that
+its time measures the path and not the phase of the clock. And a stream under back-pressure emits
+later and does not merge tokens, so that events can be counted as tokens.
 
-`python -m benchmarks.systems.null_engine --port PORT` serves the same application by
-uvicorn alone: the floor that every path is compared with.
+`python -m benchmarks.systems.null_engine --port PORT` serves the same application by uvicorn
+alone: the floor that every path is compared with.
 """
 
 import argparse
@@ -24,9 +23,9 @@ from typing import TYPE_CHECKING
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from benchmarks.systems.null_engine_clock import Pace
+from benchmarks.systems.step_clock import StepClock
+from router import EngineInfo, EngineSnapshot
 from router.fleet.block_log import BlockLog
-from router.types import EngineInfo, EngineSnapshot
 from serving.config import Config, ConfigError
 from serving.engine.emulated.asgi import (
     EVENTS,
@@ -42,21 +41,21 @@ from serving.stream.accounting import RequestAccounting, current_accounting
 if TYPE_CHECKING:
     from serving.planning.plan import Plan
 
-MODEL = "stand-in"
-# Capacities beyond what any benchmark asks for: admission must never hold a request.
+MODEL = "null-engine"
+# Beyond what any benchmark needs: admission must never hold a request.
 _NUM_KV_TOKENS = 2**30
 _MAX_NUM_SEQS = 2**20
 _MAX_STEP_TOKENS = 2**20
 _PREFILL_TOKENS_PER_S = 1e7
-# About what one token of English takes in a request body.
+# About what one token of English takes up in a request body.
 _BYTES_PER_TOKEN = 4
 
 
 class NullEngineArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`engine.args` of the stand-in."""
+    """`engine.args` of the null engine."""
 
-    step_ms: float = 10.0  # between the tokens of a stream; 0 = flat out, steps back to back
-    tokens: int = 200  # of a request that sets no limit
+    step_ms: float = 10.0  # between the tokens of a stream; 0: flat out, steps back to back
+    tokens: int = 200  # of a response whose request sets no limit
 
 
 class _StreamOptions(msgspec.Struct):
@@ -64,20 +63,20 @@ class _StreamOptions(msgspec.Struct):
 
 
 class _Body(msgspec.Struct):
-    """What the stand-in reads of a request; everything else is ignored."""
+    """What the null engine reads of a request; everything else is ignored."""
 
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     stream: bool = False
     stream_options: _StreamOptions | None = None
-    stand_in_step_ms: float | None = None  # this request's own pace instead of the engine's
+    null_engine_step_ms: float | None = None  # of this request; unset: the engine's
 
 
 _decode_body = msgspec.json.Decoder(_Body).decode
 
 
 class NullEngine:
-    """The `Engine` of the benchmarks: an ASGI application and its counts."""
+    """The `Engine` without a model: an ASGI application and its counters."""
 
     def __init__(self, args: NullEngineArgs, model: str = MODEL) -> None:
         self.app = self._serve
@@ -92,12 +91,12 @@ class NullEngine:
             num_kv_tokens=_NUM_KV_TOKENS,
             block_size=16,
             device="none",
-            engine="stand-in (no model)",
+            engine="null engine (no model)",
         )
         self.num_running_reqs = 0
         self.num_output_tokens_total = 0
         self._args = args
-        self._paces: dict[float, Pace] = {}
+        self._clocks: dict[float, StepClock] = {}  # by step time, ms
         self._on_step: Callable[[], None] = lambda: None
         self._ids = itertools.count()
         self._num_prefill_tokens_total = 0
@@ -116,11 +115,11 @@ class NullEngine:
         return cls(args, plan.served_model_name)
 
     def subscribe(self, on_step: Callable[[], None]) -> None:
-        """`on_step()` is called on the event loop after every step, never while idle."""
+        """Have `on_step()` called on the event loop after every step, never while idle."""
         self._on_step = on_step
 
     def snapshot(self, seq: int, accountings: list[RequestAccounting]) -> EngineSnapshot:
-        """The state now. Nothing is ever pending: a prompt takes no time here."""
+        """Return the state now. Nothing is ever pending: a prompt takes no time here."""
         num_context = (
             self._num_prefill_tokens_total + self.num_output_tokens_total - self._num_ended_tokens
         )
@@ -141,20 +140,20 @@ class NullEngine:
         )
 
     def forget(self, accounting: RequestAccounting) -> None:
-        """Part of the engine's interface; nothing is kept per accounting."""
+        """Do nothing: nothing is kept per accounting."""
 
     async def ping(self) -> None:
-        """Part of the engine's interface; what answers here is the event loop."""
+        """Return at once: what computes here is the event loop itself."""
 
     async def shutdown(self) -> None:
-        """Part of the engine's interface; there is nothing to stop."""
+        """Do nothing: nothing computes."""
 
-    def _pace(self, step_ms: float) -> Pace:
-        if (pace := self._paces.get(step_ms)) is None:
-            pace = self._paces[step_ms] = Pace(step_ms / 1000, self._stepped)
-        return pace
+    def _clock(self, step_ms: float) -> StepClock:
+        if (clock := self._clocks.get(step_ms)) is None:
+            clock = self._clocks[step_ms] = StepClock(step_ms / 1000, self._count_step)
+        return clock
 
-    def _stepped(self, step_s: float, num_streams: int) -> None:
+    def _count_step(self, step_s: float, num_streams: int) -> None:
         self._step_s, self._step_num_decode_reqs = step_s, num_streams
         self._num_steps_total += 1
         self._on_step()
@@ -186,15 +185,15 @@ class NullEngine:
         self, request: _Body, num_prompt_tokens: int, chat: bool, receive: Receive, send: Send
     ) -> None:
         num_tokens = request.max_completion_tokens or request.max_tokens or self._args.tokens
-        step_ms = request.stand_in_step_ms
-        pace = self._pace(self._args.step_ms if step_ms is None else step_ms)
+        step_ms = request.null_engine_step_ms
+        clock = self._clock(self._args.step_ms if step_ms is None else step_ms)
         text = CompletionText(chat, next(self._ids), self.info.model, num_prompt_tokens)
         accounting = current_accounting.get()
         if accounting is not None:
             accounting.entered, accounting.num_prompt_tokens = True, num_prompt_tokens
         self.num_running_reqs += 1
         self._num_prefill_tokens_total += num_prompt_tokens
-        # One that ends with its first token needs neither pace nor watch.
+        # A response that ends with its first token needs neither clock nor watch.
         watch = None
         num_sent = 0
         try:
@@ -206,8 +205,8 @@ class NullEngine:
                 if number > 1:
                     if watch is None:
                         watch = asyncio.get_running_loop().create_task(until_gone(receive))
-                        pace.enter()
-                    await pace.step()
+                        clock.add_stream()
+                    await clock.next_step()
                     if watch.done():
                         return
                 num_sent = number
@@ -224,7 +223,7 @@ class NullEngine:
         finally:
             if watch is not None:
                 watch.cancel()
-                pace.leave()
+                clock.remove_stream()
             if accounting is not None:
                 accounting.num_output_tokens = num_sent
             self.num_running_reqs -= 1
@@ -232,13 +231,13 @@ class NullEngine:
 
 
 def main() -> None:
-    """Serve the stand-in by uvicorn alone until a signal ends it."""
+    """Serve the null engine by uvicorn alone until a signal ends it."""
     import uvicorn
 
-    parser = argparse.ArgumentParser(description="An engine with no model, served by uvicorn.")
+    parser = argparse.ArgumentParser(description="Serve an engine without a model by uvicorn alone.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--step-ms", type=float, default=10.0, help="0 = flat out")
+    parser.add_argument("--step-ms", type=float, default=10.0, help="0: flat out")
     options = parser.parse_args()
     engine = NullEngine(NullEngineArgs(step_ms=options.step_ms))
     uvicorn.run(

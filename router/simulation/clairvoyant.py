@@ -15,7 +15,7 @@ import random
 
 import numpy as np
 
-from router.settings import RouterSettings
+from router import RouterSettings
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
 from router.simulation.engine.sequence import Job

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from router.core.router import Router
+from router import Request, Router
 from router.simulation.engine.sequence import Job, Progress
 from router.simulation.journal import Journal
 from router.simulation.provider import ProviderModel
 from router.simulation.workload.workload import Arrival, Workload
-from router.types import SNAPSHOT_INTERVAL_S, Request
+from router.types import SNAPSHOT_INTERVAL_S
 
 T = TypeVar("T")
 NodeT = TypeVar("NodeT")

@@ -5,17 +5,7 @@ from operator import itemgetter
 
 import msgspec
 
-from router.core.carry_out import carry_out
-from router.core.router import Router
-from router.limits.rate_limit import RateReport
-from router.settings import RouterSettings
-from router.simulation.engine.sequence import Job, Progress
-from router.simulation.events import World
-from router.simulation.node import Node
-from router.types import (
-    HEARTBEAT_S,
-    MAX_PREFIX_BLOCKS,
-    PREFIX_BLOCK_TOKENS,
+from router import (
     BlockUpdate,
     Decision,
     Dispatch,
@@ -28,9 +18,17 @@ from router.types import (
     Reject,
     RejectReason,
     Request,
+    Router,
+    RouterSettings,
     Usage,
     Withdraw,
+    carry_out,
 )
+from router.limits.rate_limit import RateReport
+from router.simulation.engine.sequence import Job, Progress
+from router.simulation.events import World
+from router.simulation.node import Node
+from router.types import HEARTBEAT_S, MAX_PREFIX_BLOCKS, PREFIX_BLOCK_TOKENS
 
 _BYTES_PER_TOKEN = 4
 

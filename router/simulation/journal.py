@@ -7,8 +7,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from router import Outcome
 from router.simulation.workload.workload import Workload
-from router.types import Outcome
 
 NOT_ENDED = -1
 _OUTCOMES = tuple(Outcome)

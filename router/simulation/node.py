@@ -17,10 +17,11 @@ from typing import Protocol
 
 import msgspec
 
+from router import BlockUpdate, EngineInfo, EngineSnapshot
 from router.fleet.block_log import BlockLog
 from router.simulation.engine.sequence import Job, Progress
 from router.simulation.events import Receiver, World
-from router.types import HEARTBEAT_S, BlockUpdate, EngineInfo, EngineSnapshot
+from router.types import HEARTBEAT_S
 
 # Steps that are worth beginning at once: somebody comes before long, and cuts the run.
 _MAX_RUN_S = 0.1

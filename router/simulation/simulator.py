@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any, Protocol, TypeVar
 
+from router import Request, RouterSettings
 from router.providers.spillover import FallbackSettings
-from router.settings import RouterSettings
 from router.simulation.events import Network, Receiver
 from router.simulation.gateway import Gateway
 from router.simulation.journal import Journal, Run
 from router.simulation.node import Engine, Node
 from router.simulation.provider import ProviderModel
 from router.simulation.workload.workload import Arrival, Workload
-from router.types import HEARTBEAT_S, Request
+from router.types import HEARTBEAT_S
 
 T = TypeVar("T")
 

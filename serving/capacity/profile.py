@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from scipy.stats import trim_mean
 
+from router import EngineInfo
 from router.simulation.engine.profile import Profile
-from router.types import EngineInfo
 from serving.capacity import logged_steps
 from serving.capacity.profiles import save_profile
 from serving.capacity.service import Service

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Self
 import msgspec
 import yaml
 
+from router import EngineSnapshot
 from router.simulation.variant import split
-from router.types import EngineSnapshot
 from serving.capacity.launch import Launch, MeasureError
 from serving.gateway.metrics import GatewayState
 

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.routing import Route
 
-from router.core.router import Router
+from router import Router
 from serving.config import Config, read
 from serving.file_watch import FileWatch
 from serving.gateway.cache.response_cache import ResponseCache

@@ -11,9 +11,8 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from router.core.router import Router
+from router import BlockUpdate, Decision, Dispatch, EngineInfo, EngineSnapshot, Router
 from router.resilience.resume import Resume
-from router.types import BlockUpdate, Decision, Dispatch, EngineInfo, EngineSnapshot
 from serving.gateway.exchange import Attempt, Exchange
 from serving.stream.client import StreamClient
 from serving.stream.frames import Ack, Cancel, Data, End, Head, Prompt, Resync, Submit

@@ -3,8 +3,8 @@
 import asyncio
 import time
 
+from router import RejectReason, Request, Usage
 from router.resilience.resume import Records, Reply
-from router.types import RejectReason, Request, Usage
 from serving.gateway.providers.continuation import Continuation
 from serving.stream.client import StreamClient
 from serving.stream.frames import Head, Headers

@@ -11,11 +11,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from router.core.state import RouterState
+from router import Request, RouterState, Usage
 from router.limits.sliding_window import WindowState
 from router.providers.spillover import SpilloverState
 from router.resilience.breaker import BreakerState
-from router.types import Request, Usage
 from serving.file_watch import FileWatchState
 from serving.gateway.cache.response_store import ResponseCacheState
 from serving.gateway.tenants.tenants import Consumption, TenantsState

@@ -6,14 +6,8 @@ from typing import Any
 
 import msgspec
 
-from router.types import (
-    MAX_PREFIX_BLOCKS,
-    PREFIX_BLOCK_TOKENS,
-    EngineInfo,
-    Request,
-    RequestClass,
-    Usage,
-)
+from router import EngineInfo, Request, RequestClass, Usage
+from router.types import MAX_PREFIX_BLOCKS, PREFIX_BLOCK_TOKENS
 from serving.gateway.http.errors import ApiError
 
 # Used until the first replies show better: English text in a byte-pair

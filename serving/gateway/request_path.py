@@ -11,7 +11,7 @@ from collections.abc import Callable
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
-from router.types import RequestClass, Usage
+from router import RequestClass, Usage
 from serving.config import Config
 from serving.gateway.cache.response_cache import Replay, ResponseCache
 from serving.gateway.cache.single_flight import Subscriber

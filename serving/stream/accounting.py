@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from contextvars import ContextVar
 
+from router import Usage
 from router.resilience.resume import Resume
-from router.types import Usage
 from serving.stream.record import Recorder
 
 

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Protocol
 
-from router.types import BlockUpdate, EngineInfo, EngineSnapshot
+from router import BlockUpdate, EngineInfo, EngineSnapshot
 from serving.stream.connection import FrameConnection
 from serving.stream.frames import (
     Blocks,

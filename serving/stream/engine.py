@@ -5,8 +5,8 @@ from typing import Protocol
 
 from starlette.types import ASGIApp
 
+from router import EngineInfo, EngineSnapshot
 from router.fleet.block_log import BlockLog
-from router.types import EngineInfo, EngineSnapshot
 from serving.config import Config
 from serving.planning.plan import Plan
 from serving.stream.accounting import RequestAccounting

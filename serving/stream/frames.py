@@ -21,8 +21,8 @@ from collections.abc import Callable
 
 import msgspec
 
+from router import BlockUpdate, EngineInfo, EngineSnapshot, Usage
 from router.resilience.resume import Resume
-from router.types import BlockUpdate, EngineInfo, EngineSnapshot, Usage
 
 MAX_MESSAGE_BYTES = 256 * 2**20  # a length beyond this is not from a peer of ours
 

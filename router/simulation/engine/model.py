@@ -14,11 +14,12 @@ from collections import deque
 from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as Row
 
+from router import EngineInfo, EngineSnapshot
 from router.fleet.block_log import BlockLog
 from router.simulation.engine.profile import Profile
 from router.simulation.engine.sequence import Job, Progress, Sequence, State
 from router.simulation.engine.step_scheduler import StepScheduler
-from router.types import PREFILL_RATE_FORGETTING, EngineInfo, EngineSnapshot
+from router.types import PREFILL_RATE_FORGETTING
 
 
 class EngineModel:

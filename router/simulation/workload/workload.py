@@ -12,7 +12,7 @@ from typing import Literal, Self
 import msgspec
 import numpy as np
 
-from router.types import RequestClass
+from router import RequestClass
 
 
 class Arrival(msgspec.Struct, frozen=True, kw_only=True, gc=False):

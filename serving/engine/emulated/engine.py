@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from router import EngineSnapshot
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.sequence import Progress
-from router.types import EngineSnapshot
 from serving.capacity.profiles import ProfileError, load_profile
 from serving.config import Config, ConfigError
 from serving.engine.emulated.asgi import (

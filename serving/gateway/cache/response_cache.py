@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-from router.types import RequestClass
+from router import RequestClass
 from serving.config import CacheConfig, Config
 from serving.gateway.cache.cache_key import cache_key
 from serving.gateway.cache.response_store import (

@@ -4,7 +4,7 @@ import math
 
 import msgspec
 
-from router.types import RejectReason
+from router import RejectReason
 from serving.stream.frames import Headers
 
 

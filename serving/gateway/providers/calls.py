@@ -16,11 +16,10 @@ from typing import Any, Protocol
 import msgspec
 from pydantic import SecretStr
 
+from router import Failure, Fallback, Usage
 from router.limits.rate_limit import RateReport
 from router.providers.provider import MakeLimiter
 from router.providers.spillover import make_rate_limiter
-from router.resilience.breaker import Failure
-from router.types import Fallback, Usage
 from serving.config import Config, ProviderConfig
 from serving.gateway.exchange import DONE, Exchange
 from serving.gateway.providers.continuation import Continuation, can_continue

@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from router.types import Usage
+from router import Usage
 
 
 class _Details(msgspec.Struct):

@@ -10,7 +10,7 @@ import aiohttp
 import msgspec
 from pydantic import SecretStr
 
-from router.resilience.breaker import Failure
+from router import Failure
 from serving.config import ProviderConfig
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from router.resilience.breaker import Failure
+from router import Failure
 from serving.config import ConfigError, ProviderConfig
 from serving.gateway.exchange import DONE
 from serving.gateway.providers.http_client import ProviderFailed, ProviderReply

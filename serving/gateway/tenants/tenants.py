@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from router import Request, RequestClass, Usage
 from router.limits.tenant_quota import Exceeded, Reservation, TenantLimits, TenantQuota
-from router.types import Request, RequestClass, Usage
 from serving.config import Config, TenantConfig
 from serving.gateway.http.errors import ApiError
 from serving.gateway.tenants.keys import Key, KeyRing
