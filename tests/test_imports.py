@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import router
+
 ROOT = Path(__file__).parents[1]
 # Each may import itself and those before it.
 LAYERS = ("router", "serving", "benchmarks", "tests")
@@ -94,6 +96,23 @@ def test_imports_run_in_one_direction():
 
 def test_there_is_no_circle():
     assert find_circle(read_modules(ROOT)) == []
+
+
+def test_shells_take_the_public_face_from_router():
+    """What `router` hands on is not taken from the modules below it."""
+    shells = {
+        name: source
+        for name, source in read_modules(ROOT).items()
+        if name.startswith(("serving", "benchmarks", "router.simulation"))
+    }
+    around = [
+        f"{name}: {imported}"
+        for name, source in shells.items()
+        for imported in find_imports(ast.parse(source))
+        if imported.startswith("router.") and imported.count(".") > 1
+        if imported.rpartition(".")[2] in router.__all__
+    ]
+    assert around == []
 
 
 def layers_with(name: str, source: str) -> dict[str, str]:
