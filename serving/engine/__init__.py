@@ -1,5 +1,5 @@
 """What a replica runs behind its stream: vLLM, or an emulation of it.
 
 What is decided here: how an engine is configured, and what it reports of itself. Started by
-`serving.cluster.ray_session.engine_deployment`, called by `serving.stream.server`.
+`serving.cluster.engine_deployment`, called by `serving.stream.server`.
 """

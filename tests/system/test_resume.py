@@ -292,7 +292,7 @@ async def test_without_a_seed_the_rest_is_another_sample_behind_the_same_beginni
 
 async def test_what_does_not_come_again_ends_in_an_error(pair, monkeypatch):
     """A draw without a seed, taken for one that can be repeated."""
-    monkeypatch.setattr("serving.engine.vllm.resume._comes_again", lambda params: True)
+    monkeypatch.setattr("serving.engine.vllm.resume._must_regenerate", lambda params: True)
     reply = await pair.ask(CHAT, request(CHAT, {"temperature": 1.0}), cut_at=(10,))
     assert b"generated again, it differs from what had been sent" in reply
     assert b"[DONE]" not in reply
@@ -304,20 +304,20 @@ async def test_what_does_not_come_again_ends_in_an_error(pair, monkeypatch):
 
 async def test_a_resumed_request_is_counted_once(pair):
     finished = []
-    settle = pair.gateway.metrics.finished
-    pair.gateway.metrics.finished = lambda request, usage, now_s: finished.append(usage)
+    observe_finish = pair.gateway.metrics.observe_finish
+    pair.gateway.metrics.observe_finish = lambda request, usage, now_s: finished.append(usage)
     try:
         await pair.ask(CHAT, request(CHAT, {}), cut_at=(10,))
     finally:
-        pair.gateway.metrics.finished = settle
+        pair.gateway.metrics.observe_finish = observe_finish
     assert [usage.num_output_tokens for usage in finished] == [40]
 
 
 async def test_nothing_is_computed_for_who_hung_up_with_a_token_on_its_way(pair):
     """In the same iteration of the loop; vLLM's own abort would come with the garbage collector."""
     live = pair.engine._llm.output_processor.request_states
-    monitor = pair.engine._monitor
-    on_step, num_steps = monitor._on_step, 0
+    stats = pair.engine._stats
+    on_step, num_steps = stats._on_step, 0
 
     def step_and_hang_up() -> None:
         nonlocal num_steps
@@ -331,7 +331,7 @@ async def test_nothing_is_computed_for_who_hung_up_with_a_token_on_its_way(pair)
 
     gc.collect()
     gc.disable()
-    monitor._on_step = step_and_hang_up
+    stats._on_step = step_and_hang_up
     try:
         body = request(COMPLETIONS, {"prompt": PROMPT, "max_tokens": 900})
         with contextlib.suppress(httpx.HTTPError):
@@ -340,7 +340,7 @@ async def test_nothing_is_computed_for_who_hung_up_with_a_token_on_its_way(pair)
             while live:
                 await asyncio.sleep(0.01)
     finally:
-        monitor._on_step = on_step
+        stats._on_step = on_step
         gc.enable()
 
 

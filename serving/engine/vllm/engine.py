@@ -1,6 +1,6 @@
-"""One vLLM engine: its OpenAI application and its live state.
+"""How does one vLLM engine start, serve and end in this process?
 
-The application is vLLM's own FastAPI app, called in-process as ASGI: chat
+Its application is vLLM's own FastAPI app, called in-process as ASGI: chat
 templates, tools, structured output, logprobs, `n`, parsers and error replies
 are vLLM's, whatever the version brings.
 """
@@ -15,9 +15,10 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
+from router import EngineInfo
 from router.fleet.prefill_chunk import prefill_chunk_tokens
-from router.types import EngineInfo
 from serving.config import Config, ConfigError
+from serving.engine.vllm import patches
 from serving.planning.plan import Plan
 from serving.stream.accounting import RequestAccounting
 
@@ -25,25 +26,23 @@ from serving.stream.accounting import RequestAccounting
 class VllmEngine:
     """vLLM's `AsyncLLM` in this process, its EngineCore in a child process."""
 
-    def __init__(
-        self, llm: Any, app: ASGIApp, monitor: Any, replayer: Any, info: EngineInfo
-    ) -> None:
+    def __init__(self, llm: Any, app: ASGIApp, stats: Any, resumer: Any, info: EngineInfo) -> None:
         self.app = app
         self.info = info
         self._llm = llm
-        self.blocks = monitor.blocks
-        self.subscribe = monitor.subscribe
-        self.snapshot = monitor.snapshot
-        self._monitor = monitor
-        self._replayer = replayer
+        self.blocks = stats.blocks
+        self.subscribe = stats.subscribe
+        self.snapshot = stats.snapshot
+        self._stats = stats
+        self._resumer = resumer
         self._aborts: set[asyncio.Task[None]] = set()  # kept until they are done
 
     @classmethod
     async def start(cls, config: Config, plan: Plan, local_rank: int) -> "VllmEngine":
-        """Load the model; takes from seconds to minutes.
+        """Load the model, which takes from seconds to minutes. Return the engine, ready.
 
-        Raises `ConfigError` for an unknown key in `engine.args`; vLLM's own
-        errors pass through.
+        Raises `ConfigError` for an unknown key in `engine.args` and for a vLLM that is not as
+        expected; vLLM's own errors pass through.
         """
         if plan.device != "cpu":
             return await cls._start(plan)
@@ -53,6 +52,7 @@ class VllmEngine:
     @classmethod
     async def _start(cls, plan: Plan) -> "VllmEngine":
         # vLLM is imported late: it reads the environment set above.
+        patches.check_vllm()
         import vllm
         from vllm.config import KVEventsConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -61,46 +61,41 @@ class VllmEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from serving.engine.vllm.resume import Replayer
-        from serving.engine.vllm.stats import EngineMonitor
+        from serving.engine.vllm.resume import Resumer
+        from serving.engine.vllm.stats import EngineStats
 
         args = vllm_arguments(plan)
         engine_args = AsyncEngineArgs.from_cli_args(args)
         if engine_args.kv_events_config is None:
-            # They come with the statistics of their step (`scheduler`), not by socket.
+            # They come with the statistics of their step (`StatsMixin`), not by socket.
             engine_args.kv_events_config = KVEventsConfig(
                 enable_kv_cache_events=True, publisher="null"
             )
-        # By who uses the engine vLLM chooses the step's budget and the most sequences: unless told
+        # vLLM chooses the step's budget and the most sequences by who uses the engine: unless told
         # that it serves, it gives a large GPU a quarter of the one and an eighth of the other.
         vllm_config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         scheduler = vllm_config.scheduler_config
-        scheduler.scheduler_cls = "serving.engine.vllm.scheduler." + (
-            "HeadwayAsyncScheduler" if scheduler.async_scheduling else "HeadwayScheduler"
-        )
+        patches.set_scheduler(scheduler)
         if "long_prefill_token_threshold" not in plan.engine_args:
             # Most of each step stays free of any one long prompt: short ones get in.
             scheduler.long_prefill_token_threshold = prefill_chunk_tokens(
                 scheduler.max_num_batched_tokens
             )
-        monitors: list[EngineMonitor] = []
-
-        def make_monitor(*arguments: Any) -> EngineMonitor:
-            monitors.append(EngineMonitor(*arguments))
-            return monitors[-1]
-
+        stats = EngineStats(vllm_config)
         llm = AsyncLLM.from_vllm_config(
-            vllm_config, stat_loggers=[make_monitor], disable_log_stats=True
+            vllm_config, stat_loggers=[lambda config, index: stats], disable_log_stats=True
         )
-        (monitor,) = monitors
-        monitor.attach(llm.output_processor)
         tasks = await llm.get_supported_tasks()
         if "generate" in tasks and (plan.device != "cpu" or _has_compiler()):
             await _warm_up(llm)
-            monitor.start_over()
+            stats.reset_steps()
         app = build_app(args, tasks, llm.model_config)
         await init_app_state(llm, app.state, args, tasks)
-        replayer = Replayer(llm.output_processor)
+        outputs = llm.output_processor
+        stats.attach(outputs.request_states)
+        resumer = Resumer(outputs.process_outputs, outputs.request_states)
+        patches.patch_modules()
+        patches.watch_requests(outputs, stats, resumer)
         names = args.served_model_name or [args.model]
         loras = [module.name for module in args.lora_modules or ()]
         info = EngineInfo(
@@ -112,41 +107,44 @@ class VllmEngine:
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
             max_prefill_chunk=scheduler.long_prefill_token_threshold,
             async_scheduling=bool(scheduler.async_scheduling),
-            num_kv_tokens=monitor.num_kv_tokens,
+            num_kv_tokens=stats.num_kv_tokens,
             block_size=vllm_config.cache_config.block_size,
             device=plan.device_name,
             engine=f"vllm {vllm.__version__}",
         )
-        return cls(llm, app, monitor, replayer, info)
+        return cls(llm, app, stats, resumer, info)
 
     def forget(self, accounting: RequestAccounting) -> None:
-        left = self._monitor.forget(accounting)
-        self._replayer.forget(accounting)
+        """Stop computing for a request that has ended, in whatever way."""
+        left = self._stats.forget(accounting)
+        self._resumer.forget(accounting)
         if left and not self.dead:
-            # vLLM aborts what nobody listens to when its generator is closed. One whose response
-            # ended with an exception waits for that until the garbage collector comes by.
+            # vLLM aborts what nobody listens to when its generator is closed. That of a response
+            # which ended with an exception is closed only by the garbage collector.
             task = asyncio.get_running_loop().create_task(self._llm.abort(left, internal=True))
             self._aborts.add(task)
             task.add_done_callback(self._aborts.discard)
 
     @property
     def dead(self) -> bool:
+        """Whether the engine can serve no more."""
         return self._llm.errored
 
     async def ping(self) -> None:
-        await self._llm.engine_core.is_sleeping_async()  # any question would do
+        """Return once the engine core has answered; never while it hangs."""
+        await self._llm.is_sleeping()  # any question would do
 
     async def shutdown(self) -> None:
-        # Nothing runs any more; the core may take its leave a second.
+        """End the engine core: at once, as nothing runs any more, by force after a second."""
         await asyncio.to_thread(self._llm.shutdown, 1.0)
 
 
 @contextlib.contextmanager
 def on_core(local_rank: int) -> Iterator[None]:
-    """Have the engine core that is started within on one CPU core, with one thread.
+    """Keep an engine core that is started in the block on one CPU core, with one thread.
 
     It inherits affinity and thread count when spawned; OpenMP threads that share a core
-    stretch steps up to 15-fold. The API layer beside it may float again afterwards.
+    stretch steps up to 15-fold. Afterwards this process may use all its cores again.
     """
     os.environ.update(OMP_NUM_THREADS="1", VLLM_ENABLE_V1_MULTIPROCESSING="1")
     cores = os.sched_getaffinity(0)
@@ -158,11 +156,10 @@ def on_core(local_rank: int) -> Iterator[None]:
 
 
 async def _warm_up(llm: Any) -> None:
-    """Have vLLM compile what it compiles at the first draw and the first log probability.
+    """Have vLLM compile what it compiles for the first sample and the first log probability.
 
-    It takes seconds in the middle of a step, in which an engine would be taken for hung.
-    One sequence, several, and drawing from the likeliest alone, by number, share or both, are
-    compiled apart.
+    That takes seconds in the middle of a step, in which an engine would be taken for hung. One
+    sequence, several, and each combination of top-k and top-p are compiled apart.
     """
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -183,12 +180,12 @@ async def _warm_up(llm: Any) -> None:
 
 
 def _has_compiler() -> bool:
-    """Whether PyTorch can compile for the CPU; without it nothing compiled is asked for here."""
+    """Whether PyTorch can compile for the CPU; if not, ask for nothing that is compiled."""
     return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def vllm_arguments(plan: Plan) -> Any:
-    """vLLM's own argument namespace: its defaults, then the plan's, the user's among them.
+    """Return vLLM's own argument namespace: its defaults, then the plan's and the user's.
 
     Raises `ConfigError` for a key of `engine.args` that vLLM does not have.
     """
@@ -202,10 +199,10 @@ def vllm_arguments(plan: Plan) -> Any:
         field.name for cls in (AsyncEngineArgs, FrontendArgs) for field in dataclasses.fields(cls)
     }
     settings = {
-        # Per-step token counts feed the monitor.
+        # Tokens per step, for `EngineStats`.
         "enable_logging_iteration_details": True,
         "enable_log_requests": False,
-        # The waiting queue in the order of promises; equal priorities as they arrive.
+        # The waiting queue in the order of deadlines; equal priorities as they arrive.
         "scheduling_policy": "priority",
         "disable_fastapi_docs": True,
         **plan.engine_args,

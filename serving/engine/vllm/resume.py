@@ -1,39 +1,40 @@
-"""Going on, in one vLLM engine, with requests that another has begun (vLLM 0.32).
+"""How does one vLLM engine go on with a request that another has begun?
 
 The API layer makes a response out of what the engine's collector hands it,
-step by step. A request with a record is registered as if new, and then its
-collector is given the recorded steps, through vLLM's own output processor:
-detokenizer, stop strings, log probabilities, parsers and `n` come into the
+step by step. A request with a record is registered as if it were new; then its
+collector is given the recorded steps through vLLM's own output processor.
+Detokenizer, stop strings, log probabilities, parsers and `n` come into the
 state they were in, and the same bytes come out (`serving.stream.call` drops those
-that the client has). The engine core gets prompt and tokens as one prompt, so
-what was generated is prefilled, not generated again.
+that the client has). The engine core gets prompt and recorded tokens as one
+prompt, so what was generated is prefilled, not generated again.
 
-Some requests the core cannot take up in the middle: what it has generated
-counts for penalties, seeds and grammars. Where the same tokens can be expected
-to come again (greedy, or a seed), the core generates them again from the start
-and they are kept here, once they are found to be the same; else it goes on with
-what a prompt lets it know, which is a valid answer, though drawn from a slightly
-other distribution.
+Some requests the core cannot take up in the middle, because penalties, seeds and
+grammars work on what it has generated itself. Where the same tokens can be expected
+again (greedy, or a seed), the core generates them again from the start; they are
+compared with the record and kept back. Elsewhere it goes on with what a prompt
+tells it: a valid answer, drawn from a slightly different distribution.
+
+`serving.engine.vllm.patches` calls what is here in vLLM's place.
 """
 
 from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 import numpy as np
 from vllm.sampling_params import RequestOutputKind, SamplingParams, SamplingType
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, async_llm
-from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.outputs import LogprobsLists
 
-from serving.engine.vllm.stable_ids import make_repeatable
 from serving.stream.accounting import RequestAccounting, current_accounting
 from serving.stream.record import Entry, Group, Recorder, decode_groups
 
 
 class Collector(RequestOutputCollector):
-    """Hands out what was replayed before what is new, and tells the recorder of each taking."""
+    """Hands out what was replayed before what is new; each taking ends a group of the record."""
 
     def __init__(self, output_kind: RequestOutputKind, request_id: str) -> None:
         super().__init__(output_kind, request_id)
@@ -54,7 +55,7 @@ class Collector(RequestOutputCollector):
         return output
 
 
-class _Again:
+class _Regeneration:
     """A request whose recorded tokens the core generates once more."""
 
     def __init__(
@@ -70,57 +71,51 @@ class _Again:
         self.recorded = recorded
         self.requests = requests  # in the order of their index
         ids = [request.request_id for request in requests]
-        # What is still to come, by vLLM's request id.
+        # Tokens that are still to come again, by vLLM's request id.
         self.left: dict[str, list[int]] = {request_id: [] for request_id in ids}
         for group in recorded:
             for entry in group:
                 self.left[ids[entry.index]].extend(entry.token_ids)
 
 
-class Replayer:
+class Resumer:
     """Records what one engine generates, and goes on with what others have recorded."""
 
-    def __init__(self, output_processor: OutputProcessor) -> None:
-        """Watch the requests of this engine, from the moment vLLM registers them."""
+    def __init__(self, process: Callable[..., Any], live: Mapping[str, RequestState]) -> None:
+        """Take vLLM's own way to process outputs, and its requests by its request ids."""
         self._recorders: dict[str, tuple[Recorder, int, bool]] = {}  # by vLLM's request id
-        self._again: dict[str, _Again] = {}  # likewise
+        self._regenerations: dict[str, _Regeneration] = {}  # likewise
         self._children: dict[str, list[EngineCoreRequest]] = {}  # registered so far, by parent
-        self._processor = output_processor
-        self._process = output_processor.process_outputs
-        self._register = output_processor.add_request
-        output_processor.process_outputs = self._record
-        output_processor.add_request = self._add_request
-        async_llm.RequestOutputCollector = Collector
-        make_repeatable()
+        self._process = process
+        self._live = live
 
     def forget(self, accounting: RequestAccounting) -> None:
-        """The request has ended, whichever way."""
+        """Drop a request that has ended, in whatever way."""
         for key in [
             key for key, value in self._recorders.items() if value[0] is accounting.recorder
         ]:
             del self._recorders[key]
-            self._again.pop(key, None)
+            self._regenerations.pop(key, None)
 
-    def _record(self, outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> Any:
-        """vLLM's `process_outputs`, without what was replayed, the rest written down."""
-        if self._again:
-            outputs = [new for output in outputs if (new := self._without_known(output))]
+    def record_outputs(self, outputs: list[EngineCoreOutput]) -> list[EngineCoreOutput]:
+        """Record what the core has generated. Return it without what the record had already."""
+        if self._regenerations:
+            outputs = [new for output in outputs if (new := self._drop_known_tokens(output))]
         for output in outputs:
             if (known := self._recorders.get(output.request_id)) is None:
                 continue
             recorder, index, is_streamed = known
-            recorder.add_entry(_entry(index, output), is_streamed=is_streamed)
-        return self._process(outputs, *args, **kwargs)
+            recorder.add_entry(_entry_of(index, output), is_streamed=is_streamed)
+        return outputs
 
-    def _add_request(
+    def register_request(
         self,
         request: EngineCoreRequest,
-        prompt: str | None,
-        parent: ParentRequest | None = None,
-        index: int = 0,
-        queue: Collector | None = None,
+        parent: ParentRequest | None,
+        index: int,
+        queue: Collector | None,
     ) -> None:
-        self._register(request, prompt, parent, index, queue)
+        """Record a sequence of a request, just registered; resume the request with its last one."""
         accounting = current_accounting.get()
         if accounting is None or queue is None or request.sampling_params is None:
             return
@@ -138,12 +133,12 @@ class Replayer:
         if accounting.resume is None or not (recorded := decode_groups(accounting.resume.record)):
             return
         accounting.resume = None  # a second prompt would be another one
-        if not _comes_again(request.sampling_params):
+        if not _must_regenerate(request.sampling_params):
             self._replay(recorded, siblings, queue)
-            self._go_on(recorded, siblings, accounting)
+            self._extend_prompts(recorded, siblings, accounting)
         elif is_streamed:
-            again = _Again(recorded, siblings, queue, accounting)
-            self._again.update(dict.fromkeys(again.left, again))
+            regeneration = _Regeneration(recorded, siblings, queue, accounting)
+            self._regenerations.update(dict.fromkeys(regeneration.left, regeneration))
         else:  # the client has nothing yet, so nothing needs to be the same
             accounting.recorder.skip_entries(sum(map(len, recorded)))
 
@@ -154,13 +149,13 @@ class Replayer:
         queue: Collector,
         first: EngineCoreOutput | None = None,
     ) -> None:
-        """Have the output processor come, group by group, to where it was.
+        """Bring the output processor, group by group, into the state that the record ends in.
 
-        What the core tells of a prompt goes with the `first` output of it.
+        What the core reports of a prompt comes with its `first` output, and is replayed too.
         """
         for group in recorded:
             for entry in group:
-                output = _output(requests[entry.index].request_id, entry)
+                output = _output_of(requests[entry.index].request_id, entry)
                 if first is not None and first.request_id == output.request_id:
                     output.prefill_stats = first.prefill_stats
                     output.new_prompt_logprobs_tensors = first.new_prompt_logprobs_tensors
@@ -170,23 +165,23 @@ class Replayer:
                 queue.replayed.append(queue.output)
                 queue.output = None
 
-    def _go_on(
+    def _extend_prompts(
         self,
         recorded: list[Group],
         requests: list[EngineCoreRequest],
         accounting: RequestAccounting,
     ) -> None:
-        """Have the core begin where the record ends, with prompt and tokens as one prompt."""
+        """Have the core begin where the record ends: prompt and recorded tokens are its prompt."""
         tokens: list[list[int]] = [[] for _ in requests]
         for group in recorded:
             for entry in group:
                 tokens[entry.index].extend(entry.token_ids)
         for request, token_ids in zip(requests, tokens, strict=True):
-            state = self._processor.request_states.get(request.request_id)
+            state = self._live.get(request.request_id)
             params = request.sampling_params.clone()
             if state is None:
-                # It had ended. The core is given it all the same, as vLLM will do that
-                # next, and its one token goes nowhere.
+                # It had ended. vLLM gives it to the core all the same, which generates
+                # one token for nobody.
                 params.max_tokens, params.min_tokens = 1, 0
                 accounting.num_output_tokens += len(token_ids)
             else:
@@ -199,12 +194,12 @@ class Replayer:
             request.sampling_params = params
             request.prompt_token_ids = [*(request.prompt_token_ids or ()), *token_ids]
 
-    def _without_known(self, output: EngineCoreOutput) -> EngineCoreOutput | None:
-        """What of an output was not in the record; None if nothing.
+    def _drop_known_tokens(self, output: EngineCoreOutput) -> EngineCoreOutput | None:
+        """Return what of an output is not in the record; None if nothing.
 
-        Where it is not what was recorded, the request ends: the client has the other.
+        Where it differs from the record, end the request: the client has what was recorded.
         """
-        if (again := self._again.get(output.request_id)) is None:
+        if (again := self._regenerations.get(output.request_id)) is None:
             return output
         if not again.is_replayed:
             again.is_replayed = True
@@ -217,26 +212,26 @@ class Replayer:
         if token_ids[:num_known] != left[:num_known] or is_short:
             again.accounting.has_diverged = True
             again.queue.put(ValueError("other tokens than before"))
-            del self._again[output.request_id]
+            del self._regenerations[output.request_id]
             return None
         del left[:num_known]
-        state = self._processor.request_states.get(output.request_id)
+        state = self._live.get(output.request_id)
         if state is not None and state.stats is not None:
             state.stats.num_generation_tokens += num_known
         elif state is None:
             again.accounting.num_output_tokens += num_known
         if not left:
-            del self._again[output.request_id]
+            del self._regenerations[output.request_id]
         if num_known == len(token_ids):
             return None
-        return _rest(output, num_known)
+        return _without_first(output, num_known)
 
 
-def _comes_again(params: SamplingParams) -> bool:
-    """Whether the core must begin anew, and can be expected to come to the same tokens.
+def _must_regenerate(params: SamplingParams) -> bool:
+    """Whether the core must start from the beginning, and will likely come to the same tokens.
 
-    Seeds, penalties on what was generated, grammars and forbidden words work on
-    a request's own output, which a prompt is not.
+    Seeds, penalties on what was generated, grammars and forbidden words work on a
+    request's own output, not on its prompt.
     """
     is_greedy = params.sampling_type == SamplingType.GREEDY
     if not is_greedy:
@@ -251,7 +246,7 @@ def _comes_again(params: SamplingParams) -> bool:
     )
 
 
-def _entry(index: int, output: EngineCoreOutput) -> Entry:
+def _entry_of(index: int, output: EngineCoreOutput) -> Entry:
     logprobs = None
     if output.new_logprobs is not None:
         ids, values, ranks, _ = output.new_logprobs
@@ -260,8 +255,8 @@ def _entry(index: int, output: EngineCoreOutput) -> Entry:
     return Entry(index, tuple(output.new_token_ids), finish_reason, output.stop_reason, logprobs)
 
 
-def _rest(output: EngineCoreOutput, num_known: int) -> EngineCoreOutput:
-    """The output without its first tokens."""
+def _without_first(output: EngineCoreOutput, num_known: int) -> EngineCoreOutput:
+    """Return the output without its first tokens."""
     if not num_known:
         return output
     logprobs = output.new_logprobs
@@ -273,7 +268,7 @@ def _rest(output: EngineCoreOutput, num_known: int) -> EngineCoreOutput:
     )
 
 
-def _output(request_id: str, entry: Entry) -> EngineCoreOutput:
+def _output_of(request_id: str, entry: Entry) -> EngineCoreOutput:
     logprobs = None
     if entry.logprobs is not None:
         ids, values, ranks = entry.logprobs

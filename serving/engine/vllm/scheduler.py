@@ -1,11 +1,10 @@
-"""vLLM's schedulers: with more to tell, steps that a long prompt does not fill, and a mended cache.
+"""What does the engine core compute in a step, and what does it tell of it?
 
-These subclasses run inside vLLM's EngineCore process. vLLM 0.32 publishes no
-gauge of pending prefill (vllm#38025), its KV events go over a socket of their
-own, and no request tells which blocks its prompt consists of; here all three
-come with the step that they belong to, in the free-form `kv_connector_stats` of
-its `SchedulerStats`. Not a public interface of vLLM, hence pinned to its version
-and covered by a test against the real engine.
+Mixins for vLLM's schedulers, which run in its EngineCore process. vLLM has no gauge of pending
+prefill, sends its KV events over a socket of their own, and tells of no request which blocks its
+prompt consists of. Here all three come with the step that they belong to, in the free-form
+`kv_connector_stats` of its `SchedulerStats`. `serving.engine.vllm.patches` has a row for each
+mixin.
 """
 
 import time
@@ -29,7 +28,7 @@ BLOCKS = "headway_blocks"  # [(hashes stored, hashes removed) | None = all clear
 
 
 class StatsMixin:
-    """Mixin: attaches to each step's stats what the gateway routes by."""
+    """Attaches to each step's statistics what the gateway routes by."""
 
     running: list[Request]
     overlaps = False  # whether a step is launched before the one before has ended
@@ -38,14 +37,14 @@ class StatsMixin:
         super().__init__(*args, **kwargs)
         self._preempted: dict[str, Request] = {}
         self._in_flight: list[SchedulerOutput] = []  # steps that have not ended
-        self._ended: SchedulerOutput | None = None  # the last that has
-        self._new: list[Request] = []
-        self._events = _EventCollector(self.kv_event_publisher)  # type: ignore[has-type]
+        self._last_ended: SchedulerOutput | None = None
+        self._new_requests: list[Request] = []
+        self._events = _KvEventTap(self.kv_event_publisher)  # type: ignore[has-type]
         self.kv_event_publisher = self._events
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)  # type: ignore[misc]
-        self._new.append(request)
+        self._new_requests.append(request)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
@@ -60,7 +59,7 @@ class StatsMixin:
             if step is scheduler_output:
                 del self._in_flight[: index + 1]
                 break
-        self._ended = scheduler_output
+        self._last_ended = scheduler_output
         return super().update_from_output(scheduler_output, *args)  # type: ignore[misc]
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
@@ -85,18 +84,18 @@ class StatsMixin:
             else:
                 del self._preempted[request_id]
         reports: dict[str, Any] = {PENDING: pending, ENDED: time.monotonic()}
-        if self._ended is not None and (num_pairs := _prefill_pairs(self._ended)):
+        if self._last_ended is not None and (num_pairs := _prefill_pairs(self._last_ended)):
             reports[PAIRS] = num_pairs
         if self.overlaps:
             reports[NEXT] = _composition(self._in_flight[0]) if self._in_flight else (0, 0)
-        if self._new:
+        if self._new_requests:
             reports[PROMPTS] = {
                 request.request_id: [
                     maybe_convert_block_hash(each) for each in request.block_hashes
                 ]
-                for request in self._new
+                for request in self._new_requests
             }
-            self._new = []
+            self._new_requests = []
         if self._events.changes:
             reports[BLOCKS] = self._events.changes
             self._events.changes = []
@@ -124,8 +123,8 @@ def _prefill_pairs(step: SchedulerOutput) -> float:
     )
 
 
-class _EventCollector:
-    """Keeps KV events for the stats of their step, and passes them on as configured."""
+class _KvEventTap:
+    """Keeps KV events for the statistics of their step, and passes them on as configured."""
 
     def __init__(self, publisher: Any) -> None:
         self.changes: list[tuple[list[int], list[int]] | None] = []
@@ -150,15 +149,15 @@ class _EventCollector:
 
 
 class PrefillCapMixin:
-    """Mixin: steps that a long prompt does not fill.
+    """Keeps a long prompt from filling a step.
 
     vLLM caps what one long prompt takes of a step (`long_prefill_token_threshold`),
-    but lifts the cap from a prompt that is alone, and gives prompts that run
-    their part before those that wait. Whoever comes in the middle of such a
-    step waits for all of it, and then for the next chunk of the long one. Here
-    the cap stays, and a step that has prompts waiting which were promised sooner
-    is theirs and the decoding requests' alone, though never two in a row: so
-    the long one gets at least every second step.
+    but lifts the cap from a prompt that is alone, and serves prompts that run before
+    those that wait. A request that arrives in the middle of such a step waits for all
+    of it, and then for the next chunk of the long prompt. Here the cap stays. A step
+    for which prompts with an earlier deadline wait goes to them and to the decoding
+    requests alone, but never two in a row: the long prompt gets at least every second
+    step.
     """
 
     running: list[Request]
@@ -176,7 +175,7 @@ class PrefillCapMixin:
         cap = self.scheduler_config.long_prefill_token_threshold
         num_here = len(self.running) + len(self.waiting)
         self.max_num_scheduled_tokens = cap if cap and num_here == 1 else self._step_budget
-        deferred = self._to_defer(cap)
+        deferred = self._prompts_to_defer(cap)
         self._has_deferred = bool(deferred)
         if not deferred:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -186,11 +185,11 @@ class PrefillCapMixin:
         finally:
             self.running = deferred + self.running
 
-    def _to_defer(self, cap: int) -> list[Request]:
-        """The long prompts that this step does without."""
+    def _prompts_to_defer(self, cap: int) -> list[Request]:
+        """Return the long prompts that this step leaves out."""
         if self._has_deferred or not self.waiting:
             return []
-        # Those that are left out come back: the batch must have room for all.
+        # Those left out come back: the batch must have room for all.
         if len(self.running) + len(self.waiting) > self.max_num_running_reqs:
             return []
         priority = self.waiting.peek_request().priority
@@ -204,12 +203,12 @@ class PrefillCapMixin:
 
 
 class PreemptionFixMixin:
-    """Mixin: no block is found in the prefix cache that nobody computed.
+    """Takes blocks that nobody computed out of the prefix cache.
 
-    vLLM 0.32 puts a block into its prefix cache when it schedules the tokens
-    that fill it. By priority it may preempt, later in the same step, a request
-    that is scheduled already: its tokens are withdrawn, its blocks go back, and
-    what they were to hold would still be found by whoever has the same prompt.
+    vLLM puts a block into its prefix cache when it schedules the tokens that fill
+    it. By priority it may preempt, later in the same step, a request that is already
+    scheduled. The request's tokens are withdrawn and its blocks freed, but without
+    this the next request with the same prompt would find them in the cache.
     """
 
     kv_cache_manager: Any

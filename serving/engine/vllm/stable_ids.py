@@ -1,15 +1,17 @@
-"""Ids and dates in a response that follow from its request, in whichever engine (vLLM 0.32)."""
+"""How do the ids and the date of a response follow from its request, in whichever engine?
+
+`serving.engine.vllm.patches` puts what is here in vLLM's place.
+"""
 
 import hashlib
-import sys
 import time
+from collections.abc import Callable
 from typing import Any
-
-import vllm.utils
 
 from serving.stream.accounting import current_accounting
 
-_API_MODULES = tuple(
+# Their responses say when they were created.
+DATED_MODULES = tuple(
     f"vllm.entrypoints.openai.{name}"
     for name in (
         "chat_completion.protocol",
@@ -21,13 +23,14 @@ _API_MODULES = tuple(
 # Names requests inside the engine, where nobody sees it. A request that comes back to an
 # engine needs another name there: vLLM's core may act on the abort of the first one when
 # the second has begun (`EngineCore.aborts_queue` keeps no order with new requests).
-_UNIQUE = frozenset(("vllm.v1.engine.input_processor",))
+INTERNAL_IDS = "vllm.v1.engine.input_processor"
 
 
-class _RequestTime:
-    """The module `time` as the API layer sees it: a request is as old as its gateway says."""
+class RequestTime:
+    """The module `time` for vLLM's API layer: while it serves a request, the gateway's date."""
 
     def time(self) -> float:
+        """Return when the gateway received the request, seconds since the epoch."""
         accounting = current_accounting.get()
         return float(accounting.created_s) if accounting and accounting.created_s else time.time()
 
@@ -35,11 +38,10 @@ class _RequestTime:
         return getattr(time, name)
 
 
-def make_repeatable() -> None:
-    """Have vLLM's API layer in this process write such ids and dates."""
-    random_uuid = vllm.utils.random_uuid
+def stable_uuid(random_uuid: Callable[[], str]) -> Callable[[], str]:
+    """Return a function that derives ids from the request; outside of one they stay random."""
 
-    def repeatable_uuid() -> str:
+    def uuid() -> str:
         accounting = current_accounting.get()
         if accounting is None or not accounting.request_id:
             return random_uuid()
@@ -47,13 +49,4 @@ def make_repeatable() -> None:
         text = f"{accounting.request_id} {accounting.created_s} {accounting.num_ids}"
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
-    vllm.utils.random_uuid = repeatable_uuid
-    for name, module in list(sys.modules.items()):
-        if (
-            name.startswith("vllm.")
-            and name not in _UNIQUE
-            and getattr(module, "random_uuid", None) is random_uuid
-        ):
-            module.random_uuid = repeatable_uuid  # type: ignore[attr-defined]
-    for name in _API_MODULES:
-        sys.modules[name].time = _RequestTime()  # type: ignore[attr-defined]
+    return uuid

@@ -1,54 +1,47 @@
-"""The live state of one vLLM engine, from its own statistics (vLLM 0.32)."""
+"""What does one vLLM engine have to do now, by its own statistics?"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from vllm.config import VllmConfig
-from vllm.v1.engine import EngineCoreRequest, FinishReason
-from vllm.v1.engine.output_processor import (
-    OutputProcessor,
-    RequestOutputCollector,
-    RequestState,
-)
-from vllm.v1.engine.parallel_sampling import ParentRequest
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
+from router import EngineSnapshot
 from router.fleet.block_log import BlockLog
-from router.types import EngineSnapshot
+from router.types import PREFILL_RATE_FORGETTING
 from serving.engine.vllm.scheduler import BLOCKS, ENDED, NEXT, PAIRS, PENDING, PROMPTS
 from serving.stream.accounting import RequestAccounting, current_accounting
 
-# Share of the measured prefill rate's memory that one prefill step replaces:
-# about the last 20 steps count, a few seconds of a busy engine.
-_RATE_FORGETTING = 0.05
 # Two ends further apart than this are not of one step: the engine slept between.
 _LONGEST_STEP_S = 60.0
 
 
-class EngineMonitor(StatLoggerBase):
+class EngineStats(StatLoggerBase):
     """Keeps what an `EngineSnapshot` needs; reading it costs one pass over live requests.
 
     `record` runs on the event loop after every engine step, after the step's
     outputs were handed to their requests, and never while the engine is idle.
     """
 
-    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+    def __init__(self, vllm_config: VllmConfig) -> None:
         self._config = vllm_config
         scheduler = vllm_config.scheduler_config
         self._max_chunk = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
-        self._scheduler = SchedulerStats()
-        self._pending: dict[str, int] = {}
+        self._last = SchedulerStats()
+        self._pending: dict[str, int] = {}  # prefill tokens to come, by vLLM's request id
         self.blocks = BlockLog()
-        self._live: dict[str, RequestState] = {}
+        self._live: Mapping[str, RequestState] = {}
         # By vLLM's own request id: the client's may be in the engine twice, as when its stream
         # was lost and it goes on here before what was lost has left.
         self._accountings: dict[str, RequestAccounting] = {}
         self._on_step: Callable[[], None] = lambda: None
-        self.start_over()
+        self.reset_steps()
 
-    def start_over(self) -> None:
-        """Forget all steps so far: they were a warm-up, and longer than any that will come."""
+    def reset_steps(self) -> None:
+        """Forget all steps so far, as those of a warm-up: they took longer than any to come."""
         self._last_step_s: float | None = None
         self._prefill_step_tokens = 0.0
         self._prefill_step_s = 0.0
@@ -63,47 +56,33 @@ class EngineMonitor(StatLoggerBase):
         self.num_output_tokens_total = 0
         self.num_steps_total = 0
 
-    def attach(self, output_processor: OutputProcessor) -> None:
-        """Watch the requests of this engine, from the moment vLLM registers them."""
-        self._live = output_processor.request_states
-        register = output_processor.add_request
+    def attach(self, live: Mapping[str, RequestState]) -> None:
+        """Take vLLM's own requests, by its request ids, for those that the engine has."""
+        self._live = live
 
-        def add_request(
-            request: EngineCoreRequest,
-            prompt: str | None,
-            parent: ParentRequest | None = None,
-            index: int = 0,
-            queue: RequestOutputCollector | None = None,
-        ) -> None:
-            register(request, prompt, parent, index, queue)
-            if len(self._live) == 1:
-                # It was idle. After an abort no step says so, and the pause would be one.
-                self._last_step_s = None
-            if (accounting := current_accounting.get()) is not None:
-                request.priority += accounting.priority  # before it goes to the engine core
-                if not accounting.entered:
-                    accounting.entered, accounting.num_prompt_tokens = True, 0
-                if index == 0:  # n > 1 shares one prompt
-                    accounting.num_prompt_tokens += len(request.prompt_token_ids or ())
-                self._accountings[request.request_id] = accounting
+    def register_request(self, request: EngineCoreRequest, index: int) -> None:
+        """Connect a sequence of a request, just registered, with the accounting of its task."""
+        if len(self._live) == 1:
+            # It was idle. After an abort no step says so, and the pause would be one.
+            self._last_step_s = None
+        if (accounting := current_accounting.get()) is None:
+            return
+        request.priority += accounting.priority  # before it goes to the engine core
+        if not accounting.entered:
+            accounting.entered, accounting.num_prompt_tokens = True, 0
+        if index == 0:  # n > 1 shares one prompt
+            accounting.num_prompt_tokens += len(request.prompt_token_ids or ())
+        self._accountings[request.request_id] = accounting
 
-        output_processor.add_request = add_request
-        settle = output_processor._update_stats_from_finished
-
-        def finished(
-            state: RequestState, reason: FinishReason | None, stats: IterationStats | None
-        ) -> None:
-            settle(state, reason, stats)
-            if (
-                accounting := self._accountings.get(state.request_id)
-            ) is not None and stats is not None:
-                accounting.num_output_tokens += state.stats.num_generation_tokens
-                accounting.num_cached_tokens += state.num_cached_tokens
-
-        output_processor._update_stats_from_finished = finished
+    def count_finished(self, state: RequestState, stats: IterationStats | None) -> None:
+        """Add what a sequence took to the accounting of its request."""
+        accounting = self._accountings.get(state.request_id)
+        if accounting is not None and stats is not None:
+            accounting.num_output_tokens += state.stats.num_generation_tokens
+            accounting.num_cached_tokens += state.num_cached_tokens
 
     def forget(self, accounting: RequestAccounting) -> list[str]:
-        """The request has ended, whichever way; return what the engine still has of it.
+        """Drop a request that has ended, in whatever way. Return what the engine still has of it.
 
         By vLLM's own request ids.
         """
@@ -113,11 +92,11 @@ class EngineMonitor(StatLoggerBase):
         return [request_id for request_id in known if request_id in self._live]
 
     def subscribe(self, on_step: Callable[[], None]) -> None:
-        """`on_step()` is called on the event loop after every engine step."""
+        """Have `on_step()` called on the event loop after every engine step."""
         self._on_step = on_step
 
     def log_engine_initialized(self) -> None:
-        """Part of vLLM's interface; there is nothing to log."""
+        """Do nothing: part of vLLM's interface."""
 
     def record(
         self,
@@ -126,6 +105,7 @@ class EngineMonitor(StatLoggerBase):
         mm_cache_stats: MultiModalCacheStats | None = None,
         engine_idx: int = 0,
     ) -> None:
+        """Take in a step that has just ended, and call what `subscribe` was given."""
         if scheduler_stats is not None:
             self._record_step(scheduler_stats)
         if iteration_stats is not None:
@@ -134,7 +114,7 @@ class EngineMonitor(StatLoggerBase):
         self._on_step()
 
     def _record_step(self, stats: SchedulerStats) -> None:
-        self._scheduler = stats
+        self._last = stats
         reports = stats.kv_connector_stats or {}
         self._pending = reports.get(PENDING, {})
         for change in reports.get(BLOCKS, ()):
@@ -145,7 +125,7 @@ class EngineMonitor(StatLoggerBase):
                 self.blocks.store(stored)
                 self.blocks.remove(removed)
         for request_id, hashes in reports.get(PROMPTS, {}).items():
-            self._tell_prompt(request_id, hashes)
+            self._report_prompt(request_id, hashes)
         self.num_prefix_queries_total += stats.prefix_cache_stats.queries
         self.num_prefix_hits_total += stats.prefix_cache_stats.hits
         if (details := stats.iteration_details) is None:
@@ -175,7 +155,7 @@ class EngineMonitor(StatLoggerBase):
                         -(details.num_generation_requests + num_decodes) // 2
                     )
                 if self.step_num_prefill_tokens:
-                    keep = 1.0 - _RATE_FORGETTING
+                    keep = 1.0 - PREFILL_RATE_FORGETTING
                     self._prefill_step_tokens = (
                         keep * self._prefill_step_tokens + self.step_num_prefill_tokens
                     )
@@ -183,8 +163,8 @@ class EngineMonitor(StatLoggerBase):
         busy = stats.num_running_reqs or stats.num_waiting_reqs or stats.num_skipped_waiting_reqs
         self._last_step_s = now_s if busy else None
 
-    def _tell_prompt(self, request_id: str, hashes: list[int]) -> None:
-        """Pass on what a prompt consists of; only the first, where one call has several."""
+    def _report_prompt(self, request_id: str, hashes: list[int]) -> None:
+        """Pass on a prompt's size and block hashes; only the first, where one call has several."""
         state = self._live.get(request_id)
         accounting = self._accountings.get(request_id)
         if state is not None and accounting is not None and accounting.on_prompt is not None:
@@ -192,9 +172,9 @@ class EngineMonitor(StatLoggerBase):
             accounting.on_prompt = None
 
     def snapshot(self, seq: int, accountings: list[RequestAccounting]) -> EngineSnapshot:
-        """The state now; `accountings` are all requests that the replica has."""
-        # After an abort nothing steps, so the last word may be of requests that are gone.
-        stats = self._scheduler if self._live else SchedulerStats()
+        """Return the state now. `accountings` are of all requests in the replica."""
+        # After an abort nothing steps: the last statistics may be of requests that are gone.
+        stats = self._last if self._live else SchedulerStats()
         num_left = [
             max(1, accounting.num_prompt_tokens - accounting.num_expected_cached_tokens)
             for accounting in accountings
@@ -239,6 +219,6 @@ class EngineMonitor(StatLoggerBase):
 
     @property
     def num_kv_tokens(self) -> int:
-        """Capacity of the KV cache, tokens; vLLM keeps one block for itself."""
+        """Return the capacity of the KV cache, tokens; vLLM keeps one block for itself."""
         cache = self._config.cache_config
         return max(0, (cache.num_gpu_blocks or 0) - 1) * cache.block_size

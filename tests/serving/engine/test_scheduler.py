@@ -9,28 +9,69 @@ from tests.support.vllm_scheduler import BLOCK, VllmScheduler, make_profile
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 
-def test_a_chunk_that_is_withdrawn_leaves_the_prefix_cache() -> None:
-    """An urgent request's block is taken from one whose chunk is in the same step already.
+def withdraw_a_chunk(kind: type) -> VllmScheduler:
+    """Return an engine in which an urgent request took a block from a long one's chunk.
 
-    With vLLM 0.32's own preemption that one, when it comes again, attends to 32 tokens which
-    nobody has computed.
+    The chunk was in the same step already; the long request is still to be computed again.
     """
-    from serving.engine.vllm.scheduler import HeadwayScheduler
-
     size = 7 * BLOCK
     profile = make_profile(num_kv_tokens=size, max_model_len=size, max_prefill_chunk=3 * BLOCK)
-    engine = VllmScheduler(prepare_bundled_model(), profile, priority=True, kind=HeadwayScheduler)
+    engine = VllmScheduler(prepare_bundled_model(), profile, priority=True, kind=kind)
     engine.add(Job("long", 7 * BLOCK - 1, 1, priority=1), list(range(7 * BLOCK - 1)))
     assert engine.step()[0] == {"long/0": 3 * BLOCK}
     engine.add(Job("urgent", BLOCK, 3, priority=0), [10_000] * BLOCK)
     assert engine.step()[0] == {"urgent/0": BLOCK}
     assert engine.step()[0] == {"urgent/0": 1}
     assert engine.num_preemptions == 1
+    return engine
+
+
+def test_a_chunk_that_is_withdrawn_leaves_the_prefix_cache() -> None:
+    """What is computed of the long request once it goes on is all that is not in the cache."""
+    from serving.engine.vllm.scheduler import HeadwayScheduler
+
+    engine = withdraw_a_chunk(HeadwayScheduler)
     computed = []
     while engine.scheduler.has_unfinished_requests():
         computed.append(engine.step()[0].get("long/0", 0))
     assert sum(computed) == 4 * BLOCK - 1  # three blocks were computed the first time
     assert engine.num_wrong_tokens == 0
+
+
+def test_vllm_still_caches_what_nobody_computed() -> None:
+    """When this fails, vLLM's own preemption is mended: `PreemptionFixMixin` can go.
+
+    Until then the long request, when it goes on, attends to two blocks that nobody has computed.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from serving.engine.vllm.scheduler import PrefillCapMixin
+
+    class Unmended(PrefillCapMixin, Scheduler):
+        pass
+
+    engine = withdraw_a_chunk(Unmended)
+    while engine.scheduler.has_unfinished_requests():
+        engine.step()
+    assert engine.num_wrong_tokens > 0
+
+
+def test_a_long_prompt_shares_with_sooner_ones() -> None:
+    """Alone it takes its cap; of every two steps one is left to whoever was promised sooner."""
+    from serving.engine.vllm.scheduler import HeadwayScheduler
+
+    size = 40 * BLOCK
+    profile = make_profile(num_kv_tokens=size, max_model_len=size, max_prefill_chunk=BLOCK)
+    engine = VllmScheduler(prepare_bundled_model(), profile, priority=True, kind=HeadwayScheduler)
+    engine.add(Job("long", 10 * BLOCK, 1, priority=1), list(range(10 * BLOCK)))
+    assert engine.step()[0] == {"long/0": BLOCK}
+    for name in ("a", "b"):
+        engine.add(Job(name, BLOCK, 1, priority=0), [ord(name)] * BLOCK)
+        assert engine.step()[0] == {f"{name}/0": BLOCK}
+        engine.add(Job(f"{name}2", BLOCK, 1, priority=0), [2 * ord(name)] * BLOCK)
+        assert engine.step()[0] == {f"{name}2/0": BLOCK, "long/0": BLOCK}
+    engine.add(Job("later", BLOCK, 1, priority=2), [7] * BLOCK)
+    assert engine.step()[0] == {"long/0": BLOCK, "later/0": BLOCK}
 
 
 def test_with_async_scheduling_a_step_that_runs_is_pending_as_well() -> None:

@@ -12,16 +12,16 @@ def test_a_step_lasts_by_the_cores_clock() -> None:
     from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
 
     from serving.engine.vllm.scheduler import ENDED
-    from serving.engine.vllm.stats import EngineMonitor
+    from serving.engine.vllm.stats import EngineStats
 
     scheduler = SimpleNamespace(long_prefill_token_threshold=64, max_num_batched_tokens=512)
-    monitor = EngineMonitor(SimpleNamespace(scheduler_config=scheduler))
+    engine_stats = EngineStats(SimpleNamespace(scheduler_config=scheduler))
     times_s = []
     for ended_s in (100.0, 100.006, 100.013):
         stats = SchedulerStats(num_running_reqs=1, kv_connector_stats={ENDED: ended_s})
         stats.iteration_details = SchedulerIterationDetails(0, 0, 0, 1, 1, 0.0)
-        monitor.record(stats, None)
-        times_s.append(monitor.step_s)
+        engine_stats.record(stats, None)
+        times_s.append(engine_stats.step_s)
     assert times_s == pytest.approx([0.0, 0.006, 0.007])
 
 
@@ -30,10 +30,10 @@ def test_a_step_that_overlaps_the_next_has_half_of_eithers_tokens() -> None:
     from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
 
     from serving.engine.vllm.scheduler import ENDED, NEXT
-    from serving.engine.vllm.stats import EngineMonitor
+    from serving.engine.vllm.stats import EngineStats
 
     scheduler = SimpleNamespace(long_prefill_token_threshold=64, max_num_batched_tokens=512)
-    monitor = EngineMonitor(SimpleNamespace(scheduler_config=scheduler))
+    engine_stats = EngineStats(SimpleNamespace(scheduler_config=scheduler))
     found = []
     for ended_s, own, following in [
         (100.000, (0, 2), (0, 2)),
@@ -45,6 +45,6 @@ def test_a_step_that_overlaps_the_next_has_half_of_eithers_tokens() -> None:
             num_running_reqs=1, kv_connector_stats={ENDED: ended_s, NEXT: following}
         )
         stats.iteration_details = SchedulerIterationDetails(0, 1, own[0], own[1], own[1], 0.0)
-        monitor.record(stats, None)
-        found.append((monitor.step_num_prefill_tokens, monitor.step_num_decode_reqs))
+        engine_stats.record(stats, None)
+        found.append((engine_stats.step_num_prefill_tokens, engine_stats.step_num_decode_reqs))
     assert found[1:] == [(128, 2), (128, 3), (0, 2)]

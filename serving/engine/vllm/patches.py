@@ -1,0 +1,400 @@
+"""What of vLLM's insides do we touch, and does it still look as we take it for?
+
+Routing by tokens, and going on with a reply that another engine has begun, take more than vLLM
+documents. `PATCHES` has a row for each thing that we replace, subclass, call, set or read; the
+functions below it make all assignments. `check_vllm` compares the rows with the installed vLLM
+once, before an engine starts. A fatal row that differs stops the start: without it requests would
+fail, or be counted, ordered or answered wrongly. Any other is a warning in the log.
+
+Upgrading vLLM:
+
+1. Pin the new version in pyproject.toml (extras `cpu` and `gpu`), then `make lock install`.
+2. Run `pytest tests/serving/engine/test_patches.py`. It names every row that differs, and every
+   fault that we work around and vLLM has no longer. Read vLLM's new code with the row's `why` in
+   mind, adapt what `ours` names, then the row. With a fault go its row, our code and tests.
+3. Run the `guards` of all rows: `make test`. A shape compares names; whether these still mean
+   the same, only guards can tell. None of them runs on a GPU: repeat docs/gpu.md there.
+4. Put the new version into `VERSIONS`.
+
+Not listed is what vLLM documents: engine arguments, sampling parameters, its HTTP API. This stays
+one file, however long it gets: it is what one reads when vLLM changes.
+"""
+
+import contextlib
+import functools
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+from serving.config import ConfigError
+from serving.engine.vllm.shape import Patch, Shape, classes, resolve
+from serving.engine.vllm.stable_ids import DATED_MODULES, INTERNAL_IDS, RequestTime, stable_uuid
+
+if TYPE_CHECKING:  # both import vLLM, which reads the environment that the engine sets before
+    from serving.engine.vllm.resume import Resumer
+    from serving.engine.vllm.stats import EngineStats
+
+logger = logging.getLogger(__name__)
+
+VERSIONS = ("0.32.0",)  # of vLLM, with which all guards passed
+
+_LLM = "vllm.v1.engine.async_llm:AsyncLLM"
+_OUTPUTS = "vllm.v1.engine.output_processor"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+
+PATCHES = (
+    Patch(
+        how="replaced",
+        ours="serving.engine.vllm.patches:watch_requests",
+        why="a request meets its accounting, and gets the priority and the recorded tokens that "
+        "come with it, before the engine core has it; vLLM passes no object of ours on",
+        guards=("test_a_request_is_known_before_the_core_has_it", "test_nothing_shows"),
+        shapes=(
+            Shape(
+                f"{_OUTPUTS}:OutputProcessor.add_request",
+                "(self, request, prompt, parent_req=None, request_index=0, queue=None)",
+            ),
+            Shape(f"{_LLM}._add_request", uses="add_request add_request_async"),
+            Shape(f"{_LLM}.add_request", uses="_add_request add_request add_request_async"),
+            *classes(_OUTPUTS, OutputProcessor="request_states"),
+            Shape(_LLM, has="output_processor"),
+            *classes("vllm.v1.engine.parallel_sampling", ParentRequest="request_id n"),
+            *classes(
+                "vllm.v1.engine",
+                EngineCoreRequest="request_id external_req_id priority prompt_token_ids "
+                "sampling_params",
+            ),
+            *classes(
+                "vllm.sampling_params",
+                SamplingParams="sampling_type clone",
+                StructuredOutputsParams="all_constraints_none",
+            ),
+        ),
+    ),
+    Patch(
+        how="replaced",
+        ours="serving.engine.vllm.resume:Resumer.record_outputs",
+        why="what the core generates is recorded, for another engine to go on from there; what "
+        "it generates a second time is kept back",
+        guards=("test_nothing_shows", "test_a_stop_string_across_the_seam"),
+        shapes=(
+            Shape(f"{_OUTPUTS}:OutputProcessor.process_outputs", has="engine_core_outputs"),
+            Shape(f"{_LLM}._run_output_handler", uses="process_outputs record"),
+            Shape(
+                "vllm.v1.outputs:LogprobsLists",
+                "(logprob_token_ids, logprobs, sampled_token_ranks, cu_num_generated_tokens=None)",
+            ),
+            *classes(
+                "vllm.v1.engine",
+                EngineCoreOutput="request_id new_token_ids new_logprobs prefill_stats "
+                "new_prompt_logprobs_tensors finish_reason stop_reason",
+                FinishReason="STOP LENGTH ABORT",
+            ),
+            *classes(_OUTPUTS, RequestState="request_id prompt_len is_prefilling stats"),
+            *classes("vllm.v1.metrics.stats", RequestStateStats="num_generation_tokens"),
+        ),
+    ),
+    Patch(
+        how="replaced",
+        ours="serving.engine.vllm.stats:EngineStats.count_finished",
+        why="what a request took is counted when it ends, for its usage and its tenant's quota",
+        guards=("test_what_a_request_took_is_counted",),
+        shapes=(
+            Shape(
+                f"{_OUTPUTS}:OutputProcessor._update_stats_from_finished",
+                "(self, req_state, finish_reason, iteration_stats)",
+            ),
+            Shape(
+                f"{_OUTPUTS}:OutputProcessor.process_outputs",
+                uses="_finish_request _update_stats_from_finished",
+            ),
+            *classes(_OUTPUTS, RequestState="num_cached_tokens stats"),
+        ),
+    ),
+    Patch(
+        how="replaced",
+        ours="serving.engine.vllm.resume:Collector",
+        why="hands out what was replayed before what is new, and ends a group of the record with "
+        "each taking",
+        guards=("test_nothing_shows", "test_a_reply_that_is_not_streamed_keeps_what_was_generated"),
+        shapes=(
+            Shape("vllm.v1.engine.async_llm:RequestOutputCollector", "(output_kind, request_id)"),
+            Shape(f"{_LLM}.add_request", uses="RequestOutputCollector _add_request"),
+            Shape(f"{_LLM}.generate", uses="get_nowait get finished"),
+            *classes(_OUTPUTS, RequestOutputCollector="output ready put get get_nowait"),
+        ),
+    ),
+    Patch(
+        how="replaced",
+        ours="serving.engine.vllm.stable_ids:stable_uuid",
+        why="a reply that goes on in another engine keeps its ids",
+        guards=("test_ids_and_dates_follow_from_the_request",),
+        shapes=(
+            Shape("vllm.utils:random_uuid", "()"),
+            Shape("vllm.entrypoints.openai.chat_completion.protocol", has="random_uuid"),
+            Shape("vllm.entrypoints.openai.completion.protocol", has="random_uuid"),
+            Shape(f"{INTERNAL_IDS}:InputProcessor.assign_request_id", uses="random_uuid"),
+        ),
+        is_fatal=False,
+    ),
+    Patch(
+        how="replaced",
+        ours="serving.engine.vllm.stable_ids:RequestTime",
+        why="a reply that goes on in another engine keeps its date",
+        guards=("test_ids_and_dates_follow_from_the_request",),
+        shapes=tuple(Shape(f"{module}:time", has="time") for module in DATED_MODULES),
+        is_fatal=False,
+    ),
+    Patch(
+        how="subclassed",
+        ours="serving.engine.vllm.stats:EngineStats",
+        why="snapshots are made of each step's statistics, which vLLM calls unstable",
+        guards=(
+            "test_a_step_lasts_by_the_cores_clock",
+            "test_pending_prefill_agrees_with_vllms_counters",
+            "test_kv_usage_is_vllms_block_count",
+        ),
+        shapes=(
+            Shape(
+                "vllm.v1.metrics.loggers:StatLoggerBase.record",
+                "(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0)",
+            ),
+            Shape(f"{_LLM}.from_vllm_config", has="stat_loggers disable_log_stats"),
+            *classes(
+                "vllm.v1.metrics.stats",
+                SchedulerStats="num_running_reqs num_waiting_reqs num_skipped_waiting_reqs "
+                "kv_cache_usage iteration_details prefix_cache_stats kv_connector_stats",
+                SchedulerIterationDetails="num_ctx_tokens num_generation_requests",
+                PrefixCacheStats="queries hits",
+                IterationStats="num_generation_tokens num_preempted_reqs",
+            ),
+            *classes("vllm.config", CacheConfig="num_gpu_blocks block_size"),
+        ),
+    ),
+    Patch(
+        how="subclassed",
+        ours="serving.engine.vllm.scheduler:StatsMixin",
+        why="pending prefill (vllm#38025), prompts' block hashes and KV events come with their "
+        "step's statistics, in the free-form `kv_connector_stats`",
+        guards=(
+            "test_with_async_scheduling_a_step_that_runs_is_pending_as_well",
+            "test_a_conversation_stays_where_its_prefix_is",
+            "test_on_a_real_engine",
+        ),
+        shapes=(
+            Shape(f"{_SCHEDULER}.make_stats", has="kv_connector_stats"),
+            Shape(f"{_SCHEDULER}.add_request", "(self, request)"),
+            Shape(f"{_SCHEDULER}._update_after_schedule", "(self, scheduler_output)"),
+            Shape(
+                f"{_SCHEDULER}.update_from_output",
+                "(self, scheduler_output, model_runner_output)",
+                uses="kv_event_publisher publish make_stats",
+            ),
+            *classes("vllm.config", SchedulerConfig="scheduler_cls async_scheduling"),
+            *classes("vllm.v1.core.sched.async_scheduler", AsyncScheduler="_preempt_request"),
+            *classes(
+                "vllm.v1.request",
+                Request="request_id status num_tokens num_computed_tokens num_output_tokens "
+                "block_hashes",
+                RequestStatus="PREEMPTED",
+            ),
+            *classes(
+                "vllm.v1.core.sched.output",
+                SchedulerOutput="num_scheduled_tokens total_num_scheduled_tokens "
+                "scheduled_new_reqs scheduled_cached_reqs",
+                NewRequestData="req_id num_computed_tokens",
+                CachedRequestData="req_ids num_computed_tokens num_output_tokens",
+            ),
+            *classes(
+                "vllm.distributed.kv_events",
+                KVEventBatch="events",
+                BlockStored="block_hashes group_idx",
+                BlockRemoved="block_hashes group_idx",
+                NullEventPublisher="publish",
+            ),
+            Shape("vllm.v1.utils:compute_iteration_details", "(scheduler_output)"),
+            Shape("vllm.v1.core.kv_cache_utils:maybe_convert_block_hash", "(hash_bytes)"),
+        ),
+    ),
+    Patch(
+        how="subclassed",
+        ours="serving.engine.vllm.scheduler:PrefillCapMixin",
+        why="a long prompt never fills a step, even alone, and leaves every second to sooner ones",
+        guards=("test_a_long_prompt_shares_with_sooner_ones",),
+        shapes=(
+            Shape(
+                f"{_SCHEDULER}.schedule",
+                uses="max_num_scheduled_tokens running long_prefill_token_threshold waiting",
+            ),
+            Shape(_SCHEDULER, has="max_num_running_reqs scheduler_config running waiting"),
+            *classes("vllm.v1.request", Request="priority num_output_tokens"),
+            *classes("vllm.v1.core.sched.request_queue", PriorityRequestQueue="peek_request"),
+        ),
+    ),
+    Patch(
+        how="subclassed",
+        ours="serving.engine.vllm.scheduler:PreemptionFixMixin",
+        why="vLLM leaves blocks in its prefix cache that a preemption has kept from being "
+        "computed: whoever has the same prompt gets a wrong text",
+        guards=(
+            "test_a_chunk_that_is_withdrawn_leaves_the_prefix_cache",
+            "test_vllm_still_caches_what_nobody_computed",
+        ),
+        shapes=(
+            Shape(f"{_SCHEDULER}._preempt_request", has="request"),
+            Shape(f"{_SCHEDULER}.schedule", uses="allocate_slots _preempt_request"),
+            Shape(_SCHEDULER, has="kv_cache_manager"),
+            *classes(
+                "vllm.v1.core.kv_cache_manager",
+                KVCacheManager="coordinator evict_blocks get_block_ids",
+            ),
+            Shape(
+                "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator", has="single_type_managers"
+            ),
+            *classes(
+                "vllm.v1.core.single_type_kv_cache_manager", SingleTypeKVCacheManager="block_size"
+            ),
+        ),
+        versions=("0.32.0",),
+    ),
+    Patch(
+        how="called",
+        ours="serving.engine.vllm.engine:VllmEngine",
+        why="vLLM's OpenAI application runs in our process, without its HTTP server; what nobody "
+        "listens to is aborted by its internal name",
+        guards=(
+            "test_vllms_own_features_pass_through",
+            "test_nothing_is_computed_for_who_hung_up_with_a_token_on_its_way",
+        ),
+        shapes=(
+            Shape(
+                "vllm.entrypoints.launchers.api_server.app_state:init_app_state",
+                "(engine_client, state, args, supported_tasks=None)",
+            ),
+            Shape(
+                "vllm.entrypoints.launchers.app:build_app", has="args supported_tasks model_config"
+            ),
+            Shape("vllm.entrypoints.launchers.cli_args", has="make_arg_parser FrontendArgs"),
+            Shape("vllm.utils.argparse_utils:FlexibleArgumentParser"),
+            Shape("vllm.usage.usage_lib:UsageContext", has="OPENAI_API_SERVER"),
+            Shape(f"{_LLM}.abort", "(self, request_id, internal=False)"),
+            Shape(_LLM, has="errored is_sleeping get_supported_tasks model_config shutdown"),
+        ),
+    ),
+    Patch(
+        how="set",
+        ours="serving.engine.vllm.engine:vllm_arguments",
+        why="on a CPU the worker of the default executor spins on a core even when idle",
+        guards=("test_curl_gets_paris",),
+        shapes=(Shape("vllm.v1.executor.uniproc_executor:UniProcExecutor"),),
+    ),
+    Patch(
+        how="set",
+        ours="serving.planning.plan:make_plan",
+        why="torch.compile's CPU code gave a wrong text for SmolLM2 (AVX-512 BF16): it is off",
+        guards=("test_curl_gets_paris",),
+        shapes=(Shape("vllm.engine.arg_utils:AsyncEngineArgs", has="enforce_eager"),),
+        versions=("0.32.0",),
+        is_fatal=False,
+    ),
+    Patch(
+        how="set",
+        ours="serving.engine.vllm.engine:on_core",
+        why="the engine core is a process of its own; its KV cache is as planned, whatever the "
+        "environment says (serving.cli.launch); block hashes are numbers",
+        guards=("test_block_hashes_are_numbers",),
+        shapes=(
+            Shape(
+                "vllm.envs:environment_variables",
+                has="VLLM_ENABLE_V1_MULTIPROCESSING VLLM_CPU_KVCACHE_SPACE "
+                "VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES",
+            ),
+        ),
+        is_fatal=False,
+    ),
+    Patch(
+        how="read",
+        ours="serving.cli.progress:engine_phases",
+        why="how far a start has come, and why it failed, is read off the core's title and log",
+        guards=("test_the_title_of_the_engine_core",),
+        shapes=(
+            Shape("vllm.utils.system_utils:set_process_title", has="name prefix"),
+            Shape("vllm.v1.engine.core:EngineCoreProc.run_engine_core", uses="set_process_title"),
+        ),
+        is_fatal=False,
+    ),
+)
+
+
+def check_vllm() -> None:
+    """Compare `PATCHES` with the installed vLLM, and log a warning for each row that differs.
+
+    Raises `ConfigError`, in one line, if a fatal one does.
+    """
+    from vllm import __version__
+
+    version = __version__.partition("+")[0]  # without the build's own part
+    is_tried = version in VERSIONS
+    rows = [row for row in PATCHES if not is_tried or version in (row.versions or VERSIONS)]
+    found = [(row, text) for row in rows if (text := row.explain_differences())]
+    advice = f"Install vLLM {' or '.join(VERSIONS)}, or adapt serving/engine/vllm/patches.py."
+    if fatal := "; ".join(text for row, text in found if row.is_fatal):
+        raise ConfigError(f"engine: vLLM {version} is not as expected: {fatal}. {advice}")
+    for _, text in found:
+        logger.warning("vLLM %s is not as expected: %s. %s", version, text, advice)
+    if not is_tried:
+        logger.warning("vLLM %s has never been tried. %s", version, advice)
+
+
+def set_scheduler(config: Any) -> None:
+    """Have the engine core run our subclass of the scheduler that vLLM would choose."""
+    name = "HeadwayAsyncScheduler" if config.async_scheduling else "HeadwayScheduler"
+    config.scheduler_cls = f"serving.engine.vllm.scheduler.{name}"
+
+
+def watch_requests(output_processor: Any, stats: "EngineStats", resumer: "Resumer") -> None:
+    """Have both told of every request of one engine: its registration, its tokens, its end."""
+    register = output_processor.add_request
+    process = output_processor.process_outputs
+    update_stats = output_processor._update_stats_from_finished
+
+    def add_request(
+        request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None
+    ) -> None:
+        register(request, prompt, parent_req, request_index, queue)
+        stats.register_request(request, request_index)
+        resumer.register_request(request, parent_req, request_index, queue)
+
+    def process_outputs(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        return process(resumer.record_outputs(engine_core_outputs), *args, **kwargs)
+
+    def update_stats_from_finished(req_state: Any, finish_reason: Any, stats_: Any) -> None:
+        update_stats(req_state, finish_reason, stats_)
+        stats.count_finished(req_state, stats_)
+
+    output_processor.add_request = add_request
+    output_processor.process_outputs = process_outputs
+    output_processor._update_stats_from_finished = update_stats_from_finished
+
+
+@functools.cache  # once per process
+def patch_modules() -> None:
+    """Replace what all engines of this process share: the collector, and what makes ids and dates.
+
+    What vLLM imports from here on finds the replacements.
+    """
+    import vllm.utils
+    from vllm.v1.engine import async_llm
+
+    from serving.engine.vllm.resume import Collector
+
+    async_llm.RequestOutputCollector = Collector
+    for name in DATED_MODULES:
+        with contextlib.suppress(ImportError):  # `check_vllm` has told of it
+            resolve(name).time = RequestTime()
+    random_uuid = vllm.utils.random_uuid
+    replacement = stable_uuid(random_uuid)
+    for name, module in list(sys.modules.items()):
+        is_api = name.startswith("vllm.") and name != INTERNAL_IDS
+        if is_api and getattr(module, "random_uuid", None) is random_uuid:
+            module.random_uuid = replacement  # type: ignore[attr-defined]
