@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from router.types import EngineSnapshot
+from router import EngineSnapshot
 from serving.capacity.step_fit import Step
-from serving.engine.step_log import LoggedStep, read
+from serving.engine.step_log import LoggedStep, read_steps
 
 
 def read_all(folder: Path) -> list[list[LoggedStep]]:
     """Return what each engine has written into the folder so far."""
-    return [list(read(path)) for path in sorted(folder.glob("*.jsonl"))]
+    return [list(read_steps(path)) for path in sorted(folder.glob("*.jsonl"))]
 
 
 def steps(
