@@ -43,11 +43,11 @@ class Receiver(Protocol[NodeT_contra]):
         """Whether a request of the gateway is on the engine, or on its way there or back."""
         ...
 
-    def on_step(self, news: tuple[NodeT_contra, list[Job], list[Progress]]) -> None:
+    def on_step(self, message: tuple[NodeT_contra, list[Job], list[Progress]]) -> None:
         """Take in what a step brought: new prompts, first tokens, ends."""
         ...
 
-    def on_news(self, node: NodeT_contra, /) -> None:
+    def on_snapshot(self, node: NodeT_contra, /) -> None:
         """Take in a snapshot that has come while the gateway listens."""
         ...
 
@@ -75,7 +75,7 @@ class World(Protocol[NodeT]):
     @property
     def gateways(self) -> Sequence[Receiver[NodeT]]: ...
 
-    def at(self, time_s: float, act: Callable[[T], None], argument: T) -> None:
+    def call_at(self, time_s: float, act: Callable[[T], None], argument: T) -> None:
         """Have `act(argument)` called at this time; equal times in order of asking."""
         ...
 
@@ -83,6 +83,6 @@ class World(Protocol[NodeT]):
         """Return what the engine is told: lower is first."""
         ...
 
-    def take_down(self, node: NodeT) -> None:
+    def remove_node(self, node: NodeT) -> None:
         """End an engine at once; what it had is lost."""
         ...

@@ -38,7 +38,7 @@ class Gateway:
 
     While it holds requests it listens: news of an engine is an event of its own, for it may
     let one of them go. Else news waits until the router is asked something, and is told
-    to it first, with the time at which it came (`look`).
+    to it first, with the time at which it came (`deliver_snapshots`).
     """
 
     def __init__(self, simulation: World[Node], settings: RouterSettings, number: int) -> None:
@@ -47,10 +47,10 @@ class Gateway:
         self._simulation = simulation
         self._max_hold_s = settings.max_hold_s
         self._model = ""
-        self._calls: dict[str, Call] = {}  # open, by request
+        self._exchanges: dict[str, Exchange] = {}  # open, by request
         self._held: set[str] = set()  # of these
         self.listens = simulation.always_listens
-        self._streams: dict[str, dict[str, Call]] = {}  # by engine and job
+        self._streams: dict[str, dict[str, Exchange]] = {}  # by engine and job
         self._wake_s: float | None = None
 
     def has_streams(self, node: Node) -> bool:
@@ -59,12 +59,12 @@ class Gateway:
 
     # Clients
 
-    def arrive(self, number: int) -> None:
+    def on_arrival(self, number: int) -> None:
         """A request comes in."""
         simulation = self._simulation
         now_s = simulation.now_s
         arrival = simulation.workload.arrivals[number]
-        self.look()
+        self.deliver_snapshots()
         hashes: tuple[int, ...] = ()
         if self.router.discipline.wants_prefix:
             hashes = arrival.block_hashes(PREFIX_BLOCK_TOKENS)[:MAX_PREFIX_BLOCKS]
@@ -81,27 +81,27 @@ class Gateway:
             prefix_hashes=hashes,
             prefix_block_share=PREFIX_BLOCK_TOKENS / arrival.num_prompt_tokens,
         )
-        self._calls[request.id] = Call(number, request)
+        self._exchanges[request.id] = Exchange(number, request)
         self._execute(self.router.on_arrival(request, now_s))
 
     # Engines
 
-    def look(self) -> None:
+    def deliver_snapshots(self) -> None:
         """Tell the router all that has come by now, in the order in which it came."""
         now_s = self._simulation.now_s
         come: list[tuple[float, EngineSnapshot, BlockUpdate | None, Node]] = []
         for node in self._simulation.nodes.values():
             if node.next_push_s <= now_s:
-                node.tell(now_s)
-            news = node.lines[self.number].news
-            while news and news[0][0] < now_s:
-                come.append((*news.popleft(), node))
+                node.push_due_snapshots(now_s)
+            snapshots = node.channels[self.number].snapshots
+            while snapshots and snapshots[0][0] < now_s:
+                come.append((*snapshots.popleft(), node))
         come.sort(key=itemgetter(0))
-        for came_s, snapshot, update, node in come:
-            decisions = self._tell(node, came_s, snapshot, update)
+        for arrived_s, snapshot, update, node in come:
+            decisions = self._deliver_snapshot(node, arrived_s, snapshot, update)
             assert not decisions, "news that nobody listened for made a difference"
 
-    def on_news(self, _: Node) -> None:
+    def on_snapshot(self, _: Node) -> None:
         """A snapshot has come, and somebody waits for what it says.
 
         Of several that come at the same time, the order is that of the engines, however
@@ -109,41 +109,43 @@ class Gateway:
         """
         now_s = self._simulation.now_s
         for node in self._simulation.nodes.values():
-            news = node.lines[self.number].news
-            while news and news[0][0] <= now_s and node.is_up:
-                self._execute(self._tell(node, *news.popleft()))
+            snapshots = node.channels[self.number].snapshots
+            while snapshots and snapshots[0][0] <= now_s and node.is_up:
+                self._execute(self._deliver_snapshot(node, *snapshots.popleft()))
 
-    def _tell(
-        self, node: Node, came_s: float, snapshot: EngineSnapshot, update: BlockUpdate | None
+    def _deliver_snapshot(
+        self, node: Node, arrived_s: float, snapshot: EngineSnapshot, update: BlockUpdate | None
     ) -> list[Decision]:
         if update is not None and not self.router.on_blocks(node.id, update):
             simulation = self._simulation
-            simulation.at(simulation.now_s + simulation.network.submit_s, node.resync, self)
-        return self.router.on_snapshot(node.id, snapshot, came_s)
+            simulation.call_at(
+                simulation.now_s + simulation.network.submit_s, node.resend_all_blocks, self
+            )
+        return self.router.on_snapshot(node.id, snapshot, arrived_s)
 
     def on_replica_up(self, node: Node) -> None:
-        self.look()
+        self.deliver_snapshots()
         self._model = node.engine.info.model
         self._streams[node.id] = {}
         info = msgspec.structs.replace(node.engine.info, heartbeat_s=HEARTBEAT_S)
         self._execute(self.router.on_replica_up(node.id, info, self._simulation.now_s))
 
     def on_replica_draining(self, node: Node) -> None:
-        self.look()
+        self.deliver_snapshots()
         self._execute(self.router.on_replica_draining(node.id, self._simulation.now_s))
 
-    def on_step(self, news: tuple[Node, list[Job], list[Progress]]) -> None:
+    def on_step(self, message: tuple[Node, list[Job], list[Progress]]) -> None:
         """An engine tells what a step brought: what prompts consist of, first tokens, ends."""
-        node, jobs, progresses = news
+        node, jobs, progresses = message
         if not node.is_up:
             return
-        self.look()
+        self.deliver_snapshots()
         segment_tokens = self._simulation.segment_tokens
         streams = self._streams[node.id]
         for job in jobs:
-            if (call := streams.get(job.id)) is not None:
+            if (exchange := streams.get(job.id)) is not None:
                 hashes = list(job.block_hashes[: job.num_prompt_tokens // segment_tokens])
-                self.router.on_prompt(call.request.id, node.id, job.num_prompt_tokens, hashes)
+                self.router.on_prompt(exchange.request.id, node.id, job.num_prompt_tokens, hashes)
         if progresses:
             self._receive(node, progresses)
 
@@ -151,52 +153,52 @@ class Gateway:
         simulation = self._simulation
         now_s, journal = simulation.now_s, simulation.journal
         for progress in progresses:
-            call = self._streams[node.id].get(progress.job_id)
-            if call is None:
+            exchange = self._streams[node.id].get(progress.job_id)
+            if exchange is None:
                 continue  # taken off that engine while this was under way
-            request_id = call.request.id
-            if call.awaits_first_token:
-                call.awaits_first_token = False
-                if not call.has_begun:
-                    call.has_begun = True
-                    journal.first_s[call.number] = now_s
+            request_id = exchange.request.id
+            if exchange.awaits_first_token:
+                exchange.awaits_first_token = False
+                if not exchange.has_begun:
+                    exchange.has_begun = True
+                    journal.first_s[exchange.number] = now_s
                 self._execute(self.router.on_answer(request_id, node.id, now_s))
                 self._execute(self.router.on_first_token(request_id, now_s))
             if progress.finished:
-                arrival = simulation.workload.arrivals[call.number]
+                arrival = simulation.workload.arrivals[exchange.number]
                 usage = Usage(
                     num_prompt_tokens=arrival.num_prompt_tokens,
                     num_cached_tokens=progress.num_cached_tokens,
                     num_output_tokens=arrival.num_output_tokens,
                 )
-                journal.num_cached_tokens[call.number] = progress.num_cached_tokens
-                journal.num_preemptions_each[call.number] += progress.num_preemptions
-                del self._streams[node.id][progress.job_id], call.jobs[node.id]
-                self._close(request_id, Outcome.COMPLETED)
+                journal.num_cached_tokens[exchange.number] = progress.num_cached_tokens
+                journal.num_preemptions_each[exchange.number] += progress.num_preemptions
+                del self._streams[node.id][progress.job_id], exchange.jobs[node.id]
+                self._end_request(request_id, Outcome.COMPLETED)
                 self._execute(self.router.on_finish(request_id, usage, now_s))
 
     def on_replica_down(self, node: Node) -> None:
         """First close the door, then find the requests another place."""
         lost = self._streams.pop(node.id, {})
         self._execute(self.router.on_replica_down(node.id, self._simulation.now_s))
-        for job_id, call in lost.items():
-            self._fail_attempt(node, job_id, call)
+        for job_id, exchange in lost.items():
+            self._fail_attempt(node, job_id, exchange)
 
-    def _fail_attempt(self, node: Node, job_id: str, call: "Call") -> None:
+    def _fail_attempt(self, node: Node, job_id: str, exchange: "Exchange") -> None:
         """Report that an engine did not carry a request through; another goes on with it."""
-        del call.jobs[node.id]
+        del exchange.jobs[node.id]
         num_output_tokens = 0
-        if not call.jobs:  # else the other attempt has its own
+        if not exchange.jobs:  # else the other attempt has its own
             num_output_tokens = node.num_output_tokens(job_id)
-            call.num_output_tokens += num_output_tokens
-            call.awaits_first_token = True
+            exchange.num_output_tokens += num_output_tokens
+            exchange.awaits_first_token = True
         self._execute(
             self.router.on_attempt_failed(
-                call.request.id,
+                exchange.request.id,
                 node.id,
                 None,
                 self._simulation.now_s,
-                has_begun=call.has_begun,
+                has_begun=exchange.has_begun,
                 num_output_tokens=num_output_tokens,
             )
         )
@@ -206,15 +208,15 @@ class Gateway:
     def _execute(self, decisions: list[Decision]) -> None:
         carry_out(decisions, self)
         if self.listens != bool(self._held):
-            self._listen(bool(self._held))
+            self._set_listening(bool(self._held))
         wake_s = self.router.next_wake_s()
         if wake_s != self._wake_s:
             self._wake_s = wake_s
             if wake_s is not None:
                 simulation = self._simulation
-                simulation.at(max(wake_s, simulation.now_s), self._tick, wake_s)
+                simulation.call_at(max(wake_s, simulation.now_s), self._tick, wake_s)
 
-    def _listen(self, listens: bool) -> None:
+    def _set_listening(self, listens: bool) -> None:
         """Want the engines' news at once from now on, or no more."""
         simulation = self._simulation
         if simulation.always_listens:
@@ -224,18 +226,18 @@ class Gateway:
             self.listens = False
             return
         for node in simulation.nodes.values():
-            node.tell(simulation.now_s)
+            node.push_due_snapshots(simulation.now_s)
         simulation.num_listening += 1
         self.listens = True
         for node in simulation.nodes.values():
-            node.arm()
-            for came_s, *_ in node.lines[self.number].news:
-                simulation.at(came_s, self.on_news, node)
+            node.schedule_push()
+            for arrived_s, *_ in node.channels[self.number].snapshots:
+                simulation.call_at(arrived_s, self.on_snapshot, node)
 
     def _tick(self, wake_s: float) -> None:
         if wake_s == self._wake_s:
             self._wake_s = None
-            self.look()
+            self.deliver_snapshots()
             self._execute(self.router.on_tick(self._simulation.now_s))
 
     def hold(self, decision: Hold) -> None:
@@ -244,106 +246,106 @@ class Gateway:
     def dispatch(self, decision: Dispatch) -> None:
         self._held.discard(decision.request_id)
         simulation = self._simulation
-        call = self._calls[decision.request_id]
+        exchange = self._exchanges[decision.request_id]
         node = simulation.nodes[decision.replica_id]
-        arrival = simulation.workload.arrivals[call.number]
-        if not (call.has_begun or call.jobs):
-            simulation.journal.placed_s[call.number] = simulation.now_s
+        arrival = simulation.workload.arrivals[exchange.number]
+        if not (exchange.has_begun or exchange.jobs):
+            simulation.journal.placed_s[exchange.number] = simulation.now_s
         job = Job(
             # An engine may get the same request twice: each time is a job of its own.
-            id=f"{call.number}.{call.num_jobs}",
-            num_prompt_tokens=arrival.num_prompt_tokens + call.num_output_tokens,
-            num_output_tokens=max(1, arrival.num_output_tokens - call.num_output_tokens),
-            priority=simulation.priority_of(self, call.request, arrival),
+            id=f"{exchange.number}.{exchange.num_jobs}",
+            num_prompt_tokens=arrival.num_prompt_tokens + exchange.num_output_tokens,
+            num_output_tokens=max(1, arrival.num_output_tokens - exchange.num_output_tokens),
+            priority=simulation.priority_of(self, exchange.request, arrival),
             block_hashes=arrival.block_hashes(simulation.segment_tokens, with_reply=True),
             num_expected_cached_tokens=decision.num_cached_tokens,
         )
-        call.num_jobs += 1
-        call.jobs[node.id] = job.id
-        self._streams[node.id][job.id] = call
+        exchange.num_jobs += 1
+        exchange.jobs[node.id] = job.id
+        self._streams[node.id][job.id] = exchange
         arrive_s = simulation.now_s + simulation.network.submit_s
-        simulation.at(arrive_s, node.submit, (self, decision.booking, job))
+        simulation.call_at(arrive_s, node.submit_job, (self, decision.booking, job))
 
     def withdraw(self, decision: Withdraw) -> None:
-        call = self._calls[decision.request_id]
-        self._cancel(decision.replica_id, call.jobs.pop(decision.replica_id))
+        exchange = self._exchanges[decision.request_id]
+        self._cancel_job(decision.replica_id, exchange.jobs.pop(decision.replica_id))
 
     def reject(self, decision: Reject) -> None:
         is_expired = decision.reason is RejectReason.EXPIRED
-        self._close(decision.request_id, Outcome.EXPIRED if is_expired else Outcome.REJECTED)
+        self._end_request(decision.request_id, Outcome.EXPIRED if is_expired else Outcome.REJECTED)
 
     def fail(self, decision: Fail) -> None:
-        self._close(decision.request_id, Outcome.FAILED)
+        self._end_request(decision.request_id, Outcome.FAILED)
 
     def evacuate(self, decision: Evacuate) -> None:
         node = self._simulation.nodes[decision.replica_id]
-        for job_id, call in list(self._streams[node.id].items()):
-            self._cancel(node.id, job_id)
-            self._fail_attempt(node, job_id, call)
+        for job_id, exchange in list(self._streams[node.id].items()):
+            self._cancel_job(node.id, job_id)
+            self._fail_attempt(node, job_id, exchange)
 
-    def _cancel(self, replica_id: str, job_id: str) -> None:
+    def _cancel_job(self, replica_id: str, job_id: str) -> None:
         """Tell an engine to stop a job."""
         simulation = self._simulation
         del self._streams[replica_id][job_id]
         arrive_s = simulation.now_s + simulation.network.submit_s
-        simulation.at(arrive_s, simulation.nodes[replica_id].cancel, job_id)
+        simulation.call_at(arrive_s, simulation.nodes[replica_id].cancel_job, job_id)
 
     def fall_back(self, decision: Fallback) -> None:
         self._held.discard(decision.request_id)
         simulation = self._simulation
-        call = self._calls[decision.request_id]
-        simulation.journal.placed_s[call.number] = simulation.now_s
+        exchange = self._exchanges[decision.request_id]
+        simulation.journal.placed_s[exchange.number] = simulation.now_s
         arrive_s = simulation.now_s + simulation.network.submit_s
-        simulation.at(arrive_s, self._reach, (decision, call))
+        simulation.call_at(arrive_s, self._call_provider, (decision, exchange))
 
-    def _reach(self, news: tuple[Fallback, "Call"]) -> None:
+    def _call_provider(self, message: tuple[Fallback, "Exchange"]) -> None:
         """A request has come to a provider; what it says comes back when it answers."""
-        decision, call = news
+        decision, exchange = message
         simulation = self._simulation
-        arrival = simulation.workload.arrivals[call.number]
-        times_s, report = simulation.providers[decision.provider].take(
+        arrival = simulation.workload.arrivals[exchange.number]
+        times_s, report = simulation.providers[decision.provider].answer_request(
             arrival.num_prompt_tokens, arrival.num_output_tokens, simulation.now_s
         )
         if times_s is None:
             refused_s = simulation.now_s + simulation.network.reply_s
-            simulation.at(refused_s, self._on_refused, (call.request.id, report))
+            simulation.call_at(refused_s, self._on_refused, (exchange.request.id, report))
             return
         first_s = simulation.now_s + times_s[0]
-        simulation.at(first_s, self._on_provider_first, (call, report))
-        simulation.at(first_s + times_s[1], self._on_provider_end, call)
+        simulation.call_at(first_s, self._on_provider_first_token, (exchange, report))
+        simulation.call_at(first_s + times_s[1], self._on_provider_finish, exchange)
 
-    def _on_refused(self, news: tuple[str, RateReport]) -> None:
-        request_id, report = news
+    def _on_refused(self, message: tuple[str, RateReport]) -> None:
+        request_id, report = message
         now_s = self._simulation.now_s
         self._execute(self.router.providers.on_refused(request_id, report, now_s))
 
-    def _on_provider_first(self, news: tuple["Call", RateReport]) -> None:
-        call, report = news
-        now_s, request_id = self._simulation.now_s, call.request.id
-        self._simulation.journal.first_s[call.number] = now_s
+    def _on_provider_first_token(self, message: tuple["Exchange", RateReport]) -> None:
+        exchange, report = message
+        now_s, request_id = self._simulation.now_s, exchange.request.id
+        self._simulation.journal.first_s[exchange.number] = now_s
         self._execute(self.router.providers.on_answer(request_id, report, now_s))
         self._execute(self.router.on_first_token(request_id, now_s))
 
-    def _on_provider_end(self, call: "Call") -> None:
-        simulation, request_id = self._simulation, call.request.id
-        arrival = simulation.workload.arrivals[call.number]
+    def _on_provider_finish(self, exchange: "Exchange") -> None:
+        simulation, request_id = self._simulation, exchange.request.id
+        arrival = simulation.workload.arrivals[exchange.number]
         usage = Usage(
             num_prompt_tokens=arrival.num_prompt_tokens, num_output_tokens=arrival.num_output_tokens
         )
-        self._close(request_id, Outcome.COMPLETED)
+        self._end_request(request_id, Outcome.COMPLETED)
         self._execute(self.router.on_finish(request_id, usage, simulation.now_s))
 
-    def _close(self, request_id: str, outcome: Outcome) -> None:
+    def _end_request(self, request_id: str, outcome: Outcome) -> None:
         self._held.discard(request_id)
-        call = self._calls.pop(request_id)
-        for replica_id, job_id in call.jobs.items():
-            self._cancel(replica_id, job_id)
+        exchange = self._exchanges.pop(request_id)
+        for replica_id, job_id in exchange.jobs.items():
+            self._cancel_job(replica_id, job_id)
         self._simulation.num_open -= 1
-        self._simulation.journal.end(call.number, outcome, self._simulation.now_s)
+        self._simulation.journal.record_outcome(exchange.number, outcome, self._simulation.now_s)
 
 
 @dataclass(slots=True)
-class Call:
+class Exchange:
     """A request that is open at a gateway."""
 
     number: int  # of the arrival

@@ -33,21 +33,21 @@ class Journal:
         self.num_preemptions = 0  # also of what was lost or left
         self.num_events = 0
 
-    def step(self, began_s: float, ends_s: Sequence[float], num_decode_reqs: int) -> None:
+    def record_steps(self, began_s: float, ends_s: Sequence[float], num_decode_reqs: int) -> None:
         """Enter steps in a row in each of which so many requests got a token."""
         for end_s in ends_s:
             self.step_gaps_s.append(end_s - began_s)
             self.step_gap_counts.append(num_decode_reqs)
             began_s = end_s
 
-    def end(self, number: int, outcome: Outcome, now_s: float) -> None:
+    def record_outcome(self, number: int, outcome: Outcome, now_s: float) -> None:
         """Enter how a request ended; raises `RuntimeError` if it has already."""
         if self.outcome[number] != NOT_ENDED:
             raise RuntimeError(f"request {number} ended twice")
         self.outcome[number] = OUTCOME_NUMBER[outcome]
         self.end_s[number] = now_s
 
-    def closed(self) -> "Run":
+    def to_run(self) -> "Run":
         """Return it as arrays."""
         arrivals = self.workload.arrivals
         gaps_s = np.array(self.step_gaps_s)

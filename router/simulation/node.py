@@ -1,4 +1,4 @@
-"""An engine of a simulation, the replica around it, and its lines to the gateways.
+"""An engine of a simulation, the replica around it, and its channels to the gateways.
 
 What changes in an engine is pushed to every gateway as `serving/stream/server.py` does: at most
 once per interval, one that was idle at once. A push is no event of its own unless
@@ -51,9 +51,9 @@ class Engine(Protocol):
 
     def begin_step(self, now_s: float, until_s: float) -> float | None: ...
 
-    def cut(self, now_s: float) -> float | None: ...
+    def cut_run(self, now_s: float) -> float | None: ...
 
-    def settle(self, now_s: float) -> None: ...
+    def advance_to(self, now_s: float) -> None: ...
 
     def end_step(self, now_s: float) -> Sequence[Progress]: ...
 
@@ -64,16 +64,16 @@ class Engine(Protocol):
     def snapshot(self, seq: int, last_booking: int) -> EngineSnapshot: ...
 
 
-class Line:
+class Channel:
     """From a node to one gateway: what is under way, and how far that gateway was told."""
 
-    __slots__ = ("block_position", "last_booking", "news")
+    __slots__ = ("block_position", "last_booking", "snapshots")
 
     def __init__(self) -> None:
         self.last_booking = 0  # of the gateway's, that the replica has read
         self.block_position = 0  # what the gateway knows of the prefix cache
         # (when it arrives, snapshot, what changed in the prefix cache), in that order.
-        self.news: deque[tuple[float, EngineSnapshot, BlockUpdate | None]] = deque()
+        self.snapshots: deque[tuple[float, EngineSnapshot, BlockUpdate | None]] = deque()
 
 
 class Node:
@@ -86,7 +86,7 @@ class Node:
         self.engine = engine
         self.is_up = True
         self.is_draining = False
-        self.lines = [Line() for _ in simulation.gateways]
+        self.channels = [Channel() for _ in simulation.gateways]
         # When the next push is due, as far as is known by now; `tell` makes it.
         self.next_push_s = math.inf
         self._simulation = simulation
@@ -97,8 +97,8 @@ class Node:
         self._run_ends_s: float | None = None  # None: the engine has nothing to do
         self._seq = 0
         self._last_push_s = -math.inf
-        self._is_changed = False  # since the last push
-        self._armed_s = math.inf  # when there is an event for the next push
+        self._has_unsent_change = False  # since the last push
+        self._push_event_s = math.inf  # when there is an event for the next push
 
     @property
     def num_jobs(self) -> int:
@@ -112,47 +112,47 @@ class Node:
 
     # What comes over the network
 
-    def submit(self, submission: "tuple[Receiver[Node], int, Job]") -> None:
+    def submit_job(self, submission: "tuple[Receiver[Node], int, Job]") -> None:
         """Take in a request and the number of its booking."""
         if not self.is_up:
             return
         gateway, booking, job = submission
-        self._catch_up()
+        self._advance_to_now()
         self._gateway_of[job.id] = gateway
-        self.lines[gateway.number].last_booking = booking
+        self.channels[gateway.number].last_booking = booking
         self.engine.add(job)
         if job.block_hashes:
             self._new_jobs.append(job)
-        self._change()
+        self._request_push()
         if self._run_ends_s is None:
-            self._begin()
+            self._begin_run()
         else:
-            self._cut()
+            self._cut_run()
 
-    def cancel(self, job_id: str) -> None:
+    def cancel_job(self, job_id: str) -> None:
         """Drop a job that a gateway wants no more."""
         if self.is_up and self._gateway_of.pop(job_id, None) is not None:
-            self._catch_up()
+            self._advance_to_now()
             self.engine.abort(job_id)
             if self._run_ends_s is not None:
-                self._cut()
-            self._change()
+                self._cut_run()
+            self._request_push()
 
-    def resync(self, gateway: "Receiver[Node]") -> None:
+    def resend_all_blocks(self, gateway: "Receiver[Node]") -> None:
         """Tell a gateway that missed what changed in the cache everything, next time."""
-        self.tell(self._simulation.now_s)
-        self.lines[gateway.number].block_position = -1
+        self.push_due_snapshots(self._simulation.now_s)
+        self.channels[gateway.number].block_position = -1
 
     def num_output_tokens(self, job_id: str) -> int:
         """Tokens that a job has brought forth; 0 of one that is not here, or not yet."""
         if job_id not in self._gateway_of:
             return 0
-        self._catch_up()
+        self._advance_to_now()
         return self.engine.num_output_tokens(job_id)
 
     # Steps
 
-    def _begin(self) -> None:
+    def _begin_run(self) -> None:
         simulation, engine = self._simulation, self.engine
         now_s = simulation.now_s
         until_s = now_s + _MAX_RUN_S
@@ -165,51 +165,51 @@ class Node:
         self._run_began_s = now_s
         self._schedule_end(None if run_s is None else engine.step_ends_s[-1])
 
-    def _cut(self) -> None:
+    def _cut_run(self) -> None:
         """End the run with the step in progress: something has changed."""
-        end_s = self.engine.cut(self._simulation.now_s)
+        end_s = self.engine.cut_run(self._simulation.now_s)
         if end_s != self._run_ends_s:
             self._schedule_end(end_s)
 
     def _schedule_end(self, end_s: float | None) -> None:
         self._run_ends_s = end_s
         if end_s is not None:
-            self._simulation.at(end_s, self._end, end_s)
-        self._foresee()
+            self._simulation.call_at(end_s, self._end_run, end_s)
+        self._find_next_push()
 
-    def _end(self, end_s: float) -> None:
+    def _end_run(self, end_s: float) -> None:
         if not self.is_up or end_s != self._run_ends_s:
             return  # lost, or cut short since
         simulation, engine = self._simulation, self.engine
         now_s = simulation.now_s
-        self.tell(now_s)
+        self.push_due_snapshots(now_s)
         ends_s = list(engine.step_ends_s)
-        news: dict[Receiver[Node], tuple[list[Job], list[Progress]]] = {}
+        messages: dict[Receiver[Node], tuple[list[Job], list[Progress]]] = {}
         progresses = engine.end_step(now_s)
         for job in self._new_jobs:
             if (gateway := self._gateway_of.get(job.id)) is not None:
-                news.setdefault(gateway, ([], []))[0].append(job)
+                messages.setdefault(gateway, ([], []))[0].append(job)
         self._new_jobs.clear()
         for progress in progresses:
             gateway = self._gateway_of[progress.job_id]
             if progress.finished:
                 del self._gateway_of[progress.job_id]
-            news.setdefault(gateway, ([], []))[1].append(progress)
-        self._enter(ends_s)
+            messages.setdefault(gateway, ([], []))[1].append(progress)
+        self._record_steps(ends_s)
         arrive_s = now_s + simulation.network.reply_s
-        for gateway, (jobs, ends) in news.items():
-            simulation.at(arrive_s, gateway.on_step, (self, jobs, ends))
+        for gateway, (jobs, ends) in messages.items():
+            simulation.call_at(arrive_s, gateway.on_step, (self, jobs, ends))
         # One write holds what the step brought and the snapshot after it.
         self._run_ends_s = None
-        self._change()
-        self._begin()
+        self._request_push()
+        self._begin_run()
         if self.is_draining and not self._gateway_of:
-            simulation.at(arrive_s, self._leave, None)
+            simulation.call_at(arrive_s, self._remove_if_empty, None)
 
-    def _enter(self, ends_s: Sequence[float]) -> None:
+    def _record_steps(self, ends_s: Sequence[float]) -> None:
         """Enter steps of the run that have ended into the journal."""
         if self.engine.step_num_decode_reqs:
-            self._simulation.journal.step(
+            self._simulation.journal.record_steps(
                 self._run_began_s, ends_s, self.engine.step_num_decode_reqs
             )
 
@@ -220,100 +220,96 @@ class Node:
 
     # Pushes
 
-    def tell(self, now_s: float) -> None:
+    def push_due_snapshots(self, now_s: float) -> None:
         """Make what pushes were due by now, each of what the engine was at its time."""
         while self.next_push_s <= now_s:
-            self.engine.settle(self.next_push_s)
-            self._push(self.next_push_s)
+            self.engine.advance_to(self.next_push_s)
+            self.push_snapshot(self.next_push_s)
 
-    def push(self) -> None:
-        """Send every gateway the engine's state, due or not."""
-        self._push(self._simulation.now_s)
-
-    def beat(self, _: object) -> None:
+    def send_heartbeat(self, _: object) -> None:
         """Show that the engine lives, where nothing else has lately."""
         if self.is_up:
             simulation = self._simulation
-            self._catch_up()
+            self._advance_to_now()
             if simulation.now_s - self._last_push_s >= HEARTBEAT_S * 0.9:
-                self.push()
-            simulation.at(simulation.now_s + HEARTBEAT_S, self.beat, None)
+                self.push_snapshot(simulation.now_s)
+            simulation.call_at(simulation.now_s + HEARTBEAT_S, self.send_heartbeat, None)
 
-    def arm(self) -> None:
+    def schedule_push(self) -> None:
         """Have an event for the next push if somebody listens for it."""
         due_s = self.next_push_s
-        if self._simulation.num_listening and due_s < self._armed_s:
-            self._armed_s = due_s
-            self._simulation.at(due_s, self._on_due, due_s)
+        if self._simulation.num_listening and due_s < self._push_event_s:
+            self._push_event_s = due_s
+            self._simulation.call_at(due_s, self._on_push_due, due_s)
 
-    def _catch_up(self) -> None:
+    def _advance_to_now(self) -> None:
         """Bring the engine's state to the present, told of what was due before."""
         now_s = self._simulation.now_s
-        self.tell(now_s)
-        self.engine.settle(now_s)
+        self.push_due_snapshots(now_s)
+        self.engine.advance_to(now_s)
 
-    def _change(self) -> None:
+    def _request_push(self) -> None:
         """Push, now or when the next push may be made: something has changed."""
         now_s = self._simulation.now_s
         may_s = self._last_push_s + self._simulation.network.snapshot_interval_s
         if may_s <= now_s or not self._gateway_of:
-            self._push(now_s)
+            self.push_snapshot(now_s)
         else:
-            self._is_changed = True
+            self._has_unsent_change = True
             self.next_push_s = may_s
-            self.arm()
+            self.schedule_push()
 
-    def _foresee(self) -> None:
+    def _find_next_push(self) -> None:
         """Find out when the next push is due: if nothing else, a step of the run changes something.
 
-        The end of the last one is `_end`'s.
+        The end of the last one is `_end_run`'s.
         """
         may_s = self._last_push_s + self._simulation.network.snapshot_interval_s
-        if self._is_changed:
+        if self._has_unsent_change:
             return
         self.next_push_s = math.inf
         ends_s = self.engine.step_ends_s
         index = bisect_right(ends_s, self._last_push_s)
         if index < len(ends_s) - 1:
             self.next_push_s = max(ends_s[index], may_s)
-            self.arm()
+            self.schedule_push()
 
-    def _push(self, now_s: float) -> None:
+    def push_snapshot(self, now_s: float) -> None:
         """Send every gateway the engine's state, which is that of `now_s`."""
         simulation, network = self._simulation, self._simulation.network
-        self._is_changed = False
+        self._has_unsent_change = False
         self._last_push_s = now_s
         arrive_s = now_s + network.reply_s
         self._seq += 1
-        snapshot = self.engine.snapshot(self._seq, self.lines[0].last_booking)
-        for gateway, line in zip(simulation.gateways, self.lines, strict=True):
-            update = self.engine.blocks.since(line.block_position)
+        snapshot = self.engine.snapshot(self._seq, self.channels[0].last_booking)
+        for gateway, channel in zip(simulation.gateways, self.channels, strict=True):
+            update = self.engine.blocks.since(channel.block_position)
             if update is not None:
-                line.block_position = update.until
+                channel.block_position = update.until
             if network.snapshot_loss and self._rng.random() < network.snapshot_loss:
                 continue
-            if line.last_booking != snapshot.last_booking:
-                snapshot = msgspec.structs.replace(snapshot, last_booking=line.last_booking)
-            line.news.append((arrive_s, snapshot, update))
+            if channel.last_booking != snapshot.last_booking:
+                snapshot = msgspec.structs.replace(snapshot, last_booking=channel.last_booking)
+            channel.snapshots.append((arrive_s, snapshot, update))
             if gateway.listens:
-                simulation.at(arrive_s, gateway.on_news, self)
-        self._foresee()
+                simulation.call_at(arrive_s, gateway.on_snapshot, self)
+        self._find_next_push()
 
-    def _on_due(self, due_s: float) -> None:
-        if due_s == self._armed_s:
-            self._armed_s = math.inf
+    def _on_push_due(self, due_s: float) -> None:
+        if due_s == self._push_event_s:
+            self._push_event_s = math.inf
             if self.is_up:
-                self.tell(due_s)
-                self.arm()
+                self.push_due_snapshots(due_s)
+                self.schedule_push()
 
     # Its end
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """Be lost, with all that has not come out of it by now."""
-        self._catch_up()
+        self._advance_to_now()
         self.is_up = False
         ends_s = [end_s for end_s in self.engine.step_ends_s if end_s < self._simulation.now_s]
-        self._enter(ends_s)
+        self._record_steps(ends_s)
 
     def drain(self) -> None:
         """Take no more, end what is there, leave."""
@@ -321,11 +317,11 @@ class Node:
         for gateway in self._simulation.gateways:
             gateway.on_replica_draining(self)
         if not self._gateway_of:
-            self._leave(None)
+            self._remove_if_empty(None)
 
-    def _leave(self, _: object) -> None:
+    def _remove_if_empty(self, _: object) -> None:
         # What was on its way when the draining began may have come since.
         if self.is_up and not any(
             gateway.has_streams(self) for gateway in self._simulation.gateways
         ):
-            self._simulation.take_down(self)
+            self._simulation.remove_node(self)

@@ -36,7 +36,7 @@ class ProviderModel:
         self._log: deque[tuple[float, int]] = deque()
         self._num_tokens = 0
 
-    def take(
+    def answer_request(
         self, num_prompt_tokens: int, num_output_tokens: int, now_s: float
     ) -> tuple[tuple[float, float] | None, RateReport]:
         """Seconds to the first token and from there to the end, None for a 429; and the headers."""

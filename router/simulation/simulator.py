@@ -112,22 +112,22 @@ class Simulation:
         for _ in range(num_engines):
             self._start_node(None)
         for failure in failures:
-            self.at(failure.at_s, self._fail, failure)
+            self.call_at(failure.at_s, self._fail, failure)
         if scaler is not None:
-            self.at(scaler.interval_s, self._scale, scaler)
+            self.call_at(scaler.interval_s, self._scale, scaler)
 
     def run(self) -> Run:
         """Return what became of every request."""
-        self.at(self.workload.arrivals[0].offset_s, self._arrive, 0)
+        self.call_at(self.workload.arrivals[0].offset_s, self._arrive, 0)
         heap, num_requests = self._heap, len(self.workload)
         while self._num_arrived < num_requests or self.num_open:
             self.now_s, _, act, argument = heappop(heap)
             act(argument)
         self.journal.num_events = self._num_events
         self.journal.num_preemptions += sum(node.num_preemptions for node in self.nodes.values())
-        return self.journal.closed()
+        return self.journal.to_run()
 
-    def at(self, time_s: float, act: Callable[[T], None], argument: T) -> None:
+    def call_at(self, time_s: float, act: Callable[[T], None], argument: T) -> None:
         """Have `act(argument)` called at this time; equal times in order of asking."""
         self._num_events += 1
         heappush(self._heap, (time_s, self._num_events, act, argument))
@@ -149,10 +149,10 @@ class Simulation:
         self.num_open += 1
         if self._num_arrived < len(self.workload):
             next_s = self.workload.arrivals[self._num_arrived].offset_s
-            self.at(next_s, self._arrive, self._num_arrived)
+            self.call_at(next_s, self._arrive, self._num_arrived)
         if self._on_progress is not None and not number % 1000:
             self._on_progress(number)
-        self.gateways[self._gateway_of[number]].arrive(number)
+        self.gateways[self._gateway_of[number]].on_arrival(number)
 
     def _start_node(self, _: Any) -> None:
         name = f"engine-{self._num_nodes:04}"
@@ -165,31 +165,31 @@ class Simulation:
         self.nodes[node.id] = node
         for gateway in self.gateways:
             gateway.on_replica_up(node)
-        node.push()
-        self.at(self.now_s + HEARTBEAT_S, node.beat, None)
+        node.push_snapshot(self.now_s)
+        self.call_at(self.now_s + HEARTBEAT_S, node.send_heartbeat, None)
 
     def _fail(self, failure: Failure) -> None:
         working = self.working_nodes
         if failure.engine < len(working):
-            self.take_down(working[failure.engine])
-        self.at(self.now_s + failure.down_s, self._start_node, None)
+            self.remove_node(working[failure.engine])
+        self.call_at(self.now_s + failure.down_s, self._start_node, None)
 
     def _scale(self, scaler: Scaler) -> None:
-        self.at(self.now_s + scaler.interval_s, self._scale, scaler)
+        self.call_at(self.now_s + scaler.interval_s, self._scale, scaler)
         working = self.working_nodes
         num_starting = sum(act == self._start_node for _, _, act, _ in self._heap)
         num_missing = scaler.num_wanted(self) - len(working) - num_starting
         for _ in range(num_missing):
-            self.at(self.now_s + self._start_s, self._start_node, None)
+            self.call_at(self.now_s + self._start_s, self._start_node, None)
         for node in working[num_missing:] if num_missing < 0 else ():
             node.drain()
 
-    def take_down(self, node: Node) -> None:
+    def remove_node(self, node: Node) -> None:
         """End an engine at once; what it had is lost."""
         for gateway in self.gateways:
-            gateway.look()
+            gateway.deliver_snapshots()
         del self.nodes[node.id]
-        node.end()
+        node.stop()
         self.journal.num_preemptions += node.num_preemptions
         for gateway in self.gateways:
             gateway.on_replica_down(node)

@@ -32,7 +32,7 @@ class DecodeBatch:
         self.tick += num_steps
         self.num_context_tokens += num_steps * self.num_sequences
 
-    def join(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence) -> None:
         """Take in a sequence whose prompt is computed."""
         sequence.state = State.DECODE
         sequence.joined_tick = self.tick
@@ -41,7 +41,7 @@ class DecodeBatch:
         self._num_crossing[self._crossing(sequence)] += 1
         heapq.heappush(self._finishes, (self._finish_tick(sequence), sequence.serial, sequence))
 
-    def leave(self, sequence: Sequence) -> None:
+    def remove(self, sequence: Sequence) -> None:
         """Let a sequence go, its counts brought to the present; what it is now is the caller's."""
         self.sync(sequence)
         self._num_crossing[self._crossing(sequence)] -= 1
@@ -51,13 +51,13 @@ class DecodeBatch:
         self.num_sequences -= 1
         self.num_context_tokens -= sequence.num_tokens
 
-    def leave_finished(self) -> list[Sequence]:
+    def remove_finished(self) -> list[Sequence]:
         """Let go whose output is complete, and return them."""
         finished = []
         while self._finishes and self._finishes[0][0] <= self.tick:
             tick, _, sequence = heapq.heappop(self._finishes)
             if self._is_current(tick, sequence):
-                self.leave(sequence)
+                self.remove(sequence)
                 finished.append(sequence)
         return finished
 

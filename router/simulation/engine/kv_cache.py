@@ -119,7 +119,7 @@ class KvCache:
             if not segment.num_blocks and segment in self._lru:
                 del self._lru[segment]
 
-    def take(self, num_blocks: int) -> None:
+    def allocate_blocks(self, num_blocks: int) -> None:
         """Turn free blocks into used ones, blanks first; evicts."""
         num_blank = min(num_blocks, self.num_blank)
         self.num_blank -= num_blank
@@ -144,7 +144,7 @@ class KvCache:
 
     def extend(self, lease: Lease, num_blocks: int) -> None:
         """Give the lease so many blocks more."""
-        self.take(num_blocks)
+        self.allocate_blocks(num_blocks)
         lease.num_private += num_blocks
 
     def num_held(self, lease: Lease) -> int:

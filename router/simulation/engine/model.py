@@ -74,7 +74,7 @@ class EngineModel:
         self._jobs: dict[str, list[Sequence]] = {}
         # The step in progress.
         self._ends_s: list[float] = []  # of it, or of each of a run of steps
-        self._num_settled = 0
+        self._num_applied_steps = 0
         self._began_s = 0.0
         self._num_prefill_pairs = 0.0
         self._factors: deque[float] = deque()  # noise of the coming steps, as far as drawn
@@ -160,7 +160,7 @@ class EngineModel:
         if self.scheduler.is_idle:
             return None
         self._began_s = now_s
-        self._num_settled = 0
+        self._num_applied_steps = 0
         self._num_prefill_pairs = 0.0
         if self.scheduler.only_decodes:
             return self._begin_run(now_s, until_s)
@@ -182,7 +182,7 @@ class EngineModel:
         self._ends_s.append(now_s + duration_s)
         return duration_s
 
-    def cut(self, now_s: float) -> float | None:
+    def cut_run(self, now_s: float) -> float | None:
         """End the run with the step in progress at `now_s`; return that end, or None when idle.
 
         To be called when a job has come or gone during a run.
@@ -194,25 +194,25 @@ class EngineModel:
                 break
         return self.end_s
 
-    def settle(self, now_s: float) -> None:
+    def advance_to(self, now_s: float) -> None:
         """Account for the steps of a run that have ended by `now_s`; the last is `end_step`'s."""
-        first = self._num_settled
+        first = self._num_applied_steps
         end = bisect.bisect_right(self._ends_s, now_s, first, max(first, len(self._ends_s) - 1))
         if end > first:
             # The blocks of the first were taken when the run began.
             num_steps = end - first
             num_new_blocks = self.scheduler.decoding.num_new_blocks
             num_blocks = sum(map(num_new_blocks, range(1, num_steps + 1)))
-            self._account(num_steps)
-            self.scheduler.kv.take(num_blocks)
+            self._apply_steps(num_steps)
+            self.scheduler.kv.allocate_blocks(num_blocks)
 
     def end_step(self, now_s: float) -> list[Progress]:
         """End the step, or run, and return who began or ended its output with it.
 
         Every other decoding sequence has emitted one token per step.
         """
-        self.settle(math.inf)
-        self._account(1)
+        self.advance_to(math.inf)
+        self._apply_steps(1)
         self._ends_s.clear()
         computed, finished = self.scheduler.complete()
         self.num_output_tokens_total += len(computed)
@@ -274,7 +274,7 @@ class EngineModel:
         s_per_context_token = self.profile.s_per_context_token
         is_noisy = self.profile.noise > 0.0
         num_steps = decoding.next_finish_tick() - decoding.tick
-        kv.take(decoding.num_new_blocks())
+        kv.allocate_blocks(decoding.num_new_blocks())
         num_free = kv.num_free
         ends_s, end_s = self._ends_s, now_s
         while True:
@@ -286,11 +286,11 @@ class EngineModel:
             if end_s >= until_s or len(ends_s) == num_steps or num_free < 0:
                 return end_s - now_s
 
-    def _account(self, num_steps: int) -> None:
+    def _apply_steps(self, num_steps: int) -> None:
         """The bookkeeping of one step that has ended, or of more in which all only decoded."""
-        last = self._num_settled + num_steps - 1
+        last = self._num_applied_steps + num_steps - 1
         self.step_s = self._ends_s[last] - (self._ends_s[last - 1] if last else self._began_s)
-        self._num_settled += num_steps
+        self._num_applied_steps += num_steps
         if self._factors:
             for _ in range(num_steps):
                 self._factors.popleft()

@@ -66,7 +66,7 @@ class StepScheduler:
             sequence.state = State.DONE
             return
         if sequence.state is State.DECODE:
-            self.decoding.leave(sequence)
+            self.decoding.remove(sequence)
         else:
             del self._prefilling[sequence]
         self._end(sequence)
@@ -109,7 +109,7 @@ class StepScheduler:
 
     def complete(self) -> tuple[list[Sequence], list[Sequence]]:
         """End the step; return whose prompt is computed, a token each, and who is done."""
-        finished = self.decoding.leave_finished()
+        finished = self.decoding.remove_finished()
         computed = []
         for sequence, num_tokens in self.prefills.items():
             sequence.num_computed += num_tokens
@@ -121,13 +121,13 @@ class StepScheduler:
             if sequence.num_emitted == sequence.num_output:
                 finished.append(sequence)
             else:
-                self.decoding.join(sequence)
+                self.decoding.add(sequence)
         # Blocks are released, and so evicted, in the order of running.
         finished.sort(key=lambda each: each.admission)
         for sequence in finished:
             self._end(sequence)
         for sequence in self._stalled:
-            self.decoding.join(sequence)
+            self.decoding.add(sequence)
         self.prefills.clear()
         self._stalled.clear()
         return computed, finished
@@ -169,7 +169,7 @@ class StepScheduler:
             num_new_blocks += self._num_missing(sequence, sequence.num_computed + num_tokens)
         if demand <= budget and num_new_blocks <= self.kv.num_free:
             # All of them fit: then their order does not matter.
-            self.kv.take(self.decoding.num_new_blocks())
+            self.kv.allocate_blocks(self.decoding.num_new_blocks())
             for sequence in self._prefilling:
                 num_tokens = min(chunk, sequence.num_tokens - sequence.num_computed)
                 self._compute(sequence, num_tokens)
@@ -214,7 +214,7 @@ class StepScheduler:
             elif not num_tokens:
                 self._stalled.append(sequence)
         for sequence in self._stalled:
-            self.decoding.leave(sequence)
+            self.decoding.remove(sequence)
             sequence.state = State.STALLED
         return preempted, budget
 
@@ -268,7 +268,7 @@ class StepScheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         if sequence.state is State.DECODE:
-            self.decoding.leave(sequence)
+            self.decoding.remove(sequence)
         else:
             del self._prefilling[sequence]
         del self.running[sequence]

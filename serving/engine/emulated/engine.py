@@ -174,7 +174,7 @@ class EmulatedEngine:
             gone.cancel()
             del self._replies[live.job.id]
             if self.kv_events is not None:
-                self.kv_events.leave(live.job.block_hashes)
+                self.kv_events.remove_request(live.job.block_hashes)
             self.clock.abort(live.job.id)
 
     def _admit(self, body: Body, chat: bool) -> EmulatedReply:
@@ -200,7 +200,7 @@ class EmulatedEngine:
         self.clock.add(live.job)
         self._replies[live.job.id] = live
         if self.kv_events is not None:
-            self.kv_events.enter(prompt, live.job.block_hashes)
+            self.kv_events.add_request(prompt, live.job.block_hashes)
         if accounting is not None:
             accounting.entered, accounting.num_prompt_tokens = True, prompt.num_tokens
             if accounting.on_prompt is not None:

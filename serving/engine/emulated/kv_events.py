@@ -111,7 +111,7 @@ class KvEvents:
         self._cached: set[int] = set()
         self._left: list[Sequence[int]] = []
 
-    def enter(self, prompt: Prompt, hashes: Sequence[int]) -> None:
+    def add_request(self, prompt: Prompt, hashes: Sequence[int]) -> None:
         """A request with this prompt has come; `hashes` are those of its whole blocks."""
         size, parent = self._block_size, None
         for index, block_hash in enumerate(hashes):
@@ -122,11 +122,11 @@ class KvEvents:
             block.num_requests += 1
             parent = block_hash
 
-    def leave(self, hashes: Sequence[int]) -> None:
+    def remove_request(self, hashes: Sequence[int]) -> None:
         """A request is over. Its last blocks may be stored as late as the step's end."""
         self._left.append(hashes)
 
-    def take(self) -> list[Event]:
+    def collect_events(self) -> list[Event]:
         """Return what has changed since the last call."""
         update = self._log.since(self._position)
         events: list[Event] = []
@@ -202,7 +202,7 @@ class KvEventPublisher:
 
     def on_step(self) -> None:
         """Publish what the step has changed, if anything."""
-        if events := self._events.take():
+        if events := self._events.collect_events():
             number = self._num_batches.to_bytes(8, "big")
             batch = self._encode(Batch(time.time(), events))
             self._num_batches += 1

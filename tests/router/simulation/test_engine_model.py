@@ -225,9 +225,9 @@ def test_a_run_is_cut_when_somebody_comes() -> None:
     run.step()
     start_s = run.now_s
     duration_s = engine.begin_step(start_s, until_s=1e9)
-    assert engine.cut(start_s) == pytest.approx(start_s + 0.01317)
-    engine.settle(start_s + duration_s)
-    engine.end_step(engine.cut(start_s))
+    assert engine.cut_run(start_s) == pytest.approx(start_s + 0.01317)
+    engine.advance_to(start_s + duration_s)
+    engine.end_step(engine.cut_run(start_s))
     assert engine.num_output_tokens("a") == 2
     # All the rest at once: 98 steps, each 0.01 ms longer than the one before.
     assert duration_s == pytest.approx(99 * 0.013 + 0.00001 * sum(range(17, 116)))
@@ -308,10 +308,10 @@ def test_runs_are_the_very_same_steps(plan: list, until_s: float, num_blocks: in
         while events or end_s is not None:
             if events and (end_s is None or events[0][0] < end_s):
                 now_s, job = events.pop(0)
-                engine.settle(now_s)
+                engine.advance_to(now_s)
                 engine.add(job)
                 if end_s is not None:
-                    end_s = engine.cut(now_s)
+                    end_s = engine.cut_run(now_s)
                 seen.append((now_s, engine.snapshot(1, 0)))
             else:
                 now_s = end_s

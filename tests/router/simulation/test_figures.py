@@ -27,11 +27,11 @@ def make_run(requests):
     for number, (arrival_s, first_s, end_s, *_) in enumerate(requests):
         journal.placed_s[number] = arrival_s
         if end_s is None:
-            journal.end(number, Outcome.EXPIRED, arrival_s + 9.0)
+            journal.record_outcome(number, Outcome.EXPIRED, arrival_s + 9.0)
         else:
             journal.first_s[number] = first_s
-            journal.end(number, Outcome.COMPLETED, end_s)
-    return journal.closed()
+            journal.record_outcome(number, Outcome.COMPLETED, end_s)
+    return journal.to_run()
 
 
 def test_promises():

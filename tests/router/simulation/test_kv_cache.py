@@ -33,10 +33,10 @@ def test_blanks_first_then_the_least_recently_used_tail_before_head() -> None:
     for lease in (old, young):
         fill(kv, lease, 2)
         kv.release(lease, 2)
-    kv.take(3)  # two blanks and block 2
+    kv.allocate_blocks(3)  # two blanks and block 2
     assert kv.look_up(Lease([1, 2]), 9).num_blocks == 1
     assert kv.look_up(Lease([3, 4]), 9).num_blocks == 2
-    kv.take(2)  # blocks 1 and 4
+    kv.allocate_blocks(2)  # blocks 1 and 4
     assert kv.look_up(Lease([1, 2]), 9).num_blocks == 0
     assert kv.look_up(Lease([3, 4]), 9).num_blocks == 1
 
@@ -47,7 +47,7 @@ def test_a_hit_makes_it_young_again() -> None:
         lease = Lease(keys)
         fill(kv, lease, 2)
         kv.release(lease, 2)
-    kv.take(2)
+    kv.allocate_blocks(2)
     assert kv.look_up(Lease([1, 2]), 9).num_blocks == 2
 
 
@@ -59,9 +59,9 @@ def test_the_same_block_computed_twice_is_found_until_both_are_gone() -> None:
     for lease in (first, second):
         kv.commit(lease, 1)
         kv.release(lease, 1)
-    kv.take(3)
+    kv.allocate_blocks(3)
     assert kv.look_up(Lease([1]), 9).num_blocks == 1
-    kv.take(1)
+    kv.allocate_blocks(1)
     assert kv.look_up(Lease([1]), 9).num_blocks == 0
 
 
@@ -71,7 +71,7 @@ def test_its_own_blocks_are_found_again_and_only_by_itself() -> None:
     fill(kv, lease, 5)
     kv.release(lease, 4)
     assert kv.look_up(Lease([1]), 9).num_blocks == 1
-    kv.take(8)  # six blanks, then two of the private blocks, from the end
+    kv.allocate_blocks(8)  # six blanks, then two of the private blocks, from the end
     hit = kv.look_up(lease, 9)
     assert (hit.num_blocks, hit.num_evictable) == (2, 2)
     kv.adopt(lease, hit)
@@ -85,7 +85,7 @@ def test_segments_of_several_blocks() -> None:
     assert kv.look_up(Lease([1, 2]), 9).num_blocks == 4  # the second is not whole
     kv.release(lease, 7)
     assert (kv.num_cached, kv.num_blank) == (7, 5)
-    kv.take(9)  # blanks, three private blocks, and with one of it the segment
+    kv.allocate_blocks(9)  # blanks, three private blocks, and with one of it the segment
     assert (kv.num_used, kv.num_cached, kv.num_blank) == (9, 0, 3)
     assert kv.look_up(Lease([1, 2]), 9).num_blocks == 0
 
@@ -130,7 +130,7 @@ def test_every_block_is_counted_once(steps: list, size: int) -> None:
     for lease, num_blocks in leases.values():
         kv.release(lease, num_blocks)
     assert kv.num_used == 0
-    kv.take(30)
+    kv.allocate_blocks(30)
     assert not kv._found
     assert not kv._twins
 
@@ -138,4 +138,4 @@ def test_every_block_is_counted_once(steps: list, size: int) -> None:
 def test_nothing_is_taken_that_is_not_free() -> None:
     kv = KvCache(2)
     with pytest.raises(StopIteration):
-        kv.take(3)
+        kv.allocate_blocks(3)

@@ -13,7 +13,7 @@ from router.simulation.simulator import Failure, Simulation
 from router.simulation.variant import ablations, policies, renamed, split
 from router.simulation.workload.synthetic import SYNTHETIC
 from router.types import Outcome
-from serving.capacity.sweep import Fleet, capacity, simulate
+from serving.capacity.sweep import Fleet, simulate, simulated_capacity
 
 PROFILE = Profile(
     name="test",
@@ -203,8 +203,8 @@ def test_scaling():
 def test_capacity():
     """Twice the engines, twice the rate; below it requests wait little, above it without end."""
     workload = SYNTHETIC["poisson"](1500, 0)
-    rate = capacity(workload, Fleet(PROFILE, 2))
-    assert capacity(workload, Fleet(PROFILE, 4)) == pytest.approx(2.0 * rate, rel=0.1)
+    rate = simulated_capacity(workload, Fleet(PROFILE, 2))
+    assert simulated_capacity(workload, Fleet(PROFILE, 4)) == pytest.approx(2.0 * rate, rel=0.1)
     below = simulate(workload.at_rate(0.7 * rate), Fleet(PROFILE, 2), "least_requests")
     above = simulate(workload.at_rate(1.5 * rate), Fleet(PROFILE, 2), "least_requests")
     assert np.median(below.ttft_s) * 5.0 < np.median(above.ttft_s)

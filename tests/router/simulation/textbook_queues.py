@@ -50,10 +50,10 @@ class FirstComeFirstServed:
     def step_ends_s(self) -> list[float]:
         return [self._end_s] if self.jobs else []
 
-    def settle(self, now_s: float) -> None:
+    def advance_to(self, now_s: float) -> None:
         pass
 
-    def cut(self, now_s: float) -> float:
+    def cut_run(self, now_s: float) -> float:
         return self._end_s
 
     def end_step(self, now_s: float) -> list[Progress]:
@@ -98,7 +98,7 @@ class ProcessorSharing(FirstComeFirstServed):
         self._end_s = now_s + min(self._left_s.values()) * len(self._left_s)
         return self._end_s - now_s
 
-    def cut(self, now_s: float) -> float:
+    def cut_run(self, now_s: float) -> float:
         self._end_s = now_s
         return now_s
 
