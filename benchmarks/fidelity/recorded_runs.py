@@ -59,9 +59,9 @@ def replay(run: VllmRun, profile: Profile) -> tuple[dict[str, Times], int]:
         end_s = engine.end_s
         if request is not None and (end_s is None or request.arrival_s < end_s):
             now_s = request.arrival_s
-            engine.settle(now_s)
+            engine.advance_to(now_s)
             engine.add(Job(request.id, request.num_prompt_tokens, request.num_output_tokens))
-            engine.cut(now_s)
+            engine.cut_run(now_s)
             request = next(coming, None)
         else:
             assert end_s is not None
