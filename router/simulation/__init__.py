@@ -1,4 +1,4 @@
-"""The deployed router in virtual time: the core's third shell.
+"""What would the deployed router do in virtual time? The core's third shell.
 
 Nothing is decided here about routing: gateways, a network and engines are modelled around the
 same `Router` that serves. Called by `serving.capacity`, the benchmarks and the tests.

@@ -1,14 +1,11 @@
-"""A reference that no router can be: one pool of all engines, and every length known.
+"""How well could a router do that knew everything? One pool of all engines, every length known.
 
-The engines are merged into one that is as fast as all of them and has all their
-memory: no placement can be wrong, every prefix is cached where it is needed, and it
-takes the request with the least work first, true output length included. A request's
-first token then counts as no earlier than it would come on a single idle engine, which
-prefills a prompt without help.
+The engines are merged into one that is as fast as all of them and has all their memory: no
+placement can be wrong, every prefix is cached where it is needed, and the request with the least
+work goes first, its true output length included. A request's first token then counts as no
+earlier than on a single idle engine, which prefills a prompt without help.
 
-A lower bound in what it relaxes, but not in its order: shortest first makes the mean
-small (Schrage 1968) and the largest requests wait, so at high load a policy can have a
-lower p99 of long prompts.
+What it relaxes makes it a lower bound, its order does not (`run_clairvoyant`).
 """
 
 import random
@@ -28,8 +25,10 @@ NAME = "clairvoyant"
 
 
 def pooled(profile: Profile, num_engines: int) -> Profile:
-    """Return the profile of all engines in one: what a step may hold times their number,
-    what each token costs divided by it."""
+    """Return the profile of all engines merged into one.
+
+    A step may hold as many times more, and each token costs as many times less.
+    """
     return profile.model_copy(
         update={
             "name": f"{profile.name} ×{num_engines} pooled",
@@ -48,11 +47,15 @@ def pooled(profile: Profile, num_engines: int) -> Profile:
 def run_clairvoyant(
     workload: Workload, profile: Profile, num_engines: int, *, seed: int, segment_tokens: int
 ) -> Run:
-    """Return what the reference makes of the workload."""
+    """Run the workload under the reference.
+
+    Shortest first minimises the mean (Schrage 1968) and lets the largest requests wait: at high
+    load a policy can have a lower p99 of long prompts.
+    """
     pool = pooled(profile, num_engines)
     simulation = Simulation(
         workload,
-        RouterSettings(policy="round_robin"),  # there is but one to choose
+        RouterSettings(policy="round_robin"),  # there is only one engine
         lambda rng: EngineModel(pool, rng, paces=True, segment_tokens=segment_tokens),
         1,
         network=Network(submit_s=0.0, reply_s=0.0),
@@ -71,7 +74,7 @@ def run_clairvoyant(
 
 
 def prefill_s(num_prompt_tokens: int, profile: Profile) -> float:
-    """Return how long one engine with nothing else to do takes for the first token, seconds."""
+    """Return the time to first token on one engine that has nothing else to do, seconds."""
     engine = EngineModel(profile.model_copy(update={"noise": 0.0}), random.Random(0))
     engine.add(Job("alone", num_prompt_tokens, 1))
     now_s = 0.0
@@ -82,7 +85,7 @@ def prefill_s(num_prompt_tokens: int, profile: Profile) -> float:
 
 
 def work_s(arrival: Arrival, profile: Profile) -> float:
-    """Return what the request takes of an engine, about: its tokens' share of steps, seconds."""
+    """Return about how much of an engine's time the request takes, by its tokens, seconds."""
     num_pairs = arrival.num_prompt_tokens**2 / 2.0
     num_context = arrival.num_output_tokens * (
         arrival.num_prompt_tokens + arrival.num_output_tokens / 2.0

@@ -1,4 +1,7 @@
-"""A gateway of a simulation: a router and a shell around it, as `serving.gateway.driver` is."""
+"""How does a simulated gateway carry out decisions? A router and a shell around it.
+
+The counterpart in virtual time of `serving.gateway.driver`.
+"""
 
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -36,9 +39,9 @@ _BYTES_PER_TOKEN = 4
 class Gateway:
     """Carries out what its router decides.
 
-    While it holds requests it listens: news of an engine is an event of its own, for it may
-    let one of them go. Else news waits until the router is asked something, and is told
-    to it first, with the time at which it came (`deliver_snapshots`).
+    While it holds requests it listens: every snapshot that arrives is an event of its own, for
+    it may release one of them. Otherwise snapshots wait until the router is called, and are
+    delivered first, each with the time of its arrival (`deliver_snapshots`).
     """
 
     def __init__(self, simulation: World[Node], settings: RouterSettings, number: int) -> None:
@@ -47,7 +50,7 @@ class Gateway:
         self._simulation = simulation
         self._max_hold_s = settings.max_hold_s
         self._model = ""
-        self._exchanges: dict[str, Exchange] = {}  # open, by request
+        self._exchanges: dict[str, Exchange] = {}  # by request, until it ends
         self._held: set[str] = set()  # of these
         self.listens = simulation.always_listens
         self._streams: dict[str, dict[str, Exchange]] = {}  # by engine and job
@@ -60,7 +63,7 @@ class Gateway:
     # Clients
 
     def on_arrival(self, number: int) -> None:
-        """A request comes in."""
+        """Pass the workload's request of this number to the router."""
         simulation = self._simulation
         now_s = simulation.now_s
         arrival = simulation.workload.arrivals[number]
@@ -87,25 +90,25 @@ class Gateway:
     # Engines
 
     def deliver_snapshots(self) -> None:
-        """Tell the router all that has come by now, in the order in which it came."""
+        """Deliver to the router the snapshots that have arrived by now, in order of arrival."""
         now_s = self._simulation.now_s
-        come: list[tuple[float, EngineSnapshot, BlockUpdate | None, Node]] = []
+        arrived: list[tuple[float, EngineSnapshot, BlockUpdate | None, Node]] = []
         for node in self._simulation.nodes.values():
             if node.next_push_s <= now_s:
                 node.push_due_snapshots(now_s)
             snapshots = node.channels[self.number].snapshots
             while snapshots and snapshots[0][0] < now_s:
-                come.append((*snapshots.popleft(), node))
-        come.sort(key=itemgetter(0))
-        for arrived_s, snapshot, update, node in come:
+                arrived.append((*snapshots.popleft(), node))
+        arrived.sort(key=itemgetter(0))
+        for arrived_s, snapshot, update, node in arrived:
             decisions = self._deliver_snapshot(node, arrived_s, snapshot, update)
-            assert not decisions, "news that nobody listened for made a difference"
+            assert not decisions, "a snapshot led to a decision though no gateway listened"
 
     def on_snapshot(self, _: Node) -> None:
-        """A snapshot has come, and somebody waits for what it says.
+        """Deliver the snapshots that have arrived; one of them may release a held request.
 
-        Of several that come at the same time, the order is that of the engines, however
-        they came to be on their way: each may be the one that lets the next request go.
+        Those of the same time go in the order of the engines, whenever they were sent: each
+        may release the next request.
         """
         now_s = self._simulation.now_s
         for node in self._simulation.nodes.values():
@@ -135,7 +138,7 @@ class Gateway:
         self._execute(self.router.on_replica_draining(node.id, self._simulation.now_s))
 
     def on_step(self, message: tuple[Node, list[Job], list[Progress]]) -> None:
-        """An engine tells what a step brought: what prompts consist of, first tokens, ends."""
+        """Pass a step's results to the router: prompts' blocks, first tokens, ends."""
         node, jobs, progresses = message
         if not node.is_up:
             return
@@ -155,7 +158,7 @@ class Gateway:
         for progress in progresses:
             exchange = self._streams[node.id].get(progress.job_id)
             if exchange is None:
-                continue  # taken off that engine while this was under way
+                continue  # moved off that engine while this was under way
             request_id = exchange.request.id
             if exchange.awaits_first_token:
                 exchange.awaits_first_token = False
@@ -178,17 +181,20 @@ class Gateway:
                 self._execute(self.router.on_finish(request_id, usage, now_s))
 
     def on_replica_down(self, node: Node) -> None:
-        """First close the door, then find the requests another place."""
+        """Report the engine as down, then each of its requests as failed there.
+
+        In this order, so that none of them is sent back to it.
+        """
         lost = self._streams.pop(node.id, {})
         self._execute(self.router.on_replica_down(node.id, self._simulation.now_s))
         for job_id, exchange in lost.items():
             self._fail_attempt(node, job_id, exchange)
 
     def _fail_attempt(self, node: Node, job_id: str, exchange: "Exchange") -> None:
-        """Report that an engine did not carry a request through; another goes on with it."""
+        """Report that an engine did not complete a request; another may continue it."""
         del exchange.jobs[node.id]
         num_output_tokens = 0
-        if not exchange.jobs:  # else the other attempt has its own
+        if not exchange.jobs:  # otherwise the other attempt has its own
             num_output_tokens = node.num_output_tokens(job_id)
             exchange.num_output_tokens += num_output_tokens
             exchange.awaits_first_token = True
@@ -217,7 +223,7 @@ class Gateway:
                 simulation.call_at(max(wake_s, simulation.now_s), self._tick, wake_s)
 
     def _set_listening(self, listens: bool) -> None:
-        """Want the engines' news at once from now on, or no more."""
+        """Start, or stop, making every snapshot that arrives an event."""
         simulation = self._simulation
         if simulation.always_listens:
             return
@@ -252,7 +258,7 @@ class Gateway:
         if not (exchange.has_begun or exchange.jobs):
             simulation.journal.placed_s[exchange.number] = simulation.now_s
         job = Job(
-            # An engine may get the same request twice: each time is a job of its own.
+            # An engine may get the same request twice, each time as another job.
             id=f"{exchange.number}.{exchange.num_jobs}",
             num_prompt_tokens=arrival.num_prompt_tokens + exchange.num_output_tokens,
             num_output_tokens=max(1, arrival.num_output_tokens - exchange.num_output_tokens),
@@ -284,7 +290,7 @@ class Gateway:
             self._fail_attempt(node, job_id, exchange)
 
     def _cancel_job(self, replica_id: str, job_id: str) -> None:
-        """Tell an engine to stop a job."""
+        """Send an engine the order to stop a job."""
         simulation = self._simulation
         del self._streams[replica_id][job_id]
         arrive_s = simulation.now_s + simulation.network.submit_s
@@ -299,7 +305,7 @@ class Gateway:
         simulation.call_at(arrive_s, self._call_provider, (decision, exchange))
 
     def _call_provider(self, message: tuple[Fallback, "Exchange"]) -> None:
-        """A request has come to a provider; what it says comes back when it answers."""
+        """Have a provider answer, or refuse, the request that has reached it."""
         decision, exchange = message
         simulation = self._simulation
         arrival = simulation.workload.arrivals[exchange.number]
@@ -346,12 +352,12 @@ class Gateway:
 
 @dataclass(slots=True)
 class Exchange:
-    """A request that is open at a gateway."""
+    """One client's request and the jobs that engines run for it, until it ends."""
 
     number: int  # of the arrival
     request: Request
     jobs: dict[str, str] = field(default_factory=dict)  # by engine: one, or two while hedged
     num_jobs: int = 0  # so far
-    num_output_tokens: int = 0  # that engines have sent which then failed
+    num_output_tokens: int = 0  # sent by engines that then failed
     has_begun: bool = False  # its first token has come
-    awaits_first_token: bool = True  # from the engine that has it
+    awaits_first_token: bool = True  # of the present attempt

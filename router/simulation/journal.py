@@ -1,4 +1,4 @@
-"""What became of every request of a simulated run: columns, one entry per request."""
+"""What became of every request of a simulated run? Columns, one entry per request."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,39 +16,39 @@ OUTCOME_NUMBER = {outcome: number for number, outcome in enumerate(_OUTCOMES)}
 
 
 class Journal:
-    """Filled while a run goes on: seconds of virtual time, `nan` for what never happened."""
+    """Records a run in progress: seconds of virtual time, `nan` for what never happened."""
 
     def __init__(self, workload: Workload) -> None:
         num_requests = len(workload)
         nan = float("nan")
         self.workload = workload
-        self.placed_s = [nan] * num_requests  # last time that it was sent to an engine
+        self.placed_s = [nan] * num_requests  # when it was last sent to an engine
         self.first_s = [nan] * num_requests  # first token at the gateway
         self.end_s = [nan] * num_requests
         self.outcome = [NOT_ENDED] * num_requests
         self.num_cached_tokens = [0] * num_requests
         self.num_preemptions_each = [0] * num_requests
-        self.step_gaps_s: list[float] = []  # between tokens, and how many had that gap
-        self.step_gap_counts: list[int] = []
-        self.num_preemptions = 0  # also of what was lost or left
+        self.step_gaps_s: list[float] = []  # between a sequence's tokens
+        self.step_gap_counts: list[int] = []  # sequences that had that gap
+        self.num_preemptions = 0  # also of jobs that were lost or cancelled
         self.num_events = 0
 
     def record_steps(self, began_s: float, ends_s: Sequence[float], num_decode_reqs: int) -> None:
-        """Enter steps in a row in each of which so many requests got a token."""
+        """Record successive steps, in each of which so many requests got a token."""
         for end_s in ends_s:
             self.step_gaps_s.append(end_s - began_s)
             self.step_gap_counts.append(num_decode_reqs)
             began_s = end_s
 
     def record_outcome(self, number: int, outcome: Outcome, now_s: float) -> None:
-        """Enter how a request ended; raises `RuntimeError` if it has already."""
+        """Record how a request ended. Raises `RuntimeError` if it has ended before."""
         if self.outcome[number] != NOT_ENDED:
             raise RuntimeError(f"request {number} ended twice")
         self.outcome[number] = OUTCOME_NUMBER[outcome]
         self.end_s[number] = now_s
 
     def to_run(self) -> "Run":
-        """Return it as arrays."""
+        """Return the records as arrays."""
         arrivals = self.workload.arrivals
         gaps_s = np.array(self.step_gaps_s)
         return Run(
@@ -72,7 +72,7 @@ class Journal:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is over; arrays are [num_requests] in order of arrival, but for the gaps."""
+    """A run that has ended. Arrays are [num_requests] in order of arrival, gaps [num_gaps]."""
 
     arrival_s: NDArray[np.float64]
     num_prompt_tokens: NDArray[np.int_]
@@ -94,7 +94,7 @@ class Run:
         return len(self.arrival_s)
 
     def has(self, outcome: Outcome) -> NDArray[np.bool_]:
-        """Return which requests ended so."""
+        """Return which requests ended so, [num_requests]."""
         ended_so: NDArray[np.bool_] = self.outcome == OUTCOME_NUMBER[outcome]
         return ended_so
 
@@ -104,22 +104,22 @@ class Run:
 
     @cached_property
     def ttft_s(self) -> NDArray[np.float64]:
-        """Time to first token; `nan` where the request did not complete."""
+        """Seconds to the first token; `nan` where the request did not complete."""
         return np.where(self.completed, self.first_s - self.arrival_s, np.nan)
 
     @cached_property
     def e2e_s(self) -> NDArray[np.float64]:
-        """Time to the last token; `nan` where the request did not complete."""
+        """Seconds to the last token; `nan` where the request did not complete."""
         return np.where(self.completed, self.end_s - self.arrival_s, np.nan)
 
     @cached_property
     def tpot_s(self) -> NDArray[np.float64]:
-        """Mean time per token after the first; `nan` where there is none."""
+        """Mean seconds per token after the first; `nan` where there is none."""
         more = np.where(self.num_output_tokens > 1, self.num_output_tokens - 1.0, np.nan)
         tpot_s: NDArray[np.float64] = (self.e2e_s - self.ttft_s) / more
         return tpot_s
 
     @cached_property
     def hold_s(self) -> NDArray[np.float64]:
-        """Time in the gateway before it was sent to the engine that answered."""
+        """Seconds in the gateway before it was sent to the engine that answered."""
         return np.where(self.completed, self.placed_s - self.arrival_s, np.nan)

@@ -1,11 +1,11 @@
-"""An engine of a simulation, the replica around it, and its channels to the gateways.
+"""When does a simulated engine step, and when does it push snapshots to the gateways?
 
-What changes in an engine is pushed to every gateway as `serving/stream/server.py` does: at most
-once per interval, one that was idle at once. A push is no event of its own unless
-a gateway listens for it: what a push said, and when, follows from the engine's steps, so it is
-made up when somebody asks (`tell`). Runs of steps in which all that happens is that
-everybody decodes are begun at once and cut when something comes in between. None of this
-changes what happens: `Simulation(eager=True)` does without, and gives the same run.
+Snapshots go to every gateway as `serving.stream.server` sends them: at most one per interval, and
+at once from an engine that was idle. A push is an event of its own only while a gateway listens.
+Otherwise its time and content follow from the engine's steps, and it is made up when needed
+(`push_due_snapshots`). Successive steps in which all sequences decode are started as one run,
+which is cut when something comes in between. Neither changes a result: `Simulation(eager=True)`
+does without both and gives the same run.
 """
 
 import math
@@ -23,20 +23,20 @@ from router.simulation.engine.sequence import Job, Progress
 from router.simulation.events import Receiver, World
 from router.types import HEARTBEAT_S
 
-# Steps that are worth beginning at once: somebody comes before long, and cuts the run.
+# How far a run of steps goes: a longer one would hardly ever end before it is cut.
 _MAX_RUN_S = 0.1
 
 
 class Engine(Protocol):
-    """What is simulated behind a replica: `EngineModel`, or a queue from a textbook."""
+    """What a node simulates: `EngineModel`, or a textbook's queue."""
 
     info: EngineInfo
     step_num_decode_reqs: int  # in the last step
-    slowness: float  # of steps begun from now on, over those of an engine alone
+    slowness: float  # of the next steps: their time over that of an engine alone
 
     @property
     def blocks(self) -> BlockLog:
-        """What the prefix cache holds."""
+        """The blocks in the prefix cache."""
         ...
 
     @property
@@ -44,7 +44,7 @@ class Engine(Protocol):
 
     @property
     def step_ends_s(self) -> Sequence[float]:
-        """When the steps of the run in progress end; empty between runs."""
+        """The ends of the steps of the run in progress; empty between runs."""
         ...
 
     def add(self, job: Job) -> None: ...
@@ -65,14 +65,14 @@ class Engine(Protocol):
 
 
 class Channel:
-    """From a node to one gateway: what is under way, and how far that gateway was told."""
+    """From a node to one gateway: snapshots under way, and what that gateway has been sent."""
 
     __slots__ = ("block_position", "last_booking", "snapshots")
 
     def __init__(self) -> None:
-        self.last_booking = 0  # of the gateway's, that the replica has read
-        self.block_position = 0  # what the gateway knows of the prefix cache
-        # (when it arrives, snapshot, what changed in the prefix cache), in that order.
+        self.last_booking = 0  # the gateway's last one that the replica has received
+        self.block_position = 0  # in the log of the prefix cache: sent up to here
+        # (time of arrival, snapshot, changes of the prefix cache), by time of arrival.
         self.snapshots: deque[tuple[float, EngineSnapshot, BlockUpdate | None]] = deque()
 
 
@@ -87,33 +87,33 @@ class Node:
         self.is_up = True
         self.is_draining = False
         self.channels = [Channel() for _ in simulation.gateways]
-        # When the next push is due, as far as is known by now; `tell` makes it.
+        # When the next push is due, as far as known; `push_due_snapshots` makes it.
         self.next_push_s = math.inf
         self._simulation = simulation
         self._rng = rng  # which snapshots are lost
         self._gateway_of: dict[str, Receiver[Node]] = {}  # of each job in the engine
-        self._new_jobs: list[Job] = []  # of which no step has told yet
+        self._new_jobs: list[Job] = []  # that no step has reported yet
         self._run_began_s = 0.0
         self._run_ends_s: float | None = None  # None: the engine has nothing to do
         self._seq = 0
         self._last_push_s = -math.inf
         self._has_unsent_change = False  # since the last push
-        self._push_event_s = math.inf  # when there is an event for the next push
+        self._push_event_s = math.inf  # of the event for the next push
 
     @property
     def num_jobs(self) -> int:
-        """Requests that the replica has."""
+        """Jobs that the replica has."""
         return len(self._gateway_of)
 
     @property
     def num_preemptions(self) -> int:
-        """Sequences that the engine had to begin again."""
+        """Times that the engine preempted a sequence."""
         return self.engine.num_preemptions_total
 
-    # What comes over the network
+    # Messages from gateways
 
     def submit_job(self, submission: "tuple[Receiver[Node], int, Job]") -> None:
-        """Take in a request and the number of its booking."""
+        """Add a gateway's job to the engine; the message holds the number of its booking."""
         if not self.is_up:
             return
         gateway, booking, job = submission
@@ -130,7 +130,7 @@ class Node:
             self._cut_run()
 
     def cancel_job(self, job_id: str) -> None:
-        """Drop a job that a gateway wants no more."""
+        """Drop a job that its gateway has cancelled."""
         if self.is_up and self._gateway_of.pop(job_id, None) is not None:
             self._advance_to_now()
             self.engine.abort(job_id)
@@ -139,12 +139,12 @@ class Node:
             self._request_push()
 
     def resend_all_blocks(self, gateway: "Receiver[Node]") -> None:
-        """Tell a gateway that missed what changed in the cache everything, next time."""
+        """Put all cached blocks into the next snapshot to a gateway that missed changes."""
         self.push_due_snapshots(self._simulation.now_s)
         self.channels[gateway.number].block_position = -1
 
     def num_output_tokens(self, job_id: str) -> int:
-        """Tokens that a job has brought forth; 0 of one that is not here, or not yet."""
+        """Return the tokens that a job has emitted; 0 for one that is not in the engine."""
         if job_id not in self._gateway_of:
             return 0
         self._advance_to_now()
@@ -158,7 +158,7 @@ class Node:
         until_s = now_s + _MAX_RUN_S
         if simulation.contention:
             engine.slowness = 1.0 + simulation.contention * self._share_of_others_stepping()
-            until_s = -math.inf  # the next step may be another one's neighbour
+            until_s = -math.inf  # others may step beside the next one, or not
         elif simulation.eager:
             until_s = -math.inf
         run_s = engine.begin_step(now_s, until_s)
@@ -166,7 +166,7 @@ class Node:
         self._schedule_end(None if run_s is None else engine.step_ends_s[-1])
 
     def _cut_run(self) -> None:
-        """End the run with the step in progress: something has changed."""
+        """End the run with the step in progress, for the engine's jobs have changed."""
         end_s = self.engine.cut_run(self._simulation.now_s)
         if end_s != self._run_ends_s:
             self._schedule_end(end_s)
@@ -179,7 +179,7 @@ class Node:
 
     def _end_run(self, end_s: float) -> None:
         if not self.is_up or end_s != self._run_ends_s:
-            return  # lost, or cut short since
+            return  # down, or cut short since
         simulation, engine = self._simulation, self.engine
         now_s = simulation.now_s
         self.push_due_snapshots(now_s)
@@ -199,7 +199,7 @@ class Node:
         arrive_s = now_s + simulation.network.reply_s
         for gateway, (jobs, ends) in messages.items():
             simulation.call_at(arrive_s, gateway.on_step, (self, jobs, ends))
-        # One write holds what the step brought and the snapshot after it.
+        # One write holds the step's results and the snapshot after it.
         self._run_ends_s = None
         self._request_push()
         self._begin_run()
@@ -207,7 +207,7 @@ class Node:
             simulation.call_at(arrive_s, self._remove_if_empty, None)
 
     def _record_steps(self, ends_s: Sequence[float]) -> None:
-        """Enter steps of the run that have ended into the journal."""
+        """Record in the journal the steps of the run that have ended."""
         if self.engine.step_num_decode_reqs:
             self._simulation.journal.record_steps(
                 self._run_began_s, ends_s, self.engine.step_num_decode_reqs
@@ -221,13 +221,13 @@ class Node:
     # Pushes
 
     def push_due_snapshots(self, now_s: float) -> None:
-        """Make what pushes were due by now, each of what the engine was at its time."""
+        """Push the snapshots that were due by `now_s`, each of the engine's state at its time."""
         while self.next_push_s <= now_s:
             self.engine.advance_to(self.next_push_s)
             self.push_snapshot(self.next_push_s)
 
     def send_heartbeat(self, _: object) -> None:
-        """Show that the engine lives, where nothing else has lately."""
+        """Push a snapshot if none was pushed lately: a sign that the engine lives."""
         if self.is_up:
             simulation = self._simulation
             self._advance_to_now()
@@ -236,20 +236,20 @@ class Node:
             simulation.call_at(simulation.now_s + HEARTBEAT_S, self.send_heartbeat, None)
 
     def schedule_push(self) -> None:
-        """Have an event for the next push if somebody listens for it."""
+        """Make the next push an event, if a gateway listens for it."""
         due_s = self.next_push_s
         if self._simulation.num_listening and due_s < self._push_event_s:
             self._push_event_s = due_s
             self._simulation.call_at(due_s, self._on_push_due, due_s)
 
     def _advance_to_now(self) -> None:
-        """Bring the engine's state to the present, told of what was due before."""
+        """Bring the engine's state to the present, after pushing what was due before."""
         now_s = self._simulation.now_s
         self.push_due_snapshots(now_s)
         self.engine.advance_to(now_s)
 
     def _request_push(self) -> None:
-        """Push, now or when the next push may be made: something has changed."""
+        """Push a snapshot of a change: now, or when the interval allows."""
         now_s = self._simulation.now_s
         may_s = self._last_push_s + self._simulation.network.snapshot_interval_s
         if may_s <= now_s or not self._gateway_of:
@@ -260,9 +260,9 @@ class Node:
             self.schedule_push()
 
     def _find_next_push(self) -> None:
-        """Find out when the next push is due: if nothing else, a step of the run changes something.
+        """Set when the next push is due: at the end of the run's next step, if not before.
 
-        The end of the last one is `_end_run`'s.
+        The last step's end is left to `_end_run`.
         """
         may_s = self._last_push_s + self._simulation.network.snapshot_interval_s
         if self._has_unsent_change:
@@ -275,7 +275,7 @@ class Node:
             self.schedule_push()
 
     def push_snapshot(self, now_s: float) -> None:
-        """Send every gateway the engine's state, which is that of `now_s`."""
+        """Send every gateway a snapshot of the engine, whose state is that of `now_s`."""
         simulation, network = self._simulation, self._simulation.network
         self._has_unsent_change = False
         self._last_push_s = now_s
@@ -302,17 +302,17 @@ class Node:
                 self.push_due_snapshots(due_s)
                 self.schedule_push()
 
-    # Its end
+    # The end
 
     def stop(self) -> None:
-        """Be lost, with all that has not come out of it by now."""
+        """End at once; results that have not left the engine by now are lost."""
         self._advance_to_now()
         self.is_up = False
         ends_s = [end_s for end_s in self.engine.step_ends_s if end_s < self._simulation.now_s]
         self._record_steps(ends_s)
 
     def drain(self) -> None:
-        """Take no more, end what is there, leave."""
+        """Accept no more jobs, complete those in the engine, then be removed."""
         self.is_draining = True
         for gateway in self._simulation.gateways:
             gateway.on_replica_draining(self)
@@ -320,7 +320,7 @@ class Node:
             self._remove_if_empty(None)
 
     def _remove_if_empty(self, _: object) -> None:
-        # What was on its way when the draining began may have come since.
+        # Jobs under way when the draining began may have arrived since.
         if self.is_up and not any(
             gateway.has_streams(self) for gateway in self._simulation.gateways
         ):

@@ -1,4 +1,4 @@
-"""A provider of answers in virtual time: as fast as it is, as many as its limits let through."""
+"""When does a simulated provider answer, and when does it refuse?"""
 
 import random
 from collections import deque
@@ -10,9 +10,9 @@ _MINUTE_S = 60.0
 
 
 class ProviderModel:
-    """First tokens log-normal around a median, then an even flow; strict sliding windows.
+    """Log-normal times to first token, then even gaps; limits as sliding windows of a minute.
 
-    Counts a request when it comes, with its prompt and all of its output.
+    A request counts when it arrives, with its prompt and all of its output.
     """
 
     def __init__(
@@ -39,7 +39,10 @@ class ProviderModel:
     def answer_request(
         self, num_prompt_tokens: int, num_output_tokens: int, now_s: float
     ) -> tuple[tuple[float, float] | None, RateReport]:
-        """Seconds to the first token and from there to the end, None for a 429; and the headers."""
+        """Answer a request or refuse it. Return its times and the rate limit headers.
+
+        The times are seconds to the first token and from there to the end; None for a 429.
+        """
         while self._log and self._log[0][0] <= now_s - _MINUTE_S:
             self._num_tokens -= self._log.popleft()[1]
         num_tokens = num_prompt_tokens + num_output_tokens

@@ -1,10 +1,9 @@
 """The deployed router in virtual time: an event heap around `router.core.router.Router`.
 
-What `serving` is in real time: gateways that carry out decisions as
-`serving/gateway/driver.py` does, engines whose replicas push snapshots as
-`serving/stream/server.py` does, and a network between them. Nothing of the router's logic
-is here. Equal seeds give equal runs, event by event. See `router.simulation.node`
-for what is left out of the heap.
+What `serving` is in real time: gateways that carry out decisions as `serving.gateway.driver` does,
+engines whose replicas push snapshots as `serving.stream.server` does, and a network between them.
+No logic of the router is here. Equal seeds give equal runs, event by event. What is kept out of
+the heap is in `router.simulation.node`.
 """
 
 import random
@@ -28,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Failure:
-    """An engine dies with all it has, and is replaced."""
+    """An engine fails, its jobs are lost, and another replaces it."""
 
     engine: int
     at_s: float
@@ -36,7 +35,7 @@ class Failure:
 
 
 class Scaler(Protocol):
-    """Says how many engines there should be; called every `interval_s`."""
+    """Decides how many engines there should be; called every `interval_s`."""
 
     interval_s: float
 
@@ -67,13 +66,15 @@ class Simulation:
         on_progress: Callable[[int], None] | None = None,
         eager: bool = False,
     ) -> None:
-        """`segment_tokens`: what one hash of a job covers, as the engines expect it.
+        """Set up engines and gateways; `run` starts the run.
+
+        `segment_tokens`: tokens that one hash of a job covers, as the engines expect it.
         `contention`: how much longer a step takes, as a share of it, while all other engines
         step too (engines that share a machine's memory; GPUs do not).
-        `start_s`: how long an engine that `scaler` asks for takes to be ready.
-
-        `priority` replaces what the gateway would tell the engine (a reference that knows
-        more than a gateway can). `on_progress` is called with the number of arrivals so far.
+        `start_s`: from the time that `scaler` asks for an engine until it is ready, seconds.
+        `priority`: replaces the priority that the gateway would give the engine (for a reference
+        that knows more than a gateway can).
+        `on_progress`: called with the number of arrivals so far.
         `eager`: every step and every snapshot is an event of its own: the same run, slower.
         """
         self.workload = workload
@@ -88,8 +89,8 @@ class Simulation:
         self._num_nodes = 0
         self._seed = seed
         self.eager = eager
-        # One that finds out that it missed something asks for it at once, so it must not find
-        # out late.
+        # A gateway that detects a lost snapshot asks for all blocks at once, so it must not
+        # detect it late.
         self.always_listens = eager or self.network.snapshot_loss > 0.0
         self.num_listening = num_gateways if self.always_listens else 0
         self._make_engine = make_engine
@@ -117,7 +118,7 @@ class Simulation:
             self.call_at(scaler.interval_s, self._scale, scaler)
 
     def run(self) -> Run:
-        """Return what became of every request."""
+        """Run until every request has ended; return what became of them."""
         self.call_at(self.workload.arrivals[0].offset_s, self._arrive, 0)
         heap, num_requests = self._heap, len(self.workload)
         while self._num_arrived < num_requests or self.num_open:
@@ -128,17 +129,17 @@ class Simulation:
         return self.journal.to_run()
 
     def call_at(self, time_s: float, act: Callable[[T], None], argument: T) -> None:
-        """Have `act(argument)` called at this time; equal times in order of asking."""
+        """Schedule `act(argument)` at this time; equal times run in the order of the calls."""
         self._num_events += 1
         heappush(self._heap, (time_s, self._num_events, act, argument))
 
     @property
     def working_nodes(self) -> list[Node]:
-        """Engines that take new work."""
+        """Engines that accept new jobs."""
         return [node for node in self.nodes.values() if not node.is_draining]
 
     def priority_of(self, gateway: Receiver[Node], request: Request, arrival: Arrival) -> int:
-        """What vLLM is told: lower is first."""
+        """Return the priority that the engine gets, as vLLM's: lower is first."""
         if self._priority is not None:
             return self._priority(arrival)
         ttft_deadline_s = gateway.router.discipline.engine_priority_s(request)
@@ -156,7 +157,7 @@ class Simulation:
 
     def _start_node(self, _: Any) -> None:
         name = f"engine-{self._num_nodes:04}"
-        # Of their own each: how far one runs ahead of the others changes nothing.
+        # Each node has its own: how far it runs ahead of the others then changes nothing.
         engine_rng, node_rng = (
             random.Random(f"{part} {self._seed} {name}") for part in ("engine", "snapshots")
         )
@@ -185,7 +186,7 @@ class Simulation:
             node.drain()
 
     def remove_node(self, node: Node) -> None:
-        """End an engine at once; what it had is lost."""
+        """Remove an engine at once; the jobs in it are lost."""
         for gateway in self.gateways:
             gateway.deliver_snapshots()
         del self.nodes[node.id]
