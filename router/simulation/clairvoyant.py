@@ -56,7 +56,7 @@ def run_clairvoyant(
     simulation = Simulation(
         workload,
         RouterSettings(policy="round_robin"),  # there is only one engine
-        lambda rng: EngineModel(pool, rng, paces=True, segment_tokens=segment_tokens),
+        lambda rng: EngineModel(pool, rng, caps_prefill=True, segment_tokens=segment_tokens),
         1,
         network=Network(submit_s=0.0, reply_s=0.0),
         segment_tokens=segment_tokens,

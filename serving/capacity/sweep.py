@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from router.settings import RouterSettings
+from router import RouterSettings
 from router.simulation import clairvoyant
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
@@ -71,7 +71,9 @@ def simulate(
     simulation = Simulation(
         workload,
         RouterSettings(**settings.model_dump() | {"policy": policy, "ablate": parts, "seed": seed}),
-        lambda rng: EngineModel(fleet.profile, rng, paces=True, segment_tokens=segment_tokens),
+        lambda rng: EngineModel(
+            fleet.profile, rng, caps_prefill=True, segment_tokens=segment_tokens
+        ),
         fleet.num_engines,
         num_gateways=fleet.num_gateways,
         network=fleet.network or Network(submit_s=fleet.profile.path_s),
@@ -83,7 +85,7 @@ def simulate(
     return simulation.run()
 
 
-def capacity(workload: Workload, fleet: Fleet, seed: int = 0) -> float:
+def simulated_capacity(workload: Workload, fleet: Fleet, seed: int = 0) -> float:
     """Return the requests per second that the fleet completes of this mix, kept full.
 
     With every request there from the start; counted while the engines are full. Simulated, in
@@ -154,7 +156,7 @@ def _share(shared: Any) -> None:
 def _capacity(wanted: tuple[str, int]) -> float:
     workloads, profile, _, _ = _shared
     name, num_engines = wanted
-    return capacity(workloads[name], Fleet(profile, num_engines))
+    return simulated_capacity(workloads[name], Fleet(profile, num_engines))
 
 
 def _figures(case: Case) -> Figures:

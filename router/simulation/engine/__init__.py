@@ -1,5 +1,5 @@
-"""The model of a vLLM engine: its scheduler, KV cache, batch and step times.
+"""What would a vLLM engine compute in its next step, and how long would that take?
 
-What is decided here: what an engine would compute in its next step, and how long that takes.
-Stepped by the simulator's nodes, and in real time by the emulated engine.
+A model of its scheduler, KV cache, decode batch and step times. Stepped by the simulator's nodes,
+and in real time by the emulated engine.
 """

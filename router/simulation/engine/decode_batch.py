@@ -1,4 +1,7 @@
-"""Sequences that decode: they all advance by one token per step, so they are counts."""
+"""When do decoding sequences need blocks, and when do they end?
+
+Each of them advances by one token per step, so they are counted and not visited.
+"""
 
 import heapq
 
@@ -7,9 +10,9 @@ from router.simulation.engine.sequence import Sequence, State
 
 
 class DecodeBatch:
-    """Who decodes, how much context they have, when they need blocks and when they end.
+    """The decoding sequences: their context, the blocks that they need and their ends.
 
-    A tick is a step in which they advance. While a sequence is in here, its own counts are
+    A tick is a step in which they advance. While a sequence is in the batch, its own counts are
     those of the tick at which it joined.
     """
 
@@ -19,21 +22,21 @@ class DecodeBatch:
         self.num_context_tokens = 0
         self._kv = kv
         self._block_size = block_size
-        # [r]: how many need a new block when the tick is r modulo the block size.
+        # [block_size]; at r: how many need a new block when the tick is r modulo the block size.
         self._num_crossing = [0] * block_size
         self._finishes: list[tuple[int, int, Sequence]] = []
 
     def num_new_blocks(self, num_ticks: int = 0) -> int:
-        """Return how many blocks they need, if all stay, so many ticks from now."""
+        """Return the blocks that they need so many ticks from now, if all stay."""
         return self._num_crossing[(self.tick + num_ticks) % self._block_size]
 
     def advance(self, num_steps: int) -> None:
-        """Give everybody so many tokens."""
+        """Advance every sequence by so many tokens."""
         self.tick += num_steps
         self.num_context_tokens += num_steps * self.num_sequences
 
     def add(self, sequence: Sequence) -> None:
-        """Take in a sequence whose prompt is computed."""
+        """Add a sequence whose prompt is computed."""
         sequence.state = State.DECODE
         sequence.joined_tick = self.tick
         self.num_sequences += 1
@@ -42,7 +45,7 @@ class DecodeBatch:
         heapq.heappush(self._finishes, (self._finish_tick(sequence), sequence.serial, sequence))
 
     def remove(self, sequence: Sequence) -> None:
-        """Let a sequence go, its counts brought to the present; what it is now is the caller's."""
+        """Remove a sequence and bring its counts to the present; the caller sets its state."""
         self.sync(sequence)
         self._num_crossing[self._crossing(sequence)] -= 1
         num_ticks = self.tick - sequence.joined_tick
@@ -52,7 +55,7 @@ class DecodeBatch:
         self.num_context_tokens -= sequence.num_tokens
 
     def remove_finished(self) -> list[Sequence]:
-        """Let go whose output is complete, and return them."""
+        """Remove the sequences whose output is complete, and return them."""
         finished = []
         while self._finishes and self._finishes[0][0] <= self.tick:
             tick, _, sequence = heapq.heappop(self._finishes)
@@ -62,7 +65,7 @@ class DecodeBatch:
         return finished
 
     def next_finish_tick(self) -> int:
-        """Return the first tick with which an output is complete; somebody must be in here."""
+        """Return the first tick at which an output is complete. The batch must not be empty."""
         while True:
             tick, _, sequence = self._finishes[0]
             if self._is_current(tick, sequence):
@@ -70,27 +73,27 @@ class DecodeBatch:
             heapq.heappop(self._finishes)
 
     def sync(self, sequence: Sequence) -> None:
-        """Write the blocks that a sequence in here took into its lease."""
-        lease = sequence.lease
+        """Update the block table of a sequence in the batch with the blocks allocated to it."""
+        block_table = sequence.block_table
         num_blocks = -(-self.num_computed(sequence) // self._block_size)
-        num_shared = len(lease.shared) * self._kv.segment_blocks
-        lease.num_private = max(lease.num_private, num_blocks - num_shared)
+        num_shared = len(block_table.shared) * self._kv.segment_blocks
+        block_table.num_private = max(block_table.num_private, num_blocks - num_shared)
 
     def num_computed(self, sequence: Sequence) -> int:
-        """Return the tokens in the KV cache of a sequence in here."""
+        """Return the tokens that a sequence in the batch has in the KV cache."""
         return sequence.num_computed + self.tick - sequence.joined_tick
 
     def num_emitted(self, sequence: Sequence) -> int:
-        """Return the output so far of a sequence in here."""
+        """Return the tokens that a sequence in the batch has emitted."""
         return sequence.num_emitted + self.tick - sequence.joined_tick
 
     def _crossing(self, sequence: Sequence) -> int:
-        """At which ticks, modulo the block size, its blocks are full."""
+        """Return at which ticks, modulo the block size, its blocks are full."""
         return (sequence.joined_tick - sequence.num_computed) % self._block_size
 
     def _finish_tick(self, sequence: Sequence) -> int:
         return sequence.joined_tick + sequence.num_output - sequence.num_emitted
 
     def _is_current(self, tick: int, sequence: Sequence) -> bool:
-        # It may have left and come back since.
+        # It may have been removed and added again since.
         return sequence.state is State.DECODE and tick == self._finish_tick(sequence)

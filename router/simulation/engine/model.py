@@ -1,9 +1,9 @@
-"""An engine in virtual time: vLLM's continuous batching without the model.
+"""When does each step of an engine end, and what has it computed?
 
-`StepScheduler` chooses what a step computes, the profile says how long that takes.
-Sequences that decode all advance by one token per step, so they are counted
-and not visited: a step costs what changes in it, and a run of steps in which
-nothing but counts changes can be taken at once (`begin_step(until_s=...)`).
+vLLM's continuous batching in virtual time, without the model. `StepScheduler` chooses what a step
+computes, the profile says how long that takes. Decoding sequences advance by one token per step
+and are only counted: a step costs what changes in it, and successive steps in which only counts
+change are one run (`begin_step(until_s=...)`).
 """
 
 import bisect
@@ -25,12 +25,11 @@ from router.types import PREFILL_RATE_FORGETTING
 class EngineModel:
     """One engine; `now_s` is the caller's virtual clock.
 
-    The caller alternates `begin_step` and `end_step`, the latter at the time
-    that the former named. Jobs are added and aborted at any time and count
-    from the next step on.
+    The caller alternates `begin_step` and `end_step`, the latter at the time that the former
+    returned. Jobs are added and aborted at any time and count from the next step on.
 
-    `segment_tokens`: what one of a job's hashes covers; a multiple of the
-    profile's block size, which is the default. `paces`: as of `StepScheduler`.
+    `segment_tokens`: tokens that one hash of a job covers; a multiple of the profile's block size,
+    which is the default. `caps_prefill`: as in `StepScheduler`.
     """
 
     def __init__(
@@ -39,7 +38,7 @@ class EngineModel:
         rng: random.Random,
         *,
         priority: bool = True,
-        paces: bool = False,
+        caps_prefill: bool = False,
         segment_tokens: int | None = None,
     ) -> None:
         segment_tokens = segment_tokens or profile.block_size
@@ -59,7 +58,10 @@ class EngineModel:
             engine=f"simulated vLLM 0.32 scheduler, profile {profile.name}",
         )
         self.scheduler = StepScheduler(
-            profile, segment_tokens // profile.block_size, priority=priority, paces=paces
+            profile,
+            segment_tokens // profile.block_size,
+            priority=priority,
+            caps_prefill=caps_prefill,
         )
         self.num_prefill_tokens_total = 0
         self.num_output_tokens_total = 0
@@ -68,23 +70,23 @@ class EngineModel:
         self.step_num_prefill_tokens = 0
         self.step_num_prefill_pairs = 0.0
         self.step_num_decode_reqs = 0
-        self.slowness = 1.0  # of the steps begun from now on: what neighbours cost
+        self.slowness = 1.0  # of the next steps: their time over that of an engine alone
         self._rng = rng
         self._serials = itertools.count()
         self._jobs: dict[str, list[Sequence]] = {}
-        # The step in progress.
-        self._ends_s: list[float] = []  # of it, or of each of a run of steps
-        self._num_applied_steps = 0
+        # The run in progress: one step or several.
+        self._ends_s: list[float] = []  # of its steps
+        self._num_applied_steps = 0  # of these, whose effects are counted
         self._began_s = 0.0
         self._num_prefill_pairs = 0.0
-        self._factors: deque[float] = deque()  # noise of the coming steps, as far as drawn
+        self._factors: deque[float] = deque()  # noise of the next steps, as far as drawn
         self._aborted: list[str] = []
         self._prefill_rate_tokens = 0.0
         self._prefill_rate_s = 0.0
 
     @property
     def blocks(self) -> BlockLog:
-        """What the prefix cache holds, by the hashes of jobs."""
+        """The blocks in the prefix cache, by the hashes of jobs."""
         return self.scheduler.kv.log
 
     @property
@@ -96,7 +98,7 @@ class EngineModel:
     def add(self, job: Job) -> None:
         """Queue a job. Raises `ValueError` for one that this engine can never serve.
 
-        Its output is cut where the model's context ends, as vLLM does.
+        Its output is cut where the model's context ends, as in vLLM.
         """
         room = self.profile.max_model_len - job.num_prompt_tokens
         if job.num_prompt_tokens < 1 or job.num_output_tokens < 1 or room < 1:
@@ -108,7 +110,7 @@ class EngineModel:
             raise ValueError(f"job {job.id}: is here already")
         keys: Row[Hashable] = job.block_hashes
         if job.num_sequences > 1 and not keys:
-            # The sequences of one job share its prompt, whoever else may.
+            # The sequences of one job share its prompt, though no other job can.
             size = self.scheduler.kv.segment_blocks * self.profile.block_size
             keys = [(job.id, index) for index in range(job.num_prompt_tokens // size)]
         sequences = []
@@ -120,41 +122,41 @@ class EngineModel:
         self._jobs[job.id] = sequences
 
     def abort(self, job_id: str) -> None:
-        """Drop a job at the end of the step in progress, or now; unknown ids are fine."""
+        """Drop a job at the end of the step in progress, or now. Unknown ids do nothing."""
         if self._ends_s:
             self._aborted.append(job_id)
         else:
             self._drop(job_id)
 
     def num_output_tokens(self, job_id: str, index: int = 0) -> int:
-        """Tokens that this sequence of a job in the engine has emitted."""
+        """Return the tokens that a job's sequence has emitted. The job must be in the engine."""
         sequence = self._jobs[job_id][index]
         if sequence.state is State.DECODE:
             return self.scheduler.decoding.num_emitted(sequence)
         return sequence.num_emitted
 
     def job_ids(self) -> Iterator[str]:
-        """The jobs that have not ended."""
+        """Yield the ids of the jobs that have not ended."""
         return iter(self._jobs)
 
     # Steps
 
     @property
     def step_ends_s(self) -> Row[float]:
-        """When the steps of the run in progress end; empty between runs."""
+        """The ends of the steps of the run in progress; empty between runs."""
         return self._ends_s
 
     @property
     def end_s(self) -> float | None:
-        """When the step or run in progress ends; None when there is none."""
+        """The end of the step or run in progress; None when there is none."""
         return self._ends_s[-1] if self._ends_s else None
 
     def begin_step(self, now_s: float, until_s: float = -math.inf) -> float | None:
         """Start a step; return how long it takes, seconds, or None when there is nothing to do.
 
-        With `until_s`, start a run of steps as long as nothing but counts changes
-        from one to the next, and end it with the first step that ends at or after
-        `until_s`. Its steps are those that single calls would have made.
+        With `until_s`, start a run of steps for as long as only counts change from one to the
+        next. It ends with the first step that ends at or after `until_s`. Its steps are those that
+        single calls would have made.
         """
         assert not self._ends_s, "the step in progress has not ended"
         if self.scheduler.is_idle:
@@ -185,7 +187,7 @@ class EngineModel:
     def cut_run(self, now_s: float) -> float | None:
         """End the run with the step in progress at `now_s`; return that end, or None when idle.
 
-        To be called when a job has come or gone during a run.
+        Called when a job was added or aborted during a run.
         """
         ends_s = self._ends_s
         for index, end_s in enumerate(ends_s):
@@ -195,11 +197,11 @@ class EngineModel:
         return self.end_s
 
     def advance_to(self, now_s: float) -> None:
-        """Account for the steps of a run that have ended by `now_s`; the last is `end_step`'s."""
+        """Apply the steps of the run that have ended by `now_s`; `end_step` applies the last."""
         first = self._num_applied_steps
         end = bisect.bisect_right(self._ends_s, now_s, first, max(first, len(self._ends_s) - 1))
         if end > first:
-            # The blocks of the first were taken when the run began.
+            # The first step's blocks were allocated when the run began.
             num_steps = end - first
             num_new_blocks = self.scheduler.decoding.num_new_blocks
             num_blocks = sum(map(num_new_blocks, range(1, num_steps + 1)))
@@ -207,7 +209,7 @@ class EngineModel:
             self.scheduler.kv.allocate_blocks(num_blocks)
 
     def end_step(self, now_s: float) -> list[Progress]:
-        """End the step, or run, and return who began or ended its output with it.
+        """End the step or run; return the sequences that began or ended their output with it.
 
         Every other decoding sequence has emitted one token per step.
         """
@@ -234,7 +236,7 @@ class EngineModel:
         return progress
 
     def snapshot(self, seq: int, last_booking: int) -> EngineSnapshot:
-        """The state after the last step, or after the last one settled."""
+        """Return the state after the last step that was applied."""
         scheduler = self.scheduler
         num_pending, num_demand = scheduler.pending_tokens()
         num_free = scheduler.kv.num_free
@@ -265,7 +267,7 @@ class EngineModel:
             num_steps_total=self.num_steps_total,
         )
 
-    # Runs of steps in which all that happens is that everybody decodes
+    # Runs of steps in which all sequences decode and nothing else happens
 
     def _begin_run(self, now_s: float, until_s: float) -> float:
         decoding, kv = self.scheduler.decoding, self.scheduler.kv
@@ -287,7 +289,7 @@ class EngineModel:
                 return end_s - now_s
 
     def _apply_steps(self, num_steps: int) -> None:
-        """The bookkeeping of one step that has ended, or of more in which all only decoded."""
+        """Apply the next step of the run, or several in which all sequences only decoded."""
         last = self._num_applied_steps + num_steps - 1
         self.step_s = self._ends_s[last] - (self._ends_s[last - 1] if last else self._began_s)
         self._num_applied_steps += num_steps
@@ -309,7 +311,7 @@ class EngineModel:
         self.num_output_tokens_total += num_steps * decoding.num_sequences
 
     def _noise(self, index: int) -> float:
-        """The factor on the step that comes so many after the last one settled."""
+        """Return the noise factor of the step that is so many after the last one applied."""
         if (noise := self.profile.noise) == 0.0:
             return 1.0
         while len(self._factors) <= index:

@@ -1,26 +1,26 @@
-"""What an engine model serves: jobs, and the sequences that they consist of."""
+"""What does an engine model serve? Jobs, each of one sequence or several."""
 
 from collections.abc import Hashable
 from collections.abc import Sequence as Row
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from router.simulation.engine.kv_cache import Lease
+from router.simulation.engine.kv_cache import BlockTable
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request as an engine knows it. Jobs arrive in the order in which they are added."""
+    """A request as an engine sees it. Jobs arrive in the order in which they are added."""
 
     id: str
     num_prompt_tokens: int
     num_output_tokens: int
     priority: int = 0  # vLLM's: lower is first
-    # Of the successive whole segments of prompt and output, as far as somebody
-    # else may share them: equal means equal up to there.
+    # Chained hashes of the successive whole segments of prompt and output, as far as others may
+    # share them.
     block_hashes: tuple[int, ...] = ()
     num_sequences: int = 1
-    num_expected_cached_tokens: int = 0  # the router's word, until the cache is looked at
+    num_expected_cached_tokens: int = 0  # by the router, until the cache is looked up
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Progress:
     num_tokens: int  # emitted so far
     finished: bool
     num_cached_tokens: int  # of the prompt, found in the prefix cache
-    num_preemptions: int = 0  # how often it had to begin again
+    num_preemptions: int = 0  # so far
 
 
 class State(Enum):
@@ -44,13 +44,15 @@ class State(Enum):
 
 
 class Sequence:
+    """One output of a job, and how far it is computed."""
+
     __slots__ = (
         "admission",
+        "block_table",
         "id",
         "index",
         "job",
         "joined_tick",
-        "lease",
         "num_cached",
         "num_computed",
         "num_emitted",
@@ -65,17 +67,17 @@ class Sequence:
         self.job = job
         self.index = index
         self.serial = serial
-        self.lease = Lease(keys)
+        self.block_table = BlockTable(keys)
         self.state = State.WAITING
         self.num_output = 0
-        self.num_computed = 0  # while decoding: when it joined
+        self.num_computed = 0  # while decoding: as it was when it joined the batch
         self.num_emitted = 0  # likewise
         self.joined_tick = 0
         self.num_cached = 0
         self.num_preemptions = 0
-        self.admission = 0  # counts all admissions of the engine: the order of running
+        self.admission = 0  # the how-manieth of the engine: the order among running ones
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output so far; not while decoding."""
+        """Prompt and emitted tokens; out of date while decoding."""
         return self.job.num_prompt_tokens + self.num_emitted

@@ -1,11 +1,10 @@
-"""What each step of an engine computes: vLLM's continuous batching.
+"""What does each step of an engine compute? vLLM's continuous batching.
 
-Follows `Scheduler.schedule` of vLLM 0.32 (v1/core/sched/scheduler.py): one
-token budget per step; running sequences first, in the order of their
-admission, then waiting ones; chunked prefill; a whole prompt must fit into
-free KV blocks before it is admitted; a running sequence that finds no block
-preempts the last one, or the least urgent, which is computed anew later. Not
-modelled: asynchronous scheduling, by which a newcomer can wait one step more.
+Follows `Scheduler.schedule` of vLLM 0.32 (v1/core/sched/scheduler.py): one token budget per step;
+running sequences first, in the order of their admission, then waiting ones; chunked prefill; a
+whole prompt must fit into free KV blocks before it is admitted; a running sequence that finds no
+block preempts the last one, or the least urgent, which is recomputed later. Not modelled:
+asynchronous scheduling, under which a new sequence can wait one step more.
 """
 
 from router.simulation.engine.decode_batch import DecodeBatch
@@ -18,28 +17,28 @@ from router.simulation.engine.waiting import WaitingSequences
 class StepScheduler:
     """The sequences of one engine, and which of them the next step computes.
 
-    The caller alternates `schedule` and `complete`; `advance` stands for steps in
-    between in which everybody decodes. Sequences that decode are counted and not visited.
+    The caller alternates `schedule` and `complete`; in between, `decoding.advance` stands for steps
+    in which all sequences decode.
 
-    `paces`: steps are made up as by `serving/engine/vllm/scheduler.py`, not by vLLM alone: no long
-    prompt takes more than its part, and every second step is without those that are less
-    urgent than who waits.
+    `caps_prefill`: schedule as `serving.engine.vllm.scheduler` does, not as vLLM alone: no prompt
+    takes more than its chunk of a step, and every second step leaves out long prompts that are less
+    urgent than the first that waits.
     """
 
     def __init__(
-        self, profile: Profile, segment_blocks: int, *, priority: bool, paces: bool
+        self, profile: Profile, segment_blocks: int, *, priority: bool, caps_prefill: bool
     ) -> None:
         self.kv = KvCache(profile.num_kv_blocks, segment_blocks)
         self.decoding = DecodeBatch(self.kv, profile.block_size)
         self.waiting = WaitingSequences(profile.prefill_chunk or profile.max_num_batched_tokens)
         self.running: dict[Sequence, None] = {}
-        self.prefills: dict[Sequence, int] = {}  # the step's, tokens
+        self.prefills: dict[Sequence, int] = {}  # tokens in this step
         self.num_prefix_queries_total = 0
         self.num_prefix_hits_total = 0
         self.num_preemptions_total = 0
         self._profile = profile
         self._priority = priority
-        self._paces = paces
+        self._caps_prefill = caps_prefill
         self._block_size = profile.block_size
         self._chunk = profile.prefill_chunk or profile.max_num_batched_tokens
         self._num_prepended = 0
@@ -47,18 +46,18 @@ class StepScheduler:
         self._prefilling: dict[Sequence, None] = {}
         self._stalled: list[Sequence] = []  # decoding, yet not in the current step
         self._deferred: list[Sequence] = []  # left out of the current step
-        # The head that found no room, and the cache's epoch at that time.
+        # The head that did not fit, and the cache's epoch at that time.
         self._blocked: tuple[Sequence, int] | None = None
 
-    # Comings and goings
+    # Sequences
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn."""
+        """Add a sequence to those that wait."""
         urgency = sequence.job.priority if self._priority else 0
         self.waiting.push(sequence, (float(urgency), sequence.serial))
 
     def drop(self, sequence: Sequence) -> None:
-        """Let a sequence go between two steps; one that is done is gone already."""
+        """Remove a sequence between two steps; one that is done has been removed already."""
         if sequence.state is State.DONE:
             return
         if sequence.state is State.WAITING:
@@ -71,7 +70,7 @@ class StepScheduler:
             del self._prefilling[sequence]
         self._end(sequence)
 
-    # What it has to do
+    # Work that is left
 
     @property
     def is_idle(self) -> bool:
@@ -79,7 +78,7 @@ class StepScheduler:
 
     @property
     def only_decodes(self) -> bool:
-        """Whether in the next step everybody here decodes, for which there is room."""
+        """Whether the next step decodes all sequences and does nothing else."""
         return not (
             self._prefilling
             or self.waiting
@@ -96,7 +95,7 @@ class StepScheduler:
         return self.decoding.num_context_tokens + sum(each.num_tokens for each in self._stalled)
 
     def pending_tokens(self) -> tuple[int, int]:
-        """Return the tokens yet to be prefilled, and how many of them the next step would take."""
+        """Return the tokens yet to prefill, and how many of them the next step would compute."""
         pending = self.waiting.num_tokens
         demand = self.waiting.num_demand_tokens
         for sequence in self._prefilling:
@@ -108,7 +107,7 @@ class StepScheduler:
     # Steps
 
     def complete(self) -> tuple[list[Sequence], list[Sequence]]:
-        """End the step; return whose prompt is computed, a token each, and who is done."""
+        """End the step; return the sequences whose prompt is now computed, and those done."""
         finished = self.decoding.remove_finished()
         computed = []
         for sequence, num_tokens in self.prefills.items():
@@ -136,8 +135,8 @@ class StepScheduler:
         """Choose what the step computes; allocate its blocks."""
         budget = self._profile.max_num_batched_tokens
         alone = len(self.running) + len(self.waiting) <= 1
-        chunk = budget if alone and not self._paces else self._chunk
-        self._deferred = self._to_defer() if self._paces else []
+        chunk = budget if alone and not self._caps_prefill else self._chunk
+        self._deferred = self._to_defer() if self._caps_prefill else []
         for sequence in self._deferred:
             del self._prefilling[sequence], self.running[sequence]
         self._fill(budget, chunk)
@@ -147,7 +146,7 @@ class StepScheduler:
             self._prefilling = dict.fromkeys(self._deferred) | self._prefilling
 
     def _to_defer(self) -> list[Sequence]:
-        """The long prompts that this step does without; never two steps in a row."""
+        """Return the long prompts to leave out of this step; none if the last one left any out."""
         num_here = len(self.running) + len(self.waiting)
         if self._deferred or not self.waiting or num_here > self._profile.max_num_seqs:
             return []
@@ -180,7 +179,10 @@ class StepScheduler:
             self._admit(budget, chunk)
 
     def _schedule_in_order(self, budget: int, chunk: int) -> tuple[bool, int]:
-        """Running sequences one by one, as vLLM does; whether one was preempted, budget left."""
+        """Schedule running sequences one by one, as vLLM does.
+
+        Return whether one was preempted, and the budget left, tokens.
+        """
         chosen: dict[Sequence, int] = {}
         preempted = False
         for sequence in list(self.running):
@@ -203,7 +205,7 @@ class StepScheduler:
                     break
             if sequence not in self.running:
                 break
-            self.kv.extend(sequence.lease, num_blocks)
+            self.kv.extend(sequence.block_table, num_blocks)
             chosen[sequence] = num_tokens
             budget -= num_tokens
         for sequence in self.running:
@@ -225,13 +227,13 @@ class StepScheduler:
             if self._blocked == (sequence, kv.epoch):
                 return
             num_tokens = sequence.num_tokens
-            # The last token is computed in any case: its logits are wanted.
-            hit = kv.look_up(sequence.lease, (num_tokens - 1) // size)
+            # The last token is always computed, for its logits.
+            hit = kv.look_up(sequence.block_table, (num_tokens - 1) // size)
             if -(-num_tokens // size) - hit.num_blocks + hit.num_evictable > kv.num_free:
                 self._blocked = sequence, kv.epoch
                 return
             self.waiting.remove(sequence)
-            kv.adopt(sequence.lease, hit)
+            kv.adopt(sequence.block_table, hit)
             num_hit_tokens = hit.num_blocks * size
             if not sequence.num_preemptions:
                 self.num_prefix_queries_total += num_tokens
@@ -248,18 +250,18 @@ class StepScheduler:
             budget -= num_new_tokens
 
     def _compute(self, sequence: Sequence, num_tokens: int) -> None:
-        """Put a chunk of a prefill into the step."""
+        """Add a chunk of a prefill to the step."""
         num_computed = sequence.num_computed + num_tokens
-        self.kv.extend(sequence.lease, self._num_missing(sequence, num_computed))
-        # As soon as it is scheduled: what follows it in this step may share it.
-        self.kv.commit(sequence.lease, num_computed // self._block_size)
+        self.kv.extend(sequence.block_table, self._num_missing(sequence, num_computed))
+        # Already now: later sequences in this step may share it.
+        self.kv.commit(sequence.block_table, num_computed // self._block_size)
         self.prefills[sequence] = num_tokens
 
     def _num_missing(self, sequence: Sequence, num_tokens: int) -> int:
-        """Blocks that so many computed tokens need and the sequence has not."""
+        """Return the blocks that so many computed tokens need beyond those of the sequence."""
         if sequence.state is State.DECODE:
             self.decoding.sync(sequence)
-        return max(0, -(-num_tokens // self._block_size) - self.kv.num_held(sequence.lease))
+        return max(0, -(-num_tokens // self._block_size) - self.kv.num_held(sequence.block_table))
 
     def _victim(self) -> Sequence:
         if not self._priority:
@@ -272,7 +274,7 @@ class StepScheduler:
         else:
             del self._prefilling[sequence]
         del self.running[sequence]
-        self.kv.release(sequence.lease, sequence.num_computed // self._block_size)
+        self.kv.release(sequence.block_table, sequence.num_computed // self._block_size)
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         self.num_preemptions_total += 1
@@ -285,4 +287,4 @@ class StepScheduler:
     def _end(self, sequence: Sequence) -> None:
         sequence.state = State.DONE
         del self.running[sequence]
-        self.kv.release(sequence.lease, sequence.num_computed // self._block_size)
+        self.kv.release(sequence.block_table, sequence.num_computed // self._block_size)

@@ -1,17 +1,17 @@
-"""Sequences that wait in an engine for their turn."""
+"""Which sequence is admitted next, and how many tokens do all that wait need?"""
 
 from router.queueing.lazy_heap import Key, LazyHeap
 from router.simulation.engine.sequence import Sequence, State
 
 
 class WaitingSequences:
-    """In the order of their keys, and what they will take of coming steps.
+    """Sequences in the order of their keys, and the sums of their tokens to compute.
 
-    `chunk`: the most that one sequence may take of a step, tokens.
+    `chunk`: the most tokens of one sequence in a step.
     """
 
     def __init__(self, chunk: int) -> None:
-        self.num_tokens = 0  # to compute, before the prefix cache is looked at
+        self.num_tokens = 0  # to compute, before the prefix cache is looked up
         self.num_demand_tokens = 0  # of these, what the next step would compute
         self._chunk = chunk
         self._order = LazyHeap()
@@ -21,11 +21,11 @@ class WaitingSequences:
         return len(self._sequences)
 
     def head(self) -> Sequence:
-        """Return whose turn is next; somebody must be in here."""
+        """Return the sequence to admit next. There must be one."""
         return self._sequences[self._order.head()[1]]
 
     def push(self, sequence: Sequence, key: Key) -> None:
-        """Let a sequence wait."""
+        """Add a sequence."""
         sequence.state = State.WAITING
         self._order.push(sequence.id, key)
         self._sequences[sequence.id] = sequence
@@ -34,7 +34,7 @@ class WaitingSequences:
         self.num_demand_tokens += min(num_left, self._chunk)
 
     def remove(self, sequence: Sequence) -> None:
-        """Let a sequence that is in here wait no longer."""
+        """Remove a sequence that waits."""
         self._order.remove(sequence.id)
         del self._sequences[sequence.id]
         num_left = _num_expected(sequence)
@@ -43,7 +43,7 @@ class WaitingSequences:
 
 
 def _num_expected(sequence: Sequence) -> int:
-    """Return its tokens to compute, by what the router said of the prefix cache."""
+    """Return its tokens to compute, by the router's expectation of the prefix cache."""
     if sequence.num_preemptions:
         return sequence.num_tokens
     return max(1, sequence.num_tokens - sequence.job.num_expected_cached_tokens)

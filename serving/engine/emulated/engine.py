@@ -67,7 +67,7 @@ class EmulatedEngine:
             profile,
             random.Random(f"{args.seed} {rank}"),
             priority=args.priority,
-            paces=args.paces,
+            caps_prefill=args.paces,
         )
         self.info = msgspec.structs.replace(
             self.model.info,

@@ -67,15 +67,15 @@ def check(engine: EngineModel) -> None:
     shared, num_private, num_context, num_decoding = set(), 0, 0, 0
     for sequences in engine._jobs.values():
         for sequence in sequences:
-            lease = sequence.lease
+            block_table = sequence.block_table
             if sequence.state.name == "DECODE":
                 engine.scheduler.decoding.sync(sequence)
                 num_decoding += 1
                 num_context += (
                     sequence.job.num_prompt_tokens + engine.scheduler.decoding.num_emitted(sequence)
                 )
-            shared.update(lease.shared)
-            num_private += lease.num_private
+            shared.update(block_table.shared)
+            num_private += block_table.num_private
     assert kv.num_used == len(shared) * kv.segment_blocks + num_private
     assert kv.num_used + kv.num_cached + kv.num_blank == kv.num_blocks
     assert min(kv.num_used, kv.num_cached, kv.num_blank) >= 0

@@ -2,21 +2,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.simulation.engine.kv_cache import KvCache, Lease
+from router.simulation.engine.kv_cache import BlockTable, KvCache
 
 
-def fill(kv: KvCache, lease: Lease, num_blocks: int) -> int:
-    """Take the lease's hits and the rest of its blocks, all full; return the hits."""
-    hit = kv.look_up(lease, num_blocks)
-    kv.adopt(lease, hit)
-    kv.extend(lease, num_blocks - hit.num_blocks)
-    kv.commit(lease, num_blocks)
+def fill(kv: KvCache, block_table: BlockTable, num_blocks: int) -> int:
+    """Adopt the table's hits, allocate the rest of its blocks, all full; return the hits."""
+    hit = kv.look_up(block_table, num_blocks)
+    kv.adopt(block_table, hit)
+    kv.extend(block_table, num_blocks - hit.num_blocks)
+    kv.commit(block_table, num_blocks)
     return hit.num_blocks
 
 
 def test_a_prefix_is_shared_while_it_runs_and_found_after() -> None:
     kv = KvCache(10)
-    first, second, third = Lease([1, 2, 3]), Lease([1, 2, 4]), Lease([1, 9])
+    first, second, third = BlockTable([1, 2, 3]), BlockTable([1, 2, 4]), BlockTable([1, 9])
     assert fill(kv, first, 4) == 0
     assert fill(kv, second, 4) == 2
     assert (kv.num_used, kv.num_free) == (6, 4)
@@ -29,65 +29,65 @@ def test_a_prefix_is_shared_while_it_runs_and_found_after() -> None:
 
 def test_blanks_first_then_the_least_recently_used_tail_before_head() -> None:
     kv = KvCache(6)
-    old, young = Lease([1, 2]), Lease([3, 4])
-    for lease in (old, young):
-        fill(kv, lease, 2)
-        kv.release(lease, 2)
+    old, young = BlockTable([1, 2]), BlockTable([3, 4])
+    for block_table in (old, young):
+        fill(kv, block_table, 2)
+        kv.release(block_table, 2)
     kv.allocate_blocks(3)  # two blanks and block 2
-    assert kv.look_up(Lease([1, 2]), 9).num_blocks == 1
-    assert kv.look_up(Lease([3, 4]), 9).num_blocks == 2
+    assert kv.look_up(BlockTable([1, 2]), 9).num_blocks == 1
+    assert kv.look_up(BlockTable([3, 4]), 9).num_blocks == 2
     kv.allocate_blocks(2)  # blocks 1 and 4
-    assert kv.look_up(Lease([1, 2]), 9).num_blocks == 0
-    assert kv.look_up(Lease([3, 4]), 9).num_blocks == 1
+    assert kv.look_up(BlockTable([1, 2]), 9).num_blocks == 0
+    assert kv.look_up(BlockTable([3, 4]), 9).num_blocks == 1
 
 
 def test_a_hit_makes_it_young_again() -> None:
     kv = KvCache(4)
     for keys in ([1, 2], [3, 4], [1, 2]):
-        lease = Lease(keys)
-        fill(kv, lease, 2)
-        kv.release(lease, 2)
+        block_table = BlockTable(keys)
+        fill(kv, block_table, 2)
+        kv.release(block_table, 2)
     kv.allocate_blocks(2)
-    assert kv.look_up(Lease([1, 2]), 9).num_blocks == 2
+    assert kv.look_up(BlockTable([1, 2]), 9).num_blocks == 2
 
 
 def test_the_same_block_computed_twice_is_found_until_both_are_gone() -> None:
     kv = KvCache(4)
-    first, second = Lease([1]), Lease([1])
-    for lease in (first, second):  # neither sees the other: both before any commit
-        kv.extend(lease, 1)
-    for lease in (first, second):
-        kv.commit(lease, 1)
-        kv.release(lease, 1)
+    first, second = BlockTable([1]), BlockTable([1])
+    for block_table in (first, second):  # neither sees the other: both before any commit
+        kv.extend(block_table, 1)
+    for block_table in (first, second):
+        kv.commit(block_table, 1)
+        kv.release(block_table, 1)
     kv.allocate_blocks(3)
-    assert kv.look_up(Lease([1]), 9).num_blocks == 1
+    assert kv.look_up(BlockTable([1]), 9).num_blocks == 1
     kv.allocate_blocks(1)
-    assert kv.look_up(Lease([1]), 9).num_blocks == 0
+    assert kv.look_up(BlockTable([1]), 9).num_blocks == 0
 
 
 def test_its_own_blocks_are_found_again_and_only_by_itself() -> None:
     kv = KvCache(10)
-    lease = Lease([1])
-    fill(kv, lease, 5)
-    kv.release(lease, 4)
-    assert kv.look_up(Lease([1]), 9).num_blocks == 1
+    block_table = BlockTable([1])
+    fill(kv, block_table, 5)
+    kv.release(block_table, 4)
+    assert kv.look_up(BlockTable([1]), 9).num_blocks == 1
     kv.allocate_blocks(8)  # six blanks, then two of the private blocks, from the end
-    hit = kv.look_up(lease, 9)
+    hit = kv.look_up(block_table, 9)
     assert (hit.num_blocks, hit.num_evictable) == (2, 2)
-    kv.adopt(lease, hit)
+    kv.adopt(block_table, hit)
     assert (kv.num_used, kv.num_cached, kv.num_blank) == (10, 0, 0)
 
 
 def test_segments_of_several_blocks() -> None:
     kv = KvCache(12, segment_blocks=4)
-    lease = Lease([1, 2])
-    fill(kv, lease, 7)
-    assert kv.look_up(Lease([1, 2]), 9).num_blocks == 4  # the second is not whole
-    kv.release(lease, 7)
+    block_table = BlockTable([1, 2])
+    fill(kv, block_table, 7)
+    assert kv.look_up(BlockTable([1, 2]), 9).num_blocks == 4  # the second is not whole
+    kv.release(block_table, 7)
     assert (kv.num_cached, kv.num_blank) == (7, 5)
     kv.allocate_blocks(9)  # blanks, three private blocks, and with one of it the segment
     assert (kv.num_used, kv.num_cached, kv.num_blank) == (9, 0, 3)
-    assert kv.look_up(Lease([1, 2]), 9).num_blocks == 0
+    assert kv.look_up(BlockTable([1, 2]), 9).num_blocks == 0
 
 
 @given(
@@ -98,37 +98,39 @@ def test_segments_of_several_blocks() -> None:
     st.sampled_from([1, 3]),
 )
 def test_every_block_is_counted_once(steps: list, size: int) -> None:
-    """Leases come, grow and go, come back after a preemption; nothing is lost or double."""
+    """Tables are filled, grow and are freed, some again after a preemption; no block is lost."""
     kv = KvCache(30, size)
-    leases: dict[int, tuple[Lease, int]] = {}
-    gone: dict[int, Lease] = {}
+    block_tables: dict[int, tuple[BlockTable, int]] = {}
+    gone: dict[int, BlockTable] = {}
     for slot, branch, num_extra in steps:
-        if slot in leases:
-            lease, num_blocks = leases.pop(slot)
-            kv.release(lease, max(0, num_blocks - (num_extra > 1)))
-            gone[slot] = lease
+        if slot in block_tables:
+            block_table, num_blocks = block_tables.pop(slot)
+            kv.release(block_table, max(0, num_blocks - (num_extra > 1)))
+            gone[slot] = block_table
         else:
             keys = [tuple(branch[: end + 1]) for end in range(len(branch))]
-            lease = gone.pop(slot) if num_extra == 3 and slot in gone else Lease(keys)
-            wanted = len(lease.keys) * size + num_extra
-            hit = kv.look_up(lease, wanted)
+            block_table = gone.pop(slot) if num_extra == 3 and slot in gone else BlockTable(keys)
+            wanted = len(block_table.keys) * size + num_extra
+            hit = kv.look_up(block_table, wanted)
             if wanted - hit.num_blocks + hit.num_evictable > kv.num_free:
                 continue
-            kv.adopt(lease, hit)
-            kv.extend(lease, wanted - hit.num_blocks)
-            kv.commit(lease, wanted)
-            leases[slot] = lease, wanted
-        shared = {segment for lease, _ in leases.values() for segment in lease.shared}
+            kv.adopt(block_table, hit)
+            kv.extend(block_table, wanted - hit.num_blocks)
+            kv.commit(block_table, wanted)
+            block_tables[slot] = block_table, wanted
+        shared = {
+            segment for block_table, _ in block_tables.values() for segment in block_table.shared
+        }
         held = sum(segment.num_blocks for segment in shared)
-        held += sum(lease.num_private for lease, _ in leases.values())
+        held += sum(block_table.num_private for block_table, _ in block_tables.values())
         assert kv.num_used == held
         assert kv.num_blank >= 0
         assert kv.num_cached == sum(segment.num_blocks for segment in kv._lru)
-        assert all(segment.num_leases == 0 for segment in kv._lru)
-        for lease, wanted in leases.values():
-            assert kv.num_held(lease) == wanted
-    for lease, num_blocks in leases.values():
-        kv.release(lease, num_blocks)
+        assert all(segment.num_refs == 0 for segment in kv._lru)
+        for block_table, wanted in block_tables.values():
+            assert kv.num_held(block_table) == wanted
+    for block_table, num_blocks in block_tables.values():
+        kv.release(block_table, num_blocks)
     assert kv.num_used == 0
     kv.allocate_blocks(30)
     assert not kv._found

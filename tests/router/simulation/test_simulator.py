@@ -42,7 +42,7 @@ def simulation(workload=WORKLOAD, num_engines=3, policy="headway", **options):
     return Simulation(
         workload,
         settings,
-        lambda rng: EngineModel(PROFILE, rng, paces=True),
+        lambda rng: EngineModel(PROFILE, rng, caps_prefill=True),
         num_engines,
         **options,
     )
