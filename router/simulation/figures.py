@@ -1,22 +1,23 @@
-"""The figures of a run, which requests got what users were promised, and how far to trust both."""
+"""How well did a run serve its requests, and how far can the figures be trusted?"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from router.settings import RouterSettings
+from router import Outcome, RouterSettings
 from router.simulation.journal import Run
-from router.types import Outcome
 
-# The first tenth of a run fills empty engines and is not looked at.
+# The first tenth of a run fills empty engines and is left out.
 _WARM_UP = 0.1
 _PERCENTS = (50, 90, 99)
-# A tenant of whom less is seen says nothing about fairness.
+# Fewer requests of a tenant say nothing about fairness.
 _MIN_TENANT_REQUESTS = 20
 _NUM_RESAMPLES = 1000
 
 Figures = dict[str, float]
+Tokens = TypeVar("Tokens", float, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -26,33 +27,32 @@ class Slo:
     Goodput as in DistServe (Zhong et al., OSDI 2024).
     """
 
-    ttft_s: float | None = None  # unset: as the router promises, by the size of the prompt
+    ttft_s: float | None = None  # unset: the router's own target, by the size of the prompt
     tpot_s: float = 0.05  # 20 tokens/s, about four times as fast as people read
 
-    def promised_ttft_s(self, run: Run) -> np.ndarray:
-        """Return the time to first token that each request was promised, [num_requests]."""
+    def ttft_target_s(self, num_prompt_tokens: Tokens) -> Tokens | float:
+        """Return the latest time to first token that meets it, seconds, by the prompt's size."""
         if self.ttft_s is not None:
-            return np.full(len(run), self.ttft_s)
+            return self.ttft_s
         defaults = RouterSettings()
-        return (
-            defaults.ttft_target_base_s + defaults.ttft_target_s_per_token * run.num_prompt_tokens
-        )
+        return defaults.ttft_target_base_s + defaults.ttft_target_s_per_token * num_prompt_tokens
 
     def met(self, run: Run) -> np.ndarray:
-        """Return which requests got what was promised, [num_requests]; none that failed."""
-        first = run.ttft_s <= self.promised_ttft_s(run)  # false for nan
+        """Return which requests met both, [num_requests]; none that failed."""
+        first = run.ttft_s <= self.ttft_target_s(run.num_prompt_tokens)  # false for nan
         flow = (run.tpot_s <= self.tpot_s) | (run.num_output_tokens < 2)
         return run.completed & first & flow
 
     def __str__(self) -> str:
-        ttft = "the router's promise" if self.ttft_s is None else f"{self.ttft_s:g} s"
+        ttft = "the router's target" if self.ttft_s is None else f"{self.ttft_s:g} s"
         return f"TTFT within {ttft}, TPOT within {self.tpot_s:g} s"
 
 
 def size_classes(run: Run) -> dict[str, np.ndarray]:
-    """Return which requests are of which class: `short` is the lower half of the prompts by
-    size, `long` the upper tenth, `all` everything; and each priority class where there are
-    several. [num_requests] each.
+    """Return which requests are of each class, [num_requests] each.
+
+    `short` is the lower half of the prompts by size, `long` the upper tenth, `all` everything;
+    and each priority class where there are several.
     """
     half, tenth = np.percentile(run.num_prompt_tokens, (50, 90))
     classes = {
@@ -67,9 +67,9 @@ def size_classes(run: Run) -> dict[str, np.ndarray]:
 
 
 def figures_of(run: Run, slo: Slo) -> Figures:
-    """Return all figures by name, `ttft_p99_s` over all requests, `short_ttft_p99_s` of a class.
+    """Return all figures by name: `ttft_p99_s` of all requests, `short_ttft_p99_s` of a class.
 
-    Seconds, shares 0–1 and counts; `nan` where nothing was to be had.
+    Seconds, shares 0–1 and counts; `nan` where there is nothing to count.
     """
     steady = np.arange(len(run)) >= int(_WARM_UP * len(run))
     met = slo.met(run)
@@ -109,7 +109,7 @@ def figures_of(run: Run, slo: Slo) -> Figures:
 
 
 def percentile(values: np.ndarray, percent: float) -> float:
-    """Return the percentile of what is not `nan` (nearest rank); `nan` if there is nothing."""
+    """Return the percentile of the values that are not `nan` (nearest rank); `nan` if none."""
     known = values[~np.isnan(values)]
     if not len(known):
         return float("nan")
@@ -117,7 +117,10 @@ def percentile(values: np.ndarray, percent: float) -> float:
 
 
 def weighted_percentile(values: np.ndarray, counts: np.ndarray, percent: float) -> float:
-    """Return the percentile of values of which each stands for several; `nan` if none."""
+    """Return the percentile of values that each count several times; `nan` if there are none.
+
+    `values` and `counts`: [num_values].
+    """
     if not len(values):
         return float("nan")
     order = np.argsort(values)
@@ -127,9 +130,9 @@ def weighted_percentile(values: np.ndarray, counts: np.ndarray, percent: float) 
 
 
 def jain(shares: Sequence[float]) -> float:
-    """Return Jain's index of fairness: 1 where all are alike, 1/n where one has all.
+    """Return Jain's index of fairness: 1 for equal shares, 1/n where one has everything.
 
-    Jain, Chiu and Hawe (1984). `nan` where nobody has anything.
+    Jain, Chiu and Hawe (1984). `nan` where all shares are 0.
     """
     values = np.array(shares)
     squares = len(values) * (values**2).sum()
@@ -144,7 +147,7 @@ def interval(
 ) -> tuple[float, float]:
     """Return a bootstrap interval of a statistic over repeats (percentiles; Efron 1979).
 
-    With a handful of repeats it shows the spread and no more than that.
+    With only a handful of repeats it shows the spread and no more.
     """
     rng = np.random.default_rng(seed)
     known = np.array([value for value in values if not np.isnan(value)])
@@ -157,9 +160,9 @@ def interval(
 
 
 def knee(loads: Sequence[float], ttft_p99_s: Sequence[float]) -> float | None:
-    """Return the load after which waiting takes off; `None` where it does not.
+    """Return the load above which waits grow steeply; `None` where they do not.
 
-    The last load at which the p99 of TTFT is at most twice that of the lowest load.
+    It is the last load at which the p99 of TTFT is at most twice that of the lowest load.
     """
     if len(loads) < 2 or ttft_p99_s[-1] <= 2.0 * ttft_p99_s[0]:
         return None
@@ -168,7 +171,7 @@ def knee(loads: Sequence[float], ttft_p99_s: Sequence[float]) -> float | None:
 
 
 def brief(value: float) -> str:
-    """Return the number with about three digits that mean something."""
+    """Return the number with about three significant digits."""
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
@@ -177,8 +180,10 @@ def brief(value: float) -> str:
 def _shares_met(
     run: Run, met: np.ndarray, steady: np.ndarray, classes: Mapping[str, np.ndarray]
 ) -> list[float]:
-    """The share of each tenant's requests that got what was promised; of each class, if the
-    tenants are not told apart."""
+    """Return the share of each tenant's requests that met the SLO.
+
+    Of each class, if the workload does not tell tenants apart.
+    """
     tenants, numbers = np.unique(run.tenant, return_inverse=True)
     counts = np.bincount(numbers[steady], minlength=len(tenants))
     seen = counts >= _MIN_TENANT_REQUESTS

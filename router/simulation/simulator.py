@@ -94,7 +94,6 @@ class Simulation:
         self.always_listens = eager or self.network.snapshot_loss > 0.0
         self.num_listening = num_gateways if self.always_listens else 0
         self._make_engine = make_engine
-        self._scaler = scaler
         self._start_s = start_s
         self.segment_tokens = segment_tokens
         self.contention = contention

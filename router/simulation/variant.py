@@ -1,14 +1,14 @@
-"""A policy, or `headway` without some of its parts: `headway:hold,order`.
+"""Which policy does a label name? One of them, or `headway` without some parts: `headway:hold`.
 
-Labels stay as the user spelled them, in results, too. Only what runs goes by present names.
+Labels stay as the user spelled them, in results, too. Only the run itself uses present names.
 """
 
 from router.scheduling.ablation import PARTS, check_parts, current_parts, renamed_parts
 from router.scheduling.policies import POLICIES, check_policy
 
 OURS = "headway"
-# Capacity hardly depends on the policy while every engine has work. This one is what an
-# operator would have without us.
+# For measuring capacity, which hardly depends on the policy while every engine has work. This
+# is what an operator would use without Headway.
 SATURATING_POLICY = "least_requests"
 
 # The order of tables: ours, then the simplest first. Others follow by name.
@@ -31,12 +31,12 @@ def policies() -> list[str]:
 
 
 def ablations() -> list[str]:
-    """Return ours without one part each."""
+    """Return `headway` without each of its parts in turn."""
     return [f"{OURS}:{part}" for part in PARTS]
 
 
 def split(variant: str) -> tuple[str, tuple[str, ...]]:
-    """Return the policy and the parts to do without, by their present names.
+    """Return the policy and the parts to leave out, by their present names.
 
     Raises `ValueError` for unknown ones.
     """
@@ -53,6 +53,6 @@ def renamed(variant: str) -> dict[str, str]:
 
 
 def _parse(variant: str) -> tuple[str, tuple[str, ...]]:
-    """Return the policy and the parts as they are spelled."""
+    """Return the policy and the parts as spelled."""
     policy, _, without = variant.partition(":")
     return policy, tuple(without.split(",")) if without else ()

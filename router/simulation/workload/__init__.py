@@ -1,5 +1,5 @@
-"""The model of the traffic: arrivals, lengths, sessions, shared prefixes.
+"""Which request arrives when, how long is it and what prefix does it share?
 
-What is decided here: which request comes when, how long it is and what it shares. Made from
-traces by `serving.capacity.traces`, or from a seed.
+The model of the traffic: arrivals, lengths, sessions. Made from traces by
+`serving.capacity.traces`, or from a seed.
 """

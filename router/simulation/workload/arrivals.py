@@ -1,8 +1,4 @@
-"""When requests arrive, drawn: seconds from the start, ascending, [num_requests].
-
-A rate that changes is a Poisson process whose clock runs at that rate: unit-rate
-arrivals mapped through the inverse of the expected count (Çinlar 1975, chapter 4).
-"""
+"""When do requests arrive? Drawn: seconds from the start, ascending, [num_requests]."""
 
 from collections.abc import Sequence
 
@@ -11,7 +7,7 @@ from numpy.typing import NDArray
 
 
 def poisson(rng: np.random.Generator, rate: float, num_requests: int) -> NDArray[np.float64]:
-    """Return arrivals that know nothing of one another, at `rate` per second."""
+    """Return independent arrivals at `rate` per second."""
     return np.cumsum(rng.exponential(1.0 / rate, num_requests))
 
 
@@ -20,7 +16,7 @@ def bursty(
 ) -> NDArray[np.float64]:
     """Return arrivals with gamma-distributed gaps of coefficient of variation `cv`.
 
-    1 is Poisson; above it they come in clumps (ServeGen, BurstGPT: 1 to 13 in production).
+    1 is Poisson; above it arrivals cluster (ServeGen, BurstGPT: 1 to 13 in production).
     """
     shape = 1.0 / cv**2
     return np.cumsum(rng.gamma(shape, 1.0 / (rate * shape), num_requests))
@@ -31,14 +27,14 @@ def varying(
 ) -> NDArray[np.float64]:
     """Return Poisson arrivals whose rate follows `profile`, until its last point.
 
-    `profile`: (seconds, requests per second), ascending in time, straight lines between.
-    As many as come: the number is drawn, too. Raises `ValueError` for a profile that
-    does not ascend.
+    `profile`: (seconds, requests per second), ascending in time, straight lines between. The
+    number of arrivals is drawn, too. Uniform draws are mapped through the inverse of the expected
+    count (Çinlar 1975, chapter 4). Raises `ValueError` for a profile that does not ascend.
     """
     times_s, rates = (np.array(column, dtype=float) for column in zip(*profile, strict=True))
     if np.any(np.diff(times_s) < 0.0) or np.any(rates < 0.0):
         raise ValueError("a profile of rates ascends in time and is nowhere negative")
-    # The expected count is quadratic between two points; a fine grid makes it linear enough.
+    # The expected count is quadratic between two points; on a fine grid it is nearly linear.
     grid_s = np.unique(np.concatenate([np.linspace(times_s[0], times_s[-1], 10_001), times_s]))
     grid_rates = np.interp(grid_s, times_s, rates)
     steps = np.diff(grid_s) * (grid_rates[1:] + grid_rates[:-1]) / 2.0
@@ -51,7 +47,7 @@ def varying(
 def ramp(
     rng: np.random.Generator, start_rate: float, end_rate: float, duration_s: float
 ) -> NDArray[np.float64]:
-    """Return Poisson arrivals whose rate rises, or falls, evenly."""
+    """Return Poisson arrivals whose rate changes linearly."""
     return varying(rng, [(0.0, start_rate), (duration_s, end_rate)])
 
 

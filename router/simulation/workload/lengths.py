@@ -1,4 +1,4 @@
-"""How many tokens prompts and replies have, drawn: integers, [num_requests]."""
+"""How many tokens do prompts and replies have? Drawn: integers, [num_requests]."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class LogNormal:
-    """Most are near the median, a few far above: what chat looks like.
+    """Most counts are near the median, a few far above it, as in chat.
 
-    Outside `low` to `high` they are set to the bound.
+    Counts outside `low` to `high` are set to the bound.
     """
 
     median: float
@@ -19,21 +19,21 @@ class LogNormal:
     high: int = 1 << 20
 
     def draw(self, rng: np.random.Generator, num_requests: int) -> NDArray[np.int_]:
-        """Return as many counts."""
+        """Return so many counts, [num_requests]."""
         counts = self.median * np.exp(self.sigma * rng.standard_normal(num_requests))
         return np.clip(np.rint(counts), self.low, self.high).astype(int)
 
 
 @dataclass(frozen=True)
 class BoundedPareto:
-    """A power law between two bounds: the heaviest tail there is."""
+    """A power law between two bounds: the heaviest tail of these."""
 
     low: int
     high: int
     alpha: float = 1.1  # towards 1 the few largest carry as much as all others
 
     def draw(self, rng: np.random.Generator, num_requests: int) -> NDArray[np.int_]:
-        """Return as many counts, by the inverse of the distribution function."""
+        """Return so many counts, [num_requests], by the inverse distribution function."""
         share = 1.0 - (self.low / self.high) ** self.alpha
         uniform = rng.uniform(0.0, 1.0, num_requests)
         counts = self.low * (1.0 - uniform * share) ** (-1.0 / self.alpha)
@@ -43,13 +43,13 @@ class BoundedPareto:
 
 @dataclass(frozen=True)
 class Mixture:
-    """One of several kinds for each request, by their shares: chat and documents, say."""
+    """For each request one of several kinds, drawn by their shares: chat and documents, say."""
 
     kinds: tuple["LogNormal | BoundedPareto", ...]
     shares: tuple[float, ...]
 
     def draw(self, rng: np.random.Generator, num_requests: int) -> NDArray[np.int_]:
-        """Return as many counts."""
+        """Return so many counts, [num_requests]."""
         shares = np.array(self.shares) / sum(self.shares)
         which = rng.choice(len(self.kinds), num_requests, p=shares)
         drawn = np.stack([kind.draw(rng, num_requests) for kind in self.kinds])

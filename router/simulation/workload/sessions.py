@@ -1,9 +1,9 @@
-"""Conversations: each turn's prompt is all that was said before and a new question.
+"""When do the turns of conversations arrive, and what do their prompts share?
 
-Open loop like everything here: when a user asks again is drawn before the run, from how
-long a reply usually takes and how long people think, and waits for nobody. An overloaded
-server thus gets the second question while it is still busy with the first; a user who
-waits would spare it that, and hide it.
+Each turn's prompt is everything said before and a new question. Open loop: the time of the next
+turn is drawn before the run, from how long a reply usually takes and how long people think. An
+overloaded server thus gets the second question while it is still busy with the first. Users who
+waited for the reply would spare it that, and hide the overload.
 """
 
 import random
@@ -15,12 +15,12 @@ import numpy as np
 from router.simulation.workload.lengths import LogNormal, TokenCounts
 from router.simulation.workload.workload import Arrival
 
-# Fine enough for every engine's blocks (vLLM: 16 tokens and multiples of it).
+# Fine enough for every engine's blocks (vLLM: 16 tokens or a multiple).
 _BLOCK_TOKENS = 16
-# A usual reply: half a second to its first token, then 25 ms for each.
+# A usual reply: half a second to its first token, then 25 ms per token.
 _REPLY_BASE_S = 0.5
 _REPLY_S_PER_TOKEN = 0.025
-# Reading and typing: a median of 15 s, and for one in twenty more than 80 s.
+# Reading and typing: a median of 15 s, one in twenty more than 80 s.
 _THINK_MEDIAN_S = 15.0
 _THINK_SIGMA = 1.0
 
@@ -43,8 +43,8 @@ def play(
 ) -> Iterator[Arrival]:
     """Yield one conversation's requests.
 
-    Its prompts share all their history, and, with the other sessions of its `group`,
-    the first `num_system_tokens`.
+    Its prompts share their history, and with the other sessions of its `group` the first
+    `num_system_tokens`.
     """
     offset_s, num_history_tokens = start_s, num_system_tokens
     for turn in turns:
@@ -74,7 +74,7 @@ _REPLIES = LogNormal(200.0, 0.8, high=2_000)
 
 @dataclass(frozen=True)
 class Conversations:
-    """Made-up conversations about which only sizes are known."""
+    """Synthetic conversations: sizes without text."""
 
     question: TokenCounts = _QUESTIONS
     reply: TokenCounts = _REPLIES

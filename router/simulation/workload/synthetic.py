@@ -1,4 +1,4 @@
-"""Workloads made up from a seed, for whoever has no trace."""
+"""Which workloads are there without a trace? Synthetic ones, drawn from a seed."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,12 +9,12 @@ from router.simulation.workload.lengths import LogNormal, Mixture, TokenCounts
 from router.simulation.workload.sessions import Conversations
 from router.simulation.workload.workload import Arrival, Workload
 
-# Four of five prompts are questions, one is a document.
+# Four prompts of five are questions, one is a document.
 PROMPTS = Mixture(
     (LogNormal(120.0, 0.9, high=8_000), LogNormal(3_000.0, 0.8, high=30_000)), (0.8, 0.2)
 )
 REPLIES = LogNormal(120.0, 0.9, high=2_000)
-_RATE = 10.0  # any: what is asked for comes by scaling
+_RATE = 10.0  # arbitrary: the wanted rate comes by scaling
 _CV = 4.0
 _SPIKE = 4.0
 _TURNS_PER_SESSION = Conversations().mean_num_turns
@@ -27,7 +27,7 @@ def of(
     prompts: TokenCounts = PROMPTS,
     replies: TokenCounts = REPLIES,
 ) -> Workload:
-    """Return requests at these times, their sizes drawn."""
+    """Return requests at these times, with drawn sizes. `times_s`: [num_requests]."""
     rng = np.random.default_rng([seed, 2])
     num_requests = len(times_s)
     sizes = zip(
@@ -45,26 +45,26 @@ def of(
 
 
 def poisson(num_requests: int, seed: int) -> Workload:
-    """Return questions and documents that arrive independently."""
+    """Return questions and documents with independent arrivals."""
     rng = np.random.default_rng(seed)
     return of("poisson", arrivals.poisson(rng, _RATE, num_requests), seed)
 
 
 def bursty(num_requests: int, seed: int) -> Workload:
-    """Return the same in clumps: gaps with a coefficient of variation of 4."""
+    """Return the same with clustered arrivals: gaps with a coefficient of variation of 4."""
     rng = np.random.default_rng(seed)
     return of("bursty", arrivals.bursty(rng, _RATE, _CV, num_requests), seed)
 
 
 def ramp(num_requests: int, seed: int) -> Workload:
-    """Return the same at a rate that rises from nothing to twice the mean."""
+    """Return the same at a rate that rises from 0 to twice the mean."""
     rng = np.random.default_rng(seed)
     times_s = arrivals.ramp(rng, 0.0, 2.0 * _RATE, num_requests / _RATE)
     return of("ramp", times_s, seed)
 
 
 def spike(num_requests: int, seed: int) -> Workload:
-    """Return the same with a tenth of the time at four times the rate."""
+    """Return the same, at four times the rate for a tenth of the time."""
     rng = np.random.default_rng(seed)
     duration_s = num_requests / (_RATE * (1.0 + 0.1 * (_SPIKE - 1.0)))
     times_s = arrivals.spike(rng, _RATE, _SPIKE, 0.1 * duration_s, duration_s)

@@ -1,8 +1,8 @@
-"""What is sent when: requests without their words, in order of arrival.
+"""Which requests are sent, and when? Without their text, in order of arrival.
 
-Open loop: every time is fixed before the first request is sent, so nothing that
-is measured can slow down what measures it. A trace is brought to a wanted load
-by scaling its time; the scale belongs to the result.
+Open loop: every time is fixed before the first request is sent, so a slow system does not slow
+the load on it. A trace is brought to a wanted load by scaling its time; the scale is part of the
+result.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,19 +16,19 @@ from router import RequestClass
 
 
 class Arrival(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One request: when, how large, and what it shares with others.
+    """One request: its time, its sizes, and the prefix that it may share with others.
 
-    `prefix_ids[i]` names the first `(i + 1) * prefix_block_tokens` tokens of prompt and
-    reply, whole blocks only: two requests with the same id at one place are the same up
-    to its end. As far as somebody else may share them.
+    `prefix_ids[i]` names the first `(i + 1) * prefix_block_tokens` tokens of prompt and reply,
+    whole blocks only: two requests with the same id at one position are equal up to its end. Ids
+    stop where no other request shares the rest.
     """
 
     offset_s: float  # from the start
     num_prompt_tokens: int
     num_output_tokens: int
-    max_output_tokens: int | None = None  # the limit that the client gives, if it gives one
+    max_output_tokens: int | None = None  # the client's limit, if it sets one
     tenant: str = ""
-    session: str = ""  # the conversation that it is a turn of
+    session: str = ""  # the conversation of which it is a turn
     priority_class: RequestClass = RequestClass.STANDARD
     prefix_ids: tuple[int, ...] = ()
     prefix_block_tokens: int = 0
@@ -36,15 +36,15 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     def block_hashes(self, block_tokens: int, *, with_reply: bool = False) -> tuple[int, ...]:
         """Return the chained hashes of successive whole blocks of so many tokens.
 
-        Of the prompt, or also of the reply, which engines cache, too. Fewer where the rest
-        is nobody else's.
+        Of the prompt, or also of the reply, which engines cache, too. Without the part that no
+        other request shares.
         """
         if not self.prefix_ids:
             return ()
         ids, size = self.prefix_ids, self.prefix_block_tokens
         num_tokens = self.num_prompt_tokens + (self.num_output_tokens if with_reply else 0)
         num_tokens = min(num_tokens, len(ids) * size)
-        # The id of the block in which it ends, and where it ends: equal for equal prefixes.
+        # From the id of the block in which it ends, and its end: equal for equal prefixes.
         return tuple(
             (ids[(end - 1) // size] << 24) | end
             for end in range(block_tokens, num_tokens + 1, block_tokens)
@@ -53,18 +53,18 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 @dataclass(frozen=True)
 class Workload:
-    """Arrivals, and what was done to them since they were read or drawn."""
+    """Arrivals, and how they were changed since they were read or drawn."""
 
     name: str
     arrivals: tuple[Arrival, ...]
-    scale: float = 1.0  # how many times faster than recorded
-    num_copies: int = 1  # laid over one another
-    num_capped: int = 0  # requests made shorter, for no engine could take them
-    num_dropped: int = 0  # requests left out for the same reason
+    scale: float = 1.0  # times as fast as recorded
+    num_copies: int = 1  # overlaid
+    num_capped: int = 0  # requests cut to the engine's length
+    num_dropped: int = 0  # requests left out, for they are longer than the engine's length
 
     @classmethod
     def of(cls, name: str, arrivals: Iterable[Arrival]) -> Self:
-        """Return the workload in order of arrival, its first at 0 s.
+        """Return the workload in order of arrival, the first at 0 s.
 
         Raises `ValueError` if there is no request.
         """
@@ -81,19 +81,19 @@ class Workload:
 
     @property
     def duration_s(self) -> float:
-        """From the first arrival to one mean gap after the last, seconds."""
+        """Seconds from the first arrival to one mean gap after the last."""
         last_s, num_gaps = self.arrivals[-1].offset_s, len(self.arrivals) - 1
         return last_s * (1.0 + 1.0 / num_gaps) if num_gaps else 0.0
 
     @property
     def rate(self) -> float:
-        """Mean requests per second; 0 for what comes all at once."""
+        """Mean requests per second; 0 if all arrive at once."""
         return len(self.arrivals) / self.duration_s if self.duration_s else 0.0
 
     def at_rate(self, rate: float) -> "Workload":
-        """Return the same requests, their time scaled to a mean rate.
+        """Return the same requests, with time scaled to a mean rate.
 
-        Raises `ValueError` where all come at once: no scale changes that.
+        Raises `ValueError` if all arrive at once, which no scale changes.
         """
         if not self.rate:
             raise ValueError(f"{self.name}: all requests come at once, so no scaling gives a rate")
@@ -102,13 +102,13 @@ class Workload:
         return replace(self, arrivals=arrivals, scale=self.scale * factor)
 
     def at_once(self) -> "Workload":
-        """Return the same requests, all due at the start: what saturates."""
+        """Return the same requests, all at the start, which saturates every fleet."""
         return replace(self, arrivals=tuple(_at(each, 0.0) for each in self.arrivals))
 
     def part(self, number: int, num_requests: int) -> "Workload":
-        """Return the `number`-th part of so many requests, from 0; round again past the end.
+        """Return the `number`-th part of so many requests, from 0; past the end start again.
 
-        All of it where it is not longer than a part.
+        Return all requests if there are no more than that.
         """
         num_parts = max(1, len(self) // num_requests)
         start = number % num_parts * num_requests
@@ -116,11 +116,10 @@ class Workload:
         return replace(self, arrivals=part.arrivals)
 
     def overlaid(self, num_copies: int) -> "Workload":
-        """Return as many copies at the same time, each begun elsewhere and wrapped round.
+        """Return so many copies at the same time, each rotated to another start.
 
-        For a fleet larger than the one traced: a trace squeezed in time alone would be
-        over before its engines are warm, its bursts as much fiercer. No copy shares a
-        prefix with another.
+        For a fleet larger than the traced one: a trace only compressed in time would end before
+        the engines are warm, and its bursts would be that much denser. Copies share no prefixes.
         """
         if num_copies == 1:
             return self
@@ -138,10 +137,9 @@ class Workload:
         return replace(self, arrivals=tuple(arrivals), num_copies=self.num_copies * num_copies)
 
     def fitted(self, max_model_len: int, how: Literal["cap", "drop"] = "drop") -> "Workload":
-        """Return it without what no engine could take: such requests left out, or cut.
+        """Return it with requests longer than an engine's length left out, or cut.
 
-        Cut means a prompt of at most what leaves room for the reply, and a reply of at
-        most half of the engine's length.
+        Cut means: a reply of at most half the length, and a prompt that leaves room for it.
         """
         fitting = [
             each
@@ -161,7 +159,7 @@ class Workload:
         return replace(self, arrivals=capped, num_capped=self.num_capped + num_beyond)
 
     def describe(self) -> dict[str, str | int | float]:
-        """Return what a reader must know of it."""
+        """Return the properties that a result must state."""
         prompts = np.array([each.num_prompt_tokens for each in self.arrivals])
         outputs = np.array([each.num_output_tokens for each in self.arrivals])
         return {
