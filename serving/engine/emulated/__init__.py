@@ -1,5 +1,5 @@
-"""An engine without a model: vLLM's scheduler and KV cache at a profile's step times.
+"""When does each token of a simulated reply come, in real time?
 
-What is decided here: when each token of a simulated reply comes, in real time. Started in vLLM's
-stead by `engine.factory`, or as a server of its own by `benchmarks.peers`.
+An engine without a model: vLLM's scheduler and KV cache at a profile's step times. Started in
+vLLM's place by `engine.factory`, or as a server of its own by `benchmarks.peers`.
 """

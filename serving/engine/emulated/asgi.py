@@ -1,4 +1,4 @@
-"""The little of ASGI that engines without a model need."""
+"""How do engines without a model speak HTTP? The little of ASGI that they need."""
 
 from collections.abc import Awaitable
 from typing import Any
@@ -10,7 +10,7 @@ EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
 
 def error_content(message: str, code: int) -> dict[str, Any]:
-    """The body of an error as OpenAI words it."""
+    """Return the body of an error in OpenAI's format."""
     kind = "NotFoundError" if code == 404 else "BadRequestError"
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
@@ -30,14 +30,14 @@ async def reply(
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-async def until_gone(receive: Receive) -> None:
-    """Return when the client has left."""
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def read_body(receive: Receive) -> bytes | None:
-    """Return the whole body of a request, None if the client left before its end."""
+    """Return the whole body of a request, None if the client disconnected before its end."""
     body = bytearray()
     more = True
     while more:

@@ -1,4 +1,4 @@
-"""An engine model in real time."""
+"""When does an engine model step in real time?"""
 
 import asyncio
 import logging
@@ -9,21 +9,21 @@ from router.simulation.engine.sequence import Job, Progress
 
 logger = logging.getLogger(__name__)
 
-# Behind by more than this, the machine is too slow for what it emulates: then times tell of
-# the machine and not of the engine.
+# With a larger lag the machine is too slow for the engine that it emulates: times then measure
+# the machine and not the engine.
 _MAX_LAG_S = 0.25
 
 
 class EngineClock:
-    """Runs the model's steps as time goes by.
+    """Runs the model's steps on the event loop's timers.
 
-    A step begins when the one before it was to end, however late the timer
-    was, so that lateness of a timer (1 ms with uvloop) does not add up.
+    A step begins when the one before it was due to end, so that late timers (1 ms with uvloop)
+    do not add up.
     """
 
     def __init__(self, model: EngineModel, on_step: Callable[[list[Progress]], None]) -> None:
         self.model = model
-        self.max_lag_s = 0.0  # the most that a step has ended late
+        self.max_lag_s = 0.0  # the most so far by which a step ended late
         self._on_step = on_step
         self._timer: asyncio.TimerHandle | None = None
 
@@ -34,6 +34,7 @@ class EngineClock:
             self._begin(asyncio.get_running_loop().time())
 
     def abort(self, job_id: str) -> None:
+        """Drop a job at the end of the step in progress. Unknown ids do nothing."""
         self.model.abort(job_id)
 
     def stop(self) -> None:

@@ -1,7 +1,7 @@
-"""What engines without a model write: vLLM 0.32's chunks, rendered ahead.
+"""What do engines without a model send? vLLM 0.32's chunks, rendered in advance.
 
-A response's constant parts are rendered once, so that a token costs one
-concatenation: these engines share their cores with what is measured.
+A response's constant parts are rendered once, so that a token costs one concatenation: these
+engines share their cores with what is measured.
 """
 
 import json
@@ -21,9 +21,9 @@ def _count(number: int) -> bytes:
 
 
 class CompletionText:
-    """The parts of one choice of a response. `num_prompt_tokens` goes into its usage.
+    """Renders one choice of a response. `num_prompt_tokens` goes into its usage.
 
-    `word` gives the text of a token, counted from 1, as it stands in JSON.
+    `word` returns the text of a token, counted from 1, as it appears in JSON.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class CompletionText:
         self._index = index
         self._word = word
         self._num_prompt_tokens = num_prompt_tokens
-        # Behind a gateway both follow from the request, whichever
-        # engine it is (`serving.engine.vllm.resume`).
+        # Behind a gateway id and time follow from the request, the same on every engine
+        # (`serving.engine.vllm.resume`).
         accounting = current_accounting.get()
         name = accounting.request_id if accounting else ""
         self._common = {
@@ -65,7 +65,7 @@ class CompletionText:
         ).encode()
 
     def token(self, number: int, last: bool) -> bytes:
-        """The event of one token, counted from 1; the last bears the finish reason."""
+        """Return the event of one token, counted from 1; the last has the finish reason."""
         return self._start + self._word(number) + (self._last_end if last else self._end)
 
     def _counts(self, num_tokens: int, num_cached_tokens: int) -> dict[str, Any]:
@@ -79,13 +79,13 @@ class CompletionText:
         return counts
 
     def usage(self, num_tokens: int, num_cached_tokens: int = 0) -> bytes:
-        """The event that ends a stream whose client asked for usage; counts are of all choices."""
+        """Return the usage event, which ends a stream if requested; counts are of all choices."""
         counts = self._counts(num_tokens, num_cached_tokens)
         event: dict[str, Any] = {**self._common, "choices": [], "usage": counts}
         return b"data: " + msgspec.json.encode(event) + b"\n\n"
 
     def choice(self, num_tokens: int) -> dict[str, Any]:
-        """This choice in a response that is not streamed."""
+        """Return this choice for a response that is not streamed."""
         content = b"".join(map(self._word, range(1, num_tokens + 1))).decode()
         choice: dict[str, Any] = {
             "index": self._index,
@@ -105,7 +105,7 @@ class CompletionText:
         num_cached_tokens: int = 0,
         choices: list[dict[str, Any]] | None = None,
     ) -> dict[str, Any]:
-        """The body of a response that is not streamed; without `choices` this one is all."""
+        """Return the body of a response that is not streamed; `choices` defaults to this one."""
         return {
             **self._common,
             "object": "chat.completion" if self._chat else "text_completion",

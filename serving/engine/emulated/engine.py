@@ -1,11 +1,11 @@
-"""An engine without a GPU: vLLM's scheduler and a profile's step times behind the real stream.
+"""How does an engine without a GPU answer requests?
 
-`engine.factory: "serving.engine.emulated.engine:EmulatedEngine"` puts it where vLLM
-would be; `engine.args.profile` names the hardware. Requests queue, prefill in
-chunks, share prefixes, decode in one batch and are preempted as in vLLM, in
-real time; only what they say is made up (`emulated_text`): the same prompt is
-answered by the same text on every engine, and a prompt that ends with a part
-of such a text by the rest of it.
+By vLLM's scheduler and a profile's step times, behind the real stream.
+`engine.factory: "serving.engine.emulated.engine:EmulatedEngine"` uses it in place of vLLM;
+`engine.args.profile` names the hardware. Requests queue, prefill in chunks, share prefixes, decode
+in one batch and are preempted as in vLLM, in real time. Only the replies are made up
+(`serving.engine.emulated.text`): every engine gives a prompt the same reply, and a prompt that ends
+with the first part of such a reply the rest of it.
 """
 
 import asyncio
@@ -26,13 +26,13 @@ from serving.engine.emulated.asgi import (
     error_content,
     read_body,
     reply,
-    until_gone,
+    wait_for_disconnect,
 )
 from serving.engine.emulated.clock import EngineClock
 from serving.engine.emulated.kv_events import KvEvents
 from serving.engine.emulated.metrics import render
 from serving.engine.emulated.request import Body, parse
-from serving.engine.emulated.response import EmulatedReply
+from serving.engine.emulated.response import EmulatedResponse
 from serving.stream.accounting import RequestAccounting, current_accounting
 
 if TYPE_CHECKING:
@@ -43,19 +43,21 @@ class EmulatedArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`engine.args` of an emulated engine."""
 
     profile: str = "h100-llama8b"  # a file's path, or a name in serving/capacity/profiles
-    tokens: int = 200  # of a request that sets no limit
+    tokens: int = 200  # output of a request that sets no limit
     seed: int = 0  # of the noise on step times; each engine adds its rank
     prefill_chunk: int | None = None  # the profile's `max_prefill_chunk`
     max_num_batched_tokens: int | None = None  # likewise
-    priority: bool = True  # a waiting queue by priority, as Headway sets its engines
-    paces: bool = True  # steps as by `serving/engine/vllm/scheduler.py`; false: by vLLM alone
+    priority: bool = True  # a waiting queue by priority, as Headway configures its engines
+    # Steps are scheduled as by `serving.engine.vllm.scheduler`, which caps a prompt's part of
+    # them; false: as by vLLM alone.
+    paces: bool = True
 
 
 class EmulatedEngine:
-    """The `serving.engine.vllm.engine.Engine` of emulations."""
+    """A `serving.stream.engine.Engine` without a model."""
 
     def __init__(self, args: EmulatedArgs, model: str | None = None, rank: int = 0) -> None:
-        """Raises `ProfileError` when the profile cannot be read."""
+        """`rank` makes the noise its own. Raises `ProfileError` if the profile cannot be read."""
         profile = load_profile(args.profile)
         changed = {
             "max_prefill_chunk": args.prefill_chunk,
@@ -77,16 +79,16 @@ class EmulatedEngine:
         self.app = self._serve
         self.dead = False
         self.blocks = self.model.blocks
-        self.kv_events: KvEvents | None = None  # who wants them sets it before the first request
-        self.clock = EngineClock(self.model, self._stepped)
+        self.kv_events: KvEvents | None = None  # to publish them, set it before the first request
+        self.clock = EngineClock(self.model, self._on_model_step)
         self._args = args
-        self._replies: dict[str, EmulatedReply] = {}
+        self._responses: dict[str, EmulatedResponse] = {}
         self._ids = itertools.count()
         self._on_step: Callable[[], None] = lambda: None
 
     @classmethod
     async def start(cls, config: Config, plan: "Plan", local_rank: int) -> "EmulatedEngine":
-        """Return an engine, ready at once. Raises `ConfigError` for bad `engine.args`."""
+        """Return an engine that is ready. Raises `ConfigError` for bad `engine.args`."""
         try:
             args = msgspec.convert(config.engine.args, EmulatedArgs)
             return cls(args, plan.served_model_name, local_rank)
@@ -94,11 +96,11 @@ class EmulatedEngine:
             raise ConfigError(f"engine.args: {error}") from None
 
     def subscribe(self, on_step: Callable[[], None]) -> None:
-        """`on_step()` is called on the event loop after every step, never while idle."""
+        """Have `on_step()` called on the event loop after every step, never while idle."""
         self._on_step = on_step
 
     def snapshot(self, seq: int, accountings: list[RequestAccounting]) -> EngineSnapshot:
-        """The state now; what has not come as far as the scheduler counts with its estimate."""
+        """Return the state now; requests not yet in the scheduler count by their estimates."""
         snapshot = self.model.snapshot(seq, 0)
         chunk = self.info.max_prefill_chunk or self.info.max_num_batched_tokens
         estimates = [
@@ -115,21 +117,21 @@ class EmulatedEngine:
         )
 
     def forget(self, accounting: RequestAccounting) -> None:
-        """Part of the engine's interface; nothing is kept per accounting."""
+        """Do nothing, for nothing is kept per accounting. Part of the protocol."""
 
     async def ping(self) -> None:
-        """Part of the engine's interface; what answers here is the event loop."""
+        """Return at once: the event loop is what answers. Part of the protocol."""
 
     async def shutdown(self) -> None:
         """Take no further step."""
         self.clock.stop()
 
-    def _stepped(self, progress: list[Progress]) -> None:
+    def _on_model_step(self, progress: list[Progress]) -> None:
         for each in progress:
-            if (live := self._replies.get(each.job_id)) is not None:
-                live.on_progress(each)
-        for live in self._replies.values():
-            live.on_step()
+            if (response := self._responses.get(each.job_id)) is not None:
+                response.on_progress(each)
+        for response in self._responses.values():
+            response.on_step()
         self._on_step()
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -162,23 +164,23 @@ class EmulatedEngine:
                 error = f"The model `{body.model}` does not exist."
                 await reply(send, 404, error_content(error, 404))
                 return
-            live = self._admit(body, chat)
+            response = self._submit(body, chat)
         except ValueError as error:
             await reply(send, 400, error_content(str(error), 400))
             return
-        gone = asyncio.get_running_loop().create_task(until_gone(receive))
-        gone.add_done_callback(lambda _: live.on_gone())
+        disconnect = asyncio.get_running_loop().create_task(wait_for_disconnect(receive))
+        disconnect.add_done_callback(lambda _: response.on_disconnect())
         try:
-            await live.send_all(self.model, gone, send)
+            await response.send_all(self.model, disconnect, send)
         finally:
-            gone.cancel()
-            del self._replies[live.job.id]
+            disconnect.cancel()
+            del self._responses[response.job.id]
             if self.kv_events is not None:
-                self.kv_events.remove_request(live.job.block_hashes)
-            self.clock.abort(live.job.id)
+                self.kv_events.remove_request(response.job.block_hashes)
+            self.clock.abort(response.job.id)
 
-    def _admit(self, body: Body, chat: bool) -> EmulatedReply:
-        """Hand the request to the scheduler. Raises `ValueError` for one that cannot fit."""
+    def _submit(self, body: Body, chat: bool) -> EmulatedResponse:
+        """Queue the request; return its response. Raises `ValueError` for one that cannot fit."""
         prompt = body.parse_prompt(chat)
         if prompt.num_tokens >= self.info.max_model_len:
             raise ValueError(
@@ -187,7 +189,7 @@ class EmulatedEngine:
             )
         accounting = current_accounting.get()
         asked = body.max_completion_tokens or body.max_tokens or self._args.tokens
-        live = EmulatedReply(
+        response = EmulatedResponse(
             str(next(self._ids)),
             body,
             prompt,
@@ -197,13 +199,13 @@ class EmulatedEngine:
             self.info.block_size,
             accounting,
         )
-        self.clock.add(live.job)
-        self._replies[live.job.id] = live
+        self.clock.add(response.job)
+        self._responses[response.job.id] = response
         if self.kv_events is not None:
-            self.kv_events.add_request(prompt, live.job.block_hashes)
+            self.kv_events.add_request(prompt, response.job.block_hashes)
         if accounting is not None:
             accounting.entered, accounting.num_prompt_tokens = True, prompt.num_tokens
             if accounting.on_prompt is not None:
-                accounting.on_prompt(prompt.num_tokens, list(live.job.block_hashes))
+                accounting.on_prompt(prompt.num_tokens, list(response.job.block_hashes))
                 accounting.on_prompt = None
-        return live
+        return response

@@ -1,16 +1,14 @@
-"""KV events of an emulated engine over ZMQ, as vLLM 0.32 publishes them.
+"""Which blocks has a step added to an emulated engine's prefix cache, and which removed?
 
-For routers that follow what each engine's prefix cache holds. Wire format and
-settings are those of vLLM's `--kv-events-config` (vllm/distributed/kv_events.py):
-a PUB socket with one message per step, [topic, number of the batch, batch], and
-a ROUTER socket that sends past batches anew from a number on. Importing vLLM
-itself for it would cost each emulated engine seconds and hundreds of megabytes;
-pyzmq comes with it.
+Published over ZMQ as by vLLM 0.32, for routers that track each engine's prefix cache. Wire format
+and settings are those of vLLM's `--kv-events-config` (vllm/distributed/kv_events.py): a PUB socket
+with one message per step, [topic, number of the batch, batch], and a ROUTER socket that resends
+past batches from a number on. Importing vLLM for it would cost each emulated engine seconds and
+hundreds of megabytes; pyzmq comes with it.
 
-Blocks are those of prompts; what a reply adds is not told, for it is not found
-again here. The ids of text tokens are checksums of their text, there being no
-tokenizer: a router that knows prompts by ids of its own finds them only where
-clients send ids.
+Blocks are those of prompts; blocks of replies are not published, for no later request finds them.
+Without a tokenizer the ids of text tokens are checksums of their text: a router with token ids of
+its own finds prompts only where clients send ids.
 """
 
 import asyncio
@@ -49,7 +47,7 @@ class KvEventsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BlockStored(msgspec.Struct, tag=True, omit_defaults=True):
-    """Blocks, one after the other in a prompt, that can be found from now on."""
+    """Successive blocks of a prompt that can be found from now on."""
 
     block_hashes: list[int]
     parent_block_hash: int | None
@@ -63,7 +61,7 @@ class BlockStored(msgspec.Struct, tag=True, omit_defaults=True):
 
 
 class BlockRemoved(msgspec.Struct, tag=True, omit_defaults=True):
-    """Blocks that are not there any more."""
+    """Blocks that are no longer cached."""
 
     block_hashes: list[int]
     medium: str
@@ -71,14 +69,14 @@ class BlockRemoved(msgspec.Struct, tag=True, omit_defaults=True):
 
 
 class AllBlocksCleared(msgspec.Struct, tag=True):
-    """Nothing is cached any more."""
+    """No block is cached any more."""
 
 
 Event = BlockStored | BlockRemoved | AllBlocksCleared
 
 
 class Batch(msgspec.Struct, array_like=True):
-    """The changes of one step, in their order."""
+    """The changes of one step, in order."""
 
     ts: float  # Unix time
     events: list[Event]
@@ -86,7 +84,7 @@ class Batch(msgspec.Struct, array_like=True):
 
 
 class _Block:
-    """What a hash stands for, known while a request that has it is here or it is cached."""
+    """A block's content, kept while it is cached or a request's prompt has it."""
 
     __slots__ = ("num_requests", "parent", "token_ids")
 
@@ -97,10 +95,10 @@ class _Block:
 
 
 class KvEvents:
-    """Tells of every step's changes to one engine's prefix cache.
+    """Collects every step's changes to one engine's prefix cache.
 
-    `enter` every prompt before a step ends that can store its blocks, `leave` when its
-    request is over, and `take` after each step.
+    The caller adds a request before the end of the first step that can store its blocks, removes
+    it when it has ended, and collects the events after each step.
     """
 
     def __init__(self, log: BlockLog, block_size: int) -> None:
@@ -109,10 +107,10 @@ class KvEvents:
         self._position = log.position
         self._blocks: dict[int, _Block] = {}
         self._cached: set[int] = set()
-        self._left: list[Sequence[int]] = []
+        self._ended: list[Sequence[int]] = []
 
     def add_request(self, prompt: Prompt, hashes: Sequence[int]) -> None:
-        """A request with this prompt has come; `hashes` are those of its whole blocks."""
+        """Keep the content of a request's prompt; `hashes` are those of its whole blocks."""
         size, parent = self._block_size, None
         for index, block_hash in enumerate(hashes):
             block = self._blocks.get(block_hash)
@@ -123,31 +121,31 @@ class KvEvents:
             parent = block_hash
 
     def remove_request(self, hashes: Sequence[int]) -> None:
-        """A request is over. Its last blocks may be stored as late as the step's end."""
-        self._left.append(hashes)
+        """Drop an ended request's content after the step, whose end may still store blocks."""
+        self._ended.append(hashes)
 
     def collect_events(self) -> list[Event]:
-        """Return what has changed since the last call."""
+        """Return the changes since the last call."""
         update = self._log.since(self._position)
         events: list[Event] = []
-        gone: list[int] = []
+        removed: list[int] = []
         if update is not None:
             self._position = update.until
             if update.since < 0:  # more than the log remembers
-                gone = list(self._cached.difference(update.stored))
+                removed = list(self._cached.difference(update.stored))
                 self._cached.clear()
                 events.append(AllBlocksCleared())
-            elif gone := [each for each in update.removed if each in self._cached]:
-                self._cached.difference_update(gone)
-                events.append(BlockRemoved(gone, _MEDIUM, group_idx=0))
+            elif removed := [each for each in update.removed if each in self._cached]:
+                self._cached.difference_update(removed)
+                events.append(BlockRemoved(removed, _MEDIUM, group_idx=0))
             new = [each for each in update.stored if each not in self._cached]
             self._cached.update(new)
-            events += self._stored(new)
-        self._forget(gone)
+            events += self._stored_events(new)
+        self._drop_unused_blocks(removed)
         return events
 
-    def _stored(self, hashes: Sequence[int]) -> list[Event]:
-        """One event for each run of blocks that follow each other, as the log has them."""
+    def _stored_events(self, hashes: Sequence[int]) -> list[Event]:
+        """Return one event for each run of successive blocks, in the log's order."""
         events: list[Event] = []
         run: BlockStored | None = None
         for block_hash in hashes:
@@ -160,29 +158,29 @@ class KvEvents:
             run.token_ids += block.token_ids
         return events
 
-    def _forget(self, gone: Sequence[int]) -> None:
-        """Drop what is neither cached nor any request's."""
-        left, self._left = self._left, []
-        for hashes in left:
+    def _drop_unused_blocks(self, removed: Sequence[int]) -> None:
+        """Drop the content of blocks that are neither cached nor part of a request's prompt."""
+        ended, self._ended = self._ended, []
+        for hashes in ended:
             for block_hash in hashes:
                 self._blocks[block_hash].num_requests -= 1
-        for block_hash in {*gone, *(each for hashes in left for each in hashes)}:
+        for block_hash in {*removed, *(each for hashes in ended for each in hashes)}:
             if not self._blocks[block_hash].num_requests and block_hash not in self._cached:
                 del self._blocks[block_hash]
 
 
 class KvEventPublisher:
-    """The sockets. To be made, used and closed on a running event loop."""
+    """Publishes the events on sockets. Created, used and closed on a running event loop."""
 
     def __init__(self, events: KvEvents, config: KvEventsConfig) -> None:
-        """Raises `zmq.ZMQError` where an endpoint cannot be had."""
+        """Open the sockets. Raises `zmq.ZMQError` where an endpoint is not available."""
         self._events = events
         self._topic = config.topic.encode()
         self._encode = msgspec.msgpack.Encoder().encode
         self._num_batches = 0
         self._past: deque[tuple[bytes, bytes]] = deque(maxlen=config.buffer_steps)
         self._context = zmq.asyncio.Context()
-        # Publishing never waits: what a subscriber has no room for is dropped.
+        # Publishing never waits: messages for a subscriber with a full queue are dropped.
         self._publisher = zmq.Socket(self._context, zmq.PUB)
         self._replays: asyncio.Task[None] | None = None
         try:
@@ -201,7 +199,7 @@ class KvEventPublisher:
             raise
 
     def on_step(self) -> None:
-        """Publish what the step has changed, if anything."""
+        """Publish the step's changes, if there are any."""
         if events := self._events.collect_events():
             number = self._num_batches.to_bytes(8, "big")
             batch = self._encode(Batch(time.time(), events))
@@ -210,14 +208,14 @@ class KvEventPublisher:
             self._publisher.send_multipart((self._topic, number, batch))
 
     def close(self) -> None:
-        """Close the sockets; what is not sent yet is lost."""
+        """Close the sockets; unsent messages are lost."""
         if self._replays is not None:
             self._replays.cancel()
         self._publisher.close(linger=0)
         self._context.destroy(linger=0)
 
     async def _replay(self, router: zmq.asyncio.Socket) -> None:
-        """Answer whoever asks for all batches from a number on."""
+        """Answer requests for all kept batches from a number on."""
         while True:
             frames = await router.recv_multipart()
             if len(frames) != 3:

@@ -1,4 +1,4 @@
-"""An emulated engine's state under vLLM's metric names (vLLM 0.32), for routers that read these."""
+"""What does an emulated engine's `/metrics` say? Its state under vLLM 0.32's metric names."""
 
 from collections.abc import Iterator
 
@@ -39,7 +39,7 @@ class _Collector:
 
 
 def render(model: EngineModel, name: str) -> bytes:
-    """Return the state now, in Prometheus's text format."""
+    """Return the present state in Prometheus's text format."""
     registry = CollectorRegistry()
     registry.register(_Collector(model, name))
     return generate_latest(registry)

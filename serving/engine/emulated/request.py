@@ -1,4 +1,4 @@
-"""What an emulated engine reads of an OpenAI request."""
+"""What does an emulated engine read of an OpenAI request?"""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ class _Message(msgspec.Struct):
 
 
 class Body(msgspec.Struct):
-    """Everything else is ignored, sampling parameters among it: a reply is what it is."""
+    """The keys that are read. Others are ignored, sampling parameters too: replies are fixed."""
 
     model: str | None = None
     prompt: str | list[int] | None = None
@@ -37,7 +37,7 @@ class Body(msgspec.Struct):
     n: int | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    ignore_eos: bool = False  # there is no end but the limit anyhow
+    ignore_eos: bool = False  # replies end only at the limit anyhow
     continue_final_message: bool = False
     priority: int = 0
 
@@ -46,7 +46,7 @@ class Body(msgspec.Struct):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def parse_prompt(self, chat: bool) -> Prompt:
-        """Return the prompt, chats by a plain template. Raises `ValueError` if there is none."""
+        """Return the prompt, a chat's by a plain template. Raises `ValueError` if there is none."""
         if not chat:
             if not self.prompt:
                 raise ValueError("'prompt' is missing or empty")
@@ -65,7 +65,7 @@ _decode = msgspec.json.Decoder(Body, strict=False).decode
 
 
 def parse(body: bytes) -> Body:
-    """Return the request. Raises `ValueError` for what is not one."""
+    """Return the request. Raises `ValueError` if it is not valid."""
     try:
         request = _decode(body)
     except msgspec.MsgspecError as error:

@@ -1,4 +1,4 @@
-"""One response of an emulated engine, from its request's admission to its last byte."""
+"""How is one response of an emulated engine sent, from its job to its last byte?"""
 
 import asyncio
 import time
@@ -16,12 +16,11 @@ from serving.stream.accounting import RequestAccounting
 from serving.stream.record import Entry, num_tokens
 
 
-class EmulatedReply:
-    """Sends tokens as the engine's steps bring them, each as an event of its own.
+class EmulatedResponse:
+    """Sends the tokens of the engine's steps, each as an event of its own.
 
-    One that another engine has begun (`accounting.resume`) writes the same bytes
-    anew, and has only the rest computed: what the other has generated comes
-    behind the prompt.
+    A response that another engine has begun (`accounting.resume`) sends the same bytes again and
+    has only the rest computed: the tokens that the other has generated follow the prompt.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class EmulatedReply:
         self._wake = asyncio.Event()
         num_sequences = body.n or 1
         self._num_done = 0
-        # Of several sequences a record does not tell how they were interleaved.
+        # A record does not say how several sequences were interleaved.
         if accounting is not None and accounting.resume is not None and num_sequences == 1:
             self._num_done = min(num_tokens(accounting.resume.record), max_tokens - 1)
         self.job = Job(
@@ -56,7 +55,7 @@ class EmulatedReply:
                 accounting.num_expected_cached_tokens if accounting is not None else 0
             ),
         )
-        self._ends: dict[int, int] = {}  # of sequences that are over: tokens
+        self._ends: dict[int, int] = {}  # tokens of the sequences that have ended, by index
         self._num_sent = [0] * num_sequences
         self._num_cached_tokens = 0
         self._has_begun = False
@@ -76,23 +75,25 @@ class EmulatedReply:
         ]
 
     def on_progress(self, progress: Progress) -> None:
-        """A sequence has begun or ended its output."""
+        """Record that a sequence has begun or ended its output."""
         self._has_begun = True
         self._num_cached_tokens = max(self._num_cached_tokens, progress.num_cached_tokens)
         if progress.finished:
             self._ends[progress.index] = progress.num_tokens + self._num_done
 
     def on_step(self) -> None:
-        """There may be something to send."""
+        """Wake the sender, for there may be tokens to send."""
         if self._has_begun:
             self._wake.set()
 
-    def on_gone(self) -> None:
-        """The client has left."""
+    def on_disconnect(self) -> None:
+        """Wake the sender, for the client has disconnected."""
         self._wake.set()
 
-    async def send_all(self, model: EngineModel, gone: asyncio.Task[None], send: Send) -> None:
-        """Return when the last byte is out, or the client gone."""
+    async def send_all(
+        self, model: EngineModel, disconnect: asyncio.Task[None], send: Send
+    ) -> None:
+        """Send the response; return when it is complete or the client has disconnected."""
         body, accounting = self._body, self._accounting
         if body.stream:
             await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
@@ -100,7 +101,7 @@ class EmulatedReply:
         while open_:
             await self._wake.wait()
             self._wake.clear()
-            if gone.done():
+            if disconnect.done():
                 return
             for index in sorted(open_):
                 last = index in self._ends

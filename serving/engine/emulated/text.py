@@ -1,10 +1,8 @@
-"""Tokens of an emulated engine: how text is cut into them, and what a reply says.
+"""How does an emulated engine cut text into tokens, and what are the tokens of its replies?
 
-A reply's token is a word such as " 3fa9.17": a seed from the prompt, and the
-token's number. So it depends on the prompt and its position alone, whichever
-engine writes it, and a prompt that ends with such a word (a reply that broke
-off, sent again for its rest) is known for what it is: the reply goes on with
-" 3fa9.18".
+A reply's token is a word such as " 3fa9.17": a seed from the prompt, and the token's number. It
+depends on the prompt and its position alone, whichever engine sends it. A prompt that ends with
+such a word (a reply that broke off, sent again for its rest) continues that reply: " 3fa9.18".
 """
 
 import re
@@ -12,8 +10,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
-# About what a byte-pair vocabulary makes of English: a word of up to 12 letters with the
-# space before it is one token.
+# About as a byte-pair vocabulary cuts English: a word of up to 12 letters with the space before
+# it is one token.
 _TOKEN = re.compile(r"\s?\S{1,12}|\s")
 _REPLY_END = re.compile(r"(?:^|\s)([0-9a-f]{4})\.(\d{1,9})$")
 # A prompt given as token ids continues a reply where its last id is one of a reply's: they
@@ -26,7 +24,7 @@ class Prompt:
     """The tokens of one prompt, as text or as ids."""
 
     def __init__(self, tokens: Sequence[str] | Sequence[int]) -> None:
-        """`tokens` are not empty."""
+        """`tokens` must not be empty."""
         self._tokens = tokens
         self.num_tokens = len(tokens)
         self.seed, self.num_reply_tokens = self._continues() or (self._own_seed(), 0)
@@ -39,7 +37,7 @@ class Prompt:
         return cls(_TOKEN.findall(text))
 
     def hashes(self, num_tokens: int) -> tuple[int, ...]:
-        """Chained hashes of the whole blocks of `num_tokens` each."""
+        """Return the chained hashes of the whole blocks of `num_tokens` each."""
         hashes = []
         chain = b""
         for end in range(num_tokens, self.num_tokens + 1, num_tokens):
@@ -49,14 +47,14 @@ class Prompt:
         return tuple(hashes)
 
     def token_ids(self, start: int, end: int) -> list[int]:
-        """Return ids of the tokens from `start` to before `end`; of text, checksums of it."""
+        """Return the ids of the tokens from `start` up to `end`; for text, its checksums."""
         return [
             token if isinstance(token, int) else zlib.crc32(token.encode())
             for token in self._tokens[start:end]
         ]
 
     def word(self, index: int) -> Callable[[int], bytes]:
-        """Return what gives the text of a reply's token by its number, from 1.
+        """Return a function from a reply token's number, from 1, to its text.
 
         `index` counts the choices of a request that asks for several.
         """
@@ -65,7 +63,7 @@ class Prompt:
         return lambda number: b"%b%d" % (start, before + number)
 
     def reply_id(self, number: int) -> int:
-        """The id of a reply's token."""
+        """Return the id of a reply's token by its number, from 1."""
         return _FIRST_REPLY_ID + self.seed * _IDS_PER_SEED + self.num_reply_tokens + number
 
     def _continues(self) -> tuple[int, int] | None:
