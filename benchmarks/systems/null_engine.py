@@ -33,7 +33,7 @@ from serving.engine.emulated.asgi import (
     read_body,
     reply,
     send_part,
-    until_gone,
+    wait_for_disconnect,
 )
 from serving.engine.emulated.completion_text import CompletionText
 from serving.stream.accounting import RequestAccounting, current_accounting
@@ -204,7 +204,7 @@ class NullEngine:
             for number in range(1, num_tokens + 1):
                 if number > 1:
                     if watch is None:
-                        watch = asyncio.get_running_loop().create_task(until_gone(receive))
+                        watch = asyncio.get_running_loop().create_task(wait_for_disconnect(receive))
                         clock.add_stream()
                     await clock.next_step()
                     if watch.done():
@@ -234,7 +234,7 @@ def main() -> None:
     """Serve the null engine by uvicorn alone until a signal ends it."""
     import uvicorn
 
-    parser = argparse.ArgumentParser(description="Serve an engine without a model by uvicorn alone.")
+    parser = argparse.ArgumentParser(description="Serve the null engine by uvicorn alone.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--step-ms", type=float, default=10.0, help="0: flat out")

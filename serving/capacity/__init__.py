@@ -1,5 +1,5 @@
-"""How much engines carry: profiles of step times, sweeps, `headway whatif`.
+"""How many engines does some traffic need, and how long do an engine's steps take?
 
-What is decided here: how many engines some traffic needs, and what one engine's steps take.
-Called by the command line and by the benchmarks.
+Profiles of step times, sweeps of simulated runs, `headway whatif`, `headway profile`. Called by
+the command line and by the benchmarks.
 """

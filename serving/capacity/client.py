@@ -1,11 +1,10 @@
-"""A client of an OpenAI endpoint that is cheap per token.
+"""How to load an OpenAI endpoint at little cost per token?
 
-It shares its cores with what it measures, so a token costs it one parser
-callback: raw asyncio protocols, httptools for HTTP, events counted by their
-blank lines, and JSON looked at only once, at the end of a response.
+The client shares its cores with what it measures, so a token costs it one parser callback: raw
+asyncio protocols, httptools for HTTP, events counted by their blank lines, and JSON parsed only
+once, at the end of a response.
 
-Times are seconds of `time.perf_counter`; an event loop's own clock is cached
-and too coarse.
+Times are seconds of `time.perf_counter`; an event loop's own clock is cached and too coarse.
 """
 
 import asyncio
@@ -21,15 +20,15 @@ from urllib.parse import urlsplit
 
 import httptools
 
-# The end of a response that is kept: usage, `[DONE]` and an error stand in the
-# last few pieces however a proxy cuts them.
+# Kept of a response's end: usage, `[DONE]` and errors are in the last few pieces however a proxy
+# cuts them.
 _NUM_KEPT_PIECES = 8
 _USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
 _ERROR_EVENT = re.compile(rb'data: ?(\{"error".*)')
 
 
 @dataclass(slots=True, frozen=True)
-class Call:
+class ApiRequest:
     """One request to send."""
 
     path: str
@@ -37,8 +36,10 @@ class Call:
     stream: bool
 
     @classmethod
-    def chat(cls, model: str, prompt: str, num_tokens: int, stream: bool, **extra: Any) -> "Call":
-        """A chat request for exactly `num_tokens` tokens; `extra` goes into the body."""
+    def chat(
+        cls, model: str, prompt: str, num_tokens: int, stream: bool, **extra: Any
+    ) -> "ApiRequest":
+        """Return a chat request for exactly `num_tokens` tokens; `extra` goes into the body."""
         body = {
             "model": model,
             "messages": [{"role": "user", "content": prompt}],
@@ -52,7 +53,7 @@ class Call:
 
 @dataclass(slots=True)
 class Record:
-    """What became of one request. Zero for what never happened."""
+    """What became of one request; 0 for times that never came."""
 
     due_s: float  # when it was to be sent
     sent_s: float = 0.0  # when it was written, on an open connection
@@ -67,17 +68,17 @@ class Record:
 
     @property
     def ttft_s(self) -> float:
-        """Time from sending to the first body byte."""
+        """Seconds from sending to the first body byte."""
         return self.first_s - self.sent_s
 
     @property
     def late_s(self) -> float:
-        """How late it was sent: the generator's own shortcoming, or a slow connect."""
+        """Seconds that it was sent late, by a slow generator or a slow connect."""
         return max(0.0, self.sent_s - self.due_s)
 
 
 class _Connection(asyncio.Protocol):
-    """One keep-alive connection; one request at a time."""
+    """A keep-alive connection with one request at a time."""
 
     def __init__(self, client: "Client", target: "_Target") -> None:
         self._client = client
@@ -93,19 +94,21 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
 
-    def send(self, call: Call, record: Record, on_end: Callable[[Record], None] | None) -> None:
+    def send(
+        self, request: ApiRequest, record: Record, on_end: Callable[[Record], None] | None
+    ) -> None:
         assert self._transport is not None, "this connection is closed"
-        self.record, self.stream, self._on_end = record, call.stream, on_end
+        self.record, self.stream, self._on_end = record, request.stream, on_end
         self._half_blank = False
         self._pieces.clear()
         record.sent_s = time.perf_counter()
         head = (
-            f"POST {call.path} HTTP/1.1\r\nHost: {self._target.host}:{self._target.port}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(call.body)}\r\n"
+            f"POST {request.path} HTTP/1.1\r\nHost: {self._target.host}:{self._target.port}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(request.body)}\r\n"
             f"{self._client.headers}\r\n"
         )
         assert self._transport is not None  # only an open connection is idle
-        self._transport.write(head.encode() + call.body)
+        self._transport.write(head.encode() + request.body)
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -171,7 +174,7 @@ class _Connection(asyncio.Protocol):
             self._finish(self.record)
 
     def abort(self, reason: str) -> None:
-        """Close at once, as a killed client does; its request ends with `reason`."""
+        """Close at once, as a killed client does. Its request ends with `reason`."""
         if self.record is not None:
             self.record.error = reason
             self._finish(self.record)
@@ -181,7 +184,7 @@ class _Connection(asyncio.Protocol):
     def _finish(self, record: Record) -> None:
         self.record = None
         on_end, self._on_end = self._on_end, None
-        self._client.ended()
+        self._client.count_end()
         if on_end is not None:
             on_end(record)
 
@@ -194,13 +197,13 @@ class _Target:
 
 
 class Client:
-    """A pool of connections to one or several servers, in rotation."""
+    """Sends requests over a pool of connections to one or several servers, in rotation."""
 
     def __init__(self, urls: Sequence[str], headers: dict[str, str] | None = None) -> None:
         self.headers = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         self.connections: set[_Connection] = set()
-        self.num_events = 0  # of all requests so far: its growth is a rate
-        self.num_pieces = 0  # HTTP chunks that they came in: fewer where a path merges events
+        self.num_events = 0  # of all requests so far
+        self.num_pieces = 0  # HTTP chunks that held them: fewer where a path merges events
         self.num_ended = 0
         self._targets = [
             _Target(parts.hostname or "127.0.0.1", parts.port or 80, [])
@@ -212,28 +215,28 @@ class Client:
         self._all_ended = asyncio.Event()
 
     async def connect(self, num_connections: int) -> None:
-        """Open connections ahead, so that connecting is not part of what is measured."""
+        """Open connections in advance, so that connecting is not measured."""
         for target in itertools.islice(self._rotation, num_connections):
             target.idle.append(await self._open(target))
 
-    def send(self, call: Call, on_end: Callable[[Record], None] | None = None) -> Record:
+    def send(self, request: ApiRequest, on_end: Callable[[Record], None] | None = None) -> Record:
         """Send now; return the record, which fills until `on_end(record)` is called."""
         record = Record(due_s=time.perf_counter())
         self.num_active += 1
         self._all_ended.clear()
         target = next(self._rotation)
         if target.idle:
-            target.idle.pop().send(call, record, on_end)
+            target.idle.pop().send(request, record, on_end)
         else:
             task = asyncio.get_running_loop().create_task(
-                self._open_and_send(target, call, record, on_end)
+                self._open_and_send(target, request, record, on_end)
             )
             self._opening.add(task)
             task.add_done_callback(self._opening.discard)
         return record
 
     async def wait(self, timeout_s: float) -> None:
-        """Return when no request is open; after `timeout_s`, abort those that still are."""
+        """Return when every request has ended; after `timeout_s`, abort the others."""
         if not self.num_active:
             return
         try:
@@ -242,7 +245,7 @@ class Client:
             self.vanish(f"not ended after {timeout_s:g} s")
 
     def vanish(self, reason: str = "vanished") -> int:
-        """Abort every connection at once, as a killed client does; return how many."""
+        """Abort every connection at once, as a killed client does. Return how many."""
         for task in self._opening:
             task.cancel(reason)
         connections = list(self.connections)
@@ -251,7 +254,7 @@ class Client:
         return len(connections)
 
     async def close(self) -> None:
-        """Close every connection; what is still open ends as vanished."""
+        """Close every connection; requests that have not ended end as vanished."""
         self.vanish()
         await asyncio.gather(*self._opening, return_exceptions=True)
 
@@ -261,8 +264,8 @@ class Client:
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
-    def ended(self) -> None:
-        """A request has ended, whichever way."""
+    def count_end(self) -> None:
+        """Count a request that has ended, however it ended."""
         self.num_active -= 1
         self.num_ended += 1
         if not self.num_active:
@@ -276,16 +279,20 @@ class Client:
         return connection
 
     async def _open_and_send(
-        self, target: _Target, call: Call, record: Record, on_end: Callable[[Record], None] | None
+        self,
+        target: _Target,
+        request: ApiRequest,
+        record: Record,
+        on_end: Callable[[Record], None] | None,
     ) -> None:
         try:
             connection = await self._open(target)
         except (OSError, asyncio.CancelledError) as error:
             record.error = f"cannot connect: {error}"
-            self.ended()
+            self.count_end()
             if on_end is not None:
                 on_end(record)
             if isinstance(error, asyncio.CancelledError):
                 raise
         else:
-            connection.send(call, record, on_end)
+            connection.send(request, record, on_end)

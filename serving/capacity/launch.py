@@ -1,9 +1,8 @@
-"""One command and all that it starts: found, and ended without leaving anything behind.
+"""Which processes has a command started, and how are all of them ended?
 
-Ray detaches processes, renames them and starts new ones, so neither parents
-nor names find them all. A mark in the environment of the first is inherited
-by the rest; where a renamed process has overwritten its environment, its
-parent bears the mark.
+Ray detaches processes, renames them and starts new ones, so neither parents nor names find them
+all. A mark in the environment of the first process is inherited by the others; where a renamed
+process has overwritten its environment, its parent has the mark.
 """
 
 import contextlib
@@ -25,10 +24,7 @@ _ROOT = Path(__file__).parents[2]  # where the packages are, installed or not
 
 
 class MeasureError(Exception):
-    """What is measured did not start or does not answer: there is nothing to measure.
-
-    `log` is the end of what it has said, for whoever wants to know more.
-    """
+    """The system to measure did not start or does not answer. `log` is the end of its log."""
 
     def __init__(self, reason: str, log: str = "") -> None:
         super().__init__(reason)
@@ -36,11 +32,11 @@ class MeasureError(Exception):
 
 
 class Launch:
-    """One command and all that it starts."""
+    """A command and all processes that it starts."""
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
-        """Start it; its output goes to `log`. It is told to end should we be killed."""
-        # All that were ever found, parents first.
+        """Start the command with its output in `log`. The kernel ends it if this process dies."""
+        # All that were found so far, parents first.
         self.processes: dict[psutil.Process, None] = {}
         self._mark = uuid.uuid4().hex
         self._log = log
@@ -54,25 +50,25 @@ class Launch:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 preexec_fn=lambda: _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
-                start_new_session=True,  # a Ctrl-C is for us; we end it in good order
+                start_new_session=True,  # Ctrl-C is for this process, which ends the command
             )
 
     @property
     def pid(self) -> int:
-        """Of the command itself."""
+        """The process id of the command itself."""
         return self._first.pid
 
     @property
     def returncode(self) -> int | None:
-        """Exit status of the command itself, `None` while it runs."""
+        """The exit status of the command itself, None while it runs."""
         return self._first.poll()
 
     def log_tail(self, num_bytes: int = 3000) -> str:
-        """Return the end of what it has said."""
+        """Return the end of its output."""
         return self._log.read_bytes()[-num_bytes:].decode(errors="replace")
 
     def refresh(self) -> None:
-        """Look for processes that have come; takes tens of milliseconds."""
+        """Find processes started since the last call; takes tens of milliseconds."""
         for process in psutil.process_iter():
             if process.pid != os.getpid():
                 with contextlib.suppress(psutil.Error):
@@ -80,7 +76,7 @@ class Launch:
                         self.processes[process] = None
 
     def living(self) -> list[psutil.Process]:
-        """Return those processes found that still run."""
+        """Return the found processes that still run."""
         return [
             process
             for process in self.processes
@@ -88,16 +84,16 @@ class Launch:
         ]
 
     def end(self, patience_s: float = 40.0) -> list[str]:
-        """Ask the command to end, wait, kill what is left; return the titles of those killed.
+        """Interrupt the command, wait, kill what is left; return the titles of those killed.
 
-        A process is known by its start time too, so a number used anew is safe.
+        Processes are identified by id and start time, so a reused id is safe.
         """
         self.refresh()
         if self._first.poll() is None:
             self._first.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._first.wait(patience_s)
-        deadline_s = time.monotonic() + 3.0  # the last ones of a clean end are still leaving
+        deadline_s = time.monotonic() + 3.0  # after a clean end the last ones are still exiting
         while self.living() and time.monotonic() < deadline_s:
             time.sleep(0.1)
         self.refresh()

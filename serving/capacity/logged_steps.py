@@ -1,4 +1,4 @@
-"""Steps that engines have taken, from what they wrote down of them."""
+"""Which steps have engines taken, by their logs?"""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -12,24 +12,24 @@ from serving.engine.step_log import LoggedStep, read_steps
 
 
 def read_all(folder: Path) -> list[list[LoggedStep]]:
-    """Return what each engine has written into the folder so far."""
+    """Return the log of each engine in the folder, as far as written."""
     return [list(read_steps(path)) for path in sorted(folder.glob("*.jsonl"))]
 
 
 def steps(
     logs: Sequence[Sequence[LoggedStep]], since_s: float, *, overlap: bool = False
 ) -> list[Step]:
-    """Return the steps of all engines that began after `since_s` and of which all is known.
+    """Return the completely recorded steps of all engines that began after `since_s`.
 
-    `since_s` is of the monotonic clock. Where steps `overlap` (async scheduling), a prefill's
-    time is partly in the step before it, and so are its tokens, in other parts
-    (`serving.engine.vllm.stats`): all steps between two without prefill are one.
+    `since_s` is of the monotonic clock. Where steps `overlap` (async scheduling), part of a
+    prefill's time counts to the step before it, and another part of its tokens
+    (`serving.engine.vllm.stats`): all steps between two without prefill are merged into one.
     """
     spans = [_spans(log) for log in logs]
     found = []
     for number, log in enumerate(logs):
         others = [span for other, span in enumerate(spans) if other != number and len(span)]
-        prefill: list[Step] = []  # what was found of it, where steps overlap
+        prefill: list[Step] = []  # its steps so far, where steps overlap
         for last, now in itertools.pairwise(log):
             before, after = last.snapshot, now.snapshot
             begin_s = now.ended_s - after.step_s
@@ -52,7 +52,7 @@ def steps(
 
 
 def _sum(steps: Sequence[Step]) -> Step:
-    """Several steps as one."""
+    """Return several steps merged into one."""
     step_s = sum(step.step_s for step in steps)
     return Step(
         sum(step.num_prefill_tokens for step in steps),
@@ -66,7 +66,7 @@ def _sum(steps: Sequence[Step]) -> Step:
 
 
 def _is_measured(before: EngineSnapshot, after: EngineSnapshot) -> bool:
-    """Whether a step was seen from its beginning, and nobody left in it."""
+    """Whether a step was recorded from its beginning and no sequence was dropped in it."""
     return (
         after.num_steps_total == before.num_steps_total + 1
         and before.num_running_reqs > 0
@@ -76,13 +76,16 @@ def _is_measured(before: EngineSnapshot, after: EngineSnapshot) -> bool:
 
 
 def _spans(log: Iterable[LoggedStep]) -> np.ndarray:
-    """Begin and end of each step, seconds; one row per step."""
+    """Return the begin and the end of each step, seconds, [num_steps, 2]."""
     ends = {step.snapshot.num_steps_total: step for step in log}.values()
     return np.array([(each.ended_s - each.snapshot.step_s, each.ended_s) for each in ends])
 
 
 def _share_beside(others: Sequence[np.ndarray], begin_s: float, end_s: float) -> float:
-    """Return in what share of the time between the other engines stepped, their mean."""
+    """Return the share of this time in which the other engines stepped, their mean.
+
+    `others`: [num_steps, 2] for each, as of `_spans`.
+    """
     if not others:
         return 0.0
     shares = [

@@ -1,4 +1,7 @@
-"""`headway profile`: starts the service, measures its engines' steps and writes a profile."""
+"""What do the steps of this machine's engines cost? `headway profile`.
+
+Starts the service, measures its engines' steps and writes a profile.
+"""
 
 import datetime
 import platform
@@ -24,17 +27,17 @@ from serving.planning.plan import Plan
 
 _MAX_NOISE = 0.3  # what `Profile` allows
 _WARM_UP_TOKENS = 32
-_FAR_OUT = 0.1  # of the times that first tokens take, this share at either end
-# Of a configuration; of the rest, keys and quotas would stand in the way.
-_WHAT_MAKES_AN_ENGINE = ("model", "served_model_name", "tensor_parallel_size", "engine")
+_OUTLIERS = 0.1  # share of the times to first token to leave out at either end
+# Keys of the configuration to keep; of the others, API keys and quotas would be in the way.
+_ENGINE_KEYS = ("model", "served_model_name", "tensor_parallel_size", "engine")
 
 
 async def measure(args: Mapping[str, Any], plan: Plan, name: str, console: Console) -> Profile:
     """Return the profile of one of the engines that `plan` would start for `args`.
 
-    Everything that users' requests go through is there: on CPU cores it takes its share of
-    them. There all engines are started, and do the same one alone and side by side, for they
-    share memory and the cores' spare time. Raises `MeasureError` if they do not start.
+    The whole service runs, for on CPU cores it uses its share of them. There all engines are
+    started and do the same work alone and side by side, for they share memory and spare cores.
+    Raises `MeasureError` if they do not start.
     """
     num_engines = plan.num_replicas if plan.device == "cpu" else 1
     console.print(f"Starting {num_engines} × {plan.device_name}")
@@ -48,10 +51,10 @@ async def measure(args: Mapping[str, Any], plan: Plan, name: str, console: Conso
             probe = StepProbe(service, info)
             await probe.decode(2, _WARM_UP_TOKENS, num_engines)
             since_s = time.monotonic()
-            await _carry_out(probe, console)
+            await _run_jobs(probe, console)
         logs = logged_steps.read_all(Path(folder))
     found = logged_steps.steps(logs, since_s, overlap=info.async_scheduling)
-    fitted, error = fit(found, _blank(name, info, start_s), has_outliers=True)
+    fitted, error = fit(found, _unfitted_profile(name, info, start_s), has_outliers=True)
     where = f"{info.engine} on {info.device}, Python {platform.python_version()}"
     source = (
         f"Measured by `headway profile`, {datetime.date.today()}: {where}; {len(found)} steps of "
@@ -68,28 +71,28 @@ async def measure(args: Mapping[str, Any], plan: Plan, name: str, console: Conso
 
 
 def _logged(args: Mapping[str, Any], device: str, folder: Path) -> dict[str, Any]:
-    """Return the configuration of the same engines, which write their steps down in `folder`."""
-    kept = {key: args[key] for key in _WHAT_MAKES_AN_ENGINE if key in args} | {"device": device}
+    """Return the configuration of the same engines with their step logs in `folder`."""
+    kept = {key: args[key] for key in _ENGINE_KEYS if key in args} | {"device": device}
     engine = parse(kept).engine.model_dump(mode="json", exclude_unset=True)
     return {**kept, "engine": {**engine, "step_log": str(folder)}}
 
 
 def _path_s(firsts: Sequence[tuple[int, float]], profile: Profile, slowness: float) -> float:
-    """Return what first tokens took besides steps, seconds, the mean.
+    """Return the mean time to first token that steps do not explain, seconds.
 
-    A prompt came in the middle of a step of the sequence that decoded beside it, at any time
-    of it, and was prefilled in the next one. What is far out of the ordinary does not count.
+    A prompt arrived at a random time in a step of the sequence that decoded beside it, on average
+    in the middle, and was prefilled in the next step. Outliers are left out.
     """
     waited_s = profile.step_s(0, 1, 0, 0.0) / 2
     rests_s = [
         ttft_s - slowness * (waited_s + profile.step_s(num_tokens, 1, 0, num_tokens**2 / 2))
         for num_tokens, ttft_s in firsts
     ]
-    return max(0.0, float(trim_mean(rests_s, _FAR_OUT)))
+    return max(0.0, float(trim_mean(rests_s, _OUTLIERS)))
 
 
-async def _carry_out(probe: StepProbe, console: Console) -> None:
-    """Have everything done that there is to measure, and show how far it is."""
+async def _run_jobs(probe: StepProbe, console: Console) -> None:
+    """Run everything that is to be measured, and show the progress."""
     columns = (
         TextColumn("{task.description:32}"),
         BarColumn(),
@@ -105,8 +108,8 @@ async def _carry_out(probe: StepProbe, console: Console) -> None:
             bars.advance(bar)
 
 
-def _blank(name: str, info: EngineInfo, start_s: float) -> Profile:
-    """What the engine says of itself; the terms are yet to be fitted."""
+def _unfitted_profile(name: str, info: EngineInfo, start_s: float) -> Profile:
+    """Return a profile with the engine's limits, whose terms are yet to be fitted."""
     return Profile(
         name=name,
         model=info.model,
@@ -125,7 +128,7 @@ def _blank(name: str, info: EngineInfo, start_s: float) -> Profile:
 
 
 async def run(args: Mapping[str, Any], plan: Plan, output: Path, console: Console) -> None:
-    """Measure, write `output` and tell what came out. Raises `MeasureError`."""
+    """Measure a profile, write it to `output` and print it. Raises `MeasureError`."""
     profile = await measure(args, plan, output.stem, console)
     save_profile(profile, output)
     for name in (*TERMS, "noise", "contention", "path_s"):

@@ -1,4 +1,4 @@
-"""`headway serve` as something to measure: up for a while, asked and switched while it serves."""
+"""How is `headway serve` started, asked and ended by whoever measures it?"""
 
 import asyncio
 import copy
@@ -27,7 +27,7 @@ _IDLE_POLL_S = 0.1
 
 
 class SystemUnderTest:
-    """An endpoint that is measured, up between `async with` and its end."""
+    """An endpoint to measure; it runs within `async with`."""
 
     start_timeout_s: ClassVar[float] = 120.0
 
@@ -36,7 +36,7 @@ class SystemUnderTest:
         self.num_engines = num_engines
         self.urls: list[str] = []
         self.launches: list[Launch] = []
-        self.killed: list[str] = []  # titles of processes that did not end by themselves
+        self.killed: list[str] = []  # titles of processes that had to be killed
         self._folder = tempfile.TemporaryDirectory(prefix="headway-measured-")
 
     async def __aenter__(self) -> Self:
@@ -90,7 +90,7 @@ class Service(SystemUnderTest):
         front: str = "own",
         name: str = "headway serve",
     ) -> None:
-        """`args` are Headway's keys of the config file; who listens where is added."""
+        """`args` are Headway's keys of the config file; ports and replicas are added."""
         super().__init__(name, num_engines)
         self._args = args
         self._front = front
@@ -114,21 +114,21 @@ class Service(SystemUnderTest):
         }
 
     async def state(self) -> GatewayState:
-        """Return what the gateway says of itself now; raise `MeasureError` if it does not."""
+        """Return the gateway's present state. Raises `MeasureError` if it does not answer."""
         return msgspec.json.decode(await self.ask(_STATE_PATH), type=GatewayState)
 
     def find_state(self) -> GatewayState | None:
-        """Return the same; `None` if the gateway does not answer in time."""
+        """Return the gateway's present state, None if it does not answer in time."""
         found = get_json(self.urls[0] + _STATE_PATH)
         return None if found is None else msgspec.convert(found, GatewayState)
 
     async def switch(self, policy: str) -> None:
-        """Choose by `policy` from now on; `headway:hold,order` is headway without these two."""
+        """Make the gateway use `policy`; `headway:hold,order` is headway without these two."""
         name, parts = split(policy)
         await self.ask("/headway/policy", {"policy": name, "ablate": parts})
 
     async def wait_until_idle(self, timeout_s: float = 120.0) -> None:
-        """Return when neither the gateway nor an engine has a request any more."""
+        """Return when neither the gateway nor an engine has a request left."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             num_open = (await self.state()).num_open_requests
@@ -139,14 +139,14 @@ class Service(SystemUnderTest):
             await asyncio.sleep(_IDLE_POLL_S)
 
     def num_streams_in_engines(self) -> int:
-        """Return the requests that the engines still have, by their last snapshots."""
+        """Return the number of requests in the engines, by their last snapshots."""
         return sum(
             max(snapshot.num_running_reqs, snapshot.num_inflight_reqs)
             for snapshot in self._snapshots()
         )
 
     async def ask(self, path: str, body: Mapping[str, Any] | None = None) -> str:
-        """Return the answer to a GET, or a POST of `body`; raise `MeasureError` if it fails."""
+        """Return the answer to a GET, or a POST of `body`. Raises `MeasureError` if it fails."""
         return await asyncio.to_thread(self._ask, path, body)
 
     def _launch(self, folder: Path) -> None:
@@ -183,7 +183,7 @@ class Service(SystemUnderTest):
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on now."""
+    """Return ports on which nothing listens now."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
@@ -195,7 +195,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def get_json(url: str) -> Any:
-    """Return the JSON at `url`, `None` unless it answers 200."""
+    """Return the JSON at `url`, None unless it answers 200."""
     try:
         with urllib.request.urlopen(url, timeout=5) as reply:
             return json.load(reply)
@@ -204,6 +204,6 @@ def get_json(url: str) -> Any:
 
 
 def _last_line(log: str) -> str:
-    """Return the last thing said, in which `headway serve` names the reason of its end."""
+    """Return the log's last line, in which `headway serve` gives the reason of its end."""
     lines = log.strip().splitlines() or ["it has said nothing"]
     return lines[-1].removeprefix("headway: ")

@@ -1,4 +1,4 @@
-"""Fits the terms of a profile to measured scheduler steps."""
+"""Which terms of a profile explain the measured steps best?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,16 +17,17 @@ TERMS = (
     "floor_s",
 )
 
-# Contention shows by steps beside others and steps alone; with less between them, by noise.
+# Contention is told by the difference between steps beside others and steps alone. With less
+# between them it would be told by noise.
 _MIN_CONTRAST = 0.5
-_FIRST_CONTENTION = 0.1  # where the search begins
+_FIRST_CONTENTION = 0.1  # start of the search
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step that was measured: what it computed and how long it took.
+    """A measured step: what it computed and how long it took.
 
-    Or several of which only the sum is known, as are their sums.
+    Or several whose sums alone are known: then all counts are sums.
     """
 
     num_prefill_tokens: int
@@ -34,7 +35,7 @@ class Step:
     num_decode_context_tokens: int
     num_prefill_pairs: float  # as in `Profile.step_s`
     step_s: float
-    share_beside: float = 0.0  # of its time, in which the machine's other engines stepped too
+    share_beside: float = 0.0  # of its time during which the machine's other engines stepped too
     num_steps: int = 1
 
 
@@ -43,10 +44,9 @@ def fit(
 ) -> tuple[Profile, float]:
     """Return the profile with its terms fitted, and the fit's root mean square error.
 
-    Errors are logarithms of what is fitted over what was measured, so that a
-    step of 6 ms counts as much as one of 600, and too long as much as too
-    short; no term is negative. With `has_outliers` errors past a tenth weigh
-    less: now and then a measured step is held up by something else. Raises
+    Errors are logarithms of the fitted over the measured time, so that a step of 6 ms counts as
+    much as one of 600, and too long as much as too short. No term is negative. With `has_outliers`
+    errors above a tenth weigh less: now and then something else delays a measured step. Raises
     `ValueError` for fewer steps than terms.
     """
     if len(steps) < len(TERMS):
@@ -63,7 +63,7 @@ def fit(
     )
     num_steps = np.array([step.num_steps for step in steps], float)
     linear = np.column_stack([num_steps, num_tokens, additive])
-    # Columns of one size: seconds per pair are 10 orders below seconds per step.
+    # Columns of similar size: seconds per pair are 10 orders of magnitude below those per step.
     scale = np.maximum((linear / step_s[:, None]).max(axis=0), 1e-30)
     start = lsq_linear(linear / step_s[:, None] / scale, np.ones(len(steps)), (0, np.inf)).x
     scale = np.append(scale, (num_steps / step_s).max())
@@ -79,7 +79,7 @@ def fit(
         fitted_s = slowness * (products_s + additive @ terms[2:5])
         return np.log(np.maximum(fitted_s / step_s, 1e-12))
 
-    # The floor has a kink: begun above it, a fit never finds it.
+    # The floor makes a kink: a fit that starts above it never finds it.
     starts = [
         np.concatenate([start, [0.0, _FIRST_CONTENTION]]),
         np.concatenate([[0.0], start[1:], [0.9, _FIRST_CONTENTION]]),
@@ -92,7 +92,7 @@ def fit(
             residuals, best.x, bounds=bounds, x_scale="jac", loss="soft_l1", f_scale=0.1
         )
     terms = best.x / scale
-    if terms[5] < terms[0]:  # then it never is what counts
+    if terms[5] < terms[0]:  # then it never applies
         terms[5] = 0.0
     error = float(np.sqrt(np.mean(best.fun**2)))
     if not has_beside:

@@ -1,4 +1,4 @@
-"""Work of known shape for a whole service, by which its engines' steps can be measured."""
+"""Which requests make an engine's steps measurable? Work of known shape for a whole service."""
 
 import asyncio
 import itertools
@@ -7,38 +7,37 @@ import random
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from router.types import EngineInfo
-from serving.capacity.client import Call, Client
+from router import EngineInfo
+from serving.capacity.client import ApiRequest, Client
 from serving.capacity.launch import MeasureError
 from serving.capacity.service import Service
 
 _NUM_DECODE_STEPS = 24
 _NUM_REPEATS = 3
 _SHORTEST_TOKENS = 16
-_NUM_SHORT_REPEATS = 16  # the time of the shortest prompts tells what is spent outside of steps
-# Longer than a step or two: a prompt that is sent as soon as another one is done comes just
+_NUM_SHORT_REPEATS = 16  # the shortest prompts tell the time outside of steps
+# Longer than a step or two: a prompt that is sent as soon as another one has ended arrives just
 # after the beginning of a step, and waits for all of it.
 _MAX_PAUSE_S = 0.2
 _LARGEST_BATCH = 64
 # A batch whose prompts alone take more steps than this would measure prefill.
 _MAX_PREFILL_STEPS = 16
 _TIMEOUT_S = 600.0
-# Token ids to say nothing with: beyond the special ones, within every vocabulary.
+# Token ids of meaningless prompts: above the special ones, within every vocabulary.
 _FIRST_ID, _NUM_IDS = 1000, 20_000
 
 Job = Callable[[], Awaitable[None]]
 
 
 class StepProbe:
-    """Sends every engine the same, by turns.
+    """Sends every engine the same requests.
 
-    The service must have nothing else to do, and give each engine its turn
-    (policy `round_robin`): so many requests at a time as there are engines
-    give each of them one.
+    The service must have no other requests and use the policy `round_robin`: as many requests at a
+    time as there are engines then give each engine one.
     """
 
     def __init__(self, service: Service, info: EngineInfo) -> None:
-        # Of those that one step takes: tokens, and seconds to the first one generated.
+        # Of prompts that one step prefills: their tokens, and the time to first token, seconds.
         self.firsts: list[tuple[int, float]] = []
         self._service = service
         self._info = info
@@ -47,7 +46,7 @@ class StepProbe:
         self._rng = random.Random(0)
 
     def plan(self) -> list[tuple[str, Job]]:
-        """Return what there is to measure: each its name, and what has it done."""
+        """Return the jobs to run, each with its name."""
         info = self._info
         budget = info.max_num_batched_tokens
         longest = min(info.max_model_len - 1, 4 * budget)
@@ -72,7 +71,7 @@ class StepProbe:
         return jobs
 
     async def decode(self, num_requests: int, num_tokens: int, num_busy: int) -> None:
-        """Have so many engines decode so many each; the others have little to do."""
+        """Have `num_busy` engines decode `num_requests` each; the others have little to do."""
         async with Client(self._service.urls) as client:
             for _ in range(num_requests):
                 for number in range(self._num_engines):
@@ -82,10 +81,10 @@ class StepProbe:
         await self._service.wait_until_idle(_TIMEOUT_S)
 
     async def _prefill(self, num_tokens: int) -> None:
-        """Have every engine prefill one prompt beside one that decodes.
+        """Have every engine prefill one prompt beside a sequence that decodes.
 
-        An engine that wakes up does not tell how long its first step took: the
-        one that decodes keeps it awake.
+        An idle engine does not report how long its first step took: the sequence that decodes
+        keeps it busy.
         """
         async with Client(self._service.urls) as companions, Client(self._service.urls) as client:
             kept = [
@@ -107,10 +106,10 @@ class StepProbe:
                 self.firsts += [(num_tokens, record.ttft_s) for record in records]
         await self._service.wait_until_idle(_TIMEOUT_S)
 
-    def _call(self, num_tokens: int, num_output_tokens: int) -> Call:
-        """Return a streamed completion for a prompt of so many tokens, which comes to its end.
+    def _call(self, num_tokens: int, num_output_tokens: int) -> ApiRequest:
+        """Return a streamed completion request; its output has exactly so many tokens.
 
-        No two share a block of their prompts.
+        No two of them share a block of their prompts.
         """
         number = next(self._numbers)
         ids = [_FIRST_ID + (number * 7919 + each * each) % _NUM_IDS for each in range(num_tokens)]
@@ -121,4 +120,4 @@ class StepProbe:
             "ignore_eos": True,
             "stream": True,
         }
-        return Call("/v1/completions", json.dumps(body).encode(), stream=True)
+        return ApiRequest("/v1/completions", json.dumps(body).encode(), stream=True)

@@ -1,4 +1,4 @@
-"""Many simulated runs: workloads × fleets × loads × policies, on all cores."""
+"""What do many simulated runs give? Workloads × fleets × loads × policies, on all cores."""
 
 import os
 import signal
@@ -22,14 +22,14 @@ from router.simulation.simulator import Simulation
 from router.simulation.variant import SATURATING_POLICY, split
 from router.simulation.workload.workload import Workload
 
-# Of a run that starts with everything there is: before, the engines fill, and prefill more
-# than they decode; after, they run out of work.
+# The part of a run at whose start all requests are there. Before it the engines fill, and prefill
+# more than they decode; after it they run out of work.
 _FULL = (0.3, 0.7)
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """What requests are sent to."""
+    """The engines and gateways of a run."""
 
     profile: Profile
     num_engines: int
@@ -59,8 +59,7 @@ def simulate(
     settings: RouterSettings | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Run:
-    """Return one run of the workload as it is; `settings` are those of the router, its
-    policy aside."""
+    """Simulate one run of the workload, unscaled. `settings`: of the router, but for its policy."""
     segment_tokens = _segment_tokens(workload, fleet.profile)
     if variant == clairvoyant.NAME:
         return clairvoyant.run_clairvoyant(
@@ -86,10 +85,11 @@ def simulate(
 
 
 def simulated_capacity(workload: Workload, fleet: Fleet, seed: int = 0) -> float:
-    """Return the requests per second that the fleet completes of this mix, kept full.
+    """Return the requests per second that a saturated fleet completes of this workload.
 
-    With every request there from the start; counted while the engines are full. Simulated, in
-    virtual time; what engines that run carry is found by sending, which is the benchmarks' job.
+    Simulated, in virtual time: every request is there from the start, and completions count while
+    the engines are full. `benchmarks.load.capacity.measured_capacity` answers the same question for
+    running engines, by sending requests to them.
     """
     run = simulate(workload.at_once(), fleet, SATURATING_POLICY, seed=seed, settings=_UNBOUNDED)
     ends_s = np.sort(run.end_s[run.completed])
@@ -103,7 +103,7 @@ _UNBOUNDED = RouterSettings(
 
 
 class Sweep:
-    """Runs over the same fleets' profile and the same workloads, in several processes."""
+    """Runs with the same profile and the same workloads, in several processes."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class Sweep:
         yield from self._pool.imap(_capacity, wanted)
 
     def run(self, cases: Sequence[Case]) -> Iterator[tuple[Case, Figures, float]]:
-        """Yield each case, its figures and what it took of a core, seconds; as they end."""
+        """Yield each case, its figures and its CPU seconds, in the order of their ends."""
         assert self._pool is not None
         yield from self._pool.imap_unordered(_timed, cases)
 
@@ -143,13 +143,13 @@ class Sweep:
         yield from self._pool.imap(_figures, cases)
 
 
-# In each process of a sweep: what all its runs share.
+# What all runs share, in each process of a sweep.
 _shared: Any = None
 
 
 def _share(shared: Any) -> None:
     global _shared
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever collects
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     _shared = shared
 
 
@@ -174,7 +174,7 @@ def _timed(case: Case) -> tuple[Case, Figures, float]:
 
 
 def _segment_tokens(workload: Workload, profile: Profile) -> int:
-    """What one block of the simulated caches covers: no finer than the workload tells."""
+    """Return the tokens per block of the simulated caches: no fewer than per id of the workload."""
     told = {each.prefix_block_tokens for each in workload.arrivals if each.prefix_ids}
     size = min(told, default=profile.block_size)
     return size if size % profile.block_size == 0 else profile.block_size

@@ -1,4 +1,4 @@
-"""How many engines does this traffic need for this promise, and under which policy?
+"""How many engines does this traffic need for these latency targets, and under which policy?
 
 `headway whatif` asks. Simulated: the deployed router over modelled engines.
 """
@@ -29,19 +29,19 @@ _PERCENTILES = (50, 90, 99)
 
 
 class WhatIfError(ConfigError):
-    """The question cannot be asked like this; the message names the option to change."""
+    """The question is not valid; the message names the option to change."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked."""
+    """The question: traffic, profile and targets."""
 
     profile: str
     trace: str  # a file, or the name of a made-up workload
     slo: Slo
-    percentile: int = 99  # of both times that must be within the promise
+    percentile: int = 99  # of TTFT and of TPOT: both must be within their targets
     variants: tuple[str, ...] = ()  # none: all policies
-    num_engines: int | None = None  # looked at in any case
+    num_engines: int | None = None  # simulated in any case
     max_engines: int = 1024
     rate: float | None = None  # requests per second; unset: as recorded
     num_requests: int = 10_000  # of the trace's beginning
@@ -51,10 +51,10 @@ class Question:
 
 @dataclass
 class Search:
-    """The smallest number of engines that keeps the promise under one policy, by bisection.
+    """Bisection for the smallest number of engines that meets the targets under one policy.
 
-    Takes it that more engines never make it worse. States: doubling until it is kept,
-    then halving the gap between the most that do not keep it and the fewest that do.
+    Assumes that more engines never make it worse. States: doubling until the targets are met, then
+    halving the gap between the most engines that miss them and the fewest that meet them.
     """
 
     max_engines: int
@@ -63,7 +63,7 @@ class Search:
     tried: dict[int, Figures] = field(default_factory=dict)
 
     def next(self) -> int | None:
-        """Return the number to try next; None when there is nothing left to find out."""
+        """Return the number of engines to try next, None when the search is over."""
         if self.enough is None:
             if self.too_few >= self.max_engines:
                 return None
@@ -72,25 +72,22 @@ class Search:
             return None
         return (self.too_few + self.enough) // 2
 
-    def learn(self, num_engines: int, figures: Figures, kept: bool) -> None:
-        """Take in what a number of engines came to."""
+    def record_result(self, num_engines: int, figures: Figures, met: bool) -> None:
+        """Record the figures of a number of engines, and whether they met the targets."""
         self.tried[num_engines] = figures
-        if kept:
+        if met:
             self.enough = min(num_engines, self.enough or num_engines)
         else:
             self.too_few = max(num_engines, self.too_few)
 
 
 def ask(console: Console, *, slo_ttft_s: float, slo_tpot_s: float, **options: Any) -> None:
-    """Answer the question of the command line; `options` are the fields of `Question`."""
+    """Answer the command line's question; `options` are fields of `Question`."""
     answer(Question(slo=Slo(slo_ttft_s, slo_tpot_s), **options), console)
 
 
 def answer(question: Question, console: Console) -> dict[str, Search]:
-    """Return the search under each policy, and show what it found.
-
-    Raises `WhatIfError`.
-    """
+    """Search under each policy, print and return the results. Raises `WhatIfError`."""
     profile, workload, variants = _prepare(question)
     described = workload.describe()
     console.print(
@@ -106,7 +103,9 @@ def answer(question: Question, console: Console) -> dict[str, Search]:
     ):
         task = progress.add_task("simulating", total=None)
         if question.num_engines is not None:
-            _try(sweep, question, workload, dict.fromkeys(variants, question.num_engines), searches)
+            _try_fleets(
+                sweep, question, workload, dict.fromkeys(variants, question.num_engines), searches
+            )
         while wanted := {
             variant: number
             for variant, search in searches.items()
@@ -114,7 +113,7 @@ def answer(question: Question, console: Console) -> dict[str, Search]:
         }:
             numbers = ", ".join(map(str, sorted(set(wanted.values()))))
             progress.update(task, description=f"simulating {numbers} engines")
-            _try(sweep, question, workload, wanted, searches)
+            _try_fleets(sweep, question, workload, wanted, searches)
     _show(question, profile, searches, console)
     return searches
 
@@ -143,7 +142,7 @@ def _prepare(question: Question) -> tuple[Profile, Workload, tuple[str, ...]]:
     return profile, workload, variants
 
 
-def _try(
+def _try_fleets(
     sweep: Sweep,
     question: Question,
     workload: Workload,
@@ -155,12 +154,13 @@ def _try(
         for variant, num_engines in wanted.items()
     ]
     for case, figures in zip(cases, sweep.figures(cases), strict=True):
-        searches[case.variant].learn(case.num_engines, figures, _is_kept(question, figures))
+        searches[case.variant].record_result(
+            case.num_engines, figures, _meets_targets(question, figures)
+        )
 
 
-def _is_kept(question: Question, figures: Figures) -> bool:
-    """Whether the percentile of TTFT and that of TPOT are within the promise, and nothing was
-    shed or lost."""
+def _meets_targets(question: Question, figures: Figures) -> bool:
+    """Whether both percentiles are within their targets and every request completed."""
     ttft_s = figures[f"ttft_p{question.percentile}_s"]
     tpot_s = figures[f"tpot_p{question.percentile}_s"]
     assert question.slo.ttft_s is not None
@@ -177,7 +177,7 @@ def _show(
     percent = question.percentile
     counts = sorted({number for search in searches.values() for number in search.tried})
     table = Table(
-        title=f"simulated: p{percent} of TTFT / of TPOT, s; * keeps the promise ({question.slo})",
+        title=f"simulated: p{percent} of TTFT / of TPOT, s; * meets the targets ({question.slo})",
         title_justify="left",
     )
     table.add_column("policy")
@@ -207,4 +207,4 @@ def _cell(question: Question, figures: Figures) -> str:
     percent = question.percentile
     times = " / ".join(brief(figures[f"{name}_p{percent}_s"]) for name in ("ttft", "tpot"))
     shed = figures["num_shed"]
-    return f"{times}{' *' * _is_kept(question, figures)}" + f", {shed:,.0f} shed" * bool(shed)
+    return f"{times}{' *' * _meets_targets(question, figures)}" + f", {shed:,.0f} shed" * bool(shed)

@@ -158,10 +158,10 @@ def whatif(
             "and two token counts), or made up: poisson, bursty, ramp, spike, conversations.",
         ),
     ],
-    slo_ttft: Annotated[float, typer.Option(min=0, help="Promised time to first token, s.")],
-    slo_tpot: Annotated[float, typer.Option(min=0, help="Promised time per token, s.")] = 0.05,
+    slo_ttft: Annotated[float, typer.Option(min=0, help="Target of the time to first token, s.")],
+    slo_tpot: Annotated[float, typer.Option(min=0, help="Target of the time per token, s.")] = 0.05,
     percentile: Annotated[
-        int, typer.Option(metavar="50|90|99", help="Of both times, to be within the promise.")
+        int, typer.Option(metavar="50|90|99", help="Of both times, to be within the targets.")
     ] = 99,
     profile: Annotated[
         str, typer.Option(help="Of one engine: a name, or a file from `headway profile`.")
@@ -183,7 +183,7 @@ def whatif(
     gateways: Annotated[int, typer.Option(min=1, help="Gateways in front of them.")] = 1,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
 ) -> None:
-    """Find how many engines traffic needs for a promise, and under which policy. Simulated."""
+    """Find how many engines traffic needs for latency targets, under each policy. Simulated."""
     with errors_in_one_line():
         from serving.capacity.whatif import ask  # late, as NumPy is: no other command needs it
 

@@ -1,7 +1,7 @@
-"""Profiles of engines: what their steps cost, measured or published, one file each.
+"""What do the steps of known engines cost? Profiles, measured or published, one file each.
 
-Nothing is decided here: files are read and written. Called by all that emulates or simulates
-engines, and by `headway profile`, which measures new ones.
+Files are read and written here. Called by all that emulates or simulates engines, and by
+`headway profile`, which measures new ones.
 """
 
 from pathlib import Path
@@ -15,13 +15,13 @@ FOLDER = Path(__file__).parent
 
 
 class ProfileError(ValueError):
-    """A profile that cannot be read or cannot work; the message names the key to change."""
+    """A profile cannot be read or is not valid; the message names the key to change."""
 
 
 def load_profile(name: str | Path) -> Profile:
-    """Read a file, or a profile of this package by its name; raise `ProfileError`.
+    """Return the profile in a file, or the one of this package with this name.
 
-    The beginning of a name will do where only one has it: `h100`.
+    The beginning of a name is enough where it is unique: `h100`. Raises `ProfileError`.
     """
     path = Path(name)
     if not path.suffix:

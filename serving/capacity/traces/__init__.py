@@ -1,4 +1,4 @@
-"""Readers of request traces: a file in, a `Workload` out.
+"""Which requests does a trace hold? Readers: a file in, a `Workload` out.
 
 Where the public originals are:
 

@@ -1,4 +1,4 @@
-"""Sessions of coding agents: long prompts that grow turn by turn, with recorded times."""
+"""How are traces of coding agents read? Prompts that grow turn by turn, with recorded times."""
 
 import random
 from collections.abc import Iterator
@@ -8,16 +8,16 @@ from router.simulation.workload.workload import Arrival
 
 KEYS = {"requests", "block_size"}
 
-# Sessions were recorded apart; here they begin this far from one another on average,
-# and the time scale brings the whole to the wanted load.
+# Sessions were recorded separately. Here they begin this far apart on average; the time scale
+# then brings the workload to the wanted load.
 _SESSION_GAP_S = 60.0
 
 
 def arrivals(rows: list[dict[str, Any]], seed: int) -> Iterator[Arrival]:
     """Yield the turns of all sessions, each at its recorded time after its session's start.
 
-    Sessions start as a Poisson process. Block ids, run-length coded, hold within one
-    session. A turn without a reply is left out.
+    Sessions start as a Poisson process. Block ids are run-length coded and valid within one
+    session. Turns without a reply are left out.
     """
     rng = random.Random(f"sessions {seed}")
     start_s = 0.0

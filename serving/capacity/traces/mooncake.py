@@ -1,4 +1,4 @@
-"""Mooncake's traces: real traffic of Kimi, with the prefixes that requests share."""
+"""How are Mooncake's traces read? Real traffic of Kimi, with the prefixes that requests share."""
 
 import itertools
 import random
@@ -11,14 +11,14 @@ from router.simulation.workload.workload import Arrival
 
 KEYS = {"timestamp", "input_length", "output_length", "hash_ids"}
 
-# `hash_ids` name blocks of so many tokens, each together with all before it.
+# `hash_ids` name blocks of so many tokens, each with all blocks before it.
 _BLOCK_TOKENS = 512
-# Gaps between different times from here on are ticks of a clock, not arrivals.
+# From this gap on, different times are ticks of a clock and not times of arrival.
 _TICK_MS = 1000.0
 
 
 def arrivals(rows: list[dict[str, Any]], seed: int) -> Iterator[Arrival]:
-    """Yield the requests, each drawn uniformly from within its tick.
+    """Yield the requests, each at a uniformly drawn time within its tick.
 
     The conversation trace's clock ticks every 3 s; replayed as recorded, ten requests
     would arrive at once and none for 3 s. Spread over the tick, gaps are about Poisson's.
@@ -37,7 +37,7 @@ def arrivals(rows: list[dict[str, Any]], seed: int) -> Iterator[Arrival]:
             offset_s=time_ms / 1e3,
             num_prompt_tokens=max(1, int(row["input_length"])),
             num_output_tokens=max(1, int(row["output_length"])),
-            # Of the whole blocks: the last one's id is that of what there is of it.
+            # Whole blocks only: the last id may name part of a block.
             prefix_ids=tuple(row["hash_ids"][: int(row["input_length"]) // _BLOCK_TOKENS]),
             prefix_block_tokens=_BLOCK_TOKENS,
         )

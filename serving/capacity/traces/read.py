@@ -1,4 +1,4 @@
-"""Any trace file, by what is in it."""
+"""Which format has a trace file? Told by its content."""
 
 import gzip
 import json
@@ -10,15 +10,15 @@ from serving.capacity.traces import agents, mooncake, sharegpt, tables
 
 
 class TraceError(Exception):
-    """The file is missing, or no trace that we can read."""
+    """The file is missing, or is no trace of a known format."""
 
 
 def read_trace(path: Path, seed: int = 0) -> Workload:
     """Return the workload in a file, `.gz` or plain: CSV, JSON, or one JSON object a line.
 
-    The format is told by the columns or keys, not by the name. What a trace leaves
-    open (the time within a tick, when conversations begin) is drawn from `seed`.
-    Raises `TraceError` with the file's name in it.
+    The format is told by the columns or keys, not by the name. What a trace leaves open (the time
+    within a tick, when conversations begin) is drawn from `seed`. Raises `TraceError` with the
+    file's name in it.
     """
     name = path.name.removesuffix(".gz").rpartition(".")[0] or path.name
     try:

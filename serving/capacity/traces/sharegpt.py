@@ -1,4 +1,4 @@
-"""Recorded conversations: every turn asks with all that was said before."""
+"""How are recorded conversations read? Every turn's prompt has all that was said before."""
 
 import random
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from router.simulation.workload.workload import Arrival
 
 KEYS = {"conversations"}
 
-_BYTES_PER_TOKEN = 4.0  # English in a byte-pair vocabulary, about
+_BYTES_PER_TOKEN = 4.0  # about, for English in a byte-pair vocabulary
 _SESSION_GAP_S = 1.0
 _HUMAN = ("human", "user")
 
@@ -17,9 +17,8 @@ _HUMAN = ("human", "user")
 def arrivals(rows: list[dict[str, Any]], seed: int) -> Iterator[Arrival]:
     """Yield the turns of all conversations, begun as a Poisson process.
 
-    ShareGPT's layout: `conversations`, a list of `from` and `value`. The texts have no
-    times; how long people think is drawn (`sessions.play`). Tokens are counted as a
-    quarter of the bytes.
+    ShareGPT's layout: `conversations`, a list of `from` and `value`. It has no times; how long
+    people think is drawn (`sessions.play`). Tokens are counted as a quarter of the bytes.
     """
     rng = random.Random(f"conversations {seed}")
     start_s = 0.0
@@ -31,7 +30,7 @@ def arrivals(rows: list[dict[str, Any]], seed: int) -> Iterator[Arrival]:
             num_tokens = max(1, round(len(message["value"].encode()) / _BYTES_PER_TOKEN))
             if message["from"] in _HUMAN:
                 asked += num_tokens
-            elif asked:  # a reply; one that nobody asked for is no request
+            elif asked:  # a reply; without a question it is no request
                 turns.append(Turn(asked, num_tokens))
                 asked = 0
         yield from play(turns, start_s, number, rng)

@@ -1,4 +1,4 @@
-"""Traces as a table: a time and two sizes per line (Azure, ServeGen, BurstGPT and the like)."""
+"""How are traces in tables read? A time and two sizes per line (Azure, ServeGen, BurstGPT)."""
 
 import csv
 from collections.abc import Iterable, Iterator
@@ -6,7 +6,7 @@ from datetime import datetime
 
 from router.simulation.workload.workload import Arrival
 
-# The same three columns and the sender, by the names that they have in public traces.
+# The names in public traces of the same three columns, and of the sender.
 _TIME = ("arrival_s", "timestamp", "arrived_at")
 _PROMPT = ("input_tokens", "contexttokens", "request tokens", "num_prefill_tokens")
 _OUTPUT = ("output_tokens", "generatedtokens", "response tokens", "num_decode_tokens")
@@ -16,9 +16,9 @@ _SENDER = ("client", "client_id", "tenant")
 def arrivals(lines: Iterable[str]) -> Iterator[Arrival]:
     """Yield the requests of a CSV file with a header line.
 
-    Times are seconds or dates (`2023-11-16 18:15:46.6805900`). Lines without a prompt or
-    without a reply (failed requests, in BurstGPT) are left out. Raises `ValueError` where
-    a column is missing or is no number.
+    Times are seconds or dates (`2023-11-16 18:15:46.6805900`). Lines without a prompt or without a
+    reply (failed requests, in BurstGPT) are left out. Raises `ValueError` where a column is missing
+    or is no number.
     """
     rows = csv.DictReader(lines)
     columns = {name.strip().lower(): name for name in rows.fieldnames or ()}
@@ -46,7 +46,7 @@ def _seconds(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        # Azure's dates have seven decimals, one more than Python reads.
+        # Azure's dates have seven decimals; Python reads six.
         whole, point, fraction = text.strip().partition(".")
         digits = fraction.rstrip("Z").split("+")[0]
         seconds = datetime.fromisoformat(f"{whole}+00:00").timestamp()

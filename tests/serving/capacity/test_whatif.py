@@ -15,11 +15,11 @@ from serving.cli.main import main
 @pytest.mark.parametrize("enough", [1, 2, 3, 7, 8, 9, 100])
 @pytest.mark.parametrize("start", [None, 1, 5, 64])
 def test_search(enough, start):
-    """It finds the fewest that keep the promise, whatever it was told to look at first."""
+    """It finds the fewest that meet the targets, whatever number it starts with."""
     search = Search(max_engines=128)
     number = start or search.next()
     while number is not None:
-        search.learn(number, {}, number >= enough)
+        search.record_result(number, {}, number >= enough)
         number = search.next()
     assert search.enough == enough
     assert len(search.tried) <= 15
@@ -28,7 +28,7 @@ def test_search(enough, start):
 def test_search_in_vain():
     search = Search(max_engines=10)
     while (number := search.next()) is not None:
-        search.learn(number, {}, kept=False)
+        search.record_result(number, {}, met=False)
     assert search.enough is None
     assert max(search.tried) == 10
 
