@@ -79,9 +79,7 @@ class Driver:
         """
         if exchange.is_complete or self.exchanges.get(exchange.request.id) is not exchange:
             return
-        self._providers.cancel_call(exchange)
-        self._close(exchange, EngineFailed("the client left"))
-        self.execute(self.router.on_cancel(exchange.request.id, time.monotonic()))
+        self._abandon(exchange, EngineFailed("the client left"))
 
     def acknowledge_bytes(self, exchange: Exchange, num_bytes: int) -> None:
         """Let whoever answers send more: the client has taken so much of the response."""
@@ -297,6 +295,12 @@ class Driver:
         self.metrics.observe_finish(exchange.request, exchange.usage, now_s)
         self.execute(self.router.on_finish(exchange.request.id, exchange.usage, now_s))
 
+    def _abandon(self, exchange: Exchange, error: Exception) -> None:
+        """End an exchange that needs no answer any more, wherever it is."""
+        self._providers.cancel_call(exchange)
+        self._close(exchange, error)
+        self.execute(self.router.on_cancel(exchange.request.id, time.monotonic()))
+
     def _close(self, exchange: Exchange, error: Exception | None = None) -> None:
         """Forget an exchange; engines that still have it are told to stop."""
         del self.exchanges[exchange.request.id]
@@ -306,7 +310,9 @@ class Driver:
         exchange.on_end(error)
 
     def close(self) -> None:
-        """Leave: close every connection. Engines abort what was open."""
+        """Leave: end what is open, close every connection."""
+        for exchange in list(self.exchanges.values()):
+            self._abandon(exchange, EngineFailed("the gateway stops"))
         if self._timer is not None:
             self._timer.cancel()
         self._providers.close()

@@ -187,3 +187,20 @@ async def test_a_draining_engine_that_runs_out_of_time_hands_its_streams_over():
         assert system.outcomes["completed"] == 1
         assert system.gateway.state().breaker_events == []
         system.assert_empty()
+
+
+async def test_a_gateway_that_stops_ends_what_is_open():
+    """Held, at an engine or at a provider: nothing is sent anywhere once its clients are closed."""
+    async with running(router={"max_held_requests": 10}) as system:
+        stop(system)
+        tasks = [
+            asyncio.create_task(system.client.post(CHAT, json=system.chat(max_tokens=3)))
+            for _ in range(3)
+        ]
+        await system.until(lambda: len(system.gateway.driver.exchanges) == 3)
+        system.gateway.close()
+        replies = await asyncio.gather(*tasks)
+        assert {reply.status_code for reply in replies} == {502}
+        assert all("the gateway stops" in reply.text for reply in replies)
+        await system.until(lambda: not system.gateway.driver.engines.infos)
+        assert system.outcomes["reneged"] == 3
