@@ -11,7 +11,7 @@ import itertools
 import math
 import random
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from collections.abc import Sequence as Row
 
 from router import EngineInfo, EngineSnapshot
@@ -134,10 +134,6 @@ class EngineModel:
         if sequence.state is State.DECODE:
             return self.scheduler.decoding.num_emitted(sequence)
         return sequence.num_emitted
-
-    def job_ids(self) -> Iterator[str]:
-        """Yield the ids of the jobs that have not ended."""
-        return iter(self._jobs)
 
     # Steps
 

@@ -5,7 +5,7 @@ the load on it. A trace is brought to a wanted load by scaling its time; the sca
 result.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -178,12 +178,6 @@ class Workload:
             "output_tokens_p50": float(np.median(outputs)),
             "output_tokens_p99": float(np.percentile(outputs, 99)),
         }
-
-
-def interarrival_cv(offsets_s: Sequence[float]) -> float:
-    """Return the coefficient of variation of the gaps: 1 for Poisson, more where bursty."""
-    gaps_s = np.diff(np.asarray(offsets_s))
-    return float(gaps_s.std() / gaps_s.mean())
 
 
 def _at(arrival: Arrival, offset_s: float) -> Arrival:

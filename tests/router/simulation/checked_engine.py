@@ -32,6 +32,11 @@ def make_engine(priority: bool = True, **changes: Any) -> EngineModel:
     return EngineModel(make_profile(**changes), random.Random(0), priority=priority)
 
 
+def job_ids(engine: EngineModel) -> list[str]:
+    """Return the jobs that have not ended."""
+    return list(engine._jobs)
+
+
 class Run:
     """Steps an engine and checks what holds after every step."""
 
@@ -53,7 +58,7 @@ class Run:
         return progress
 
     def to_end(self) -> "Run":
-        while list(self.engine.job_ids()):
+        while job_ids(self.engine):
             self.step()
         return self
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.simulation.engine.sequence import Job, Progress
-from tests.router.simulation.checked_engine import Run, check, make_engine
+from tests.router.simulation.checked_engine import Run, check, job_ids, make_engine
 
 
 def test_a_prompt_in_chunks_then_one_token_per_step() -> None:
@@ -196,9 +196,9 @@ def test_abort_frees_everything_at_the_end_of_the_step() -> None:
     for name in "ac":
         engine.abort(name)
     engine.abort("unknown")
-    assert list(engine.job_ids()) == ["a", "b", "c"]
+    assert job_ids(engine) == ["a", "b", "c"]
     engine.end_step(run.now_s + duration_s)
-    assert list(engine.job_ids()) == ["b"]
+    assert job_ids(engine) == ["b"]
     check(engine)
     engine.abort("b")
     assert engine.scheduler.kv.num_used == 0
@@ -275,17 +275,17 @@ def test_everything_ends_and_nothing_leaks(
     aborted = {each.id for each, job in zip(waiting, plan, strict=True) if job[6]}
     for (*_, num_steps, _, _), job in zip(plan, list(waiting), strict=True):
         for _ in range(num_steps):
-            if list(engine.job_ids()):
+            if job_ids(engine):
                 run.step()
-        for gone in aborted & set(engine.job_ids()):
+        for gone in aborted & set(job_ids(engine)):
             engine.abort(gone)
             check(engine)
         engine.add(job)
     for _ in range(5000):
-        if not list(engine.job_ids()):
+        if not job_ids(engine):
             break
         run.step()
-    assert not list(engine.job_ids())
+    assert not job_ids(engine)
     assert engine.scheduler.kv.num_used == 0
     finished = [(each.job_id, each.index) for each in run.progress if each.finished]
     assert len(set(finished)) == len(finished)

@@ -8,6 +8,7 @@ import pytest
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.sequence import Job
 from serving.planning.bundled_model import prepare_bundled_model
+from tests.router.simulation.checked_engine import job_ids
 from tests.support.vllm_scheduler import BLOCK, VllmScheduler, make_profile
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
@@ -44,7 +45,7 @@ def test_the_very_same_steps(model: Path, priority: bool, chunk: int, num_blocks
         theirs = VllmScheduler(model, profile, priority)
         ours = EngineModel(profile, random.Random(0), priority=priority)
         now_s, number = 0.0, 0
-        while number < 60 or list(ours.job_ids()):
+        while number < 60 or job_ids(ours):
             while number < 60 and rng.random() < 0.3:
                 prefix = [rng.choice((1, 2)) for _ in range(rng.randrange(0, 4))]
                 prompt = [id_ for id_ in prefix for _ in range(2 * BLOCK)]
@@ -60,7 +61,7 @@ def test_the_very_same_steps(model: Path, priority: bool, chunk: int, num_blocks
                 theirs.add(job, prompt)
                 ours.add(job)
                 number += 1
-            if rng.random() < 0.02 and (ids := list(ours.job_ids())):
+            if rng.random() < 0.02 and (ids := job_ids(ours)):
                 gone = rng.choice(ids)
                 theirs.abort(gone)
                 ours.abort(gone)

@@ -130,7 +130,7 @@ COLUMNS = ("placed_s", "first_s", "end_s", "outcome", "num_cached_tokens")
     ],
 )
 def test_running_ahead_changes_nothing(policy, options):
-    """Runs of steps at once, and news only when asked for: the run of single steps."""
+    """Runs of steps, snapshots delivered only when needed: the same as in single steps."""
     options = {"workload": SYNTHETIC["conversations"](150, 0).at_rate(30.0)} | options
     ahead, eager = (simulation(policy=policy, eager=eager, **options) for eager in (False, True))
     one, other = ahead.run(), eager.run()

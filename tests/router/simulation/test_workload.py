@@ -10,7 +10,13 @@ from router.simulation.workload import arrivals
 from router.simulation.workload.lengths import BoundedPareto, LogNormal, Mixture
 from router.simulation.workload.sessions import Conversations
 from router.simulation.workload.synthetic import SYNTHETIC
-from router.simulation.workload.workload import Arrival, Workload, interarrival_cv
+from router.simulation.workload.workload import Arrival, Workload
+
+
+def interarrival_cv(times_s):
+    """Return the coefficient of variation of the gaps: 1 for Poisson, more where bursty."""
+    gaps_s = np.diff(times_s)
+    return gaps_s.std() / gaps_s.mean()
 
 
 def make_workload(*sizes, gap_s=1.0):
