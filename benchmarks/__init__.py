@@ -1,4 +1,5 @@
-"""Questions, commands and results; README.md says which is which.
+"""Which question is answered by which benchmark? `README.md` lists command and result of each.
 
-Nothing here is part of the product: `serving` and `router` never import from here.
+Nothing here is part of the product: `serving` and `router` never import from here. Started by
+`make bench-*`, `make chaos` and `python -m benchmarks.…`.
 """

@@ -1,4 +1,4 @@
-"""What happened to breakers and to replies, from their own records."""
+"""Did breakers probe as they should, and how long did faults hold replies up?"""
 
 import itertools
 from collections.abc import Iterable
@@ -7,10 +7,10 @@ from benchmarks.chaos.client import Reply
 from router.resilience.breaker import BreakerEvent
 
 
-def probe_faults(events: Iterable[BreakerEvent]) -> tuple[int, list[str]]:
-    """How often a breaker was half-open to the end, and what was wrong with the probes.
+def check_probes(events: Iterable[BreakerEvent]) -> tuple[int, list[str]]:
+    """Return how often a half-open breaker was probed, and what was wrong with the probes.
 
-    Each time there must be exactly one probe before the breaker closes.
+    A half-open breaker must see exactly one probe before it closes.
     """
     num_half_open = 0
     wrong = []
@@ -28,7 +28,7 @@ def probe_faults(events: Iterable[BreakerEvent]) -> tuple[int, list[str]]:
                 else:
                     num_probes += 1
             elif num_probes is not None:
-                # It may be tripped again before anybody has called: a process still stopped.
+                # It may open again without a probe: its process is still stopped.
                 if num_probes > 1 or (num_probes == 0 and event.event == "closed"):
                     wrong.append(f"{name}: {num_probes} probes before it was {event.event}")
                 num_half_open += num_probes
@@ -36,11 +36,11 @@ def probe_faults(events: Iterable[BreakerEvent]) -> tuple[int, list[str]]:
     return num_half_open, wrong
 
 
-def seam_gaps_s(replies: list[Reply], fault_times_s: list[float], within_s: float) -> list[float]:
-    """The longest pause in each reply that a fault fell into, beyond its usual one, seconds.
+def splice_gaps_s(replies: list[Reply], fault_times_s: list[float], within_s: float) -> list[float]:
+    """Return the pauses that faults caused in replies, beyond the usual pause, seconds, sorted.
 
-    A pause counts if it begins from one second before a fault to `within_s` after
-    it and is at least five times as long as the reply's median gap between chunks.
+    Of each reply the longest pause counts if it begins from one second before a fault to
+    `within_s` after it, and is at least five times the reply's median gap between chunks.
     """
     found = []
     for reply in replies:

@@ -1,4 +1,4 @@
-"""A client that keeps everything it is sent, to compare it afterwards."""
+"""What came back for a question? A client that keeps the whole reply, to compare it later."""
 
 import json
 import time
@@ -7,25 +7,25 @@ from typing import Any
 
 import httpx
 
-_TIMEOUT = httpx.Timeout(30.0, read=400.0)  # a reply may wait for an engine to start anew
+_TIMEOUT = httpx.Timeout(30.0, read=400.0)  # a reply may wait until an engine has restarted
 
 
 @dataclass(frozen=True)
 class Question:
-    """What to ask, how, and for how many tokens of an answer."""
+    """What to ask, in which form, and for how many tokens."""
 
     text: str
     num_tokens: int  # at most
     is_chat: bool = True
     is_streamed: bool = True
-    ends_early: bool = False  # where the model says so; else it always runs to its last token
+    ends_early: bool = False  # when the model ends it; else it always runs to `num_tokens`
 
     @property
     def path(self) -> str:
         return "/v1/chat/completions" if self.is_chat else "/v1/completions"
 
     def body(self, model: str) -> dict[str, Any]:
-        """A greedy request."""
+        """Return the body of a greedy request."""
         message = {"role": "user", "content": self.text}
         body: dict[str, Any] = {
             "model": model,
@@ -42,13 +42,13 @@ class Question:
 
 @dataclass
 class Reply:
-    """What came back. `error` is empty for a whole one."""
+    """What came back for one question. `error` is empty for a complete reply."""
 
     question: Question
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     prompt_ids: list[int] = field(default_factory=list)
-    times_s: list[float] = field(default_factory=list)  # of the chunks, `time.monotonic`
+    times_s: list[float] = field(default_factory=list)  # when each chunk came, by `time.monotonic`
     response_ids: set[str] = field(default_factory=set)
     dates: set[int] = field(default_factory=set)
     finish_reasons: list[str] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Reply:
     error: str = ""
 
     def fault(self) -> str:
-        """What is wrong with it in itself, in words; empty if nothing."""
+        """Return what is wrong with the reply by itself, in words; empty if nothing."""
         if self.error:
             return self.error
         num_tokens = len(self.token_ids)
@@ -65,7 +65,7 @@ class Reply:
             return f"{num_tokens} tokens instead of {self.question.num_tokens}"
         if len(self.response_ids) != 1 or len(self.dates) != 1:
             return "more than one id or date"
-        # The last token may be the one that says so.
+        # The model may end the text with the very last token.
         if self.finish_reasons != ["length"] and not (
             self.question.ends_early and self.finish_reasons == ["stop"]
         ):
@@ -75,8 +75,8 @@ class Reply:
         return ""
 
 
-async def ask(http: httpx.AsyncClient, model: str, question: Question) -> Reply:
-    """Ask and read to the end, whatever it is."""
+async def send_question(http: httpx.AsyncClient, model: str, question: Question) -> Reply:
+    """Send the question and return the reply, however it ended."""
     reply = Reply(question)
     is_done = not question.is_streamed
     try:
@@ -87,13 +87,13 @@ async def ask(http: httpx.AsyncClient, model: str, question: Question) -> Reply:
                 reply.error = f"HTTP {response.status_code}: {(await response.aread())[:300]!r}"
                 return reply
             if not question.is_streamed:
-                _take(reply, json.loads(await response.aread()))
+                _add_event(reply, json.loads(await response.aread()))
                 return reply
             async for line in response.aiter_lines():
                 if line == "data: [DONE]":
                     is_done = True
                 elif line.startswith("data: "):
-                    _take(reply, json.loads(line[6:]))
+                    _add_event(reply, json.loads(line[6:]))
     except (httpx.HTTPError, ValueError) as error:
         reply.error = f"{type(error).__name__}: {error}"
     if not reply.error and not is_done:
@@ -101,7 +101,7 @@ async def ask(http: httpx.AsyncClient, model: str, question: Question) -> Reply:
     return reply
 
 
-def _take(reply: Reply, event: dict[str, Any]) -> None:
+def _add_event(reply: Reply, event: dict[str, Any]) -> None:
     if "error" in event:
         reply.error = str(event["error"])
         return

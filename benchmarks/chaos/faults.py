@@ -1,4 +1,4 @@
-"""Faults of real engines: signals to their processes."""
+"""How are real engines made to fail? By signals to their processes."""
 
 import asyncio
 import contextlib
@@ -12,11 +12,11 @@ import psutil
 
 from benchmarks.systems.processes import engine_core
 
-_ORPHAN_S = 30.0
+_EXIT_TIMEOUT_S = 30.0  # of the other process, when one of an engine's two was killed
 
 
-class Fault(enum.Enum):
-    """One way for a real engine to fail."""
+class ProcessFault(enum.Enum):
+    """One way for a real engine to fail, by what is done to its processes."""
 
     CORE = "engine core killed"
     ACTOR = "engine's actor killed"
@@ -25,67 +25,70 @@ class Fault(enum.Enum):
 
     @property
     def is_kill(self) -> bool:
-        return self in (Fault.CORE, Fault.ACTOR)
+        return self in (ProcessFault.CORE, ProcessFault.ACTOR)
 
 
-def schedule(
+def schedule_faults(
     num_kills: int, num_pairs: int, num_hangs: int, rng: random.Random
-) -> list[tuple[Fault, ...]]:
-    """So many of each, in random order; one hang in four is for good.
+) -> list[tuple[ProcessFault, ...]]:
+    """Return so many kills and hangs in random order; one hang in four is for good.
 
-    So many kills come in pairs: the second one hits the last engine, when it has taken over
-    what the first one had.
+    `num_pairs` times two kills belong together: the second one hits the last engine, after it has
+    taken over the first one's requests.
     """
-    kills = [Fault.CORE if number % 2 == 0 else Fault.ACTOR for number in range(num_kills)]
+    kills = [
+        ProcessFault.CORE if number % 2 == 0 else ProcessFault.ACTOR for number in range(num_kills)
+    ]
     rng.shuffle(kills)
-    rounds: list[tuple[Fault, ...]] = [
+    rounds: list[tuple[ProcessFault, ...]] = [
         (kills.pop(), kills.pop()) for _ in range(min(num_pairs, num_kills // 2))
     ]
     rounds += [(kill,) for kill in kills]
     rounds += [
-        (Fault.HANG_FOR_GOOD if number % 4 == 3 else Fault.HANG,) for number in range(num_hangs)
+        (ProcessFault.HANG_FOR_GOOD if number % 4 == 3 else ProcessFault.HANG,)
+        for number in range(num_hangs)
     ]
     rng.shuffle(rounds)
     return rounds
 
 
 @dataclass
-class Inflicted:
-    """A fault, and what came of it. Times by the monotonic clock, which processes share."""
+class InjectedFault:
+    """A fault and its consequences. Times are of the monotonic clock, which processes share."""
 
-    fault: Fault
+    fault: ProcessFault
     replica_id: str
-    num_streams: int  # that the engine had
-    is_last: bool  # no other engine was at work
+    num_streams: int  # of the engine at that moment
+    is_last: bool  # no other engine was running
     at_s: float = field(default_factory=time.monotonic)
-    recovered_s: float | None = None  # when as many engines were at work again
-    outlived: list[str] = field(default_factory=list)  # its processes that did not go
+    recovered_s: float | None = None  # when all engines were running again
+    survivors: list[str] = field(default_factory=list)  # its processes that did not exit
 
 
 class EngineProcesses:
-    """An engine's actor and its core, found by the actor's pid."""
+    """The two processes of an engine: its actor, and the core where vLLM computes."""
 
     def __init__(self, pid: int) -> None:
-        """Raises `psutil.NoSuchProcess` or `LookupError` if one of them is gone."""
+        """Find both by the actor's pid. Raises `psutil.Error` or `LookupError` if one is gone."""
         self.actor = psutil.Process(pid)
         self.core = engine_core(self.actor)
 
-    def inflict(self, fault: Fault) -> None:
-        if fault is Fault.ACTOR:
+    def inject(self, fault: ProcessFault) -> None:
+        if fault is ProcessFault.ACTOR:
             self.actor.kill()
-        elif fault is Fault.CORE:
+        elif fault is ProcessFault.CORE:
             self.core.kill()
         else:
             self.core.suspend()
 
-    def go_on(self) -> None:
-        """End a hang, unless somebody has ended the process."""
+    def continue_core(self) -> None:
+        """End a hang, unless the process has been ended meanwhile."""
         with contextlib.suppress(psutil.Error):
             self.core.send_signal(signal.SIGCONT)
 
-    async def outlived(self) -> list[str]:
-        """Which of the two are still there some time after one of them was killed."""
-        deadline_s = time.monotonic() + _ORPHAN_S
+    async def wait_for_exit(self) -> list[str]:
+        """Wait until both processes are gone, 30 s at most. Return those that are not."""
+        deadline_s = time.monotonic() + _EXIT_TIMEOUT_S
         while left := [each for each in (self.actor, self.core) if _lives(each)]:
             if time.monotonic() > deadline_s:
                 break

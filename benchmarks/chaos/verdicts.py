@@ -1,10 +1,10 @@
-"""What is asked of real engines under chaos, and how their replies are judged.
+"""Did a failure change what a reply says? The questions for real engines, and their judge.
 
-A greedy reply is *equal* to the one of an undisturbed run, token by token, or
-*near ties* explain it: up to the first difference they agree, there vLLM itself
-gives both tokens the same probability within a rounding error, and asked to go on
-from the reply's own tokens it says what the reply says (but for further near
-ties, from behind which it is asked again). Anything else is *unexplained*.
+A greedy reply is *equal* to the undisturbed one, token by token. Or *near ties* explain the
+difference: up to the first different token both agree; there vLLM itself gives both tokens the
+same probability within a rounding error; and from the reply's own tokens vLLM continues as the
+reply does, except for further near ties, after each of which it is asked again. Any other reply
+is *unexplained*.
 """
 
 import enum
@@ -17,9 +17,8 @@ import httpx
 from benchmarks.chaos.client import Question, Reply
 from serving.capacity.launch import MeasureError
 
-# What adding up in another order may turn: for bfloat16 two steps between neighbouring
-# numbers at the size that logits have (up to 32); for float32 some hundred such steps,
-# which add up over the layers.
+# How much another order of summation may change. bfloat16: two steps between neighbouring numbers
+# at the size of logits (up to 32). float32: some hundred such steps, added up over the layers.
 TIE_NATS = {"bfloat16": 0.25, "float32": 0.002}
 _NUM_TOP = 5
 
@@ -32,7 +31,10 @@ _TIMEOUT = httpx.Timeout(120.0)
 
 
 def questions(num_tokens: tuple[int, ...] = (40, 70, 100)) -> list[Question]:
-    """Chats, completions and documents, most of them streamed; each fails in its own way."""
+    """Return chats, completions and documents, most of them streamed.
+
+    A failure interrupts each kind in another state: while decoding, prefilling or buffering.
+    """
     sizes = itertools.cycle(num_tokens)
     found = [Question(f"Tell me about {topic}.", next(sizes), ends_early=True) for topic in _TOPICS]
     found += [
@@ -51,14 +53,14 @@ def questions(num_tokens: tuple[int, ...] = (40, 70, 100)) -> list[Question]:
 
 
 def _document(topic: str) -> str:
-    """A few hundred tokens: two steps of prefill and more."""
+    """Return a few hundred tokens: at least two steps of prefill."""
     return "Read this first. " + " ".join(
         f"Note {number} about {topic} was written on day {number * 7 % 31} by reader {number}."
         for number in range(1, 22)
     )
 
 
-class Kind(enum.Enum):
+class VerdictKind(enum.Enum):
     """How a reply compares with the undisturbed one."""
 
     EQUAL = "equal"
@@ -68,23 +70,23 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """About one reply; positions count the answer's tokens from 0."""
+    """The judgement of one reply. Positions count its output tokens from 0."""
 
-    kind: Kind
+    kind: VerdictKind
     first_difference: int | None = None
     gap: float = 0.0  # nats between the two tokens there
-    num_ties: int = 0  # that vLLM had to be told of until it said what the reply says
+    num_ties: int = 0  # after which vLLM was asked again
 
 
-# What vLLM says behind these token ids, so many at most: ids, and for each position the
-# log probabilities of the likeliest.
-GoOn = Callable[[list[int], int], Awaitable[tuple[list[int], list[dict[int, float]]]]]
+# From token ids and a number of tokens to vLLM's continuation, at most so long: its ids, and for
+# each position the log probabilities of the likeliest tokens.
+Continue = Callable[[list[int], int], Awaitable[tuple[list[int], list[dict[int, float]]]]]
 
 
-def vllm_going_on(http: httpx.AsyncClient, model: str, *, ignore_eos: bool) -> GoOn:
-    """Ask the service, as anybody may."""
+def vllm_continuation(http: httpx.AsyncClient, model: str, *, ignore_eos: bool) -> Continue:
+    """Return a function that asks the service to continue from token ids, as any client may."""
 
-    async def go_on(token_ids: list[int], num_tokens: int) -> tuple[list[int], list[dict]]:
+    async def continue_from(token_ids: list[int], num_tokens: int) -> tuple[list[int], list[dict]]:
         body = {
             "model": model,
             "prompt": token_ids,
@@ -105,38 +107,38 @@ def vllm_going_on(http: httpx.AsyncClient, model: str, *, ignore_eos: bool) -> G
         ]
         return choice["token_ids"], tops
 
-    return go_on
+    return continue_from
 
 
-async def judge(reply: Reply, reference: Reply, go_on: GoOn, tie: float) -> Verdict:
-    """Compare with the undisturbed reply; ask vLLM only where they differ."""
+async def judge(reply: Reply, reference: Reply, continue_from: Continue, tie: float) -> Verdict:
+    """Compare a reply with the undisturbed one. Ask vLLM only if they differ."""
     if (reply.token_ids, reply.text) == (reference.token_ids, reference.text):
-        return Verdict(Kind.EQUAL)
+        return Verdict(VerdictKind.EQUAL)
     said, expected = reply.token_ids, reference.token_ids
     first = _first_difference(said, expected)
     if first >= min(len(said), len(expected)) or reply.prompt_ids != reference.prompt_ids:
-        return Verdict(Kind.UNEXPLAINED)
+        return Verdict(VerdictKind.UNEXPLAINED)
     position, gap, num_ties = first, 0.0, 0
     while position < len(said):
-        new, tops = await go_on(reply.prompt_ids + said[:position], len(said) - position)
+        new, tops = await continue_from(reply.prompt_ids + said[:position], len(said) - position)
         if position == first:
             both = [tops[0].get(token, float("-inf")) for token in (said[first], expected[first])]
             gap = max(tops[0].values()) - min(both)
             if gap > tie:
-                return Verdict(Kind.UNEXPLAINED, first, gap)
+                return Verdict(VerdictKind.UNEXPLAINED, first, gap)
         at = _first_difference(new, said[position:])
         if position + at == len(said):
             break
         token = said[position + at]
         if at >= len(new) or max(tops[at].values()) - tops[at].get(token, float("-inf")) > tie:
-            return Verdict(Kind.UNEXPLAINED, first, gap, num_ties)
+            return Verdict(VerdictKind.UNEXPLAINED, first, gap, num_ties)
         num_ties += 1
         position += at + 1
-    return Verdict(Kind.NEAR_TIE, first, gap, num_ties)
+    return Verdict(VerdictKind.NEAR_TIE, first, gap, num_ties)
 
 
 def _first_difference(some: list[int], others: list[int]) -> int:
-    """Where they differ first; the length of the shorter one if they do not until there."""
+    """Return where the lists differ first; the shorter one's length if one begins the other."""
     pairs = zip(some, others, strict=False)
     length = min(len(some), len(others))
     return next((at for at, (one, other) in enumerate(pairs) if one != other), length)

@@ -1,1 +1,5 @@
-"""How true the simulator is: the same traffic on real engines and on simulated ones."""
+"""How true is the simulator? The same traffic on real engines and on simulated ones.
+
+`__main__` measures two engines here, `recorded_runs` replays published runs. Called by
+`make bench-fidelity`; writes `results/fidelity*` and `results/replay.json`.
+"""

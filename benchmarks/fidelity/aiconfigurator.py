@@ -1,11 +1,11 @@
-"""Writes the H100 and H200 profiles from step times that aiconfigurator estimates.
+"""Where do the H100 and H200 profiles come from? Step times that aiconfigurator estimates.
 
     python -m benchmarks.fidelity.aiconfigurator STEP_TIMES.csv
 
-The table's columns are model, system, tp, phase (prefill or decode), batch,
-context_tokens, prefill_ms, decode_step_ms. aiconfigurator (NVIDIA, Apache-2.0)
-interpolates operators that were measured on the hardware; the sums are its
-estimate and no end-to-end measurement.
+Writes both profiles. The table's columns are model, system, tp, phase (prefill or decode), batch,
+context_tokens, prefill_ms, decode_step_ms. aiconfigurator (NVIDIA, Apache-2.0) interpolates
+operators that were measured on the hardware. Their sums are its estimate, not an end-to-end
+measurement.
 """
 
 import argparse
@@ -20,22 +20,22 @@ _GIB = 1 << 30
 # Llama-3.1-8B: 8.03e9 weights of 2 bytes; KV of 32 layers, 8 heads of 128, K and V, 2 bytes.
 _WEIGHT_BYTES = 16.06e9
 _KV_BYTES_PER_TOKEN = 2 * 32 * 8 * 128 * 2
-# What vLLM takes of the memory (its default), and what of that goes to neither weights nor
-# KV: activations of 8,192 tokens and CUDA graphs. The latter is an assumption.
+# vLLM's share of the memory (its default), and the part of it that holds neither weights nor KV:
+# activations of 8,192 tokens and CUDA graphs (assumed).
 _SHARE = 0.92
 _OTHER_BYTES = 2.5 * _GIB
-# Nothing is known of the spread; that of one GPU's steps of equal size is a few percent.
+# The noise of these step times is unknown. For one GPU's steps of equal size it is a few percent.
 _ASSUMED_NOISE = 0.03
 
 _MODEL = "meta-llama/Meta-Llama-3.1-8B"
-_SYSTEMS = {  # name of the profile: aiconfigurator's system, device, GiB as the driver tells
+_SYSTEMS = {  # profile: aiconfigurator's system, device, GiB by the driver
     "h100-llama8b": ("h100_sxm", "NVIDIA H100 80GB SXM", 79.6),
     "h200-llama8b": ("h200_sxm", "NVIDIA H200 141GB SXM", 139.8),
 }
 
 
-def steps(path: Path, model: str, system: str) -> list[Step]:
-    """Return the rows of one model on one system."""
+def read_steps(path: Path, model: str, system: str) -> list[Step]:
+    """Return the table's steps of one model on one system."""
     found = []
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -51,8 +51,8 @@ def steps(path: Path, model: str, system: str) -> list[Step]:
     return found
 
 
-def make(name: str, path: Path) -> tuple[Profile, float]:
-    """Return the profile of this name and its fit's root mean square relative error."""
+def make_profile(name: str, path: Path) -> tuple[Profile, float]:
+    """Return the profile of this name and the root mean square relative error of its fit."""
     system, device, gib = _SYSTEMS[name]
     num_kv_tokens = int((_SHARE * gib * _GIB - _WEIGHT_BYTES - _OTHER_BYTES) // _KV_BYTES_PER_TOKEN)
     profile = Profile(
@@ -69,7 +69,7 @@ def make(name: str, path: Path) -> tuple[Profile, float]:
         s_per_token=1e-6,
         noise=_ASSUMED_NOISE,
     )
-    found = steps(path, _MODEL, system)
+    found = read_steps(path, _MODEL, system)
     profile, error = fit(found, profile)
     source = (
         f"Step times: aiconfigurator 0.12.0's estimate for vLLM 0.24.0 ({_MODEL}, {system}, "
@@ -83,11 +83,13 @@ def make(name: str, path: Path) -> tuple[Profile, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="Write the H100 and H200 profiles from aiconfigurator's step times."
+    )
     parser.add_argument("step_times", type=Path, help="aiconfigurator's table, CSV")
     path = parser.parse_args().step_times
     for name in _SYSTEMS:
-        profile, error = make(name, path)
+        profile, error = make_profile(name, path)
         save_profile(profile, FOLDER / f"{name}.yaml")
         print(f"{name}: fitted to {error:.1%}")
 

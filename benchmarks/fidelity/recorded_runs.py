@@ -1,11 +1,10 @@
-"""Replays recorded vLLM runs through the engine model, to see how far it is off.
+"""How far is the engine model off recorded vLLM runs? It replays them.
 
     python -m benchmarks.fidelity.recorded_runs FOLDER
 
-For every run in the folder (`vllm_run`) the terms of a profile are fitted to
-one half of its requests, by replaying all arrivals, and the other half is
-judged: means of the time to first token and of the latency, measured and
-simulated. One engine, no router, no noise.
+For every run in the folder (`vllm_run`) all arrivals are replayed. A profile is fitted to one half
+of the requests; the other half is judged by the means of the time to first token and of the
+latency, measured and simulated. One engine, no router, no noise.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from scipy.optimize import minimize
 
-from benchmarks.fidelity.vllm_run import VllmRun, halves
+from benchmarks.fidelity.vllm_run import VllmRun, split_requests
 from benchmarks.report import provenance
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
@@ -31,28 +30,28 @@ from router.simulation.engine.sequence import Job
 from serving.capacity.profiles import save_profile
 
 _FITTED = ("base_s", "s_per_token", "s_per_decode_req", "s_per_context_token")
-# Where the search starts, in seconds: a GPU that reads 16 GB of weights at 1.5 TB/s, prefills
-# 15,000 tokens/s, and reads 128 KiB of KV per token at the same bandwidth.
+# The start of the search, seconds: a GPU that reads 16 GB of weights at 1.5 TB/s, prefills 15,000
+# tokens/s, and reads 128 KiB of KV per token at the same bandwidth.
 _START = (1e-2, 7e-5, 1e-5, 9e-8)
 _MAX_REPLAYS = 500
-# How far apart the first tries are: each term by this factor.
+# The first tries change each term by this factor.
 _SPREAD = 1.6
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
-    """When a replayed request began and ended its output, from its arrival, seconds."""
+class ReplayedTimes:
+    """When a replayed request began and ended its output, seconds from its arrival."""
 
     ttft_s: float
     latency_s: float
 
 
-def replay(run: VllmRun, profile: Profile) -> tuple[dict[str, Times], int]:
-    """Return each request's times, and the number of preemptions."""
+def replay(run: VllmRun, profile: Profile) -> tuple[dict[str, ReplayedTimes], int]:
+    """Replay the run on one modelled engine. Return each request's times and the preemptions."""
     engine = EngineModel(profile, random.Random(0), priority=False)
     arrivals = {request.id: request.arrival_s for request in run.requests}
     first_s: dict[str, float] = {}
-    times: dict[str, Times] = {}
+    times: dict[str, ReplayedTimes] = {}
     coming = iter(run.requests)
     request = next(coming, None)
     while request is not None or engine.end_s is not None:
@@ -71,14 +70,14 @@ def replay(run: VllmRun, profile: Profile) -> tuple[dict[str, Times], int]:
                 if each.finished:
                     arrival_s = arrivals[each.job_id]
                     ttft_s = first_s[each.job_id] - arrival_s
-                    times[each.job_id] = Times(ttft_s, now_s - arrival_s)
+                    times[each.job_id] = ReplayedTimes(ttft_s, now_s - arrival_s)
         if engine.end_s is None:
             engine.begin_step(now_s, float("inf"))
     return times, engine.num_preemptions_total
 
 
-def blank(run: VllmRun) -> Profile:
-    """Return a profile with the run's limits and terms to start from."""
+def start_profile(run: VllmRun) -> Profile:
+    """Return a profile with the run's limits, and the terms where the search starts."""
     longest = max(each.num_prompt_tokens + each.num_output_tokens for each in run.requests)
     return Profile(
         name=run.name,
@@ -95,13 +94,13 @@ def blank(run: VllmRun) -> Profile:
     )
 
 
-def fit(run: VllmRun, ids: Iterable[str]) -> Profile:
-    """Return the profile whose replay is closest to the run's requests `ids`."""
+def fit_profile(run: VllmRun, ids: Iterable[str]) -> Profile:
+    """Return the profile whose replay is closest to the requests `ids` of the run."""
     chosen = [request for request in run.requests if request.id in set(ids)]
     measured = np.array([[request.ttft_s, request.latency_s] for request in chosen])
-    # Not relative to each: the few that came to an empty engine would outweigh all others.
+    # Not relative to each request: the few that came to an empty engine would outweigh all others.
     scale = measured.mean(axis=0)
-    start = blank(run)
+    start = start_profile(run)
 
     def distance(logarithms: np.ndarray) -> float:
         terms = dict(zip(_FITTED, map(float, np.exp(logarithms)), strict=True))
@@ -127,7 +126,7 @@ def fit(run: VllmRun, ids: Iterable[str]) -> Profile:
 
 
 def judge(run: VllmRun, profile: Profile, ids: Iterable[str]) -> dict[str, Any]:
-    """Return means over the requests `ids`, seconds, measured and simulated."""
+    """Return the means over the requests `ids`, measured and simulated, seconds."""
     times, num_preemptions = replay(run, profile)
     chosen = [request for request in run.requests if request.id in set(ids)]
     result: dict[str, Any] = {
@@ -149,7 +148,9 @@ def judge(run: VllmRun, profile: Profile, ids: Iterable[str]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="with NAME_requests.jsonl.gz and its kin")
+    parser.add_argument(
+        "folder", type=Path, help="with NAME_requests.jsonl.gz and the files beside it"
+    )
     parser.add_argument("--profiles", type=Path, help="folder to write the profiles to")
     parser.add_argument("--out", type=Path, help="JSON file to write the result to")
     options = parser.parse_args()
@@ -165,8 +166,8 @@ def main() -> None:
         for file in files:
             run = VllmRun.load(file)
             bars.update(bar, description=f"fitting {run.name}")
-            fitted_on, judged_on = halves(run)
-            profile = fit(run, fitted_on)
+            fitted_on, judged_on = split_requests(run)
+            profile = fit_profile(run, fitted_on)
             if options.profiles:
                 save_profile(profile, options.profiles / f"{run.name}.yaml")
             result = judge(run, profile, judged_on)

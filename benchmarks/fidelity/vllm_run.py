@@ -1,8 +1,8 @@
-"""A recorded run of one vLLM engine: its settings and each request's times.
+"""What happened in a recorded run of one vLLM engine? Its settings and each request's times.
 
-As LLMServingSim's bench writes it (casys-kaist, MIT): `NAME_meta.json.gz`,
-`NAME_requests.jsonl.gz` (times of vLLM's own engine core) and
-`NAME_timeseries.csv.gz` (each second).
+The files are those of LLMServingSim's bench (casys-kaist, MIT): `NAME_meta.json.gz`,
+`NAME_requests.jsonl.gz` (times of vLLM's own engine core) and `NAME_timeseries.csv.gz` (each
+second).
 """
 
 import csv
@@ -14,8 +14,8 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class RunRequest:
-    """One request; times in seconds from the run's first."""
+class RecordedRequest:
+    """One request. Times are seconds from the first request of the run."""
 
     id: str
     num_prompt_tokens: int
@@ -35,16 +35,16 @@ class RunRequest:
 
 @dataclass(frozen=True, slots=True)
 class VllmRun:
-    """One run."""
+    """One recorded run."""
 
     name: str
     model: str
     vllm_version: str
     max_num_seqs: int
     max_num_batched_tokens: int
-    num_kv_tokens: int  # where the run does not tell: so many that it never is the limit
+    num_kv_tokens: int  # if the run does not tell: so many that they never are the limit
     block_size: int
-    requests: tuple[RunRequest, ...]  # in order of arrival
+    requests: tuple[RecordedRequest, ...]  # in order of arrival
 
     @classmethod
     def load(cls, requests: Path) -> "VllmRun":
@@ -59,7 +59,7 @@ class VllmRun:
         start_s = min(row["queued_ts"] for row in rows)
         found = sorted(
             (
-                RunRequest(
+                RecordedRequest(
                     id=row["request_id"],
                     num_prompt_tokens=row["input_toks"],
                     num_output_tokens=row["output_toks"],
@@ -73,7 +73,7 @@ class VllmRun:
         )
         cache: dict[str, Any] = meta.get("kv_cache") or {}
         block_size = cache.get("block_size") or 16
-        # One of the published files names fewer sequences than its engine then ran.
+        # One of the published files names fewer sequences than its engine ran.
         max_num_seqs = max(meta["engine_kwargs"]["max_num_seqs"], most_running)
         longest = max(each.num_prompt_tokens + each.num_output_tokens for each in found)
         num_kv_tokens = max_num_seqs * longest
@@ -91,7 +91,7 @@ class VllmRun:
         )
 
 
-def halves(run: VllmRun) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the ids to fit on and those to judge on: every other request."""
+def split_requests(run: VllmRun) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the ids to fit on and the ids to judge on: every second request each."""
     ids = [request.id for request in run.requests]
     return frozenset(ids[::2]), frozenset(ids[1::2])

@@ -1,4 +1,5 @@
-"""Who sends: an HTTP client that measures, loops around it, mixes, hostile clients.
+"""Which requests are sent, when, and by what kind of client?
 
-Called by the benchmarks with the address of the system under test.
+The mix of requests, open and closed loops, clients that return after a 429, hostile clients, and
+the capacity found by sending. Called by the benchmarks with the URLs of a system under test.
 """

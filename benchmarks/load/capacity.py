@@ -1,7 +1,8 @@
-"""How many requests per second do engines carry?
+"""How many requests per second do running engines carry?
 
-Measured: of a deployment that runs, by sending. `serving.capacity.sweep.capacity` answers the
-same for modelled engines, in virtual time and without a deployment.
+Measured, by sending to a deployment. `serving.capacity.sweep.simulated_capacity` answers the same
+question for modelled engines, in virtual time and without a deployment: `headway whatif` and the
+simulated benchmarks have nothing to send to.
 """
 
 import asyncio
@@ -16,6 +17,9 @@ from serving.capacity.client import Client, Record
 from serving.capacity.launch import MeasureError
 from serving.capacity.service import Service
 
+# Enough to fill two engines on CPU cores. The more an engine batches, the more it carries: 16
+# would not fill them.
+NUM_WORKERS = 48
 _RAMP_S = 2.0
 _TIMEOUT_S = 120.0
 
@@ -29,21 +33,21 @@ async def measured_capacity(
     window_s: float,
     policy: str = SATURATING_POLICY,
 ) -> float:
-    """Return the requests per second that the engines carry of this mix, kept full.
+    """Return the requests per second that the engines complete of this mix while they are full.
 
-    By `num_workers` users who each send the next request when the last has ended; counted for
-    `window_s` seconds. Leaves the service idle, under `policy`. Raises `MeasureError` if a
-    request fails.
+    `num_workers` users each send the next request when the last has ended; completions are
+    counted for `window_s` seconds. Leaves the service idle, under `policy`. Raises `MeasureError`
+    if a request fails.
     """
     await service.switch(policy)
     salt = f"{seed} capacity"
-    calls = (mix.call(ask, model, salt) for ask in mix.asks(salt))
+    requests = (mix.api_request(request, model, salt) for request in mix.requests(salt))
     async with Client(service.urls) as client:
         await client.connect(num_workers)
-        loop = ClosedLoop(client, calls, num_workers)
+        loop = ClosedLoop(client, requests, num_workers)
         await loop.start(ramp_s=_RAMP_S)
-        # The users start with all their prompts at once: until as many requests have
-        # ended, the engines prefill and little else.
+        # All users begin with a prompt. Until as many requests have ended, the engines prefill
+        # and do little else.
         deadline_s = time.perf_counter() + _TIMEOUT_S
         while client.num_ended < num_workers and time.perf_counter() < deadline_s:
             await asyncio.sleep(0.1)
@@ -59,10 +63,10 @@ async def measured_capacity(
 
 
 def num_served(records: Sequence[Record], start_s: float, end_s: float) -> float:
-    """Return how many requests were served between two times, those on its edges in part.
+    """Return how many requests were served between two times; those on the edges count in part.
 
-    Ends alone come in bursts, and a burst more or less in the window is noise
-    of ten percent.
+    Counting ends alone would not do: they come in bursts, and one burst more or less in the
+    window is noise of ten percent.
     """
     return sum(
         max(0.0, min(end_s, record.last_s) - max(start_s, record.sent_s))

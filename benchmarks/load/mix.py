@@ -1,22 +1,21 @@
-"""The mix of requests that a comparison of policies sends: seeded, heavy-tailed, never repeated.
+"""Which requests does a comparison send? A seeded, heavy-tailed mix that never repeats a text.
 
-Eight of ten prompts are short, two are documents: whoever counts requests
-sees ten equal ones. Sizes and times come from one seed, texts from that and
-a salt, so that two policies get the same requests, and yet the second finds
-nothing of the first's in a prefix cache.
+Eight of ten prompts are short, two are documents; a policy that counts requests sees ten equal
+ones. Sizes and times follow from a seed, texts from the seed and a salt. So two policies get the
+same requests, and yet the second finds none of the first's prompts in a prefix cache.
 """
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from serving.capacity.client import Call
+from serving.capacity.client import ApiRequest
 
-Kind = Literal["short", "long"]
+PromptKind = Literal["short", "long"]
 
-# Shares are kept exactly in every block of so many requests. Drawn freely,
-# the documents among 100 requests vary by 20 %, and the load with them.
+# In every block of so many requests the shares are exact. Were they drawn freely, the number of
+# documents among 100 requests would vary by 20 %, and the load with it.
 _BLOCK = 10
 _NUM_LONG_PER_BLOCK = 2
 
@@ -37,20 +36,20 @@ _WORDS = _TEXT.split()
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One request of the mix, its words aside."""
+class MixRequest:
+    """One request of the mix, without its text."""
 
     number: int
-    offset_s: float  # when it arrives, from the start
-    kind: Kind
-    num_text_tokens: int  # of its own text; the chat template and a system prompt add to it
+    offset_s: float  # from the start to its arrival
+    kind: PromptKind
+    num_text_tokens: int  # of its own text, without chat template and system prompt
     num_output_tokens: int
-    group: int | None = None  # whose system prompt it bears
+    group: int | None = None  # with which system prompt it begins
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Sizes in tokens, both ends included, each drawn uniformly."""
+    """Ranges of sizes in tokens, both ends included; each size is drawn uniformly."""
 
     short_tokens: tuple[int, int] = (8, 64)
     long_tokens: tuple[int, int] = (600, 1500)
@@ -58,17 +57,17 @@ class Mix:
     num_groups: int = 0  # shared system prompts; 0: none
     system_tokens: int = 400
 
-    def asks(self, seed: str) -> Iterator[Ask]:
-        """Yield requests without end, all due at once: what saturates."""
+    def requests(self, seed: str) -> Iterator[MixRequest]:
+        """Yield requests without end, all due at once, as a closed loop needs them."""
         rng = random.Random(f"mix {seed}")
         number = 0
         while True:
-            kinds: list[Kind] = ["long"] * _NUM_LONG_PER_BLOCK
+            kinds: list[PromptKind] = ["long"] * _NUM_LONG_PER_BLOCK
             kinds += ["short"] * (_BLOCK - _NUM_LONG_PER_BLOCK)
             rng.shuffle(kinds)
             for kind in kinds:
                 tokens = self.short_tokens if kind == "short" else self.long_tokens
-                yield Ask(
+                yield MixRequest(
                     number,
                     0.0,
                     kind,
@@ -78,44 +77,38 @@ class Mix:
                 )
                 number += 1
 
-    def arrivals(self, rate: float, duration_s: float, seed: str) -> list[Ask]:
+    def arrivals(self, rate: float, duration_s: float, seed: str) -> list[MixRequest]:
         """Return the requests of `duration_s` at `rate` per second, in order of arrival.
 
-        A Poisson process given its count: `rate * duration_s` times, drawn
-        uniformly. So every repeat has the same load.
+        A Poisson process given its count: `rate * duration_s` times, drawn uniformly. So every
+        repeat has the same load.
         """
         rng = random.Random(f"arrivals {seed}")
-        num_asks = round(rate * duration_s)
-        offsets_s = sorted(rng.uniform(0.0, duration_s) for _ in range(num_asks))
+        num_requests = round(rate * duration_s)
+        offsets_s = sorted(rng.uniform(0.0, duration_s) for _ in range(num_requests))
         return [
-            Ask(
-                ask.number,
-                offset_s,
-                ask.kind,
-                ask.num_text_tokens,
-                ask.num_output_tokens,
-                ask.group,
-            )
-            for offset_s, ask in zip(offsets_s, self.asks(seed), strict=False)
+            replace(request, offset_s=offset_s)
+            for offset_s, request in zip(offsets_s, self.requests(seed), strict=False)
         ]
 
-    def messages(self, ask: Ask, salt: str) -> list[dict[str, str]]:
-        """Return what is said; another salt says it in other words of the same size."""
-        messages = [{"role": "user", "content": _text(ask.num_text_tokens, f"{salt} {ask.number}")}]
-        if ask.group is not None:
-            system = _text(self.system_tokens, f"{salt} group {ask.group}")
+    def messages(self, request: MixRequest, salt: str) -> list[dict[str, str]]:
+        """Return the messages of the chat; another salt gives other words of the same size."""
+        text = _text(request.num_text_tokens, f"{salt} {request.number}")
+        messages = [{"role": "user", "content": text}]
+        if request.group is not None:
+            system = _text(self.system_tokens, f"{salt} group {request.group}")
             messages.insert(0, {"role": "system", "content": system})
         return messages
 
-    def call(self, ask: Ask, model: str, salt: str) -> Call:
-        """Return the request to send: streamed, of known length, with its usage told."""
+    def api_request(self, request: MixRequest, model: str, salt: str) -> ApiRequest:
+        """Return what to send: a streamed chat of known output length that reports its usage."""
         extra: dict[str, Any] = {
-            "messages": self.messages(ask, salt),
+            "messages": self.messages(request, salt),
             "stream_options": {"include_usage": True},
         }
-        return Call.chat(model, "", ask.num_output_tokens, stream=True, **extra)
+        return ApiRequest.chat(model, "", request.num_output_tokens, stream=True, **extra)
 
 
 def _text(num_tokens: int, seed: str) -> str:
-    """So many words; two seeds share a first block of the prefix cache practically never."""
+    """Return so many words. Texts of two seeds practically never share a prefix-cache block."""
     return " ".join(random.Random(seed).choices(_WORDS, k=num_tokens))

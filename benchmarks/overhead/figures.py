@@ -1,4 +1,4 @@
-"""The figures of `overhead`, the tables they make and the targets they are held against."""
+"""Which figures does the overhead benchmark report, in which tables, against which targets?"""
 
 from collections import defaultdict
 
@@ -9,20 +9,20 @@ from benchmarks.systems.processes import OTHER_ROLE
 FLOOR = "floor"
 ROLES = ("gateway", "front", "engines", OTHER_ROLE, LOAD_ROLE)
 _PATH = "gateway + front"
-# More than this taken by strangers, and the figures say more about them. Ray, idle
-# beside the floor, takes about 0.1.
+# When other programs take more than this, the figures tell of them. Ray takes about 0.1, idle
+# beside the floor.
 _QUIET_CORES = 0.25
 
 _TTFT = "Time to first token, ms"
 _RATES = "Tokens per second, 200 streams"
 _TOKEN_CPU = "CPU µs per token at 20,000 tokens/s, net of idle"
 _SHORT = "Short requests (1 to 4 tokens)"
-_CROWD = "1,000 open streams"
+_OPEN_STREAMS = "1,000 open streams"
 _OTHERS = "Cores taken by strangers meanwhile"
 
 
 class Figures:
-    """Every figure of every path: one value per repeat. Tables and rows keep their order."""
+    """All figures of all paths, one value per repeat. Tables and rows keep their order."""
 
     def __init__(self) -> None:
         self._tables: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(
@@ -36,11 +36,13 @@ class Figures:
         values = self._tables[table][row].get(path)
         return Spread.of(values) if values else None
 
-    def add_crowd(self, path: str, before_mb: float, during_mb: float, num_left: int) -> None:
-        self.add(path, _CROWD, "gateway MB before", before_mb)
-        self.add(path, _CROWD, "gateway MB with them", during_mb)
-        self.add(path, _CROWD, "gateway MB added", during_mb - before_mb)
-        self.add(path, _CROWD, "left in the engines 1 s after all vanished", num_left)
+    def add_open_streams(
+        self, path: str, before_mb: float, during_mb: float, num_left: int
+    ) -> None:
+        self.add(path, _OPEN_STREAMS, "gateway MB before", before_mb)
+        self.add(path, _OPEN_STREAMS, "gateway MB with them", during_mb)
+        self.add(path, _OPEN_STREAMS, "gateway MB added", during_mb - before_mb)
+        self.add(path, _OPEN_STREAMS, "left in the engines 1 s after all vanished", num_left)
 
     def add_ttft(self, path: str, percent: int, ours_ms: float, floor_ms: float) -> None:
         self.add(FLOOR, _TTFT, f"p{percent} at low load", floor_ms)
@@ -48,11 +50,11 @@ class Figures:
         self.add(path, _TTFT, f"p{percent} added to the floor's", ours_ms - floor_ms)
 
     def add_lateness(self, path: str, p99_ms: float) -> None:
-        """How late the generator sent: its own share of the noise, in no other figure."""
+        """Add how late the load generator sent: noise of its own, in no other figure."""
         self.add(path, _TTFT, "p99 of sending late", p99_ms)
 
     def add_busy(self, path: str, window: Window, p50_ms: float, p99_ms: float) -> None:
-        """200 streams at 20,000 tokens/s."""
+        """Add the figures of 200 streams at 20,000 tokens/s."""
         self.add(path, _TTFT, "p50 at 20,000 tokens/s", p50_ms)
         self.add(path, _TTFT, "p99 at 20,000 tokens/s", p99_ms)
         self.add_rate(path, "asked for 20,000", window)
@@ -69,7 +71,7 @@ class Figures:
         self._add_others(path, window)
 
     def fill(self, report: Report) -> None:
-        """Make the tables, and say what impairs them."""
+        """Add the tables to the report, and what impairs them."""
         columns = {FLOOR: None}  # first, whichever phase came first
         for rows in self._tables.values():
             for paths in rows.values():
@@ -77,23 +79,23 @@ class Figures:
         for table, rows in self._tables.items():
             for row in rows:
                 spreads = {path: self.get(path, table, row) for path in columns}
-                report.row(table, figure=row, **spreads)
+                report.add_row(table, figure=row, **spreads)
         most = max(
             max(values) for rows in self._tables[_OTHERS].values() for values in rows.values()
         )
         if most > _QUIET_CORES:
-            report.note(
+            report.add_note(
                 f"Other programs took up to {most:.1f} cores meanwhile: rates are lower bounds and "
-                "times upper bounds, but CPU per token looks better than it is, for tokens that "
-                "are late travel together."
+                "times are upper bounds, but CPU per token looks better than it is, because late "
+                "tokens are sent together."
             )
-        report.note(
-            "Past its capacity a path merges tokens, as vLLM does: 'per HTTP chunk' says how many. "
-            "The floor merges none, so flat out it is no upper bound."
+        report.add_note(
+            "Beyond its capacity a path merges tokens, as vLLM does: 'per HTTP chunk' says how "
+            "many. The floor merges none, so its rate flat out is no upper bound."
         )
 
     def set_targets(self, report: Report, path: str) -> None:
-        """Hold the default front against what was promised."""
+        """Compare the figures of one path with the targets."""
         for name, table, row, target in (
             ("tokens/s flat out", _RATES, "flat out", ">= 50000"),
             ("CPU µs per token, gateway + front", _TOKEN_CPU, _PATH, "<= 40"),
@@ -103,15 +105,15 @@ class Figures:
             ("short requests/s, whole replies", _SHORT, "whole, per second", ">= 2000"),
             ("short requests/s, streamed replies", _SHORT, "streamed, per second", ">= 2000"),
         ):
-            report.target(name, self.get(path, table, row), target)
+            report.add_target(name, self.get(path, table, row), target)
         for row, target in (
             ("gateway MB added", "<= 200"),
             ("gateway MB with them", "<= 200"),
             ("left in the engines 1 s after all vanished", "<= 0"),
         ):
-            spread = self.get(path, _CROWD, row)
+            spread = self.get(path, _OPEN_STREAMS, row)
             worst = max(spread.values) if spread is not None else None
-            report.target(f"1,000 open streams, {row}, worst", worst, target)
+            report.add_target(f"1,000 open streams, {row}, worst", worst, target)
 
     def _add_cpu(self, path: str, table: str, before: str, window: Window, count: int) -> None:
         for role in ROLES:

@@ -1,8 +1,7 @@
-"""What `overhead` measures, phase by phase.
+"""Which load does each phase of the overhead benchmark send, and what did it use meanwhile?
 
-Every phase opens its own connections before it measures and leaves none
-behind. CPU time is taken by role and net of what the role uses while nothing
-is asked of it.
+Every phase opens its own connections before it measures, and leaves none open. CPU time is
+counted by role, less what the role uses while the system is idle.
 """
 
 import asyncio
@@ -10,38 +9,38 @@ import itertools
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from benchmarks.load.loops import ClosedLoop, open_loop
+from benchmarks.load.loops import ClosedLoop, open_loop, poisson_offsets_s
 from benchmarks.systems.null_engine import MODEL
 from benchmarks.systems.processes import ResourceUsage, machine_busy_s
-from serving.capacity.client import Call, Client, Record
+from serving.capacity.client import ApiRequest, Client, Record
 from serving.capacity.launch import MeasureError
 from serving.capacity.service import SystemUnderTest
 
 LOAD_ROLE = "load generator"
-OTHERS_ROLE = "others"  # processes that are neither the subject's nor ours
+OTHERS_ROLE = "others"  # processes of neither the system under test nor the benchmark
 
 NUM_STREAMS = 200
 NUM_TOKENS = 200  # per stream
 BUSY_TOKENS_PER_S = 20_000  # 200 streams of 100 tokens/s
 FAST_TOKENS_PER_S = 50_000
 LONG_STREAMS_PER_S = 4.0
-PROBES_PER_S = 36.0  # one-token streams that only sample the time to first token
+PROBES_PER_S = 36.0  # one-token streams, sent only to sample the time to first token
 NUM_SHORT_WORKERS = 32
-NUM_CROWD = 1000
-CROWD_STEP_MS = 200  # 5,000 tokens/s in all: the crowd is to be open, not to be busy
+NUM_OPEN_STREAMS = 1000
+OPEN_STREAM_STEP_MS = 200  # 5,000 tokens/s in all: these streams are to be open, not busy
 _PROMPT = "Tell me something about headway."
-_WARM_UP_S = 1.0
-# An event per stream that is no token: the role.
+WARM_UP_S = 1.0
+# Events of a stream that are no token: the role.
 _NUM_EXTRA_EVENTS = 1
 
 
 @dataclass(frozen=True)
 class Durations:
-    """Seconds per phase, and how often all is repeated."""
+    """Seconds per phase, and the number of repeats of all phases."""
 
     num_repeats: int = 3
     idle_s: float = 4.0
@@ -54,7 +53,7 @@ class Durations:
 
 @dataclass
 class Window:
-    """What happened between two looks at clocks and counters."""
+    """What happened between two readings of clocks and counters."""
 
     elapsed_s: float
     num_tokens: int
@@ -75,72 +74,75 @@ class Window:
 
 
 @dataclass(eq=False)
-class Prober:
-    """Runs the phases on one subject; counts the requests that failed, by reason."""
+class PhaseRunner:
+    """Runs the phases on one system; counts the requests that failed, by reason."""
 
-    subject: SystemUnderTest
+    system: SystemUnderTest
     durations: Durations
     failures: Counter[str] = field(default_factory=Counter)
     idle_cores: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
     usages: list[ResourceUsage] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.usages = [ResourceUsage(launch) for launch in self.subject.launches]
+        self.usages = [ResourceUsage(launch) for launch in self.system.launches]
 
-    async def idle(self) -> None:
-        """Learn what each role uses while nothing is asked of it."""
-        await asyncio.sleep(1.0)  # what the start left to do
-        async with Client(self.subject.urls) as client:
+    async def measure_idle(self) -> None:
+        """Measure what each role uses while nothing is asked of the system."""
+        await asyncio.sleep(1.0)  # until the work of starting is done
+        async with Client(self.system.urls) as client:
             window = await self._window(client, self.durations.idle_s)
         for role in window.cpu_s:
             if role != OTHERS_ROLE:
                 self.idle_cores[role] = window.cores(role)
 
-    async def paced(self, tokens_per_s: float, span_s: float) -> tuple[Window, list[float]]:
-        """200 streams at so many tokens/s in all; return the window and times to first byte."""
+    async def stream_at_rate(
+        self, tokens_per_s: float, span_s: float
+    ) -> tuple[Window, list[float]]:
+        """Keep 200 streams at this total rate. Return the window and the times to first byte."""
         step_s = NUM_STREAMS / tokens_per_s
-        call = chat(NUM_TOKENS, stand_in_step_ms=step_s * 1000)
-        async with Client(self.subject.urls) as client:
+        request = chat(NUM_TOKENS, null_engine_step_ms=step_s * 1000)
+        async with Client(self.system.urls) as client:
             await client.connect(NUM_STREAMS)
-            loop = ClosedLoop(client, itertools.repeat(call), NUM_STREAMS)
-            # Spread over one stream's life, so that they do not all end at once.
+            loop = ClosedLoop(client, itertools.repeat(request), NUM_STREAMS)
+            # Spread over the duration of one stream, so that they do not all end at once.
             await loop.start(ramp_s=NUM_TOKENS * step_s)
             await asyncio.sleep(0.5)
             start_s = time.perf_counter()
             window = await self._window(client, span_s)
             end_s = time.perf_counter()
-            records = self.checked(await loop.stop())
+            records = self.count_failures(await loop.stop())
         return window, [
             record.ttft_s
             for record in records
             if record.completed and start_s <= record.due_s < end_s
         ]
 
-    async def flat_out(self) -> Window:
-        """As many tokens as the path carries over 200 streams."""
-        call = chat(NUM_TOKENS, stand_in_step_ms=0)
-        return await self._saturate(itertools.repeat(call), NUM_STREAMS, self.durations.flat_out_s)
+    async def stream_flat_out(self) -> Window:
+        """Send as many tokens as the path carries over 200 streams. Return the window."""
+        requests = itertools.repeat(chat(NUM_TOKENS, null_engine_step_ms=0))
+        return await self._saturate(requests, NUM_STREAMS, self.durations.flat_out_s)
 
-    async def short(self, stream: bool) -> Window:
-        """As many requests of one to four tokens as the path carries."""
-        calls = [chat(num_tokens, stream, stand_in_step_ms=0) for num_tokens in (1, 2, 3, 4)]
+    async def send_short_requests(self, stream: bool) -> Window:
+        """Send as many requests of one to four tokens as the path carries. Return the window."""
+        sizes = (1, 2, 3, 4)
+        requests = [chat(num_tokens, stream, null_engine_step_ms=0) for num_tokens in sizes]
         return await self._saturate(
-            itertools.cycle(calls), NUM_SHORT_WORKERS, self.durations.short_s
+            itertools.cycle(requests), NUM_SHORT_WORKERS, self.durations.short_s
         )
 
-    async def crowd(
+    async def hold_open_streams(
         self, measure: Callable[[], float], count_streams: Callable[[], int]
     ) -> tuple[float, float, int]:
         """Open 1,000 streams, then abort them all at once.
 
-        Returns `measure()` before and with them, and `count_streams()`, the streams
-        left in the engines, one second after.
+        Return `measure()` before and with them, and `count_streams()`, the streams left in the
+        engines, one second after.
         """
         before = measure()
-        async with Client(self.subject.urls) as client:
-            await client.connect(NUM_CROWD)
-            call = chat(1_000_000, stand_in_step_ms=CROWD_STEP_MS)
-            records = [client.send(call) for _ in range(NUM_CROWD)]
+        async with Client(self.system.urls) as client:
+            await client.connect(NUM_OPEN_STREAMS)
+            request = chat(1_000_000, null_engine_step_ms=OPEN_STREAM_STEP_MS)
+            records = [client.send(request) for _ in range(NUM_OPEN_STREAMS)]
             deadline_s = time.perf_counter() + 30.0
             while not all(record.first_s or record.error for record in records):
                 if time.perf_counter() > deadline_s:
@@ -160,17 +162,17 @@ class Prober:
 
     async def _saturate(
         self,
-        calls: "itertools.repeat[Call] | itertools.cycle[Call]",
+        requests: Iterator[ApiRequest],
         num_workers: int,
         span_s: float,
     ) -> Window:
-        async with Client(self.subject.urls) as client:
+        async with Client(self.system.urls) as client:
             await client.connect(num_workers)
-            loop = ClosedLoop(client, calls, num_workers)
+            loop = ClosedLoop(client, requests, num_workers)
             await loop.start()
             await asyncio.sleep(0.5)
             window = await self._window(client, span_s)
-            self.checked(await loop.stop())
+            self.count_failures(await loop.stop())
         return window
 
     async def _window(self, client: Client, span_s: float) -> Window:
@@ -199,47 +201,47 @@ class Prober:
         used[OTHERS_ROLE] = machine_busy_s() - sum(used.values())
         return used
 
-    def checked(self, records: list[Record]) -> list[Record]:
-        """Count the failed ones; raise `MeasureError` when there is no other."""
+    def count_failures(self, records: list[Record]) -> list[Record]:
+        """Count the failed requests, by reason. Return all records.
+
+        Raises `MeasureError` if every request failed.
+        """
         failed = Counter(record.error for record in records if not record.completed)
         self.failures.update(failed)
         if failed.total() == len(records):
-            raise MeasureError(f"{self.subject.name}: every request failed: {failed}")
+            raise MeasureError(f"{self.system.name}: every request failed: {failed}")
         return records
 
 
-async def paired_ttft(
-    first: Prober, second: Prober, span_s: float, seed: str
+async def send_paired(
+    first: PhaseRunner, second: PhaseRunner, span_s: float, seed: str
 ) -> tuple[list[Record], list[Record]]:
-    """Return both subjects' completed requests at a low load at the same time.
+    """Send a low load to both systems at the same time. Return the completed requests of each.
 
-    Poisson arrivals are dealt to one or the other by a coin, so that whatever
-    else the machine does meanwhile befalls both alike.
+    Poisson arrivals go to one or the other at random, so that other work of the machine delays
+    both alike.
     """
     rng = random.Random(seed)
     rate = 2 * (LONG_STREAMS_PER_S + PROBES_PER_S)
-    arrivals: dict[Prober, list[tuple[float, Call]]] = {first: [], second: []}
-    offset_s = 0.0
-    while (offset_s := offset_s + rng.expovariate(rate)) < _WARM_UP_S + span_s:
+    arrivals: dict[PhaseRunner, list[tuple[float, ApiRequest]]] = {first: [], second: []}
+    for offset_s in poisson_offsets_s(rate, WARM_UP_S + span_s, rng):
         long = rng.random() < LONG_STREAMS_PER_S / (LONG_STREAMS_PER_S + PROBES_PER_S)
-        prober = first if rng.random() < 0.5 else second
-        arrivals[prober].append((offset_s, chat(NUM_TOKENS if long else 1)))
+        runner = first if rng.random() < 0.5 else second
+        arrivals[runner].append((offset_s, chat(NUM_TOKENS if long else 1)))
 
-    async def run(prober: Prober) -> list[Record]:
-        async with Client(prober.subject.urls) as client:
+    async def send(runner: PhaseRunner) -> list[Record]:
+        async with Client(runner.system.urls) as client:
             await client.connect(64)
             start_s = time.perf_counter()
-            records = prober.checked(await open_loop(client, arrivals[prober]))
+            records = runner.count_failures(await open_loop(client, arrivals[runner]))
         return [
-            record
-            for record in records
-            if record.completed and record.due_s - start_s >= _WARM_UP_S
+            record for record in records if record.completed and record.due_s - start_s >= WARM_UP_S
         ]
 
-    one, other = await asyncio.gather(run(first), run(second))
+    one, other = await asyncio.gather(send(first), send(second))
     return one, other
 
 
-def chat(num_tokens: int, stream: bool = True, **extra: float) -> Call:
-    """A streamed or whole reply of so many tokens."""
-    return Call.chat(MODEL, _PROMPT, num_tokens, stream, **extra)
+def chat(num_tokens: int, stream: bool = True, **extra: float) -> ApiRequest:
+    """Return a request for a reply of so many tokens; `extra` goes into its body."""
+    return ApiRequest.chat(MODEL, _PROMPT, num_tokens, stream, **extra)

@@ -1,4 +1,8 @@
-"""Other routers in front of the same engines, one file each."""
+"""How does Headway compare with other routers in front of the same engines?
+
+One file for each router, their engines, and the testbed that runs them side by side. Called by
+`make bench-peers`; writes `results/peers-*`.
+"""
 
 from benchmarks.peers.haproxy import HAProxy
 from benchmarks.peers.litellm import LiteLLM

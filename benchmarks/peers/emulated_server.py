@@ -1,8 +1,8 @@
-"""An emulated engine as a server of its own, for routers that are not Headway's.
+"""How do other routers reach an emulated engine? It is a server of its own, like `vllm serve`.
 
     python -m benchmarks.peers.emulated_server --profile h100-llama8b --port 8001
 
-Speaks as `vllm serve` does: `/v1/chat/completions`, `/v1/completions`,
+It serves what `vllm serve` does: `/v1/chat/completions`, `/v1/completions`,
 `/v1/models`, `/health`, `/metrics` under vLLM's names, and KV events over ZMQ
 with `--kv-events-config`, as there:
 
@@ -69,7 +69,7 @@ def serve(
         engine = EmulatedEngine(args, model, rank=port)
     except ProfileError as error:
         raise typer.BadParameter(str(error), param_hint="--profile") from None
-    # Told to be TCP, for only then asyncio sets TCP_NODELAY.
+    # The protocol is given because asyncio sets TCP_NODELAY only then.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -86,7 +86,7 @@ async def _serve(engine: EmulatedEngine, listener: socket.socket, events: KvEven
     config = uvicorn.Config(
         engine.app,
         http="httptools",
-        loop="asyncio",  # uvloop's timers count whole milliseconds: steps are some
+        loop="asyncio",  # uvloop's timers count whole milliseconds, and a step takes only some
         interface="asgi3",
         lifespan="off",
         access_log=False,

@@ -1,18 +1,16 @@
-"""The engines behind the peers, each a server of its own, and Headway with the same ones."""
+"""Which engines stand behind the peers? Emulated or real ones, each a server of its own."""
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from benchmarks.peers.peer import answers
-from benchmarks.systems.system import Headway
 from serving.capacity.launch import Launch
 from serving.capacity.service import SystemUnderTest, free_ports
 from serving.planning.bundled_model import SERVED_MODEL_NAME
 
 
 class EmulatedFleet(SystemUnderTest):
-    """Servers that the peers are put in front of."""
+    """Emulated engines of one profile, for the peers to route to."""
 
     def __init__(self, profile: str, num_engines: int, model: str) -> None:
         super().__init__("emulated engines", num_engines)
@@ -32,7 +30,7 @@ class EmulatedFleet(SystemUnderTest):
         return all(answers(url, self._model) for url in self.urls)
 
     def num_late(self) -> int:
-        """Return how often an engine was later than it may be: the machine is too slow then."""
+        """Return how often an engine was too late. Then the machine is too slow."""
         return sum(launch.log_tail(1 << 20).count("too slow") for launch in self.launches)
 
 
@@ -55,23 +53,3 @@ class VllmFleet(SystemUnderTest):
 
     def _is_ready(self) -> bool:
         return all(answers(url, SERVED_MODEL_NAME) for url in self.urls)
-
-
-class EmulatedHeadway(Headway):
-    """Headway with its own engines: the same model of the same profile, in its replicas."""
-
-    def __init__(self, profile: str, num_engines: int, model: str) -> None:
-        super().__init__("own", num_engines)
-        self._profile = profile
-        self._model = model
-
-    def config(self, port: int, gateway_port: int) -> dict[str, Any]:
-        """Return the content of the config file."""
-        config = super().config(port, gateway_port)
-        args = config["applications"][0]["args"]
-        args["served_model_name"] = self._model
-        args["engine"] = {
-            "factory": "serving.engine.emulated.engine:EmulatedEngine",
-            "args": {"profile": self._profile},
-        }
-        return config

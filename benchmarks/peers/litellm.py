@@ -1,4 +1,4 @@
-"""LiteLLM's proxy, in Python."""
+"""LiteLLM's proxy, in Python: https://github.com/BerriAI/litellm."""
 
 from pathlib import Path
 

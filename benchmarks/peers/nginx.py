@@ -1,4 +1,4 @@
-"""nginx: counts connections and knows nothing of tokens."""
+"""nginx. It counts connections and knows no tokens."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""A router that is not ours: how it is installed, started and told where the engines are."""
+"""How is another router installed, started and told of the engines?"""
 
 import json
 import subprocess
@@ -16,14 +16,14 @@ _INSTALL_TIMEOUT_S = 300.0
 
 
 class MissingError(Exception):
-    """This peer cannot be had here; the message says why."""
+    """This peer cannot be installed here; the message says why."""
 
 
 class Peer(SystemUnderTest):
-    """One peer with one policy, in front of engines that are up already."""
+    """One peer with one policy, in front of engines that already run."""
 
     title: ClassVar[str]
-    package: ClassVar[str] = ""  # on PyPI, pinned; none: a binary that is there or not
+    package: ClassVar[str] = ""  # on PyPI, pinned; empty: a binary that is already there
     policies: ClassVar[tuple[str, ...]]  # its best ones
 
     def __init__(self, policy: str, engine_urls: Sequence[str], model: str) -> None:
@@ -34,9 +34,9 @@ class Peer(SystemUnderTest):
 
     @classmethod
     def install(cls) -> str:
-        """Install what is missing, in an environment of its own; return the version.
+        """Install the peer in an environment of its own, unless it is there. Return the version.
 
-        Raises `MissingError`.
+        Raises `MissingError` if it cannot be installed.
         """
         folder = cls.folder()
         done = folder / "headway-installed"
@@ -51,16 +51,16 @@ class Peer(SystemUnderTest):
 
     @classmethod
     def folder(cls) -> Path:
-        """Where its environment is."""
+        """Return the folder of its environment."""
         return default_cache_dir() / "peers" / cls.title
 
     @classmethod
     def binary(cls, name: str) -> str:
-        """The path of a command in its environment."""
+        """Return the path of a command in its environment."""
         return str(cls.folder() / "bin" / name)
 
     def command(self, folder: Path, port: int) -> list[str]:
-        """Return the command that starts it; files that it needs go to `folder`."""
+        """Return the command that starts it. Files that it needs are written to `folder`."""
         raise NotImplementedError
 
     def _launch(self, folder: Path) -> None:
@@ -73,7 +73,7 @@ class Peer(SystemUnderTest):
 
 
 def answers(url: str, model: str) -> bool:
-    """Whether a completion comes back through this endpoint."""
+    """Whether this endpoint answers a completion request."""
     body = json.dumps({"model": model, "prompt": "ready?", "max_tokens": 1}).encode()
     headers = {"content-type": "application/json"}
     request = urllib.request.Request(f"{url}/v1/completions", body, headers)

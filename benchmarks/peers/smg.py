@@ -1,4 +1,4 @@
-"""Shepherd Model Gateway, in Rust; grew out of sglang-router."""
+"""Shepherd Model Gateway, in Rust, a successor of sglang-router."""
 
 from pathlib import Path
 

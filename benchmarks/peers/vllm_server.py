@@ -1,10 +1,9 @@
-"""One real vLLM engine as a server of its own, with the settings that Headway gives its engines.
+"""How do other routers reach a real vLLM engine? It is a server with the settings of Headway's.
 
     python -m benchmarks.peers.vllm_server --port 8001 --rank 0
 
-vLLM's own scheduler, first come, first served, and vLLM's own OpenAI
-application, served by uvicorn; of Headway's part there is nothing in it.
-`--rank` is the core that it is pinned to on a CPU.
+vLLM's own scheduler, first come, first served, and vLLM's own OpenAI application, served by
+uvicorn, without any part of Headway. On a CPU the engine is pinned to the core `--rank`.
 """
 
 import argparse

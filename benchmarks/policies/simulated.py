@@ -1,8 +1,9 @@
-"""Policies compared in simulation: `python -m benchmarks.policies.simulated`.
+"""Which policy is best on fleets that we do not have? Simulated.
 
-The deployed router over simulated engines in virtual time, workload by workload, fleet
-by fleet, load by load, beside a clairvoyant reference. Nothing here was measured on
-hardware: every figure says "simulated".
+    python -m benchmarks.policies.simulated
+
+The deployed router over simulated engines in virtual time: each workload, fleet and load, beside a
+clairvoyant reference. Nothing is measured on hardware, and every figure says "simulated".
 """
 
 import argparse
@@ -33,23 +34,23 @@ from serving.capacity.sweep import Case, Sweep
 from serving.capacity.traces import TraceError, read_trace
 from serving.renamed import warn_renamed
 
-# Public traces by the names that they are published under, and likely ones.
+# File names of the public traces: as published, and likely ones.
 TRACES = {
     "azure-code": ("*azure*code*",),
     "azure-conversation": ("*azure*conv*",),
     "mooncake": ("*mooncake*conv*", "conversation_trace*"),
     "servegen": ("*servegen*m-large*", "*servegen*", "*m-large*"),
 }
-# A fleet of this size gets a trace as it is, a larger one copies laid over each other.
+# A fleet of this size gets a trace as it is; a larger one gets copies laid over each other.
 _ENGINES_PER_COPY = 8
 _LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
-# Of fleets larger than that: a run costs as much more as they have requests.
+# For larger fleets: the time of a run grows with the number of its requests.
 _LOADS_OF_LARGE = (0.5, 0.8, 0.95)
-# A run has --requests, or so many tokens if those are fewer requests: what it costs grows with the
-# time that it covers, in which there are few requests where prompts are long.
+# A run has --requests, or so many tokens if those are fewer requests. The time of a run grows with
+# the time that it covers, and where prompts are long there are few requests in that time.
 _TOKENS_PER_RUN = 6_000_000
-# What engines carry is measured on so many, with so many times what their KV caches take: with
-# less they would still be filling up, which takes no decoding, in the part that is looked at.
+# The capacity is simulated on so many engines, with requests for so many times their KV caches.
+# With fewer requests the engines would still be filling up, and decode little, while it counts.
 _ENGINES_FOR_CAPACITY = 2
 _FILLS_FOR_CAPACITY = 5
 
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(str(error), markup=False)
         return 1
     slo = Slo(options.slo_ttft, options.slo_tpot)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end the processes, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end the processes of the sweep
     try:
         with Sweep(parts | workloads, profile, slo, num_gateways=options.gateways) as sweep:
             capacities = _capacities(options, sweep, list(bases))
@@ -121,7 +122,7 @@ def _bases(options: argparse.Namespace) -> Iterator[tuple[str, Workload]]:
             else:
                 console.print(f"{title}: no such trace in {options.traces}; skipped")
     elif not found:
-        console.print("No --traces: the public traces are skipped, made-up workloads used instead.")
+        console.print("No --traces: synthetic workloads instead of the public traces.")
     synthetic = options.synthetic
     if synthetic is None:
         synthetic = [] if found else ["poisson", "bursty", "conversations"]
@@ -136,8 +137,8 @@ def _workloads(
 ) -> Iterator[tuple[str, Workload]]:
     """Yield the part of each workload for each fleet and repeat, by its key.
 
-    Of a large fleet, the parts that are laid over one another are a third as long: a run costs as
-    much more as it has requests, and has plenty.
+    For a large fleet, the parts that are laid over one another are a third as long: it has plenty
+    of requests, and they cost time.
     """
     for title, base in bases.items():
         for num_engines in options.engines:
@@ -149,7 +150,7 @@ def _workloads(
 
 
 def _saturating(base: Workload, profile: Profile) -> Workload:
-    """Return as much of the beginning of a workload as keeps a few engines full for long."""
+    """Return as much of a workload's beginning as keeps a few engines full for long."""
     left = _FILLS_FOR_CAPACITY * _ENGINES_FOR_CAPACITY * profile.num_kv_tokens
     for number, each in enumerate(base.arrivals, start=1):
         left -= each.num_prompt_tokens + each.num_output_tokens
@@ -165,14 +166,14 @@ def _num_requests(options: argparse.Namespace, workload: Workload) -> int:
 
 
 def _num_repeats(options: argparse.Namespace, num_engines: int) -> int:
-    """Return how often each run is made on another part: less where a run has more requests."""
+    """Return how many parts each run is repeated on: fewer for a large fleet."""
     return max(1, options.repeats // max(1, num_engines // _ENGINES_PER_COPY))
 
 
 def _capacities(
     options: argparse.Namespace, sweep: Sweep, titles: Sequence[str]
 ) -> dict[tuple[str, int], float]:
-    """Return the capacity of each (workload, fleet): that of a few engines, in proportion."""
+    """Return the capacity of each (workload, fleet), in proportion to that of a few engines."""
     found = {}
     wanted = [(title, _ENGINES_FOR_CAPACITY) for title in titles]
     for title, capacity in zip(titles, sweep.capacities(wanted), strict=True):
@@ -203,13 +204,13 @@ def _loads(options: argparse.Namespace, num_engines: int) -> list[float]:
 
 
 def _run(sweep: Sweep, cases: Sequence[Case]) -> tuple[Results, float]:
-    """Return the figures of all runs, and what they took of a core, seconds."""
+    """Return the figures of all runs, and the CPU seconds that they took."""
     found: Results = {}
     cpu_s = 0.0
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("simulated runs", total=len(cases))
-        # The long ones first, or the last one would run alone.
+        # The longest runs first, or the last one would run alone.
         for case, figures, case_cpu_s in sweep.run(
             sorted(cases, key=lambda each: -each.num_engines)
         ):
@@ -242,7 +243,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         default=Path(environment) if environment else None,
-        help="with the public traces (see benchmarks/traces); default: $HEADWAY_TRACES",
+        help="with the public traces (docs/simulator.md); default: $HEADWAY_TRACES",
     )
     parser.add_argument("--trace", type=Path, nargs="+", default=[], help="any trace files")
     parser.add_argument(
@@ -250,7 +251,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="*",
         choices=list(SYNTHETIC),
         default=None,
-        help="made-up workloads beside or instead of traces",
+        help="synthetic workloads beside or instead of traces",
     )
     parser.add_argument(
         "--loads", type=float, nargs="+", help="shares of the capacity; default: 0.5 to 0.95"
@@ -264,12 +265,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "headway:hold,order is headway without these two",
     )
     parser.add_argument(
-        "--requests", type=int, default=1500, help="of a run of 8 engines; more with more"
+        "--requests", type=int, default=1500, help="of a run of 8 engines; more on more engines"
     )
     parser.add_argument(
-        "--repeats", type=int, default=2, help="on successive parts; fewer of large fleets"
+        "--repeats", type=int, default=2, help="on successive parts; fewer for large fleets"
     )
-    parser.add_argument("--slo-ttft", type=float, help="s; default: what the router promises")
+    parser.add_argument("--slo-ttft", type=float, help="s; default: the router's own target")
     parser.add_argument("--slo-tpot", type=float, default=0.05, help="s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="sim", help="of the files in benchmarks/results")

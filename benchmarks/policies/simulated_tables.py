@@ -1,4 +1,4 @@
-"""What `make bench-sim` shows of its runs, where Headway loses included."""
+"""What do the simulated runs show, and where does Headway lose?"""
 
 import math
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from serving.capacity.sweep import Case
 
 Results = dict[Case, Figures]
 
-# Of the loads, the highest that is not past this is shown in full.
+# All figures are shown at the highest load up to this.
 _SHOWN_LOAD = 0.8
 _SHOWN = {  # column: (figure, factor)
     "short_p50": ("short_ttft_p50_s", 1.0),
@@ -33,7 +33,7 @@ _SHOWN = {  # column: (figure, factor)
     "shed": ("num_shed", 1.0),
     "preempted": ("num_preemptions", 1.0),
 }
-_JUDGED = {  # figure: whether less is better
+_JUDGED = {  # figure: less is better
     "ttft_p50_s": True,
     "ttft_p99_s": True,
     "short_ttft_p99_s": True,
@@ -42,12 +42,12 @@ _JUDGED = {  # figure: whether less is better
     "goodput": False,
     "output_tokens_per_s": False,
 }
-# Ours is said to lose where another is better by more than this.
+# Headway loses where another policy is better by more than this share.
 _NOISE = 0.05
 
 
 class Tables:
-    """Means over the repeats of runs at the same place: workload, fleet, load and variant."""
+    """Means over the repeats of runs with the same workload, fleet, load and variant."""
 
     def __init__(self, results: Results) -> None:
         self._by_place: dict[tuple[str, int, float, str], list[Figures]] = {}
@@ -68,26 +68,26 @@ class Tables:
         return list(dict.fromkeys(variant for *_, variant in self._by_place))
 
     def fill(self, report: Report) -> None:
-        """Add all tables."""
+        """Add all tables to the report."""
         for (title, num_engines), loads in self._groups.items():
             self._add_details(report, title, num_engines, loads)
             if len(loads) > 1:
                 self._add_loads(report, title, num_engines, loads)
         for row in self.losses():
-            report.row("Where headway loses (simulated), by more than 5 %", **row)
-        report.note(
+            report.add_row("Where headway loses (simulated), by more than 5 %", **row)
+        report.add_note(
             "The knee is the highest load at which the p99 of TTFT is at most twice that of the "
             "lowest load. Load: share of what the fleet completes when all requests are there from "
             f"the start. Goodput: {report.config['slo']}. Fairness: Jain's index of goodput over "
             "tenants, or over short and long prompts. Short: the lower half of the prompts by "
-            "size; long: the upper tenth. The first tenth of each run is not counted. In brackets: "
+            "size; long: the upper tenth. The first tenth of each run does not count. In brackets: "
             "95 % bootstrap interval of the mean over repeats."
         )
 
     def losses(self) -> Iterator[dict[str, Figure]]:
         """Yield a row for each workload, fleet and figure in which another policy is better.
 
-        At the load where it is so by the largest factor, with all loads where it is so at all.
+        The row is of the load with the largest factor, and names all loads that are lost.
         """
         rivals = [name for name in self._variants if name in policies() and name != OURS]
         if OURS not in self._variants or not rivals:
@@ -136,7 +136,7 @@ class Tables:
                 row[column] = None if value is None else factor * value
                 if column == "p99" and len(self._by_place[place]) > 1:
                     row["p99_95%"] = self._interval(place, figure)
-            report.row(
+            report.add_row(
                 f"{title}, {num_engines} engines, {shown:.0%} load, simulated: TTFT and more, s",
                 **row,
             )
@@ -156,7 +156,7 @@ class Tables:
                 f"goodput_{load:.0%}": _known(each)
                 for load, each in zip(loads, goodput, strict=True)
             }
-            report.row(f"{title}, {num_engines} engines, simulated: over the load", **row)
+            report.add_row(f"{title}, {num_engines} engines, simulated: over the load", **row)
 
     def _mean(self, place: tuple[str, int, float, str], figure: str) -> float:
         known = [each[figure] for each in self._by_place.get(place, ())]

@@ -1,9 +1,11 @@
-"""What a provider is worth in a spike: `python -m benchmarks.policies.spillover`.
+"""What is a provider worth in a spike? Simulated.
 
-The deployed router over simulated engines and a simulated provider, in virtual
-time: never spill; spill where a bounded queue is full, which is where a server
-without predictions answers 429; spill by the predicted wait. Goodput against cost:
-by the predicted wait also for less money than each bound spent (`max_cost_per_hour`).
+    python -m benchmarks.policies.spillover
+
+The deployed router over simulated engines and a simulated provider, in virtual time. Three rules
+are compared by goodput and cost: never spill; spill when a bounded queue is full, where a server
+without predictions answers 429; spill by the predicted wait. The last also runs with less money
+than each bound spent (`max_cost_per_hour`).
 """
 
 import argparse
@@ -31,47 +33,49 @@ from router.simulation.workload.lengths import LogNormal, TokenCounts
 from router.simulation.workload.synthetic import PROMPTS, REPLIES, SYNTHETIC, of
 from router.simulation.workload.workload import Workload
 from serving.capacity.profiles import ProfileError, load_profile
-from serving.capacity.sweep import Fleet, capacity
+from serving.capacity.sweep import Fleet, simulated_capacity
 
-# A small hosted model's list prices (GPT-4o mini, 2024), and its usual speed from afar.
+# The list prices of a small hosted model (GPT-4o mini, 2024), and its usual speed.
 _PRICE_PROMPT, _PRICE_OUTPUT = 0.15, 0.60
 _TTFT_S, _TTFT_SIGMA, _TPOT_S = 0.4, 0.3, 0.012
-# By requests held per engine: from a queue that hardly delays to one that hides a spike.
-# Which of them suits a load shows in hindsight only. By default neither vLLM's queue nor those of
-# other routers have a bound that a spike would reach: they never answer 429.
+# Requests held per engine: from a queue that hardly delays to one that hides a spike. Which bound
+# suits a load is known only afterwards. By default neither vLLM's queue nor those of other routers
+# have a bound that a spike would reach: they never answer 429.
 _BOUNDS = (2, 4, 8, 12, 16, 32, 64)
-_FACTORS = (0.9, 1.0, 1.1)
+_FACTORS = (0.9, 1.0, 1.1)  # of the TTFT target, after which a request is late
 _NEVER, _AT_429 = "never", "at 429"
 _LESS_MONEY = "by predicted wait, for less money than "
-# Of the money. What is under way may end dearer than was expected and reserved, by up to 4 % here.
+# Share of the money. Requests that are under way may cost more than was reserved, up to 4 % here.
 _LESS = 0.95
-_DEFAULT = f"by predicted wait, late after {FallbackSettings().late_factor:g} promises"
+# Names in results: a "promise" is the TTFT target.
+_LATE = "by predicted wait, late after {:g} promises"
+_DEFAULT = _LATE.format(FallbackSettings().late_factor)
 
-# What engines run short of: prefill, by the medians of Azure's code trace (2023), and
-# decode, where every request gets in at once and all of them get slower.
+# What engines run short of. Code: prefill, by the medians of Azure's trace (2023). Chat: decode,
+# where every request starts at once and all become slower.
 _SIZES: dict[str, tuple[TokenCounts, TokenCounts]] = {
     "code": (LogNormal(1500.0, 0.9, high=8_000), LogNormal(25.0, 0.8, high=500)),
     "chat": (PROMPTS, REPLIES),
 }
 
-# What users of H100s are promised here; the router's own default is for any hardware. How
-# steadily tokens follow is not part of it: the router does not predict that yet.
-_PROMISE_S = 1.0
-_PROMISE = {"ttft_target_base_s": _PROMISE_S, "ttft_target_s_per_token": 0.0}
-_SLO = Slo(ttft_s=_PROMISE_S, tpot_s=1.0)
+# The TTFT target of H100s here; the router's default is for any hardware. The time per token hardly
+# counts: the router does not predict it yet.
+_TTFT_TARGET_S = 1.0
+_TTFT_TARGET = {"ttft_target_base_s": _TTFT_TARGET_S, "ttft_target_s_per_token": 0.0}
+_SLO = Slo(ttft_s=_TTFT_TARGET_S, tpot_s=1.0)
 
 console = Console(highlight=False)
 
 
-def spike(sizes: str, num_requests: int, seed: int, profile: Profile) -> Workload:
-    """Return requests of these sizes, a tenth of the time at four times the rate."""
+def spike_workload(sizes: str, num_requests: int, seed: int, profile: Profile) -> Workload:
+    """Return requests of these sizes; for a tenth of the time they come at four times the rate."""
     times_s = [arrival.offset_s for arrival in SYNTHETIC["spike"](num_requests, seed).arrivals]
     prompts, replies = _SIZES[sizes]
     return of(sizes, np.array(times_s), seed, prompts, replies).fitted(profile.max_model_len)
 
 
-def variants(num_engines: int) -> dict[str, tuple[dict[str, Any], FallbackSettings | None]]:
-    """Return what is compared, by name: settings of the router, and when it spills."""
+def spill_rules(num_engines: int) -> dict[str, tuple[dict[str, Any], FallbackSettings | None]]:
+    """Return the rules to compare, by name: settings of the router, and when it spills."""
     found: dict[str, tuple[dict[str, Any], FallbackSettings | None]] = {_NEVER: ({}, None)}
     for bound in _BOUNDS:
         found[f"{_AT_429}, {bound} held per engine"] = (
@@ -79,14 +83,14 @@ def variants(num_engines: int) -> dict[str, tuple[dict[str, Any], FallbackSettin
             FallbackSettings(spill="full"),
         )
     for factor in _FACTORS:
-        found[f"by predicted wait, late after {factor:g} promises"] = (
+        found[_LATE.format(factor)] = (
             {},
             FallbackSettings(spill="late", late_factor=factor),
         )
     return found
 
 
-def measure(
+def simulate_spilling(
     workload: Workload,
     profile: Profile,
     num_engines: int,
@@ -96,7 +100,7 @@ def measure(
     seed: int,
     most_cost: float | None = None,
 ) -> dict[str, float]:
-    """Return the figures of one run, in which no more than `most_cost` is spent."""
+    """Return the figures of one run that spends at most `most_cost`."""
     limits = {"rpm": options.rpm, "tpm": options.tpm, "max_cost_per_hour": most_cost}
     terms = ProviderSettings.model_validate(
         {
@@ -118,7 +122,7 @@ def measure(
     )
     simulation = Simulation(
         workload,
-        RouterSettings(**_PROMISE, **settings, seed=seed),
+        RouterSettings(**_TTFT_TARGET, **settings, seed=seed),
         lambda rng: EngineModel(profile, rng),
         num_engines,
         providers=() if fallback is None else (provider,),
@@ -146,8 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(str(error), markup=False)
         return 1
     fleet = Fleet(profile, options.engines)
-    most = {
-        sizes: capacity(spike(sizes, options.requests, options.seed, profile), fleet, options.seed)
+    capacities = {
+        sizes: simulated_capacity(
+            spike_workload(sizes, options.requests, options.seed, profile), fleet, options.seed
+        )
         for sizes in options.sizes
     }
     config = {
@@ -157,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "num_requests": options.requests,
         "num_repeats": options.repeats,
         "loads": options.loads,
-        "capacity_requests_per_s": most,
+        "capacity_requests_per_s": capacities,
         "prices_per_million": [_PRICE_PROMPT, _PRICE_OUTPUT],
         "provider": {"ttft_s": _TTFT_S, "ttft_sigma": _TTFT_SIGMA, "tpot_s": _TPOT_S}
         | {"rpm": options.rpm, "tpm": options.tpm},
@@ -168,12 +174,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (sizes, load, name)
         for sizes in options.sizes
         for load in options.loads
-        for name in variants(options.engines)
+        for name in spill_rules(options.engines)
     ]
     context = get_context("forkserver")
     with context.Pool(len(os.sched_getaffinity(0))) as pool:
         jobs = [
-            (sizes, load * most[sizes], name, options, seed)
+            (sizes, load * capacities[sizes], name, options, seed)
             for sizes, load, name in cases
             for seed in range(options.seed, options.seed + options.repeats)
         ]
@@ -182,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             repeats = [next(results) for _ in range(options.repeats)]
             for name in repeats[0]:
                 runs = [each[name] for each in repeats]
-                report.row(
+                report.add_row(
                     f"{sizes}, mean load {load:.0%}, {options.engines} engines, simulated",
                     spill=name,
                     **{figure: Spread.of([run[figure] for run in runs]) for figure in runs[0]},
@@ -196,14 +202,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(job: tuple[str, float, str, argparse.Namespace, int]) -> dict[str, dict[str, float]]:
-    """Return the figures by name: of the variant, and of ours with less money than it spent."""
+    """Return the figures by name: of the rule, and of ours with less money than it spent."""
     sizes, rate, name, options, seed = job
     profile = load_profile(options.profile)
-    workload = spike(sizes, options.requests, seed, profile).at_rate(rate)
+    workload = spike_workload(sizes, options.requests, seed, profile).at_rate(rate)
 
     def run(name: str, most_cost: float | None = None) -> dict[str, float]:
-        settings, fallback = variants(options.engines)[name]
-        return measure(
+        settings, fallback = spill_rules(options.engines)[name]
+        return simulate_spilling(
             workload, profile, options.engines, settings, fallback, options, seed, most_cost
         )
 
@@ -215,25 +221,27 @@ def _measure(job: tuple[str, float, str, argparse.Namespace, int]) -> dict[str, 
 
 
 def _judge(report: Report) -> None:
-    """Compare with every bound of the queue, seed by seed, and all loads together."""
+    """Compare our rule with every bound of the queue, for each load and for all together."""
     pooled: dict[str, list[tuple[float, float]]] = {}
     for title, rows in report.tables.items():
-        places = {str(row["spill"]): _places(row) for row in rows}
-        for name, place in places.items():
-            pooled.setdefault(name, []).extend(place)
-        _compare(report, title, places)
-    _compare(report, "all together", pooled)
+        pairs = {str(row["spill"]): _goodputs_and_costs(row) for row in rows}
+        for name, own in pairs.items():
+            pooled.setdefault(name, []).extend(own)
+        _note_comparison(report, title, pairs)
+    _note_comparison(report, "all together", pooled)
 
 
-def _compare(report: Report, title: str, places: dict[str, list[tuple[float, float]]]) -> None:
-    for name, theirs in places.items():
+def _note_comparison(
+    report: Report, title: str, pairs: dict[str, list[tuple[float, float]]]
+) -> None:
+    for name, theirs in pairs.items():
         if not name.startswith(_AT_429):
             continue
         for ours in (_DEFAULT, _LESS_MONEY + name):
-            pairs = list(zip(places[ours], theirs, strict=True))
-            gains = [mine[0] - its[0] for mine, its in pairs]
-            costs = [mine[1] - its[1] for mine, its in pairs]
-            report.note(
+            matched = list(zip(pairs[ours], theirs, strict=True))
+            gains = [mine[0] - its[0] for mine, its in matched]
+            costs = [mine[1] - its[1] for mine, its in matched]
+            report.add_note(
                 f"{title}: {ours} beside {name}: goodput {_difference(gains)}, cost "
                 f"{_difference(costs)} of {np.mean([its[1] for its in theirs]):.4f}: "
                 f"{_verdict(interval(gains), interval(costs))}"
@@ -241,17 +249,17 @@ def _compare(report: Report, title: str, places: dict[str, list[tuple[float, flo
 
 
 def _verdict(gain: tuple[float, float], cost: tuple[float, float]) -> str:
-    """Of 95% intervals of what is gained, and what it costs more."""
+    """Return the verdict in words, by the 95 % intervals of the gain and of the added cost."""
     if (gain[0] > 0.0 and cost[0] <= 0.0) or (cost[1] < 0.0 and gain[1] >= 0.0):
-        return "dominated: surely better in one and not surely worse in the other"
+        return "dominated: significantly better in one and not significantly worse in the other"
     if gain[0] > 0.0:
-        return "not dominated: it keeps surely less, for surely less"
+        return "not dominated: the bound has significantly less goodput, at significantly less cost"
     if cost[1] < 0.0:
-        return "NOT dominated: it keeps surely more, for surely more"
-    return "not surely better or worse"
+        return "NOT dominated: the bound has significantly more goodput, at significantly more cost"
+    return "neither significantly better nor worse"
 
 
-def _places(row: dict[str, Any]) -> list[tuple[float, float]]:
+def _goodputs_and_costs(row: dict[str, Any]) -> list[tuple[float, float]]:
     goodput, cost = row["goodput"], row["cost"]
     assert isinstance(goodput, Spread)
     assert isinstance(cost, Spread)

@@ -1,4 +1,5 @@
-"""What every benchmark says: figures, targets, provenance, plots.
+"""What does a benchmark leave behind? Figures, targets, provenance and plots.
 
-Called by every benchmark with what it measured; writes `benchmarks/results`.
+Called by every benchmark with what it measured; writes `benchmarks/results` when the benchmark
+has run to its end.
 """

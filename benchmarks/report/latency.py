@@ -1,22 +1,24 @@
-"""The latencies of a comparison of policies: one sample per request, figures and targets.
+"""How long did requests take under each policy? One sample per request; figures and targets.
 
-Percentiles are taken over the requests of all repeats together, for a p99
-needs hundreds of them; those of each repeat alone, shown beside, say how far
-to trust it. Times count from when a request was due, so a generator that is
-late flatters nobody.
+Percentiles are taken over the requests of all repeats together: a p99 needs hundreds of them.
+Percentiles of single repeats stand beside them and show how far to trust them. Times count from
+when a request was due, so a generator that is late makes no policy look better.
 """
 
 import csv
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.load.mix import Ask
-from benchmarks.report.report import Figure, Report, Spread, percentile
+from benchmarks.load.mix import MixRequest
+from benchmarks.report.plot_ttft import plot_ttft
+from benchmarks.report.report import RESULTS, Figure, Report, Spread, percentile
+from benchmarks.report.runner import print_progress
+from router.simulation.figures import brief
 from serving.capacity.client import Record
 
-# Which requests a row is about; `all` is both.
+# The requests of a row; `all` is both.
 CLASSES = ("short", "long", "all")
 _THROUGHPUT = "Throughput and ends"
 _RIVALS = "Headway over the others (below 1: Headway is lower)"
@@ -24,7 +26,7 @@ _RIVALS = "Headway over the others (below 1: Headway is lower)"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one request of the mix met. Seconds; `None` for what never happened."""
+    """The times of one request of the mix, seconds; `None` for what never happened."""
 
     repeat: int
     policy: str
@@ -39,20 +41,18 @@ class Sample:
     error: str = ""
 
     @classmethod
-    def of(cls, repeat: int, policy: str, ask: Ask, record: Record) -> "Sample":
+    def of(cls, repeat: int, policy: str, request: MixRequest, record: Record) -> "Sample":
         done = record.completed
-        tokens = (
-            ask.num_output_tokens
-            if record.num_output_tokens is None
-            else (record.num_output_tokens)
-        )
+        tokens = record.num_output_tokens
+        if tokens is None:
+            tokens = request.num_output_tokens
         return cls(
             repeat,
             policy,
-            ask.number,
-            ask.kind,
-            ask.num_text_tokens,
-            ask.offset_s,
+            request.number,
+            request.kind,
+            request.num_text_tokens,
+            request.offset_s,
             record.first_s - record.due_s if done else None,
             record.last_s - record.due_s if done else None,
             tokens if done else 0,
@@ -62,14 +62,14 @@ class Sample:
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time between tokens after the first, seconds."""
+        """Mean time per token after the first, seconds; `None` where there is none."""
         if self.ttft_s is None or self.e2e_s is None or self.num_output_tokens < 2:
             return None
         return (self.e2e_s - self.ttft_s) / (self.num_output_tokens - 1)
 
 
 class Latencies:
-    """All samples of a comparison, looked at by policy, class and repeat."""
+    """All samples of a comparison, by policy, class and repeat."""
 
     def __init__(self, samples: Iterable[Sample]) -> None:
         self.samples = list(samples)
@@ -83,11 +83,11 @@ class Latencies:
         ]
 
     def ttft_s(self, policy: str, kind: str, percent: float) -> float | None:
-        """Return a percentile over all repeats; `None` where none completed."""
+        """Return a percentile over all repeats; `None` if no request completed."""
         return _percentile([sample.ttft_s for sample in self.of(policy, kind)], percent)
 
     def ttft_by_repeat_s(self, policy: str, kind: str, percent: float) -> Spread | None:
-        """Return the percentile of each repeat by itself."""
+        """Return the percentile of each repeat; `None` if no request completed."""
         by_repeat: dict[int, list[float | None]] = defaultdict(list)
         for sample in self.of(policy, kind):
             by_repeat[sample.repeat].append(sample.ttft_s)
@@ -96,7 +96,7 @@ class Latencies:
         return Spread.of(values) if values else None
 
     def tokens_per_s(self, policy: str) -> float:
-        """Return output tokens of completed requests per second from first due to last done."""
+        """Return the output tokens of completed requests per second, from first due to last end."""
         num_tokens, span_s = 0, 0.0
         for repeat in {sample.repeat for sample in self.of(policy)}:
             samples = [sample for sample in self.of(policy) if sample.repeat == repeat]
@@ -111,7 +111,7 @@ class Latencies:
         return sum(sample.completed for sample in samples) / len(samples)
 
     def fill(self, report: Report) -> None:
-        """Make the tables."""
+        """Add the tables to the report."""
         for kind in CLASSES:
             for policy in self.policies:
                 figures: dict[str, Figure] = {
@@ -120,7 +120,7 @@ class Latencies:
                 for percent in (50, 99):
                     by_repeat = self.ttft_by_repeat_s(policy, kind, percent)
                     figures[f"p{percent}_by_repeat"] = by_repeat
-                report.row(
+                report.add_row(
                     f"Time to first token, s: {kind}",
                     policy=policy,
                     requests=len(self.of(policy, kind)),
@@ -130,7 +130,7 @@ class Latencies:
             samples = self.of(policy)
             tpot_s = [sample.tpot_s for sample in samples]
             e2e_s = [sample.e2e_s for sample in samples]
-            report.row(
+            report.add_row(
                 "Time per output token (TPOT) and whole reply, s",
                 policy=policy,
                 tpot_p50=_percentile(tpot_s, 50),
@@ -138,7 +138,7 @@ class Latencies:
                 reply_p50=_percentile(e2e_s, 50),
                 reply_p99=_percentile(e2e_s, 99),
             )
-            report.row(
+            report.add_row(
                 _THROUGHPUT,
                 policy=policy,
                 output_tokens_per_s=self.tokens_per_s(policy),
@@ -146,8 +146,25 @@ class Latencies:
                 errors=sum(not sample.completed for sample in samples),
             )
 
+    def summary(self, policy: str) -> str:
+        """Return the policy's main percentiles and its failures, in words."""
+        figures = [
+            f"{kind} p{percent} {'-' if value is None else brief(value)} s"
+            for kind, percent in (("short", 50), ("short", 99), ("long", 99))
+            for value in [self.ttft_s(policy, kind, percent)]
+        ]
+        samples = self.of(policy)
+        num_failed = sum(not sample.completed for sample in samples)
+        return f"{', '.join(figures)}; {len(samples)} requests, {num_failed} failed"
+
+    def note_failures(self, report: Report) -> None:
+        """Add a note for each frequent reason why requests failed."""
+        failures = Counter((each.policy, each.error) for each in self.samples if each.error)
+        for (policy, reason), count in failures.most_common(10):
+            report.add_note(f"{policy}: {count} requests failed: {reason}")
+
     def best(self, policies: Sequence[str]) -> str | None:
-        """Return which of them has the lowest p99 for short requests."""
+        """Return the policy with the lowest p99 for short requests; `None` if none has one."""
         found = [
             (p99_s, policy)
             for policy in policies
@@ -165,12 +182,12 @@ class Latencies:
         }
 
     def set_targets(self, report: Report, ours: str, rivals: Sequence[str]) -> None:
-        """Hold our policy against the best of those that dispatch at once.
+        """Compare our policy with the best rival; add targets and a table of all rivals.
 
-        That one is the same for all targets; the table shows the others too.
+        The best rival, by the p99 of short requests, is the same for all targets.
         """
         for rival in rivals:
-            report.row(_RIVALS, policy=rival, **self.compare(ours, rival))
+            report.add_row(_RIVALS, policy=rival, **self.compare(ours, rival))
         best = self.best(rivals)
         if best is None:
             return
@@ -181,11 +198,19 @@ class Latencies:
             ("tokens/s", "tokens_per_s", ">= 0.98"),
             ("long TTFT p99", "long_p99", "<= 1.25"),
         ):
-            report.target(f"{name} of {ours} over that of {best}", ratios[figure], target)
+            report.add_target(f"{name} of {ours} over that of {best}", ratios[figure], target)
+
+
+def finish_comparison(report: Report, samples: Sequence[Sample]) -> None:
+    """Show and write the report; write one line per request, and the plot of these lines."""
+    report.finish()
+    lines = RESULTS / f"{report.name}.csv"
+    write_csv(samples, lines)
+    print_progress(f"Every request: {lines.name}; figure: {plot_ttft(lines).name}")
 
 
 def write_csv(samples: Sequence[Sample], path: Path) -> None:
-    """Write one line per request: what plots and later questions are answered from."""
+    """Write one line per request, for plots and later questions."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(Sample.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()

@@ -1,32 +1,29 @@
-"""What a `Watch` wrote, one line per look, to a figure; nothing else.
+"""How do memory and queue go in an overload? Draws what its monitor wrote, one line per second.
 
 `python -m benchmarks.report.plot_overload benchmarks/results/overload.csv` draws `overload.svg`
-anew.
+again.
 """
 
 import csv
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-
 import matplotlib.pyplot as plt
 
-_LEAST_LABELLED = 0.05  # of the whole time; shorter phases have no room for their name
+from benchmarks.report.svg import prepare_svg, save_svg
+
+_MIN_LABELLED = 0.05  # of the whole time: shorter phases have no room for their name
 
 
-def plot_watch(path: Path, bound_mb: float | None = None) -> Path:
-    """Draw memory and queue over time, phases shaded; return the figure's path.
+def plot_overload(path: Path, bound_mb: float | None = None) -> Path:
+    """Draw memory and queue over time, phases shaded. Return the figure's path.
 
     `bound_mb` is the gateway's stated bound.
     """
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     at_s = [float(row["at_s"]) for row in rows]
-    # Text stays text, and neither date nor random ids: the same data give the same file.
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "headway", "font.size": 9})
+    prepare_svg()
     figure, (memory, queue) = plt.subplots(
         2, 1, figsize=(9, 5), sharex=True, layout="constrained", height_ratios=(3, 2)
     )
@@ -47,7 +44,7 @@ def plot_watch(path: Path, bound_mb: float | None = None) -> Path:
     for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(rows) - 1], strict=True)):
         for panel in (memory, queue):
             panel.axvspan(at_s[start], at_s[end], color="C7", alpha=0.12 * (number % 2), lw=0)
-        if at_s[end] - at_s[start] > _LEAST_LABELLED * at_s[-1]:
+        if at_s[end] - at_s[start] > _MIN_LABELLED * at_s[-1]:
             memory.annotate(
                 rows[start]["phase"],
                 (at_s[start], 1.01),
@@ -56,11 +53,9 @@ def plot_watch(path: Path, bound_mb: float | None = None) -> Path:
             )
     for panel in (memory, queue):
         panel.grid(alpha=0.3)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    plt.close(figure)
-    return path.with_suffix(".svg")
+    return save_svg(figure, path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        print(plot_watch(Path(name)))
+        print(plot_overload(Path(name)))

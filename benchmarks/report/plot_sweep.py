@@ -1,6 +1,6 @@
-"""A sweep's lines, one per run, to figures; nothing else.
+"""How do the policies' figures go over the load? Draws a sweep's CSV file, one line per run.
 
-`python -m benchmarks.report.plot_sweep benchmarks/results/sim.csv` draws them anew.
+`python -m benchmarks.report.plot_sweep benchmarks/results/sim.csv` draws its figures again.
 """
 
 import csv
@@ -9,13 +9,10 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
-import matplotlib
-
-matplotlib.use("svg")
-
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
+from benchmarks.report.svg import prepare_svg, save_svg
 from router.simulation.figures import knee
 from router.simulation.variant import OURS
 
@@ -28,9 +25,9 @@ Lines = dict[str, dict[float, list[float]]]  # by policy and load
 
 
 def plot_sweep(path: Path) -> list[Path]:
-    """Draw figures over the load, one file per size of fleet; return their paths.
+    """Draw figures over the load, one file per size of fleet. Return their paths.
 
-    The knee of each curve is marked by a dot. Ablations are left to the table.
+    A dot marks the knee of each curve. Ablations are in the tables only.
     """
     fleets: dict[int, dict[str, dict[str, Lines]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list))))
@@ -42,8 +39,7 @@ def plot_sweep(path: Path) -> list[Path]:
                 if row[panel] not in ("", "nan") and ":" not in row["variant"]:
                     lines = fleets[int(row["num_engines"])][workload][panel]
                     lines[row["variant"]][float(row["load"])].append(float(row[panel]))
-    # Text stays text, and neither date nor random ids: the same data give the same file.
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "headway", "font.size": 9})
+    prepare_svg()
     return [
         _plot(path.with_name(f"{path.stem}-{num_engines}.svg"), num_engines, workloads)
         for num_engines, workloads in fleets.items()
@@ -83,9 +79,7 @@ def _plot(path: Path, num_engines: int, workloads: dict[str, dict[str, Lines]]) 
             axes.grid(which="major", alpha=0.3)
     grid[0][0].legend(fontsize=7)
     figure.suptitle(f"simulated, {num_engines} engines; dots mark knees")
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-    return path
+    return save_svg(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A comparison's lines, one per request, to a figure; nothing else.
+"""How long do requests wait under each policy? Draws a comparison's CSV, one line per request.
 
-`python -m benchmarks.report.plot_ttft benchmarks/results/real.csv` draws `real.svg` anew.
+`python -m benchmarks.report.plot_ttft benchmarks/results/real.csv` draws `real.svg` again.
 """
 
 import csv
@@ -8,20 +8,17 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from benchmarks.report.svg import prepare_svg, save_svg
 from router.simulation.variant import OURS
 
 _PANELS = ("short", "long")
 
 
 def plot_ttft(path: Path) -> Path:
-    """Draw how many requests had their first token after how long; return the figure's path."""
+    """Draw which share of requests waits longer than each time. Return the figure's path."""
     ttft_s: dict[str, dict[str, list[float]]] = {kind: defaultdict(list) for kind in _PANELS}
     policies: dict[str, None] = {}
     with path.open(newline="") as file:
@@ -29,8 +26,7 @@ def plot_ttft(path: Path) -> Path:
             policies[row["policy"]] = None
             if row["ttft_s"]:
                 ttft_s[row["kind"]][row["policy"]].append(float(row["ttft_s"]))
-    # Text stays text, and neither date nor random ids: the same data give the same file.
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "headway", "font.size": 9})
+    prepare_svg()
     figure, panels = plt.subplots(1, len(_PANELS), figsize=(10, 4), layout="constrained")
     for panel, kind in zip(panels, _PANELS, strict=True):
         for number, policy in enumerate(sorted(policies)):
@@ -63,10 +59,7 @@ def plot_ttft(path: Path) -> Path:
             axis.set_minor_formatter(NullFormatter())
         panel.grid(which="major", alpha=0.3)
     panels[0].legend(fontsize=8)
-    figure_path = path.with_suffix(".svg")
-    figure.savefig(figure_path, metadata={"Date": None})
-    plt.close(figure)
-    return figure_path
+    return save_svg(figure, path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

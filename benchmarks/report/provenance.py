@@ -1,4 +1,4 @@
-"""Where a result comes from: commit, hardware and versions."""
+"""Where does a result come from? Its commit, hardware and package versions."""
 
 import importlib.metadata
 import os
@@ -17,14 +17,14 @@ _PACKAGES = (
 
 
 def commit() -> dict[str, Any]:
-    """Return the commit and whether the working tree differs from it; `None` outside git."""
+    """Return the commit's id and whether the working tree differs from it; `None` outside git."""
     # A benchmark's own results do not make the code it ran dirty.
     status = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {"id": commit_id(), "dirty": None if status is None else bool(status)}
 
 
 def hardware() -> dict[str, Any]:
-    """Return processor, cores that may be used, memory in bytes and the GPUs' names."""
+    """Return the processor, the usable cores, the memory in bytes and the GPUs' names."""
     return {
         "cpu": _cpu_model(),
         "num_cores": len(os.sched_getaffinity(0))
@@ -36,7 +36,7 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return Python's version and those of the packages that bear on results."""
+    """Return the versions of Python, the kernel and the packages that influence results."""
     found = {"python": platform.python_version(), "kernel": platform.release()}
     for package in _PACKAGES:
         try:

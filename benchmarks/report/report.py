@@ -1,8 +1,8 @@
-"""The one habit of all benchmarks: a table on the screen, `results/NAME.json` on disk.
+"""What did a benchmark find? Tables on the screen and `results/NAME.json` on disk.
 
-A report is written when the benchmark has run to its end, never before, and
-replaces the last one in one step. A missed target is printed in plain words
-and recorded; it is a finding, not a failure of the benchmark.
+A report is written when the benchmark has run to its end, never before, and replaces the last one
+in one step. A missed target is printed and recorded: it is a finding, not a failure of the
+benchmark.
 """
 
 import json
@@ -37,7 +37,7 @@ _TARGET = re.compile(r"(>=|<=|>|<|==)\s*(-?[\d.]+)")
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure measured several times: the median stands for it, the rest shows the noise."""
+    """A figure that was measured several times. Its median counts; the rest shows the noise."""
 
     values: tuple[float, ...]
 
@@ -68,25 +68,25 @@ Figure = Spread | float | int | str | None
 
 @dataclass
 class Report:
-    """Figures and targets of one run. `name` names the file."""
+    """Figures, targets and notes of one run. `name` names the file."""
 
     name: str
-    kind: Literal["measured", "emulated", "simulated"]  # emulated: in real time, no model
+    kind: Literal["measured", "emulated", "simulated"]  # emulated: real time, no model
     seed: int
     config: dict[str, Any]
     tables: dict[str, list[dict[str, Figure]]] = field(default_factory=dict)
     targets: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def row(self, table: str, **figures: Figure) -> None:
-        """Add a row; its keys are the columns, underscores shown as spaces."""
+    def add_row(self, table: str, **figures: Figure) -> None:
+        """Add a row to a table. Keys are columns, their underscores shown as spaces."""
         self.tables.setdefault(table, []).append(figures)
 
-    def target(self, name: str, value: Spread | float | None, target: str) -> None:
-        """Hold a figure against `target`, e.g. ">= 50000". A spread counts by its median.
+    def add_target(self, name: str, value: Spread | float | None, target: str) -> None:
+        """Compare a figure with `target`, e.g. ">= 50000". A spread counts by its median.
 
-        `None` is a figure that could not be taken, and misses. Raises
-        `ValueError` for a target that is no comparison.
+        `None` is a figure that could not be measured, and misses. Raises `ValueError` for a
+        target that is no comparison.
         """
         if (parts := _TARGET.fullmatch(target)) is None:
             raise ValueError(f"{target!r} is no comparison with a number")
@@ -94,8 +94,8 @@ class Report:
         met = number is not None and _COMPARE[parts[1]](number, float(parts[2]))
         self.targets.append({"name": name, "value": _rounded(number), "target": target, "met": met})
 
-    def note(self, text: str) -> None:
-        """Add what a reader must know to judge the figures."""
+    def add_note(self, text: str) -> None:
+        """Add something that a reader must know to judge the figures."""
         self.notes.append(text)
 
     def as_json(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Report:
             console.print(f"[dim]{note}[/dim]")
 
     def write(self, folder: Path = RESULTS) -> Path:
-        """Write the file, whole or not at all; return its path."""
+        """Write the file, whole or not at all. Return its path."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.json"
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
@@ -154,7 +154,7 @@ class Report:
         return path
 
     def finish(self) -> None:
-        """Show and write: the last act of a benchmark that ran to its end."""
+        """Show and write the report, when the benchmark has run to its end."""
         self.show()
         Console().print(f"{self.kind}; written to {os.path.relpath(self.write())}")
 
@@ -162,7 +162,8 @@ class Report:
 def percentile(values: Sequence[float], percent: float) -> float:
     """Return the smallest value that `percent` of `values` do not exceed (nearest rank).
 
-    Raises `ValueError` when there are none.
+    Raises `ValueError` if there are none: a figure of nothing must not get into a report.
+    `router.simulation.figures.percentile` takes arrays and returns `nan` then.
     """
     if not values:
         raise ValueError("no values")
@@ -170,7 +171,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def _rounded(value: Any) -> Any:
-    """Return a float with the six digits that a file needs; anything else as it is."""
+    """Return a float with six digits; anything else as it is."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

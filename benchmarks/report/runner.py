@@ -1,8 +1,11 @@
-"""How every benchmark runs: to its end, or taken down in good order by a signal."""
+"""How does a benchmark run? To its end, or until a signal or a failure ends it in good order."""
 
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
+
+from rich.console import Console
 
 from benchmarks.report.report import Report
 from serving.capacity.launch import MeasureError
@@ -10,12 +13,14 @@ from serving.cli.interrupts import run_until_stopped
 
 T = TypeVar("T")
 
+console = Console()
+
 
 def run_to_the_end(run: Callable[[], Awaitable[T]]) -> T:
-    """Return what `run()` returns.
+    """Run `run()` and return what it returns.
 
     SIGINT, SIGTERM and SIGHUP cancel it. Raises `SystemExit`: 130 after a signal, 1 after a
-    `MeasureError`; nothing is to be written then.
+    `MeasureError`. Nothing may be written then.
     """
     try:
         return run_until_stopped(run)
@@ -26,7 +31,12 @@ def run_to_the_end(run: Callable[[], Awaitable[T]]) -> T:
 
 
 def run_and_judge(run: Callable[[], Awaitable[Report]]) -> int:
-    """Run to the end, show and write the report; return 1 if a target was missed, else 0."""
+    """Run to the end, show and write the report. Return 1 if a target was missed, else 0."""
     report = run_to_the_end(run)
     report.finish()
     return 0 if all(target["met"] for target in report.targets) else 1
+
+
+def print_progress(text: str) -> None:
+    """Print a line of progress with the time of day."""
+    console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {text}", highlight=False, soft_wrap=True)

@@ -1,4 +1,5 @@
-"""What is measured: whole systems, started as a user would, and engines to put behind them.
+"""What is measured? Whole systems, started as a user starts them, and engines to put behind them.
 
-Called by the benchmarks that need a running service, and ended with them.
+`headway serve` with real, emulated or null engines, an engine that fails on demand, and the
+processes of a launch. Started and ended by the benchmarks; `tests/system` uses some, too.
 """

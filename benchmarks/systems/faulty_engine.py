@@ -11,9 +11,12 @@ import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
 from router import EngineSnapshot
+from serving.config import GatewayConfig
 from serving.stream.accounting import RequestAccounting
 from serving.stream.engine import Engine
 from serving.stream.server import StreamServer
+
+_WINDOW_BYTES = GatewayConfig().stream_window_bytes
 
 
 class FaultyEngine:
@@ -97,7 +100,7 @@ class FaultyFleet:
 
     async def add_engine(self, engine: FaultyEngine) -> None:
         """Start a server for the engine, as a replica with a new name."""
-        server = self._servers[engine] = FaultyStreamServer(engine, 64 * 2**10)
+        server = self._servers[engine] = FaultyStreamServer(engine, _WINDOW_BYTES)
         host, port = await server.listen("127.0.0.1")
         name = self._names[engine] = f"r{next(self._numbers)}"
         self._members[name] = {"host": host, "port": port, "secret": server.secret}

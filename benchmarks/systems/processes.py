@@ -1,13 +1,14 @@
-"""The processes of a launch by role: their CPU time and their memory."""
+"""How much CPU time and memory do the processes of a launch use, by role?"""
 
 import contextlib
+import resource
 from collections import defaultdict
 
 import psutil
 
 from serving.capacity.launch import Launch
 
-# What stands in a process's title, and the role that it proves; the first match counts.
+# A part of a process's title and the role that it proves; the first match counts.
 _ROLES = (
     ("ServeReplica:headway:Gateway", "gateway"),
     ("ServeReplica:headway:Engine", "engines"),
@@ -28,7 +29,7 @@ class ResourceUsage:
         self._roles: dict[psutil.Process, str] = {}
 
     def refresh(self) -> None:
-        """Look for processes that have come; takes tens of milliseconds."""
+        """Find new processes. Takes tens of milliseconds."""
         self._launch.refresh()
         for process in self._launch.processes:
             with contextlib.suppress(psutil.Error):
@@ -36,7 +37,7 @@ class ResourceUsage:
                 self._roles[process] = self._role(process)
 
     def cpu_s(self) -> defaultdict[str, float]:
-        """Return CPU seconds used so far, by role; 0 of a role that there is not."""
+        """Return the CPU seconds used so far, by role; 0 for a role without a process."""
         used: defaultdict[str, float] = defaultdict(float)
         for process, role in self._roles.items():
             with contextlib.suppress(psutil.Error):
@@ -54,7 +55,7 @@ class ResourceUsage:
         return total
 
     def _role(self, process: psutil.Process) -> str:
-        """By its title, or its parent's if that tells nothing: an engine core may have none."""
+        """Return the role by the title, or else the parent's: an engine core may have no title."""
         title = _title(process)
         role = next((role for part, role in _ROLES if part in title), None)
         if role is None and (parent := process.parent()) is not None:
@@ -62,23 +63,11 @@ class ResourceUsage:
         return role or OTHER_ROLE
 
 
-def titled(launch: Launch, part: str) -> list[psutil.Process]:
-    """Return the processes of a launch that live and have this in their title."""
-    launch.refresh()
-    found = []
-    for process in launch.living():
-        with contextlib.suppress(psutil.Error):
-            if part in _title(process):
-                found.append(process)
-    return found
-
-
 def engine_core(actor: psutil.Process) -> psutil.Process:
     """Return the process in which vLLM computes, by the actor that started it.
 
-    Its title says `EngineCore`, but `setproctitle` now and then finds no room for one.
-
-    Raises `LookupError` or `psutil.Error` if one of them is gone.
+    Its title says `EngineCore`, unless `setproctitle` found no room for one. Raises `LookupError`
+    or `psutil.Error` if one of the two processes is gone.
     """
     for child in actor.children():
         with contextlib.suppress(psutil.Error):
@@ -92,6 +81,12 @@ def machine_busy_s() -> float:
     """Return the CPU seconds that all processes of the machine have used since boot."""
     times = psutil.cpu_times()
     return times.user + times.nice + times.system + times.irq + times.softirq
+
+
+def raise_file_limit() -> None:
+    """Allow this process, and those that it starts, as many sockets as the system permits."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
 
 def _title(process: psutil.Process) -> str:

@@ -1,4 +1,4 @@
-"""What is measured: engines without a model behind Headway, or by themselves (the floor)."""
+"""Which systems without real engines are measured? Headway, and the floor below every path."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from serving.capacity.service import Service, SystemUnderTest, free_ports, get_j
 
 
 class Floor(SystemUnderTest):
-    """Client straight to the engines, each served by uvicorn alone: no path can be cheaper."""
+    """Null engines, each served by uvicorn alone: no path from a client can be cheaper."""
 
     def __init__(self, num_engines: int) -> None:
         super().__init__("floor", num_engines)
@@ -24,8 +24,8 @@ class Floor(SystemUnderTest):
         return all(get_json(f"{url}/health") is not None for url in self.urls)
 
 
-class Headway(Service):
-    """`headway serve` with engines that have no model."""
+class NullHeadway(Service):
+    """`headway serve` with null engines."""
 
     start_timeout_s = 120.0
 
@@ -36,3 +36,20 @@ class Headway(Service):
             "engine": {"factory": "benchmarks.systems.null_engine:NullEngine"},
         }
         super().__init__(num_engines, args, front=front, name=front)
+
+
+class EmulatedHeadway(Service):
+    """`headway serve` with emulated engines of one profile."""
+
+    start_timeout_s = 120.0
+
+    def __init__(self, profile: str, num_engines: int, model: str) -> None:
+        args = {
+            "served_model_name": model,
+            "device": "cpu",
+            "engine": {
+                "factory": "serving.engine.emulated.engine:EmulatedEngine",
+                "args": {"profile": profile},
+            },
+        }
+        super().__init__(num_engines, args, name="own")

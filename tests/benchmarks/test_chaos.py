@@ -1,14 +1,14 @@
-"""The judges of `make chaos`: what they let pass and what they do not."""
+"""What do the judges of `make chaos` accept, and what not?"""
 
 import random
 from typing import Any
 
 import pytest
 
-from benchmarks.chaos.checks import probe_faults, seam_gaps_s
+from benchmarks.chaos.checks import check_probes, splice_gaps_s
 from benchmarks.chaos.client import Question, Reply
-from benchmarks.chaos.faults import Fault, schedule
-from benchmarks.chaos.verdicts import Kind, judge, questions
+from benchmarks.chaos.faults import ProcessFault, schedule_faults
+from benchmarks.chaos.verdicts import VerdictKind, judge, questions
 from router.resilience.breaker import BreakerEvent
 
 QUESTION = Question("Why?", 4)
@@ -21,12 +21,12 @@ def reply(*token_ids: int, **fields: Any) -> Reply:
 
 
 class Model:
-    """Says what follows from what it is given: `likeliest[prefix]`, by log probability."""
+    """Continues a prefix by its `likeliest` tokens, given by log probability."""
 
     def __init__(self, likeliest: dict[tuple[int, ...], dict[int, float]]) -> None:
         self.likeliest = likeliest
 
-    async def go_on(self, token_ids: list[int], num_tokens: int) -> tuple[list, list]:
+    async def continue_from(self, token_ids: list[int], num_tokens: int) -> tuple[list, list]:
         said: list[int] = []
         tops = []
         for _ in range(num_tokens):
@@ -38,42 +38,44 @@ class Model:
 
 class TestJudge:
     async def test_the_same_is_equal(self):
-        verdict = await judge(reply(1, 2, 3, 4), reply(1, 2, 3, 4), Model({}).go_on, TIE)
-        assert verdict.kind is Kind.EQUAL
+        verdict = await judge(reply(1, 2, 3, 4), reply(1, 2, 3, 4), Model({}).continue_from, TIE)
+        assert verdict.kind is VerdictKind.EQUAL
 
-    @pytest.mark.parametrize(("gap", "kind"), [(0.1, Kind.NEAR_TIE), (0.5, Kind.UNEXPLAINED)])
+    @pytest.mark.parametrize(
+        ("gap", "kind"), [(0.1, VerdictKind.NEAR_TIE), (0.5, VerdictKind.UNEXPLAINED)]
+    )
     @pytest.mark.parametrize("sign", [1, -1])
     async def test_a_tie_that_fell_the_other_way_must_be_one(self, gap, kind, sign):
         model = Model({(1, 2): {3: -1.0, 9: -1.0 - sign * gap}, (1, 2, 9): {8: -0.1}})
-        verdict = await judge(reply(1, 2, 9, 8), reply(1, 2, 3, 4), model.go_on, TIE)
+        verdict = await judge(reply(1, 2, 9, 8), reply(1, 2, 3, 4), model.continue_from, TIE)
         assert (verdict.kind, verdict.first_difference) == (kind, 2)
         assert verdict.gap == pytest.approx(gap)
 
     async def test_what_follows_must_follow(self):
         """Else a token was lost or repeated."""
         model = Model({(1, 2): {3: -1.0, 9: -1.1}, (1, 2, 9): {8: -0.1, 7: -3.0}})
-        verdict = await judge(reply(1, 2, 9, 7), reply(1, 2, 3, 4), model.go_on, TIE)
-        assert verdict.kind is Kind.UNEXPLAINED
+        verdict = await judge(reply(1, 2, 9, 7), reply(1, 2, 3, 4), model.continue_from, TIE)
+        assert verdict.kind is VerdictKind.UNEXPLAINED
 
     async def test_a_further_tie_is_counted(self):
         model = Model({(1, 2): {3: -1.0, 9: -1.1}, (1, 2, 9): {8: -0.1, 7: -0.2}})
-        verdict = await judge(reply(1, 2, 9, 7), reply(1, 2, 3, 4), model.go_on, TIE)
-        assert (verdict.kind, verdict.num_ties) == (Kind.NEAR_TIE, 2)
+        verdict = await judge(reply(1, 2, 9, 7), reply(1, 2, 3, 4), model.continue_from, TIE)
+        assert (verdict.kind, verdict.num_ties) == (VerdictKind.NEAR_TIE, 2)
 
     async def test_a_token_that_vllm_does_not_think_of_is_unexplained(self):
         model = Model({(1, 2): {3: -1.0}})
-        verdict = await judge(reply(1, 2, 9, 7), reply(1, 2, 3, 4), model.go_on, TIE)
-        assert verdict.kind is Kind.UNEXPLAINED
+        verdict = await judge(reply(1, 2, 9, 7), reply(1, 2, 3, 4), model.continue_from, TIE)
+        assert verdict.kind is VerdictKind.UNEXPLAINED
 
     async def test_a_reply_that_is_only_shorter_is_unexplained(self):
-        verdict = await judge(reply(1, 2), reply(1, 2, 3, 4), Model({}).go_on, TIE)
-        assert verdict.kind is Kind.UNEXPLAINED
+        verdict = await judge(reply(1, 2), reply(1, 2, 3, 4), Model({}).continue_from, TIE)
+        assert verdict.kind is VerdictKind.UNEXPLAINED
 
     async def test_the_same_tokens_with_another_text_are_unexplained(self):
         other = reply(1, 2)
         other.text = "1 2 2"
-        verdict = await judge(other, reply(1, 2), Model({}).go_on, TIE)
-        assert verdict.kind is Kind.UNEXPLAINED
+        verdict = await judge(other, reply(1, 2), Model({}).continue_from, TIE)
+        assert verdict.kind is VerdictKind.UNEXPLAINED
 
 
 def events(*names: str) -> list[BreakerEvent]:
@@ -87,30 +89,34 @@ def events(*names: str) -> list[BreakerEvent]:
     [
         (("open", "half_open", "probe", "closed"), 1, 0),
         (("open", "half_open", "probe", "open", "half_open", "probe", "closed"), 2, 0),
-        (("open", "half_open", "open"), 0, 0),  # tripped again before anybody called
+        (("open", "half_open", "open"), 0, 0),  # open again before a probe
         (("open", "half_open", "probe", "probe", "closed"), 2, 1),
         (("open", "half_open", "closed"), 0, 1),
         (("open", "probe", "half_open", "probe", "closed"), 1, 1),
     ],
 )
 def test_exactly_one_probe_per_half_open(names, num_half_open, num_wrong):
-    found, wrong = probe_faults(events(*names))
+    found, wrong = check_probes(events(*names))
     assert (found, len(wrong)) == (num_half_open, num_wrong)
 
 
-def test_the_pause_at_a_seam_is_told_without_the_usual_one():
+def test_the_pause_after_a_fault_counts_without_the_usual_one():
     times_s = [0.0, 0.1, 0.2, 2.2, 2.3, 2.4]
-    assert seam_gaps_s([reply(1, times_s=times_s)], [0.25], 2.0) == [pytest.approx(1.9)]
-    assert seam_gaps_s([reply(1, times_s=times_s)], [5.0], 2.0) == []
+    assert splice_gaps_s([reply(1, times_s=times_s)], [0.25], 2.0) == [pytest.approx(1.9)]
+    assert splice_gaps_s([reply(1, times_s=times_s)], [5.0], 2.0) == []
 
 
 def test_faults_are_as_many_as_asked_for_and_follow_from_the_seed():
-    rounds = schedule(10, 3, 4, random.Random(1))
+    rounds = schedule_faults(10, 3, 4, random.Random(1))
     assert sorted(map(len, rounds)) == [1] * 8 + [2] * 3
     faults = [fault for each in rounds for fault in each]
     assert sum(fault.is_kill for fault in faults) == 10
-    assert [faults.count(fault) for fault in Fault] == [5, 5, 3, 1]
-    assert rounds == schedule(10, 3, 4, random.Random(1)) != schedule(10, 3, 4, random.Random(2))
+    assert [faults.count(fault) for fault in ProcessFault] == [5, 5, 3, 1]
+    assert (
+        rounds
+        == schedule_faults(10, 3, 4, random.Random(1))
+        != schedule_faults(10, 3, 4, random.Random(2))
+    )
 
 
 def test_every_question_is_another_one_and_most_are_streamed():

@@ -1,4 +1,4 @@
-"""Peers: what they are told, and one of them in front of emulated servers."""
+"""Peers: what they are told of the engines, and one of them in front of emulated servers."""
 
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -7,11 +7,12 @@ import pytest
 import yaml
 
 from benchmarks.peers import PEERS
-from benchmarks.peers.fleet import EmulatedFleet, EmulatedHeadway
+from benchmarks.peers.fleet import EmulatedFleet
 from benchmarks.peers.haproxy import HAProxy
 from benchmarks.peers.litellm import LiteLLM
 from benchmarks.peers.nginx import Nginx
 from benchmarks.peers.peer import MissingError, answers
+from benchmarks.systems.system import EmulatedHeadway
 from serving.config import parse
 
 URLS = ["http://127.0.0.1:7001", "http://127.0.0.1:7002"]
@@ -20,14 +21,14 @@ URLS = ["http://127.0.0.1:7001", "http://127.0.0.1:7002"]
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.title)
 def test_is_told_of_every_engine(peer, tmp_path: Path) -> None:
     for policy in peer.policies:
-        subject = peer(policy, URLS, "emulated")
-        command = subject.command(tmp_path, 7000)
+        system = peer(policy, URLS, "emulated")
+        command = system.command(tmp_path, 7000)
         written = " ".join(path.read_text() for path in tmp_path.iterdir())
         told = f"{' '.join(command)} {written}"
         assert all(urlsplit(url).netloc in told for url in URLS)
         assert policy in told
         assert "7000" in told
-        assert subject.name == f"{peer.title} {policy}"
+        assert system.name == f"{peer.title} {policy}"
 
 
 def test_never_the_compromised_release(tmp_path: Path) -> None:

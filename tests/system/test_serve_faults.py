@@ -1,6 +1,7 @@
 """On real Ray Serve, with engines that have no model: drains, and the death of a gateway."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,8 +17,7 @@ import psutil
 import pytest
 
 from benchmarks.systems.null_engine import MODEL
-from benchmarks.systems.processes import titled
-from benchmarks.systems.system import Headway
+from benchmarks.systems.system import NullHeadway
 from router.resilience.breaker import BreakerState
 from serving.gateway.metrics import GatewayState
 from tests.support.running_gateway import CHAT, free_port
@@ -74,7 +74,7 @@ async def until(condition: Any, timeout_s: float) -> None:
             await asyncio.sleep(0.05)
 
 
-class TwoGateways(Headway):
+class TwoGateways(NullHeadway):
     """Two gateways that share a port, and two engines."""
 
     def __init__(self) -> None:
@@ -88,7 +88,9 @@ class TwoGateways(Headway):
         return config
 
     def gateways(self) -> list[psutil.Process]:
-        return titled(self.launches[0], GATEWAY)
+        launch = self.launches[0]
+        launch.refresh()
+        return [process for process in launch.living() if GATEWAY in title(process)]
 
     async def states(self) -> dict[str, GatewayState]:
         """`/headway/state` of every gateway that answers, by its id; a few tries find all."""
@@ -98,6 +100,13 @@ class TwoGateways(Headway):
                 state = await read_state(http)
                 found[state.gateway_id] = state
         return found
+
+
+def title(process: psutil.Process) -> str:
+    """Return the title of the process; empty if it has just ended."""
+    with contextlib.suppress(psutil.Error):
+        return f"{process.name()} {' '.join(process.cmdline())}"
+    return ""
 
 
 async def read_state(http: httpx.AsyncClient) -> GatewayState:
@@ -162,7 +171,7 @@ with private_folder() as folder:
 
     def application(num_engines, **more):
         gateway = build({
-            "served_model_name": "stand-in", "device": "cpu", "replicas": 2,
+            "served_model_name": "null-engine", "device": "cpu", "replicas": 2,
             "engine": {
                 "factory": "benchmarks.systems.null_engine:NullEngine",
                 "args": {"step_ms": 20},

@@ -1,4 +1,4 @@
-"""What an engine can hold and what its steps cost: the numbers behind an emulated engine."""
+"""What can an engine hold, and what do its steps cost? The numbers of one kind of engine."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -12,10 +12,10 @@ _COMPUTE_TERMS = ("s_per_token", "s_per_prefill_pair")
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """How many times as long a machine takes as it did when a profile was measured.
+class StepTimeFactors:
+    """How many times as long a machine takes as it did when the profile was measured.
 
-    On a shared one both drift, memory by a third and computing by less, as others use it
+    Both drift on a shared machine with its other load, memory by a third and computing by less
     (docs/simulator.md).
     """
 
@@ -26,9 +26,9 @@ class Pace:
 class Profile(BaseModel):
     """One engine: vLLM's limits by vLLM's names, and the terms of a scheduler step's time.
 
-    A step's matrix products take the longer of reading the weights (`floor_s`)
-    and computing its tokens, prefilled and decoded alike (roofline; Williams
-    et al. 2009); attention adds what grows with context:
+    A step's matrix products take the longer of reading the weights (`floor_s`) and computing its
+    tokens, prefilled and decoded alike (roofline; Williams et al. 2009). Attention adds terms that
+    grow with context:
 
         step_s = max(floor_s, base_s + s_per_token * (num_prefill_tokens + num_decode_reqs))
                  + s_per_decode_req * num_decode_reqs
@@ -94,7 +94,7 @@ class Profile(BaseModel):
 
     @property
     def prefill_chunk(self) -> int:
-        """What one prompt may take of a step while others wait; 0: all."""
+        """The most tokens of one prompt in a step while others wait; 0: all of the step."""
         if self.max_prefill_chunk is None:
             return prefill_chunk_tokens(self.max_num_batched_tokens)
         return self.max_prefill_chunk
@@ -106,7 +106,7 @@ class Profile(BaseModel):
         num_decode_context_tokens: int,
         num_prefill_pairs: float,
     ) -> float:
-        """Expected duration of a step, seconds, noise aside."""
+        """Return the expected duration of a step, seconds, without noise."""
         return (
             max(
                 self.floor_s,
@@ -117,10 +117,10 @@ class Profile(BaseModel):
             + self.s_per_prefill_pair * num_prefill_pairs
         )
 
-    def slowed(self, pace: Pace) -> "Profile":
-        """The same engine on a machine of this pace."""
-        factors = dict.fromkeys(_MEMORY_TERMS, pace.memory)
-        factors |= dict.fromkeys(_COMPUTE_TERMS, pace.compute)
+    def slowed(self, by: StepTimeFactors) -> "Profile":
+        """Return the same engine on a machine whose steps take so many times as long."""
+        factors = dict.fromkeys(_MEMORY_TERMS, by.memory)
+        factors |= dict.fromkeys(_COMPUTE_TERMS, by.compute)
         return self.model_copy(
             update={name: factor * getattr(self, name) for name, factor in factors.items()}
         )

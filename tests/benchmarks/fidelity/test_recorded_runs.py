@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fidelity.recorded_runs import blank, fit, judge, replay
-from benchmarks.fidelity.vllm_run import RunRequest, VllmRun, halves
+from benchmarks.fidelity.recorded_runs import fit_profile, judge, replay, start_profile
+from benchmarks.fidelity.vllm_run import RecordedRequest, VllmRun, split_requests
 
 _TRUTH = {
     "base_s": 0.02,
@@ -19,22 +19,24 @@ _TRUTH = {
 
 
 def make_run() -> VllmRun:
-    """A run of an engine of known terms: what replaying says of it, shifted to its own clock."""
+    """Return a run of an engine with known terms, made by replaying its requests."""
     rng = random.Random(0)
     requests, now_s = [], 0.0
     for number in range(40):
         now_s += rng.expovariate(4.0)
         sizes = rng.randint(50, 1500), rng.randint(2, 120)
-        requests.append(RunRequest(f"r{number}", *sizes, now_s - 0.0, 0.0, 0.0))
+        requests.append(RecordedRequest(f"r{number}", *sizes, now_s - 0.0, 0.0, 0.0))
     first_s = requests[0].arrival_s
     requests = [
-        RunRequest(r.id, r.num_prompt_tokens, r.num_output_tokens, r.arrival_s - first_s, 0.0, 0.0)
+        RecordedRequest(
+            r.id, r.num_prompt_tokens, r.num_output_tokens, r.arrival_s - first_s, 0.0, 0.0
+        )
         for r in requests
     ]
     run = VllmRun("test", "none", "0", 16, 512, 20_000, 16, tuple(requests))
-    times, _ = replay(run, blank(run).model_copy(update=_TRUTH))
+    times, _ = replay(run, start_profile(run).model_copy(update=_TRUTH))
     done = tuple(
-        RunRequest(
+        RecordedRequest(
             r.id,
             r.num_prompt_tokens,
             r.num_output_tokens,
@@ -84,7 +86,7 @@ def test_reads_what_was_recorded(tmp_path: Path) -> None:
     run = make_run()
     found = VllmRun.load(write(run, tmp_path, num_gpu_blocks=1251))
     assert (found.num_kv_tokens, found.block_size) == (20_000, 16)
-    assert found.max_num_seqs == 16  # so many ran, whatever the file names
+    assert found.max_num_seqs == 16  # so many ran, whatever the file says
     assert [r.id for r in found.requests] == [r.id for r in run.requests]
     assert found.requests[5].ttft_s == pytest.approx(run.requests[5].ttft_s)
     longest = max(r.num_prompt_tokens + r.num_output_tokens for r in run.requests)
@@ -92,18 +94,18 @@ def test_reads_what_was_recorded(tmp_path: Path) -> None:
 
 
 def test_halves_share_nothing() -> None:
-    fitted_on, judged_on = halves(make_run())
+    fitted_on, judged_on = split_requests(make_run())
     assert len(fitted_on) == len(judged_on) == 20
     assert not fitted_on & judged_on
 
 
-def test_fits_one_half_and_foretells_the_other() -> None:
+def test_fits_one_half_and_predicts_the_other() -> None:
     run = make_run()
-    fitted_on, judged_on = halves(run)
-    result = judge(run, fit(run, fitted_on), judged_on)
+    fitted_on, judged_on = split_requests(run)
+    result = judge(run, fit_profile(run, fitted_on), judged_on)
     assert result["num_requests"] == 20
     for name in ("ttft_s", "latency_s"):
         assert result[name]["measured"] > 0.05
         assert abs(result[name]["error"]) < 0.03, result
     # The start of the search is not yet the answer.
-    assert abs(judge(run, blank(run), judged_on)["latency_s"]["error"]) > 0.1
+    assert abs(judge(run, start_profile(run), judged_on)["latency_s"]["error"]) > 0.1

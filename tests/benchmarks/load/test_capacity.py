@@ -1,4 +1,4 @@
-"""How the capacity is found, on which every rate depends."""
+"""How is the capacity counted, on which every rate depends?"""
 
 import pytest
 
@@ -17,6 +17,6 @@ def test_requests_on_the_edges_count_in_part() -> None:
 
 def test_bursts_of_ends_do_not_matter() -> None:
     """Sixteen users in step, a burst every 10 s: 1.6 requests/s wherever the window lies."""
-    records = [record(10.0 * turn, 10.0 * turn + 10.0) for turn in range(6) for _ in range(16)]
+    records = [record(10.0 * batch, 10.0 * batch + 10.0) for batch in range(6) for _ in range(16)]
     for start_s in (9.0, 11.0, 15.0):
         assert num_served(records, start_s, start_s + 18.0) / 18.0 == pytest.approx(1.6)

@@ -7,12 +7,12 @@ import time
 from collections.abc import Awaitable, Callable
 
 from benchmarks.load.loops import ClosedLoop, open_loop
-from serving.capacity.client import Call, Client, Record
+from serving.capacity.client import ApiRequest, Client, Record
 
 Reply = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-_CALL = Call.chat("any", "hi", 3, stream=True)
+_REQUEST = ApiRequest.chat("any", "hi", 3, stream=True)
 
 
 class Server:
@@ -65,12 +65,12 @@ def plain(status: str, body: bytes) -> Reply:
     return reply
 
 
-def ask(reply: Reply, call: Call = _CALL) -> Record:
-    """Return the record of one request."""
+def send(reply: Reply, request: ApiRequest = _REQUEST) -> Record:
+    """Send one request to a server with this reply. Return its record."""
 
     async def run() -> Record:
         async with Server(reply) as url, Client([url]) as client:
-            return (await open_loop(client, [(0.0, call)], timeout_s=0.3))[0]
+            return (await open_loop(client, [(0.0, request)], timeout_s=0.3))[0]
 
     return asyncio.run(run())
 
@@ -78,7 +78,7 @@ def ask(reply: Reply, call: Call = _CALL) -> Record:
 def test_counts_events_and_reads_usage() -> None:
     """`[DONE]` is no event; usage is found wherever the response ends."""
     usage = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3}}\n\n'
-    record = ask(events(b"data: 1\n\n", b"data: 2\n\ndata: 3\n\n", usage, b"data: [DONE]\n\n"))
+    record = send(events(b"data: 1\n\n", b"data: 2\n\ndata: 3\n\n", usage, b"data: [DONE]\n\n"))
     assert (record.completed, record.num_events, record.num_output_tokens) == (True, 4, 3)
     assert 0 < record.sent_s <= record.first_s <= record.last_s
 
@@ -87,13 +87,13 @@ def test_counts_events_however_they_are_cut() -> None:
     whole = b"data: 1\n\ndata: 2\n\ndata: [DONE]\n\n"
     for size in range(2, len(whole)):
         pieces = [whole[start : start + size] for start in range(0, len(whole), size)]
-        record = ask(events(*pieces))
+        record = send(events(*pieces))
         assert (record.completed, record.num_events) == (True, 2), size
 
 
 def test_whole_reply() -> None:
     body = b'{"choices":[],"usage":{"completion_tokens": 12}}'
-    record = ask(plain("200 OK", body), Call.chat("any", "hi", 12, stream=False))
+    record = send(plain("200 OK", body), ApiRequest.chat("any", "hi", 12, stream=False))
     assert (record.completed, record.num_output_tokens, record.num_events) == (True, 12, 0)
 
 
@@ -108,7 +108,7 @@ def test_errors_are_told_apart() -> None:
         "connection lost": _hang_up,
     }
     for error, reply in cases.items():
-        record = ask(reply)
+        record = send(reply)
         assert not record.completed
         assert record.error.startswith(error), record.error
 
@@ -127,7 +127,7 @@ def test_refused_connection() -> None:
         async with Server(_garbage) as url:
             pass
         async with Client([url]) as client:
-            return (await open_loop(client, [(0.0, _CALL)], timeout_s=1.0))[0]
+            return (await open_loop(client, [(0.0, _REQUEST)], timeout_s=1.0))[0]
 
     assert asyncio.run(run()).error.startswith("cannot connect")
 
@@ -140,7 +140,7 @@ def test_ttft_is_that_of_the_first_body_byte() -> None:
         await asyncio.sleep(0.05)
         writer.write(chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
 
-    record = ask(slow)
+    record = send(slow)
     assert 0.045 < record.ttft_s < 0.095
     assert record.last_s - record.first_s > 0.045
 
@@ -154,7 +154,7 @@ def test_open_loop_never_waits_for_replies() -> None:
     async def run() -> tuple[list[Record], Server]:
         server = Server(silence)
         async with server as url, Client([url]) as client:
-            arrivals = [(number * 0.01, _CALL) for number in range(20)]
+            arrivals = [(number * 0.01, _REQUEST) for number in range(20)]
             return await open_loop(client, arrivals, timeout_s=0.05), server
 
     records, server = asyncio.run(run())
@@ -168,7 +168,7 @@ def test_closed_loop_keeps_its_connections() -> None:
         server = Server(events(b"data: 1\n\n", b"data: [DONE]\n\n"))
         async with server as url, Client([url]) as client:
             await client.connect(4)
-            loop = ClosedLoop(client, itertools.repeat(_CALL), num_workers=4)
+            loop = ClosedLoop(client, itertools.repeat(_REQUEST), num_workers=4)
             await loop.start(ramp_s=0.02)
             await asyncio.sleep(0.1)
             records = await loop.stop()
@@ -185,7 +185,7 @@ def test_vanishing_breaks_every_connection() -> None:
     async def run() -> None:
         server = Server(events(b"data: 1\n\n", end=b""))
         async with server as url, Client([url]) as client:
-            records = [client.send(_CALL) for _ in range(50)]
+            records = [client.send(_REQUEST) for _ in range(50)]
             while not all(record.first_s for record in records):
                 await asyncio.sleep(0.005)
             assert client.vanish() == 50
@@ -204,7 +204,7 @@ def test_several_servers_take_turns() -> None:
         reply = events(b"data: [DONE]\n\n")
         first, second = Server(reply), Server(reply)
         async with first as one, second as two, Client([one, two]) as client:
-            await open_loop(client, [(0.0, _CALL)] * 10, timeout_s=1.0)
+            await open_loop(client, [(0.0, _REQUEST)] * 10, timeout_s=1.0)
         return first.num_requests, second.num_requests
 
     assert asyncio.run(run()) == (5, 5)

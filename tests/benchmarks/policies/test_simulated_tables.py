@@ -1,4 +1,4 @@
-"""The tables of bench-sim: where Headway loses is told from the figures, at its worst."""
+"""The tables of bench-sim: where does Headway lose, and by how much at worst?"""
 
 from benchmarks.policies.simulated_tables import Tables
 from benchmarks.report.report import Report
@@ -16,7 +16,7 @@ FIGURES = {
 
 
 def results(**changes):
-    """Two loads, two repeats, all alike but for `changes`, by variant and load."""
+    """Return figures of two loads and two repeats, alike but for `changes`, by variant and load."""
     return {
         Case(f"trace/8/{repeat}", 8, load, 10.0, variant, repeat, repeat): FIGURES
         | changes.get(f"{variant}_{load:.0%}", {})
@@ -31,7 +31,7 @@ def test_nothing_lost_where_all_are_alike():
 
 
 def test_only_policies_are_rivals():
-    """Neither a part of ours nor what no router can be."""
+    """An ablation is none, nor is the clairvoyant reference."""
     better = {"ttft_p99_s": 0.1}
     assert not list(
         Tables(results(**{"headway:hold_90%": better, "clairvoyant_90%": better})).losses()

@@ -1,11 +1,11 @@
-"""Figures and targets of a comparison, on samples made by hand."""
+"""Figures and targets of a comparison, from samples made by hand."""
 
 import csv
 from pathlib import Path
 
 import pytest
 
-from benchmarks.load.mix import Ask
+from benchmarks.load.mix import MixRequest
 from benchmarks.report.latency import Latencies, Sample, write_csv
 from benchmarks.report.plot_ttft import plot_ttft
 from benchmarks.report.report import Report
@@ -103,13 +103,13 @@ def test_failed_requests_are_counted_and_in_no_percentile() -> None:
 
 
 def test_times_count_from_when_a_request_was_due() -> None:
-    ask = Ask(7, offset_s=2.0, kind="short", num_text_tokens=10, num_output_tokens=5)
+    request = MixRequest(7, offset_s=2.0, kind="short", num_text_tokens=10, num_output_tokens=5)
     record = Record(due_s=100.0, sent_s=100.5, first_s=101.0, last_s=103.0, completed=True)
-    made = Sample.of(1, "headway", ask, record)
+    made = Sample.of(1, "headway", request, record)
     assert (made.due_s, made.ttft_s, made.e2e_s, made.num_output_tokens) == (2.0, 1.0, 3.0, 5)
     assert made.tpot_s == 0.5
     record.completed, record.error = False, "vanished"
-    made = Sample.of(1, "headway", ask, record)
+    made = Sample.of(1, "headway", request, record)
     assert (made.ttft_s, made.e2e_s, made.num_output_tokens) == (None, None, 0)
     assert made.tpot_s is None
 

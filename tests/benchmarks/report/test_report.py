@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind."""
+"""What does a benchmark leave behind?"""
 
 import io
 import json
@@ -12,11 +12,11 @@ from benchmarks.report.report import Report, Spread, percentile
 
 def make_report() -> Report:
     report = Report("speed", "measured", seed=7, config={"num_engines": 2})
-    report.row("Rates", path="own", tokens_per_s=Spread.of([3.0, 1.0, 2.0]), failed=0)
-    report.row("Rates", path="other", tokens_per_s=None)
-    report.target("tokens/s", Spread.of([3.0, 1.0, 2.0]), ">= 2")
-    report.target("added ms", 6.5, "<= 5")
-    report.target("never taken", None, "== 0")
+    report.add_row("Rates", path="own", tokens_per_s=Spread.of([3.0, 1.0, 2.0]), failed=0)
+    report.add_row("Rates", path="other", tokens_per_s=None)
+    report.add_target("tokens/s", Spread.of([3.0, 1.0, 2.0]), ">= 2")
+    report.add_target("added ms", 6.5, "<= 5")
+    report.add_target("never taken", None, "== 0")
     return report
 
 
@@ -70,7 +70,7 @@ def test_failed_write_leaves_the_last_result(tmp_path: Path) -> None:
 
 def test_target_must_compare() -> None:
     with pytest.raises(ValueError, match="no comparison"):
-        make_report().target("tokens/s", 1.0, "about 5")
+        make_report().add_target("tokens/s", 1.0, "about 5")
 
 
 def test_percentile_is_nearest_rank() -> None:

@@ -1,4 +1,4 @@
-"""The stand-in engine through its ASGI application, no server between."""
+"""The null engine through its ASGI application, without a server."""
 
 import asyncio
 import json
@@ -51,10 +51,10 @@ def test_bad_requests() -> None:
     assert call(b"{").status == 400
     assert call({"max_tokens": "many"}).status == 400
     assert call({}, "/v1/nothing").status == 404
-    assert json.loads(call({}, "/v1/models").text)["data"][0]["id"] == "stand-in"
+    assert json.loads(call({}, "/v1/models").text)["data"][0]["id"] == "null-engine"
 
 
-def test_streams_of_one_pace_advance_together() -> None:
+def test_streams_with_one_step_time_advance_together() -> None:
     """`on_step` is called once per step, not per stream, and never while idle."""
 
     async def run() -> None:
@@ -84,10 +84,10 @@ def test_streams_of_one_pace_advance_together() -> None:
     asyncio.run(run())
 
 
-def test_request_sets_its_own_pace() -> None:
+def test_request_sets_its_own_step_time() -> None:
     async def run() -> None:
         engine = NullEngine(NullEngineArgs(step_ms=60_000))
-        body = {"max_tokens": 50, "stream": True, "stand_in_step_ms": 0}
+        body = {"max_tokens": 50, "stream": True, "null_engine_step_ms": 0}
         caller = await asyncio.wait_for(Caller(engine.app, body, CHAT).run(), 1)
         assert len(caller.events) == 51
 

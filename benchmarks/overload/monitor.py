@@ -1,4 +1,4 @@
-"""Memory, queue and breakers of a deployment, looked at every second or so."""
+"""How do memory, queue and breakers of a deployment go? They are read every second."""
 
 import asyncio
 import contextlib
@@ -17,14 +17,14 @@ _INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True)
-class Look:
-    """One moment."""
+class Observation:
+    """What was read at one moment. Zero for what the gateway did not say."""
 
-    at_s: float  # from the first look
+    at_s: float  # from the first observation
     phase: str
     gateway_mb: float  # resident, shared pages included
-    engines_mb: float  # of all of them
-    num_held: int = 0  # these are 0 where the gateway did not say
+    engines_mb: float  # of all engines together
+    num_held: int = 0
     num_placed: int = 0
     held_mb: float = 0.0  # bodies in the hold queue
     record_mb: float = 0.0
@@ -33,18 +33,18 @@ class Look:
 
 
 @dataclass
-class Watch:
-    """Looks until told to stop."""
+class DeploymentMonitor:
+    """Observations of a deployment, each with the phase that is on."""
 
     usage: ResourceUsage
     find_state: Callable[[], GatewayState | None]
     phase: str = "idle"
-    looks: list[Look] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
     _start_s: float = field(default_factory=time.monotonic)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Look while the body runs."""
+        """Observe while the body runs."""
         self.usage.refresh()
         task = asyncio.create_task(self._run())
         try:
@@ -52,35 +52,30 @@ class Watch:
         finally:
             task.cancel()
 
-    async def _run(self) -> None:
-        while True:
-            await self.look()
-            await asyncio.sleep(_INTERVAL_S)
-
-    async def look(self) -> Look:
-        """Look now."""
+    async def observe(self) -> Observation:
+        """Add an observation of this moment, and return it."""
         state = await asyncio.to_thread(self.find_state)
-        look = Look(
+        observation = Observation(
             at_s=time.monotonic() - self._start_s,
             phase=self.phase,
             gateway_mb=self.usage.rss_bytes("gateway") / 1e6,
             engines_mb=self.usage.rss_bytes("engines") / 1e6,
-            **(_seen_in(state) if state is not None else {}),
+            **(_figures_of(state) if state is not None else {}),
         )
-        self.looks.append(look)
-        return look
+        self.observations.append(observation)
+        return observation
 
-    def during(self, phase: str) -> list[Look]:
-        """The looks of one phase."""
-        return [look for look in self.looks if look.phase == phase]
+    def during(self, phase: str) -> list[Observation]:
+        """Return the observations of one phase."""
+        return [each for each in self.observations if each.phase == phase]
 
-    def write(self, path: Path) -> None:
-        """One line per look."""
+    def write_csv(self, path: Path) -> None:
+        """Write one line per observation."""
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [each.name for each in fields(Look)])
+            writer = csv.DictWriter(file, [each.name for each in fields(Observation)])
             writer.writeheader()
-            for look in self.looks:
-                row = asdict(look)
+            for observation in self.observations:
+                row = asdict(observation)
                 writer.writerow(
                     {
                         name: f"{value:.3f}" if isinstance(value, float) else value
@@ -88,9 +83,14 @@ class Watch:
                     }
                 )
 
+    async def _run(self) -> None:
+        while True:
+            await self.observe()
+            await asyncio.sleep(_INTERVAL_S)
 
-def _seen_in(state: GatewayState) -> dict[str, Any]:
-    """Return what a look takes from the gateway's state."""
+
+def _figures_of(state: GatewayState) -> dict[str, Any]:
+    """Return what an observation keeps of the gateway's state."""
     breakers = (replica.breaker for replica in state.replicas.values())
     return {
         "num_held": state.held.num_requests,

@@ -1,11 +1,11 @@
-"""By the steps of a run a machine's pace can be told."""
+"""The steps of a run tell how fast the machine was."""
 
 import random
 
 import pytest
 
-from benchmarks.fidelity.run_pace import pace
-from router.simulation.engine.profile import Pace
+from benchmarks.fidelity.step_time_factors import fit_step_time_factors
+from router.simulation.engine.profile import StepTimeFactors
 from serving.capacity.step_fit import Step
 from tests.support.vllm_scheduler import make_profile
 
@@ -19,8 +19,8 @@ PROFILE = make_profile(
 )
 
 
-def taken(machine: Pace, num_steps: int) -> list[Step]:
-    """Steps of every sort with a tenth of noise, on a machine of this pace."""
+def make_steps(machine: StepTimeFactors, num_steps: int) -> list[Step]:
+    """Return steps of every sort, with a tenth of noise, on a machine with these factors."""
     rng = random.Random(0)
     steps = []
     for _ in range(num_steps):
@@ -34,14 +34,16 @@ def taken(machine: Pace, num_steps: int) -> list[Step]:
     return steps
 
 
-@pytest.mark.parametrize("machine", [Pace(1.0, 1.0), Pace(0.8, 1.1), Pace(1.4, 0.9)])
-def test_finds_how_slow_memory_and_computing_were(machine: Pace) -> None:
+@pytest.mark.parametrize(
+    "machine", [StepTimeFactors(1.0, 1.0), StepTimeFactors(0.8, 1.1), StepTimeFactors(1.4, 0.9)]
+)
+def test_finds_how_slow_memory_and_computing_were(machine: StepTimeFactors) -> None:
     held_up = [Step(0, 1, 100, 0.0, 9.0)] * 10  # by something else
-    found = pace(PROFILE, taken(machine, 400) + held_up)
+    found = fit_step_time_factors(PROFILE, make_steps(machine, 400) + held_up)
     assert found.memory == pytest.approx(machine.memory, rel=0.03)
     assert found.compute == pytest.approx(machine.compute, rel=0.03)
 
 
 def test_a_few_steps_tell_nothing() -> None:
     with pytest.raises(ValueError, match="3 steps"):
-        pace(PROFILE, taken(Pace(1.0, 1.0), 3))
+        fit_step_time_factors(PROFILE, make_steps(StepTimeFactors(1.0, 1.0), 3))
