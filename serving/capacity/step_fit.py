@@ -17,8 +17,8 @@ TERMS = (
     "floor_s",
 )
 
-# Contention is told by the difference between steps beside others and steps alone. With less
-# between them it would be told by noise.
+# Contention is fitted to the difference between steps beside others and steps alone. With less
+# contrast it would be fitted to noise.
 _MIN_CONTRAST = 0.5
 _FIRST_CONTENTION = 0.1  # start of the search
 

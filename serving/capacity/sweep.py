@@ -175,6 +175,6 @@ def _timed(case: Case) -> tuple[Case, Figures, float]:
 
 def _segment_tokens(workload: Workload, profile: Profile) -> int:
     """Return the tokens per block of the simulated caches: no fewer than per id of the workload."""
-    told = {each.prefix_block_tokens for each in workload.arrivals if each.prefix_ids}
-    size = min(told, default=profile.block_size)
+    sizes = {each.prefix_block_tokens for each in workload.arrivals if each.prefix_ids}
+    size = min(sizes, default=profile.block_size)
     return size if size % profile.block_size == 0 else profile.block_size

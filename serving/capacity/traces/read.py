@@ -1,4 +1,4 @@
-"""Which format has a trace file? Told by its content."""
+"""Which format does a trace file have? Its content tells."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Figures of a run: promises, percentiles, fairness, intervals, knees."""
+"""Figures of a run: SLO targets, percentiles, fairness, intervals, knees."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def make_run(requests):
     return journal.to_run()
 
 
-def test_promises():
+def test_slo_targets():
     """First token and flow must both be in time; one token has no flow; expired is not met."""
     run = make_run(
         [
@@ -46,7 +46,7 @@ def test_promises():
         ]
     )
     assert Slo(1.0, 0.05).met(run).tolist() == [False, True, False, True, False]
-    # The router promises 0.5 s and 2 ms per prompt token: 0.7 s here.
+    # The router's target is 0.5 s and 2 ms per prompt token: 0.7 s here.
     assert Slo(None, 1.0).met(run).tolist() == [True, True, False, True, False]
 
 
@@ -76,7 +76,7 @@ def test_shed():
 
 
 def test_fairness_over_tenants():
-    """One tenant gets what was promised and the other never: Jain's index of (1, 0) is 1/2."""
+    """One tenant's requests meet the SLO and the other's never: Jain's index of (1, 0) is 1/2."""
     requests = [
         (n * 0.1, n * 0.1 + (0.1 if n % 2 else 5.0), n * 0.1 + 6.0, 10, 5, "ab"[n % 2])
         for n in range(100)

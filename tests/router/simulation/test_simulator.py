@@ -87,7 +87,7 @@ def test_variants_are_those_of_the_settings():
 
 
 def test_an_old_name_of_a_part_is_that_part():
-    """Whoever compares runs finds the label as it was given."""
+    """Results keep the label as it was given."""
     assert split("headway:hold,externality") == ("headway", ("hold", "congestion_cost"))
     assert renamed("headway:hold,externality") == {"externality": "congestion_cost"}
     assert renamed("headway:hold") == renamed("round_robin") == {}
@@ -164,7 +164,7 @@ def test_failing_engines(policy, num_gateways):
 
 
 def test_all_engines_down_for_longer_than_a_hold():
-    """With nobody to send to, requests wait, and expire."""
+    """With no engine to send to, requests wait and expire."""
     failures = [Failure(0, 1.0, 8.0), Failure(0, 1.0, 8.0)]
     down = simulation(num_engines=2, failures=failures, max_hold_s=3.0)
     run = down.run()
@@ -189,7 +189,7 @@ class Scaler:
 
 
 def test_scaling():
-    """New engines take their time; engines that go end what they have."""
+    """New engines need time to start; drained engines complete their jobs."""
     scaler = Scaler()
     scaled = simulation(num_engines=2, scaler=scaler, start_s=2.5)
     run = scaled.run()

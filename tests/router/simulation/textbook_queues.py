@@ -60,7 +60,7 @@ class FirstComeFirstServed:
         return [_ended(self.jobs.popleft())]
 
     def abort(self, job_id: str) -> None:
-        raise NotImplementedError  # nobody leaves a textbook's queue
+        raise NotImplementedError  # no job leaves a textbook's queue early
 
     def num_output_tokens(self, job_id: str) -> int:
         return 0

@@ -110,7 +110,7 @@ def test_steps_that_overlap_are_one_per_prompt() -> None:
 
 
 def test_steps_of_which_not_all_is_known() -> None:
-    """One that an idle engine began, and one in which somebody left."""
+    """One that an idle engine began, and one in which a sequence was dropped."""
     idle = logged(10.0, 1, 1.0)
     first = logged(11.0, 2, 1.0, num_running_reqs=2, num_decoding_reqs=2, step_num_decode_reqs=2)
     fewer = logged(12.0, 3, 1.0, num_running_reqs=1, num_decoding_reqs=1, step_num_decode_reqs=1)

@@ -137,11 +137,11 @@ async def test_tells_which_blocks_are_cached(profile: str) -> None:
     """All that a prompt's hashes name while they are cached, and their end when they are not."""
     engine = make_engine(profile)
     accounting = RequestAccounting(num_prompt_tokens=5)
-    told: list[tuple[int, list[int]]] = []
-    accounting.on_prompt = lambda num_tokens, hashes: told.append((num_tokens, hashes))
+    reported: list[tuple[int, list[int]]] = []
+    accounting.on_prompt = lambda num_tokens, hashes: reported.append((num_tokens, hashes))
     current_accounting.set(accounting)
     await ask(engine, prompt=("one " * 100).strip(), n=2)
-    ((num_tokens, hashes),) = told
+    ((num_tokens, hashes),) = reported
     assert (num_tokens, len(hashes)) == (100, 100 // 16)
     update = engine.blocks.since(0)
     assert update is not None
