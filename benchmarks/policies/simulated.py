@@ -57,9 +57,9 @@ _FILLS_FOR_CAPACITY = 5
 console = Console(highlight=False)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     started_s = time.perf_counter()
-    options = _parse(arguments)
+    options = _parse()
     try:
         profile = load_profile(options.profile)
         bases = {title: base.fitted(profile.max_model_len) for title, base in _bases(options)}
@@ -232,7 +232,7 @@ def _write_csv(results: Results, path: Path) -> None:
             writer.writerow({**row, "kind": "simulated", "rate": f"{case.rate:.6g}"})
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--profile", default="h100", help="a profile's name or file")
     parser.add_argument("--engines", type=int, nargs="+", default=[8, 64])
@@ -275,7 +275,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="sim", help="of the files in benchmarks/results")
     parser.add_argument("--dry", action="store_true", help="show the tables, write nothing")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     for variant in options.policies:
         if variant != clairvoyant.NAME:
             try:

@@ -13,7 +13,6 @@ import inspect
 import pstats
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -33,13 +32,13 @@ _POLICIES = (OURS, "round_robin")
 _TARGET = (8, OURS, ">= 20000")  # engines, policy, requests per second
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--engines", type=int, nargs="+", default=[8, 64, 256])
     parser.add_argument("--requests", type=int, default=6000, help="of each run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dry", action="store_true", help="show the table, write nothing")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     config = {"profile": _PROFILE, "rate_per_engine": _RATE_PER_ENGINE} | vars(options)
     report = Report("sim-speed", "measured", 0, config)
     profile = load_profile(_PROFILE)

@@ -12,7 +12,6 @@ import argparse
 import os
 import random
 import sys
-from collections.abc import Sequence
 from multiprocessing import get_context
 from typing import Any
 
@@ -142,8 +141,8 @@ def simulate_spilling(
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parse(arguments)
+def main() -> int:
+    options = _parse()
     try:
         profile = load_profile(options.profile)
     except ProfileError as error:
@@ -271,7 +270,7 @@ def _difference(values: list[float]) -> str:
     return f"{np.mean(values):+.4f} ({low:+.4f} to {high:+.4f})"
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--profile", default="h100-llama8b", help="a profile's name or file")
     parser.add_argument("--sizes", nargs="+", choices=list(_SIZES), default=list(_SIZES))
@@ -284,7 +283,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="spill", help="of the file in benchmarks/results")
     parser.add_argument("--dry", action="store_true", help="show the tables, write nothing")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 import asyncio
 import contextlib
 import itertools
+import random
 import time
 from collections.abc import Awaitable, Callable
 
-from benchmarks.load.loops import ClosedLoop, open_loop
+from benchmarks.load.loops import ClosedLoop, open_loop, poisson_offsets_s
 from serving.capacity.client import ApiRequest, Client, Record
 
 Reply = Callable[[asyncio.StreamWriter], Awaitable[None]]
@@ -208,3 +209,18 @@ def test_several_servers_take_turns() -> None:
         return first.num_requests, second.num_requests
 
     assert asyncio.run(run()) == (5, 5)
+
+
+def test_poisson_times_have_their_rate_and_end() -> None:
+    offsets_s = list(poisson_offsets_s(20.0, 100.0, random.Random(1)))
+    assert offsets_s == sorted(offsets_s)
+    assert 0.0 < offsets_s[0] < offsets_s[-1] < 100.0
+    assert 1850 < len(offsets_s) < 2150
+
+
+def test_poisson_times_are_drawn_as_they_are_asked_for() -> None:
+    """Other draws between them come from the same generator."""
+    rng, expected = random.Random(1), random.Random(1)
+    next(poisson_offsets_s(20.0, 100.0, rng))
+    expected.expovariate(20.0)
+    assert rng.random() == expected.random()
