@@ -95,7 +95,7 @@ def test_holding_and_refusing(decided):
 
 
 def test_hedging_away_from_an_engine_that_stalls(decided):
-    """Requests on the slow engine get their first token from the other, to which they are hedged."""
+    """Requests on the slow engine get their first token from the other, by a hedge."""
     options = {"slownesses": (400.0, 1.0), "policy": "round_robin", "stale_s": 1e9, "hang_s": 1e9}
     hedged = simulation(hedge_factor=3.0, **options)
     run = hedged.run()

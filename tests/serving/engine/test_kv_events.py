@@ -154,7 +154,7 @@ async def test_follows_through_evictions_and_clients_that_leave(tmp_path: Path) 
 
         for start in range(0, 60, 6):
             await asyncio.gather(*(one(number) for number in range(start, start + 6)))
-        await ask(engine, [1, 2, 3])  # its step publishes the blocks of the request before
+        await ask(engine, [1, 2, 3])  # its step drops the content of the requests that have ended
         await hear()
         assert any(isinstance(event, kv_events.BlockRemoved) for event in follower.events)
         held = set(engine.blocks.since(-1).stored)
