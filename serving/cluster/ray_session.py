@@ -46,9 +46,7 @@ class RaySession:
         return self.folder / "ray" / "session_latest" / "logs" if self.folder else None
 
 
-def private_environment(
-    folder: Path, *, haproxy: bool, given: Mapping[str, str]
-) -> dict[str, str]:
+def private_environment(folder: Path, *, haproxy: bool, given: Mapping[str, str]) -> dict[str, str]:
     """Return the environment variables of a private Ray, Serve, vLLM and HAProxy.
 
     They must be set before Ray is imported. Those that the user has `given`
