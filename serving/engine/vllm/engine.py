@@ -192,7 +192,6 @@ def vllm_arguments(plan: Plan) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     known = {
@@ -208,8 +207,9 @@ def vllm_arguments(plan: Plan) -> Any:
         **plan.engine_args,
     }
     if plan.device == "cpu":
-        # The multiprocess executor's worker spins on a core even when idle.
-        settings.setdefault("distributed_executor_backend", UniProcExecutor)
+        from serving.engine.vllm.cpu_executor import CpuExecutor
+
+        settings.setdefault("distributed_executor_backend", CpuExecutor)
     for key, value in settings.items():
         if key not in known:
             raise ConfigError(f"engine.args.{key}: vLLM has no such engine argument")

@@ -282,11 +282,28 @@ PATCHES = (
         ),
     ),
     Patch(
-        how="set",
-        ours="serving.engine.vllm.engine:vllm_arguments",
+        how="subclassed",
+        ours="serving.engine.vllm.cpu_executor:CpuExecutor",
         why="on a CPU the worker of the default executor spins on a core even when idle",
         guards=("test_curl_gets_paris",),
-        shapes=(Shape("vllm.v1.executor.uniproc_executor:UniProcExecutor"),),
+        shapes=(
+            Shape("vllm.v1.executor.uniproc_executor:UniProcExecutor._init_executor", "(self)"),
+        ),
+    ),
+    Patch(
+        how="replaced",
+        ours="serving.engine.vllm.patches:avoid_amx_attention",
+        why="on a CPU with AMX, attention in bfloat16 gives wrong text (SmolLM2: a list of French "
+        "words for the capital of France, where float32 and AVX-512 give Paris)",
+        guards=("test_amx_attention_is_avoided", "test_curl_gets_paris"),
+        shapes=(
+            Shape(
+                "vllm.v1.attention.backends.cpu_attn:_get_attn_isa",
+                "(dtype, block_size, head_size=None, kv_cache_dtype=None)",
+            ),
+        ),
+        versions=("0.32.0",),
+        is_fatal=False,
     ),
     Patch(
         how="set",
@@ -350,6 +367,18 @@ def set_scheduler(config: Any) -> None:
     """Have the engine core run our subclass of the scheduler that vLLM would choose."""
     name = "HeadwayAsyncScheduler" if config.async_scheduling else "HeadwayScheduler"
     config.scheduler_cls = f"serving.engine.vllm.scheduler.{name}"
+
+
+def avoid_amx_attention() -> None:
+    """Have this process, an engine core, compute attention by AVX-512 where vLLM would take AMX."""
+    cpu_attn = resolve("vllm.v1.attention.backends.cpu_attn")
+    choose = cpu_attn._get_attn_isa
+
+    def choose_but_amx(*args: Any, **kwargs: Any) -> str:
+        isa = choose(*args, **kwargs)
+        return "vec" if isa == "amx" else isa
+
+    cpu_attn._get_attn_isa = choose_but_amx
 
 
 def watch_requests(output_processor: Any, stats: "EngineStats", resumer: "Resumer") -> None:

@@ -307,3 +307,16 @@ def test_the_title_of_the_engine_core(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "setproctitle", module)
     set_process_title("EngineCore")
     assert titles == ["VLLM::EngineCore"]
+
+
+def test_amx_attention_is_avoided(monkeypatch) -> None:
+    """On a CPU with AMX, as vLLM would see it; elsewhere its choice stands."""
+    import torch
+    from vllm.v1.attention.backends import cpu_attn
+
+    monkeypatch.setattr(cpu_attn, "_get_attn_isa", cpu_attn._get_attn_isa)  # put back afterwards
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert cpu_attn._get_attn_isa(torch.bfloat16, 32, 64) == "amx"
+    patches.avoid_amx_attention()
+    assert cpu_attn._get_attn_isa(torch.bfloat16, 32, 64) == "vec"
+    assert cpu_attn._get_attn_isa(torch.bfloat16, 16, 16) == "vec16"
