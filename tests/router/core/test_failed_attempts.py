@@ -23,7 +23,7 @@ class TestFailedAttempt:
         assert fail_attempt(router, "a", Failure.ERROR, 0.1) == [Dispatch("a", "r0", 2)]
 
     def test_leaves_its_room_to_who_waits(self):
-        """Here to one who is held with a sooner promise, and for whom the engine is kept."""
+        """Here to one who is held with a sooner deadline, and for whom the engine is kept."""
         engine = {"max_num_batched_tokens": 2000, "num_kv_tokens": 1000}
         router = make_router(engine=engine, ttft_target_s_per_token=1.0)
         router.on_snapshot("r0", snapshot(num_free_kv_tokens=400), 0.0)

@@ -74,13 +74,13 @@ def test_who_would_wait_past_its_promise_goes_and_nobody_else():
     held = router.state(0.06).held.num_requests
     assert gone
     # The engine prefills 900 tokens in about 0.4 s (its cold start's guess) and 2.3 s are
-    # promised: a handful keeps its promise here.
+    # the target: a handful meets it here.
     assert 3 <= held <= 8
     assert held + len(gone) + router.state(0.06).num_placed == 40
 
 
 def crowd(*providers: ProviderSettings) -> list[str]:
-    """Who goes of a document and twenty questions, if 2 s are promised to all.
+    """Who goes of a document and twenty questions, if 2 s are the target of all.
 
     They are 5,000 tokens; the engine prefills about 2,200 a second (its cold start's guess).
     """
@@ -157,8 +157,8 @@ def test_the_cost_of_an_hour_is_a_limit():
     assert decision.retry_after_s > 3500
 
 
-def test_a_request_waits_for_the_budget_that_returns_before_its_promise():
-    """60 a minute: from half of them on spaced up to a second apart, and 3 s are promised."""
+def test_a_request_waits_for_the_budget_that_returns_before_its_deadline():
+    """60 a minute: from half of them on spaced up to a second apart, and 3 s are the target."""
     router = make(limited("p0", rpm=60), provider("p1"), ttft_target_base_s=3.0)
     for number in range(50):
         assert fallbacks(router.on_arrival(req(f"q{number}"), number * 1.0))
@@ -289,7 +289,7 @@ def test_a_hung_fleet_is_left_by_the_clock_alone():
     now_s = 0.0
     while not fallbacks(router.on_tick(now_s)):
         now_s = router.next_wake_s()
-        assert now_s < 0.55  # its promise is 0.52 s
+        assert now_s < 0.55  # its target is 0.52 s
     assert now_s > 0.2
 
 

@@ -57,7 +57,7 @@ def test_vllm_still_caches_what_nobody_computed() -> None:
 
 
 def test_a_long_prompt_shares_with_sooner_ones() -> None:
-    """Alone it takes its cap; of every two steps one is left to whoever was promised sooner."""
+    """Alone it takes its cap; of every two steps one is left to the sooner deadline."""
     from serving.engine.vllm.scheduler import HeadwayScheduler
 
     size = 40 * BLOCK
