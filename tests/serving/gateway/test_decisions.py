@@ -80,7 +80,7 @@ async def test_giving_up(decided):
 
 
 async def test_leaving_an_engine_that_hangs(decided):
-    async with running(router={"hang_s": 0.5}) as system:
+    async with running(router={"hang_s": 1.0}) as system:
         close_gates(system)
         task = await asked(system, max_tokens=1)
         (index,) = (i for i, server in enumerate(system.servers) if server.num_streams)
