@@ -138,11 +138,14 @@ class Router:
         if attempt is None:
             return []
         attempt.has_answered = True
-        for other in self._attempts.others(attempt):
+        others = self._attempts.others(attempt)
+        if not others:
+            return []  # the usual case
+        for other in others:
             if other.placed_s < attempt.placed_s:
                 self._judge_ttft(other, now_s)
         withdrawn = self._hedging.withdraw_others(attempt)
-        return [*withdrawn, *self._requests.place_held(now_s)] if withdrawn else []
+        return [*withdrawn, *self._requests.place_held(now_s)]
 
     def on_first_token(self, request_id: str, now_s: float) -> list[Decision]:
         """Learn from a first token: compare it with what was predicted."""
@@ -150,7 +153,9 @@ class Router:
         if attempt is None:
             self._calls.mark_first_token(request_id, now_s)
             return []
-        withdrawn = self.on_answer(request_id, attempt.replica.id, now_s)
+        withdrawn: list[Decision] = []
+        if not attempt.has_answered:
+            withdrawn = self.on_answer(request_id, attempt.replica.id, now_s)
         self._predictions.on_first_token(attempt, now_s)
         self._observe(attempt, now_s)
         self._judge_ttft(attempt, now_s)

@@ -164,7 +164,9 @@ class Driver:
         if attempt.head is not None:
             exchange.on_head(attempt.head.status, attempt.head.headers)
         request_id, replica_id = exchange.request.id, attempt.replica_id
-        self.execute(self.router.on_answer(request_id, replica_id, time.monotonic()))
+        # Unless it was hedged nothing follows: once per request, so worth a look.
+        if decisions := self.router.on_answer(request_id, replica_id, time.monotonic()):
+            self.execute(decisions)
 
     def _fail_attempt(
         self, attempt: Attempt, failure: Failure | None, words: str, *, can_retry: bool = True
