@@ -8,6 +8,7 @@ from router.core.router import Router
 from router.fleet.replica import Replica
 from router.resilience.breaker import Failure
 from router.settings import RouterSettings
+from router.simulation.engine.profile import Profile
 from router.types import Decision, EngineInfo, EngineSnapshot, Request
 
 
@@ -80,3 +81,19 @@ def after_json(state):
     decoded = msgspec.json.decode(msgspec.json.encode(state), type=type(state))
     assert decoded == state
     return decoded
+
+
+def small_profile() -> Profile:
+    """A made-up engine whose steps take 5 ms and 20 µs a token."""
+    return Profile(
+        name="test",
+        model="small",
+        device="none",
+        source="made up",
+        max_model_len=32_000,
+        max_num_seqs=64,
+        max_num_batched_tokens=2048,
+        num_kv_tokens=64_000,
+        base_s=0.005,
+        s_per_token=2e-5,
+    )

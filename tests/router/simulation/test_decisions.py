@@ -9,7 +9,6 @@ import router.simulation.gateway as shell
 from router.providers.provider import ProviderSettings
 from router.settings import RouterSettings
 from router.simulation.engine.model import EngineModel
-from router.simulation.engine.profile import Profile
 from router.simulation.provider import ProviderModel
 from router.simulation.simulator import Failure, Simulation
 from router.simulation.workload.synthetic import SYNTHETIC
@@ -24,19 +23,8 @@ from router.types import (
     Reject,
     Withdraw,
 )
+from tests.support.builders import small_profile
 
-PROFILE = Profile(
-    name="test",
-    model="small",
-    device="none",
-    source="made up",
-    max_model_len=32_000,
-    max_num_seqs=64,
-    max_num_batched_tokens=2048,
-    num_kv_tokens=64_000,
-    base_s=0.005,
-    s_per_token=2e-5,
-)
 WORKLOAD = SYNTHETIC["poisson"](200, 0)
 
 
@@ -59,7 +47,7 @@ def simulation(*, slownesses=(1.0, 1.0), rate=5.0, providers=(), failures=(), **
     left = list(slownesses)
 
     def make_engine(rng: random.Random) -> EngineModel:
-        engine = EngineModel(PROFILE, rng)
+        engine = EngineModel(small_profile(), rng)
         engine.slowness = left.pop(0) if left else 1.0
         return engine
 

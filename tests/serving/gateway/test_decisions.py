@@ -10,7 +10,6 @@ import router.simulation.gateway as simulated
 import serving.gateway.driver as driver
 from router.settings import RouterSettings
 from router.simulation.engine.model import EngineModel
-from router.simulation.engine.profile import Profile
 from router.simulation.simulator import Simulation
 from router.simulation.workload.synthetic import SYNTHETIC
 from router.types import (
@@ -23,6 +22,7 @@ from router.types import (
     Reject,
     Withdraw,
 )
+from tests.support.builders import small_profile
 from tests.support.provider_server import configured
 from tests.support.provider_server import serving as provider_serving
 from tests.support.running_gateway import CHAT, System, running
@@ -123,18 +123,7 @@ async def test_hedging_is_the_same_deployed_and_simulated(decided):
         system.assert_empty()
     in_driver, decided[:] = shape(decided), []
 
-    profile = Profile(
-        name="test",
-        model="m",
-        device="none",
-        source="made up",
-        max_model_len=32_000,
-        max_num_seqs=64,
-        max_num_batched_tokens=2048,
-        num_kv_tokens=64_000,
-        base_s=0.005,
-        s_per_token=2e-5,
-    )
+    profile = small_profile()
     engines: list[EngineModel] = []
 
     def make_engine(rng: random.Random) -> EngineModel:
