@@ -1,0 +1,120 @@
+"""What does the whole configuration consist of, and how is it read?"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from router import RouterSettings
+from router.providers.spillover import FallbackSettings
+from serving.config.access import AuthConfig, TenantConfig
+from serving.config.cache import CacheConfig
+from serving.config.engine import EngineConfig
+from serving.config.gateway import GatewayConfig
+from serving.config.providers import ProviderConfig
+from serving.config.section import AbsolutePath, ConfigError, Section
+from serving.renamed import current_args
+
+
+class Config(Section):
+    """All that `serving.cluster.application:build` takes."""
+
+    model: str | None = Field(
+        None, description="Hugging Face id or folder; unset on CPU: the small bundled model"
+    )
+    served_model_name: str | None = Field(None, description="the name clients ask for")
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    replicas: int | Literal["auto"] = Field("auto", description="engine replicas")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs per replica")
+    engine: EngineConfig = EngineConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    router: RouterSettings = RouterSettings()
+    auth: AuthConfig = AuthConfig()
+    tenants: dict[str, TenantConfig] = Field(
+        default_factory=dict,
+        description="limits by tenant, as named by its keys; one that is not listed has none",
+    )
+    providers: tuple[ProviderConfig, ...] = Field(
+        (), description="services that answer what the engines cannot, in order of preference"
+    )
+    fallback: FallbackSettings = FallbackSettings()
+    cache: CacheConfig = CacheConfig()
+    watch_file: AbsolutePath | None = Field(
+        None,
+        description="config file whose `tenants`, `cache`, `providers` and `fallback` gateways "
+        "read again when it changes; "
+        "`headway serve CONFIG.yaml` sets it to that file",
+    )
+
+    @field_validator("providers")
+    @classmethod
+    def _check_names(cls, providers: tuple[ProviderConfig, ...]) -> tuple[ProviderConfig, ...]:
+        names = [provider.name for provider in providers]
+        if len(set(names)) < len(names):
+            raise ValueError("each provider needs a name of its own")
+        return providers
+
+
+# Keys with a path that may be relative to the config file.
+_PATHS = (("auth", "keys_file"), ("engine", "step_log"))
+
+
+def resolved(args: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a copy of `args` with relative paths resolved against `folder`."""
+    args = dict(args)
+    for section, key in _PATHS:
+        values = args.get(section)
+        if isinstance(values, dict) and isinstance(values.get(key), str):
+            path = Path(values[key]).expanduser()
+            args[section] = {**values, key: str((folder / path).absolute())}
+    if isinstance(args.get("providers"), list):
+        args["providers"] = [_provider_resolved(each, folder) for each in args["providers"]]
+    return args
+
+
+def _provider_resolved(provider: Any, folder: Path) -> Any:
+    """Return a provider with the paths of its keys resolved; leave malformed ones as they are."""
+    keys = provider.get("keys") if isinstance(provider, dict) else None
+    if not isinstance(keys, list):
+        return provider
+    keys = [
+        {**key, "file": str((folder / Path(key["file"]).expanduser()).absolute())}
+        if isinstance(key, dict) and isinstance(key.get("file"), str)
+        else key
+        for key in keys
+    ]
+    return {**provider, "keys": keys}
+
+
+def read(path: Path) -> Config:
+    """Return the `args` of a config file's application, validated. Raise `ConfigError` if bad."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        args = content["applications"][0].get("args") or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except (TypeError, LookupError, AttributeError):
+        raise ConfigError(f"{path}: is not a Ray Serve config file") from None
+    return parse(resolved(args, path.parent))
+
+
+def parse(args: dict[str, Any]) -> Config:
+    """Return the validated configuration; raise `ConfigError` naming each bad key.
+
+    Old names are accepted with a warning.
+    """
+    try:
+        args = current_args(args)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    try:
+        return Config.model_validate(args)
+    except ValidationError as error:
+        raise ConfigError(
+            "; ".join(
+                f"{'.'.join(map(str, problem['loc'])) or 'config'}: {problem['msg']}"
+                + (" (unknown key)" if problem["type"] == "extra_forbidden" else "")
+                for problem in error.errors()
+            )
+        ) from None

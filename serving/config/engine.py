@@ -1,0 +1,43 @@
+"""How is one engine configured?"""
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from serving.config.section import AbsolutePath, Section
+
+_EMULATED = "serving.engine.emulated.engine:EmulatedEngine"
+
+
+class EngineConfig(Section):
+    """One engine replica. The value `emulated` alone means an emulated engine."""
+
+    factory: str = Field(
+        "serving.engine.vllm.engine:VllmEngine",
+        description="module:class of the engine",
+    )
+    args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="vLLM engine arguments by their Python names, e.g. max_model_len; "
+        "they override what Headway would set",
+    )
+    start_timeout_s: float = Field(900.0, gt=0, description="time for engines to start, seconds")
+    hang_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="an engine whose core has not answered between two steps for this long is "
+        "restarted, seconds; must be longer than the longest step and any compilation",
+    )
+    step_log: AbsolutePath | None = Field(
+        None,
+        description="folder in which every replica writes a file with one line of JSON per step of "
+        "its engine, for the study of step times; it grows without bound",
+    )
+    drain_timeout_s: float = Field(
+        60.0, ge=0, description="time for running streams to finish on shutdown, seconds"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelled_out(cls, section: Any) -> Any:
+        return {"factory": _EMULATED} if section == "emulated" else section
