@@ -2,7 +2,7 @@
 
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from serving.engine.vllm.patches import avoid_amx_attention
+from serving.engine.vllm.patches import avoid_amx_attention, draw_only_for_whole_prompts
 
 
 class CpuExecutor(UniProcExecutor):
@@ -10,4 +10,5 @@ class CpuExecutor(UniProcExecutor):
 
     def _init_executor(self) -> None:
         avoid_amx_attention()
+        draw_only_for_whole_prompts()
         super()._init_executor()

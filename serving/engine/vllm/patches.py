@@ -41,6 +41,7 @@ VERSIONS = ("0.32.0",)  # of vLLM, with which all guards passed
 _LLM = "vllm.v1.engine.async_llm:AsyncLLM"
 _OUTPUTS = "vllm.v1.engine.output_processor"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 
 PATCHES = (
     Patch(
@@ -306,6 +307,25 @@ PATCHES = (
         is_fatal=False,
     ),
     Patch(
+        how="replaced",
+        ours="serving.engine.vllm.patches:draw_only_for_whole_prompts",
+        why="on a CPU a prompt with a seed that one step does not compute whole ends the engine: "
+        "what was drawn for it is taken back by the generator's offset, and a CPU generator has "
+        "none",
+        guards=("test_a_seed_draws_the_same_however_the_prompt_is_cut",),
+        shapes=(
+            Shape(
+                f"{_RUNNER}._bookkeeping_sync",
+                uses="input_batch num_reqs discard_request_mask generators set_offset get_offset",
+            ),
+            Shape(f"{_RUNNER}._sample", "(self, logits, spec_decode_metadata)"),
+            Shape(f"{_RUNNER}.sample_tokens", uses="_sample _bookkeeping_sync"),
+            *classes("vllm.v1.worker.gpu_input_batch", InputBatch="generators num_reqs"),
+            Shape("vllm.v1.worker.cpu_model_runner:CPUModelRunner"),
+        ),
+        versions=("0.32.0",),
+    ),
+    Patch(
         how="set",
         ours="serving.planning.plan:make_plan",
         why="torch.compile's CPU code gave a wrong text for SmolLM2 (AVX-512 BF16): it is off",
@@ -379,6 +399,33 @@ def avoid_amx_attention() -> None:
         return "vec" if isa == "amx" else isa
 
     cpu_attn._get_attn_isa = choose_but_amx
+
+
+def draw_only_for_whole_prompts() -> None:
+    """Have this process, an engine core on a CPU, leave seeds alone until their prompt is computed.
+
+    vLLM draws a token in every step, for a prompt with more to come as well, and throws that one
+    away. Here such a prompt's generator is out of reach meanwhile: the token comes from the
+    generator that all share, and the seed's first draw is for the first token of the reply.
+    """
+    runner = resolve("vllm.v1.worker.cpu_model_runner:CPUModelRunner")
+    sample, keep_books = runner._sample, runner._bookkeeping_sync
+
+    def sample_without_partial_prompts(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = self.input_batch
+        partial = self.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+        self.generators_aside = {
+            row: batch.generators.pop(row) for row in partial if row in batch.generators
+        }
+        return sample(self, *args, **kwargs)
+
+    def keep_books_and_put_back(self: Any, *args: Any, **kwargs: Any) -> Any:
+        books = keep_books(self, *args, **kwargs)
+        self.input_batch.generators.update(self.generators_aside)
+        return books
+
+    runner._sample = sample_without_partial_prompts
+    runner._bookkeeping_sync = keep_books_and_put_back
 
 
 def watch_requests(output_processor: Any, stats: "EngineStats", resumer: "Resumer") -> None:
