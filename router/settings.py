@@ -75,6 +75,18 @@ class RouterSettings(BaseModel):
         description="a request is given up when so many engines in a row have failed under it "
         "without its reply getting further, or three times as many in all",
     )
+    suspect_hold_s: float = Field(
+        300.0,
+        ge=0,
+        description="an engine died or hung under a request before it had an answer: for so long "
+        "the request may wait for an engine to itself, seconds; the last engine is not risked",
+    )
+    refuse_s: float = Field(
+        600.0,
+        ge=0,
+        description="a request under which a second engine died or hung is refused, and so is "
+        "every one of the same body, for so long, seconds",
+    )
     hedge_factor: float | None = Field(
         None,
         gt=1,

@@ -52,6 +52,7 @@ class RejectReason(enum.Enum):
     OVERLOADED = "overloaded"  # its first token would come too late: `router.scheduling`
     UNKNOWN_MODEL = "unknown_model"
     NO_BUDGET = "no_budget"  # only providers serve the model, and none may be sent it
+    ENDS_ENGINES = "ends_engines"  # two engines died or hung under it: `router.resilience.suspects`
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +70,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     # set by the router. inf: by arrival.
     edf_key_s: float = float("inf")
     num_bytes: int = 0  # body size, for the queue's byte bound
+    fingerprint: int = 0  # equal for equal bodies; 0: unknown
     tenant: str = ""
     weight: float = 1.0  # the tenant's share of tokens, relative to others'
     priority_class: RequestClass = RequestClass.STANDARD
@@ -84,9 +86,19 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     tried: tuple[str, ...] = ()
     num_stuck: int = 0  # of these the last ones in a row that got its reply no further
     retried_s: float = float("-inf")
+    # Engines that failed under it alone, each with the permit of that call: whose fault that was
+    # shows where it goes next.
+    failed_calls: tuple[tuple[str, int], ...] = ()
+    # An engine may have died or hung because of it: `router.resilience.suspects`.
+    is_suspect: bool = False
     # Part of its reply was sent: by an engine, then only engines can continue it; or by a
     # provider, then only providers that say they can.
     has_begun: bool = False
+
+    @property
+    def queue_name(self) -> str:
+        """Who waits for the same engines: those of one model; suspects wait for engines alone."""
+        return f"{self.model} (suspects)" if self.is_suspect else self.model
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +114,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_kv_tokens: int  # capacity of the KV cache, tokens
     block_size: int  # tokens per KV block
     aliases: tuple[str, ...] = ()  # further names of the model, LoRA adapters among them
+    root: str = ""  # where the model was loaded from: Hugging Face id or folder
+    adapters: dict[str, str] = {}  # of LoRA: where each was loaded from, by name
     device: str = ""  # hardware, in words
     engine: str = ""  # engine and version; says "simulated" where it is
     heartbeat_s: float = 0.0  # longest time between snapshots while it lives; 0 = unknown
@@ -177,7 +191,7 @@ class Dispatch(msgspec.Struct, frozen=True):
 
 
 class Withdraw(msgspec.Struct, frozen=True):
-    """Tell this engine to stop: another one, which was sent the request too, answers it."""
+    """Tell this engine to stop: another one answers the request."""
 
     request_id: str
     replica_id: str

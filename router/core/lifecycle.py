@@ -21,10 +21,12 @@ from router.fleet.fleet import Fleet
 from router.providers.spillover import Spillover
 from router.queueing.hold_queue import HoldQueue
 from router.resilience.retry_budget import RetryBudget
+from router.resilience.suspects import Suspects, body_of
 from router.scheduling.attempt import Attempt, Attempts
 from router.scheduling.load_shedding import LoadShedder
 from router.scheduling.placer import Placer
 from router.scheduling.wait_time import WaitEstimator
+from router.settings import RouterSettings
 from router.types import Decision, Fail, Hold, Outcome, Reject, RejectReason, Request, Usage
 
 # Times `max_attempts` that engines may fail under a reply that gets on between: a bound on
@@ -45,13 +47,14 @@ class OpenRequests:
         waits: WaitEstimator,
         load_shedder: LoadShedder,
         retries: RetryBudget,
-        max_attempts: int,
+        suspects: Suspects,
+        settings: RouterSettings,
     ) -> None:
-        """`max_attempts`: engines that may fail in a row under one request."""
         self.outcomes: Counter[Outcome] = Counter()
         self.num_retries = 0  # resumptions included
         self._retries = retries
-        self._max_attempts = max_attempts
+        self._suspects = suspects
+        self._settings = settings
         self._fleet = fleet
         self._queue = queue
         self._attempts = attempts
@@ -75,6 +78,10 @@ class OpenRequests:
         is_known = self._fleet.knows(request.model) or self._spillover.quotes.serves(request.model)
         if len(self._fleet) and not is_known:
             return [self._reject(request, RejectReason.UNKNOWN_MODEL, None)]
+        if self._suspects and self._suspects.is_suspect(request, now_s):
+            if self._suspects.is_refused(request, now_s):
+                return [self._refuse(request, now_s)]
+            request = msgspec.structs.replace(request, is_suspect=True)
         return self.enter(request, now_s)
 
     def enter(self, request: Request, now_s: float) -> list[Decision]:
@@ -128,8 +135,17 @@ class OpenRequests:
         again = retried(
             attempt.request, attempt.replica.id, num_output_tokens, now_s, has_begun=has_begun
         )
-        is_over = self._is_suspect(again) or (costs_retry and not self._retries.try_withdraw(now_s))
-        if not is_over:
+        if self._suspects and self._suspects.is_suspect(again, now_s):
+            again = msgspec.structs.replace(again, is_suspect=True)
+            if self._suspects.is_refused(again, now_s):
+                return [*self._refuse_body(again, now_s), *self.place_held(now_s)]
+        is_over = self._is_stuck(again, costs_retry=costs_retry) or (
+            costs_retry and not self._retries.try_withdraw(now_s)
+        )
+        # Elsewhere a suspect is no danger, and need not wait for an engine of its own.
+        if again.is_suspect and (fallback := self._spillover.send_now(again, now_s)) is not None:
+            decisions: list[Decision] = [fallback]
+        elif not is_over:
             decisions = self.enter(again, now_s)
         elif (fallback := self._spillover.send_now(again, now_s)) is not None:
             decisions = [fallback]
@@ -138,14 +154,41 @@ class OpenRequests:
         self.num_retries += 1
         return [*decisions, *self.place_held(now_s)]  # in the room that is free now
 
-    def _is_suspect(self, request: Request) -> bool:
-        """Whether a request is the likely cause of the failures under it.
+    def mark_suspects(self, request: Request) -> None:
+        """Have what is held of a suspect's body wait for an engine of its own, too."""
+        for held in self._held_alike(request, request.model):
+            self._queue.remove(held.id)
+            self._queue.push(msgspec.structs.replace(held, is_suspect=True))
 
-        A request that kills engines does so at the same token again and again. One whose reply
-        got further each time was only present.
+    def _held_alike(self, request: Request, queue_name: str) -> list[Request]:
+        """Return the held requests of the same body."""
+        body = body_of(request)
+        return [held for held in self._queue.in_order(queue_name) if body_of(held) == body]
+
+    def _refuse_body(self, request: Request, now_s: float) -> list[Decision]:
+        """End a request that is refused, and all of the same body that are held."""
+        same = self._held_alike(request, request.queue_name)
+        for held in same:
+            self._queue.remove(held.id)
+        return [self._refuse(each, now_s) for each in (request, *same)]
+
+    def _refuse(self, request: Request, now_s: float) -> Decision:
+        """Refuse a request under whose like engines die."""
+        self._suspects.num_rejected += 1
+        if request.has_begun:
+            self.outcomes[Outcome.FAILED] += 1
+            return Fail(request.id)
+        until_s = self._suspects.refused_until_s(request, now_s)
+        return self._reject(request, RejectReason.ENDS_ENGINES, until_s - now_s)
+
+    def _is_stuck(self, request: Request, *, costs_retry: bool) -> bool:
+        """Whether engines fail under a request again and again without its reply getting on.
+
+        Whether it ends engines is for `router.resilience.suspects` to say.
         """
-        most = self._max_attempts
-        return request.num_stuck >= most or len(request.tried) >= _MAX_MOVES * most
+        most = self._settings.max_attempts
+        is_stuck = costs_retry and request.num_stuck >= most
+        return is_stuck or len(request.tried) >= _MAX_MOVES * most
 
     def place_held(self, now_s: float, *, at_once: bool = False) -> list[Decision]:
         """Reject what has been held too long, place what can be.

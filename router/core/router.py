@@ -3,7 +3,7 @@ r"""The router: events and `now_s` in, decisions out.
 A request's states, and who moves it:
 
     (new) --on_arrival--> held --room (any event)--> placed --on_finish--> COMPLETED
-      |                     |  \                     |   \--on_attempt_failed--> as if new,
+      |                     |  \                     |   \--`failures`--> as if new,
       |                     |   \--deadline--> EXPIRED           or FAILED
       |                     |\--on_cancel--> RENEGED <--on_cancel--/
       |                     |\--engines late or gone--> at a provider (`router.providers.spillover`)
@@ -27,6 +27,7 @@ import random
 from collections.abc import Collection
 
 from router.core.discipline import Discipline
+from router.core.failures import Failures
 from router.core.lifecycle import OpenRequests
 from router.core.provider_events import ProviderEvents
 from router.core.state import RetriesState, RouterState
@@ -36,14 +37,15 @@ from router.fleet.replica import Replica
 from router.providers.calls import ProviderCalls
 from router.providers.spillover import Spillover
 from router.queueing.hold_queue import HoldQueue
-from router.resilience.breaker import Failure
 from router.resilience.retry_budget import RetryBudget
+from router.resilience.suspects import Suspects
 from router.scheduling.attempt import Attempt, Attempts
 from router.scheduling.hedging import Hedging
 from router.scheduling.load_shedding import LoadShedder
 from router.scheduling.placer import Placer
 from router.scheduling.policies import make_policy
 from router.scheduling.predictions import Predictions
+from router.scheduling.quarantine import Quarantine
 from router.scheduling.wait_time import WaitEstimator
 from router.settings import RouterSettings
 from router.types import (
@@ -51,7 +53,6 @@ from router.types import (
     Decision,
     EngineInfo,
     EngineSnapshot,
-    Fail,
     Outcome,
     Request,
     Usage,
@@ -79,11 +80,13 @@ class Router:
         self._spillover = Spillover(self._queue, waits, self._calls, settings, rng)
         self._load_shedder = LoadShedder(self._fleet, self._queue, waits, settings)
         self._predictions = Predictions(settings.max_prediction_error)
+        self._suspects = Suspects(settings.refuse_s)
         self._placer = Placer(
             self._fleet,
             self._queue,
             self._attempts,
             make_policy(settings.policy, rng, settings.ablate),
+            Quarantine(self._fleet, self._queue, self._attempts, self._suspects),
             settings.tpot_target_s,
         )
         self._hedging = Hedging(self._placer, self._attempts, self._retries, settings.hedge_factor)
@@ -96,9 +99,13 @@ class Router:
             waits,
             self._load_shedder,
             self._retries,
-            settings.max_attempts,
+            self._suspects,
+            settings,
         )
         self.outcomes = self._requests.outcomes
+        self.failures = Failures(
+            self._fleet, self._attempts, self._requests, self._hedging, self._suspects, settings
+        )
         self.providers = ProviderEvents(self._requests, self._calls, self._spillover)
         self.discipline = Discipline(
             self._fleet,
@@ -137,7 +144,9 @@ class Router:
         attempt = self._attempts.get(request_id, replica_id)
         if attempt is None:
             return []
-        attempt.has_answered = True
+        attempt.answered_s = now_s
+        if attempt.request.failed_calls and not attempt.is_error:
+            self.failures.blame_engines(attempt, now_s)
         others = self._attempts.others(attempt)
         if not others:
             return []  # the usual case
@@ -156,6 +165,8 @@ class Router:
         withdrawn: list[Decision] = []
         if not attempt.has_answered:
             withdrawn = self.on_answer(request_id, attempt.replica.id, now_s)
+        if attempt.is_error:
+            return withdrawn
         self._predictions.on_first_token(attempt, now_s)
         self._observe(attempt, now_s)
         self._judge_ttft(attempt, now_s)
@@ -167,53 +178,21 @@ class Router:
         """End a request that its engine, or provider, has answered: COMPLETED."""
         if self._calls.complete_call(request_id, usage, now_s):
             return self._requests.close(Outcome.COMPLETED, now_s, at_once=True)
-        if (attempt := self._attempts.mark_first_token(request_id, now_s)) is not None:
-            self._observe(attempt, now_s)  # the whole response came at once
+        came_at_once = self._attempts.mark_first_token(request_id, now_s) is not None
         if (attempt := self._attempts.oldest(request_id)) is None:
             return []
         withdrawn = self._hedging.withdraw_others(attempt)
-        attempt.replica.breaker.record_success(attempt.permit, now_s)
-        if usage is not None:
-            self._predictions.on_finish(attempt, usage, now_s)
+        if not attempt.is_error:
+            if attempt.request.failed_calls:
+                self.failures.blame_engines(attempt, now_s)
+            if came_at_once:
+                self._observe(attempt, now_s)
+            attempt.replica.breaker.record_success(attempt.permit, now_s)
+            if usage is not None:
+                self._predictions.on_finish(attempt, usage, now_s)
+        if self._suspects:
+            self._suspects.acquit(attempt.request)
         return [*withdrawn, *self._requests.end(request_id, Outcome.COMPLETED, now_s, usage)]
-
-    def on_attempt_failed(
-        self,
-        request_id: str,
-        replica_id: str,
-        failure: Failure | None,
-        now_s: float,
-        *,
-        can_retry: bool = True,
-        has_begun: bool = False,
-        num_output_tokens: int = 0,
-    ) -> list[Decision]:
-        """Leave a request to its other attempt, place it again, or give it up.
-
-        Through no fault of the client's. `failure` is what the engine did to this request
-        alone: it counts for the breaker, and the retry against the budget. None where the
-        engine as a whole was lost or left: then its breaker keeps a storm off, and what the
-        other engines get is no more than it had. The shell knows whether it `can_retry`,
-        whether the reply `has_begun`, so that only an engine can go on with it, and how many
-        tokens this engine has generated that another will have to prefill.
-        """
-        attempt = self._attempts.get(request_id, replica_id)
-        if attempt is None:
-            return []
-        if failure is not None:
-            attempt.replica.breaker.record_failure(attempt.permit, failure, now_s)
-        if not can_retry:
-            return [Fail(request_id), *self._requests.end(request_id, Outcome.FAILED, now_s)]
-        if self._attempts.others(attempt):
-            self._hedging.end_in_favour(attempt)
-            return self._requests.place_held(now_s)
-        return self._requests.retry(
-            attempt,
-            now_s,
-            costs_retry=failure is not None,
-            has_begun=has_begun,
-            num_output_tokens=num_output_tokens,
-        )
 
     def on_cancel(self, request_id: str, now_s: float) -> list[Decision]:
         """End a request whose client has left, held or at an engine or provider: RENEGED."""
@@ -342,6 +321,7 @@ class Router:
             accuracy=self._predictions.state(),
             fallback=self._spillover.state(now_s),
             hedges=self._hedging.state(),
+            suspects=self._suspects.state(),
             retries=RetriesState(num_made=self._requests.num_retries, budget=self._retries.state()),
             breaker_events=list(self._health.log),
         )

@@ -7,6 +7,7 @@ from router.providers.spillover import SpilloverState
 from router.queueing.hold_queue import HoldQueueState
 from router.resilience.breaker import BreakerEvent
 from router.resilience.retry_budget import RetryBudgetState
+from router.resilience.suspects import SuspectsState
 from router.scheduling.hedging import HedgingState
 from router.scheduling.predictions import PredictionsState
 
@@ -36,5 +37,6 @@ class RouterState(msgspec.Struct, frozen=True, kw_only=True):
     accuracy: PredictionsState
     fallback: SpilloverState
     hedges: HedgingState
+    suspects: SuspectsState
     retries: RetriesState
     breaker_events: list[BreakerEvent]  # the last ones of all engines, oldest first

@@ -33,7 +33,9 @@ def window_tokens(replica: Replica) -> int:
 
 def accepts_work(replica: Replica) -> bool:
     """Whether anything may be sent to the engine at all."""
-    return not replica.is_draining and replica.breaker.admits(replica.info.max_num_seqs)
+    if replica.is_draining or replica.is_quarantined:
+        return False
+    return replica.breaker.admits(replica.info.max_num_seqs)
 
 
 class Admission(enum.Enum):

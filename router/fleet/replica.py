@@ -23,6 +23,7 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
     snapshot: EngineSnapshot | None  # None before the first one
     age_s: float  # of the snapshot, or of the connection while there is none
     is_draining: bool
+    is_quarantined: bool  # takes nothing new until a suspect has its answer
     breaker: BreakerView
     ledger: LedgerState
     num_pending_prefill_tokens: int  # in the engine and on their way to it
@@ -58,6 +59,7 @@ class Replica:
         "id",
         "info",
         "is_draining",
+        "is_quarantined",
         "ledger",
         "long_edf_keys_s",
         "max_prefill_chunk",
@@ -102,6 +104,7 @@ class Replica:
         self.long_edf_keys_s: dict[str, float] = {}
         self._first_long_edf_key_s = math.inf
         self.is_draining = False  # finishes what it has, takes nothing new
+        self.is_quarantined = False  # a suspect has it: `router.scheduling.quarantine`
 
         self.num_pending_prefill_tokens = 0  # in the engine and on their way to it
         self.num_step_demand_tokens = 0  # of these, what the next step would like to compute
@@ -285,6 +288,7 @@ class Replica:
             snapshot=self.snapshot if self.snapshot.seq >= 0 else None,
             age_s=max(0.0, now_s - self.snapshot_s),
             is_draining=self.is_draining,
+            is_quarantined=self.is_quarantined,
             breaker=self.breaker.state(now_s),
             ledger=self.ledger.state(),
             num_pending_prefill_tokens=self.num_pending_prefill_tokens,

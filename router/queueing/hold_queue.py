@@ -37,7 +37,8 @@ class HoldQueue:
     Between tenants, tokens decide (`router.queueing.fair_share`), but batch work whose TTFT
     deadline has not come yet goes after all other work of everybody. With one tenant that
     changes nothing. There is a queue per model because a model whose engines have no room
-    must not hide another model whose engines have room.
+    must not hide another model whose engines have room; and one per model for its suspects, which
+    wait for an engine alone. Where a model is asked for, `Request.queue_name` is meant.
     """
 
     __slots__ = (
@@ -101,9 +102,9 @@ class HoldQueue:
         if by_arrival == self.by_arrival:
             return
         self.by_arrival = by_arrival
-        self._model_queues = {model: ModelQueue() for model in self._model_queues}
+        self._model_queues = {name: ModelQueue() for name in self._model_queues}
         for request in self._held.values():
-            self._model_queues[request.model].push(request, self.key(request))
+            self._model_queues[request.queue_name].push(request, self.key(request))
         for tenant in self._models_by_tenant:
             self._update_virtual_times(tenant)
 
@@ -114,7 +115,9 @@ class HoldQueue:
         """
         max_hold_s = self._settings.max_hold_s
         if request.tried:
-            return request.retried_s + max_hold_s
+            # A suspect may have to wait for an engine to start.
+            suspect_hold_s = self._settings.suspect_hold_s if request.is_suspect else 0.0
+            return request.retried_s + max(max_hold_s, suspect_hold_s)
         return min(request.deadline_s, request.arrival_s + max_hold_s)
 
     def push(self, request: Request) -> bool:
@@ -130,16 +133,17 @@ class HoldQueue:
             return False
         self._held[request.id] = request
         self._bounds.add(request)
-        model_queue = self._model_queues.get(request.model)
+        name = request.queue_name
+        model_queue = self._model_queues.get(name)
         if model_queue is None:
-            model_queue = self._model_queues[request.model] = ModelQueue()
-            self.num_tokens_by_model[request.model] = 0
-        self.num_tokens_by_model[request.model] += request.num_prompt_tokens
+            model_queue = self._model_queues[name] = ModelQueue()
+            self.num_tokens_by_model[name] = 0
+        self.num_tokens_by_model[name] += request.num_prompt_tokens
         if request.priority_class is RequestClass.BATCH:
             self._yielding.push(request.id, (ttft_deadline_s(request, self._settings),))
         model_queue.push(request, self.key(request))
         self._share.start_waiting(request.tenant)
-        self._models_by_tenant.setdefault(request.tenant, set()).add(request.model)
+        self._models_by_tenant.setdefault(request.tenant, set()).add(name)
         self._update_virtual_time(model_queue, request.tenant)
         self._expiry.push(request.id, (self.expires_s(request),))
         return True
@@ -160,19 +164,20 @@ class HoldQueue:
         if request is None:
             return None
         self._bounds.remove(request)
-        self.num_tokens_by_model[request.model] -= request.num_prompt_tokens
-        model_queue = self._model_queues[request.model]
+        name = request.queue_name
+        self.num_tokens_by_model[name] -= request.num_prompt_tokens
+        model_queue = self._model_queues[name]
         self._yielding.remove(request_id)
         if model_queue.remove(request, self.key(request)):
             self._update_virtual_time(model_queue, request.tenant)
         else:
             models = self._models_by_tenant[request.tenant]
-            models.remove(request.model)
+            models.remove(name)
             if not models:
                 del self._models_by_tenant[request.tenant]
                 self._share.stop_waiting(request.tenant)
         if not model_queue:
-            del self._model_queues[request.model], self.num_tokens_by_model[request.model]
+            del self._model_queues[name], self.num_tokens_by_model[name]
         self._expiry.remove(request_id)
         return request
 
@@ -209,7 +214,7 @@ class HoldQueue:
         Those of its own tenant with a lower EDF key, or one hardly higher. And of each
         other tenant that waits for the model, what its share comes to until then.
         """
-        model_queue = self._model_queues.get(request.model)
+        model_queue = self._model_queues.get(request.queue_name)
         if model_queue is None:
             return 0
         num_own = model_queue.num_tokens_before(request.tenant, self.key(request))
@@ -233,7 +238,7 @@ class HoldQueue:
 
     def is_head(self, request: Request) -> bool:
         """Whether the request is held and the first of those for its model."""
-        model_queue = self._model_queues.get(request.model)
+        model_queue = self._model_queues.get(request.queue_name)
         return model_queue is not None and model_queue.head()[2] == request.id
 
     def in_order(self, model: str) -> Iterator[Request]:
@@ -253,7 +258,7 @@ class HoldQueue:
         while self._yielding and (head := self._yielding.head())[0][0] <= now_s:
             self._yielding.remove(head[1])
             due = self._held[head[1]]
-            self._update_virtual_time(self._model_queues[due.model], due.tenant)
+            self._update_virtual_time(self._model_queues[due.queue_name], due.tenant)
         expired = []
         while self._held and (head := self._expiry.head())[0][0] <= now_s:
             request = self.remove(head[1])

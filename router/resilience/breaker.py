@@ -17,7 +17,8 @@ start); only when it has, the next cooldown is the first again.
 What never happens: a second probe before the first has ended; a state moved by the verdict of
 a call that began before the breaker last opened. A probe that ends without a verdict (its
 client has left, say) has told nothing: the next call is the probe, or nothing would ever close
-the breaker. Client errors are no verdict: such calls end by `release_permit`.
+the breaker. Client errors are no verdict: such calls end by `release_permit`. So does a call that
+failed, until it shows whose fault that was; `record_late_failure` counts it then.
 
 The states are Nygard's (*Release It!*, 2007), the windows those of resilience4j. Cooldowns are
 stretched at random as AWS advises (Brooker 2015): many gateways must not probe one engine at
@@ -188,6 +189,11 @@ class Breaker:
             self.share = _FIRST_SHARE
 
     @property
+    def reason(self) -> TripReason | None:
+        """Why it opened last; None once it is closed again."""
+        return self._reason
+
+    @property
     def is_steady(self) -> bool:
         """Whether time alone will change nothing: closed, with full traffic."""
         return self.status is BreakerState.CLOSED and self.share == 1.0
@@ -240,9 +246,18 @@ class Breaker:
         if permit == self._probe_permit:
             self._open(TripReason.PROBE_FAILED, now_s)
         elif self.status is BreakerState.CLOSED:
-            self._failures += 1
-            self._timeouts = self._timeouts + 1 if failure is Failure.TIMEOUT else 0
-            self._add_verdict(_Verdict.FAILED, now_s)
+            self._count_failure(failure, now_s)
+
+    def record_late_failure(self, permit: int, failure: Failure, now_s: float) -> None:
+        """Count a call as failed that ended without a verdict: the fault was not the client's."""
+        if permit < self._first_valid_permit or self.status is not BreakerState.CLOSED:
+            return
+        self._count_failure(failure, now_s)
+
+    def _count_failure(self, failure: Failure, now_s: float) -> None:
+        self._failures += 1
+        self._timeouts = self._timeouts + 1 if failure is Failure.TIMEOUT else 0
+        self._add_verdict(_Verdict.FAILED, now_s)
 
     def release_permit(self, permit: int) -> None:
         """End a call without a verdict: the client left, or was at fault."""

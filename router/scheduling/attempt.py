@@ -17,7 +17,11 @@ import msgspec
 from router.fleet.fleet import Fleet
 from router.fleet.replica import Replica
 from router.queueing.hold_queue import HoldQueue
+from router.resilience.suspects import PROVEN_TOKENS
 from router.types import Request, Usage
+
+# For so long at least a request is fresh in the engine that has begun to generate for it.
+_PROVEN_S = 1.0
 
 
 class Attempt(msgspec.Struct, eq=False):
@@ -32,8 +36,24 @@ class Attempt(msgspec.Struct, eq=False):
     permit: int  # of the engine's breaker
     overhead_s: float = 0.0  # of the predicted time to first token, what is spent outside of steps
     expects_prompt: bool = False  # the engine has yet to tell of its prompt
-    has_answered: bool = False  # the engine generates; a response may come all at once for all that
+    # When the engine began to generate; a response may come all at once for all that.
+    answered_s: float | None = None
+    is_error: bool = False  # what it answers is an error, of which nothing is learned
+    is_alone: bool = False  # a suspect, which had the engine to itself at its prefill
+    is_probe: bool = False  # sent to see whether the engine works again
     first_token_s: float | None = None  # when it came
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether the engine generates."""
+        return self.answered_s is not None
+
+    def is_fresh(self, now_s: float) -> bool:
+        """Whether the engine has not got far with it: if it dies now, this may be why."""
+        if self.answered_s is None:
+            return True
+        proven_s = max(_PROVEN_S, 2.0 * PROVEN_TOKENS * self.predicted_tpot_s)
+        return now_s < self.answered_s + proven_s
 
     @property
     def predicted_latency_s(self) -> float:

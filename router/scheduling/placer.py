@@ -15,9 +15,11 @@ from router.fleet.fleet import Fleet
 from router.fleet.prompt_blocks import PromptBlocks
 from router.fleet.replica import Replica
 from router.queueing.hold_queue import HoldQueue
+from router.resilience.breaker import BreakerState
 from router.scheduling.attempt import Attempt, Attempts
 from router.scheduling.backfill import Reservations
 from router.scheduling.policies import Load, Policy
+from router.scheduling.quarantine import Quarantine
 from router.types import Dispatch, Request
 
 # Followers of a blocked head that are tried elsewhere: bounds the work per event
@@ -43,6 +45,7 @@ class Placer:
         queue: HoldQueue,
         attempts: Attempts,
         policy: Policy,
+        quarantine: Quarantine,
         tpot_targets_s: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self.policy = policy
@@ -52,6 +55,7 @@ class Placer:
         self._queue = queue
         self._attempts = attempts
         self._tpot_targets_s = tpot_targets_s
+        self._quarantine = quarantine
         self._reservations = Reservations(fleet, queue)
 
     def use_order(self, *, holds: bool, by_arrival: bool) -> bool:
@@ -65,6 +69,9 @@ class Placer:
 
     def place(self, request: Request, now_s: float) -> Dispatch | None:
         """Choose and book an engine for the request. Return None if it has to wait."""
+        if request.is_suspect:
+            alone_at = self._quarantine.engine_for(request, now_s)
+            return None if alone_at is None else self._book(request, [alone_at], now_s)
         if not self.holds:
             replicas = self._fleet.working(request.model)
             request = self._with_blocks(request)
@@ -99,6 +106,7 @@ class Placer:
         booking = replica.book(request, kv_need_tokens(request), now_s, num_cached_tokens)
         if self.policy.wants_blocks:
             replica.prefix_cache.expect_prompt(request)
+        is_probe = replica.breaker.status is BreakerState.HALF_OPEN
         permit = replica.breaker.begin_call(now_s)
         self._fleet.refresh(replica)
         self._queue.charge_prompt(request)
@@ -113,6 +121,8 @@ class Placer:
                 permit,
                 overhead_s,
                 expects_prompt=self.policy.wants_blocks,
+                is_alone=request.is_suspect,
+                is_probe=is_probe,
             )
         )
         return Dispatch(request.id, replica.id, booking, num_cached_tokens)
@@ -138,11 +148,14 @@ class Placer:
         dispatches: list[Dispatch] = []
         blocked: set[str] = set()
         self._reservations.drop_lapsed()
+        if self._quarantine:
+            self._quarantine.drop_lapsed(now_s)
         while (head := self._queue.head(blocked)) is not None:
             dispatch = self.place(head, now_s)
             if dispatch is None:
-                blocked.add(head.model)
-                dispatches += self._backfill(head, now_s)
+                blocked.add(head.queue_name)
+                if not head.is_suspect:  # it waits for no room that others could take
+                    dispatches += self._backfill(head, now_s)
             else:
                 dispatches.append(dispatch)
                 self._queue.remove(head.id)

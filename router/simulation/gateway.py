@@ -199,7 +199,7 @@ class Gateway:
             exchange.num_output_tokens += num_output_tokens
             exchange.awaits_first_token = True
         self._execute(
-            self.router.on_attempt_failed(
+            self.router.failures.on_attempt_failed(
                 exchange.request.id,
                 node.id,
                 None,

@@ -33,10 +33,6 @@ from serving.stream.record import num_tokens
 
 logger = logging.getLogger(__name__)
 
-# Replies that tell of the engine's trouble rather than of the request's: tried once
-# more elsewhere. The second engine to say so is believed.
-_ENGINE_TROUBLE = frozenset((500, 502, 503, 504))
-
 
 class Driver:
     """Owns the clock, the timer and the open exchanges.
@@ -115,13 +111,8 @@ class Driver:
 
     def on_head(self, attempt: Attempt, frame: Head) -> None:
         exchange = attempt.exchange
-        if frame.status in _ENGINE_TROUBLE:
-            has_other = len(exchange.attempts) > 1
-            if has_other or not exchange.num_error_replies:
-                exchange.num_error_replies += not has_other
-                self.engines.cancel(attempt)
-                self._fail_attempt(attempt, Failure.ERROR, f"it answered {frame.status}")
-                return
+        if frame.status >= 400 and self._fail_reply(attempt, frame.status):
+            return
         attempt.head = frame
         if attempt.has_answered:  # with progress: it told what it generates before its head
             exchange.on_head(frame.status, frame.headers)
@@ -133,7 +124,9 @@ class Driver:
         was_begun = exchange.reply.has_begun
         if exchange.reply.receive(frame.body, frame.record):
             now_s = time.monotonic()
-            if not was_begun:
+            if exchange.status >= 400:
+                pass  # an error is no first token
+            elif not was_begun:
                 self.metrics.observe_first_token(exchange.request, now_s)
             else:
                 self.metrics.observe_resume(exchange.request, now_s - exchange.failed_s)
@@ -168,6 +161,23 @@ class Driver:
         if decisions := self.router.on_answer(request_id, replica_id, time.monotonic()):
             self.execute(decisions)
 
+    def _fail_reply(self, attempt: Attempt, status: int) -> bool:
+        """Report an error reply. Return whether the client is not to have it."""
+        exchange, now_s = attempt.exchange, time.monotonic()
+        exchange.failure, exchange.failed_s = f"it answered {status}", now_s
+        reply = exchange.reply
+        decisions = self.router.failures.on_error_reply(
+            exchange.request.id,
+            attempt.replica_id,
+            now_s,
+            status=status,
+            can_retry=reply.can_go_on,
+            has_begun=reply.has_begun,
+            num_output_tokens=reply.count_new_tokens(num_tokens(reply.record)),
+        )
+        self.execute(decisions)
+        return bool(decisions)
+
     def _fail_attempt(
         self, attempt: Attempt, failure: Failure | None, words: str, *, can_retry: bool = True
     ) -> None:
@@ -176,7 +186,7 @@ class Driver:
         exchange.failure, exchange.failed_s = words, now_s
         reply = exchange.reply
         self.execute(
-            self.router.on_attempt_failed(
+            self.router.failures.on_attempt_failed(
                 exchange.request.id,
                 attempt.replica_id,
                 failure,

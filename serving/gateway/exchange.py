@@ -78,7 +78,6 @@ class Exchange:
         "is_complete",
         "method",
         "num_attempts",
-        "num_error_replies",
         "path",
         "reply",
         "request",
@@ -107,7 +106,6 @@ class Exchange:
         self.reply = Reply(records, can_resume=path in _RESUMABLE)
         self.attempts: list[Attempt] = []  # at engines: one, or two while it is hedged
         self.num_attempts = 0  # so far
-        self.num_error_replies = 0  # 5xx, which were not passed on
         self.failure = ""  # of the last attempt, in words
         self.failed_s = 0.0  # when that was
         self.continuation: Continuation | None = None  # of what a provider has begun

@@ -73,7 +73,7 @@ def fail_attempt(
     """Report that the one engine which has a request, or else r0, did not carry it through."""
     replica_ids = [attempt.replica.id for attempt in router._attempts.of(request_id)]
     [replica_id] = replica_ids or ["r0"]
-    return router.on_attempt_failed(request_id, replica_id, failure, now_s, **options)
+    return router.failures.on_attempt_failed(request_id, replica_id, failure, now_s, **options)
 
 
 def after_json(state):

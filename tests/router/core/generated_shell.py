@@ -100,6 +100,7 @@ class Shell(RuleBasedStateMachine):
                 max_held_bytes=MAX_BYTES,
                 max_hold_s=MAX_HOLD_S,
                 max_attempts=MAX_ATTEMPTS,
+                suspect_hold_s=0.0,  # suspects are held as long as others
                 breaker={"max_consecutive_failures": 2, "cooldown_jitter": 0.0},
                 **options,
             )
@@ -194,7 +195,9 @@ class Shell(RuleBasedStateMachine):
             assert self.expires_s(request) <= self.now_s
             self.ended[Outcome.EXPIRED] += 1
         else:
-            assert not self.num_attempts[request.id]
+            is_poison = reject.reason is RejectReason.ENDS_ENGINES
+            assert self.num_attempts[request.id] >= 2 if is_poison else True
+            assert is_poison or not self.num_attempts[request.id]
             self.ended[Outcome.REJECTED] += 1
             if reject.reason in (RejectReason.HOPELESS, RejectReason.OVERLOADED):
                 assert self.expires_s(request) > self.now_s
@@ -266,7 +269,7 @@ class Shell(RuleBasedStateMachine):
             has_got_on = options.get("num_output_tokens", 0) > 0
             self.num_stuck[request_id] = 1 if has_got_on else self.num_stuck[request_id] + 1
             self.retried_s[request_id] = self.now_s
-        decisions = self.router.on_attempt_failed(
+        decisions = self.router.failures.on_attempt_failed(
             request_id, replica_id, failure, self.now_s, **options
         )
         if request is not None:

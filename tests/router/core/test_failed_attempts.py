@@ -49,7 +49,7 @@ class TestFailedAttempt:
         assert decisions[0] == Dispatch("full-r0", "r1", 1)
 
     def test_is_held_anew_and_beyond_the_bounds(self):
-        router = make_router(max_hold_s=10.0, max_held_requests=0)
+        router = make_router(max_hold_s=10.0, max_held_requests=0, suspect_hold_s=0.0)
         router.on_arrival(req("a", deadline_s=5.0), 0.0)
         router.on_replica_down("r0", 60.0)
         assert fail_attempt(router, "a", None, 60.0) == [Hold("a")]
@@ -61,9 +61,9 @@ class TestFailedAttempt:
         router = make_router(max_attempts=3)
         router.on_arrival(req("a"), 0.0)
         for _ in range(2):
-            [again] = fail_attempt(router, "a", None, 0.0)
+            [again] = fail_attempt(router, "a", Failure.ERROR, 0.0)
             assert isinstance(again, Dispatch)
-        assert fail_attempt(router, "a", None, 0.0) == [Fail("a")]
+        assert fail_attempt(router, "a", Failure.ERROR, 0.0) == [Fail("a")]
         assert ends(router) == {Outcome.FAILED: 1}
 
     def test_is_not_blamed_while_its_reply_gets_on(self):
@@ -78,16 +78,18 @@ class TestFailedAttempt:
         router = make_router(max_attempts=3)
         router.on_arrival(req("a"), 0.0)
         for num_output_tokens in (7, 7, 0):
-            [again] = fail_attempt(router, "a", None, 0.0, num_output_tokens=num_output_tokens)
+            [again] = fail_attempt(
+                router, "a", Failure.ERROR, 0.0, num_output_tokens=num_output_tokens
+            )
             assert isinstance(again, Dispatch)
-        assert fail_attempt(router, "a", None, 0.0) == [Fail("a")]
+        assert fail_attempt(router, "a", Failure.ERROR, 0.0) == [Fail("a")]
 
     def test_a_record_that_is_given_up_is_no_progress(self):
         router = make_router(max_attempts=2)
         router.on_arrival(req("a", num_tokens=20), 0.0)
-        [again] = fail_attempt(router, "a", None, 0.0, num_output_tokens=7)
+        [again] = fail_attempt(router, "a", Failure.ERROR, 0.0, num_output_tokens=7)
         assert isinstance(again, Dispatch)
-        assert fail_attempt(router, "a", None, 0.0, num_output_tokens=-7) == [Fail("a")]
+        assert fail_attempt(router, "a", Failure.ERROR, 0.0, num_output_tokens=-7) == [Fail("a")]
 
     def test_failures_of_single_requests_draw_on_the_budget_and_losses_do_not(self):
         router = make_router(retry={"max_balance": 1.0, "share": 0.0, "reserve_per_s": 0.0})
@@ -98,7 +100,7 @@ class TestFailedAttempt:
         assert fail_attempt(router, "c", None, 0.0) == [Dispatch("c", "r0", 5)]
         assert router.state(0.0).retries.num_made == 2
 
-    def test_failures_open_the_breaker(self):
+    def test_failures_open_the_breaker_where_another_engine_fares_better(self):
         router = make_router(2, breaker={"max_consecutive_failures": 1, "cooldown_jitter": 0.0})
         [first] = router.on_arrival(req("a"), 0.0)
         [second] = fail_attempt(router, "a", Failure.ERROR, 0.0)

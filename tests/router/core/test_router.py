@@ -116,7 +116,7 @@ class TestEnds:
         router = make_router()
         assert router.on_finish("x", None, 0.0) == []
         assert router.on_cancel("x", 0.0) == []
-        assert router.on_attempt_failed("x", "r0", None, 0.0) == []
+        assert router.failures.on_attempt_failed("x", "r0", None, 0.0) == []
         assert router.on_first_token("x", 0.0) == []
         assert ends(router) == {}
 
@@ -182,7 +182,8 @@ class TestReplicas:
         assert "r0" not in router.state(1.0).replicas
         failed, retried = placed["r0"]
         assert given_up(router, failed) == []
-        assert fail_attempt(router, retried, None, 1.0) == [Hold(retried)]  # r1 is full
+        decisions = fail_attempt(router, retried, None, 1.0, num_output_tokens=8)
+        assert decisions == [Hold(retried)]  # r1 is full
         assert ends(router) == {Outcome.FAILED: 1}
         [again] = router.on_snapshot("r1", busy(last_booking=2), 2.0)
         assert again == Dispatch(retried, "r1", 3)

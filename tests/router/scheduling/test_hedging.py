@@ -126,19 +126,19 @@ def test_the_second_answers_first():
 
 def test_the_first_fails_and_the_second_goes_on():
     router, first, [hedge] = hedged()
-    assert not router.on_attempt_failed("a", first.replica_id, Failure.ERROR, LATE_S)
+    assert not router.failures.on_attempt_failed("a", first.replica_id, Failure.ERROR, LATE_S)
     assert num_booked(router) == {"r0": 0, "r1": 0} | {hedge.replica_id: 1}
     assert num_calls(router) == 1
     assert counts(router) == (0, 1, 1)
     # From here it is like any other: it may move on.
-    [again] = router.on_attempt_failed("a", hedge.replica_id, None, LATE_S)
+    [again] = router.failures.on_attempt_failed("a", hedge.replica_id, None, LATE_S)
     assert isinstance(again, Dispatch)
     assert again.replica_id == first.replica_id
 
 
 def test_the_second_fails_and_the_first_goes_on():
     router, first, [hedge] = hedged()
-    assert not router.on_attempt_failed("a", hedge.replica_id, Failure.ERROR, LATE_S)
+    assert not router.failures.on_attempt_failed("a", hedge.replica_id, Failure.ERROR, LATE_S)
     assert num_booked(router) == {"r0": 0, "r1": 0} | {first.replica_id: 1}
     assert num_calls(router) == 1
     assert counts(router) == (0, 1, 0)
@@ -157,7 +157,7 @@ def test_words_of_an_attempt_that_is_over_change_nothing():
     router.on_answer("a", first.replica_id, LATE_S)
     before = num_booked(router)
     assert router.on_answer("a", hedge.replica_id, LATE_S) == []
-    assert router.on_attempt_failed("a", hedge.replica_id, Failure.ERROR, LATE_S) == []
+    assert router.failures.on_attempt_failed("a", hedge.replica_id, Failure.ERROR, LATE_S) == []
     assert num_booked(router) == before
 
 
@@ -231,7 +231,9 @@ def test_whatever_comes_in_whatever_order_nothing_stays_behind(events):
             case "failed" | "lost":
                 shell.places[request_id].discard(replica_id)
                 failure = Failure.ERROR if event == "failed" else None
-                decisions = router.on_attempt_failed(request_id, replica_id, failure, now_s)
+                decisions = router.failures.on_attempt_failed(
+                    request_id, replica_id, failure, now_s
+                )
             case "cancel":
                 shell.places[request_id].clear()
                 decisions = router.on_cancel(request_id, now_s)

@@ -1,0 +1,170 @@
+r"""What follows when an engine does not carry a request through, and whose fault was it?
+
+| what happens                                      | verdict on the engine | on the request     |
+|---------------------------------------------------|-----------------------|--------------------|
+| 4xx                                               | none                  | it is answered     |
+| 5xx, or the reply breaks off; another one answers | a failure             | none               |
+| 5xx, or the reply breaks off; another one's, too  | none                  | it is at fault     |
+| the engine dies or hangs                          | its breaker is open   | suspect, perhaps   |
+"""
+
+import msgspec
+
+from router.core.lifecycle import OpenRequests
+from router.fleet.fleet import Fleet
+from router.fleet.replica import Replica
+from router.resilience.breaker import Failure, TripReason
+from router.resilience.suspects import PROVEN_TOKENS, Suspects
+from router.scheduling.attempt import Attempt, Attempts
+from router.scheduling.hedging import Hedging
+from router.settings import RouterSettings
+from router.types import Decision, Fail, Outcome, Withdraw
+
+# HTTP status of replies that may tell of the engine's trouble rather than of the request's.
+_ENGINE_ERRORS = frozenset((500, 502, 503, 504))
+# Between an engine's step and the snapshot that tells of it, about.
+_REPORT_S = 0.05
+
+
+class Failures:
+    """Takes in failed attempts: the request goes on elsewhere, or it ends; breakers hear of it."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        attempts: Attempts,
+        requests: OpenRequests,
+        hedging: Hedging,
+        suspects: Suspects,
+        settings: RouterSettings,
+    ) -> None:
+        self._fleet = fleet
+        self._attempts = attempts
+        self._requests = requests
+        self._hedging = hedging
+        self._suspects = suspects
+        self._settings = settings
+        # How many were fresh on the engine lost last, whose attempts are reported one by one.
+        self._lost: tuple[Replica | None, int] = (None, 0)
+
+    def on_attempt_failed(
+        self,
+        request_id: str,
+        replica_id: str,
+        failure: Failure | None,
+        now_s: float,
+        *,
+        can_retry: bool = True,
+        has_begun: bool = False,
+        num_output_tokens: int = 0,
+    ) -> list[Decision]:
+        """Leave a request to its other attempt, place it again, or give it up.
+
+        `failure` is what the engine did to this request alone: the retry counts against the
+        budget, and the failure for the breaker if the request fares better elsewhere. None
+        where the engine as a whole was lost or left: then its breaker keeps a storm off, and
+        what the other engines get is no more than it had; but the request may be why
+        (`router.resilience.suspects`). The shell knows whether it `can_retry`,
+        whether the reply `has_begun`, so that only an engine can go on with it, and how many
+        tokens this engine has generated that another will have to prefill.
+        """
+        attempt = self._attempts.get(request_id, replica_id)
+        if attempt is None:
+            return []
+        if failure is None:
+            self._judge_loss(attempt, num_output_tokens, now_s)
+        else:
+            self._keep_failed_call(attempt)
+        if not can_retry:
+            return [Fail(request_id), *self._requests.end(request_id, Outcome.FAILED, now_s)]
+        if self._attempts.others(attempt):
+            self._hedging.end_in_favour(attempt)
+            return self._requests.place_held(now_s)
+        return self._requests.retry(
+            attempt,
+            now_s,
+            costs_retry=failure is not None,
+            has_begun=has_begun,
+            num_output_tokens=num_output_tokens,
+        )
+
+    def on_error_reply(
+        self,
+        request_id: str,
+        replica_id: str,
+        now_s: float,
+        *,
+        status: int,
+        can_retry: bool,
+        has_begun: bool,
+        num_output_tokens: int,
+    ) -> list[Decision]:
+        """Hear that an engine answers with an HTTP error. Return [] to let the client have it.
+
+        A client's error (4xx) is no verdict on the engine. An engine's (5xx) may be the request's
+        fault or the engine's: it is tried once more, elsewhere if there is an elsewhere. Only if
+        that goes well it was the engine's; the second one that says so is believed. The
+        other arguments are those of `on_attempt_failed`.
+        """
+        attempt = self._attempts.get(request_id, replica_id)
+        if attempt is None:
+            return []
+        attempt.is_error = True
+        is_hedged = bool(self._attempts.others(attempt))
+        is_believed = bool(attempt.request.failed_calls) and not is_hedged
+        if status not in _ENGINE_ERRORS or (is_believed and not has_begun):
+            return []
+        withdraw = Withdraw(request_id, replica_id, attempt.booking)
+        decisions = self.on_attempt_failed(
+            request_id,
+            replica_id,
+            Failure.ERROR,
+            now_s,
+            can_retry=can_retry and not is_believed,
+            has_begun=has_begun,
+            num_output_tokens=num_output_tokens,
+        )
+        return [withdraw, *decisions]
+
+    def blame_engines(self, attempt: Attempt, now_s: float) -> None:
+        """Count the failures before this attempt against the engines: this one answers."""
+        for replica_id, permit in attempt.request.failed_calls:
+            if (replica := self._fleet.get(replica_id)) is not None:
+                replica.breaker.record_late_failure(permit, Failure.ERROR, now_s)
+                self._fleet.refresh(replica)
+        attempt.request = msgspec.structs.replace(attempt.request, failed_calls=())
+
+    def _keep_failed_call(self, attempt: Attempt) -> None:
+        """Keep a failed call in mind without a verdict, until it shows whose fault it was."""
+        call = (attempt.replica.id, attempt.permit)
+        for each in self._attempts.of(attempt.request.id):
+            calls = (*each.request.failed_calls, call)
+            each.request = msgspec.structs.replace(each.request, failed_calls=calls)
+
+    def _was_only_one(self, attempt: Attempt, now_s: float) -> bool:
+        """Whether nobody else was fresh on the engine when it was lost."""
+        replica, _ = self._lost
+        if replica is not attempt.replica:
+            on_board = self._attempts.at_replica(attempt.replica)
+            self._lost = attempt.replica, sum(each.is_fresh(now_s) for each in on_board)
+        return self._lost[1] == 1
+
+    def _judge_loss(self, attempt: Attempt, num_output_tokens: int, now_s: float) -> None:
+        """Suspect a request of the loss of its engine, or refuse it, if it may be why.
+
+        The engine has generated `num_output_tokens` for it. What was silent, or was left for
+        another reason, tells nothing of it.
+        """
+        breaker = attempt.replica.breaker
+        if num_output_tokens >= PROVEN_TOKENS or attempt.is_probe:
+            return
+        if breaker.reason not in (TripReason.LOST, TripReason.HUNG):
+            return
+        stuck_s, _ = attempt.replica.step_wait_s(now_s)
+        if stuck_s > self._settings.hang_s and attempt.placed_s > now_s - stuck_s + _REPORT_S:
+            return  # it came when the step that never ended had begun
+        if attempt.is_alone and self._was_only_one(attempt, now_s):
+            self._suspects.refuse(attempt.request, now_s)
+        else:
+            self._suspects.accuse(attempt.request, now_s)
+            self._requests.mark_suspects(attempt.request)
