@@ -11,12 +11,13 @@ from router.fleet.block_log import BlockLog
 from router.types import EngineInfo, EngineSnapshot
 from serving.config import Config
 from serving.planning.plan import Plan
-from serving.stream.accounting import RequestAccounting
+from serving.stream.accounting import RequestAccounting, current_accounting
+from serving.stream.record import Entry
 
 INFO = EngineInfo(
     model="fake-model",
     tasks=("generate",),
-    max_model_len=4096,
+    max_model_len=32_768,
     max_num_seqs=64,
     max_num_batched_tokens=512,
     num_kv_tokens=100_000,
@@ -74,6 +75,13 @@ class FakeEngine:
     async def shutdown(self) -> None:
         self.dead = True
 
+    @staticmethod
+    def _record(token_id: int) -> None:
+        """Count a chunk as a token that was generated."""
+        if (accounting := current_accounting.get()) is not None:
+            accounting.recorder.add_entry(Entry(0, (token_id,)), is_streamed=True)
+            accounting.recorder.end_group()
+
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = msgspec.json.decode((await receive())["body"])
         self.bodies.append(body)
@@ -88,6 +96,7 @@ class FakeEngine:
                 self.num_cancelled += 1
                 return
             self.num_steps += 1
+            self._record(number)
             chunk = self.chunk % number if b"%d" in self.chunk else self.chunk
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
             if self.num_steps == self.closes_at:

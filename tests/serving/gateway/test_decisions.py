@@ -71,20 +71,20 @@ async def test_holding_and_refusing(decided):
 
 async def test_giving_up(decided):
     async with running(num_engines=1, router={"max_attempts": 1}) as system:
-        close_gates(system)
-        task = await asked(system)
-        system.servers[0].close()
-        assert (await task).status_code == 502
-        assert kinds(decided) == {Dispatch, Fail}
+        system.engines[0].status = 500
+        reply = await system.client.post(CHAT, json=system.chat())
+        assert reply.status_code == 502
+        assert kinds(decided) == {Dispatch, Withdraw, Fail}
         system.assert_empty()
 
 
 async def test_leaving_an_engine_that_hangs(decided):
-    async with running(router={"hang_s": 1.0}) as system:
+    async with running(num_engines=3, router={"hang_s": 1.0}) as system:
         close_gates(system)
         task = await asked(system, max_tokens=1)
         (index,) = (i for i, server in enumerate(system.servers) if server.num_streams)
-        system.engines[1 - index].gate.set()
+        for engine in (*system.engines[:index], *system.engines[index + 1 :]):
+            engine.gate.set()
         reply = await task
         assert reply.status_code == 200
         assert kinds(decided) == {Dispatch, Evacuate}

@@ -6,6 +6,7 @@ import contextlib
 import pytest
 
 from router.resilience.breaker import TripReason
+from router.resilience.suspects import PROVEN_TOKENS
 from tests.support.running_gateway import CHAT, System, running
 
 NUMBERED = b"data: %d\n\n"
@@ -40,7 +41,9 @@ async def begun(system: System, path: str = CHAT, **fields):
     body = system.chat(max_tokens=8_000, **fields)
     async with system.client.stream("POST", path, json=body) as reply:
         pieces = reply.aiter_text()
-        first = await anext(pieces)
+        first = ""
+        while first.count("data: ") < PROVEN_TOKENS:
+            first += await anext(pieces)
         stop(system)
 
         async def rest() -> str:
@@ -50,7 +53,7 @@ async def begun(system: System, path: str = CHAT, **fields):
 
 
 async def test_before_the_first_token_another_engine_takes_over():
-    async with running() as system:
+    async with running(num_engines=3) as system:
         stop(system)
         task = asyncio.create_task(system.client.post(CHAT, json=system.chat(max_tokens=3)))
         await system.until(lambda: system.num_engine_streams == 1)
@@ -60,6 +63,47 @@ async def test_before_the_first_token_another_engine_takes_over():
         assert reply.status_code == 200
         assert reply.text.count("data: {}") == 3
         assert system.outcomes["completed"] == 1
+        system.assert_empty()
+
+
+async def test_the_last_engine_is_not_risked_for_who_may_have_ended_the_other():
+    async with running() as system:
+        stop(system)
+        task = asyncio.create_task(system.client.post(CHAT, json=system.chat(max_tokens=3)))
+        await system.until(lambda: system.num_engine_streams == 1)
+        ended = busy_index(system)
+        system.servers[ended].close()
+        go_on(system)
+        await system.until(lambda: system.gateway.state().held.num_requests == 1)
+        reply = await system.client.post(CHAT, json=system.chat(max_tokens=2))
+        assert reply.text.count("data: {}") == 2  # others go on
+        await asyncio.sleep(0.1)
+        assert system.gateway.state().held.num_requests == 1
+        await system.add_engine()
+        assert (await task).text.count("data: {}") == 3
+        assert system.engines[2].num_started == 1
+        system.assert_empty()
+
+
+async def test_who_ends_two_engines_is_refused():
+    async with running(num_engines=3) as system:
+        stop(system)
+        body = system.chat(max_tokens=3, user="poison")
+        task = asyncio.create_task(system.client.post(CHAT, json=body))
+        await system.until(lambda: system.num_engine_streams == 1)
+        first = busy_index(system)
+        system.servers[first].close()
+        others = {0, 1, 2} - {first}
+        await system.until(lambda: any(system.engines[index].num_started for index in others))
+        [second] = (index for index in others if system.engines[index].num_started)
+        system.servers[second].close()
+        await system.until(lambda: not system.gateway.state().num_placed)
+        go_on(system)
+        for reply in (await task, await system.client.post(CHAT, json=body)):
+            assert reply.status_code == 400
+            assert reply.json()["error"]["code"] == "ends_engines"
+        assert (await system.client.post(CHAT, json=system.chat())).status_code == 200
+        assert system.gateway.state().suspects.num_refused == 1
         system.assert_empty()
 
 
