@@ -63,7 +63,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_tokens: int  # estimated before dispatch unless the body has token ids
     max_output_tokens: int | None = None  # the client's own limit
     num_expected_output_tokens: int = 128  # predicted by the router, per sequence
-    num_sequences: int = 1  # OpenAI's `n`
+    num_prompts: int = 1  # a list of prompts is one request
+    num_sequences: int = 1  # OpenAI's `n`, of each prompt
     # What the model's engines took per prompt token when it came; set by the router.
     prefill_s_per_token: float = float("inf")
     # Its place in the order of service, earliest deadline first (`router.queueing.deadline`);
@@ -113,6 +114,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     async_scheduling: bool = False  # a step is launched before the one before it has ended
     num_kv_tokens: int  # capacity of the KV cache, tokens
     block_size: int  # tokens per KV block
+    vocab_size: int = 0  # tokens; 0 = unknown
     aliases: tuple[str, ...] = ()  # further names of the model, LoRA adapters among them
     root: str = ""  # where the model was loaded from: Hugging Face id or folder
     adapters: dict[str, str] = {}  # of LoRA: where each was loaded from, by name

@@ -167,4 +167,4 @@ class Failures:
             self._suspects.refuse(attempt.request, now_s)
         else:
             self._suspects.accuse(attempt.request, now_s)
-            self._requests.mark_suspects(attempt.request)
+            self._requests.mark_alike(attempt.request, are_suspects=True)

@@ -154,11 +154,12 @@ class OpenRequests:
         self.num_retries += 1
         return [*decisions, *self.place_held(now_s)]  # in the room that is free now
 
-    def mark_suspects(self, request: Request) -> None:
-        """Have what is held of a suspect's body wait for an engine of its own, too."""
-        for held in self._held_alike(request, request.model):
+    def mark_alike(self, request: Request, *, are_suspects: bool) -> None:
+        """Have what is held of a request's body wait for an engine of its own, or no longer."""
+        now_in = msgspec.structs.replace(request, is_suspect=not are_suspects).queue_name
+        for held in self._held_alike(request, now_in):
             self._queue.remove(held.id)
-            self._queue.push(msgspec.structs.replace(held, is_suspect=True))
+            self._queue.push(msgspec.structs.replace(held, is_suspect=are_suspects))
 
     def _held_alike(self, request: Request, queue_name: str) -> list[Request]:
         """Return the held requests of the same body."""

@@ -190,15 +190,20 @@ class Router:
             attempt.replica.breaker.record_success(attempt.permit, now_s)
             if usage is not None:
                 self._predictions.on_finish(attempt, usage, now_s)
-        if self._suspects:
-            self._suspects.acquit(attempt.request)
+        if self._suspects and self._suspects.acquit(attempt.request):
+            self._requests.mark_alike(attempt.request, are_suspects=False)
         return [*withdrawn, *self._requests.end(request_id, Outcome.COMPLETED, now_s, usage)]
 
-    def on_cancel(self, request_id: str, now_s: float) -> list[Decision]:
-        """End a request whose client has left, held or at an engine or provider: RENEGED."""
+    def on_cancel(
+        self, request_id: str, now_s: float, usage: Usage | None = None
+    ) -> list[Decision]:
+        """End a request whose client has left, held or at an engine or provider: RENEGED.
+
+        `usage` is what an engine has spent on it until then, if that is known.
+        """
         was_away = self._calls.cancel_call(request_id, now_s)
         if not was_away and self._queue.remove(request_id) is None:
-            return self._requests.end(request_id, Outcome.RENEGED, now_s)
+            return self._requests.end(request_id, Outcome.RENEGED, now_s, usage)
         return self._requests.close(Outcome.RENEGED, now_s)
 
     def on_prompt(

@@ -42,6 +42,7 @@ class Reply:
     """One request's reply, from whichever engine."""
 
     __slots__ = (
+        "_can_resume",
         "_checksum",
         "_num_bytes",
         "_num_counted_tokens",
@@ -51,10 +52,11 @@ class Reply:
     )
 
     def __init__(self, records: Records, *, can_resume: bool) -> None:
-        """Without `can_resume` nothing is recorded, and once it has begun no other can go on."""
+        """Without `can_resume` the record only counts: once it has begun no other can go on."""
         self.awaits_first_byte = True  # from the engine that has it now
         self._records = records
-        self._record: bytearray | None = bytearray() if can_resume else None
+        self._record: bytearray | None = bytearray()
+        self._can_resume = can_resume
         self._num_bytes = 0
         self._checksum = 0
         self._num_counted_tokens = 0
@@ -67,17 +69,25 @@ class Reply:
     @property
     def can_go_on(self) -> bool:
         """Whether an engine can take it over: from the beginning, or from where it is."""
-        return not self.has_begun or self._record is not None
+        return not self.has_begun or (self._can_resume and self._record is not None)
 
     @property
     def record(self) -> bytes:
-        """What engines have generated of it, as far as it was kept."""
+        """What engines have generated of it, as far as another can go on from there."""
+        return self.generated if self._can_resume else b""
+
+    @property
+    def generated(self) -> bytes:
+        """What was generated for it, as far as it was kept; to be counted."""
         return bytes(self._record or b"")
 
     def resume(self) -> Resume | None:
         """Return what another engine needs to go on; None where nothing has been generated."""
         self.awaits_first_byte = True
-        if not self._num_bytes and not self._record:
+        if not self._can_resume and self._record is not None:
+            self._drop_record()  # it begins anew, and so does the count
+            self._record = bytearray()
+        if not self._num_bytes and not self.record:
             return None
         return Resume(self.record, self._num_bytes, self._checksum)
 

@@ -62,9 +62,9 @@ class Suspects:
         """Refuse a body: an engine died or hung that it had to itself."""
         self._add(request, _Record(now_s, is_refused=True))
 
-    def acquit(self, request: Request) -> None:
-        """Clear a body: it was answered."""
-        self._records.pop(body_of(request), None)
+    def acquit(self, request: Request) -> bool:
+        """Clear a body: it was answered. Return whether anything was held against it."""
+        return self._records.pop(body_of(request), None) is not None
 
     def is_suspect(self, request: Request, now_s: float) -> bool:
         """Whether anything is held against the body of a request."""

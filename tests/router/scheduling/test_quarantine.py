@@ -110,6 +110,18 @@ class TestOneSuspect:
         router.on_finish("a", None, 2.0)
         assert router.state(2.0).suspects.num_suspects == 0
 
+    def test_with_one_that_is_answered_all_of_its_body_are_cleared(self):
+        """Many send the same: a probe, a benchmark. They must not wait for one another for long."""
+        router = make_router(3)
+        [first] = router.on_arrival(req("a", fingerprint=7), 0.0)
+        [again] = lose(router, first.replica_id, 1.0)
+        for number in range(4):
+            request = req(f"b{number}", fingerprint=7, arrival_s=1.0)
+            assert router.on_arrival(request, 1.0) == [Hold(request.id)]
+        router.on_answer("a", again.replica_id, 1.5)
+        decisions = router.on_finish("a", None, 2.0)
+        assert {each.request_id for each in decisions} == {"b0", "b1", "b2", "b3"}
+
     def test_two_of_one_body_are_not_tried_at_the_same_time(self):
         router = make_router(4)
         [first] = router.on_arrival(req("a", fingerprint=7), 0.0)
