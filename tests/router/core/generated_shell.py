@@ -249,6 +249,20 @@ class Shell(RuleBasedStateMachine):
         replicas = self.router.state(self.now_s).replicas
         return {replica_id: replica.breaker for replica_id, replica in replicas.items()}
 
+    def quarantined(self) -> set[str]:
+        """Engines that a suspect has, or will have, to itself."""
+        replicas = self.router.state(self.now_s).replicas
+        return {replica_id for replica_id, replica in replicas.items() if replica.is_quarantined}
+
+    def waiting_for(self, replica_id: str) -> list[str]:
+        """Held requests that this engine serves, but for suspects, which it may be too good for."""
+        return [
+            request.id
+            for request in self.held.values()
+            if request.model in NAMES[replica_id]
+            and not self.router._queue.get(request.id).is_suspect
+        ]
+
     def evacuate(self, decision: Evacuate) -> None:
         """Only from engines with an open breaker, and only while there is work on them."""
         replica_id = decision.replica_id

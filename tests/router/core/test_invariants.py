@@ -314,16 +314,26 @@ class Events(Shell):
     def nobody_waits_for_an_idle_engine(self):
         holds = self.router.state(self.now_s).holds
         breakers = self.breakers()
+        quarantined = self.quarantined()
         for replica_id, engine in self.engines.items():
             breaker = breakers[replica_id]
             # Slow start goes by calls: idle by its report, it may have one whose end is on its way.
             num_calls = max(1.0, breaker.share * MAX_NUM_SEQS)
             is_full = breaker.share < 1.0 and len(engine.calls) >= num_calls
-            if breaker.state is not BreakerState.CLOSED or is_full:
+            if breaker.state is not BreakerState.CLOSED or is_full or replica_id in quarantined:
                 continue
             if engine.accepts_work and (engine.is_idle or not holds):
-                waiting = [r.id for r in self.held.values() if r.model in NAMES[replica_id]]
-                assert waiting == []
+                assert self.waiting_for(replica_id) == []
+
+    @invariant()
+    def a_quarantined_engine_has_its_suspect_or_will_have_it(self):
+        """Or its suspect was on it when it was lost, of which the shell has yet to tell."""
+        for replica_id in self.quarantined():
+            holder = self.router._placer._quarantine._claims[replica_id]
+            at_engine = self.router._attempts.get(holder.id, replica_id)
+            assert holder.id in self.router._queue or at_engine is not None
+            held = self.router._queue.get(holder.id)
+            assert held is None or held.is_suspect
 
     @invariant()
     def breakers_know_the_calls_and_nobody_waits_to_be_a_probe(self):
@@ -340,7 +350,7 @@ class Events(Shell):
                 and engine.is_idle
                 and self.probes.get(replica_id) not in engine.calls
             ):
-                assert [r.id for r in self.held.values() if r.model in NAMES[replica_id]] == []
+                assert self.waiting_for(replica_id) == []
 
     def teardown(self):
         """When the load is gone, so is every booking."""
