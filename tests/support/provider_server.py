@@ -6,6 +6,7 @@ import json
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from aiohttp import web
 
@@ -16,6 +17,17 @@ from tests.support.running_gateway import System
 MODEL = "their-model"
 MODELS = {"fake-model": MODEL}  # ours by name, theirs
 NUMBERS = tuple("0123456789")  # words of a reply
+
+
+@dataclass(frozen=True)
+class Script:
+    """A reply byte by byte, and what becomes of the connection after it."""
+
+    body: bytes
+    tail: bytes = b""  # comes a little later
+    end: Literal["whole", "broken", "open", "comments"] = "whole"
+    status: int = 200
+    content_type: str = "text/event-stream"
 
 
 @dataclass
@@ -31,6 +43,7 @@ class ProviderServer:
     max_events: int = 1_000_000  # in one stream, several tokens each where there are more
     trouble: str | None = None
     words: tuple[str, ...] = ()  # its tokens, if not its name; goes on where another stopped
+    script: "Script | None" = None  # what it answers to everything
     url: str = ""
     name: str = "provider"
     first_s: float | None = None
@@ -82,6 +95,8 @@ class ProviderServer:
             return _error(401, "Incorrect API key provided")
         body = await request.json()
         self.bodies.append(body)
+        if self.script is not None:
+            return await self._play(request, self.script)
         now_s = asyncio.get_running_loop().time()
         if self.first_s is None:
             self.first_s = now_s
@@ -110,6 +125,22 @@ class ProviderServer:
         finally:
             self.num_open -= 1
             self._transports.discard(request.transport)
+
+    async def _play(self, request: web.Request, script: Script) -> web.StreamResponse:
+        headers = {"content-type": script.content_type}
+        response = web.StreamResponse(status=script.status, headers=headers)
+        await response.prepare(request)
+        await response.write(script.body)
+        if script.tail:
+            await asyncio.sleep(0.05)
+            await response.write(script.tail)
+        if script.end == "broken":
+            request.transport.close()
+        while script.end in ("open", "comments"):
+            await asyncio.sleep(0.05)
+            if script.end == "comments":
+                await response.write(b": ping\n\n")
+        return response
 
     async def _stream(self, request, body, num_tokens, usage, headers) -> web.StreamResponse:
         response = web.StreamResponse(headers={**headers, "content-type": "text/event-stream"})
@@ -170,7 +201,7 @@ async def serving(port: int = 0, **fields) -> AsyncIterator[ProviderServer]:
 async def listening(server: ProviderServer, port: int = 0) -> AsyncIterator[int]:
     """The port on which the server answers within the block; then open streams break."""
     app = web.Application(client_max_size=2**26)
-    app.router.add_post("/v1/chat/completions", server.answer)
+    app.router.add_post("/v1/{path:.*}", server.answer)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True)

@@ -10,11 +10,11 @@ end is told to `CallEvents`.
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, Protocol
 
 import msgspec
-from pydantic import SecretStr
+from pydantic import SecretStr, TypeAdapter
 
 from router import Failure, Fallback, Usage
 from router.limits.rate_limit import RateReport
@@ -32,20 +32,18 @@ from serving.gateway.providers.http_client import (
     ProviderReply,
 )
 from serving.gateway.providers.leases import Leases
+from serving.gateway.providers.provider_error import ErrorCause, ProviderError, decode_error
 from serving.gateway.providers.rate_headers import rate_report
 from serving.stream.frames import Headers
 
 logger = logging.getLogger(__name__)
 
-# Statuses that tell of the request, which any other provider would refuse as well.
-_CLIENTS_FAULT = frozenset((400, 413, 415, 422))
-# Statuses that the next call under the same key would get, too.
-_KEYS_FAULT = frozenset((401, 402, 403))
-# OpenAI's codes of a 429 that no waiting helps against.
-_OUT_OF_MONEY = (b"insufficient_quota", b"billing_hard_limit_reached")
-_MAX_ERROR_BYTES = 64 * 2**10
+_MAX_ERROR_BYTES = 2**20  # validation errors say the request back
+_MAX_WORDS = 500  # of an error's message that are passed on
+_END_S = 1.0  # for the end of the connection after the end of the reply
 # Fields of the body that mean something to us alone.
 _OURS = ("priority_class",)
+_as_flag = TypeAdapter(bool | None).validate_python
 # Endpoints whose streams bear usage only if asked to.
 _USAGE_ON_REQUEST = frozenset(("/v1/chat/completions", "/v1/completions"))
 
@@ -75,7 +73,7 @@ class CallEvents(Protocol):
 
 
 class _Refused(Exception):
-    """The provider has answered 429."""
+    """The provider has answered 429, by its status or in words."""
 
     def __init__(self, headers: Mapping[str, str]) -> None:
         super().__init__("429")
@@ -88,7 +86,8 @@ class ProviderCall:
     def __init__(self, exchange: Exchange, window_bytes: int, events: CallEvents) -> None:
         self.exchange = exchange
         self.events = events
-        self.has_begun = False  # the reply
+        self.has_begun = False  # to answer: content goes to the client
+        self.reader: ReplyReader | None = None  # of the reply, once it was asked for
         self.task: asyncio.Task[None] | None = None
         self._credit_bytes = window_bytes  # may be passed on before the client takes any
         self._credit = asyncio.Event()
@@ -203,7 +202,7 @@ class Providers:
         """Make the call and tell how it ended."""
         exchange, events = call.exchange, call.events
         try:
-            usage = await self._relay_reply(call, config, client, api_key)
+            await self._relay_reply(call, config, client, api_key)
         except _Refused as refused:
             report = rate_report(refused.headers)
             logger.info("provider %s answered 429 (%s)", name, report)
@@ -218,20 +217,24 @@ class Providers:
             logger.exception("call to provider %s", name)
             self._fail_call(call, name, ProviderFailed(type(error).__name__))
         else:
-            self._forget_call(call)
-            events.on_provider_complete(exchange, usage)
+            self._complete_call(call)
+
+    def _complete_call(self, call: ProviderCall) -> None:
+        """Tell that a call's answer is whole; give the client the end that is missing."""
+        self._forget_call(call)
+        reader = call.reader
+        if reader is not None and reader.is_whole and not reader.is_complete:
+            call.exchange.on_data(DONE)
+        call.events.on_provider_complete(call.exchange, reader.usage if reader else None)
 
     def _fail_call(self, call: ProviderCall, name: str, failed: ProviderFailed) -> None:
         """Tell that a call has failed, or that it is complete if only its end is missing."""
-        exchange = call.exchange
         logger.warning("provider %s failed: %s", name, failed)
-        self._forget_call(call)
-        continuation = exchange.continuation
-        if continuation is not None and continuation.has_finished:
-            exchange.on_data(DONE)  # nothing is missing but the end, and perhaps the usage
-            call.events.on_provider_complete(exchange, None)
+        if call.has_begun and call.reader is not None and call.reader.is_whole:
+            self._complete_call(call)
             return
-        call.events.on_provider_failed(exchange, failed, f"provider {name}: {failed}")
+        self._forget_call(call)
+        call.events.on_provider_failed(call.exchange, failed, f"provider {name}: {failed}")
 
     def _forget_call(self, call: ProviderCall) -> None:
         if self._calls.get(call.exchange.request.id) is call:
@@ -239,11 +242,8 @@ class Providers:
 
     async def _relay_reply(
         self, call: ProviderCall, config: ProviderConfig, client: Client, api_key: SecretStr | None
-    ) -> Usage | None:
-        """Pass the provider's reply on. Return its usage, None if it did not say.
-
-        Raises `_Refused`, `ProviderFailed` and `TimeoutError`.
-        """
+    ) -> None:
+        """Pass the provider's reply on. Raises `_Refused`, `ProviderFailed` and `TimeoutError`."""
         exchange = call.exchange
         body, hides_usage = _body_for(config, exchange)
         continuation = exchange.continuation
@@ -253,57 +253,46 @@ class Providers:
         elif self._continues and can_continue(exchange.path, body):
             continuation = Continuation()
         is_stream = bool(body.get("stream"))
-        reader = ReplyReader(stream=is_stream, hides_usage=hides_usage)
         first_s = config.first_token_timeout_s if is_stream else config.whole_timeout_s
         async with (
             asyncio.timeout(first_s) as timer,
             client.post(exchange.path, body, api_key) as reply,
         ):
-            await self._check_head(call, reply)
-            # Nothing is passed on before a first event shows that all is well.
-            passed = b""
+            if reply.status != 429:
+                call.events.on_provider_answer(exchange, rate_report(reply.headers))
+            if reply.status != 200:
+                text = await _clients_error(call, reply)
+                timer.reschedule(None)
+                self._begin_reply(call, config, reply)
+                await call.pass_bytes(text)
+                return
             loop = asyncio.get_running_loop()
-            async for chunk in reply.chunks():
-                passed += reader.feed(chunk)
-                if not passed:
-                    continue
-                if reader.error is not None and (continuation is not None or not call.has_begun):
-                    raise ProviderFailed(f"it answered with an error: {reader.error}")
-                if continuation is not None and not (passed := continuation.pass_events(passed)):
-                    continue
-                if not call.has_begun:
-                    exchange.continuation = continuation
-                    self._begin_reply(call, config, reply)
-                timer.reschedule(None)  # a slow client is not the provider's fault
-                await call.pass_bytes(passed)
-                passed = b""
-                timer.reschedule(loop.time() + config.stall_timeout_s)
-            timer.reschedule(None)
-            if not reader.is_complete and reply.status == 200:
-                raise ProviderFailed("the reply broke off")
-            if rest := reader.flush():
-                if not call.has_begun:
-                    self._begin_reply(call, config, reply)
-                await call.pass_bytes(rest)
-            if not call.has_begun:
-                raise ProviderFailed("it answered nothing")
-        return reader.usage
-
-    async def _check_head(self, call: ProviderCall, reply: ProviderReply) -> None:
-        """Take in status and headers. Raises `_Refused` and `ProviderFailed`."""
-        exchange = call.exchange
-        status = reply.status
-        if status == 429:
-            text = await _error_text(reply)
-            if any(code in text for code in _OUT_OF_MONEY):
-                raise ProviderFailed("the account has no money left", lasts=True)
-            raise _Refused(reply.headers)
-        report = rate_report(reply.headers)
-        call.events.on_provider_answer(exchange, report)
-        if status in _KEYS_FAULT:
-            raise ProviderFailed(f"it answered {status}: the key is not accepted", lasts=True)
-        if status != 200 and (exchange.reply.has_begun or status not in _CLIENTS_FAULT):
-            raise ProviderFailed(f"it answered {status}")
+            reader = call.reader = ReplyReader(
+                stream=is_stream, hides_usage=hides_usage, num_choices=_num_choices(body)
+            )
+            # Nothing is passed on before some content shows that this is an answer.
+            async for passed in _pieces(reply, reader):
+                if reader.error is not None and not (call.has_begun or reader.is_whole):
+                    break  # nobody has seen what came before it
+                events = passed if continuation is None else continuation.pass_events(passed)
+                if events:
+                    left_s = (timer.when() or 0.0) - loop.time()
+                    timer.reschedule(None)  # a slow client is not the provider's fault
+                    if not call.has_begun:
+                        exchange.continuation = continuation
+                        self._begin_reply(call, config, reply)
+                    await call.pass_bytes(events)
+                    # A comment tells that the connection lives, not that somebody answers.
+                    stall_s = config.stall_timeout_s if reader.has_news else left_s
+                    timer.reschedule(loop.time() + (_END_S if reader.is_complete else stall_s))
+                if reader.error is not None:
+                    break
+            if reader.error is not None:
+                raise _exception_of(call, reply, reader.error)
+            if not reader.is_whole:
+                raise ProviderFailed(
+                    "the reply broke off" if call.has_begun else "it answered nothing"
+                )
 
     def _begin_reply(
         self, call: ProviderCall, config: ProviderConfig, reply: ProviderReply
@@ -347,6 +336,8 @@ def _body_for(config: ProviderConfig, exchange: Exchange) -> tuple[dict[str, Any
     body["model"] = config.models[exchange.request.model]
     for field in _OURS:
         body.pop(field, None)
+    if "stream" in body:  # as vLLM takes it: the reply is read as one of this kind
+        body["stream"] = _as_flag(body["stream"])
     hides_usage = False
     if config.asks_usage and body.get("stream") and exchange.path in _USAGE_ON_REQUEST:
         options = body.get("stream_options") or {}
@@ -355,11 +346,44 @@ def _body_for(config: ProviderConfig, exchange: Exchange) -> tuple[dict[str, Any
     return body, hides_usage
 
 
-async def _error_text(reply: ProviderReply) -> bytes:
-    """Return the body of an error, or the beginning of a large one."""
+def _num_choices(body: dict[str, Any]) -> int:
+    """How many choices the reply to a request has: `n` for each of its prompts."""
+    n, prompt = body.get("n"), body.get("prompt")
+    num_prompts = 1
+    if isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt):
+        num_prompts = len(prompt)
+    return num_prompts * (n if isinstance(n, int) else 1)
+
+
+async def _pieces(reply: ProviderReply, reader: ReplyReader) -> AsyncIterator[bytes]:
+    """What the client is to get of a reply, as it comes."""
+    async for chunk in reply.chunks():
+        yield reader.feed(chunk)
+    yield reader.flush()
+
+
+async def _clients_error(call: ProviderCall, reply: ProviderReply) -> bytes:
+    """Return the body of an error that is the client's own fault. Raise what any other is."""
     text = b""
     async for chunk in reply.chunks():
         text += chunk
         if len(text) > _MAX_ERROR_BYTES:
             break
+    error = decode_error(text) or ProviderError()
+    is_clients = error.cause(reply.status) is ErrorCause.REQUEST
+    if not text or not is_clients or call.exchange.reply.has_begun:
+        raise _exception_of(call, reply, error)
     return text
+
+
+def _exception_of(call: ProviderCall, reply: ProviderReply, error: ProviderError) -> Exception:
+    """Return what to raise for an error that the provider answered with."""
+    cause, status = error.cause(reply.status), reply.status
+    if cause is ErrorCause.RATE and not call.has_begun:
+        return _Refused(reply.headers)
+    if cause is ErrorCause.MONEY:
+        return ProviderFailed("the account has no money left", lasts=True)
+    if cause is ErrorCause.KEY:  # not in its words: they may hold the key
+        return ProviderFailed(f"it answered {status}: the key is not accepted", lasts=True)
+    words = f"with an error: {error.message[:_MAX_WORDS]}" if status == 200 else str(status)
+    return ProviderFailed(f"it answered {words}")

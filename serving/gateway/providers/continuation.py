@@ -41,7 +41,6 @@ class Continuation:
         self.text = ""
         self.num_tokens = 0  # about: one an event
         self.is_text = True  # nothing else has come so far
-        self.has_finished = False  # its last token has come
         self._shared_fields: dict[str, Any] = {}  # what every event of the reply says
         self._num_earlier_tokens = 0  # of providers before the one that has it now
         self._was_moved = False  # from the provider that began it
@@ -104,14 +103,13 @@ class Continuation:
         return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
 
     def _note_chunk(self, chunk: dict[str, Any]) -> str:
-        """Note what a chunk bears beside text, and whether it is the last. Return its text."""
+        """Note whether a chunk bears more than text. Return its text."""
         content = ""
         for choice in chunk.get("choices") or ():
             delta = choice.get("delta") or {}
             content = delta.get("content") or ""
             others = {name for name, value in delta.items() if value} - {"role", "content"}
             self.is_text = self.is_text and not others
-            self.has_finished = self.has_finished or choice.get("finish_reason") is not None
         return content
 
     def _add_text(self, content: str) -> None:
