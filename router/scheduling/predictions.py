@@ -75,7 +75,7 @@ class Predictions:
         self._accuracy["latency"].add(attempt.predicted_latency_s, now_s - attempt.placed_s)
         num_more = usage.num_output_tokens / request.num_sequences - 1.0
         if first_s is not None and first_s < now_s and num_more > 0.0:
-            self._accuracy["tpot"].add(attempt.predicted_tpot_s, (now_s - first_s) / num_more)
+            self._accuracy["tpot"].add(attempt.predicted_tpot_s * num_more, now_s - first_s)
 
     def state(self) -> PredictionsState:
         """Return the errors of each predicted time."""

@@ -4,7 +4,7 @@ Nothing is decided by them.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -94,18 +94,21 @@ class Metrics:
 class _StateCollector(Collector):
     """Turn the state into Prometheus's gauges whenever they are read."""
 
-    _ENGINE_GAUGES = (
-        "num_running_reqs",
-        "num_waiting_reqs",
-        "kv_cache_usage",
-        "num_free_kv_tokens",
-        "num_pending_prefill_tokens",
-        "num_decode_context_tokens",
-        "prefill_tokens_per_s",
-        "step_s",
-        "num_preemptions_total",
-        "num_prefix_hits_total",
-    )
+    # Of an engine's snapshot, the field of each metric; names as promtool's linter wants them.
+    _ENGINE_GAUGES: ClassVar = {
+        "num_running_reqs": "num_running_reqs",
+        "num_waiting_reqs": "num_waiting_reqs",
+        "kv_cache_usage": "kv_cache_usage",
+        "num_free_kv_tokens": "num_free_kv_tokens",
+        "num_pending_prefill_tokens": "num_pending_prefill_tokens",
+        "num_decode_context_tokens": "num_decode_context_tokens",
+        "prefill_tokens_per_second": "prefill_tokens_per_s",
+        "step_seconds": "step_s",
+    }
+    _ENGINE_COUNTERS: ClassVar = {
+        "num_preemptions": "num_preemptions_total",
+        "num_prefix_hits": "num_prefix_hits_total",
+    }
 
     def __init__(self, state: Callable[[], GatewayState]) -> None:
         self._state = state
@@ -115,24 +118,28 @@ class _StateCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         state = self._state()
-        for name in self._ENGINE_GAUGES:
-            gauge = GaugeMetricFamily(f"headway_engine_{name}", name, labels=["replica"])
-            for replica_id, replica in state.replicas.items():
-                if replica.snapshot is not None:
-                    gauge.add_metric([replica_id], getattr(replica.snapshot, name))
-            yield gauge
+        for kind, names in (
+            (GaugeMetricFamily, self._ENGINE_GAUGES),
+            (CounterMetricFamily, self._ENGINE_COUNTERS),
+        ):
+            for name, shown in names.items():
+                metric = kind(f"headway_engine_{name}", name, labels=["replica"])
+                for replica_id, replica in state.replicas.items():
+                    if replica.snapshot is not None:
+                        metric.add_metric([replica_id], getattr(replica.snapshot, shown))
+                yield metric
         for name in ("num_requests", "num_tokens", "num_bytes"):
             value = getattr(state.held, name)
             yield GaugeMetricFamily(f"headway_held_{name}", f"hold queue: {name}", value=value)
         error = GaugeMetricFamily(
             "headway_prediction_error",
             "absolute relative error of predicted times, last 1,000 requests",
-            labels=["time", "quantile"],
+            labels=["time", "percentile"],
         )
         for time, accuracy in msgspec.structs.asdict(state.accuracy).items():
-            for quantile, value in (("0.5", accuracy.error_p50), ("0.9", accuracy.error_p90)):
+            for percentile, value in (("50", accuracy.error_p50), ("90", accuracy.error_p90)):
                 if value is not None:
-                    error.add_metric([time, quantile], value)
+                    error.add_metric([time, percentile], value)
         yield error
         for field in msgspec.structs.fields(Consumption):
             usage = CounterMetricFamily(
@@ -151,8 +158,8 @@ class _StateCollector(Collector):
                 is_in = each is replica.breaker.state
                 breakers.add_metric([replica_id, each.value], float(is_in))
         yield breakers
-        yield GaugeMetricFamily(
-            "headway_retries_total", "attempts beyond the first", value=state.retries.num_made
+        yield CounterMetricFamily(
+            "headway_retries", "attempts beyond the first", value=state.retries.num_made
         )
         yield GaugeMetricFamily(
             "headway_retry_budget", "retries left", value=state.retries.budget.balance
@@ -178,8 +185,8 @@ class _StateCollector(Collector):
         for name in ("num_stored", "num_stored_bytes", "num_flight_bytes"):
             value = getattr(state.cache, name) or 0  # unset where Redis has it
             yield GaugeMetricFamily(f"headway_cache_{name}", f"cache: {name}", value=value)
-        outcomes = GaugeMetricFamily(
-            "headway_outcomes_total", "requests by how they ended", labels=["outcome"]
+        outcomes = CounterMetricFamily(
+            "headway_outcomes", "requests by how they ended", labels=["outcome"]
         )
         for outcome, count in state.outcomes.items():
             outcomes.add_metric([outcome], count)

@@ -220,6 +220,22 @@ class TestState:
         assert accuracy.num_compared == 1
         assert accuracy.predicted_over_actual_p50 == pytest.approx(1.0)
 
+    @pytest.mark.parametrize(
+        ("took_s", "error"),
+        [
+            (9 * 0.0201, 0.0),  # the cold guess
+            (9 * 0.01005, 1.0),  # twice as fast as predicted
+            (1e-5, 9 * 0.0201 / 0.05),  # in one piece: no division by nearly nothing
+        ],
+    )
+    def test_the_time_per_token_is_compared_over_all_tokens(self, took_s, error):
+        router = make_router()
+        router.on_arrival(req("a", 100), 0.0)
+        router.on_first_token("a", 1.0)
+        router.on_finish("a", Usage(num_output_tokens=10), 1.0 + took_s)
+        accuracy = router.state(2.0).accuracy.tpot
+        assert accuracy.error_p50 == pytest.approx(error, abs=1e-3)
+
 
 class TestHopeless:
     def test_what_would_expire_before_its_turn_is_refused_at_once(self):
