@@ -140,7 +140,7 @@ def compare(router: Router, name: str, actual_over_predicted: float) -> None:
     """Have 50 predictions of the first token compared with what came."""
     for number in range(50):
         request_id = f"{name}{number}"
-        router.on_arrival(req(request_id, 100), 0.0)
+        router.on_arrival(req(request_id, 1000), 0.0)
         predicted_s = router._attempts.oldest(request_id).predicted_ttft_s
         router.on_first_token(request_id, predicted_s * actual_over_predicted)
         router.on_finish(request_id, None, 1.0)
