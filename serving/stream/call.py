@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+import msgspec
 from starlette.types import ASGIApp, Message
 
 from router.resilience.resume import ResumeSplice, ResumeSpliceError
@@ -32,7 +33,9 @@ class AsgiCall:
 
     The last row, because the request is not what failed, and because vLLM's
     apology under status 200 must not reach the client. A resumed request sends
-    nothing of what the client already has.
+    nothing of what the client already has. A stream that begins with an error is
+    answered with that error and its status: vLLM sends 200 before it looks at all
+    of a request.
 
     `window_bytes` bounds what is on its way to a client that does not read: beyond
     it the response waits here until the gateway acknowledges, and vLLM merges
@@ -68,6 +71,7 @@ class AsgiCall:
         self._splice = ResumeSplice(submit.resume) if submit.resume is not None else None
         self._credit = asyncio.Event()
         self._cancelled = asyncio.Event()
+        self._head: Head | None = None  # until the body begins
         self._body_was_read = False
         self._is_complete = False
         self._task: asyncio.Task[None] | None = None
@@ -154,9 +158,17 @@ class AsgiCall:
             raise ResumeSpliceError("generated again, it differs from what had been sent")
         if message["type"] == "http.response.start":
             headers: Headers = [(bytes(name), bytes(value)) for name, value in message["headers"]]
-            self._post(Head(self.stream, message["status"], headers))
+            self._head = Head(self.stream, message["status"], headers)
             return
+        if self._is_complete:
+            return  # it was an error, and vLLM adds that the stream is done
         body = bytes(message.get("body", b""))
+        if self._head is not None:
+            head, self._head = self._head, None
+            if self._splice is None and (refusal := _refusal(head, body)) is not None:
+                head, body = refusal
+                message = {"type": "http.response.body", "more_body": False}
+            self._post(head)
         if self._splice is not None:
             body = self._splice.cut(body, is_last=not message.get("more_body", False))
         if body:
@@ -166,3 +178,30 @@ class AsgiCall:
             self._credit_bytes -= len(body)
             self._post(Data(self.stream, body, self.accounting.recorder.take_groups()))
         self._is_complete = not message.get("more_body", False)
+
+
+class _Error(msgspec.Struct):
+    code: int
+
+
+class _ErrorEvent(msgspec.Struct):
+    error: _Error
+
+
+_EVENT, _EVENT_END = b"data: ", b"\n\n"
+_decode_error = msgspec.json.Decoder(_ErrorEvent).decode
+
+
+def _refusal(head: Head, body: bytes) -> tuple[Head, bytes] | None:
+    """Return the reply with its own status if a stream begins with an error, None if not."""
+    if head.status != 200 or not body.startswith(_EVENT + b'{"error":'):
+        return None
+    content, separator, _ = body.removeprefix(_EVENT).partition(_EVENT_END)
+    try:
+        status = _decode_error(content).error.code
+    except msgspec.MsgspecError:
+        return None
+    if not separator or not 400 <= status <= 599:
+        return None
+    headers = [(name, value) for name, value in head.headers if name.lower() != b"content-type"]
+    return Head(head.stream, status, [*headers, (b"content-type", b"application/json")]), content

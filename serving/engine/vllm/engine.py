@@ -11,6 +11,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -58,6 +59,7 @@ class VllmEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
+        from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -66,6 +68,7 @@ class VllmEngine:
 
         args = vllm_arguments(plan)
         engine_args = AsyncEngineArgs.from_cli_args(args)
+        propagate_flash_late_interaction(args, engine_args)
         if engine_args.kv_events_config is None:
             # They come with the statistics of their step (`StatsMixin`), not by socket.
             engine_args.kv_events_config = KVEventsConfig(
@@ -91,11 +94,15 @@ class VllmEngine:
             stats.reset_steps()
         app = build_app(args, tasks, llm.model_config)
         await init_app_state(llm, app.state, args, tasks)
+        # Set by vLLM's launcher, which we are in place of: whoever answers for a request that
+        # failed also sees to it that the server ends where the engine is dead. Ours ends anyway.
+        app.state.server = SimpleNamespace(should_exit=False)
         outputs = llm.output_processor
         stats.attach(outputs.request_states)
         resumer = Resumer(outputs.process_outputs, outputs.request_states)
         patches.patch_modules()
         patches.watch_requests(outputs, stats, resumer)
+        patches.blame_requests(llm)
         names = args.served_model_name or [args.model]
         loras = [module.name for module in args.lora_modules or ()]
         info = EngineInfo(
@@ -214,6 +221,28 @@ def vllm_arguments(plan: Plan) -> Any:
         if key not in known:
             raise ConfigError(f"engine.args.{key}: vLLM has no such engine argument")
         setattr(args, key, value)
+    _prepare_parsers(args)
     args.model = args.model_tag = str(plan.model)
     args.served_model_name = [plan.served_model_name]
     return args
+
+
+def _prepare_parsers(args: Any) -> None:
+    """Do what vLLM's launcher does before it starts: load plug-ins, check the parsers' names.
+
+    Raises `ConfigError`.
+    """
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+    from vllm.entrypoints.launchers.launcher import validate_api_server_args
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    try:
+        if args.tool_parser_plugin:
+            ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+        if args.reasoning_parser_plugin:
+            ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+        validate_parsed_serve_args(args)
+        validate_api_server_args(args)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ConfigError(f"engine.args: {error.args[0] if error.args else error}") from error

@@ -74,6 +74,18 @@ PATCHES = (
     ),
     Patch(
         how="replaced",
+        ours="serving.engine.vllm.patches:blame_requests",
+        why="what a request cannot be handed to the core with (a number beyond 64 bits, half a "
+        "surrogate pair) is its own fault; vLLM says that the engine failed, and not why",
+        guards=("test_what_the_core_cannot_be_told_is_refused",),
+        shapes=(
+            Shape(f"{_LLM}.generate", uses="add_request VLLMClientError EngineGenerateError"),
+            *classes("vllm.exceptions", VLLMClientError="", VLLMError=""),
+        ),
+        is_fatal=False,
+    ),
+    Patch(
+        how="replaced",
         ours="serving.engine.vllm.resume:Resumer.record_outputs",
         why="what the core generates is recorded, for another engine to go on from there; what "
         "it generates a second time is kept back",
@@ -275,7 +287,19 @@ PATCHES = (
             Shape(
                 "vllm.entrypoints.launchers.app:build_app", has="args supported_tasks model_config"
             ),
-            Shape("vllm.entrypoints.launchers.cli_args", has="make_arg_parser FrontendArgs"),
+            Shape(
+                "vllm.entrypoints.launchers.launcher:terminate_if_errored",
+                "(server, engine)",
+                uses="should_exit",
+            ),
+            Shape(
+                "vllm.entrypoints.launchers.cli_args",
+                has="make_arg_parser FrontendArgs validate_parsed_serve_args "
+                "propagate_flash_late_interaction",
+            ),
+            Shape("vllm.entrypoints.launchers.launcher:validate_api_server_args", "(args)"),
+            Shape("vllm.tool_parsers:ToolParserManager", has="import_tool_parser"),
+            Shape("vllm.reasoning:ReasoningParserManager", has="import_reasoning_parser"),
             Shape("vllm.utils.argparse_utils:FlexibleArgumentParser"),
             Shape("vllm.usage.usage_lib:UsageContext", has="OPENAI_API_SERVER"),
             Shape(f"{_LLM}.abort", "(self, request_id, internal=False)"),
@@ -451,6 +475,26 @@ def watch_requests(output_processor: Any, stats: "EngineStats", resumer: "Resume
     output_processor.add_request = add_request
     output_processor.process_outputs = process_outputs
     output_processor._update_stats_from_finished = update_stats_from_finished
+
+
+def blame_requests(llm: Any) -> None:
+    """Have an engine refuse, with the reason, the requests that its core cannot be told of.
+
+    The same errors are a client's where vLLM meets them a moment earlier.
+    """
+    from vllm.exceptions import VLLMClientError, VLLMError
+
+    add_request = llm.add_request
+
+    async def add_request_or_refuse(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await add_request(*args, **kwargs)
+        except VLLMError:
+            raise
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise VLLMClientError(f"The request cannot be passed to the engine: {error}") from error
+
+    llm.add_request = add_request_or_refuse
 
 
 @functools.cache  # once per process

@@ -1,7 +1,7 @@
 """A real vLLM engine of the tiny model behind a gateway, each on a loop of its own as deployed."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
@@ -13,6 +13,8 @@ from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
 from serving.planning.hardware import detect_hardware
 from serving.planning.plan import make_plan
+from serving.stream.client import StreamClient
+from serving.stream.frames import Data, End, Head, Headers, Submit
 from serving.stream.server import StreamServer
 from tests.support.running_gateway import free_port
 from tests.support.tiny_model import tiny_model
@@ -26,6 +28,33 @@ ARGS = {
     "enable_auto_tool_choice": True,
     "tool_call_parser": "hermes",
 }
+
+
+class Call:
+    """One request over a stream of its own."""
+
+    def __init__(self, submit: Submit) -> None:
+        self.submit = submit
+        self.status = 0
+        self.headers: Headers = []
+        self.body = b""
+        self.ended = asyncio.Event()
+
+    def on_head(self, client: StreamClient, frame: Head) -> None:
+        self.status, self.headers = frame.status, frame.headers
+
+    def on_data(self, client: StreamClient, frame: Data) -> None:
+        self.body += frame.body
+
+    def on_end(self, client: StreamClient, frame: End) -> None:
+        assert frame.error is None
+        self.ended.set()
+
+    def on_lost(self, client: StreamClient) -> None:
+        self.ended.set()
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None  # nothing else concerns it
 
 
 class Served:
@@ -63,8 +92,8 @@ class Served:
         listener = Listener(gateway.app, self.config.gateway)
         await listener.start()
         host, port = address
-        member = {"host": host, "port": port, "secret": self.server.secret}
-        gateway.driver.engines.set_members({"r0": member})
+        self.member = {"host": host, "port": port, "secret": self.server.secret}
+        gateway.driver.engines.set_members({"r0": self.member})
         while not gateway.driver.engines.infos:
             await asyncio.sleep(0.01)
         return gateway, listener
@@ -85,6 +114,20 @@ class Served:
     def ask(self, body: dict, path: str = "/v1/completions") -> httpx.Response:
         """Send a request for a few tokens of the tiny model."""
         return self.http.post(path, json={"model": "tiny", "max_tokens": 8, **body})
+
+    def ask_engine(self, content: bytes, path: str = "/v1/completions") -> httpx.Response:
+        """Send a body past the gateway, which reads it first and may try twice."""
+        headers = [(b"content-type", b"application/json")]
+        call = Call(Submit(1, "a-request", 1, 0, 0, "POST", path, headers, content))
+
+        async def ask():
+            client = await StreamClient.connect("r0", self.member, call)
+            client.post(call.submit)
+            await call.ended.wait()
+            client.close()
+
+        self._run(self._gateway_loop, ask())
+        return httpx.Response(call.status, headers=call.headers, content=call.body)
 
     def assert_nothing_is_left(self) -> None:
         """What was answered has left the engine, and the engine serves on."""

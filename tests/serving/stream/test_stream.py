@@ -5,6 +5,7 @@ import contextlib
 import os
 
 import msgspec
+import pytest
 
 from serving.stream.client import StreamClient
 from serving.stream.frames import Ack, Cancel, Data, End, Head, Submit
@@ -173,3 +174,57 @@ async def test_a_crash_in_the_engines_app_ends_the_stream_with_an_error():
         client.post(submit(1, num_chunks=1))
         await recorder.until(recorder.ends)
         assert "boom" in recorder.ends()[0].error
+
+
+async def reply_of(app) -> list:
+    """The frames that an application's answer becomes."""
+    async with connected() as (engine, server, client, recorder):
+        engine.app = app
+        client.post(submit(1, num_chunks=1))
+        await recorder.until(recorder.ends)
+        assert server.num_streams == 0
+        return recorder.frames
+
+
+def streaming(*events: bytes):
+    """An application that streams these events, and says that it is done, under status 200."""
+
+    async def app(scope, receive, send):
+        headers = [(b"content-type", b"text/event-stream"), (b"x-a", b"b")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for event in (*events, b"data: [DONE]\n\n"):
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    return app
+
+
+REFUSAL = b'{"error": {"message": "no", "type": "BadRequestError", "param": null, "code": 400}}'
+
+
+async def test_a_stream_that_begins_with_an_error_is_that_error():
+    """vLLM has sent 200 when it finds out."""
+    head, data, end = await reply_of(streaming(b"data: " + REFUSAL + b"\n\n"))
+    assert (head.status, dict(head.headers)) == (
+        400,
+        {b"content-type": b"application/json", b"x-a": b"b"},
+    )
+    assert data.body == REFUSAL
+    assert end == End(1, None, None)
+
+
+async def test_an_error_in_the_middle_of_a_stream_stays_where_it_is():
+    events = [b'data: {"choices": []}\n\n', b"data: " + REFUSAL + b"\n\n"]
+    head, *data, end = await reply_of(streaming(*events))
+    assert head.status == 200
+    assert [frame.body for frame in data] == [*events, b"data: [DONE]\n\n"]
+    assert end == End(1, None, None)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [b'data: {"error": "no"}', b'data: {"error": {"code": 200}}', b'data: {"error": {}}'],
+)
+async def test_what_only_looks_like_an_error_is_passed_on(event):
+    head, data, *_ = await reply_of(streaming(event + b"\n\n"))
+    assert (head.status, data.body) == (200, event + b"\n\n")
