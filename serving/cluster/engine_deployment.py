@@ -12,6 +12,7 @@ from ray import serve
 from serving.cluster.loop_thread import LoopThread
 from serving.config import Config, parse
 from serving.engine.step_log import StepLog
+from serving.gateway.http.endpoint import is_loopback
 from serving.planning.plan import Plan
 from serving.stream.engine import EngineFactory
 from serving.stream.server import StreamServer
@@ -40,6 +41,7 @@ class EngineReplica:
             "host": address[0],
             "port": address[1],
             "secret": self._server.secret,
+            "certificate": self._server.certificate,
         }
         # What exists by now stays: the garbage collector need not look at it while tokens wait.
         gc.collect()
@@ -50,7 +52,7 @@ class EngineReplica:
         ]
 
     async def record_replica_metadata(self) -> dict:
-        """Return the server's address and secret; Ray passes them to the gateways."""
+        """Return the server's address, secret and certificate; Ray tells the gateways."""
         return self._metadata
 
     async def check_health(self) -> None:
@@ -98,7 +100,10 @@ async def _start_server(
     factory: EngineFactory = getattr(importlib.import_module(module), name)
     engine = await factory.start(config, plan, local_rank)
     server = StreamServer(engine, config.gateway.stream_window_bytes)
-    address = await server.listen(ray.util.get_node_ip_address())
+    host = ray.util.get_node_ip_address()
+    leaves_machine = not is_loopback(host)
+    use_tls = {"auto": leaves_machine, "on": True, "off": False}[config.engine.tls]
+    address = await server.listen(host, tls=use_tls)
     if (folder := config.engine.step_log) is not None:
         log = StepLog(engine, folder / f"{os.getpid()}.jsonl", server.on_step)
         engine.subscribe(log.on_step)

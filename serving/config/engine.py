@@ -1,6 +1,6 @@
 """How is one engine configured?"""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,11 @@ class EngineConfig(Section):
         gt=0,
         description="an engine whose core has not answered between two steps for this long is "
         "restarted, seconds; must be longer than the longest step and any compilation",
+    )
+    tls: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="whether gateways and engines encrypt what they say to each other; auto: where "
+        "engines listen on a network's address and not on loopback",
     )
     step_log: AbsolutePath | None = Field(
         None,

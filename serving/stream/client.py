@@ -16,6 +16,7 @@ from serving.stream.frames import (
     Welcome,
     decode_to_gateway,
 )
+from serving.stream.tls import HANDSHAKE_TIMEOUT_S, trust_only
 
 
 class StreamEvents(Protocol):
@@ -44,10 +45,13 @@ class StreamClient(FrameConnection):
     async def connect(cls, replica_id: str, metadata: dict, events: StreamEvents) -> "StreamClient":
         """Connect to the address in a replica's metadata. Raise `OSError` if that fails."""
         loop = asyncio.get_running_loop()
+        certificate = metadata.get("certificate")
         _, client = await loop.create_connection(
             lambda: cls(replica_id, metadata["secret"], events),
             metadata["host"],
             metadata["port"],
+            ssl=trust_only(certificate) if certificate else None,
+            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if certificate else None,
         )
         return client
 

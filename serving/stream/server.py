@@ -22,6 +22,7 @@ from serving.stream.frames import (
     Welcome,
     decode_to_engine,
 )
+from serving.stream.tls import HANDSHAKE_TIMEOUT_S, make_certificate
 
 
 class StreamServer:
@@ -31,6 +32,7 @@ class StreamServer:
         self.engine = engine
         self.window_bytes = window_bytes
         self.secret = secrets.token_hex(16)
+        self.certificate = ""  # PEM; empty: the connection is not encrypted
         self.accountings: dict[AsgiCall, RequestAccounting] = {}  # of all calls that run
         self._connections: set[GatewayConnection] = set()
         self._server: asyncio.Server | None = None
@@ -39,10 +41,18 @@ class StreamServer:
         self._last_push_s = 0.0
         self._heartbeat_timer: asyncio.TimerHandle | None = None
 
-    async def listen(self, host: str) -> tuple[str, int]:
+    async def listen(self, host: str, *, tls: bool = False) -> tuple[str, int]:
         """Start listening on a free TCP port of `host`; return host and port."""
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: GatewayConnection(self), host, 0)
+        context = None
+        if tls:
+            self.certificate, context = make_certificate()
+        self._server = await asyncio.get_running_loop().create_server(
+            lambda: GatewayConnection(self),
+            host,
+            0,
+            ssl=context,
+            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if tls else None,
+        )
         self.engine.subscribe(self.on_step)
         self._send_heartbeat()
         return self._server.sockets[0].getsockname()[:2]
