@@ -4,7 +4,9 @@
 
 The deployed gateway, its listener and the engines' stream servers run in one process. Faults hit
 random engines at random times, several at once. Every reply is compared with that of an
-undisturbed run. The engines are vLLM's scheduler at a profile's step times, without a model
+undisturbed run. Each prompt has a reply of its own, and an engine that goes on with one makes it
+of the token ids in its record: a lost byte, another's reply and a wrong record all show. The
+engines are vLLM's scheduler at a profile's step times, without a model
 (`serving.engine.emulated.engine`).
 """
 
@@ -41,6 +43,7 @@ _MAX_ATTEMPTS = RouterSettings().max_attempts
 _SLOWNESS = 5.0
 _DETECTED_WITHIN_S = 6.0
 _SIZES = (20, 50, 120)  # tokens of a reply
+_QUESTIONS = [Question(f"Count from {n}.", size) for n in range(16) for size in _SIZES]
 _RESTART_S = (0.5, 3.0)  # the shortest and longest absence of a lost engine
 _PAUSE_S = 7.0  # of hangs and silences
 
@@ -63,6 +66,7 @@ class Scenario:
     num_workers: int
     fault_every_s: float  # on average
     seed: int
+    faults: tuple[EmulatedFault, ...] = tuple(EmulatedFault)
 
 
 class ChaosRun:
@@ -73,7 +77,7 @@ class ChaosRun:
         self.gateway = gateway
         self.replies: list[Reply] = []
         self.faults: list[tuple[float, EmulatedFault]] = []
-        self.texts: dict[int, str] = {}  # undisturbed, by number of tokens
+        self.texts: dict[Question, str] = {}  # undisturbed
         self.resume_delays_s: list[float] = []
         self._http = http
         self._rng = random.Random(f"fleet {scenario.seed}")
@@ -95,11 +99,12 @@ class ChaosRun:
             await self.fleet.add_engine(engine)
         while len(self.gateway.driver.engines.infos) < self.scenario.num_engines:
             await asyncio.sleep(0.05)
-        for size in _SIZES:
-            reply = await self._read_reply(size)
+        for reply in await asyncio.gather(*map(self._read_reply, _QUESTIONS)):
             if reply.error:
                 raise MeasureError(f"an undisturbed reply failed: {reply.error}")
-            self.texts[size] = reply.text
+            self.texts[reply.question] = reply.text
+        if len(set(self.texts.values())) < len(_QUESTIONS):
+            raise MeasureError("two questions have the same reply: it could be either's")
         async with asyncio.TaskGroup() as tasks:
             faults = tasks.create_task(self._inject_faults(tasks))
             workers = [
@@ -108,14 +113,14 @@ class ChaosRun:
             await asyncio.gather(*workers)
             faults.cancel()
 
-    async def _read_reply(self, num_tokens: int) -> Reply:
-        return await send_question(self._http, _MODEL, Question("Count.", num_tokens))
+    async def _read_reply(self, question: Question) -> Reply:
+        return await send_question(self._http, _MODEL, question)
 
     async def _send_load(self, number: int) -> None:
         rng = random.Random(f"worker {self.scenario.seed} {number}")
         while self._num_left > 0:
             self._num_left -= 1
-            self.replies.append(await self._read_reply(rng.choice(_SIZES)))
+            self.replies.append(await self._read_reply(rng.choice(_QUESTIONS)))
             if len(self.replies) % 1000 == 0:
                 print_progress(f"{len(self.replies)} replies, {len(self.faults)} faults")
 
@@ -125,7 +130,7 @@ class ChaosRun:
             well = [engine for engine in self.fleet.engines if engine not in self._failing]
             if well:
                 tasks.create_task(
-                    self._inject(self._rng.choice(well), self._rng.choice(list(EmulatedFault)))
+                    self._inject(self._rng.choice(well), self._rng.choice(self.scenario.faults))
                 )
 
     async def _inject(self, engine: FaultyEngine, fault: EmulatedFault) -> None:
@@ -156,7 +161,7 @@ class ChaosRun:
         different = [
             reply
             for reply in whole
-            if reply.text != self.texts[reply.question.num_tokens]
+            if reply.text != self.texts[reply.question]
             or len(reply.response_ids) != 1
             or len(reply.dates) != 1
             or [usage["completion_tokens"] for usage in reply.usages] != [reply.question.num_tokens]
@@ -233,7 +238,11 @@ async def run(scenario: Scenario) -> Report:
     gateway = Gateway(parse({"gateway": {"port": port}}), "gateway")
     listener = Listener(gateway.app, gateway.config.gateway)
     await listener.start()
-    config = asdict(scenario) | {"profile": _PROFILE, "slowness": _SLOWNESS}
+    config = asdict(scenario) | {
+        "faults": [fault.name for fault in scenario.faults],
+        "profile": _PROFILE,
+        "slowness": _SLOWNESS,
+    }
     report = Report("chaos-fleet", "emulated", scenario.seed, config)
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits) as http:

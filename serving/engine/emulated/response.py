@@ -3,6 +3,7 @@
 import asyncio
 import time
 import zlib
+from collections.abc import Callable
 
 from starlette.types import Send
 
@@ -11,16 +12,17 @@ from router.simulation.engine.sequence import Job, Progress
 from serving.engine.emulated.asgi import EVENTS, reply, send_part
 from serving.engine.emulated.completion_text import CompletionText
 from serving.engine.emulated.request import Body
-from serving.engine.emulated.text import Prompt
+from serving.engine.emulated.text import Prompt, reply_word
 from serving.stream.accounting import RequestAccounting
-from serving.stream.record import Entry, num_tokens
+from serving.stream.record import Entry, decode_groups
 
 
 class EmulatedResponse:
     """Sends the tokens of the engine's steps, each as an event of its own.
 
     A response that another engine has begun (`accounting.resume`) sends the same bytes again and
-    has only the rest computed: the tokens that the other has generated follow the prompt.
+    has only the rest computed: the tokens that the other has generated follow the prompt. Both
+    the bytes and the rest are made of the recorded ids, as a model's are.
     """
 
     def __init__(
@@ -34,16 +36,17 @@ class EmulatedResponse:
         block_size: int,
         accounting: RequestAccounting | None,
     ) -> None:
-        self.prompt = prompt
         self._body = body
         self._chat = chat
         self._accounting = accounting
         self._wake = asyncio.Event()
         num_sequences = body.n or 1
-        self._num_done = 0
+        self._done: list[int] = []  # ids of the tokens that another engine has generated
         # A record does not say how several sequences were interleaved.
         if accounting is not None and accounting.resume is not None and num_sequences == 1:
-            self._num_done = min(num_tokens(accounting.resume.record), max_tokens - 1)
+            self._done = _token_ids(accounting.resume.record)[: max_tokens - 1]
+        self._num_done = len(self._done)
+        self._context = prompt.followed_by(self._done)
         self.job = Job(
             id=job_id,
             num_prompt_tokens=prompt.num_tokens + self._num_done,
@@ -68,11 +71,20 @@ class EmulatedResponse:
                 model,
                 prompt.num_tokens,
                 index=index,
-                word=prompt.word(index),
+                word=self._word(index),
                 created_s=created_s or int(time.time()),
             )
             for index in range(num_sequences)
         ]
+
+    def _word(self, index: int) -> Callable[[int], bytes]:
+        """Return a function from a token's number, from 1, to its text in the reply."""
+        done, new_word = self._done, self._context.word(index)
+        if not done:
+            return new_word
+        return lambda number: (
+            reply_word(done[number - 1]) if number <= len(done) else new_word(number - len(done))
+        )
 
     def on_progress(self, progress: Progress) -> None:
         """Record that a sequence has begun or ended its output."""
@@ -136,7 +148,7 @@ class EmulatedResponse:
         if (accounting := self._accounting) is not None:
             accounting.num_output_tokens += end - sent
             if new := range(max(sent, self._num_done) + 1, end + 1):
-                ids = tuple(map(self.prompt.reply_id, new))
+                ids = tuple(self._context.reply_id(number - self._num_done) for number in new)
                 accounting.recorder.add_entry(
                     Entry(index, ids), is_streamed=bool(self._body.stream)
                 )
@@ -149,3 +161,10 @@ class EmulatedResponse:
         if accounting is not None:
             accounting.recorder.end_group()
         await send_part(send, b"".join(events))
+
+
+def _token_ids(record: bytes) -> list[int]:
+    """Return the tokens of a record's one sequence."""
+    return [
+        token for group in decode_groups(record) for entry in group for token in entry.token_ids
+    ]

@@ -2,7 +2,8 @@
 
 A reply's token is a word such as " 3fa9.17": a seed from the prompt, and the token's number. It
 depends on the prompt and its position alone, whichever engine sends it. A prompt that ends with
-such a word (a reply that broke off, sent again for its rest) continues that reply: " 3fa9.18".
+such a word (a reply that broke off, sent again for its rest) continues that reply: " 3fa9.18". So
+does a resumed reply by the ids in its record, and by nothing else: a wrong record is seen.
 """
 
 import re
@@ -23,7 +24,7 @@ _IDS_PER_SEED = 1 << 24
 class Prompt:
     """The tokens of one prompt, as text or as ids."""
 
-    def __init__(self, tokens: Sequence[str] | Sequence[int]) -> None:
+    def __init__(self, tokens: Sequence[str | int]) -> None:
         """`tokens` must not be empty."""
         self._tokens = tokens
         self.num_tokens = len(tokens)
@@ -35,6 +36,10 @@ class Prompt:
         if not text:
             raise ValueError("the prompt is empty")
         return cls(_TOKEN.findall(text))
+
+    def followed_by(self, token_ids: Sequence[int]) -> "Prompt":
+        """Return the prompt with these tokens at its end."""
+        return Prompt([*self._tokens, *token_ids]) if token_ids else self
 
     def hashes(self, num_tokens: int) -> tuple[int, ...]:
         """Return the chained hashes of the whole blocks of `num_tokens` each."""
@@ -69,10 +74,21 @@ class Prompt:
     def _continues(self) -> tuple[int, int] | None:
         last = self._tokens[-1]
         if isinstance(last, int):
-            seed, number = divmod(last - _FIRST_REPLY_ID, _IDS_PER_SEED)
-            return (seed, number) if seed >= 0 else None
+            return _of_reply(last)
         match = _REPLY_END.search(last)
         return (int(match[1], 16), int(match[2])) if match else None
 
     def _own_seed(self) -> int:
         return zlib.crc32("\0".join(map(str, self._tokens)).encode()) & 0xFFFF
+
+
+def reply_word(token_id: int) -> bytes:
+    """Return the text of a reply's token by its id; of any other, the id itself."""
+    seed_and_number = _of_reply(token_id)
+    return b" %04x.%d" % seed_and_number if seed_and_number else b" %d" % token_id
+
+
+def _of_reply(token_id: int) -> tuple[int, int] | None:
+    """Return seed and number of a reply's token; None for any other."""
+    seed, number = divmod(token_id - _FIRST_REPLY_ID, _IDS_PER_SEED)
+    return (seed, number) if 0 <= seed <= 0xFFFF else None
