@@ -17,6 +17,11 @@ class AuthConfig(Section):
         "With several nodes it must be at this path on each that runs a gateway",
     )
     open_metrics: bool = Field(False, description="whether /metrics needs no admin key")
+    share_prefix_cache: bool = Field(
+        False,
+        description="whether prompts of one tenant may begin with what an engine has computed for "
+        "another: faster where they do, but usage and times tell that somebody sent the same",
+    )
 
 
 class TenantConfig(Section):

@@ -2,12 +2,16 @@
 
 import asyncio
 import time
+from collections.abc import Callable, Mapping
 
 from router import RejectReason, Request, Usage
 from router.resilience.resume import Records, Reply
+from serving.gateway.intake.fields import Fields
+from serving.gateway.intake.json_body import with_fields
 from serving.gateway.providers.continuation import Continuation
 from serving.stream.client import StreamClient
 from serving.stream.frames import Head, Headers
+from serving.stream.record import count_tokens
 
 DONE = b"data: [DONE]\n\n"  # after it nothing comes in an event stream, by OpenAI's format
 # Where going on in the middle of a reply is understood: see `serving.engine.vllm.resume`.
@@ -26,6 +30,10 @@ class Rejected(Exception):
 
 class EngineFailed(Exception):
     """The engine broke the response off, and no other took the request over."""
+
+
+class ClientLeft(EngineFailed):
+    """The client left before the end; told to whoever still listens."""
 
 
 class Attempt:
@@ -67,23 +75,30 @@ class Exchange:
         "_chunks",
         "_ended",
         "_error",
+        "_on_ended",
+        "_taken",
         "_waiter",
+        "added",
         "attempts",
         "body",
         "continuation",
         "created_s",
         "failed_s",
         "failure",
+        "fields",
         "headers",
         "is_complete",
+        "is_open",
         "method",
         "num_attempts",
+        "num_prompt_tokens",
         "path",
         "reply",
         "request",
         "response_headers",
         "status",
         "usage",
+        "was_sent",
     )
 
     def __init__(
@@ -94,18 +109,28 @@ class Exchange:
         headers: Headers,
         body: bytes,
         records: Records,
+        *,
+        fields: Fields,
+        added: Mapping[str, str | int],
     ) -> None:
-        """`records` bounds what is kept of all replies."""
+        """`records` bounds what is kept of all replies.
+
+        `fields` are what we read of the body; engines get `added` on top of it, providers do not.
+        """
         self.request = request
         self.method = method
         self.path = path
         self.headers = headers
         self.body = body
+        self.fields = fields
+        self.added = added
         self.created_s = int(time.time())
         # How it is answered.
         self.reply = Reply(records, can_resume=path in _RESUMABLE)
         self.attempts: list[Attempt] = []  # at engines: one, or two while it is hedged
         self.num_attempts = 0  # so far
+        self.was_sent = False  # to an engine or to a provider
+        self.num_prompt_tokens = request.num_prompt_tokens  # an estimate, until vLLM has counted
         self.failure = ""  # of the last attempt, in words
         self.failed_s = 0.0  # when that was
         self.continuation: Continuation | None = None  # of what a provider has begun
@@ -118,6 +143,13 @@ class Exchange:
         self._chunks: list[bytes] = []
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self.is_open = False
+        self._on_ended: Callable[[], None] | None = None
+        self._taken: Usage | None = Usage()
+
+    def engine_body(self) -> bytes:
+        """Return the body for an engine."""
+        return with_fields(self.body, self.added)
 
     def on_head(self, status: int, headers: Headers) -> None:
         """Take status and headers, unless the client has those of a former attempt."""
@@ -134,9 +166,46 @@ class Exchange:
 
     def on_end(self, error: Exception | None = None) -> None:
         """End the response: well, or with this error."""
+        self.is_open = False
         self._ended = True
         self._error = error
+        self._taken = self._count_taken()
+        self.reply.end()
         self._wake()
+        if self._on_ended is not None:
+            self._on_ended()
+
+    def when_ended(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called once an open exchange has ended."""
+        self._on_ended = callback
+
+    def usage_taken(self) -> Usage | None:
+        """Return what the request of a tenant took, once it has ended; nothing if it never began.
+
+        None where it took something that nobody has counted.
+        """
+        return self._taken
+
+    def _count_taken(self) -> Usage | None:
+        if self.usage is not None:
+            return self.usage
+        if not self.request.tenant:
+            return None  # nobody is charged
+        if not self.was_sent or self.status >= 400:
+            return Usage()
+        reply = self.reply
+        if self.continuation is not None:
+            num_output_tokens = self.continuation.num_tokens
+        else:
+            num_output_tokens = count_tokens(reply.generated)
+        if not (reply.has_begun or num_output_tokens):
+            if not isinstance(self._error, ClientLeft):
+                return Usage()  # it failed, and the client has nothing of it
+        elif not num_output_tokens and self.request.max_output_tokens != 0:
+            return None  # nobody kept a record
+        return Usage(
+            num_prompt_tokens=self.num_prompt_tokens, num_output_tokens=num_output_tokens
+        )
 
     def _wake(self) -> None:
         if (waiter := self._waiter) is not None:

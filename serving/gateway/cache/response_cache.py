@@ -173,7 +173,12 @@ class ResponseCache:
             return None  # it is not known yet which engine would answer
         scope = (request.tenant, self._config.revision, self._model_revision, info.engine)
         return cache_key(
-            exchange.path, exchange.body, request.model, scope, with_tools=self._config.tools
+            exchange.path,
+            exchange.body,
+            exchange.fields,
+            request.model,
+            scope,
+            with_tools=self._config.tools,
         )
 
     def _subscribe(self, flight_key: SingleFlightKey) -> Subscriber | None:

@@ -202,7 +202,8 @@ async def test_models_and_classes(office):
         assert (await system.client.get("/v1/models", headers=headers)).json()["data"] == []
         reply = await system.client.post(CHAT, json=system.chat(), headers=headers)
         assert reply.status_code == 404
-        assert reply.json()["error"]["code"] == "model_not_found"
+        error = reply.json()["error"]
+        assert (error["type"], error["param"], error["code"]) == ("NotFoundError", "model", 404)
     tenants = {"acme": {"classes": ["batch"]}}
     async with office.running(tenants) as system:
         reply = await system.client.post(CHAT, json=system.chat(), headers=headers)

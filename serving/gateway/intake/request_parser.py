@@ -1,0 +1,152 @@
+"""What does routing need to know of a request? From its body and headers to a `Request`."""
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+
+from router import Request
+from router.types import MAX_PREFIX_BLOCKS, PREFIX_BLOCK_TOKENS
+from serving.config import Config
+from serving.gateway.http.errors import ApiError
+from serving.gateway.intake.bounds import check_logprobs, check_numbers
+from serving.gateway.intake.fields import Fields
+from serving.gateway.intake.json_body import ENDPOINTS, JsonBody, read_json_body
+from serving.gateway.intake.prompt_size import PromptSize, measure_prompt
+from serving.gateway.intake.request_headers import RequestHeaders
+from serving.gateway.intake.served_models import ServedModels
+from serving.gateway.intake.tokens_per_byte import PRIOR_TOKENS_PER_BYTE, TokensPerByte
+from serving.gateway.tenants.tenants import Tenant
+
+# Prompts are compared by blocks of this size, and only by their first 64 KB.
+_BLOCK_BYTES = round(PREFIX_BLOCK_TOKENS / PRIOR_TOKENS_PER_BYTE)
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What a client asks for."""
+
+    request: Request
+    body: bytes  # as the client says it, in UTF-8
+    fields: Fields
+    added: dict[str, str | int]  # fields that only an engine gets on top
+    num_text_bytes: int  # of its prompt, from which its tokens were estimated; 0: of nothing
+
+
+class RequestParser:
+    """Reads what clients ask for, and refuses what no engine could answer."""
+
+    def __init__(self, config: Config, served_models: ServedModels) -> None:
+        self.tokens_per_byte = TokensPerByte()
+        self._config = config
+        self._served_models = served_models
+
+    def parse(
+        self,
+        path: str,
+        data: bytes,
+        headers: RequestHeaders,
+        tenant: Tenant | None,
+        *,
+        request_id: str,
+        now_s: float,
+        wants_prefix: bool = False,
+        models_elsewhere: Sequence[str] = (),
+    ) -> Asked:
+        """Return what is asked for at one of `ENDPOINTS`.
+
+        Providers answer for `models_elsewhere`, whatever the engines serve. Raise `ApiError` for
+        what is wrong, or not allowed to `tenant`.
+        """
+        body = read_json_body(path, data)
+        fields = body.fields
+        may_use = tenant.may_use if tenant is not None else _may_use_all
+        model, capacity = self._served_models.find_model(
+            fields.model, ENDPOINTS[path].task, models_elsewhere, may_use
+        )
+        gateway, router = self._config.gateway, self._config.router
+        # vLLM refuses longer prompts. Until it has counted them the
+        # estimate must not exceed what the model accepts.
+        context = math.inf if capacity is None else capacity.longest_context
+        size = self._measure_prompts(path, body, context)
+        check_numbers(fields, size, capacity, max_sequences=gateway.max_sequences)
+        added: dict[str, str | int] = {}
+        most = check_logprobs(fields, size, capacity, max_entries=gateway.max_logprob_entries)
+        name, limit = fields.output_limit
+        if most is not None:
+            limit = added[name] = most
+        request_class = fields.request_class or headers.request_class
+        if request_class is None:
+            request_class = router.default_class
+            if tenant is not None:
+                request_class = tenant.default_class(request_class)
+        salt = fields.cache_salt or ""
+        if tenant is not None:
+            tenant.check_class(request_class)
+            if (own := tenant.cache_salt(salt)) is not None:
+                salt = added["cache_salt"] = own
+        prompt = next(iter(body.prompts.values()))
+        request = Request(
+            id=request_id,
+            model=model,
+            num_prompt_tokens=size.num_tokens,
+            max_output_tokens=limit,
+            num_prompts=size.num_prompts,
+            num_sequences=size.num_prompts * fields.num_choices,
+            num_bytes=len(body.data),
+            fingerprint=hash(body.data),
+            tenant=tenant.name if tenant is not None else "",
+            weight=tenant.config.weight if tenant is not None else 1.0,
+            priority_class=request_class,
+            arrival_s=now_s,
+            deadline_s=now_s + router.max_hold_s,
+            prefix_hashes=prefix_hashes(model, salt, prompt) if wants_prefix else (),
+            prefix_block_share=_BLOCK_BYTES / len(prompt),
+        )
+        return Asked(request, body.data, fields, added, size.num_text_bytes)
+
+    def _measure_prompts(self, path: str, body: JsonBody, max_tokens: float) -> PromptSize:
+        """Return the size of all that is to be read. Raise `ApiError` 400 if that is nothing."""
+        needed = ENDPOINTS[path].prompts[0]
+        if not body.prompts:
+            raise ApiError(400, f"'{needed}' is missing or empty", param=needed)
+        if path == "/v1/chat/completions" and not body.prompts[needed].startswith(b"["):
+            raise ApiError(400, "'messages' must be a list of messages", param=needed)
+        if (kept := body.fields.truncate_prompt_tokens) is not None and kept >= 0:
+            max_tokens = min(max_tokens, kept)
+        sizes = [
+            measure_prompt(
+                field,
+                prompt,
+                tokens_per_byte=self.tokens_per_byte.ratio,
+                max_tokens=max_tokens,
+                max_prompts=self._config.gateway.max_sequences,
+            )
+            for field, prompt in body.prompts.items()
+        ]
+        if len(sizes) == 1:
+            return sizes[0]
+        return PromptSize(
+            sum(size.num_tokens for size in sizes), sum(size.num_prompts for size in sizes), 0
+        )
+
+
+def prefix_hashes(model: str, salt: str, prompt: bytes) -> tuple[int, ...]:
+    """Return chained hashes of the prompt's whole blocks, of the first 256 at most.
+
+    The JSON text is hashed as it is. Equal prompts that are written differently do not match, but
+    the hashes only serve a guess. Python's own hash is the cheapest (64 bits of SipHash: 0.8 µs
+    per KB; blake2b takes four times as long). Each process has another key for it, so hashes
+    can be compared within one gateway only. Prompts of different salts share nothing in an engine.
+    """
+    chained = hash((model, salt))
+    hashes = []
+    for end in range(
+        _BLOCK_BYTES, min(len(prompt), _BLOCK_BYTES * MAX_PREFIX_BLOCKS) + 1, _BLOCK_BYTES
+    ):
+        chained = hash((chained, prompt[end - _BLOCK_BYTES : end]))
+        hashes.append(chained)
+    return tuple(hashes)
+
+
+def _may_use_all(names: object) -> bool:
+    return True

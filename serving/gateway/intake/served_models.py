@@ -1,0 +1,80 @@
+"""Which model does a request mean, is there one for whoever asks, and what can it bear?"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import msgspec
+
+from router import EngineInfo
+from serving.gateway.http.errors import ApiError, model_not_found
+
+MayUse = Callable[[Iterable[str]], bool]
+
+
+class Capacity(msgspec.Struct, frozen=True):
+    """What the engines of one model can do, all of them together."""
+
+    tasks: frozenset[str]  # vLLM's names
+    longest_context: int  # tokens, prompt and output together, of the engine that takes most
+    shortest_context: int
+    vocab_size: int  # 0: unknown
+
+
+class ServedModels:
+    """The names of models: as configured, as engines serve them, as providers answer for them."""
+
+    def __init__(self, names: Sequence[str], engines: Mapping[str, EngineInfo]) -> None:
+        """`names` are those that engines will serve; empty if only they know.
+
+        `engines` are those that are up, by replica; it changes.
+        """
+        self._names = tuple(names)
+        self._engines = engines
+        self._infos: list[EngineInfo] = []  # as they were when `_capacities` was made
+        self._capacities: dict[str, Capacity] = {}
+
+    def find_model(
+        self, name: str | None, task: str, models_elsewhere: Sequence[str], may_use: MayUse
+    ) -> tuple[str, Capacity | None]:
+        """Return the model that is meant, and what it can do; None if no engine serves it now.
+
+        No name means the first model there is. Providers answer for `models_elsewhere`. Raise
+        `ApiError` 404 for one that does not exist, and in the same words for one that the caller
+        may not use; 400 for one that cannot do `task`.
+        """
+        self._follow_engines()
+        if not name:  # null, or "", which vLLM takes for its own model
+            name = next(
+                (each for each in (*self._names, *models_elsewhere) if may_use((each,))), ""
+            )
+        # Before the first engine has told its names they may not be known: then any may be right.
+        exists = name in self._names or name in models_elsewhere or (name and not self._names)
+        if not exists or not may_use((name,)):
+            usable = {each for each in (*self._names, *models_elsewhere) if may_use((each,))}
+            raise model_not_found(name, sorted(usable))
+        capacity = self._capacities.get(name)
+        if capacity is not None and task not in capacity.tasks and name not in models_elsewhere:
+            raise ApiError(400, f"The model '{name}' does not support this endpoint ({task}).")
+        return name, capacity
+
+    def _follow_engines(self) -> None:
+        """Learn what engines serve, if others are up than before."""
+        if (infos := list(self._engines.values())) == self._infos:
+            return
+        self._infos = infos
+        by_name: dict[str, list[EngineInfo]] = {}
+        for info in infos:
+            for name in (info.model, *info.aliases):
+                by_name.setdefault(name, []).append(info)
+        self._capacities = {name: _capacity(of_model) for name, of_model in by_name.items()}
+        # All may be gone later, and then these are known to come back.
+        self._names = tuple(dict.fromkeys((*by_name, *self._names)))
+
+
+def _capacity(infos: Sequence[EngineInfo]) -> Capacity:
+    contexts = [info.max_model_len for info in infos]
+    return Capacity(
+        frozenset(task for info in infos for task in info.tasks),
+        max(contexts),
+        min(contexts),
+        max(info.vocab_size for info in infos),
+    )

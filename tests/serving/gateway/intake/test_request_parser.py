@@ -1,0 +1,226 @@
+"""What the gateway makes of a request."""
+
+import msgspec
+import pytest
+
+from router import RequestClass
+from serving.config import TenantConfig
+from serving.gateway.http.errors import ApiError
+from serving.gateway.intake.request_headers import RequestHeaders
+from serving.gateway.intake.request_parser import prefix_hashes
+from tests.serving.gateway.intake.asking import (
+    CHAT,
+    COMPLETIONS,
+    EMBEDDER,
+    EMBEDDINGS,
+    RESPONSES,
+    SMALL,
+    ask,
+    chat,
+    completion,
+    make_parser,
+)
+from tests.serving.gateway.tenants.tenant import make_tenant
+
+
+def test_a_chat_request_is_sized_by_its_text():
+    body = chat(messages=[{"role": "user", "content": "word " * 400}], max_tokens=7, n=2)
+    asked = ask(CHAT, body)
+    request = asked.request
+    assert request.num_prompt_tokens == pytest.approx(2000 / 4, rel=0.05)
+    assert asked.num_text_bytes > 2000
+    assert (request.max_output_tokens, request.num_sequences) == (7, 2)
+    assert (request.arrival_s, request.deadline_s) == (100.0, 400.0)
+    assert request.num_bytes == len(asked.body)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "limit"),
+    [
+        (CHAT, {}, None),
+        (CHAT, {"max_tokens": 5}, 5),
+        (CHAT, {"max_tokens": 5, "max_completion_tokens": 9}, 9),
+        (CHAT, {"max_tokens": 5, "max_completion_tokens": None}, 5),
+        (CHAT, {"max_tokens": "12"}, 12),
+        (COMPLETIONS, {}, 16),  # vLLM's and OpenAI's default
+        (COMPLETIONS, {"max_tokens": None}, 16),
+        (COMPLETIONS, {"max_tokens": 5, "max_completion_tokens": 9}, 5),
+        (COMPLETIONS, {"max_tokens": 0, "echo": True}, 1),
+        (RESPONSES, {"max_output_tokens": 5}, 5),
+        (RESPONSES, {"max_tokens": 5}, None),
+        (EMBEDDINGS, {"max_tokens": 5}, 0),
+    ],
+)
+def test_the_limit_of_tokens_is_the_one_that_vllm_goes_by(path, fields, limit):
+    prompt = {CHAT: "messages", COMPLETIONS: "prompt"}.get(path, "input")
+    text = [{"role": "user", "content": "hi"}] if path == CHAT else "hi"
+    assert ask(path, {prompt: text, **fields}).request.max_output_tokens == limit
+
+
+def test_an_estimate_never_exceeds_what_the_model_takes():
+    body = chat(messages=[{"role": "user", "content": "x" * 1_000_000}])
+    asked = ask(CHAT, body)
+    assert asked.request.num_prompt_tokens == SMALL.max_model_len
+    assert asked.num_text_bytes == 0  # vLLM will not have read it
+    body = completion("x" * 1_000, truncate_prompt_tokens=10)
+    assert ask(COMPLETIONS, body).request.num_prompt_tokens == 10
+
+
+def test_class_by_body_then_header_then_tenant():
+    tenant = make_tenant(config=TenantConfig(default_class=RequestClass.BATCH))
+    by_header = RequestHeaders([], request_class=RequestClass.INTERACTIVE)
+
+    def class_of(headers=None, tenant=None, **fields) -> RequestClass:
+        return ask(CHAT, chat(**fields), headers=headers, tenant=tenant).request.priority_class
+
+    assert class_of(by_header, tenant, priority_class="standard") is RequestClass.STANDARD
+    assert class_of(by_header, tenant) is RequestClass.INTERACTIVE
+    assert class_of(None, tenant) is RequestClass.BATCH
+    assert class_of() is RequestClass.STANDARD
+    # To vLLM a field that it does not know: nothing to refuse.
+    for junk in ("royal", 7, None, ["batch"], {"a": 1}, "x" * 100_000):
+        assert class_of(priority_class=junk) is RequestClass.STANDARD
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words", "param"),
+    [
+        (CHAT, b"{", 400, "not valid JSON", "body.1"),
+        (CHAT, b"", 400, "not valid JSON", "body.0"),
+        (CHAT, b"\xff\xfe", 400, "not valid JSON", "body.0"),
+        (CHAT, b'{"model": "\xff"}', 400, "not valid JSON", "body"),
+        (CHAT, b'{"messages":' + b"[" * 2000 + b"]" * 2000 + b"}", 400, "too deeply", "body"),
+        (CHAT, b"[]", 400, "not an object", "body"),
+        (CHAT, b"7", 400, "not an object", "body"),
+        (CHAT, {"model": "fake-model"}, 400, "messages", "messages"),
+        (CHAT, chat(messages=[]), 400, "'messages' is missing or empty", "messages"),
+        (CHAT, chat(messages="hi"), 400, "must be a list", "messages"),
+        (CHAT, chat(model=["x"]), 400, "valid string", "body.model"),
+        (CHAT, chat(max_tokens="many"), 400, "valid integer", "body.max_tokens"),
+        (CHAT, chat(stream="maybe"), 400, "valid boolean", "body.stream"),
+        (CHAT, chat(model="other"), 404, "`other` does not exist", "model"),
+        (COMPLETIONS, {"model": "fake-model"}, 400, "'prompt' is missing", "prompt"),
+        (CHAT, chat(cache_salt="a/b"), 400, "cache_salt", "body.cache_salt"),
+        (CHAT, chat(cache_salt=""), 400, "cache_salt", "body.cache_salt"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_its_reason(path, body, status, words, param):
+    with pytest.raises(ApiError) as caught:
+        ask(path, body)
+    error = msgspec.json.decode(caught.value.body())["error"]
+    assert caught.value.status == error["code"] == status
+    assert words in error["message"]
+    assert error["param"] == param
+
+
+def test_an_embedding_model_takes_embeddings_and_no_chat():
+    parser = make_parser(EMBEDDER)
+    assert ask(EMBEDDINGS, {"input": "x"}, parser).request.num_prompt_tokens >= 1
+    messages = [{"role": "user", "content": "word " * 400}]
+    asked = ask(EMBEDDINGS, {"messages": messages}, parser)
+    assert asked.request.num_prompt_tokens == pytest.approx(500, rel=0.1)
+    with pytest.raises(ApiError, match="does not support"):
+        ask(CHAT, chat(), parser)
+    with pytest.raises(ApiError, match="does not support"):
+        ask(EMBEDDINGS, {"input": "x"}, make_parser(SMALL))
+
+
+class TestTenant:
+    def test_a_request_is_its_tenants(self):
+        tenant = make_tenant("acme", TenantConfig(weight=3.0))
+        request = ask(CHAT, chat(), tenant=tenant).request
+        assert (request.tenant, request.weight) == ("acme", 3.0)
+        request = ask(CHAT, chat()).request
+        assert (request.tenant, request.weight) == ("", 1.0)
+
+    def test_prefixes_are_each_ones_own(self):
+        """In the engine by a salt, in our own guess by other hashes."""
+        one, two = make_tenant("one"), make_tenant("two")
+        body = chat(messages=[{"role": "user", "content": "word " * 400}])
+
+        def salt_and_hashes(tenant, **fields):
+            asked = ask(CHAT, {**body, **fields}, tenant=tenant, wants_prefix=True)
+            return asked.added.get("cache_salt"), asked.request.prefix_hashes[0]
+
+        asked = [
+            salt_and_hashes(one),
+            salt_and_hashes(two),
+            salt_and_hashes(one, cache_salt="own"),
+            salt_and_hashes(two, cache_salt="own"),
+            salt_and_hashes(one, cache_salt="other"),
+        ]
+        salts, hashes = zip(*asked, strict=True)
+        assert len(set(salts)) == len(set(hashes)) == 5
+        assert salt_and_hashes(one) == asked[0]
+        # Nobody can ask in another's name: what is sent is never the client's own text.
+        assert salt_and_hashes(two, cache_salt=salts[0])[0] not in salts
+        assert all(len(salt) <= 128 and salt.isalnum() for salt in salts)  # vLLM takes no more
+
+    def test_without_tenants_or_where_they_share_the_salt_is_the_clients(self):
+        body = chat(cache_salt="own")
+        assert ask(CHAT, body).added == {}
+        assert ask(CHAT, body, tenant=make_tenant(shares_prefixes=True)).added == {}
+
+    def test_only_models_that_it_may_use_are_named(self):
+        """One that it may not use is refused in the very words of one that does not exist."""
+        tenant = make_tenant(config=TenantConfig(models=frozenset({"theirs"})))
+        infos = [
+            msgspec.structs.replace(SMALL, model=name, aliases=(f"{name}-lora",))
+            for name in ("theirs", "secret")
+        ]
+        parser = make_parser(*infos)
+        texts = []
+        for name in ("secret", "secret-lora", "nowhere"):
+            with pytest.raises(ApiError) as caught:
+                ask(CHAT, chat(model=name), parser, tenant=tenant)
+            texts.append(caught.value.body().replace(name.encode(), b"NAME"))
+        assert len(set(texts)) == 1
+        assert b"theirs" in texts[0]
+        assert b"secret" not in texts[0]
+        # The model that it gets by default is one that it may use.
+        assert ask(CHAT, chat(model=None), parser, tenant=tenant).request.model == "theirs"
+
+    def test_classes_that_it_may_not_use(self):
+        tenant = make_tenant(config=TenantConfig(classes=(RequestClass.BATCH,)))
+        assert ask(CHAT, chat(), tenant=tenant).request.priority_class is RequestClass.BATCH
+        with pytest.raises(ApiError) as caught:
+            ask(CHAT, chat(priority_class="interactive"), tenant=tenant)
+        assert caught.value.status == 403
+
+
+class TestPrefixHashes:
+    """Blocks of 256 bytes."""
+
+    def test_equal_as_far_as_the_prompts_are(self):
+        shared = b"x" * 512
+        one = prefix_hashes("m", "", shared + b"a" * 300)
+        other = prefix_hashes("m", "", shared + b"b" * 300)
+        assert len(one) == len(other) == 3
+        assert one[:2] == other[:2]
+        assert one[2] != other[2]
+
+    def test_a_block_is_known_by_all_before_it(self):
+        repeated = prefix_hashes("m", "", b"x" * 2560)
+        assert len(set(repeated)) == 10
+        assert repeated[1] != prefix_hashes("m", "", b"y" * 256 + b"x" * 256)[1]
+        assert repeated[0] != prefix_hashes("n", "", b"x" * 256)[0]  # another model's cache
+        assert repeated[0] != prefix_hashes("m", "s", b"x" * 256)[0]  # another tenant's
+
+    @pytest.mark.parametrize(
+        ("num_bytes", "num_blocks"), [(0, 0), (255, 0), (256, 1), (10**6, 256)]
+    )
+    def test_whole_blocks_and_not_too_many(self, num_bytes, num_blocks):
+        assert len(prefix_hashes("m", "", b"x" * num_bytes)) == num_blocks
+
+    def test_only_where_wanted(self):
+        body = chat(messages=[{"role": "user", "content": "word " * 400}])
+        assert ask(CHAT, body).request.prefix_hashes == ()
+        assert len(ask(CHAT, body, wants_prefix=True).request.prefix_hashes) == 7
+
+    def test_the_next_turn_of_a_conversation_matches_the_last(self):
+        turn = [{"role": "user", "content": "word " * 400}]
+        more = [*turn, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "go"}]
+        first, second = (
+            prefix_hashes("m", "", msgspec.json.encode(messages)) for messages in (turn, more)
+        )
+        assert second[: len(first)] == first
