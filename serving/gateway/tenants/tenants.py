@@ -1,6 +1,7 @@
 """Who asks, what may they ask for, how much of it is left, and what have they used?"""
 
 import datetime
+import hashlib
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -50,9 +51,20 @@ class TenantsState(msgspec.Struct, frozen=True, kw_only=True):
 class Tenant:
     """One tenant, for as long as the gateway lives."""
 
-    def __init__(self, name: str, config: TenantConfig, limits: TenantLimits, now_s: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: TenantConfig,
+        limits: TenantLimits,
+        now_s: float,
+        *,
+        shares_prefixes: bool = False,
+    ) -> None:
+        """With `shares_prefixes` an engine's prefix cache serves it and others alike."""
         self.name = name
         self.config = config
+        self._shares_prefixes = shares_prefixes
+        self._salt_key = hashlib.sha256(name.encode()).digest()
         self.quota = TenantQuota(limits, now_s)
         self.consumption = Consumption()
 
@@ -67,21 +79,24 @@ class Tenant:
         """Whether a model of any of these names is allowed."""
         return self.config.models is None or not self.config.models.isdisjoint(names)
 
-    def check_allowed(self, request: Request) -> None:
-        """Raise `ApiError` for a model or a class that is not allowed."""
-        if not self.may_use((request.model,)):
-            raise ApiError(  # in OpenAI's words; 404 tells nothing about what others may use
-                404,
-                f"The model '{request.model}' does not exist or you do not have access to it.",
-                kind="NotFoundError",
-                param="model",
-                code="model_not_found",
-            )
+    def cache_salt(self, own_salt: str) -> str | None:
+        """Return the salt of the prefixes that engines may find again for this tenant.
+
+        None where prefixes are shared. `own_salt` is the request's; then only requests with the
+        same one share. A digest, because vLLM takes few characters, and only some.
+        """
+        if self._shares_prefixes:
+            return None
+        salt = hashlib.blake2b(own_salt.encode(), key=self._salt_key, digest_size=16)
+        return salt.hexdigest()
+
+    def check_class(self, request_class: RequestClass) -> None:
+        """Raise `ApiError` for a class that is not allowed."""
         classes = self.config.classes
-        if classes is not None and request.priority_class not in classes:
+        if classes is not None and request_class not in classes:
             raise ApiError(
                 403,
-                f"Your key is not allowed class {request.priority_class.value}; it is allowed "
+                f"Your key is not allowed class {request_class.value}; it is allowed "
                 + ", ".join(allowed.value for allowed in classes),
                 kind="PermissionDeniedError",
                 param="x-headway-class",
@@ -109,6 +124,7 @@ class Tenants:
     def __init__(self, config: Config, keys: Iterable[Key] | None) -> None:
         """With `keys` None no request needs one."""
         self._num_gateways = config.gateway.replicas
+        self._shares_prefixes = config.auth.share_prefix_cache
         self._configs: Mapping[str, TenantConfig] = config.tenants
         self._tenants: dict[str, Tenant] = {}
         self._keys: KeyRing | None = None
@@ -140,6 +156,14 @@ class Tenants:
         if key is None:
             raise _unauthorized("Incorrect API key provided.")
         return Caller(self._tenant(key.tenant), key.admin)
+
+    def knows(self, headers: Headers) -> bool:
+        """Whether who sends these headers may use the service at all."""
+        try:
+            self.authenticate(headers)
+        except ApiError:
+            return False
+        return True
 
     def authorize_admin(self, headers: Headers) -> None:
         """Raise `ApiError` 401 or 403 unless an admin sends these headers."""
@@ -203,7 +227,13 @@ class Tenants:
         tenant = self._tenants.get(name)
         if tenant is None:
             config = self._configs.get(name, _UNLISTED)
-            tenant = Tenant(name, config, self._limits(config), time.monotonic())
+            tenant = Tenant(
+                name,
+                config,
+                self._limits(config),
+                time.monotonic(),
+                shares_prefixes=self._shares_prefixes,
+            )
             self._tenants[name] = tenant
         return tenant
 
