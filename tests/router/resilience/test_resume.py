@@ -174,6 +174,22 @@ TestGateway = Gateway.TestCase
 TestGateway.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
+@pytest.mark.parametrize("num_known", range(7))
+@pytest.mark.parametrize("cuts", range(32), ids="{:05b}".format)
+def test_the_seam_is_exact_however_the_frames_are_cut(num_known, cuts):
+    """Each byte once, those beside the seam, too: all ways to cut six bytes."""
+    whole = b"abcdef"
+    ends = [end for end in range(1, 6) if cuts >> (end - 1) & 1]
+    starts = [0, *ends]
+    splice = ResumeSplice(Resume(b"x", num_known, zlib.crc32(whole[:num_known])))
+    got = [
+        splice.cut(whole[start:end], is_last=end == 6)
+        for start, end in zip(starts, [*ends, 6], strict=True)
+    ]
+    assert b"".join(got) == whole[num_known:]
+    assert splice.cut(b"gh", is_last=True) == b"gh"
+
+
 def test_another_reply_is_not_passed_on():
     reply = Reply(Records(100), can_resume=True)
     reply.resume()
