@@ -55,6 +55,14 @@ class RejectReason(enum.Enum):
     ENDS_ENGINES = "ends_engines"  # two engines died or hung under it: `router.resilience.suspects`
 
 
+class FailedCall(msgspec.Struct, frozen=True):
+    """One engine's call that failed, of which nobody knows yet whose fault it was."""
+
+    replica_id: str
+    permit: int  # of its breaker
+    had_answered: bool  # it had begun to generate
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One request as the router sees it: sizes and times, never its text."""
 
@@ -87,9 +95,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     tried: tuple[str, ...] = ()
     num_stuck: int = 0  # of these the last ones in a row that got its reply no further
     retried_s: float = float("-inf")
-    # Engines that failed under it alone, each with the permit of that call: whose fault that was
-    # shows where it goes next.
-    failed_calls: tuple[tuple[str, int], ...] = ()
+    # Of engines that failed under it alone: whose fault that was shows where it goes next.
+    failed_calls: tuple[FailedCall, ...] = ()
     # An engine may have died or hung because of it: `router.resilience.suspects`.
     is_suspect: bool = False
     # Part of its reply was sent: by an engine, then only engines can continue it; or by a

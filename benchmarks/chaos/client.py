@@ -19,6 +19,7 @@ class Question:
     is_chat: bool = True
     is_streamed: bool = True
     ends_early: bool = False  # when the model ends it; else it always runs to `num_tokens`
+    user: str = ""  # who asks; it makes a body of its own of the same question
 
     @property
     def path(self) -> str:
@@ -35,6 +36,8 @@ class Question:
             "ignore_eos": not self.ends_early,
             "return_token_ids": True,
         }
+        if self.user:
+            body["user"] = self.user
         if self.is_streamed:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         return body

@@ -5,7 +5,7 @@ Each faulty engine stands behind a stream server of its own, as Ray's replicas d
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
@@ -88,7 +88,7 @@ class FaultyFleet:
     """Engines and their stream servers, named as by Ray: each new server is a new replica."""
 
     def __init__(
-        self, engines: list[FaultyEngine], set_members: Callable[[dict[str, dict]], None]
+        self, engines: Sequence[FaultyEngine], set_members: Callable[[dict[str, dict]], None]
     ) -> None:
         """`set_members` is told of all replicas whenever one comes or goes."""
         self.engines = engines

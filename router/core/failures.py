@@ -18,7 +18,7 @@ from router.resilience.suspects import PROVEN_TOKENS, Suspects
 from router.scheduling.attempt import Attempt, Attempts
 from router.scheduling.hedging import Hedging
 from router.settings import RouterSettings
-from router.types import Decision, Fail, Outcome, Withdraw
+from router.types import Decision, Fail, FailedCall, Outcome, Withdraw
 
 # HTTP status of replies that may tell of the engine's trouble rather than of the request's.
 _ENGINE_ERRORS = frozenset((500, 502, 503, 504))
@@ -126,17 +126,23 @@ class Failures:
         )
         return [withdraw, *decisions]
 
-    def blame_engines(self, attempt: Attempt, now_s: float) -> None:
-        """Count the failures before this attempt against the engines: this one answers."""
-        for replica_id, permit in attempt.request.failed_calls:
-            if (replica := self._fleet.get(replica_id)) is not None:
-                replica.breaker.record_late_failure(permit, Failure.ERROR, now_s)
+    def blame_engines(self, attempt: Attempt, now_s: float, *, is_over: bool) -> None:
+        """Count failures against the engines that this attempt has got further than.
+
+        It answers: then those that had not. `is_over`: all of them.
+        """
+        left = []
+        for call in attempt.request.failed_calls:
+            if call.had_answered and not is_over:
+                left.append(call)
+            elif (replica := self._fleet.get(call.replica_id)) is not None:
+                replica.breaker.record_late_failure(call.permit, Failure.ERROR, now_s)
                 self._fleet.refresh(replica)
-        attempt.request = msgspec.structs.replace(attempt.request, failed_calls=())
+        attempt.request = msgspec.structs.replace(attempt.request, failed_calls=tuple(left))
 
     def _keep_failed_call(self, attempt: Attempt) -> None:
         """Keep a failed call in mind without a verdict, until it shows whose fault it was."""
-        call = (attempt.replica.id, attempt.permit)
+        call = FailedCall(attempt.replica.id, attempt.permit, attempt.has_answered)
         for each in self._attempts.of(attempt.request.id):
             calls = (*each.request.failed_calls, call)
             each.request = msgspec.structs.replace(each.request, failed_calls=calls)
@@ -146,23 +152,30 @@ class Failures:
         replica, _ = self._lost
         if replica is not attempt.replica:
             on_board = self._attempts.at_replica(attempt.replica)
-            self._lost = attempt.replica, sum(each.is_fresh(now_s) for each in on_board)
+            num_fresh = sum(
+                each.is_fresh(now_s) and not self._is_late(each, now_s) for each in on_board
+            )
+            self._lost = attempt.replica, num_fresh
         return self._lost[1] == 1
+
+    def _is_late(self, attempt: Attempt, now_s: float) -> bool:
+        """Whether a request came when the step had begun that never ended."""
+        at_work_s = attempt.replica.at_work_s(now_s)
+        is_hung = now_s - at_work_s > self._settings.hang_s
+        return is_hung and attempt.placed_s > at_work_s + _REPORT_S
 
     def _judge_loss(self, attempt: Attempt, num_output_tokens: int, now_s: float) -> None:
         """Suspect a request of the loss of its engine, or refuse it, if it may be why.
 
-        The engine has generated `num_output_tokens` for it. What was silent, or was left for
-        another reason, tells nothing of it.
+        The engine has generated `num_output_tokens` for it.
         """
-        breaker = attempt.replica.breaker
-        if num_output_tokens >= PROVEN_TOKENS or attempt.is_probe:
+        if num_output_tokens >= PROVEN_TOKENS or attempt.is_probe or self._is_late(attempt, now_s):
             return
-        if breaker.reason not in (TripReason.LOST, TripReason.HUNG):
+        reason = attempt.replica.breaker.reason
+        # One that falls silent may have lost its network. Two under one request are too many.
+        is_silent_again = reason is TripReason.STALE and attempt.request.num_stuck > 0
+        if reason not in (TripReason.LOST, TripReason.HUNG) and not is_silent_again:
             return
-        stuck_s, _ = attempt.replica.step_wait_s(now_s)
-        if stuck_s > self._settings.hang_s and attempt.placed_s > now_s - stuck_s + _REPORT_S:
-            return  # it came when the step that never ended had begun
         if attempt.is_alone and self._was_only_one(attempt, now_s):
             self._suspects.refuse(attempt.request, now_s)
         else:

@@ -146,7 +146,7 @@ class Router:
             return []
         attempt.answered_s = now_s
         if attempt.request.failed_calls and not attempt.is_error:
-            self.failures.blame_engines(attempt, now_s)
+            self.failures.blame_engines(attempt, now_s, is_over=False)
         others = self._attempts.others(attempt)
         if not others:
             return []  # the usual case
@@ -184,7 +184,7 @@ class Router:
         withdrawn = self._hedging.withdraw_others(attempt)
         if not attempt.is_error:
             if attempt.request.failed_calls:
-                self.failures.blame_engines(attempt, now_s)
+                self.failures.blame_engines(attempt, now_s, is_over=True)
             if came_at_once:
                 self._observe(attempt, now_s)
             attempt.replica.breaker.record_success(attempt.permit, now_s)

@@ -218,6 +218,10 @@ class Replica:
             return 0.0, 0.0
         return now_s - self._step_start_s, self._step_end_s - self._step_start_s
 
+    def at_work_s(self, now_s: float) -> float:
+        """Return when it last got on: now, or when the step began that it has not ended."""
+        return now_s - self.step_wait_s(now_s)[0]
+
     def was_step_slow(self, snapshot: EngineSnapshot, settings: BreakerSettings) -> bool:
         """Whether a snapshot not yet received reports a step far longer than predicted."""
         if snapshot.step_s <= settings.slow_floor_s:

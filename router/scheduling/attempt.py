@@ -49,11 +49,11 @@ class Attempt(msgspec.Struct, eq=False):
         return self.answered_s is not None
 
     def is_fresh(self, now_s: float) -> bool:
-        """Whether the engine has not got far with it: if it dies now, this may be why."""
+        """Whether the engine has not got far with it: if it dies or hangs, this may be why."""
         if self.answered_s is None:
             return True
         proven_s = max(_PROVEN_S, 2.0 * PROVEN_TOKENS * self.predicted_tpot_s)
-        return now_s < self.answered_s + proven_s
+        return self.replica.at_work_s(now_s) < self.answered_s + proven_s
 
     @property
     def predicted_latency_s(self) -> float:

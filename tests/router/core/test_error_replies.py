@@ -99,6 +99,19 @@ def test_replies_that_break_off_are_judged_alike():
     assert breaker_states(router) == ALL_CLOSED
 
 
+def test_replies_that_break_off_later_and_later_are_nobodys_fault():
+    """Each engine answers, and then breaks off as the one before did."""
+    router = make_router(2, breaker=ONE_OPENS, max_attempts=4)
+    [dispatch] = router.on_arrival(req("a"), 0.0)
+    for _ in range(3):
+        router.on_answer("a", dispatch.replica_id, 0.0)
+        [dispatch] = fail_attempt(router, "a", Failure.ERROR, 0.0, has_begun=True)
+        assert breaker_states(router) == ALL_CLOSED
+    router.on_answer("a", dispatch.replica_id, 0.0)
+    router.on_finish("a", Usage(num_output_tokens=1), 0.0)  # another engine carries it through
+    assert BreakerState.OPEN in breaker_states(router).values()
+
+
 @pytest.mark.parametrize("status", [400, 404, 413, 422])
 def test_a_clients_error_is_no_verdict_and_nothing_is_learned_of_it(status):
     """A half-open breaker stays so: that an engine refuses says nothing of whether it computes."""
