@@ -89,6 +89,14 @@ def with_fields(data: bytes, added: Mapping[str, str | int]) -> bytes:
     return b"".join((memoryview(data)[:end], b",", memoryview(msgspec.json.encode(added))[1:]))
 
 
+def read_object(data: bytes) -> dict[str, Any]:
+    """Return all that is in a body which `read_json_body` has taken."""
+    try:
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError):
+        return json.loads(data)
+
+
 def _in_utf8(data: bytes) -> bytes:
     """Return a text in UTF-8 that comes in any of the encodings that `json` reads."""
     encoding = json.detect_encoding(data)

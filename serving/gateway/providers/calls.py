@@ -13,8 +13,7 @@ import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, Protocol
 
-import msgspec
-from pydantic import SecretStr, TypeAdapter
+from pydantic import SecretStr
 
 from router import Failure, Fallback, Usage
 from router.limits.rate_limit import RateReport
@@ -22,6 +21,7 @@ from router.providers.provider import MakeLimiter
 from router.providers.spillover import make_rate_limiter
 from serving.config import Config, ProviderConfig
 from serving.gateway.exchange import DONE, Exchange
+from serving.gateway.intake.json_body import read_object
 from serving.gateway.providers.continuation import Continuation, can_continue
 from serving.gateway.providers.credentials import read_api_keys
 from serving.gateway.providers.event_reader import ReplyReader
@@ -43,7 +43,6 @@ _MAX_WORDS = 500  # of an error's message that are passed on
 _END_S = 1.0  # for the end of the connection after the end of the reply
 # Fields of the body that mean something to us alone.
 _OURS = ("priority_class",)
-_as_flag = TypeAdapter(bool | None).validate_python
 # Endpoints whose streams bear usage only if asked to.
 _USAGE_ON_REQUEST = frozenset(("/v1/chat/completions", "/v1/completions"))
 
@@ -268,7 +267,7 @@ class Providers:
                 return
             loop = asyncio.get_running_loop()
             reader = call.reader = ReplyReader(
-                stream=is_stream, hides_usage=hides_usage, num_choices=_num_choices(body)
+                stream=is_stream, hides_usage=hides_usage, num_choices=_num_choices(exchange, body)
             )
             # Nothing is passed on before some content shows that this is an answer.
             async for passed in _pieces(reply, reader):
@@ -332,12 +331,12 @@ def _make_client(config: ProviderConfig) -> Client:
 
 def _body_for(config: ProviderConfig, exchange: Exchange) -> tuple[dict[str, Any], bool]:
     """Return the body to send, and whether the reply's chunk of usage is for us alone."""
-    body: dict[str, Any] = {**config.defaults, **msgspec.json.decode(exchange.body)}
+    # Fields that we know as vLLM takes them: what a service gets need not be as lax.
+    said = {**read_object(exchange.body), **exchange.fields.given()}
+    body: dict[str, Any] = {**config.defaults, **said}
     body["model"] = config.models[exchange.request.model]
     for field in _OURS:
         body.pop(field, None)
-    if "stream" in body:  # as vLLM takes it: the reply is read as one of this kind
-        body["stream"] = _as_flag(body["stream"])
     hides_usage = False
     if config.asks_usage and body.get("stream") and exchange.path in _USAGE_ON_REQUEST:
         options = body.get("stream_options") or {}
@@ -346,13 +345,10 @@ def _body_for(config: ProviderConfig, exchange: Exchange) -> tuple[dict[str, Any
     return body, hides_usage
 
 
-def _num_choices(body: dict[str, Any]) -> int:
+def _num_choices(exchange: Exchange, body: dict[str, Any]) -> int:
     """How many choices the reply to a request has: `n` for each of its prompts."""
-    n, prompt = body.get("n"), body.get("prompt")
-    num_prompts = 1
-    if isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt):
-        num_prompts = len(prompt)
-    return num_prompts * (n if isinstance(n, int) else 1)
+    n = body.get("n")
+    return exchange.request.num_prompts * (n if isinstance(n, int) else 1)
 
 
 async def _pieces(reply: ProviderReply, reader: ReplyReader) -> AsyncIterator[bytes]:

@@ -13,34 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serving.config import ConfigError, parse
 from serving.gateway.tenants.keys import KeyRing, KeysFile, make_key, read_keys
+from tests.serving.gateway.tenants.office import Office, bearer
 from tests.support.running_gateway import CHAT, running
-
-
-def bearer(text: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {text}"}
-
-
-class Office:
-    """A keys file, and whoever is in it."""
-
-    def __init__(self, folder) -> None:
-        self.path = folder / "keys.json"
-        with KeysFile(self.path) as file:
-            file.save()
-        self.texts: list[str] = []
-
-    def hire(self, tenant: str, **fields) -> dict[str, str]:
-        """Headers with a new key of a tenant."""
-        with KeysFile(self.path) as file:
-            text, key = make_key(tenant, **fields)
-            file.keys.append(key)
-            file.save()
-        self.texts.append(text)
-        return bearer(text)
-
-    def running(self, tenants: dict | None = None, **sections):
-        auth = {"keys_file": str(self.path)}
-        return running(auth=auth, tenants=tenants or {}, **sections)
 
 
 @pytest.fixture

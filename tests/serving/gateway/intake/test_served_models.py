@@ -1,0 +1,94 @@
+"""Which model is meant, before engines are up and after."""
+
+import asyncio
+
+import msgspec
+import pytest
+
+from serving.gateway.http.errors import ApiError
+from serving.gateway.intake.served_models import ServedModels
+from tests.serving.gateway.intake.asking import CHAT, SMALL
+from tests.support.running_gateway import running
+
+
+def may_use_all(names):
+    return True
+
+
+def find(models: ServedModels, name: str | None, elsewhere=(), may_use=may_use_all) -> str:
+    return models.find_model(name, "generate", elsewhere, may_use)[0]
+
+
+class TestBeforeTheFirstEngine:
+    def test_configured_names_are_all_there_is(self):
+        models = ServedModels(("m", "adapter"), {})
+        assert [find(models, name) for name in ("m", "adapter", None, "")] == [
+            "m",
+            "adapter",
+            "m",
+            "m",
+        ]
+        assert find(models, "far", elsewhere=("far",)) == "far"
+        with pytest.raises(ApiError) as caught:
+            find(models, "other")
+        assert caught.value.status == 404
+
+    def test_where_no_name_is_known_any_may_be_right(self):
+        models = ServedModels((), {})
+        assert find(models, "later") == "later"
+        with pytest.raises(ApiError):  # but none is not the name of a model
+            find(models, None)
+        assert find(models, None, elsewhere=("far",)) == "far"
+        with pytest.raises(ApiError):
+            find(models, "secret", may_use=lambda names: False)
+
+
+def test_what_engines_serve_goes_before_what_is_configured():
+    engines = {}
+    models = ServedModels(("m",), engines)
+    engines["r0"] = msgspec.structs.replace(SMALL, model="n", aliases=("adapter",))
+    assert find(models, None) == "n"
+    assert [find(models, name) for name in ("n", "adapter", "m")] == ["n", "adapter", "m"]
+    del engines["r0"]
+    # It may come back; one that nobody has heard of will not.
+    assert find(models, "adapter") == "adapter"
+    with pytest.raises(ApiError):
+        find(models, "other")
+
+
+def test_what_engines_of_one_model_can_do_together():
+    engines = {
+        f"r{number}": msgspec.structs.replace(SMALL, max_model_len=length, tasks=(task,))
+        for number, (length, task) in enumerate([(1000, "generate"), (3000, "embed")])
+    }
+    models = ServedModels((), engines)
+    _, capacity = models.find_model("fake-model", "embed", (), may_use_all)
+    assert (capacity.shortest_context, capacity.longest_context) == (1000, 3000)
+    assert capacity.tasks == {"generate", "embed"}
+    with pytest.raises(ApiError, match="does not support"):
+        models.find_model("fake-model", "transcription", (), may_use_all)
+
+
+async def test_unknown_models_are_refused_at_once_and_leave_nothing():
+    async with running(num_engines=0, served_names=("fake-model",)) as system:
+        for number in range(20):
+            reply = await system.client.post(CHAT, json=system.chat(model=f"unknown-{number}"))
+            assert reply.status_code == 404
+            error = reply.json()["error"]
+            assert (error["type"], error["param"], error["code"]) == ("NotFoundError", "model", 404)
+        state = system.gateway.state()
+        assert state.held.num_requests == 0
+        system.assert_empty()
+
+
+@pytest.mark.parametrize("model", [None, ""])
+async def test_a_request_without_a_model_waits_for_the_configured_one(model):
+    async with running(num_engines=0, served_names=("fake-model",)) as system:
+        body = system.chat(model=model)
+        if model is None:
+            del body["model"]
+        asking = asyncio.create_task(system.client.post(CHAT, json=body))
+        await system.until(lambda: system.gateway.state().held.num_requests == 1)
+        await system.add_engine()
+        assert (await asking).status_code == 200
+        system.assert_empty()
