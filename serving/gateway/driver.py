@@ -24,7 +24,7 @@ from router.limits.rate_limit import RateReport
 from router.resilience.resume import Records
 from serving.config import Config
 from serving.gateway.engines import Engines
-from serving.gateway.exchange import Attempt, EngineFailed, Exchange, Rejected
+from serving.gateway.exchange import Attempt, ClientLeft, EngineFailed, Exchange, Rejected
 from serving.gateway.metrics import Metrics
 from serving.gateway.providers.calls import Providers
 from serving.gateway.providers.http_client import ProviderFailed
@@ -66,7 +66,12 @@ class Driver:
     def open(self, exchange: Exchange) -> None:
         """Place, hold or refuse a request that has arrived."""
         self.exchanges[exchange.request.id] = exchange
-        self.execute(self.router.on_arrival(exchange.request, time.monotonic()))
+        exchange.is_open = True
+        try:
+            self.execute(self.router.on_arrival(exchange.request, time.monotonic()))
+        except Exception as error:
+            self.break_off(exchange, error)
+            raise
 
     def cancel(self, exchange: Exchange) -> None:
         """End an exchange whose client has left. Do nothing if the response is complete.
@@ -75,7 +80,17 @@ class Driver:
         """
         if exchange.is_complete or self.exchanges.get(exchange.request.id) is not exchange:
             return
-        self._abandon(exchange, EngineFailed("the client left"))
+        self._abandon(exchange, ClientLeft("the client left"))
+
+    def break_off(self, exchange: Exchange, error: Exception) -> None:
+        """End an exchange that our own code failed on, so that nothing of it stays behind."""
+        if self.exchanges.get(exchange.request.id) is exchange:
+            self._providers.cancel_call(exchange)
+            self._close(exchange, error)
+        try:
+            self.execute(self.router.on_cancel(exchange.request.id, time.monotonic()))
+        except Exception:
+            logger.exception("request %s cannot be taken from the router", exchange.request.id)
 
     def acknowledge_bytes(self, exchange: Exchange, num_bytes: int) -> None:
         """Let whoever answers send more: the client has taken so much of the response."""
@@ -136,11 +151,11 @@ class Driver:
 
     def on_end(self, attempt: Attempt, frame: End) -> None:
         exchange = attempt.exchange
-        exchange.usage = frame.usage
         if frame.error is not None:
             self.engines.end(attempt)
             self._fail_attempt(attempt, Failure.ERROR, frame.error, can_retry=frame.can_retry)
             return
+        exchange.usage = frame.usage
         if not attempt.has_answered:
             self._on_answer(attempt)
         self.engines.end(attempt)
@@ -272,7 +287,9 @@ class Driver:
         """Do nothing: the exchange waits as it is."""
 
     def fall_back(self, decision: Fallback) -> None:
-        self._providers.start_call(self.exchanges[decision.request_id], decision, self)
+        exchange = self.exchanges[decision.request_id]
+        exchange.was_sent = True
+        self._providers.start_call(exchange, decision, self)
 
     def reject(self, decision: Reject) -> None:
         exchange = self.exchanges[decision.request_id]
@@ -311,14 +328,14 @@ class Driver:
         """End an exchange that needs no answer any more, wherever it is."""
         self._providers.cancel_call(exchange)
         self._close(exchange, error)
-        self.execute(self.router.on_cancel(exchange.request.id, time.monotonic()))
+        usage = exchange.usage_taken()
+        self.execute(self.router.on_cancel(exchange.request.id, time.monotonic(), usage))
 
     def _close(self, exchange: Exchange, error: Exception | None = None) -> None:
         """Forget an exchange; engines that still have it are told to stop."""
         del self.exchanges[exchange.request.id]
         for attempt in list(exchange.attempts):
             self.engines.cancel(attempt)
-        exchange.reply.end()
         exchange.on_end(error)
 
     def close(self) -> None:

@@ -30,6 +30,7 @@ class AttemptEvents(Protocol):
     def on_data(self, attempt: Attempt, frame: Data) -> None: ...
     def on_end(self, attempt: Attempt, frame: End) -> None: ...
     def on_attempt_lost(self, attempt: Attempt) -> None: ...
+    def break_off(self, exchange: Exchange, error: Exception) -> None: ...
 
 
 class Engines:
@@ -95,6 +96,7 @@ class Engines:
         attempt = Attempt(exchange, self._connections[decision.replica_id], decision.booking)
         exchange.attempts.append(attempt)
         exchange.num_attempts += 1
+        exchange.was_sent = True
         self._attempts[decision.replica_id][decision.booking] = attempt
         attempt.connection.post(
             Submit(
@@ -106,7 +108,7 @@ class Engines:
                 exchange.method,
                 exchange.path,
                 exchange.headers,
-                exchange.body,
+                exchange.engine_body(),
                 exchange.created_s,
                 resume,
             )
@@ -151,25 +153,38 @@ class Engines:
         if not self._router.on_blocks(client.replica_id, update):
             client.post(Resync())
 
-    # Frames of attempts that were cancelled may still be under way: they have none here.
+    # Frames of attempts that were cancelled may still be under way: they have none here. What
+    # fails in our own code under one of them ends that exchange, not the connection of all.
 
     def on_prompt(self, client: StreamClient, frame: Prompt) -> None:
         replica_id = client.replica_id
         if (attempt := self._attempts[replica_id].get(frame.stream)) is not None:
-            request_id = attempt.exchange.request.id
+            exchange = attempt.exchange
+            if exchange.request.num_prompts == 1:
+                exchange.num_prompt_tokens = frame.num_tokens
+            request_id = exchange.request.id
             self._router.on_prompt(request_id, replica_id, frame.num_tokens, frame.block_hashes)
 
     def on_head(self, client: StreamClient, frame: Head) -> None:
         if (attempt := self._attempts[client.replica_id].get(frame.stream)) is not None:
-            self._events.on_head(attempt, frame)
+            try:
+                self._events.on_head(attempt, frame)
+            except Exception as error:
+                self._events.break_off(attempt.exchange, error)
 
     def on_data(self, client: StreamClient, frame: Data) -> None:
         if (attempt := self._attempts[client.replica_id].get(frame.stream)) is not None:
-            self._events.on_data(attempt, frame)
+            try:
+                self._events.on_data(attempt, frame)
+            except Exception as error:
+                self._events.break_off(attempt.exchange, error)
 
     def on_end(self, client: StreamClient, frame: End) -> None:
         if (attempt := self._attempts[client.replica_id].get(frame.stream)) is not None:
-            self._events.on_end(attempt, frame)
+            try:
+                self._events.on_end(attempt, frame)
+            except Exception as error:
+                self._events.break_off(attempt.exchange, error)
 
     def on_lost(self, client: StreamClient) -> None:
         replica_id = client.replica_id
