@@ -44,10 +44,16 @@ class Case:
 
     name: str
     whole: list[int]  # groups
+    can_resume: bool
     reply: Reply
     client: bytearray = field(default_factory=bytearray)
-    known: list[int] | None = field(default_factory=list)  # groups recorded, by our own count
+    kept: list[int] | None = field(default_factory=list)  # groups recorded, by our own count
     engine: Engine | None = None
+
+    @property
+    def known(self) -> list[int]:
+        """What another engine can go on from."""
+        return (self.kept or []) if self.can_resume else []
 
 
 class Gateway(RuleBasedStateMachine):
@@ -62,10 +68,8 @@ class Gateway(RuleBasedStateMachine):
         if slot in self.cases:
             return
         self.num_opened += 1
-        case = Case(f"q{self.num_opened}", groups, Reply(self.records, can_resume=ok))
-        if not ok:
-            case.known = None
-        self.cases[slot] = case
+        reply = Reply(self.records, can_resume=ok)
+        self.cases[slot] = Case(f"q{self.num_opened}", groups, ok, reply)
 
     @rule(slot=SLOTS)
     def dispatch(self, slot):
@@ -74,7 +78,9 @@ class Gateway(RuleBasedStateMachine):
         if case is None or case.engine is not None or not case.reply.can_go_on:
             return
         resume = case.reply.resume()
-        known = case.known or []
+        known = case.known
+        if not case.can_resume and case.kept is not None:
+            case.kept = []  # it begins anew, and so does the count
         assert (resume is None) == (not case.client and not known)
         if resume is not None:
             assert list(resume.record) == known
@@ -113,11 +119,11 @@ class Gateway(RuleBasedStateMachine):
         is_first = reply.receive(body, bytes(groups))
         assert is_first == (was_first and bool(body))
         case.client += body
-        if groups and case.known is not None:
+        if groups and case.kept is not None:
             if kept_before + len(groups) > MAX_RECORD_BYTES:
-                case.known = None
+                case.kept = None
             else:
-                case.known += groups
+                case.kept += groups
 
     @rule(slot=SLOTS)
     def lose(self, slot):
@@ -126,7 +132,8 @@ class Gateway(RuleBasedStateMachine):
         if case is None or case.engine is None:
             return
         case.engine = None
-        assert case.reply.can_go_on == (case.known is not None or not case.client)
+        may = case.can_resume and case.kept is not None
+        assert case.reply.can_go_on == (may or not case.client)
         if not case.reply.can_go_on:
             self.over(slot)  # an error to the client
 
@@ -154,7 +161,7 @@ class Gateway(RuleBasedStateMachine):
         num_bytes = self.records.num_bytes
         reply.end()
         assert self.records.num_bytes == num_bytes
-        assert reply.record == b""
+        assert reply.record == reply.generated == b""
 
     @invariant()
     def clients_have_the_beginning_of_their_reply(self):
@@ -164,10 +171,11 @@ class Gateway(RuleBasedStateMachine):
 
     @invariant()
     def memory_is_what_open_replies_keep(self):
-        kept = sum(len(case.known or ()) for case in self.cases.values())
+        kept = sum(len(case.kept or ()) for case in self.cases.values())
         assert self.records.num_bytes == kept <= MAX_RECORD_BYTES
         for case in self.cases.values():
-            assert list(case.reply.record) == (case.known or [])
+            assert list(case.reply.generated) == (case.kept or [])
+            assert list(case.reply.record) == case.known
 
 
 TestGateway = Gateway.TestCase

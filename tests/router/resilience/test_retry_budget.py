@@ -30,6 +30,8 @@ def test_time_fills_it_too():
         pass
     assert not budget.try_withdraw(9.0)
     assert budget.try_withdraw(10.1)
+    assert not budget.try_withdraw(19.0)  # 8.9 s have passed since, not 29.1
+    assert budget.try_withdraw(20.2)
 
 
 def test_nothing_saved_up_nothing_retried():
