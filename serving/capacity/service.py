@@ -169,8 +169,10 @@ class Service(SystemUnderTest):
 
     def _ask(self, path: str, body: Mapping[str, Any] | None) -> str:
         data = None if body is None else json.dumps(body).encode()
+        headers = {} if body is None else {"content-type": "application/json"}
+        request = urllib.request.Request(self.urls[0] + path, data, headers)
         try:
-            with urllib.request.urlopen(self.urls[0] + path, data, timeout=30) as reply:
+            with urllib.request.urlopen(request, timeout=30) as reply:
                 return reply.read().decode()
         except urllib.error.HTTPError as error:
             reason = error.read().decode(errors="replace")

@@ -4,7 +4,7 @@
 the application's `args`. Ray ignores keys that it does not know; here they are errors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,7 +70,14 @@ class ConfigFile:
         """The URL of the OpenAI endpoint for clients on this machine, without `/v1`."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
         prefix = (self.application.get("route_prefix") or "/") if self.haproxy else "/"
-        return f"http://{host}:{self.port}{prefix.rstrip('/')}"
+        scheme = "http" if self.config.gateway.tls_cert_file is None else "https"
+        return f"{scheme}://{host}:{self.port}{prefix.rstrip('/')}"
+
+    @property
+    def metrics_ports(self) -> Iterable[int]:
+        """The ports on which gateways answer for themselves."""
+        first, count = self.config.gateway.metrics_port, self.config.gateway.replicas
+        return range(first, first + count) if first else ()
 
 
 def load_config_file(path: Path | None, options: Mapping[str, Any]) -> ConfigFile:

@@ -71,6 +71,8 @@ def launch(
         try:
             if address is None:
                 check_port_is_free(file.host, file.port)
+                for port in file.metrics_ports:
+                    check_port_is_free(file.config.gateway.host, port, "gateway.metrics_port")
                 folder = stack.enter_context(private_folder())
                 variables = private_environment(folder, haproxy=file.haproxy, given=os.environ)
                 os.environ.update(variables)

@@ -3,9 +3,9 @@
 import asyncio
 import contextlib
 import dataclasses
+import json
 from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
@@ -16,12 +16,13 @@ from serving.cluster.lease_actor import actor_sender
 from serving.cluster.loop_thread import LoopThread
 from serving.config import Config, parse
 from serving.gateway.app import Gateway
-from serving.gateway.http.listener import Listener
+from serving.gateway.http.front import Front
+from serving.gateway.http.listener import Listener, make_tls_context
 from serving.gateway.providers.credentials import read_api_keys
 from serving.gateway.tenants.keys import read_keys
 from serving.planning.bundled_model import prepare_bundled_model
 from serving.planning.hardware import detect_hardware
-from serving.planning.plan import make_plan
+from serving.planning.plan import Plan, make_plan
 from serving.renamed import current_args
 
 # The router decides on admission; Serve's own limit must never apply.
@@ -32,40 +33,60 @@ class OwnFrontGateway:
     """A gateway with its own HTTP listener; Serve only places it and checks its health."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, args: dict, engines: DeploymentHandle
+        self, args: dict, engines: DeploymentHandle, served_names: tuple[str, ...]
     ) -> None:
         config = parse(args)
         self._drain_timeout_s = config.engine.drain_timeout_s
         self._loop = LoopThread("gateway")
-        self._gateway, self._listener = await self._loop.run(_open_gateway(config, engines))
+        self._gateway, self._listeners = await self._loop.run(
+            _open_gateway(config, engines, served_names)
+        )
 
     async def __del__(self) -> None:
-        if hasattr(self, "_listener"):  # absent where `__init__` failed
+        if hasattr(self, "_listeners"):  # absent where `__init__` failed
             await self._loop.run(
-                _close_gateway(self._gateway, self._listener, self._drain_timeout_s)
+                _close_gateway(self._gateway, self._listeners, self._drain_timeout_s)
             )
 
 
-async def _open_gateway(config: Config, engines: DeploymentHandle) -> tuple[Gateway, Listener]:
-    gateway = _make_gateway(config, engines)
+async def _open_gateway(
+    config: Config, engines: DeploymentHandle, served_names: tuple[str, ...]
+) -> tuple[Gateway, list[Listener]]:
+    gateway = _make_gateway(config, engines, served_names)
     listener = Listener(gateway.app, config.gateway)
     await listener.start()
-    return gateway, listener
+    return gateway, [listener, *await _open_own_listeners(gateway)]
 
 
-async def _close_gateway(gateway: Gateway, listener: Listener, timeout_s: float) -> None:
+async def _open_own_listeners(gateway: Gateway) -> list[Listener]:
+    """Open the gateway's own port, if it has one."""
+    if not gateway.metrics_port:
+        return []
+    listener = Listener(gateway.own_app, gateway.config.gateway, gateway.metrics_port)
+    await listener.start()
+    return [listener]
+
+
+async def _close_gateway(gateway: Gateway, listeners: list[Listener], timeout_s: float) -> None:
     """Let open responses finish for up to `timeout_s`, then close."""
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(listener.stop(), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            for listener in listeners:  # its own last: what is drained can be seen there
+                await listener.stop()
     gateway.close()
 
 
-def _make_gateway(config: Config, engines: DeploymentHandle) -> Gateway:
+def _make_gateway(
+    config: Config, engines: DeploymentHandle, served_names: tuple[str, ...]
+) -> Gateway:
     """Return a gateway on the running loop that hears of every change of the engines."""
     context = serve.get_replica_context()
     # A single gateway keeps its limits itself; several share them.
     send_update = actor_sender(context.app_name) if config.gateway.replicas > 1 else None
-    gateway = Gateway(config, context.replica_id.unique_id, send_update)
+    rank = context.rank.rank if context.rank is not None else 0
+    gateway = Gateway(
+        config, context.replica_id.unique_id, send_update, rank=rank, served_names=served_names
+    )
     loop = asyncio.get_running_loop()
     discovery.subscribe(
         lambda members: loop.call_soon_threadsafe(gateway.driver.engines.set_members, members)
@@ -78,16 +99,17 @@ class ServedGateway:
     """A gateway behind Serve's HTTP front end: HAProxy, or Serve's own proxy."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, args: dict, engines: DeploymentHandle
+        self, args: dict, engines: DeploymentHandle, served_names: tuple[str, ...]
     ) -> None:
-        self._gateway = _make_gateway(parse(args), engines)
+        self._gateway = _make_gateway(parse(args), engines, served_names)
+        self._listeners = await _open_own_listeners(self._gateway)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> Front:
         return self._gateway.app
 
     async def __del__(self) -> None:
-        if hasattr(self, "_gateway"):  # absent where `__init__` failed
-            self._gateway.close()
+        if hasattr(self, "_listeners"):  # absent where `__init__` failed
+            await _close_gateway(self._gateway, self._listeners, timeout_s=1.0)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -98,8 +120,9 @@ def build(args: dict[str, Any]) -> serve.Application:
     """
     config = parse(args)
     args = current_args(args)  # what is deployed need not warn again
+    make_tls_context(config.gateway)  # an error in it shows before engines start
     if config.auth.keys_file is not None:
-        read_keys(config.auth.keys_file)  # an error in it shows before engines start
+        read_keys(config.auth.keys_file)
     for provider in config.providers:
         read_api_keys(provider)
     plan = make_plan(config, detect_hardware())
@@ -126,4 +149,19 @@ def build(args: dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=config.engine.drain_timeout_s + 10,
         graceful_shutdown_wait_loop_s=0.1,
     )(OwnFrontGateway if config.gateway.front == "own" else serve.ingress(None)(ServedGateway))
-    return gateway.bind(args, engines.bind(args, plan))
+    return gateway.bind(args, engines.bind(args, plan), _served_names(config, plan))
+
+
+def _served_names(config: Config, plan: Plan) -> tuple[str, ...]:
+    """Return the names that engines will serve; empty if only they know, being somebody else's."""
+    if not config.engine.is_ours:
+        return ()
+    adapters = [_adapter_name(each) for each in plan.engine_args.get("lora_modules") or ()]
+    return (plan.served_model_name, *plan.aliases, *adapters)
+
+
+def _adapter_name(module: Any) -> str:
+    """Return the name of a LoRA adapter in any of the forms that vLLM takes it in."""
+    if isinstance(module, str):  # NAME=PATH, or JSON
+        return module.partition("=")[0] if module[:1] != "{" else json.loads(module)["name"]
+    return module["name"] if isinstance(module, dict) else module.name

@@ -23,7 +23,9 @@ class Config(Section):
     model: str | None = Field(
         None, description="Hugging Face id or folder; unset on CPU: the small bundled model"
     )
-    served_model_name: str | None = Field(None, description="the name clients ask for")
+    served_model_name: str | tuple[str, ...] | None = Field(
+        None, description="the name clients ask for, or a list: further names mean the same model"
+    )
     device: Literal["auto", "cuda", "cpu"] = "auto"
     replicas: int | Literal["auto"] = Field("auto", description="engine replicas")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs per replica")
@@ -47,6 +49,19 @@ class Config(Section):
         "`headway serve CONFIG.yaml` sets it to that file",
     )
 
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """The names clients ask for, as far as they are configured."""
+        names = self.served_model_name or ()
+        return (names,) if isinstance(names, str) else names
+
+    @field_validator("served_model_name")
+    @classmethod
+    def _check_served_names(cls, names: str | tuple[str, ...] | None) -> Any:
+        if isinstance(names, tuple) and (not names or len(set(names)) < len(names)):
+            raise ValueError("a list of names needs at least one, and each once")
+        return names
+
     @field_validator("providers")
     @classmethod
     def _check_names(cls, providers: tuple[ProviderConfig, ...]) -> tuple[ProviderConfig, ...]:
@@ -57,7 +72,12 @@ class Config(Section):
 
 
 # Keys with a path that may be relative to the config file.
-_PATHS = (("auth", "keys_file"), ("engine", "step_log"))
+_PATHS = (
+    ("auth", "keys_file"),
+    ("engine", "step_log"),
+    ("gateway", "tls_cert_file"),
+    ("gateway", "tls_key_file"),
+)
 
 
 def resolved(args: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 
 from router import Router
@@ -15,18 +16,27 @@ from serving.file_watch import FileWatch
 from serving.gateway.cache.response_cache import ResponseCache
 from serving.gateway.driver import Driver
 from serving.gateway.http.body_reader import BodyReader
+from serving.gateway.http.connections import Connections, make_connections
 from serving.gateway.http.endpoint import is_loopback
-from serving.gateway.http.errors import ApiError
+from serving.gateway.http.errors import ApiError, model_not_found
+from serving.gateway.http.front import Front
+from serving.gateway.http.small.bodies import read_json
+from serving.gateway.http.small.health import make_health
+from serving.gateway.http.small.model_cards import make_cards
+from serving.gateway.intake.json_body import ENDPOINTS
+from serving.gateway.intake.request_parser import RequestParser
+from serving.gateway.intake.served_models import ServedModels
 from serving.gateway.metrics import GatewayState, Metrics
 from serving.gateway.providers.calls import Providers
 from serving.gateway.providers.leases import Leases, SendUpdate
-from serving.gateway.request_parser import ENDPOINTS, RequestParser
 from serving.gateway.request_path import RequestPath
 from serving.gateway.tenants.keys import read_keys
 from serving.gateway.tenants.tenants import Tenants
 from serving.renamed import current_parts
 
 logger = logging.getLogger(__name__)
+
+_MAX_OWN_CONNECTIONS = 64
 
 
 class Gateway:
@@ -36,12 +46,23 @@ class Gateway:
     """
 
     def __init__(
-        self, config: Config, gateway_id: str, send_update: SendUpdate | None = None
+        self,
+        config: Config,
+        gateway_id: str,
+        send_update: SendUpdate | None = None,
+        *,
+        served_names: Sequence[str] = (),
+        rank: int = 0,
     ) -> None:
-        """`send_update` reaches the keeper of leases where several gateways share limits."""
+        """`send_update` reaches the keeper of leases where several gateways share limits.
+
+        `served_names` are those that engines will serve; empty if only they know. `rank` counts
+        the application's gateways from 0.
+        """
         self.config = config
         self.gateway_id = gateway_id
-        self.metrics = Metrics()
+        self.rank = rank
+        self.metrics = Metrics(rank)
         self.router = Router(config.router)
         leases = None
         if send_update is not None:
@@ -55,7 +76,9 @@ class Gateway:
             max_record_bytes=config.gateway.max_record_bytes,
         )
         self.driver.use_providers(config)
-        self.request_parser = RequestParser()
+        self.request_parser = RequestParser(
+            config, ServedModels(served_names, self.driver.engines.infos)
+        )
         self.body_reader = BodyReader(config.gateway)
         self.cache = ResponseCache(config, self.driver)
         self.tenants = self._make_tenants()
@@ -71,7 +94,11 @@ class Gateway:
         )
         self.started_s = int(time.time())  # seconds since the epoch
         self.metrics.export_state(self.state)
-        self.app = self._make_app()
+        self.connections = make_connections(config)
+        self.app = self._make_front()
+        # For those who ask each gateway for itself: what answers on `metrics_port`.
+        own_connections = Connections(_MAX_OWN_CONNECTIONS, max_per_client=None)
+        self.own_app = Front(config, self._own_routes(), own_connections, {})
 
     def _make_tenants(self) -> Tenants:
         config = self.config
@@ -113,23 +140,35 @@ class Gateway:
         self.cache.close()
         self.driver.close()
 
-    def _make_app(self) -> FastAPI:
-        app = FastAPI(title="Headway", openapi_url=None)
-        for path in ENDPOINTS:
-            # A plain ASGI endpoint: tokens pass through no response object.
-            app.router.routes.append(Route(path, self.request_path, methods=["POST"]))
-        app.get("/v1/models")(self.get_models)
-        app.get("/health")(self.get_health)
-        app.get("/metrics")(self.get_metrics)
-        app.get("/headway/state")(self.get_state)
-        app.get("/headway/state/schema")(self.get_state_schema)
-        app.post("/headway/policy")(self.set_policy)
-        app.post("/headway/reload")(self.reload_files)
-        app.get("/headway/usage")(self.get_usage)
-        app.add_exception_handler(ApiError, _reply_error)
-        app.add_exception_handler(404, _no_such_route)
-        app.add_exception_handler(405, _no_such_route)
-        return app
+    def _make_front(self) -> Front:
+        routes = [
+            *(Route(path, self.request_path, methods=["POST"]) for path in ENDPOINTS),
+            Route("/v1/models", self.get_models),
+            Route("/v1/models/{name:path}", self.get_model),
+            *self._own_routes(),
+        ]
+        models = dict.fromkeys(ENDPOINTS, self.request_path)
+        return Front(self.config, routes, self.connections, models)
+
+    @property
+    def metrics_port(self) -> int:
+        """The port on which this gateway answers for itself; 0: none."""
+        base = self.config.gateway.metrics_port
+        return base + self.rank if base else 0
+
+    def _own_routes(self) -> list[Route]:
+        """What each of several gateways answers for itself."""
+        return [
+            Route("/health", self.get_health),
+            Route("/health/ready", self.get_health),
+            Route("/health/live", self.get_liveness),
+            Route("/metrics", self.get_metrics),
+            Route("/headway/state", self.get_state),
+            Route("/headway/state/schema", self.get_state_schema),
+            Route("/headway/policy", self.set_policy, methods=["POST"]),
+            Route("/headway/reload", self.reload_files, methods=["POST"]),
+            Route("/headway/usage", self.get_usage),
+        ]
 
     # --- the small endpoints ----------------------------------------------
 
@@ -138,10 +177,13 @@ class Gateway:
         now_s = time.monotonic()
         return GatewayState(
             gateway_id=self.gateway_id,
+            rank=self.rank,
+            metrics_port=self.metrics_port,
+            num_connections=len(self.connections),
             num_open_requests=len(self.driver.exchanges),
             num_record_bytes=self.driver.records.num_bytes,
             num_incoming_bytes=self.body_reader.num_bytes,
-            tokens_per_byte=self.request_parser.tokens_per_byte,
+            tokens_per_byte=self.request_parser.tokens_per_byte.ratio,
             tenants=self.tenants.state(now_s),
             cache=self.cache.state(),
             files={name: watch.state() for name, watch in self.file_watches.items()},
@@ -169,58 +211,46 @@ class Gateway:
     async def reload_files(self, request: Request) -> Response:
         """Read keys and config again now; otherwise this happens within a second of a change."""
         self.tenants.authorize_admin(request.headers.raw)
+        await read_json(request)  # there is nothing to say, but not just any page may say it
         for watch in self.file_watches.values():
             await watch.reload()
         return _json({name: watch.state() for name, watch in self.file_watches.items()})
 
-    async def get_models(self, request: Request) -> JSONResponse:
-        """Answer with the models that the caller may use, as OpenAI's API lists them."""
-        caller = self.tenants.authenticate(request.headers.raw)
-        cards = {
-            name: info
-            for info in self.driver.engines.infos.values()
-            for name in (info.model, *info.aliases)
-            if caller is None or caller.tenant.may_use((name,))
-        }
-        elsewhere = [
-            name
-            for name in self.providers.models
-            if name not in cards and (caller is None or caller.tenant.may_use((name,)))
-        ]
-        return JSONResponse(
-            {
-                "object": "list",
-                "data": [
-                    {
-                        "id": name,
-                        "object": "model",
-                        "created": self.started_s,
-                        "owned_by": "headway",
-                        "root": info.model,
-                        "max_model_len": info.max_model_len,
-                    }
-                    for name, info in sorted(cards.items())
-                ]
-                + [
-                    {
-                        "id": name,
-                        "object": "model",
-                        "created": self.started_s,
-                        "owned_by": "provider",
-                    }
-                    for name in sorted(elsewhere)
-                ],
-            }
-        )
+    async def get_models(self, request: Request) -> Response:
+        """Answer with the models that the caller may use, as vLLM lists them."""
+        cards = self._cards_for(request)
+        return _json({"object": "list", "data": list(cards.values())})
 
-    async def get_health(self) -> JSONResponse:
-        """Answer 200 while an engine is connected or a provider is configured, else 503."""
-        num_engines = len(self.driver.engines.infos)
-        without_engines = "providers only" if self.providers.models else "no engine"
-        return JSONResponse(
-            {"status": "ok" if num_engines else without_engines, "num_engines": num_engines},
-            status_code=200 if num_engines or self.providers.models else 503,
-        )
+    async def get_model(self, request: Request) -> Response:
+        """Answer with one model that the caller may use."""
+        name = request.path_params["name"]
+        card = self._cards_for(request).get(name)
+        if card is None:
+            raise model_not_found(name)
+        return _json(card)
+
+    def _cards_for(self, request: Request) -> dict[str, dict[str, Any]]:
+        caller = self.tenants.authenticate(request.headers.raw)
+        infos = self.driver.engines.infos.values()
+        cards = make_cards(infos, self.providers.models, self.started_s)
+        if caller is None:
+            return cards
+        return {name: card for name, card in cards.items() if caller.tenant.may_use((name,))}
+
+    async def get_liveness(self, request: Request) -> Response:
+        """Answer 200: this gateway's event loop runs."""
+        return _json({"status": "ok"})
+
+    async def get_health(self, request: Request) -> Response:
+        """Answer 200 while an engine takes requests or a provider stands in, else 503.
+
+        It needs no key. Names of models are for those who have one, where there are keys.
+        """
+        health = make_health(self.router.state(time.monotonic()), self.providers.models)
+        content = msgspec.to_builtins(health)
+        if not self.tenants.knows(request.headers.raw):
+            del content["models"]
+        return _json(content, 200 if health.is_ready else 503)
 
     async def get_metrics(self, request: Request) -> Response:
         """Answer with the metrics in Prometheus's text format."""
@@ -228,37 +258,18 @@ class Gateway:
             self.tenants.authorize_admin(request.headers.raw)
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
 
-    async def set_policy(self, request: Request) -> JSONResponse:
+    async def set_policy(self, request: Request) -> Response:
         """Switch the policy without a restart: `{"policy": "headway", "ablate": ["order"]}`."""
         self.tenants.authorize_admin(request.headers.raw)
+        body = await read_json(request)
         try:
-            body = await request.json()
             name, parts = body["policy"], current_parts(body.get("ablate", []))
             self.driver.set_policy(name, parts)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ApiError(400, f"'policy': {error}", param="policy") from None
-        return JSONResponse({"policy": name, "ablate": parts})
+        return _json({"policy": name, "ablate": parts})
 
 
-def _json(content: Any) -> Response:
+def _json(content: Any, status: int = 200) -> Response:
     """Return a response with `content`, which may contain structs, as JSON."""
-    return Response(msgspec.json.encode(content), media_type="application/json")
-
-
-async def _reply_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return Response(
-        error.body(), error.status, {name.decode(): v.decode() for name, v in error.headers()}
-    )
-
-
-async def _no_such_route(request: Request, error: Exception) -> Response:
-    status = getattr(error, "status_code", 404)
-    return await _reply_error(
-        request,
-        ApiError(
-            status,
-            f"{request.method} {request.url.path} is not served here.",
-            kind="NotFoundError" if status == 404 else "BadRequestError",
-        ),
-    )
+    return Response(msgspec.json.encode(content), status, media_type="application/json")

@@ -30,6 +30,9 @@ class GatewayState(RouterState, frozen=True, kw_only=True):
     """One gateway at one moment, its router's state beside its own: `/headway/state`."""
 
     gateway_id: str
+    rank: int  # among the application's gateways, from 0
+    metrics_port: int  # on which it answers for itself; 0: none
+    num_connections: int  # of clients
     num_open_requests: int
     num_record_bytes: int  # of the records of open requests: what engines have generated
     num_incoming_bytes: int  # received so far of incomplete bodies
@@ -42,7 +45,9 @@ class GatewayState(RouterState, frozen=True, kw_only=True):
 class Metrics:
     """Count requests and tokens; time first tokens and whole requests."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
+        """`rank` tells this gateway from others: a restarted one has that of its predecessor."""
+        self._gateway = str(rank)
         self.registry = CollectorRegistry()
         common: dict[str, Any] = {"registry": self.registry, "labelnames": ("model",)}
         self._ttft_s = Histogram(
@@ -88,7 +93,22 @@ class Metrics:
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus's text format."""
-        return generate_latest(self.registry)
+        return generate_latest(_OfGateway(self.registry, self._gateway))
+
+
+class _OfGateway(Collector):
+    """The metrics of one of several gateways, each of which counts for itself."""
+
+    def __init__(self, metrics: Collector, gateway: str) -> None:
+        self._metrics = metrics
+        self._labels = {"gateway": gateway}
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in self._metrics.collect():
+            metric.samples = [
+                sample._replace(labels=self._labels | sample.labels) for sample in metric.samples
+            ]
+            yield metric
 
 
 class _StateCollector(Collector):

@@ -3,15 +3,12 @@
 import asyncio
 import contextlib
 import functools
-import re
 import time
 import uuid
 from collections.abc import Callable
 
-import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
-from router import RequestClass, Usage
 from serving.config import Config
 from serving.gateway.cache.response_cache import Replay, ResponseCache
 from serving.gateway.cache.single_flight import Subscriber
@@ -19,14 +16,13 @@ from serving.gateway.driver import Driver
 from serving.gateway.exchange import EngineFailed, Exchange, Rejected
 from serving.gateway.http.body_reader import BodyReader
 from serving.gateway.http.errors import ApiError, rejection_error
+from serving.gateway.http.keep_alive import KeepAlive, as_event, as_stream
+from serving.gateway.http.own_headers import own_headers, request_id_of, set_request_id
+from serving.gateway.intake.request_headers import read_headers
+from serving.gateway.intake.request_parser import RequestParser
 from serving.gateway.providers.calls import Providers
-from serving.gateway.request_parser import RequestParser
-from serving.gateway.tenants.tenants import Caller, Tenants
+from serving.gateway.tenants.tenants import AdmittedRequest, Tenant, Tenants
 from serving.stream.frames import Headers
-
-# The headers of a request that vLLM's API layer reads.
-_FORWARDED = re.compile(rb"traceparent|tracestate|x-session-id|x-data-parallel-rank")
-_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 
 
 class RequestPath:
@@ -57,24 +53,36 @@ class RequestPath:
         self._cache = cache
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request to one of `ENDPOINTS`."""
+        """Answer one request to one of `ENDPOINTS`. Raise `ApiError` for one that is refused."""
+        caller = self._tenants.authenticate(scope["headers"])
+        body = await self._body_reader.read_body(scope, receive)
+        if body is None:
+            return  # the client left before it had sent its request
+        tenant = caller.tenant if caller is not None else None
+        exchange, num_text_bytes = self._make_exchange(scope, body, tenant)
+        headers = own_headers(scope)
+        admitted = None
+        if tenant is not None:
+            admitted = self._tenants.admit_request(tenant, exchange.request)
+            headers += admitted.headers
         try:
-            caller = self._tenants.authenticate(scope["headers"])
-            body = await self._body_reader.read_body(scope, receive)
-            if body is None:
-                return  # the client left before it had sent its request
-            exchange, num_text_bytes = self._make_exchange(scope, body, caller)
-            if caller is None:
-                await self._answer(exchange, scope, receive, send, [])
+            await self._answer(exchange, scope, receive, send, headers)
+        finally:
+            record = functools.partial(self._record_usage, exchange, admitted, num_text_bytes)
+            if exchange.is_open:  # others read on, or the engine has yet to tell what it took
+                exchange.when_ended(record)
             else:
-                admitted = self._tenants.admit_request(caller.tenant, exchange.request)
-                try:
-                    await self._answer(exchange, scope, receive, send, admitted.headers)
-                finally:
-                    self._tenants.end_request(admitted, _usage_taken(exchange))
-            self._request_parser.learn_tokens_per_byte(num_text_bytes, exchange.usage)
-        except ApiError as error:
-            await _send_error(send, error)
+                record()
+
+    def _record_usage(
+        self, exchange: Exchange, admitted: AdmittedRequest | None, num_text_bytes: int
+    ) -> None:
+        """Charge the tenant for an exchange that has ended, and learn from it."""
+        if admitted is not None:
+            self._tenants.end_request(admitted, exchange.usage_taken())
+        if exchange.usage is not None:
+            tokens_per_byte = self._request_parser.tokens_per_byte
+            tokens_per_byte.learn(num_text_bytes, exchange.usage.num_prompt_tokens)
 
     async def _answer(
         self, exchange: Exchange, scope: Scope, receive: Receive, send: Send, headers: Headers
@@ -90,58 +98,64 @@ class RequestPath:
         if source is exchange:
             self._driver.open(exchange)
         client_leaves = asyncio.ensure_future(_stop_when_client_leaves(receive, stop))
+        keep_alive = None
+        period_s = self._config.gateway.keepalive_s
+        if period_s is not None and exchange.fields.is_stream:
+            keep_alive = KeepAlive(period_s, send, headers)
         try:
-            await self._relay(source, send, headers)
+            await self._relay(source, send, headers, keep_alive)
         finally:
             client_leaves.cancel()
             stop()
+            if keep_alive is not None:
+                keep_alive.stop()
 
     def _make_exchange(
-        self, scope: Scope, body: bytes, caller: Caller | None
+        self, scope: Scope, body: bytes, tenant: Tenant | None
     ) -> tuple[Exchange, int]:
         """Return the exchange, and the bytes of its prompt's text.
 
         Raise `ApiError` for a request that is wrong or not allowed.
         """
-        forwarded: Headers = []
-        request_id = ""
-        priority_class = self._config.router.default_class
-        if caller is not None:
-            priority_class = caller.tenant.default_class(priority_class)
-        for name, value in scope["headers"]:
-            if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-                request_id = value.decode()
-            elif name == b"x-headway-class":
-                priority_class = _parse_class(value)
-            elif _FORWARDED.fullmatch(name):
-                forwarded.append((name, value))
-        if not request_id or request_id in self._driver.exchanges:
-            request_id = uuid.uuid4().hex
-        # The body is JSON, whatever the client says (curl -d says that it is a form).
-        forwarded.append((b"content-type", b"application/json"))
-        forwarded.append((b"x-request-id", request_id.encode()))
-        path = scope["path"]
-        request, num_text_bytes = self._request_parser.parse(
+        path, headers = scope["path"], read_headers(scope["headers"])
+        asked = self._request_parser.parse(
             path,
             body,
-            request_id,
-            self._driver.engines.infos,
-            time.monotonic(),
-            self._config.router.max_hold_s,
-            priority_class=priority_class,
+            headers,
+            tenant,
+            # Never the client's own: another request may bear it at the same time.
+            request_id=uuid.uuid4().hex,
+            now_s=time.monotonic(),
             wants_prefix=self._driver.router.discipline.wants_prefix,
             models_elsewhere=self._providers.models,
         )
-        if caller is not None:
-            caller.tenant.check_allowed(request)
-            request = msgspec.structs.replace(
-                request, tenant=caller.tenant.name, weight=caller.tenant.config.weight
-            )
-        exchange = Exchange(request, "POST", path, forwarded, body, self._driver.records)
-        return exchange, num_text_bytes
+        # The body is JSON, whatever the client says (curl -d says that it is a form).
+        forwarded = [*headers.forwarded, (b"content-type", b"application/json")]
+        own_id = asked.fields.request_id
+        if headers.request_id is None and own_id:
+            # To vLLM the header, if there is one, goes before the body.
+            if own_id.isascii() and own_id.isprintable():
+                set_request_id(scope, own_id)
+        else:
+            forwarded.append((b"x-request-id", request_id_of(scope).encode("latin-1")))
+        exchange = Exchange(
+            asked.request,
+            "POST",
+            path,
+            forwarded,
+            asked.body,
+            self._driver.records,
+            fields=asked.fields,
+            added=asked.added,
+        )
+        return exchange, asked.num_text_bytes
 
     async def _relay(
-        self, source: Exchange | Subscriber | Replay, send: Send, headers: Headers
+        self,
+        source: Exchange | Subscriber | Replay,
+        send: Send,
+        headers: Headers,
+        keep_alive: KeepAlive | None,
     ) -> None:
         """Pass the response on as it comes. Raise `ApiError` if it fails before its first byte."""
         has_started = False
@@ -150,23 +164,42 @@ class RequestPath:
                 chunk = await source.next_chunk()
                 if not has_started:
                     has_started = True
-                    await send(_start_message(source.status, [*source.response_headers, *headers]))
+                    if keep_alive is not None and keep_alive.stop():
+                        if source.status != 200:
+                            await self._send_as_event(source, chunk, send)
+                            return
+                    else:
+                        own = as_stream([*source.response_headers, *headers])
+                        await send(_start_message(source.status, own))
                 await send({"type": "http.response.body", "body": chunk, "more_body": bool(chunk)})
                 if not chunk:
                     return
                 if isinstance(source, Exchange):
                     self._driver.acknowledge_bytes(source, len(chunk))
         except Rejected as rejected:
-            raise rejection_error(rejected.reason, rejected.retry_after_s) from None
+            error = rejection_error(rejected.reason, rejected.retry_after_s)
         except EngineFailed as failed:
             error = ApiError(502, f"The engine failed: {failed}", kind="InternalServerError")
-            if not has_started:
-                raise error from None
-            # An SSE client reads this as an error; without [DONE] the reply is
-            # visibly incomplete. Other clients see the connection break.
-            event = b"data: " + error.body() + b"\n\n"
-            with contextlib.suppress(RuntimeError):
-                await send({"type": "http.response.body", "body": event, "more_body": False})
+        if not has_started and not (keep_alive is not None and keep_alive.stop()):
+            raise error
+        # An SSE client reads this as an error; without [DONE] the reply is
+        # visibly incomplete. Other clients see the connection break.
+        with contextlib.suppress(RuntimeError):
+            event = as_event(error.body())
+            await send({"type": "http.response.body", "body": event, "more_body": False})
+
+    async def _send_as_event(
+        self, source: Exchange | Subscriber | Replay, chunk: bytes, send: Send
+    ) -> None:
+        """Send a reply that is no stream, an error, to a client that was promised a stream."""
+        body = bytearray()
+        while chunk:
+            body += chunk
+            if isinstance(source, Exchange):
+                self._driver.acknowledge_bytes(source, len(chunk))
+            chunk = await source.next_chunk()
+        event = as_event(bytes(body))
+        await send({"type": "http.response.body", "body": event, "more_body": False})
 
 
 async def _stop_when_client_leaves(receive: Receive, stop: Callable[[], None]) -> None:
@@ -175,33 +208,5 @@ async def _stop_when_client_leaves(receive: Receive, stop: Callable[[], None]) -
     stop()
 
 
-def _parse_class(value: bytes) -> RequestClass:
-    """Return the class that the header names; raise `ApiError` if there is no such class."""
-    try:
-        return RequestClass(value.decode("latin-1"))
-    except ValueError:
-        raise ApiError(
-            400,
-            "x-headway-class: one of " + ", ".join(known.value for known in RequestClass),
-            param="x-headway-class",
-        ) from None
-
-
-def _usage_taken(exchange: Exchange) -> Usage | None:
-    """What the request took, as far as that is known; nothing if no engine ran it."""
-    if exchange.usage is None and (exchange.num_attempts == 0 or exchange.status >= 400):
-        return Usage()
-    return exchange.usage
-
-
 def _start_message(status: int, headers: Headers) -> Message:
     return {"type": "http.response.start", "status": status, "headers": headers}
-
-
-async def _send_error(send: Send, error: ApiError) -> None:
-    body = error.body()
-    headers = [*error.headers(), (b"content-length", b"%d" % len(body))]
-    if error.status == 413:
-        headers.append((b"connection", b"close"))
-    await send(_start_message(error.status, headers))
-    await send({"type": "http.response.body", "body": body})

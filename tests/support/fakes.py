@@ -42,6 +42,7 @@ class FakeEngine:
         self.closes_at = 0
         self.dead = False
         self.chunk = b"data: {}\n\n"
+        self.end = b"data: [DONE]\n\n"
         self.headers = [(b"content-type", b"text/event-stream")]
         self.status = 200
         self.num_started = 0
@@ -102,4 +103,4 @@ class FakeEngine:
             if self.num_steps == self.closes_at:
                 self.gate.clear()
         leaving.cancel()
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        await send({"type": "http.response.body", "body": self.end})

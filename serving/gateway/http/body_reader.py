@@ -10,6 +10,7 @@ from serving.gateway.http.errors import ApiError
 _DISCARD_FACTOR = 8
 # A guess: by then other bodies have arrived, or were cut off for being late.
 _RETRY_AFTER_S = 1.0
+_ENCODINGS = (b"", b"identity")
 
 
 class BodyReader:
@@ -22,10 +23,19 @@ class BodyReader:
     async def read_body(self, scope: Scope, receive: Receive) -> bytes | None:
         """Return the body; None if the client left before its end.
 
-        Raise `ApiError`: 413 for a body that is too large, 429 while all together are.
+        Raise `ApiError`: 413 for a body that is too large, 429 while all together are, 415 for
+        one that is compressed.
         """
         limit = self._config.max_body_bytes
         headers = dict(scope["headers"])
+        if (encoding := headers.get(b"content-encoding", b"identity")) not in _ENCODINGS:
+            raise ApiError(
+                415,
+                f"content-encoding {encoding.decode('latin-1')!r} is not read here: send the body "
+                "as it is.",
+                kind="Unsupported Media Type",
+                headers=[(b"accept-encoding", b"identity")],
+            )
         too_large = int(headers.get(b"content-length", b"0") or 0) > limit
         if too_large and b"expect" in headers:
             raise self._too_large()

@@ -3,6 +3,7 @@
 import contextlib
 import ipaddress
 import socket
+import ssl
 import time
 import urllib.request
 
@@ -23,7 +24,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_port_is_free(host: str, port: int) -> None:
+def check_port_is_free(host: str, port: int, setting: str = "--port or --host") -> None:
     """Raise `StartError` unless `host:port` is free, before engines load for nothing."""
     try:
         family, kind, proto, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -34,7 +35,7 @@ def check_port_is_free(host: str, port: int) -> None:
     except OSError as error:
         raise StartError(
             f"cannot listen on {host}:{port}: {error.strerror}{_port_holder(port)}; "
-            "choose another with --port or --host"
+            f"choose another with {setting}"
         ) from None
 
 
@@ -51,7 +52,13 @@ def _port_holder(port: int) -> str:
 
 def wait_for_answer(url: str) -> None:
     """Return once `/health` is answered with 200; raise `StartError` if it never is."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    # We ask by an address, and the certificate, if there is one, is for a name. We tell nothing.
+    tls = ssl.create_default_context()
+    tls.check_hostname = False
+    tls.verify_mode = ssl.CERT_NONE
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=tls)
+    )
     deadline_s = time.monotonic() + _ANSWER_TIMEOUT_S
     while True:
         try:

@@ -1,6 +1,10 @@
-"""How do errors look in OpenAI's API?"""
+"""How do errors look in OpenAI's API?
+
+A fault that vLLM knows has vLLM's `type`, `param` and `code`: programs compare these.
+"""
 
 import math
+from collections.abc import Sequence
 
 import msgspec
 
@@ -54,6 +58,14 @@ class ApiError(Exception):
         return headers
 
 
+def model_not_found(name: str, usable: Sequence[str] = ()) -> ApiError:
+    """Return vLLM's reply to a model that there is none of, or none for this caller."""
+    message = f"The model `{name}` does not exist."
+    if usable:
+        message += f" You may use: {', '.join(usable)}."
+    return ApiError(404, message, kind="NotFoundError", param="model")
+
+
 # Used when no engine runs to predict a time from: about as long as one takes to start.
 _RETRY_AFTER_S = 30.0
 
@@ -74,10 +86,17 @@ def rejection_error(reason: RejectReason, retry_after_s: float | None) -> ApiErr
             "Only providers have this model, and their limits (providers.keys, "
             "max_cost_per_request) leave no room.",
         ),
+        RejectReason.ENDS_ENGINES: (
+            400,
+            "Two engines died or hung while they began to work on this request. It is refused, "
+            "as is every one of the same body, for router.refuse_s.",
+        ),
     }[reason]
     kind = {404: "NotFoundError", 429: "RateLimitError", 503: "ServiceUnavailableError"}.get(
         status, "BadRequestError"
     )
     if status in (429, 503) and retry_after_s is None:
         retry_after_s = _RETRY_AFTER_S
+    if reason is RejectReason.UNKNOWN_MODEL:  # vLLM's own fault, in its words for programs
+        return ApiError(status, message, kind=kind, param="model")
     return ApiError(status, message, kind=kind, code=reason.value, retry_after_s=retry_after_s)

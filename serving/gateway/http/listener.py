@@ -3,19 +3,23 @@
 import asyncio
 import functools
 import socket
+import ssl
 
 import uvicorn
-from starlette.types import ASGIApp
 
-from serving.config import GatewayConfig
+from serving.config import ConfigError, GatewayConfig
+from serving.file_watch import FileWatch
+from serving.gateway.http.front import Front
 from serving.gateway.http.guard import ClientLimits, GuardedProtocol
 
 
 class Listener:
     """uvicorn on a TCP port that several gateways of one node share (SO_REUSEPORT)."""
 
-    def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
-        self._socket = _bind(config.host, config.port)
+    def __init__(self, app: Front, config: GatewayConfig, port: int | None = None) -> None:
+        """Without a `port` it is the configured one. Raise `ConfigError` for a bad certificate."""
+        tls = make_tls_context(config)
+        self._socket = _bind(config.host, config.port if port is None else port)
         limits = ClientLimits(
             config.head_timeout_s,
             config.body_timeout_s,
@@ -25,8 +29,10 @@ class Listener:
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                http=functools.partial(GuardedProtocol, limits=limits),  # type: ignore[arg-type]
-                limit_concurrency=config.max_connections,
+                http=functools.partial(  # type: ignore[arg-type]
+                    GuardedProtocol, limits=limits, counted=app.connections
+                ),
+                ssl_context_factory=None if tls is None else lambda *_: tls,
                 ws="none",
                 lifespan="off",
                 interface="asgi3",
@@ -37,6 +43,13 @@ class Listener:
             )
         )
         self._task: asyncio.Task[None] | None = None
+        self._watches: list[FileWatch] = []
+        if tls is not None:
+            self._watches = [
+                FileWatch(path, lambda _: _read_certificate(config), lambda _: _use(config, tls))
+                for path in (config.tls_cert_file, config.tls_key_file)
+                if path is not None
+            ]
 
     async def start(self) -> None:
         """Return once connections are accepted."""
@@ -48,6 +61,8 @@ class Listener:
 
     async def stop(self) -> None:
         """Accept no more connections, let open responses finish, then close."""
+        for watch in self._watches:
+            watch.close()
         self._server.should_exit = True
         if self._task is not None:
             await self._task
@@ -62,3 +77,36 @@ def _bind(host: str, port: int) -> socket.socket:
     listener.bind((host, port))
     listener.setblocking(False)
     return listener
+
+
+def make_tls_context(config: GatewayConfig) -> ssl.SSLContext | None:
+    """Return what the listener encrypts with, None if it does not.
+
+    Raise `ConfigError` for a certificate that cannot be used.
+    """
+    if config.tls_cert_file is None:
+        return None
+    return _read_certificate(config)
+
+
+def _read_certificate(config: GatewayConfig) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    _use(config, context)
+    return context
+
+
+def _use(config: GatewayConfig, context: ssl.SSLContext) -> None:
+    """Load certificate and key into `context`: new connections get them, open ones go on."""
+    assert config.tls_cert_file is not None
+    try:
+        context.load_cert_chain(
+            config.tls_cert_file, config.tls_key_file, password=_refuse_passphrase
+        )
+    except (OSError, ValueError) as error:  # `ssl.SSLError` among them
+        files = f"{config.tls_cert_file}, {config.tls_key_file}"
+        raise ConfigError(f"gateway.tls_cert_file: {files} cannot be used: {error}") from None
+
+
+def _refuse_passphrase() -> str:
+    """Rather than ask the terminal, where nobody may sit."""
+    raise ValueError("the key needs a passphrase")

@@ -214,9 +214,9 @@ async def test_client_errors_are_passed_on_and_open_nothing(status):
 async def test_breakers_and_retries_are_in_the_metrics():
     async with running() as system:
         text = (await system.client.get("/metrics")).text
-        assert 'headway_breaker_state{replica="r0",state="closed"} 1.0' in text
-        assert 'headway_breaker_state{replica="r0",state="open"} 0.0' in text
-        assert "headway_retry_budget 100.0" in text
+        assert 'headway_breaker_state{gateway="0",replica="r0",state="closed"} 1.0' in text
+        assert 'headway_breaker_state{gateway="0",replica="r0",state="open"} 0.0' in text
+        assert 'headway_retry_budget{gateway="0"} 100.0' in text
 
 
 async def test_a_draining_engine_that_runs_out_of_time_hands_its_streams_over():

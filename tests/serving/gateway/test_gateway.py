@@ -198,16 +198,17 @@ def _prompts(engine) -> list:
 async def test_the_small_endpoints():
     async with running(num_engines=1) as system:
         await system.client.post(CHAT, json=system.chat(max_tokens=2))
-        assert (await system.client.get("/health")).json() == {"status": "ok", "num_engines": 1}
+        health = (await system.client.get("/health")).json()
+        assert (health["status"], health["num_engines"]) == ("ok", 1)
         models = (await system.client.get("/v1/models")).json()["data"]
         assert [model["id"] for model in models] == ["fake-model"]
         metrics = (await system.client.get("/metrics")).text
-        assert 'headway_time_to_first_token_seconds_count{model="fake-model"} 1.0' in metrics
-        assert 'headway_outcomes_total{outcome="completed"} 1.0' in metrics
-        assert 'headway_engine_kv_cache_usage{replica="r0"} 0.0' in metrics
+        assert 'headway_time_to_first_token_seconds_count{gateway="0",model="fake-model"} 1.0' in metrics
+        assert 'headway_outcomes_total{gateway="0",outcome="completed"} 1.0' in metrics
+        assert 'headway_engine_kv_cache_usage{gateway="0",replica="r0"} 0.0' in metrics
         reply = await system.client.get("/v1/nothing")
         assert reply.status_code == 404
-        assert reply.json()["error"]["type"] == "NotFoundError"
+        assert reply.json()["error"]["type"] == "Not Found"  # as vLLM says
 
 
 async def test_lost_news_of_the_cache_is_asked_for_anew():

@@ -76,8 +76,8 @@ async def test_usage_and_cost_are_accounted():
         await system.client.post(CHAT, json=system.chat(max_tokens=5))
         assert system.gateway.state().fallback.providers["p0"].cost == 1 + 5 * 2
         metrics = (await system.client.get("/metrics")).text
-        assert 'headway_provider_cost_total{provider="p0"} 11.0' in metrics
-        assert "headway_fallbacks_total 1.0" in metrics
+        assert 'headway_provider_cost_total{gateway="0",provider="p0"} 11.0' in metrics
+        assert 'headway_fallbacks_total{gateway="0"} 1.0' in metrics
 
 
 async def test_engines_come_first_and_the_same_request_answers_when_they_are_gone():

@@ -76,9 +76,9 @@ async def test_a_second_request_on_a_connection_has_as_little_time():
 async def test_a_client_that_does_not_read_is_cut_and_its_engine_freed():
     async with running(gateway=SHORT) as system:
         for engine in system.engines:
-            engine.chunk = b"x" * 10_000
+            engine.chunk = b"x" * 100_000
         reader, writer = await connect(system)
-        body = json.dumps(system.chat(max_tokens=100_000)).encode()
+        body = json.dumps(system.chat(max_tokens=4_000)).encode()
         writer.write(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
         await reader.readline()
         reader._transport.pause_reading()  # type: ignore[attr-defined]

@@ -1,0 +1,148 @@
+"""Which way does a request go in the gateway, and how does it end if nobody answers it?
+
+The outermost application. It passes `send` on as it is to what runs models: a token passes
+through nothing here.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.config import Config
+from serving.gateway.http.connections import Connections
+from serving.gateway.http.errors import ApiError
+from serving.gateway.http.origins import Origins
+from serving.gateway.http.own_headers import (
+    find_request_id,
+    own_headers,
+    request_id_of,
+    set_own_headers,
+)
+
+logger = logging.getLogger(__name__)
+
+# Below it a path may have escapes: ids of models contain slashes.
+_MODELS = b"/v1/models/"
+
+
+class Front:
+    """Answers by path: posts to one of `models` by its application, all else by `routes`.
+
+    Errors are in OpenAI's form.
+
+    Paths are compared as they are sent. A proxy may guard `/headway/`, and what it does not take
+    for that is not served as that. A slash at the end makes no difference.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        routes: Sequence[BaseRoute],
+        connections: Connections,
+        models: Mapping[str, ASGIApp],
+    ) -> None:
+        """`routes` has to name the paths of `models`, too, with the methods that they take.
+
+        `connections` are those of the listener in front, if there is one.
+        """
+        self.connections = connections
+        self._router = Router(routes, redirect_slashes=False)
+        self._models = models
+        self._origins = Origins(config, self._router)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._router(scope, receive, send)  # the server's start and stop
+            return
+        headers = scope["headers"]
+        set_own_headers(scope, find_request_id(headers), self._origins.reply_headers(headers))
+        try:
+            await self._answer(scope, receive, send)
+        except ApiError as error:
+            await send_error(scope, send, error)
+        except HTTPException as error:
+            await send_error(scope, send, _from_router(scope, error))
+        except ClientDisconnect:
+            return  # there is nobody to answer
+        except Exception as error:
+            await _apologise(scope, send, error)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"] = _own_path(scope)
+        scope["root_path"] = ""
+        if scope["method"] == "POST" and (model_app := self._models.get(path)) is not None:
+            await model_app(scope, receive, send)
+            return
+
+        async def send_with_own_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *own_headers(scope)]
+            await send(message)
+
+        if self._origins.is_preflight(scope):
+            await self._origins.answer_preflight(scope, receive, send_with_own_headers)
+            return
+        if not path.startswith(("/v1/", "/health")):
+            self._origins.check_is_own(scope["headers"])
+        scope["app"] = self  # then Starlette's router raises where it finds nothing
+        await self._router(scope, receive, send_with_own_headers)
+
+
+def _own_path(scope: Scope) -> str:
+    """Return the path below our root. Raise `ApiError` 404 for one with escapes, but for ids."""
+    root: str = scope.get("root_path", "").rstrip("/")
+    path: str = scope["path"].removeprefix(root)
+    raw: bytes = (scope.get("raw_path") or b"").removeprefix(root.encode())
+    if b"%" in raw and not raw.startswith(_MODELS):
+        raise _not_found(scope)
+    return path.rstrip("/") or "/"
+
+
+def _not_found(scope: Scope) -> ApiError:
+    return ApiError(
+        404, f"Not Found: {scope['method']} {scope['path']} is not served here.", kind="Not Found"
+    )
+
+
+def _from_router(scope: Scope, error: HTTPException) -> ApiError:
+    """Return in OpenAI's form, with vLLM's type, that nothing is served there or not so."""
+    if error.status_code == 404:
+        return _not_found(scope)
+    allow = (error.headers or {}).get("Allow", "")
+    return ApiError(
+        error.status_code,
+        f"{error.detail}: {scope['path']} takes {allow}."
+        if error.status_code == 405
+        else error.detail,
+        kind="Method Not Allowed" if error.status_code == 405 else "BadRequestError",
+        headers=[(b"allow", allow.encode())] if allow else None,
+    )
+
+
+async def send_error(scope: Scope, send: Send, error: ApiError) -> None:
+    """Answer with an error."""
+    body = error.body()
+    headers = [*error.headers(), *own_headers(scope), (b"content-length", b"%d" % len(body))]
+    if error.status == 413:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _apologise(scope: Scope, send: Send, error: Exception) -> None:
+    """Answer an exception that nobody expected, and log it, once.
+
+    Where the reply has begun the server breaks it off: it has to be seen to be incomplete.
+    """
+    name = f"request {request_id_of(scope)}"
+    apology = ApiError(500, f"Internal server error ({name}).", kind="InternalServerError")
+    try:
+        await send_error(scope, send, apology)
+    except RuntimeError:  # ASGI servers raise it for a second head
+        error.add_note(name)
+        raise error from None  # the server logs it
+    logger.error("%s failed", name, exc_info=error)

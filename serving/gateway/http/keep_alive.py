@@ -1,0 +1,57 @@
+"""How does an event stream that has not begun yet stay open behind a proxy?"""
+
+import asyncio
+
+from starlette.types import Send
+
+from serving.stream.frames import Headers
+
+_COMMENT = b": keep-alive\n\n"
+
+
+class KeepAlive:
+    """Sends a comment every `period_s` until the reply begins; clients skip comments.
+
+    The first one commits the reply to status 200: what fails after it is an event of the stream.
+    """
+
+    def __init__(self, period_s: float, send: Send, headers: Headers) -> None:
+        self.has_begun = False  # the client has status and headers
+        self._period_s = period_s
+        self._send = send
+        self._headers = headers
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        await asyncio.sleep(self._period_s)
+        headers = [*self._headers, (b"content-type", b"text/event-stream; charset=utf-8")]
+        head = {"type": "http.response.start", "status": 200, "headers": as_stream(headers)}
+        await self._send(head)
+        self.has_begun = True
+        while True:
+            await self._send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
+            await asyncio.sleep(self._period_s)
+
+    def stop(self) -> bool:
+        """Send no more. Return whether the client has status and headers."""
+        self._task.cancel()
+        return self.has_begun
+
+
+def as_stream(headers: Headers) -> Headers:
+    """Return a reply's headers, an event stream's with those that keep proxies from buffering."""
+    names = {name for name, _ in headers}
+    content_type = next((value for name, value in headers if name == b"content-type"), b"")
+    if not content_type.startswith(b"text/event-stream"):
+        return headers
+    headers = list(headers)
+    if b"cache-control" not in names:
+        headers.append((b"cache-control", b"no-cache"))
+    if b"x-accel-buffering" not in names:
+        headers.append((b"x-accel-buffering", b"no"))
+    return headers
+
+
+def as_event(body: bytes) -> bytes:
+    """Return a whole body as one event of a stream."""
+    return b"data: " + body.strip().replace(b"\n", b"\ndata: ") + b"\n\n"

@@ -1,0 +1,41 @@
+"""Which headers does every reply bear, whatever answers?
+
+The outermost application puts them into a request's scope; whoever answers takes them from there.
+"""
+
+import uuid
+
+from starlette.types import Scope
+
+from serving.stream.frames import Headers
+
+
+def find_request_id(headers: Headers) -> str:
+    """Return the id that the client gives its request, whatever it is; a new one for none."""
+    for name, value in headers:
+        if name == b"x-request-id" and value:
+            return value.decode("latin-1")
+    return uuid.uuid4().hex
+
+
+def set_own_headers(scope: Scope, request_id: str, others: Headers) -> None:
+    """Have every reply to this request bear its id and `others`."""
+    state = scope.setdefault("state", {})
+    state["request_id"] = request_id
+    state["other_headers"] = others
+
+
+def set_request_id(scope: Scope, request_id: str) -> None:
+    """Have every reply to this request bear another id, by which it is known from here on."""
+    scope["state"]["request_id"] = request_id
+
+
+def request_id_of(scope: Scope) -> str:
+    """Return the id by which the request is known."""
+    return scope["state"]["request_id"]
+
+
+def own_headers(scope: Scope) -> Headers:
+    """Return the headers of every reply to this request."""
+    state = scope["state"]
+    return [(b"x-request-id", state["request_id"].encode("latin-1")), *state["other_headers"]]

@@ -1,0 +1,61 @@
+"""Can a request be answered now? What `/health` says, per model."""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from router import RouterState
+from router.resilience.breaker import BreakerState
+
+
+class ModelHealth(msgspec.Struct):
+    """Who may answer for one model."""
+
+    num_engines: int = 0  # connected
+    num_ready: int = 0  # of these, sent work
+    has_provider: bool = False
+    is_ready: bool = False
+
+
+class Health(msgspec.Struct, kw_only=True):
+    """Whether the gateway can have a request answered, and by whom."""
+
+    status: str  # "ok", or what is missing
+    is_ready: bool
+    num_engines: int
+    num_ready: int
+    models: dict[str, ModelHealth]
+
+
+def make_health(state: RouterState, provider_models: Iterable[str]) -> Health:
+    """Return what the engines' breakers admit, and what providers stand in for.
+
+    A half-open breaker counts as ready: only a request shows whether its engine works again, so
+    requests have to come. An engine that waits for a suspect's answer counts, too.
+    """
+    models: dict[str, ModelHealth] = {}
+    for replica in state.replicas.values():
+        health = models.setdefault(replica.info.model, ModelHealth())
+        health.num_engines += 1
+        if not replica.is_draining and replica.breaker.state is not BreakerState.OPEN:
+            health.num_ready += 1
+            health.is_ready = True
+    for name in provider_models:
+        health = models.setdefault(name, ModelHealth())
+        health.has_provider = health.is_ready = True
+    num_engines = sum(health.num_engines for health in models.values())
+    num_ready = sum(health.num_ready for health in models.values())
+    is_ready = any(health.is_ready for health in models.values())
+    if num_ready:
+        status = "ok"
+    elif is_ready:
+        status = "providers only"
+    else:
+        status = "no engine takes requests" if num_engines else "no engine"
+    return Health(
+        status=status,
+        is_ready=is_ready,
+        num_engines=num_engines,
+        num_ready=num_ready,
+        models=models,
+    )

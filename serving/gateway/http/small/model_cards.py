@@ -1,0 +1,59 @@
+"""What does `/v1/models` say? vLLM's cards, for the models of engines and of providers."""
+
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+from router import EngineInfo
+
+
+def make_cards(
+    infos: Iterable[EngineInfo], models_elsewhere: Iterable[str], created_s: int
+) -> dict[str, dict[str, Any]]:
+    """Return cards by id: engines' models, their further names and adapters; then providers'."""
+    cards: dict[str, dict[str, Any]] = {}
+    for info in infos:
+        for name in (info.model, *info.aliases):
+            is_adapter = name in info.adapters
+            cards[name] = _card(
+                name,
+                created_s,
+                # Clients load the tokenizer from there, vLLM's own benchmark among them.
+                root=info.adapters[name] if is_adapter else info.root or info.model,
+                parent=info.model if is_adapter else None,
+                max_model_len=None if is_adapter else info.max_model_len,
+            )
+    cards = dict(sorted(cards.items()))
+    for name in sorted(models_elsewhere):
+        if name not in cards:
+            cards[name] = _card(name, created_s, owned_by="provider", root=name)
+    return cards
+
+
+def _card(name: str, created_s: int, *, owned_by: str = "headway", **fields: Any) -> dict[str, Any]:
+    """Return one card, with the fields of vLLM's `ModelCard` and their order."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": created_s,
+        "owned_by": owned_by,
+        "root": fields["root"],
+        "parent": fields.get("parent"),
+        "max_model_len": fields.get("max_model_len"),
+        "permission": [
+            {
+                "id": f"modelperm-{uuid.uuid4().hex}",
+                "object": "model_permission",
+                "created": created_s,
+                "allow_create_engine": False,
+                "allow_sampling": True,
+                "allow_logprobs": True,
+                "allow_search_indices": False,
+                "allow_view": True,
+                "allow_fine_tuning": False,
+                "organization": "*",
+                "group": None,
+                "is_blocking": False,
+            }
+        ],
+    }

@@ -1,0 +1,105 @@
+"""Is the gateway alive, and would a request be answered?"""
+
+import asyncio
+
+import pytest
+
+from router.resilience.breaker import BreakerState, TripReason
+from serving.gateway.tenants.keys import KeysFile, make_key
+from tests.support.running_gateway import CHAT, running
+
+MODEL = "fake-model"
+
+
+async def _health(system, path: str = "/health", **kwargs):
+    reply = await system.client.get(path, **kwargs)
+    return reply.status_code, reply.json()
+
+
+async def test_a_gateway_without_engines_lives_and_is_not_ready():
+    async with running(num_engines=0) as system:
+        assert await _health(system, "/health/live") == (200, {"status": "ok"})
+        for path in ("/health", "/health/ready"):
+            status, health = await _health(system, path)
+            assert status == 503
+            assert health == {
+                "status": "no engine",
+                "is_ready": False,
+                "num_engines": 0,
+                "num_ready": 0,
+                "models": {},
+            }
+
+
+async def test_it_is_ready_while_an_engine_takes_requests():
+    async with running(num_engines=2) as system:
+        status, health = await _health(system)
+        assert status == 200
+        assert health["status"] == "ok"
+        assert health["num_engines"] == health["num_ready"] == 2
+        each = {"num_engines": 2, "num_ready": 2, "has_provider": False, "is_ready": True}
+        assert health["models"] == {MODEL: each}
+
+
+async def test_an_engine_with_an_open_breaker_is_not_ready():
+    async with running(num_engines=2) as system:
+        engines = list(system.gateway.router._fleet)
+        for number, engine in enumerate(engines, start=1):
+            engine.breaker.trip(TripReason.HUNG, 1e9)
+            status, health = await _health(system)
+            assert status == (200 if number == 1 else 503)
+            assert health["num_ready"] == health["models"][MODEL]["num_ready"] == 2 - number
+        assert health["status"] == "no engine takes requests"
+        assert health["num_engines"] == 2
+        assert (await _health(system, "/health/live"))[0] == 200
+
+
+async def test_the_only_engine_hangs_and_the_gateway_is_not_ready():
+    """By its breaker, as it would in earnest: requests go in and no step comes out."""
+    settings = {"hang_s": 0.3, "stale_s": 10.0}
+    async with running(num_engines=1, router=settings) as system:
+        system.engines[0].gate.clear()
+        asking = asyncio.create_task(system.client.post(CHAT, json=system.chat()))
+        [replica] = system.gateway.router._fleet
+        await system.until(lambda: replica.breaker.status is BreakerState.OPEN)
+        status, health = await _health(system, "/health/ready")
+        assert status == 503
+        assert health["models"][MODEL]["is_ready"] is False
+        system.engines[0].gate.set()
+        assert (await asking).status_code == 200
+
+
+async def test_a_half_open_breaker_lets_requests_come():
+    """Only one of them can show that the engine works again."""
+    async with running(num_engines=1, router={"breaker": {"cooldown_s": 0.05}}) as system:
+        [engine] = system.gateway.router._fleet
+        engine.breaker.trip(TripReason.LOST, 0.0)
+        engine.breaker.tick(1e9)
+        assert (await _health(system))[0] == 200
+
+
+async def test_names_of_models_are_for_holders_of_keys(tmp_path):
+    path = tmp_path / "keys.json"
+    with KeysFile(path) as file:
+        text, key = make_key("acme")
+        file.keys.append(key)
+        file.save()
+    async with running(num_engines=1, auth={"keys_file": str(path)}) as system:
+        for headers in ({}, {"authorization": "Bearer wrong"}):
+            status, health = await _health(system, headers=headers)
+            assert status == 200
+            assert health["num_ready"] == 1
+            assert "models" not in health
+        headers = {"authorization": f"Bearer {text}"}
+        assert MODEL in (await _health(system, headers=headers))[1]["models"]
+
+
+@pytest.mark.parametrize("engines", [0, 1])
+async def test_a_provider_stands_in(engines):
+    provider = {"name": "p", "url": "http://127.0.0.1:9/v1", "models": {"other": "theirs"}}
+    async with running(num_engines=engines, providers=[provider]) as system:
+        status, health = await _health(system)
+        assert status == 200
+        assert health["status"] == ("ok" if engines else "providers only")
+        assert health["models"]["other"]["is_ready"] is True
+        assert health["models"]["other"]["num_engines"] == 0
