@@ -5,6 +5,7 @@ queue, where it can still go to whichever engine has room first.
 """
 
 import enum
+import math
 
 from router.fleet.replica import Replica
 from router.types import Request
@@ -70,10 +71,12 @@ def kv_need_tokens(request: Request) -> int:
     """Return the KV tokens that a request takes by the predicted end of its answer.
 
     May exceed the capacity of every engine: an empty engine takes such a prompt, and vLLM
-    refuses it with the right message.
+    refuses it with the right message. Of a list of prompts vLLM begins as many as it has room
+    for; so that one of them has room is enough, and the list need not wait for an empty engine.
     """
     num_each = request.num_expected_output_tokens + _ROUNDING_TOKENS
-    return request.num_prompt_tokens + request.num_sequences * num_each
+    num_tokens = request.num_prompt_tokens + request.num_sequences * num_each
+    return math.ceil(num_tokens / request.num_prompts)
 
 
 def meets_tpot_target(request: Request, replica: Replica, tpot_target_s: float) -> bool:

@@ -28,9 +28,12 @@ class WaitEstimator:
         if not (waiting or num_tokens_by_model or self._was_any_waiting):
             return  # the usual case
         self._was_any_waiting = bool(waiting)
+        # A name that no engine knows of has no rate: clients can make up any number of them.
         for model in self._departure_rates.keys() | waiting.keys() | num_tokens_by_model.keys():
             rate = self._departure_rates.get(model)
             if rate is None:
+                if not self._fleet.knows(model):
+                    continue
                 rate = self._departure_rates[model] = DepartureRate(now_s)
             rate.record_departures(num_tokens_by_model.get(model, 0), model in waiting, now_s)
 

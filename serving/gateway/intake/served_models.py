@@ -9,6 +9,10 @@ from serving.gateway.http.errors import ApiError, model_not_found
 
 MayUse = Callable[[Iterable[str]], bool]
 
+# Each name that is held has a queue, which the router looks into with every event.
+_MAX_GUESSES = 100
+_RETRY_AFTER_S = 30.0  # about as long as an engine takes to start
+
 
 class Capacity(msgspec.Struct, frozen=True):
     """What the engines of one model can do, all of them together."""
@@ -31,6 +35,7 @@ class ServedModels:
         self._engines = engines
         self._infos: list[EngineInfo] = []  # as they were when `_capacities` was made
         self._capacities: dict[str, Capacity] = {}
+        self._guesses: set[str] = set()
 
     def find_model(
         self, name: str | None, task: str, models_elsewhere: Sequence[str], may_use: MayUse
@@ -46,8 +51,11 @@ class ServedModels:
             name = next(
                 (each for each in (*self._names, *models_elsewhere) if may_use((each,))), ""
             )
-        # Before the first engine has told its names they may not be known: then any may be right.
-        exists = name in self._names or name in models_elsewhere or (name and not self._names)
+        exists = name in self._names or name in models_elsewhere
+        if not exists and not self._names and name:
+            # Before the first engine has told its names any may be right.
+            self._guess_name(name)
+            exists = True
         if not exists or not may_use((name,)):
             usable = {each for each in (*self._names, *models_elsewhere) if may_use((each,))}
             raise model_not_found(name, sorted(usable))
@@ -55,6 +63,18 @@ class ServedModels:
         if capacity is not None and task not in capacity.tasks and name not in models_elsewhere:
             raise ApiError(400, f"The model '{name}' does not support this endpoint ({task}).")
         return name, capacity
+
+    def _guess_name(self, name: str) -> None:
+        """Take a name for that of a model to come. Raise `ApiError` 503 for too many."""
+        self._guesses.add(name)
+        if len(self._guesses) > _MAX_GUESSES:
+            self._guesses.discard(name)
+            raise ApiError(
+                503,
+                "No engine has started yet, and too many names of models are asked for.",
+                kind="ServiceUnavailableError",
+                retry_after_s=_RETRY_AFTER_S,
+            )
 
     def _follow_engines(self) -> None:
         """Learn what engines serve, if others are up than before."""

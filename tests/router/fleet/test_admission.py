@@ -77,3 +77,10 @@ def test_meets_the_tpot_target_while_one_more_decodes_in_time():
     assert not meets_tpot_target(req("a"), replica, 0.0699)
     assert meets_tpot_target(req("a", num_sequences=3), replica, 0.0901)
     assert not meets_tpot_target(req("a", num_sequences=3), replica, 0.0899)
+
+
+def test_of_a_list_of_prompts_one_has_to_have_room():
+    """vLLM begins as many as it has room for: the list need not wait for an empty engine."""
+    one = req(num_tokens=300, num_sequences=2)
+    many = req(num_tokens=300 * 100, num_sequences=2 * 100, num_prompts=100)
+    assert kv_need_tokens(many) == kv_need_tokens(one)

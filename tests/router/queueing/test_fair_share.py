@@ -10,7 +10,8 @@ from router.queueing.fair_share import FairShare
 from router.queueing.hold_queue import HoldQueue
 from router.settings import RouterSettings
 from router.types import RequestClass, Usage
-from tests.support.builders import req
+from tests.router.core.short_ways import FULL
+from tests.support.builders import make_router, req
 from tests.support.tenants_in_overload import LONG, MIXED, SHORT, World, flood
 
 
@@ -192,3 +193,16 @@ def test_ten_thousand_held_stay_cheap(num_tenants):
         held.push(head)
 
     assert min(timeit.repeat(hold_and_place, number=500, repeat=3)) / 500 <= 200e-6
+
+
+@pytest.mark.parametrize(("num_output_tokens", "first"), [(900, "b"), (0, "a")])
+def test_what_was_generated_for_whoever_hung_up_counts(num_output_tokens, first):
+    """Else a tenant that always leaves before the end would take more than its share."""
+    router = make_router()
+    router.on_arrival(req("a0", FULL, tenant="a"), 0.0)
+    for number in range(3):
+        router.on_arrival(req(f"a{1 + number}", FULL, tenant="a", arrival_s=1.0), 1.0)
+        router.on_arrival(req(f"b{number}", FULL, tenant="b", arrival_s=1.0), 1.0)
+    usage = Usage(num_prompt_tokens=FULL, num_output_tokens=num_output_tokens)
+    [dispatch] = router.on_cancel("a0", 2.0, usage)
+    assert dispatch.request_id[0] == first

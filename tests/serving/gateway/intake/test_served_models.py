@@ -42,6 +42,19 @@ class TestBeforeTheFirstEngine:
         with pytest.raises(ApiError):
             find(models, "secret", may_use=lambda names: False)
 
+    def test_but_not_any_number_of_them(self):
+        """Each has a queue, and each event looks into all."""
+        models = ServedModels((), {})
+        for number in range(99):
+            find(models, f"guess-{number}")
+        assert find(models, "later") == "later"
+        for _ in range(3):
+            with pytest.raises(ApiError) as caught:
+                find(models, "one-more")
+            assert caught.value.status == 503
+            assert caught.value.retry_after_s
+        assert find(models, "later") == "later"
+
 
 def test_what_engines_serve_goes_before_what_is_configured():
     engines = {}
