@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from serving.config.section import AbsolutePath, Section
 
+_VLLM = "serving.engine.vllm.engine:VllmEngine"
 _EMULATED = "serving.engine.emulated.engine:EmulatedEngine"
 
 
@@ -13,7 +14,7 @@ class EngineConfig(Section):
     """One engine replica. The value `emulated` alone means an emulated engine."""
 
     factory: str = Field(
-        "serving.engine.vllm.engine:VllmEngine",
+        _VLLM,
         description="module:class of the engine",
     )
     args: dict[str, Any] = Field(
@@ -41,6 +42,11 @@ class EngineConfig(Section):
     drain_timeout_s: float = Field(
         60.0, ge=0, description="time for running streams to finish on shutdown, seconds"
     )
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the engine serves its model by the names that it is configured with."""
+        return self.factory in (_VLLM, _EMULATED)
 
     @model_validator(mode="before")
     @classmethod
