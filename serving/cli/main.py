@@ -39,7 +39,10 @@ ConfigPath = Annotated[
     ),
 ]
 Model = Annotated[str | None, typer.Option(help="Hugging Face id or folder.")]
-ServedModelName = Annotated[str | None, typer.Option(help="The name that clients ask for.")]
+ServedModelName = Annotated[
+    list[str] | None,
+    typer.Option(help="The name that clients ask for. Repeatable: they mean the same model."),
+]
 Device = Annotated[str | None, typer.Option(metavar="auto|cuda|cpu", help="Where engines run.")]
 Replicas = Annotated[str | None, typer.Option(metavar="N|auto", help="Number of engines.")]
 TensorParallelSize = Annotated[
@@ -241,7 +244,10 @@ _KEYS = {  # options of the command line and the keys that they set
 
 def _load_and_plan(params: dict[str, Any]) -> tuple[ConfigFile, Hardware, Plan]:
     """Return configuration, hardware and plan for the command's parameters."""
-    options = {_KEYS[name]: params[name] for name in _KEYS if params.get(name) is not None}
+    given = {name: params[name] for name in _KEYS if params.get(name) not in (None, ())}
+    if "served_model_name" in given:  # repeatable
+        given["served_model_name"] = list(given["served_model_name"])
+    options = {_KEYS[name]: value for name, value in given.items()}
     if options.get("replicas", "auto") != "auto":
         options["replicas"] = _parse_yaml("replicas", options["replicas"])
     for assignment in params["set_"] or ():
@@ -279,7 +285,8 @@ def _print_plan(console: Console, file: ConfigFile, hardware: Hardware, plan: Pl
         f"{hardware.num_free_ram_bytes / gib:.1f} of {hardware.num_ram_bytes / gib:.1f} GiB free",
     )
     table.add_row()
-    table.add_row("model", f"{plan.model or 'bundled'}, served as {plan.served_model_name}")
+    names = ", ".join((plan.served_model_name, *plan.aliases))
+    table.add_row("model", f"{plan.model or 'bundled'}, served as {names}")
     table.add_row("engines", f"{plan.num_replicas} × {plan.device_name}")
     if plan.num_engine_bytes:
         total = plan.num_replicas * plan.num_engine_bytes

@@ -58,8 +58,9 @@ class Config(Section):
     @field_validator("served_model_name")
     @classmethod
     def _check_served_names(cls, names: str | tuple[str, ...] | None) -> Any:
-        if isinstance(names, tuple) and (not names or len(set(names)) < len(names)):
-            raise ValueError("a list of names needs at least one, and each once")
+        listed = (names,) if isinstance(names, str) else names
+        if listed is not None and (not listed or "" in listed or len(set(listed)) < len(listed)):
+            raise ValueError("has to be a name, or a list of at least one name, each once")
         return names
 
     @field_validator("providers")

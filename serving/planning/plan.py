@@ -36,6 +36,7 @@ class Plan:
     device_name: str  # of one engine, for people
     model: str | None  # None: the bundled model, or an engine that needs none
     served_model_name: str
+    aliases: tuple[str, ...]  # further names of the same model
     num_replicas: int
     num_gpus_per_replica: int
     engine_actor_options: dict[str, Any]  # Ray's, of each engine
@@ -154,7 +155,8 @@ def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Pl
         device="cuda",
         device_name=(f"{per_replica} × " if per_replica > 1 else "") + used[0].name,
         model=config.model,
-        served_model_name=config.served_model_name or config.model or "stand-in",
+        served_model_name=next(iter(config.served_names), config.model or "stand-in"),
+        aliases=config.served_names[1:],
         num_replicas=replicas,
         num_gpus_per_replica=per_replica,
         engine_actor_options={"num_cpus": engine_cpus, "num_gpus": per_replica},
@@ -234,9 +236,11 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
         device="cpu",
         device_name=f"{hardware.cpu_name or 'CPU'}, 1 core",
         model=config.model,
-        served_model_name=config.served_model_name
-        or config.model
-        or (SERVED_MODEL_NAME if uses_bundled_model else "stand-in"),
+        served_model_name=next(
+            iter(config.served_names),
+            config.model or (SERVED_MODEL_NAME if uses_bundled_model else "stand-in"),
+        ),
+        aliases=config.served_names[1:],
         num_replicas=replicas,
         num_gpus_per_replica=0,
         engine_actor_options={"num_cpus": engine_cpus, "num_gpus": 0},

@@ -6,11 +6,12 @@ import socket
 
 import httpx
 
+from router import EngineInfo
 from serving.config import parse
 from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
 from serving.stream.server import StreamServer
-from tests.support.fakes import FakeEngine
+from tests.support.fakes import INFO, FakeEngine
 
 CHAT = "/v1/chat/completions"
 
@@ -25,8 +26,8 @@ class System:
         self.servers: list[StreamServer] = []
         self.members: dict[str, dict] = {}
 
-    async def add_engine(self, chunk: bytes | None = None) -> FakeEngine:
-        engine = FakeEngine()
+    async def add_engine(self, chunk: bytes | None = None, info: EngineInfo = INFO) -> FakeEngine:
+        engine = FakeEngine(info)
         engine.chunk = chunk or engine.chunk
         server = StreamServer(engine, self.gateway.config.gateway.stream_window_bytes)
         host, port = await server.listen("127.0.0.1")

@@ -56,7 +56,13 @@ class EmulatedArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class EmulatedEngine:
     """A `serving.stream.engine.Engine` without a model."""
 
-    def __init__(self, args: EmulatedArgs, model: str | None = None, rank: int = 0) -> None:
+    def __init__(
+        self,
+        args: EmulatedArgs,
+        model: str | None = None,
+        rank: int = 0,
+        aliases: tuple[str, ...] = (),
+    ) -> None:
         """`rank` makes the noise its own. Raises `ProfileError` if the profile cannot be read."""
         profile = load_profile(args.profile)
         changed = {
@@ -74,6 +80,8 @@ class EmulatedEngine:
         self.info = msgspec.structs.replace(
             self.model.info,
             model=model or profile.model,
+            aliases=aliases,
+            root=profile.model,
             engine=f"emulated ({self.model.info.engine})",
         )
         self.app = self._serve
@@ -91,7 +99,7 @@ class EmulatedEngine:
         """Return an engine that is ready. Raises `ConfigError` for bad `engine.args`."""
         try:
             args = msgspec.convert(config.engine.args, EmulatedArgs)
-            return cls(args, plan.served_model_name, local_rank)
+            return cls(args, plan.served_model_name, local_rank, plan.aliases)
         except (msgspec.ValidationError, ProfileError) as error:
             raise ConfigError(f"engine.args: {error}") from None
 
@@ -160,7 +168,7 @@ class EmulatedEngine:
             return
         try:
             body = parse(raw)
-            if body.model not in (None, self.info.model):
+            if body.model not in (None, self.info.model, *self.info.aliases):
                 error = f"The model `{body.model}` does not exist."
                 await reply(send, 404, error_content(error, 404))
                 return

@@ -104,10 +104,12 @@ class VllmEngine:
         patches.watch_requests(outputs, stats, resumer)
         patches.blame_requests(llm)
         names = args.served_model_name or [args.model]
-        loras = [module.name for module in args.lora_modules or ()]
+        loras = {module.name: module.path for module in args.lora_modules or ()}
         info = EngineInfo(
             model=names[0],
             aliases=(*names[1:], *loras),
+            root=args.model,
+            adapters=loras,
             tasks=tuple(tasks),
             max_model_len=llm.model_config.max_model_len,
             max_num_seqs=scheduler.max_num_seqs,
@@ -116,6 +118,7 @@ class VllmEngine:
             async_scheduling=bool(scheduler.async_scheduling),
             num_kv_tokens=stats.num_kv_tokens,
             block_size=vllm_config.cache_config.block_size,
+            vocab_size=llm.model_config.get_vocab_size(),
             device=plan.device_name,
             engine=f"vllm {vllm.__version__}",
         )
@@ -223,7 +226,7 @@ def vllm_arguments(plan: Plan) -> Any:
         setattr(args, key, value)
     _prepare_parsers(args)
     args.model = args.model_tag = str(plan.model)
-    args.served_model_name = [plan.served_model_name]
+    args.served_model_name = [plan.served_model_name, *plan.aliases]
     return args
 
 

@@ -165,6 +165,12 @@ def test_plan_shows_what_and_why() -> None:
         assert part in result.stdout
 
 
+def test_served_names_are_repeatable() -> None:
+    result = run("plan", "--served-model-name", "a", "--served-model-name", "b")
+    assert result.exit_code == 0
+    assert re.search(r"served as a, b\n", re.sub(" +\n", "\n", result.stdout))
+
+
 def test_version() -> None:
     assert "ray 2." in run("version").stdout
 

@@ -237,6 +237,14 @@ def test_bad_engine_args_name_the_key() -> None:
             asyncio.run(EmulatedEngine.start(config, _Plan(), 0))
 
 
+async def test_it_answers_to_all_its_names(profile: str) -> None:
+    engine = EmulatedEngine(EmulatedArgs(profile=profile), "one", 0, ("two",))
+    for name, status in (("one", 200), ("two", 200), ("three", 404)):
+        body = {"model": name, "prompt": "hi", "max_tokens": 1}
+        assert (await Caller(engine.app, body, COMPLETIONS).run()).status == status
+    await engine.shutdown()
+
+
 def test_one_word_in_a_deploy_file_is_enough() -> None:
     module, _, name = parse({"engine": "emulated"}).engine.factory.partition(":")
     assert getattr(importlib.import_module(module), name) is EmulatedEngine
@@ -244,6 +252,7 @@ def test_one_word_in_a_deploy_file_is_enough() -> None:
 
 class _Plan:
     served_model_name = "emulated"
+    aliases = ("also",)
 
 
 async def add(system: System, engine: EmulatedEngine) -> None:

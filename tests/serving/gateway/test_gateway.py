@@ -203,7 +203,8 @@ async def test_the_small_endpoints():
         models = (await system.client.get("/v1/models")).json()["data"]
         assert [model["id"] for model in models] == ["fake-model"]
         metrics = (await system.client.get("/metrics")).text
-        assert 'headway_time_to_first_token_seconds_count{gateway="0",model="fake-model"} 1.0' in metrics
+        ttft = "headway_time_to_first_token_seconds_count"
+        assert ttft + '{gateway="0",model="fake-model"} 1.0' in metrics
         assert 'headway_outcomes_total{gateway="0",outcome="completed"} 1.0' in metrics
         assert 'headway_engine_kv_cache_usage{gateway="0",replica="r0"} 0.0' in metrics
         reply = await system.client.get("/v1/nothing")

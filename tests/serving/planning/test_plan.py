@@ -87,6 +87,12 @@ class TestOnCpu:
         args["engine"]["args"]["dtype"] = "bfloat16"
         assert make(old, size, **args).num_kv_bytes == 3000 << 20
 
+    def test_further_served_names_are_aliases(self) -> None:
+        plan = make(laptop(), served_model_name=["small", "smollm", "default"])
+        assert plan.served_model_name == "small"
+        assert plan.aliases == ("smollm", "default")
+        assert make(laptop(), served_model_name="small").aliases == ()
+
     def test_arguments_of_the_user_win(self) -> None:
         args = {"block_size": 16, "max_model_len": 1024, "kv_cache_memory_bytes": GIB // 2}
         plan = make(laptop(), engine={"args": {**args, "seed": 7}})
