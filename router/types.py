@@ -83,6 +83,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str = ""
     weight: float = 1.0  # the tenant's share of tokens, relative to others'
     priority_class: RequestClass = RequestClass.STANDARD
+    # By its client's own priority it comes so much later among its tenant's; sooner if negative.
+    put_off_s: float = 0.0
     arrival_s: float = 0.0
     deadline_s: float = float("inf")  # held past this, it expires
     # Chained hashes of the prompt's successive blocks as the gateway cuts it: each

@@ -14,7 +14,7 @@ from collections.abc import Collection
 import msgspec
 
 from router.fleet.fleet import Fleet
-from router.queueing.deadline import edf_key_s
+from router.queueing.deadline import edf_key_s, engine_put_off_s, unshifted_edf_key_s
 from router.queueing.hold_queue import HoldQueue
 from router.scheduling.attempt import Attempts
 from router.scheduling.placer import Placer
@@ -95,7 +95,8 @@ class Discipline:
         if not self._is_edf:
             return None
         attempt = self._attempts.oldest(request.id)
-        return edf_key_s(attempt.request if attempt is not None else request, self._settings)
+        placed = attempt.request if attempt is not None else request
+        return unshifted_edf_key_s(placed, self._settings) + engine_put_off_s(placed)
 
     @property
     def _is_edf(self) -> bool:

@@ -27,10 +27,24 @@ def edf_key_s(request: Request, settings: RouterSettings) -> float:
     Earliest deadline first (Liu and Layland 1973): deadlines only come nearer, so nothing
     starves. The deadline is one that suits the engines at hand. Where they prefill far
     faster than the TTFT target asks for, nobody is ever late, and the target alone would mean
-    shortest first: a long prompt would wait until every burst has passed.
+    shortest first: a long prompt would wait until every burst has passed. A client's own
+    priority puts its request off, or forward.
     """
+    return unshifted_edf_key_s(request, settings) + request.put_off_s
+
+
+def unshifted_edf_key_s(request: Request, settings: RouterSettings) -> float:
+    """Return the place that a request would have without its client's own priority."""
     s_per_token = min(settings.ttft_target_s_per_token, _MAX_SLOWDOWN * request.prefill_s_per_token)
     return _ttft_deadline_s(request, settings, s_per_token)
+
+
+def engine_put_off_s(request: Request) -> float:
+    """Return by how much a client's own priority puts its request off inside an engine.
+
+    There the requests of all tenants are in one order: none comes forward at others' expense.
+    """
+    return max(0.0, request.put_off_s) if request.tenant else request.put_off_s
 
 
 def _ttft_deadline_s(request: Request, settings: RouterSettings, s_per_token: float) -> float:

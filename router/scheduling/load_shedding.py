@@ -17,7 +17,7 @@ anything while no engine of the model works, because then nothing is known.
 import math
 
 from router.fleet.fleet import Fleet
-from router.queueing.deadline import edf_key_s
+from router.queueing.deadline import unshifted_edf_key_s
 from router.queueing.hold_queue import HoldQueue
 from router.scheduling.wait_time import WaitEstimator
 from router.settings import RouterSettings
@@ -150,7 +150,7 @@ class LoadShedder:
         # By its EDF key, which is never after its TTFT deadline: by deadlines alone, long prompts
         # would be admitted until only they had time to wait for one another. And a TTFT target
         # that no engine could meet makes nobody late who waits no longer than its own prompt takes.
-        slack_s = max(edf_key_s(request, self._settings) - now_s - own_s, own_s)
+        slack_s = max(unshifted_edf_key_s(request, self._settings) - now_s - own_s, own_s)
         others_s = overload.share.tokens_ahead(tenant, now_s) / tokens_per_s if is_on else 0.0
         late_s = self._wait_s(model, self._num_tokens(model), is_on) + others_s - slack_s
         if late_s > 0.0:  # look closer: some of what is held comes after this request

@@ -21,6 +21,7 @@ from router import (
     carry_out,
 )
 from router.limits.rate_limit import RateReport
+from router.queueing.deadline import engine_put_off_s
 from router.resilience.resume import Records
 from serving.config import Config
 from serving.gateway.engines import Engines
@@ -312,7 +313,7 @@ class Driver:
         """
         due_s = self.router.discipline.engine_priority_s(request)
         if due_s is None:
-            return 0
+            return round(engine_put_off_s(request) * 1000)
         return round((time.time() + due_s - time.monotonic()) * 1000)
 
     # --- ends ------------------------------------------------------------

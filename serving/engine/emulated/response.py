@@ -51,7 +51,7 @@ class EmulatedResponse:
             id=job_id,
             num_prompt_tokens=prompt.num_tokens + self._num_done,
             num_output_tokens=max_tokens - self._num_done,
-            priority=body.priority + (accounting.priority if accounting is not None else 0),
+            priority=accounting.priority if accounting is not None else body.priority,
             block_hashes=prompt.hashes(block_size),
             num_sequences=num_sequences,
             num_expected_cached_tokens=(

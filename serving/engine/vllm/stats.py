@@ -67,7 +67,8 @@ class EngineStats(StatLoggerBase):
             self._last_step_s = None
         if (accounting := current_accounting.get()) is None:
             return
-        request.priority += accounting.priority  # before it goes to the engine core
+        # Before it goes to the engine core. The client's own is in it: `router.queueing.deadline`.
+        request.priority = accounting.priority
         if not accounting.entered:
             accounting.entered, accounting.num_prompt_tokens = True, 0
         if index == 0:  # n > 1 shares one prompt

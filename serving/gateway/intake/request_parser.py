@@ -18,6 +18,9 @@ from serving.gateway.intake.served_models import ServedModels
 from serving.gateway.intake.tokens_per_byte import PRIOR_TOKENS_PER_BYTE, TokensPerByte
 from serving.gateway.tenants.tenants import Tenant
 
+# vLLM serves lower numbers first, however long higher ones have to wait. Here each is due so much
+# later than the one before: small numbers make a difference, and nobody starves.
+_S_PER_PRIORITY = 1.0
 # Prompts are compared by blocks of this size, and only by their first 64 KB.
 _BLOCK_BYTES = round(PREFIX_BLOCK_TOKENS / PRIOR_TOKENS_PER_BYTE)
 
@@ -97,12 +100,22 @@ class RequestParser:
             tenant=tenant.name if tenant is not None else "",
             weight=tenant.config.weight if tenant is not None else 1.0,
             priority_class=request_class,
+            put_off_s=self._put_off_s(fields, headers),
             arrival_s=now_s,
             deadline_s=now_s + router.max_hold_s,
             prefix_hashes=prefix_hashes(model, salt, prompt) if wants_prefix else (),
             prefix_block_share=_BLOCK_BYTES / len(prompt),
         )
         return Asked(request, body.data, fields, added, size.num_text_bytes)
+
+    def _put_off_s(self, fields: Fields, headers: RequestHeaders) -> float:
+        """Return by how much the client's own priority puts its request off, seconds.
+
+        No further than batch work is: past that, nothing would be sure to be served.
+        """
+        priority = fields.priority if headers.priority is None else headers.priority
+        most_s = self._config.router.ttft_target_batch_s
+        return max(-most_s, min(most_s, priority * _S_PER_PRIORITY))
 
     def _measure_prompts(self, path: str, body: JsonBody, max_tokens: float) -> PromptSize:
         """Return the size of all that is to be read. Raise `ApiError` 400 if that is nothing."""

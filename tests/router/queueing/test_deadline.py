@@ -3,9 +3,10 @@
 import msgspec
 import pytest
 
-from router.queueing.deadline import edf_key_s, ttft_deadline_s
+from router.queueing.deadline import edf_key_s, ttft_deadline_s, unshifted_edf_key_s
 from router.settings import RouterSettings
 from router.types import Dispatch, Hold, RequestClass
+from tests.router.core.short_ways import FULL
 from tests.support.builders import busy, make_router, req
 
 # Half of each step of 100 tokens stays free of any one long prompt.
@@ -122,3 +123,38 @@ def test_the_engine_gets_the_deadline_only_from_policies_that_hold():
     assert router.discipline.engine_priority_s(request) == ttft_deadline_s(request, router.settings)
     router.set_policy("round_robin", 0.0)
     assert router.discipline.engine_priority_s(request) is None
+
+
+class TestOwnPriority:
+    def test_orders_the_requests_of_a_tenant_in_the_queue(self):
+        router = make_router()
+        router.on_arrival(req("first", FULL, tenant="a"), 0.0)
+        for request_id, put_off_s in (("usual", 0.0), ("later", 5.0), ("sooner", -5.0)):
+            router.on_arrival(req(request_id, 10, tenant="a", put_off_s=put_off_s), 0.0)
+        order = [request.id for request in router._queue.in_order("m")]
+        assert order == ["sooner", "usual", "later"]
+
+    def test_and_nobody_elses(self):
+        router = make_router()
+        router.on_arrival(req("first", FULL), 0.0)
+        router.on_arrival(req("b", 10, tenant="b"), 0.0)
+        router.on_arrival(req("a0", 10, tenant="a", put_off_s=-60.0), 0.0)
+        router.on_arrival(req("a1", 10, tenant="a", put_off_s=-60.0), 0.0)
+        assert [request.id for request in router._queue.in_order("m")] == ["b", "a0", "a1"]
+
+    def test_inside_an_engine_nobody_comes_before_other_tenants(self):
+        router = make_router()
+        usual = router.discipline.engine_priority_s(req("a"))
+
+        def shift_s(**fields) -> float:
+            return router.discipline.engine_priority_s(req("a", **fields)) - usual
+
+        assert shift_s(put_off_s=5.0) == shift_s(put_off_s=5.0, tenant="a") == 5.0
+        assert shift_s(put_off_s=-5.0) == -5.0
+        assert shift_s(put_off_s=-5.0, tenant="a") == 0.0
+
+    def test_is_no_reason_to_be_refused(self):
+        """Whoever wants to come sooner is not late by that."""
+        settings = RouterSettings()
+        request = req("a", 100, put_off_s=-60.0)
+        assert unshifted_edf_key_s(request, settings) == edf_key_s(req("a", 100), settings)

@@ -226,14 +226,14 @@ class Watched:
 
 
 def test_a_request_is_known_before_the_core_has_it() -> None:
-    """Its accounting has it, and the core gets the accounting's priority."""
+    """Its accounting has it, and the core gets the accounting's priority in place of its own."""
 
     async def run() -> None:
         watched = Watched()
         accounting = RequestAccounting(7, priority=-5)
         current_accounting.set(accounting)
         await watched.add(priority=2)
-        assert watched.sent == [(-3, 4)]
+        assert watched.sent == [(-5, 4)]
         assert (accounting.entered, accounting.num_prompt_tokens) == (True, 4)
         assert watched.stats.forget(accounting) == ["a-1"]
 

@@ -10,6 +10,7 @@ from router.simulation.engine.profile import Profile
 from serving.capacity.profiles import save_profile
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.stream.accounting import RequestAccounting, current_accounting
+from tests.serving.gateway.tenants.office import Office
 from tests.support.asgi_caller import Caller
 from tests.support.fakes import FakeEngine
 from tests.support.running_gateway import CHAT, System, running
@@ -68,8 +69,52 @@ async def test_without_an_order_of_its_own_the_gateway_asks_for_none():
         assert told.priorities == [0]
 
 
+@pytest.mark.parametrize(
+    ("fields", "headers", "shift_s"),
+    [
+        ({"priority": 3}, {}, 3.0),
+        ({"priority": -7}, {}, -7.0),
+        ({"priority": "4"}, {}, 4.0),
+        ({"priority": 3}, {"x-vllm-priority": "-2"}, -2.0),  # vLLM, too, goes by the header first
+        ({"priority": 3}, {"x-vllm-priority": "urgent"}, 3.0),
+        ({"priority": 10**15}, {}, 60.0),  # as far as batch work
+        ({"priority": -(2**63)}, {}, -60.0),
+        ({}, {"x-vllm-priority": "-9223372036854775808"}, -60.0),
+    ],
+)
+async def test_a_clients_own_priority_puts_its_request_off_or_forward(fields, headers, shift_s):
+    """By a second each."""
+    async with running(router=TARGETS) as system:
+        told = Told(system)
+        await system.client.post(CHAT, json=system.chat())
+        await system.client.post(CHAT, json=system.chat(**fields), headers=headers)
+        usual, shifted = told.priorities
+        assert (shifted - usual) / 1000 == pytest.approx(shift_s, abs=0.5)
+
+
+async def test_by_arrival_it_is_the_only_order_there_is():
+    async with running(router={**TARGETS, "policy": "round_robin"}) as system:
+        told = Told(system)
+        for priority in (0, 3, -3):
+            await system.client.post(CHAT, json=system.chat(priority=priority))
+        assert told.priorities == [0, 3000, -3000]
+
+
+async def test_no_tenant_comes_before_others_by_it(tmp_path):
+    office = Office(tmp_path)
+    headers = office.hire("acme")
+    async with office.running(router=TARGETS) as system:
+        told = Told(system)
+        for priority in (0, -50, 5):
+            body = system.chat(priority=priority)
+            await system.client.post(CHAT, json=body, headers=headers)
+        usual, forward, off = told.priorities
+        assert 0 <= (forward - usual) / 1000 < 0.5
+        assert (off - usual) / 1000 == pytest.approx(5.0, abs=0.5)
+
+
 async def test_an_emulated_engine_goes_by_it(tmp_path):
-    """The lowest is first, whoever came first; a client's own priority is on top of it."""
+    """The lowest is first, whoever came first; a client's own priority is in it already."""
     profile = Profile(
         name="one",
         model="one",
@@ -96,6 +141,6 @@ async def test_an_emulated_engine_goes_by_it(tmp_path):
         tasks.create_task(ask("first", 50))
         await asyncio.sleep(0.01)
         tasks.create_task(ask("late", 90))
-        tasks.create_task(ask("moved", 10, own_priority=70))
+        tasks.create_task(ask("moved", 80, own_priority=-70))
         tasks.create_task(ask("soon", 60))
     assert ended == ["first", "soon", "moved", "late"]
