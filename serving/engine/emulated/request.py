@@ -40,6 +40,7 @@ class Body(msgspec.Struct):
     ignore_eos: bool = False  # replies end only at the limit anyhow
     continue_final_message: bool = False
     priority: int = 0
+    cache_salt: str | None = None
 
     @property
     def include_usage(self) -> bool:

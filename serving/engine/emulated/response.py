@@ -52,7 +52,7 @@ class EmulatedResponse:
             num_prompt_tokens=prompt.num_tokens + self._num_done,
             num_output_tokens=max_tokens - self._num_done,
             priority=accounting.priority if accounting is not None else body.priority,
-            block_hashes=prompt.hashes(block_size),
+            block_hashes=prompt.hashes(block_size, body.cache_salt or ""),
             num_sequences=num_sequences,
             num_expected_cached_tokens=(
                 accounting.num_expected_cached_tokens if accounting is not None else 0

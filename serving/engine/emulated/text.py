@@ -41,10 +41,13 @@ class Prompt:
         """Return the prompt with these tokens at its end."""
         return Prompt([*self._tokens, *token_ids]) if token_ids else self
 
-    def hashes(self, num_tokens: int) -> tuple[int, ...]:
-        """Return the chained hashes of the whole blocks of `num_tokens` each."""
+    def hashes(self, num_tokens: int, salt: str = "") -> tuple[int, ...]:
+        """Return the chained hashes of the whole blocks of `num_tokens` each.
+
+        Prompts of different salts have none in common.
+        """
         hashes = []
-        chain = b""
+        chain = blake2b(salt.encode(), digest_size=8).digest() if salt else b""
         for end in range(num_tokens, self.num_tokens + 1, num_tokens):
             block = "\0".join(map(str, self._tokens[end - num_tokens : end])).encode()
             chain = blake2b(block, key=chain, digest_size=8).digest()

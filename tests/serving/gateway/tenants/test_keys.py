@@ -1,6 +1,7 @@
 """`headway key`: prints a key once, stores its hash."""
 
 import datetime
+import hashlib
 import re
 import threading
 from types import SimpleNamespace
@@ -39,6 +40,68 @@ def test_create_list_revoke(tmp_path):
     assert run("revoke", key.id, "--file", str(path)).exit_code == 0
     assert [left.id for left in read_keys(path)] != [key.id]
     assert len(read_keys(path)) == 1
+
+
+class TestWhoHoldsAKey:
+    NOW = datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC)
+
+    @pytest.fixture
+    def keys(self) -> dict[str, str]:
+        """The text of two tenants' keys, by tenant; `self.ring` knows both."""
+        made = {tenant: make_key(tenant, admin=tenant == "ops") for tenant in ("acme", "ops")}
+        self.ring = KeyRing(key for _, key in made.values())
+        return {tenant: text for tenant, (text, _) in made.items()}
+
+    def find(self, text: str):
+        return self.ring.find(text, self.NOW)
+
+    def test_only_the_whole_key_will_do(self, keys):
+        text = keys["acme"]
+        assert self.find(text).tenant == "acme"
+        key_id, _, secret = text.rpartition("-")
+        other = keys["ops"].rpartition("-")[2]
+        for wrong in (
+            f"{key_id}-{other}",  # the id of one, the secret of another
+            f"{key_id}-{'0' * 64}",
+            f"{key_id}-{secret[:-1]}{'0' if secret[-1] != '0' else '1'}",
+            f"{key_id}-{'0' if secret[0] != '0' else '1'}{secret[1:]}",
+            f"{key_id}-{secret[:-1]}",
+            f"{key_id}-{secret}0",
+            f"{key_id}-",
+            f"{key_id}-{secret.upper()}",
+            f" {text}",
+            f"{text}\n",
+            f"hw-{'0' * 12}-{secret}",
+            secret,
+            key_id,
+            "",
+            hashlib.sha256(text.encode()).hexdigest(),  # what is stored
+        ):
+            assert self.find(wrong) is None, wrong
+
+    def test_nobody_holds_a_key_where_there_is_none(self, keys):
+        assert KeyRing([]).find(keys["acme"], self.NOW) is None
+        assert KeyRing([]).find("", self.NOW) is None
+
+    def test_each_is_its_own_tenants(self, keys):
+        assert {
+            name: (self.find(text).tenant, self.find(text).admin) for name, text in keys.items()
+        } == {
+            "acme": ("acme", False),
+            "ops": ("ops", True),
+        }
+
+    @pytest.mark.parametrize(
+        ("seconds_left", "is_known"), [(3600, True), (1, True), (0, False), (-1, False)]
+    )
+    def test_until_it_expires(self, seconds_left, is_known):
+        expires = self.NOW + datetime.timedelta(seconds=seconds_left)
+        text, key = make_key("acme", expires=expires)
+        ring = KeyRing([key])
+        assert (ring.find(text, self.NOW) is not None) is is_known
+        assert ring.find(text, expires) is None
+        eternal_text, eternal = make_key("acme")
+        assert KeyRing([eternal]).find(eternal_text, self.NOW) == eternal
 
 
 def test_mistakes_take_one_line(tmp_path):
