@@ -104,22 +104,20 @@ def _own_path(scope: Scope) -> str:
 
 def _not_found(scope: Scope) -> ApiError:
     return ApiError(
-        404, f"Not Found: {scope['method']} {scope['path']} is not served here.", kind="Not Found"
+        404, f"{scope['method']} {scope['path']} is not served here.", kind="NotFoundError"
     )
 
 
 def _from_router(scope: Scope, error: HTTPException) -> ApiError:
-    """Return in OpenAI's form, with vLLM's type, that nothing is served there or not so."""
-    if error.status_code == 404:
+    """Return in OpenAI's form that nothing is served there, or not by that method."""
+    allow = (error.headers or {}).get("Allow")
+    if allow is None:
         return _not_found(scope)
-    allow = (error.headers or {}).get("Allow", "")
     return ApiError(
-        error.status_code,
-        f"{error.detail}: {scope['path']} takes {allow}."
-        if error.status_code == 405
-        else error.detail,
-        kind="Method Not Allowed" if error.status_code == 405 else "BadRequestError",
-        headers=[(b"allow", allow.encode())] if allow else None,
+        405,
+        f"{scope['path']} takes {allow}, not {scope['method']}.",
+        kind="Method Not Allowed",
+        headers=[(b"allow", allow.encode())],
     )
 
 

@@ -55,6 +55,8 @@ class JsonBody(msgspec.Struct, frozen=True):
 def read_json_body(path: str, data: bytes) -> JsonBody:
     """Return a body with what the gateway reads of it. Raise `ApiError` 400 as vLLM would."""
     endpoint = ENDPOINTS[path]
+    if not data:
+        raise _not_json("it is empty")
     data = _in_utf8(data)
     try:
         raw = _DECODERS[path](data)

@@ -1,5 +1,6 @@
 """What does routing need to know of a request? From its body and headers to a `Request`."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -120,10 +121,14 @@ class RequestParser:
     def _measure_prompts(self, path: str, body: JsonBody, max_tokens: float) -> PromptSize:
         """Return the size of all that is to be read. Raise `ApiError` 400 if that is nothing."""
         needed = ENDPOINTS[path].prompts[0]
+        if path == "/v1/chat/completions":  # `type` and `param` are vLLM's
+            wrong = functools.partial(ApiError, 400, kind="Bad Request", param=f"body.{needed}")
+            if not body.prompts:
+                raise wrong(f"'{needed}' is missing or empty")
+            if not body.prompts[needed].startswith(b"["):
+                raise wrong(f"'{needed}' must be a list of messages")
         if not body.prompts:
             raise ApiError(400, f"'{needed}' is missing or empty", param=needed)
-        if path == "/v1/chat/completions" and not body.prompts[needed].startswith(b"["):
-            raise ApiError(400, "'messages' must be a list of messages", param=needed)
         if (kept := body.fields.truncate_prompt_tokens) is not None and kept >= 0:
             max_tokens = min(max_tokens, kept)
         sizes = [

@@ -209,7 +209,7 @@ async def test_the_small_endpoints():
         assert 'headway_engine_kv_cache_usage{gateway="0",replica="r0"} 0.0' in metrics
         reply = await system.client.get("/v1/nothing")
         assert reply.status_code == 404
-        assert reply.json()["error"]["type"] == "Not Found"  # as vLLM says
+        assert reply.json()["error"]["type"] == "NotFoundError"
 
 
 async def test_lost_news_of_the_cache_is_asked_for_anew():

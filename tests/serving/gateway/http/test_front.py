@@ -100,7 +100,7 @@ async def test_a_guarded_path_has_no_second_name(path):
         client.send(get(path))
         reply = await client.read_reply()
         assert reply.status == 404
-        assert "Not" in reply.error["type"]
+        assert reply.error["type"] == "NotFoundError"
 
 
 @pytest.mark.parametrize("root", ["/api", "/api/"])
@@ -125,13 +125,13 @@ async def test_below_a_root_all_is_as_without(root):
         assert sent[0]["status"] == 200
 
 
-async def test_where_nothing_is_served_vllms_error_says_so():
+async def test_where_nothing_is_served_an_error_says_so():
     async with running(num_engines=1) as system:
         for path in ("/", "/v1", "/v1/nothing", "/headway", "/docs", "/openapi.json"):
             reply = await system.client.get(path)
             assert reply.status_code == 404
             error = reply.json()["error"]
-            assert (error["type"], error["param"], error["code"]) == ("Not Found", None, 404)
+            assert (error["type"], error["param"], error["code"]) == ("NotFoundError", None, 404)
 
 
 # --- exceptions ----------------------------------------------------------------
