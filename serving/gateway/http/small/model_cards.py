@@ -10,9 +10,12 @@ from router import EngineInfo
 def make_cards(
     infos: Iterable[EngineInfo], models_elsewhere: Iterable[str], created_s: int
 ) -> dict[str, dict[str, Any]]:
-    """Return cards by id: engines' models, their further names and adapters; then providers'."""
+    """Return cards by id: each engine's model, its further names and adapters; then providers'.
+
+    In vLLM's order: there are clients that take the first one.
+    """
     cards: dict[str, dict[str, Any]] = {}
-    for info in infos:
+    for info in sorted(infos, key=lambda info: info.model):
         for name in (info.model, *info.aliases):
             is_adapter = name in info.adapters
             cards[name] = _card(
@@ -23,7 +26,6 @@ def make_cards(
                 parent=info.model if is_adapter else None,
                 max_model_len=None if is_adapter else info.max_model_len,
             )
-    cards = dict(sorted(cards.items()))
     for name in sorted(models_elsewhere):
         if name not in cards:
             cards[name] = _card(name, created_s, owned_by="provider", root=name)

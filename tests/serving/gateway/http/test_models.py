@@ -50,6 +50,7 @@ async def test_cards_are_vllms():
             "permission"
         ] == [content["data"][0]["permission"][0]]
         told = {card.id: (card.root, card.parent, card.max_model_len) for card in listed.data}
+        assert list(told) == ["Qwen/Qwen3-8B", "qwen", "acme/french"]
         assert told == {
             "Qwen/Qwen3-8B": ("/models/qwen3-8b", None, INFO.max_model_len),
             "qwen": ("/models/qwen3-8b", None, INFO.max_model_len),
