@@ -148,7 +148,8 @@ class Gateway:
             *self._own_routes(),
         ]
         models = dict.fromkeys(ENDPOINTS, self.request_path)
-        return Front(self.config, routes, self.connections, models)
+        behind_serve = self.config.gateway.front == "haproxy"
+        return Front(self.config, routes, self.connections, models, behind_serve=behind_serve)
 
     @property
     def metrics_port(self) -> int:

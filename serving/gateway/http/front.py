@@ -44,14 +44,18 @@ class Front:
         routes: Sequence[BaseRoute],
         connections: Connections,
         models: Mapping[str, ASGIApp],
+        *,
+        behind_serve: bool = False,
     ) -> None:
         """`routes` has to name the paths of `models`, too, with the methods that they take.
 
-        `connections` are those of the listener in front, if there is one.
+        `connections` are those of the listener in front. Ray Serve's server, which may be there
+        instead, gives every request an id and tells it itself.
         """
         self.connections = connections
         self._router = Router(routes, redirect_slashes=False)
         self._models = models
+        self._tells_id = not behind_serve
         self._origins = Origins(config, self._router)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,7 +63,12 @@ class Front:
             await self._router(scope, receive, send)  # the server's start and stop
             return
         headers = scope["headers"]
-        set_own_headers(scope, find_request_id(headers), self._origins.reply_headers(headers))
+        set_own_headers(
+            scope,
+            find_request_id(headers),
+            self._origins.reply_headers(headers),
+            tells_id=self._tells_id,
+        )
         try:
             await self._answer(scope, receive, send)
         except ApiError as error:

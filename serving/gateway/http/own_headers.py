@@ -18,10 +18,13 @@ def find_request_id(headers: Headers) -> str:
     return uuid.uuid4().hex
 
 
-def set_own_headers(scope: Scope, request_id: str, others: Headers) -> None:
-    """Have every reply to this request bear its id and `others`."""
+def set_own_headers(
+    scope: Scope, request_id: str, others: Headers, *, tells_id: bool = True
+) -> None:
+    """Have every reply to this request bear `others`, and its id unless the server adds that."""
     state = scope.setdefault("state", {})
     state["request_id"] = request_id
+    state["tells_id"] = tells_id
     state["other_headers"] = others
 
 
@@ -38,4 +41,6 @@ def request_id_of(scope: Scope) -> str:
 def own_headers(scope: Scope) -> Headers:
     """Return the headers of every reply to this request."""
     state = scope["state"]
+    if not state["tells_id"]:
+        return list(state["other_headers"])
     return [(b"x-request-id", state["request_id"].encode("latin-1")), *state["other_headers"]]

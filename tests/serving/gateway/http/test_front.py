@@ -125,6 +125,15 @@ async def test_below_a_root_all_is_as_without(root):
         assert sent[0]["status"] == 200
 
 
+async def test_behind_serve_an_id_is_not_told_twice():
+    """Its server tells it already; two of the same name would be read as one, "a, a"."""
+    async with running(num_engines=1, gateway={"front": "haproxy"}) as system:
+        for path in ("/v1/models", "/nothing", "/health"):
+            assert "x-request-id" not in (await system.client.get(path)).headers
+        reply = await system.client.post(CHAT, json=system.chat())
+        assert "x-request-id" not in reply.headers
+
+
 async def test_where_nothing_is_served_an_error_says_so():
     async with running(num_engines=1) as system:
         for path in ("/", "/v1", "/v1/nothing", "/headway", "/docs", "/openapi.json"):
