@@ -4,6 +4,8 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 
+import msgspec
+
 from router import RejectReason, Request, Usage
 from router.resilience.resume import Records, Reply
 from serving.gateway.intake.fields import Fields
@@ -197,7 +199,10 @@ class Exchange:
         if self.continuation is not None:
             num_output_tokens = self.continuation.num_tokens
         else:
-            num_output_tokens = count_tokens(reply.generated)
+            try:
+                num_output_tokens = count_tokens(reply.generated)
+            except msgspec.MsgspecError:
+                return None  # an engine of somebody else's, perhaps
         if not (reply.has_begun or num_output_tokens):
             if not isinstance(self._error, ClientLeft):
                 return Usage()  # it failed, and the client has nothing of it

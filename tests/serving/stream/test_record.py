@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from router.resilience.resume import Resume, ResumeSplice, ResumeSpliceError
-from serving.stream.record import Entry, Recorder, decode_groups, num_tokens
+from serving.stream.record import Entry, Recorder, count_tokens, decode_groups, num_tokens
 
 
 def test_what_was_taken_together_is_a_group():
@@ -57,11 +57,19 @@ def test_a_record_of_several_prompts_is_none():
     recorder.add_entry(Entry(0, (1,)), is_streamed=True)
     recorder.set_prompt_id("a")  # another sequence of the same prompt
     recorder.end_group()
-    assert num_tokens(first := recorder.take_groups()) == 1
+    first = recorder.take_groups()
+    assert num_tokens(first) == 1
     recorder.set_prompt_id("b")
     recorder.add_entry(Entry(0, (2,)), is_streamed=True)
     recorder.end_group()
-    assert decode_groups(first + recorder.take_groups()) == []
+    recorder.add_entry(
+        Entry(1, (3, 4), None, None, ([[4, 5]], [[-0.5, -1.5]], [1])), is_streamed=True
+    )
+    recorder.end_group()
+    record = first + recorder.take_groups()
+    assert decode_groups(record) == []
+    assert num_tokens(record) == 0
+    assert count_tokens(record) == 4  # for whoever pays for it
 
 
 def test_a_token_costs_few_bytes():

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from router import Router, Usage
 from tests.serving.gateway.tenants.office import Office
 from tests.support.provider_server import configured, serving
 from tests.support.running_gateway import CHAT
@@ -52,12 +53,27 @@ async def hang_up_after(system, headers, num_tokens: int, path: str = CHAT, **fi
     engine.gate.set()
 
 
+def note_usage(router: Router) -> list[Usage]:
+    """What a router is told of requests whose clients left."""
+    told: list[Usage] = []
+    on_cancel = router.on_cancel
+
+    def noting(request_id: str, now_s: float, usage: Usage | None = None):
+        told.append(usage)
+        return on_cancel(request_id, now_s, usage)
+
+    router.on_cancel = noting
+    return told
+
+
 class TestWhoHangsUp:
     async def test_pays_for_what_was_generated_until_then(self, office):
         headers = office.hire("acme")
         async with office.running(LIMITS, num_engines=1) as system:
+            told = note_usage(system.gateway.router)
             await hang_up_after(system, headers, 900)
             assert counted(system)[1] == 900
+            assert [usage.num_output_tokens for usage in told] == [900]  # its share, too
             assert 900 <= spent(system) + SLACK / 3 <= 900 + SLACK
             system.assert_empty()
 
