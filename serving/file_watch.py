@@ -29,7 +29,8 @@ class FileWatch(Generic[T]):
     """Read a file again when it has changed; keep its last valid content if it is broken.
 
     It polls, which also works over NFS and with the symbolic links that Kubernetes mounts.
-    `read` runs in a thread, `apply` on the event loop. Either may raise `ConfigError`.
+    `read` runs in a thread, `apply` on the event loop. Either may raise `ConfigError`; whatever
+    else it raises is its fault, is shown as well, and does not end the watch.
     """
 
     def __init__(self, path: Path, read: Callable[[Path], T], apply: Callable[[T], None]) -> None:
@@ -56,6 +57,9 @@ class FileWatch(Generic[T]):
         except ConfigError as error:
             self.error = str(error)
             logger.error("%s is not used: %s", self.path, error)
+        except Exception as error:
+            self.error = f"{type(error).__name__}: {error}"
+            logger.exception("%s is not used", self.path)
         else:
             self.error = None
             self.num_reloads += 1

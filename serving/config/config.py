@@ -1,5 +1,6 @@
 """What does the whole configuration consist of, and how is it read?"""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,8 +88,7 @@ def resolved(args: dict[str, Any], folder: Path) -> dict[str, Any]:
     for section, key in _PATHS:
         values = args.get(section)
         if isinstance(values, dict) and isinstance(values.get(key), str):
-            path = Path(values[key]).expanduser()
-            args[section] = {**values, key: str((folder / path).absolute())}
+            args[section] = {**values, key: _absolute(values[key], folder)}
     if isinstance(args.get("providers"), list):
         args["providers"] = [_provider_resolved(each, folder) for each in args["providers"]]
     return args
@@ -100,7 +100,7 @@ def _provider_resolved(provider: Any, folder: Path) -> Any:
     if not isinstance(keys, list):
         return provider
     keys = [
-        {**key, "file": str((folder / Path(key["file"]).expanduser()).absolute())}
+        {**key, "file": _absolute(key["file"], folder)}
         if isinstance(key, dict) and isinstance(key.get("file"), str)
         else key
         for key in keys
@@ -108,15 +108,22 @@ def _provider_resolved(provider: Any, folder: Path) -> Any:
     return {**provider, "keys": keys}
 
 
+def _absolute(path: str, folder: Path) -> str:
+    # Not Path.expanduser: it raises an error for a user that does not exist.
+    return str((folder / os.path.expanduser(path)).absolute())
+
+
 def read(path: Path) -> Config:
     """Return the `args` of a config file's application, validated. Raise `ConfigError` if bad."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        args = content["applications"][0].get("args") or {}
+        args = dict(content["applications"][0].get("args") or {})
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except (TypeError, LookupError, AttributeError):
-        raise ConfigError(f"{path}: is not a Ray Serve config file") from None
+    except (TypeError, ValueError, LookupError, AttributeError):
+        raise ConfigError(
+            f"{path}: is not a Ray Serve config file with keys under applications.0.args"
+        ) from None
     return parse(resolved(args, path.parent))
 
 

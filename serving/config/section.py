@@ -1,5 +1,6 @@
 """What do all sections of the configuration have in common?"""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ class Section(BaseModel):
 
 
 def _absolute(path: Path) -> Path:
-    path = path.expanduser()
+    path = Path(os.path.expanduser(path))  # whose own way raises an error for an unknown user
     if not path.is_absolute():
         raise ValueError(
             "must be absolute here; `headway serve` takes it relative to the config file"

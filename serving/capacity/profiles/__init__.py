@@ -33,7 +33,7 @@ def load_profile(name: str | Path) -> Profile:
     except OSError as error:
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
         raise ProfileError(f"profile {name}: {error.strerror}; there are {known}") from None
-    except (ValidationError, yaml.YAMLError) as error:
+    except (ValidationError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ProfileError(f"profile {path}: {error}") from None
 
 

@@ -95,7 +95,7 @@ def read_keys(path: Path) -> list[Key]:
             f"auth.keys_file: {path} cannot be read: {error.strerror} "
             "(`headway key create` makes one)"
         ) from None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ConfigError(f"auth.keys_file: {path} is not a keys file: {error}") from None
 
 

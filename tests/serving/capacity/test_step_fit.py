@@ -107,6 +107,9 @@ def test_bad_profiles_say_what_to_change(tmp_path) -> None:
     path.write_text("name: x\nnoize: 1\n")
     with pytest.raises(ProfileError, match="noize"):
         load_profile(path)
+    path.write_bytes(b"name: \xff\n")
+    with pytest.raises(ProfileError, match="utf-8"):
+        load_profile(path)
     with pytest.raises(ValueError, match="less than max_model_len"):
         make_profile(max_model_len=2000)
     with pytest.raises(ValueError, match="no time"):
