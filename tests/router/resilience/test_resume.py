@@ -11,18 +11,19 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from router.resilience.resume import Records, Reply, Resume, ResumeSplice, ResumeSpliceError
 
 MAX_RECORD_BYTES = 12
-SLOTS = st.integers(0, 2)
+MAX_OPEN = 3
+PICKS = st.integers(0, MAX_OPEN - 1)
 
 
-def text(name: str, groups: list[int]) -> bytes:
+def text(reply: int, groups: list[int]) -> bytes:
     """The bytes made of these groups, each of which says how many."""
     return b"".join(
-        bytes((zlib.crc32(f"{name} {number} {n}".encode()) % 251,))
+        bytes((zlib.crc32(f"{reply} {number} {n}".encode()) % 251,))
         for number, size in enumerate(groups)
         for n in range(size)
     )
@@ -36,13 +37,14 @@ class Engine:
     groups: list[int]  # generated here or before
     num_told: int  # groups that the gateway has been told of
     unsent: bytes  # made of these, and still to come, what the client has first
+    has_sent: bool = False  # anything that the client lacked
 
 
 @dataclass
 class Case:
     """One reply, what its client has, and who has it."""
 
-    name: str
+    number: int
     whole: list[int]  # groups
     can_resume: bool
     reply: Reply
@@ -63,51 +65,49 @@ class Gateway(RuleBasedStateMachine):
         self.cases: dict[int, Case] = {}
         self.num_opened = 0
 
-    @rule(slot=SLOTS, groups=st.lists(st.integers(0, 3), min_size=1, max_size=8), ok=st.booleans())
-    def open(self, slot, groups, ok):
-        if slot in self.cases:
-            return
-        self.num_opened += 1
-        reply = Reply(self.records, can_resume=ok)
-        self.cases[slot] = Case(f"q{self.num_opened}", groups, ok, reply)
+    def case(self, pick: int) -> Case:
+        """One of the open replies."""
+        return list(self.cases.values())[pick % len(self.cases)]
 
-    @rule(slot=SLOTS)
-    def dispatch(self, slot):
+    @precondition(lambda self: len(self.cases) < MAX_OPEN)
+    @rule(groups=st.lists(st.integers(0, 3), min_size=2, max_size=8), ok=st.booleans())
+    def open(self, groups, ok):
+        self.num_opened += 1
+        case = Case(self.num_opened, groups, ok, Reply(self.records, can_resume=ok))
+        self.cases[case.number] = case
+        self.dispatch(case)
+
+    def dispatch(self, case):
         """An engine gets it, and plays through what is recorded."""
-        case = self.cases.get(slot)
-        if case is None or case.engine is not None or not case.reply.can_go_on:
-            return
         resume = case.reply.resume()
         known = case.known
         if not case.can_resume and case.kept is not None:
             case.kept = []  # it begins anew, and so does the count
         assert (resume is None) == (not case.client and not known)
         if resume is not None:
-            assert list(resume.record) == known
-            assert resume.num_bytes == len(case.client)
+            checksum = zlib.crc32(case.client)
+            assert resume == Resume(bytes(known), len(case.client), checksum)
         case.engine = Engine(
             None if resume is None else ResumeSplice(resume),
             list(known),
             len(known),
-            text(case.name, known),
+            text(case.number, known),
         )
 
-    @rule(slot=SLOTS, num_groups=st.integers(1, 3))
-    def generate(self, slot, num_groups):
-        case = self.cases.get(slot)
-        if case is None or case.engine is None:
-            return
+    @precondition(lambda self: self.cases)
+    @rule(pick=PICKS, num_groups=st.integers(1, 3))
+    def generate(self, pick, num_groups):
+        case = self.case(pick)
         engine = case.engine
-        before = text(case.name, engine.groups)
+        before = text(case.number, engine.groups)
         engine.groups = case.whole[: len(engine.groups) + num_groups]
-        engine.unsent += text(case.name, engine.groups)[len(before) :]
+        engine.unsent += text(case.number, engine.groups)[len(before) :]
 
-    @rule(slot=SLOTS, num_bytes=st.integers(0, 5))
-    def send(self, slot, num_bytes):
+    @precondition(lambda self: self.cases)
+    @rule(pick=PICKS, num_bytes=st.integers(0, 5))
+    def send(self, pick, num_bytes):
         """One frame: so many bytes at most, and the groups that were not told yet."""
-        case = self.cases.get(slot)
-        if case is None or case.engine is None:
-            return
+        case = self.case(pick)
         engine, reply = case.engine, case.reply
         body, engine.unsent = engine.unsent[:num_bytes], engine.unsent[num_bytes:]
         groups = engine.groups[engine.num_told :]
@@ -115,9 +115,8 @@ class Gateway(RuleBasedStateMachine):
         if engine.splice is not None:
             body = engine.splice.cut(body, is_last=False)
         kept_before = self.records.num_bytes
-        was_first = reply.awaits_first_byte
-        is_first = reply.receive(body, bytes(groups))
-        assert is_first == (was_first and bool(body))
+        assert reply.receive(body, bytes(groups)) == (bool(body) and not engine.has_sent)
+        engine.has_sent = engine.has_sent or bool(body)
         case.client += body
         if groups and case.kept is not None:
             if kept_before + len(groups) > MAX_RECORD_BYTES:
@@ -125,38 +124,32 @@ class Gateway(RuleBasedStateMachine):
             else:
                 case.kept += groups
 
-    @rule(slot=SLOTS)
-    def lose(self, slot):
-        """Its engine is gone; what was not sent is lost with it."""
-        case = self.cases.get(slot)
-        if case is None or case.engine is None:
-            return
-        case.engine = None
+    @precondition(lambda self: self.cases)
+    @rule(pick=PICKS)
+    def lose(self, pick):
+        """Its engine is gone; what was not sent is lost with it. Another one gets it, if it can."""
+        case = self.case(pick)
         may = case.can_resume and case.kept is not None
         assert case.reply.can_go_on == (may or not case.client)
-        if not case.reply.can_go_on:
-            self.over(slot)  # an error to the client
+        if case.reply.can_go_on:
+            self.dispatch(case)
+        else:
+            self.over(case)  # an error to the client
 
-    @rule(slot=SLOTS)
-    def finish(self, slot):
-        """Everything is generated and sent; the end may be said twice."""
-        case = self.cases.get(slot)
-        if case is None or case.engine is None:
-            return
-        self.generate(slot, len(case.whole))
-        while case.engine.unsent or case.engine.num_told < len(case.engine.groups):
-            self.send(slot, 5)
-        assert bytes(case.client) == text(case.name, case.whole)
-        self.over(slot)
+    @precondition(lambda self: self.cases)
+    @rule(pick=PICKS, leaves=st.booleans())
+    def end(self, pick, leaves):
+        """The client is gone; or everything is generated and sent. The end may be said twice."""
+        case = self.case(pick)
+        if not leaves:
+            self.generate(pick, len(case.whole))
+            while case.engine.unsent or case.engine.num_told < len(case.engine.groups):
+                self.send(pick, 5)
+            assert bytes(case.client) == text(case.number, case.whole)
+        self.over(case)
 
-    @rule(slot=SLOTS)
-    def leave(self, slot):
-        """The client is gone, wherever the reply is."""
-        if slot in self.cases:
-            self.over(slot)
-
-    def over(self, slot):
-        reply = self.cases.pop(slot).reply
+    def over(self, case):
+        reply = self.cases.pop(case.number).reply
         reply.end()
         num_bytes = self.records.num_bytes
         reply.end()
@@ -166,7 +159,7 @@ class Gateway(RuleBasedStateMachine):
     @invariant()
     def clients_have_the_beginning_of_their_reply(self):
         for case in self.cases.values():
-            assert text(case.name, case.whole).startswith(bytes(case.client))
+            assert text(case.number, case.whole).startswith(bytes(case.client))
             assert case.reply.has_begun == bool(case.client)
 
     @invariant()
@@ -207,6 +200,25 @@ def test_another_reply_is_not_passed_on():
         splice.cut(b"axe", is_last=False)
     with pytest.raises(ResumeSpliceError, match="shorter"):
         ResumeSplice(Resume(b"", 2, 0)).cut(b"a", is_last=True)
+
+
+def test_what_is_given_up_stays_so():
+    """Past the bound nothing more is kept, and who has begun to read cannot go on."""
+    records = Records(3)
+    reply = Reply(records, can_resume=True)
+    assert reply.receive(b"a", b"\x01\x01\x01")  # as much as may be
+    assert (records.num_bytes, reply.can_go_on) == (3, True)
+    assert not reply.receive(b"b", b"\x01")
+    assert (records.num_bytes, reply.can_go_on, reply.record) == (0, False, b"")
+    assert not reply.receive(b"c", b"\x01")
+    assert (records.num_bytes, reply.can_go_on, reply.record) == (0, False, b"")
+
+
+def test_bytes_without_a_record_are_compared_all_the_same():
+    reply = Reply(Records(3), can_resume=True)
+    reply.receive(b"ab", b"")
+    reply.receive(b"c", b"")
+    assert reply.resume() == Resume(b"", 3, zlib.crc32(b"abc"))
 
 
 def test_what_an_engine_has_added_is_prefilled_by_the_next_one():
