@@ -140,7 +140,7 @@ class ChaosRun:
             if fault is EmulatedFault.DEATH:
                 engine.dead = True
                 await asyncio.sleep(0.25)  # until its process has exited
-            self.fleet.remove_engine(engine)
+            await self.fleet.remove_engine(engine)
             await asyncio.sleep(self._rng.uniform(*_RESTART_S))
             engine.recover()
             await self.fleet.add_engine(engine)

@@ -122,7 +122,7 @@ class PoisonRun:
 
     async def _restart(self, engine: PoisonedEngine, exit_s: float) -> None:
         await asyncio.sleep(exit_s)
-        self.fleet.remove_engine(engine)
+        await self.fleet.remove_engine(engine)
         await asyncio.sleep(_RESTART_S)
         engine.recover()
         await self.fleet.add_engine(engine)

@@ -17,6 +17,7 @@ from serving.stream.engine import Engine
 from serving.stream.server import StreamServer
 
 _WINDOW_BYTES = GatewayConfig().stream_window_bytes
+_NOTICED_S = 0.1  # from a replica's end to Ray's word of it
 
 
 class FaultyEngine:
@@ -52,9 +53,12 @@ class FaultyEngine:
     def snapshot(self, seq: int, accountings: list[RequestAccounting]) -> EngineSnapshot:
         snapshot = self._engine.snapshot(seq, accountings)
         if not self._runs.is_set():
+            # What the core last told; requests that come are still counted.
             self._snapshot_at_hang = self._snapshot_at_hang or snapshot
-            num_steps = self._snapshot_at_hang.num_steps_total
-            snapshot = msgspec.structs.replace(snapshot, num_steps_total=num_steps)
+            num_inflight = snapshot.num_inflight_reqs
+            snapshot = msgspec.structs.replace(
+                self._snapshot_at_hang, seq=seq, num_inflight_reqs=num_inflight
+            )
         return snapshot
 
     def forget(self, accounting: RequestAccounting) -> None:
@@ -106,8 +110,9 @@ class FaultyFleet:
         self._members[name] = {"host": host, "port": port, "secret": server.secret}
         self._set_members(self._members)
 
-    def remove_engine(self, engine: FaultyEngine) -> None:
-        """Break the engine's connections; its replica is gone."""
-        del self._members[self._names.pop(engine)]
+    async def remove_engine(self, engine: FaultyEngine) -> None:
+        """Break the engine's connections; a little later Ray has noticed that it is gone."""
         self._servers.pop(engine).close()
+        await asyncio.sleep(_NOTICED_S)
+        del self._members[self._names.pop(engine)]
         self._set_members(self._members)

@@ -152,9 +152,7 @@ class Failures:
         replica, _ = self._lost
         if replica is not attempt.replica:
             on_board = self._attempts.at_replica(attempt.replica)
-            num_fresh = sum(
-                each.is_fresh(now_s) and not self._is_late(each, now_s) for each in on_board
-            )
+            num_fresh = sum(each.is_fresh and not self._is_late(each, now_s) for each in on_board)
             self._lost = attempt.replica, num_fresh
         return self._lost[1] == 1
 

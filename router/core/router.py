@@ -144,7 +144,7 @@ class Router:
         attempt = self._attempts.get(request_id, replica_id)
         if attempt is None:
             return []
-        attempt.answered_s = now_s
+        attempt.mark_answer()
         if attempt.request.failed_calls and not attempt.is_error:
             self.failures.blame_engines(attempt, now_s, is_over=False)
         others = self._attempts.others(attempt)

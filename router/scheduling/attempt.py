@@ -20,9 +20,6 @@ from router.queueing.hold_queue import HoldQueue
 from router.resilience.suspects import PROVEN_TOKENS
 from router.types import Request, Usage
 
-# For so long at least a request is fresh in the engine that has begun to generate for it.
-_PROVEN_S = 1.0
-
 
 class Attempt(msgspec.Struct, eq=False):
     """One engine's try at a request, from its booking to its end."""
@@ -36,24 +33,25 @@ class Attempt(msgspec.Struct, eq=False):
     permit: int  # of the engine's breaker
     overhead_s: float = 0.0  # of the predicted time to first token, what is spent outside of steps
     expects_prompt: bool = False  # the engine has yet to tell of its prompt
-    # When the engine began to generate; a response may come all at once for all that.
-    answered_s: float | None = None
+    has_answered: bool = False  # the engine generates; a response may come all at once for all that
+    num_steps_at_answer: int = 0  # that the engine had made by then
     is_error: bool = False  # what it answers is an error, of which nothing is learned
     is_alone: bool = False  # a suspect, which had the engine to itself at its prefill
     is_probe: bool = False  # sent to see whether the engine works again
     first_token_s: float | None = None  # when it came
 
     @property
-    def has_answered(self) -> bool:
-        """Whether the engine generates."""
-        return self.answered_s is not None
-
-    def is_fresh(self, now_s: float) -> bool:
+    def is_fresh(self) -> bool:
         """Whether the engine has not got far with it: if it dies or hangs, this may be why."""
-        if self.answered_s is None:
+        if not self.has_answered:
             return True
-        proven_s = max(_PROVEN_S, 2.0 * PROVEN_TOKENS * self.predicted_tpot_s)
-        return self.replica.at_work_s(now_s) < self.answered_s + proven_s
+        num_steps = self.replica.snapshot.num_steps_total - self.num_steps_at_answer
+        return num_steps < PROVEN_TOKENS  # of which each has given it a token
+
+    def mark_answer(self) -> None:
+        """Note that the engine has begun to generate."""
+        self.has_answered = True
+        self.num_steps_at_answer = self.replica.snapshot.num_steps_total
 
     @property
     def predicted_latency_s(self) -> float:

@@ -149,7 +149,7 @@ class Placer:
         blocked: set[str] = set()
         self._reservations.drop_lapsed()
         if self._quarantine:
-            self._quarantine.drop_lapsed(now_s)
+            self._quarantine.drop_lapsed()
         while (head := self._queue.head(blocked)) is not None:
             dispatch = self.place(head, now_s)
             if dispatch is None:

@@ -40,12 +40,12 @@ class Quarantine:
     def engine_for(self, request: Request, now_s: float) -> Replica | None:
         """Return the engine that a suspect can go to now, alone; None if it has to wait."""
         replica = self._claimed_by(request) or self._claim(request, now_s)
-        if replica is None or self._num_fresh(replica, now_s):
+        if replica is None or self._num_fresh(replica):
             return None
         is_ready = replica.breaker.admits(replica.info.max_num_seqs)
         return replica if is_ready and kv_need_tokens(request) <= replica.room_tokens else None
 
-    def drop_lapsed(self, now_s: float) -> None:
+    def drop_lapsed(self) -> None:
         """Open the engines whose suspect has got on, or left, or that cannot be used."""
         for replica_id, request in list(self._claims.items()):
             replica = self._fleet.get(replica_id)
@@ -53,7 +53,7 @@ class Quarantine:
             attempt = self._attempts.get(request.id, replica_id)
             if attempt is not None:
                 # On an engine that is lost: until the shell has told how far it had got.
-                if not is_sound or attempt.is_fresh(now_s):
+                if not is_sound or attempt.is_fresh:
                     continue
             elif is_sound and request.id in self._queue:
                 continue
@@ -79,16 +79,14 @@ class Quarantine:
         candidates = restarted or (sound if len(sound) > 1 else [])
         if not candidates:
             return None
-        replica = min(
-            candidates, key=lambda each: (self._num_fresh(each, now_s), each.num_sequences)
-        )
+        replica = min(candidates, key=lambda each: (self._num_fresh(each), each.num_sequences))
         self._claims[replica.id] = request
         replica.is_quarantined = True
         self._fleet.refresh(replica)
         return replica
 
-    def _num_fresh(self, replica: Replica, now_s: float) -> int:
-        return sum(attempt.is_fresh(now_s) for attempt in self._attempts.at_replica(replica))
+    def _num_fresh(self, replica: Replica) -> int:
+        return sum(attempt.is_fresh for attempt in self._attempts.at_replica(replica))
 
 
 def _is_sound(replica: Replica) -> bool:

@@ -6,7 +6,7 @@ import pytest
 
 from router.types import Dispatch, Fail, Hold, Reject, RejectReason
 from tests.router.scheduling.poisoned_fleet import PoisonedFleet
-from tests.support.builders import fail_attempt, info, make_router, req
+from tests.support.builders import busy, fail_attempt, info, make_router, req
 
 
 def lose(router, replica_id, now_s, **options):
@@ -72,10 +72,10 @@ class TestOneSuspect:
             [dispatch] = router.on_arrival(req(f"q{number}", arrival_s=1.0), 1.0)
             assert dispatch.replica_id != again.replica_id
         router.on_answer("a", again.replica_id, 1.5)
-        router.on_tick(2.4)
-        assert router.state(2.4).replicas[again.replica_id].is_quarantined
-        router.on_tick(2.6)
-        assert not router.state(2.6).replicas[again.replica_id].is_quarantined
+        router.on_snapshot(again.replica_id, busy(7, num_steps_total=7), 30.0)
+        assert router.state(30.0).replicas[again.replica_id].is_quarantined
+        router.on_snapshot(again.replica_id, busy(8, num_steps_total=8), 30.1)
+        assert not router.state(30.1).replicas[again.replica_id].is_quarantined
 
     def test_it_waits_for_those_who_have_not_got_on_and_nobody_comes_after_them(self):
         router = make_router(3)
@@ -91,8 +91,8 @@ class TestOneSuspect:
             [dispatch] = router.on_arrival(req(f"s{number}", arrival_s=1.0), 1.0)
             assert dispatch.replica_id != claimed
         router.on_answer(homes[claimed], claimed, 1.2)
-        assert router.on_tick(2.1) == []
-        [again] = router.on_tick(2.3)
+        assert router.on_snapshot(claimed, busy(7, num_steps_total=7), 2.0) == []
+        [again] = router.on_snapshot(claimed, busy(8, num_steps_total=8), 2.1)
         assert (again.request_id, again.replica_id) == (homes[dying], claimed)
 
     def test_its_engine_is_free_again_when_it_leaves(self):
