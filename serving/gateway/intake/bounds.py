@@ -34,8 +34,7 @@ def check_numbers(
             param="n",
         )
     name, limit = fields.output_limit
-    min_tokens = fields.given().get("min_tokens", 0)
-    _check_at_least("min_tokens", min_tokens, 0)
+    _check_at_least("min_tokens", fields.least_tokens, 0)
     for field, number in (
         (fields.logprobs_field, fields.num_token_logprobs),
         ("prompt_logprobs", fields.num_prompt_logprobs),
@@ -52,10 +51,10 @@ def check_numbers(
             "Please request fewer output tokens.",
             param=name,
         )
-    if min_tokens > limit:
+    if fields.least_tokens > limit:
         raise ApiError(
             400,
-            f"min_tokens must be less than or equal to {name}={limit}, got {min_tokens}.",
+            f"min_tokens must be less than or equal to {name}={limit}, got {fields.least_tokens}.",
             param="min_tokens",
         )
 

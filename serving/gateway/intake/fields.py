@@ -17,6 +17,9 @@ _Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 _Salt = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^@/\\\x00]*$")]
 
 
+_CLASSES = {each.value: each for each in RequestClass}
+
+
 class Fields(BaseModel):
     """What all endpoints have in common."""
 
@@ -35,8 +38,12 @@ class Fields(BaseModel):
     @property
     def request_class(self) -> RequestClass | None:
         """The class that the body names; None if it names none that we know."""
-        known = {each.value: each for each in RequestClass}
-        return known.get(self.priority_class) if isinstance(self.priority_class, str) else None
+        return _CLASSES.get(self.priority_class) if isinstance(self.priority_class, str) else None
+
+    @property
+    def least_tokens(self) -> int:
+        """What each choice must have at least."""
+        return 0
 
     @property
     def is_stream(self) -> bool:
@@ -106,6 +113,10 @@ class _SamplingFields(_GenerationFields):
     echo: bool | None = False
     prompt_logprobs: _Int | None = None
     logprob_token_ids: list[_Int] | None = None
+
+    @property
+    def least_tokens(self) -> int:
+        return self.min_tokens
 
     @property
     def num_choices(self) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from pydantic import ValidationError
 
 from serving.gateway.http.errors import ApiError
@@ -21,8 +22,9 @@ from serving.gateway.intake.fields import (
 )
 
 _ABSENT = msgspec.Raw(b"")
-# Of one field that we read: an id may be long, the rest is short.
-_MAX_FIELD_BYTES = 2**16
+# Whatever else a field may hold, `json` is asked, and pydantic then.
+_Scalar = bool | int | float | str | UnsetType | None
+_MAX_LIST_BYTES = 2**16
 # `json` takes at most 50 ms for so much. Larger bodies that only it can read (NaN, half of a
 # surrogate pair) are refused: nothing else would be answered meanwhile.
 _MAX_ODD_BYTES = 2**20
@@ -34,12 +36,16 @@ class Endpoint(NamedTuple):
     fields: type[Fields]
     prompts: tuple[str, ...]  # fields that may hold the prompt
     task: str  # of vLLM's, which an engine must support
+    lists: tuple[str, ...] = ("priority_class",)  # fields that may hold more than one value
 
 
+_LISTS = ("priority_class", "logprob_token_ids")
 ENDPOINTS: dict[str, Endpoint] = {
-    "/v1/chat/completions": Endpoint(ChatFields, ("messages",), "generate"),
-    "/v1/completions": Endpoint(CompletionFields, ("prompt", "prompt_embeds"), "generate"),
-    "/v1/responses": Endpoint(ResponseFields, ("input",), "generate"),
+    "/v1/chat/completions": Endpoint(ChatFields, ("messages",), "generate", _LISTS),
+    "/v1/completions": Endpoint(CompletionFields, ("prompt", "prompt_embeds"), "generate", _LISTS),
+    "/v1/responses": Endpoint(
+        ResponseFields, ("input",), "generate", ("priority_class", "include")
+    ),
     "/v1/embeddings": Endpoint(EmbeddingFields, ("input", "messages"), "embed"),
 }
 
@@ -59,17 +65,16 @@ def read_json_body(path: str, data: bytes) -> JsonBody:
         raise _not_json("it is empty")
     data = _in_utf8(data)
     try:
-        raw = _DECODERS[path](data)
-        values = {
-            name: json.loads(text)
-            for name in endpoint.fields.model_fields
-            if (text := _field_text(name, getattr(raw, name)))
-        }
-        prompts = {name: bytes(getattr(raw, name)) for name in endpoint.prompts}
+        found = msgspec.structs.asdict(_DECODERS[path](data))
+        prompts = {name: bytes(found.pop(name)) for name in endpoint.prompts}
+        for name in endpoint.lists:
+            found[name] = _decode_list(name, bytes(found[name]))
+        values = {name: value for name, value in found.items() if value is not UNSET}
     except (msgspec.MsgspecError, ValueError, RecursionError):
         everything = _read_slowly(data)
-        values = {name: everything.get(name) for name in endpoint.fields.model_fields}
-        values = {name: value for name, value in values.items() if value is not None}
+        values = {
+            name: everything[name] for name in endpoint.fields.model_fields if name in everything
+        }
         prompts = {name: _json_bytes(everything.get(name)) for name in endpoint.prompts}
     try:
         fields = endpoint.fields.model_validate(values)
@@ -110,13 +115,14 @@ def _in_utf8(data: bytes) -> bytes:
         raise _not_json("it is not in UTF-8, UTF-16 or UTF-32") from None
 
 
-def _field_text(name: str, raw: msgspec.Raw) -> bytes:
-    """Return the JSON of a field; nothing if it is absent, or is no class of ours."""
-    text = bytes(raw)
-    if len(text) <= _MAX_FIELD_BYTES:
-        return text
+def _decode_list(name: str, text: bytes) -> Any:
+    """Return what a field holds that may be long; UNSET if absent, or if it is no class of ours."""
+    if not text:
+        return UNSET
+    if len(text) <= _MAX_LIST_BYTES:
+        return msgspec.json.decode(text)
     if name == "priority_class":
-        return b""  # a field that vLLM does not know
+        return UNSET  # to vLLM a field that it does not know
     raise ApiError(400, f"'{name}' is too long", kind="Bad Request", param=f"body.{name}")
 
 
@@ -159,10 +165,14 @@ def _wrong_fields(error: ValidationError) -> ApiError:
 
 
 def _decoder(endpoint: Endpoint) -> Callable[[bytes], Any]:
-    """Return what finds the fields of an endpoint in a body and reads nothing else."""
-    names = (*endpoint.fields.model_fields, *endpoint.prompts)
-    struct = msgspec.defstruct("_Raw", [(name, msgspec.Raw, _ABSENT) for name in names])
-    return msgspec.json.Decoder(struct).decode
+    """Return what finds the fields of an endpoint in a body and makes no object of the rest."""
+    found: list[tuple[str, Any, Any]] = [
+        (name, _Scalar, UNSET)
+        for name in endpoint.fields.model_fields
+        if name not in endpoint.lists
+    ]
+    unread = [(name, msgspec.Raw, _ABSENT) for name in (*endpoint.lists, *endpoint.prompts)]
+    return msgspec.json.Decoder(msgspec.defstruct("_Body", [*found, *unread])).decode
 
 
 _DECODERS = {path: _decoder(endpoint) for path, endpoint in ENDPOINTS.items()}
