@@ -132,6 +132,15 @@ class TestMistakes:
         assert "choose another with --port" in result.stderr
         assert set(psutil.Process().children(recursive=True)) <= children
 
+    def test_a_port_of_one_gateway_in_use_is_named(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            options = (f"gateway.metrics_port={port - 1}", "gateway.replicas=2")
+            result = run("serve", *(part for option in options for part in ("--set", option)))
+        assert result.exit_code == 1
+        assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in result.stderr
+        assert "choose another with gateway.metrics_port" in result.stderr
+
     def test_a_host_of_somebody_else(self) -> None:
         result = run("serve", "--host", "203.0.113.1")
         assert result.exit_code == 1
@@ -180,6 +189,11 @@ class TestConfigFile:
         own = load_config_file(None, {"host": "0.0.0.0", "port": 1234})
         assert (own.config.gateway.host, own.config.gateway.port) == ("0.0.0.0", 1234)
         assert own.url == "http://127.0.0.1:1234"
+        assert list(own.metrics_ports) == []
+        several = {"gateway.metrics_port": 9100, "gateway.replicas": 3}
+        assert list(load_config_file(None, several).metrics_ports) == [9100, 9101, 9102]
+        tls = {"gateway.tls_cert_file": "/a.crt", "gateway.tls_key_file": "/a.key"}
+        assert load_config_file(None, tls).url == "https://127.0.0.1:8000"
         proxied = load_config_file(None, {"gateway.front": "haproxy", "port": 1234})
         assert proxied.serve["http_options"] == {"host": "127.0.0.1", "port": 1234}
         assert proxied.config.gateway.port == 8000

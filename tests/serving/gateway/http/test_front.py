@@ -221,6 +221,19 @@ async def test_deeply_nested_json_is_the_clients_fault(depth):
         system.assert_empty()
 
 
+@pytest.mark.parametrize("number", ["9" * 309, "9" * 5000, "1e400", "-" + "9" * 309])
+@pytest.mark.parametrize("field", ["n", "max_tokens", "top_k", "seed"])
+async def test_a_number_beyond_sense_is_the_clients_fault_and_leaves_nothing(field, number):
+    async with running(num_engines=1) as system:
+        body = json.dumps(system.chat())[:-1] + f', "{field}": {number}}}'
+        for _ in range(3):
+            reply = await system.client.post(CHAT, content=body)
+            assert reply.status_code == 400
+            assert reply.json()["error"]["code"] == 400
+        assert not system.gateway.driver.exchanges
+        system.assert_empty()
+
+
 # --- bodies and streams ------------------------------------------------------------
 
 

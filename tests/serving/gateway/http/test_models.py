@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
+from openai import AsyncOpenAI, NotFoundError
 
 from serving.config import ConfigError, parse
 from tests.support.fakes import INFO
@@ -64,6 +65,21 @@ async def test_cards_are_vllms():
 async def test_one_card_is_found_by_an_id_with_slashes(path):
     async with aliased() as system:
         assert (await _card(system, path))["id"] == "Qwen/Qwen3-8B"
+
+
+async def test_openais_own_client_finds_models_and_ids():
+    async with aliased() as system:
+        url = f"http://127.0.0.1:{system.gateway.config.gateway.port}/v1"
+        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            assert (await client.models.retrieve("Qwen/Qwen3-8B")).id == "Qwen/Qwen3-8B"
+            assert len((await client.models.list()).data) == 3
+            given = {"x-request-id": "mine"}
+            with pytest.raises(NotFoundError) as error:
+                await client.models.retrieve("none", extra_headers=given)
+            assert error.value.request_id == "mine"
+            assert error.value.type == "NotFoundError"
+            model = await client.models.retrieve("qwen", extra_headers=given)
+            assert model._request_id == "mine"
 
 
 @pytest.mark.parametrize("path", ["none", "Qwen/Qwen3-8B/x", "qwen3", "%00", "a%20b"])
