@@ -196,9 +196,14 @@ def test_another_reply_is_not_passed_on():
     reply.resume()
     assert reply.receive(b"ab", b"\x02")
     splice = ResumeSplice(reply.resume())
-    with pytest.raises(ResumeSpliceError, match="differs"):
+    with pytest.raises(
+        ResumeSpliceError, match=r"^the other engine's response differs from what had been sent$"
+    ):
         splice.cut(b"axe", is_last=False)
-    with pytest.raises(ResumeSpliceError, match="shorter"):
+    with pytest.raises(
+        ResumeSpliceError,
+        match=r"^the other engine's response was shorter than what had been sent$",
+    ):
         ResumeSplice(Resume(b"", 2, 0)).cut(b"a", is_last=True)
 
 
@@ -212,6 +217,19 @@ def test_what_is_given_up_stays_so():
     assert (records.num_bytes, reply.can_go_on, reply.record) == (0, False, b"")
     assert not reply.receive(b"c", b"\x01")
     assert (records.num_bytes, reply.can_go_on, reply.record) == (0, False, b"")
+
+
+def test_a_reply_that_cannot_be_resumed_is_counted_anew_at_each_engine():
+    records = Records(3)
+    reply = Reply(records, can_resume=False)
+    reply.receive(b"", b"\x01\x01")
+    assert (reply.generated, reply.record, records.num_bytes) == (b"\x01\x01", b"", 2)
+    assert reply.resume() is None
+    assert (reply.generated, records.num_bytes) == (b"", 0)
+    reply.receive(b"", b"\x01\x01\x01\x01")  # given up for good
+    assert reply.resume() is None
+    reply.receive(b"", b"\x01")
+    assert (reply.generated, records.num_bytes) == (b"", 0)
 
 
 def test_bytes_without_a_record_are_compared_all_the_same():
