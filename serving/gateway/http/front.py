@@ -119,9 +119,9 @@ def _not_found(scope: Scope) -> ApiError:
 
 def _from_router(scope: Scope, error: HTTPException) -> ApiError:
     """Return in OpenAI's form that nothing is served there, or not by that method."""
-    allow = (error.headers or {}).get("Allow")
-    if allow is None:
+    if error.status_code != 405:
         return _not_found(scope)
+    allow = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
     return ApiError(
         405,
         f"{scope['path']} takes {allow}, not {scope['method']}.",

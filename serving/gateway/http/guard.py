@@ -211,7 +211,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_complete()
         self._is_in_head = True
         self._num_message_bytes = self._num_body_bytes = self._num_trailer_bytes = 0
-        if self.cycle is self._answering:
+        if self._answering is None or self._answering is self.cycle:
             self._set_request_timeout(None)
 
     # --- answers ----------------------------------------------------------------

@@ -129,6 +129,24 @@ async def test_no_more_is_kept_of_what_comes_early_than_one_head_may_have():
         assert reply.body.endswith(b"data: [DONE]\n\n")
 
 
+async def test_a_reply_that_comes_before_the_bodys_end_does_not_end_the_connection():
+    limits = {"body_timeout_s": 0.3}
+    async with running(num_engines=1, gateway=limits) as system, connected(system) as client:
+        whole = post(b"x" * 1000, path="/v1/nothing")
+        client.send(whole[:-10])
+        assert (await client.read_reply()).status == 404
+        client.send(whole[-10:])
+        await asyncio.sleep(0.6)
+        system.engines[0].gate.clear()
+        client.send(post(system.chat(max_tokens=2)))
+        await asyncio.sleep(0.6)
+        system.engines[0].gate.set()
+        assert (await client.read_reply()).body.endswith(b"[DONE]\n\n")
+        client.send(whole[:-10])
+        assert (await client.read_reply()).status == 404
+        assert await client.is_closed()  # its rest does not come
+
+
 async def test_who_sends_early_and_leaves_frees_the_engine():
     async with running(num_engines=1) as system:
         system.engines[0].gate.clear()

@@ -60,11 +60,11 @@ async def test_head_is_get_without_the_body(path):
 
 async def test_a_method_that_a_path_does_not_take_is_told_which_it_takes():
     async with running(num_engines=1) as system:
-        for path, allow in ((CHAT, {"POST"}), ("/v1/models", {"GET", "HEAD"})):
+        for path, allow in ((CHAT, "POST"), ("/v1/models", "GET, HEAD")):
             for method in ("PUT", "DELETE", "OPTIONS"):
                 reply = await system.client.request(method, path)
                 assert reply.status_code == 405
-                assert set(reply.headers["allow"].split(", ")) == allow
+                assert reply.headers["allow"] == allow
                 error = reply.json()["error"]
                 assert (error["type"], error["code"]) == ("Method Not Allowed", 405)
 
