@@ -66,6 +66,7 @@ async def test_an_error_of_the_second_is_nobodys_concern():
         await system.until(lambda: system.num_engine_streams == 1)
         (first,) = (i for i, server in enumerate(system.servers) if server.num_streams)
         system.engines[1 - first].status = 500
+        system.engines[1 - first].gate.set()  # an engine's head comes with its body
         await system.until(lambda: hedges(system).num_made and not hedges(system).num_open)
         system.engines[first].gate.set()
         reply = await task
