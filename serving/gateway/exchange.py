@@ -208,9 +208,7 @@ class Exchange:
                 return Usage()  # it failed, and the client has nothing of it
         elif not num_output_tokens and self.request.max_output_tokens != 0:
             return None  # nobody kept a record
-        return Usage(
-            num_prompt_tokens=self.num_prompt_tokens, num_output_tokens=num_output_tokens
-        )
+        return Usage(num_prompt_tokens=self.num_prompt_tokens, num_output_tokens=num_output_tokens)
 
     def _wake(self) -> None:
         if (waiter := self._waiter) is not None:
