@@ -289,16 +289,21 @@ def _print_plan(console: Console, file: ConfigFile, hardware: Hardware, plan: Pl
     table.add_row("model", f"{plan.model or 'bundled'}, served as {names}")
     table.add_row("engines", f"{plan.num_replicas} × {plan.device_name}")
     if plan.num_engine_bytes:
-        total = plan.num_replicas * plan.num_engine_bytes
-        table.add_row(
-            "memory",
-            f"{plan.num_engine_bytes / gib:.1f} GiB each, {total / gib:.1f} GiB in all",
-        )
+        each, total = plan.num_engine_bytes / gib, plan.num_replicas * plan.num_engine_bytes / gib
+        if plan.weights_are == "unknown":
+            memory = f"{each:.1f} GiB each, and the model's weights, whose size is not known"
+        else:
+            memory = f"{each:.1f} GiB each, {total:.1f} GiB in all"
+            if plan.weights_are == "guessed":
+                memory = f"about {memory}, guessed by the model's name"
+        table.add_row("memory", memory)
     if plan.num_kv_bytes:
         table.add_row("KV cache", f"{plan.num_kv_bytes / gib:.2f} GiB each")
     table.add_row("Ray asks", f"{plan.engine_actor_options} per engine")
     table.add_row("front", f"{file.config.gateway.front}, {file.url}/v1")
     for key, value in plan.engine_args.items():
+        if key == "max_model_len" and value in (-1, "auto"):
+            value = "the longest that the KV cache holds, up to the model's own"
         mine = "  (yours)" if key in file.config.engine.args else ""
         table.add_row("engine arg", f"{key} = {value}{mine}")
     table.add_row()

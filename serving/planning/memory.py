@@ -32,6 +32,7 @@ class CpuMemory:
     num_kv_bytes: int  # per engine
     num_engine_bytes: int  # per engine, KV cache included
     why: tuple[str, ...]  # sentences
+    warnings: tuple[str, ...]  # sentences
 
 
 def plan_cpu_memory(
@@ -46,14 +47,18 @@ def plan_cpu_memory(
     If memory is short the KV cache shrinks first, down to one request of full length; then,
     with `replicas` on auto, the number of engines.
     """
-    base = _CPU_ENGINE_BYTES + _WEIGHT_COPIES * (size.num_weight_bytes if size else 0)
     wanted = engine_args.get("kv_cache_memory_bytes")
     if wanted is not None and (not isinstance(wanted, int) or wanted <= 0):
         raise ConfigError(f"engine.args.kv_cache_memory_bytes: {wanted!r} is not a count of bytes")
     smallest = wanted or _smallest_kv(engine_args["max_model_len"], size)
     room = num_free_bytes - _CONTROL_BYTES
     counts = [replicas, 1] if config.replicas == "auto" else [replicas]
-    for count in counts:
+    weights = _WEIGHT_COPIES * size.num_weight_bytes if size else 0
+    tries = [(count, weights) for count in counts]
+    if size and size.is_guess:
+        tries.append((counts[-1], 0))  # for a guess nothing is refused
+    for count, need in tries:
+        base = _CPU_ENGINE_BYTES + need
         kv = wanted or min(max(_KV_BYTES, smallest), room // count - base)
         if kv >= smallest and count * (base + kv) <= room:
             break
@@ -61,16 +66,37 @@ def plan_cpu_memory(
         raise _memory_error(config, count, base, smallest, num_free_bytes, bool(wanted))
     if not wanted:
         kv = max(smallest, kv // _KV_STEP_BYTES * _KV_STEP_BYTES)
+    num_engine_bytes = _CPU_ENGINE_BYTES + weights + kv
     why = [
-        f"Each engine takes about {_gib(base + kv)}, {_gib(kv)} of it KV cache"
-        + ("" if size else " (the model's size is not known yet: not counted)")
+        f"Each engine takes about {_gib(num_engine_bytes)}, {_gib(kv)} of it KV cache"
+        + _weights_text(size)
         + f"; {_gib(num_free_bytes)} of RAM are free."
     ]
     if count < replicas:
         why.append(f"Memory holds {count} of {replicas} engines.")
     if not wanted and kv < _KV_BYTES:
         why.append(f"The KV cache is below {_gib(_KV_BYTES)} because memory is short.")
-    return CpuMemory(count, kv, base + kv, tuple(why))
+    warnings = []
+    if need < weights:
+        warnings.append(
+            f"If the model is as large as its name says, it does not fit: {count} × "
+            f"{_gib(num_engine_bytes)} and {_gib(_CONTROL_BYTES)} for Ray are more than the "
+            f"{_gib(num_free_bytes)} that are free."
+        )
+    elif size is None or not size.num_weight_bytes:
+        warnings.append(
+            "How large the model is, is not known before it has been downloaded: "
+            "whether its weights fit into memory will show when engines load it."
+        )
+    return CpuMemory(count, kv, num_engine_bytes, tuple(why), tuple(warnings))
+
+
+def _weights_text(size: ModelSize | None) -> str:
+    if size is None or not size.num_weight_bytes:
+        return ", and the model's weights, whose size is not known yet"
+    if size.is_guess:
+        return f", with {_gib(size.num_weight_bytes)} of weights, guessed by the model's name"
+    return ""
 
 
 def _smallest_kv(max_model_len: Any, size: ModelSize | None) -> int:
@@ -99,8 +125,11 @@ def _memory_error(
 
 def check_gpu_memory(
     engine_args: dict[str, Any], gpus: Sequence[Gpu], per_replica: int, size: ModelSize | None
-) -> list[str]:
-    """Return sentences about GPU memory; raise `ConfigError` if an engine could not start."""
+) -> tuple[list[str], list[str]]:
+    """Return sentences about GPU memory, and warnings of it.
+
+    Raise `ConfigError` if an engine could not start.
+    """
     share = engine_args["gpu_memory_utilization"]
     if not isinstance(share, int | float) or not 0 < share <= 1:
         raise ConfigError(f"engine.args.gpu_memory_utilization: {share!r} is not between 0 and 1")
@@ -114,18 +143,22 @@ def check_gpu_memory(
             )
     budget = min(gpu.num_bytes for gpu in gpus) * (1 if explicit_kv else share)
     if size is None or not size.num_weight_bytes:
-        return [f"vLLM fills {share:.0%} of each GPU; the model's size is not known yet."]
+        return [f"vLLM fills {share:.0%} of each GPU; the model's size is not known yet."], []
     weights = size.num_weight_bytes / per_replica
-    if weights > _MAX_WEIGHTS_SHARE * budget:
-        raise ConfigError(
-            f"tensor_parallel_size: the weights are {_gib(size.num_weight_bytes)}, "
-            f"{_gib(weights)} on each of {per_replica} GPU{'s' if per_replica > 1 else ''}, of "
-            f"which vLLM may use {_gib(budget)}: raise tensor_parallel_size"
-        )
-    return [
-        f"Weights take {_gib(weights)} of each GPU, and of the {_gib(budget)} that vLLM may "
-        "use the rest goes to activations and KV cache."
-    ]
+    too_large = (
+        f"tensor_parallel_size: the weights are {_gib(size.num_weight_bytes)}, "
+        f"{_gib(weights)} on each of {per_replica} GPU{'s' if per_replica > 1 else ''}, of "
+        f"which vLLM may use {_gib(budget)}: raise tensor_parallel_size"
+    )
+    if weights <= _MAX_WEIGHTS_SHARE * budget:
+        guess = " (guessed by the model's name)" if size.is_guess else ""
+        return [
+            f"Weights take {_gib(weights)} of each GPU{guess}, and of the {_gib(budget)} that "
+            "vLLM may use the rest goes to activations and KV cache."
+        ], []
+    if not size.is_guess:
+        raise ConfigError(too_large)
+    return [], [f"If the model is as large as its name says: {too_large}."]
 
 
 def _gib(num_bytes: float) -> str:

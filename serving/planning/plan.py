@@ -1,7 +1,7 @@
 """Which engines run where?
 
 The plan is for one node. It follows from configuration and hardware alone; from the machine
-nothing is read but the size of a model in a local folder.
+nothing is read but the size of a model in local files, and the names of vLLM's arguments.
 
 An engine is one Ray actor. With tensor parallelism it has all its GPUs, and
 vLLM assigns them to its own processes. Ray never splits one actor's
@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from serving.config import Config, ConfigError, EngineConfig
 from serving.planning.bundled_model import SERVED_MODEL_NAME
+from serving.planning.engine_arguments import check_engine_arguments
 from serving.planning.hardware import Hardware
 from serving.planning.memory import check_gpu_memory, plan_cpu_memory
-from serving.planning.model_size import BUNDLED_MODEL_SIZE, ModelSize, read_model_size
+from serving.planning.model_size import BUNDLED_MODEL_SIZE, ModelSize, find_model_size
 
 _MAX_CPU_MODEL_LEN = 4096  # tokens; prefilling these takes one core about 15 s (SmolLM2)
 _GATEWAY_CPUS = 0.1  # logical CPUs, for placement only; a gateway uses what it needs
@@ -44,6 +45,7 @@ class Plan:
     engine_args: dict[str, Any]  # vLLM's, including those of the user
     num_kv_bytes: int | None  # KV cache per engine; None: vLLM fills the GPU's share
     num_engine_bytes: int | None  # memory per engine, KV cache included; None: not known
+    weights_are: Literal["known", "guessed", "unknown"]  # in the latter
     uses_bundled_model: bool
     why: tuple[str, ...]  # sentences
     warnings: tuple[str, ...] = ()  # sentences
@@ -52,18 +54,20 @@ class Plan:
 def make_plan(config: Config, hardware: Hardware, size: ModelSize | None = None) -> Plan:
     """Return where the engines run; raise `ConfigError`, naming the key, if they cannot.
 
-    `size` is read from the model's folder if it is not given.
+    `size` is that of the model if it is not given.
     """
     for key, ours in _HEADWAY_KEYS.items():
         if key in config.engine.args:
             raise ConfigError(f"engine.args.{key}: set `{ours}` instead")
+    if _is_vllm(config):
+        check_engine_arguments(config.engine.args)
     if config.replicas != "auto" and config.replicas < 1:
         raise ConfigError(
             f"replicas: {config.replicas} engines cannot serve; set 1 or more, or auto"
         )
     if size is None:
         if config.model:
-            size = read_model_size(config.model)
+            size = find_model_size(config.model)
         elif _is_vllm(config):
             size = BUNDLED_MODEL_SIZE
     on_gpu = _device(config, hardware) == "cuda"
@@ -140,12 +144,12 @@ def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Pl
     }
     used = hardware.gpus[: replicas * per_replica]
     why = [f"{_counted(replicas, 'engine')} of {_counted(per_replica, 'GPU')}: {because}."]
-    why += check_gpu_memory(engine_args, used, per_replica, size)
+    sentences, warnings = check_gpu_memory(engine_args, used, per_replica, size)
+    why += sentences
     if idle := num_gpus - len(used):
         why.append(f"{_counted(idle, 'GPU')} stay{'s' if idle == 1 else ''} idle.")
     if tensor > 1 and not all(gpu.num_nvlinks for gpu in used):
         why.append("No NVLink found: tensor parallelism goes over PCIe.")
-    warnings = []
     if len({gpu.name for gpu in used}) > 1:
         warnings.append("The GPUs differ; set CUDA_DEVICE_ORDER=PCI_BUS_ID for a stable order.")
     if any(gpu.mig for gpu in used):
@@ -164,6 +168,7 @@ def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Pl
         engine_args=engine_args,
         num_kv_bytes=config.engine.args.get("kv_cache_memory_bytes"),
         num_engine_bytes=None,
+        weights_are=_weights_are(size),
         uses_bundled_model=False,
         why=tuple(why),
         warnings=tuple(warnings),
@@ -196,6 +201,7 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
         size = size.in_float32()
     num_engine_bytes = num_kv_bytes = None
     why: list[str] = []
+    warnings: list[str] = []
     if _is_vllm(config):
         if not hardware.has_bfloat16:
             # Measured on a Zen 3 core (SmolLM2, 256 tokens times a layer's weights): float32 gives
@@ -210,6 +216,7 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
         num_kv_bytes, num_engine_bytes = memory.num_kv_bytes, memory.num_engine_bytes
         engine_args["kv_cache_memory_bytes"] = num_kv_bytes
         why += memory.why
+        warnings += memory.warnings
     why.insert(
         0,
         f"{_counted(replicas, 'engine')} of one core: "
@@ -224,7 +231,6 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
             f"Contexts of {_MAX_CPU_MODEL_LEN} tokens of the model's {trained_len}: a longer "
             "prompt would hold its engine for half a minute and more (engine.args.max_model_len)."
         )
-    warnings = []
     if _is_vllm(config) and replicas > num_cores:
         warnings.append(
             f"{_counted(replicas, 'engine')} share {_counted(num_cores, 'core')}: steps will "
@@ -248,10 +254,17 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
         engine_args=engine_args,
         num_kv_bytes=num_kv_bytes,
         num_engine_bytes=num_engine_bytes,
+        weights_are=_weights_are(size),
         uses_bundled_model=uses_bundled_model,
         why=tuple(why),
         warnings=tuple(warnings),
     )
+
+
+def _weights_are(size: ModelSize | None) -> Literal["known", "guessed", "unknown"]:
+    if size is None or not size.num_weight_bytes:
+        return "unknown"
+    return "guessed" if size.is_guess else "known"
 
 
 def _pipeline(config: Config) -> int:

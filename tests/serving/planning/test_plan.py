@@ -9,7 +9,7 @@ import pytest
 
 from serving.config import ConfigError, parse
 from serving.planning.hardware import Gpu, Hardware
-from serving.planning.model_size import BUNDLED_MODEL_SIZE, ModelSize, read_model_size
+from serving.planning.model_size import BUNDLED_MODEL_SIZE, ModelSize, find_model_size
 from serving.planning.plan import Plan, make_plan
 
 GIB = 1 << 30
@@ -239,20 +239,95 @@ class TestDevice:
             make(hardware, model="m")
 
 
-def test_size_of_a_folder(tmp_path: Path) -> None:
-    assert read_model_size("org/model") is None
-    (tmp_path / "a.safetensors").write_bytes(b"x" * 10)
-    (tmp_path / "b.safetensors").write_bytes(b"x" * 5)
-    (tmp_path / "config.json").write_text("not json")
-    assert read_model_size(str(tmp_path)) == ModelSize(15)
-    shape = {
-        "hidden_size": 576,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "num_hidden_layers": 30,
-        "max_position_embeddings": 8192,
-    }
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": shape}))
-    assert read_model_size(str(tmp_path)) == dataclasses.replace(
-        BUNDLED_MODEL_SIZE, num_weight_bytes=15
+class TestModelSize:
+    def test_of_a_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "a.safetensors").write_bytes(b"x" * 10)
+        (tmp_path / "b.safetensors").write_bytes(b"x" * 5)
+        (tmp_path / "config.json").write_text("not json")
+        assert find_model_size(str(tmp_path)) == ModelSize(15)
+        shape = {
+            "hidden_size": 576,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "num_hidden_layers": 30,
+            "max_position_embeddings": 8192,
+        }
+        (tmp_path / "config.json").write_text(json.dumps({"text_config": shape}))
+        assert find_model_size(str(tmp_path)) == dataclasses.replace(
+            BUNDLED_MODEL_SIZE, num_weight_bytes=15
+        )
+
+    def test_of_a_folder_that_is_still_filled_is_that_of_the_whole(self, tmp_path: Path) -> None:
+        (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"x" * 10)
+        index = {"metadata": {"total_size": 25}, "weight_map": {}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert find_model_size(str(tmp_path)) == ModelSize(25)
+
+    def test_of_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "model.gguf").write_bytes(b"x" * 7)
+        assert find_model_size(str(tmp_path / "model.gguf")) == ModelSize(7)
+
+    def test_of_what_was_downloaded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        repository = tmp_path / "models--org--Thing-70B"
+        snapshot = repository / "snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+        (snapshot / "model.safetensors").write_bytes(b"x" * 12)
+        (snapshot / "config.json").write_text('{"max_position_embeddings": 77}')
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        assert find_model_size("org/Thing-70B") == ModelSize(12, 77)
+        (snapshot / "model.safetensors").unlink()
+        assert find_model_size("org/Thing-70B") == ModelSize(140 * 10**9, 77, is_guess=True)
+
+    @pytest.mark.parametrize(
+        ("name", "num_bytes"),
+        [
+            ("Qwen/Qwen3-8B", 16e9),
+            ("meta-llama/Llama-3.1-70B-Instruct", 140e9),
+            ("Qwen/Qwen3-30B-A3B", 60e9),
+            ("mistralai/Mixtral-8x7B-v0.1", 112e9),
+            ("HuggingFaceTB/SmolLM2-135M-Instruct", 0.27e9),
+            ("org/Qwen2.5-0.5b", 1e9),
+            ("Qwen/Qwen3-8B-AWQ", 4.5e9),
+            ("Qwen/Qwen3-8B-FP8", 8e9),
+        ],
     )
+    def test_of_a_name(self, name: str, num_bytes: float) -> None:
+        assert find_model_size(name) == ModelSize(int(num_bytes), is_guess=True)
+
+    @pytest.mark.parametrize("name", ["org/model", "org/phi-4", "a/bge-m3", "not a name", "x/4k"])
+    def test_of_a_name_that_does_not_tell(self, name: str) -> None:
+        assert find_model_size(name) is None
+
+
+class TestUnknownSize:
+    def test_weights_that_nobody_knows_are_not_counted_as_nothing(self) -> None:
+        plan = make(laptop(), model="org/model")
+        assert plan.weights_are == "unknown"
+        assert "the model's weights, whose size is not known yet" in plan.why[1]
+        assert "not known before it has been downloaded" in plan.warnings[0]
+
+    def test_guessed_weights_are_counted(self) -> None:
+        plan = make(laptop(), model="org/Model-1B")
+        assert (plan.weights_are, plan.num_replicas, plan.warnings) == ("guessed", 2, ())
+        assert plan.num_engine_bytes == pytest.approx(4e9 + 2.8 * GIB)
+        assert "guessed by the model's name" in plan.why[1]
+        assert make(laptop(num_free_gib=9), model="org/Model-1B").num_replicas == 1
+
+    def test_a_guess_refuses_nothing(self) -> None:
+        plan = make(laptop(), model="org/Model-8B")
+        assert (plan.num_replicas, plan.num_kv_bytes) == (1, GIB)
+        assert plan.num_engine_bytes == pytest.approx(32e9 + 2.8 * GIB)
+        assert "it does not fit: 1 × 32.6 GiB and 1.2 GiB for Ray" in plan.warnings[0]
+        with pytest.raises(ConfigError, match="not enough memory"):
+            make(laptop(num_free_gib=2), model="org/Model-8B")
+        with pytest.raises(ConfigError, match="not enough memory"):
+            make(laptop(), ModelSize(16 * 10**9), model="org/Model-8B")
+
+    def test_nor_on_a_gpu(self) -> None:
+        plan = make(gpu_node(), model="org/Model-72B")
+        assert "as large as its name says: tensor_parallel_size: the weights" in plan.warnings[0]
+        plan = make(gpu_node(), model="org/Model-32B")
+        assert (plan.weights_are, plan.warnings) == ("guessed", ())
+        assert "59.6 GiB of each GPU (guessed by the model's name)" in plan.why[1]
