@@ -64,6 +64,14 @@ class TestGrants:
         assert again is grant
         assert server.used(1.0)[0] == 1
 
+    def test_spaced_from_when_they_are_heard_of(self):
+        """A lease server that does not know them any more hears what gateways have left."""
+        server = Server(rpm=4)
+        server.ask(10.0, left=Amount(3))
+        assert server.ask(10.0, ONE, left=Amount(3)).wait_s == pytest.approx(
+            0.5 * 60.06 * 3 / 4 - 0.05
+        )
+
     def test_nothing_for_a_window_and_a_lease_after_a_restart(self):
         assert Server(is_restart=True, rpm=3).ask(0.0, ONE).wait_s == LEASE_S + 61.0
         assert Server(rpm=3).ask(0.0, ONE).granted == ONE

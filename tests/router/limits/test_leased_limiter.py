@@ -75,6 +75,13 @@ class TestReserves:
             limiter.reserve("b", Amount(2, 10), 0.0)
         limiter.reserve("b", ONE, LEASE_S - 0.01)
 
+    def test_nothing_before_a_grant(self):
+        limiter = LeasedLimiter(RateLimits())
+        for amount in (NOTHING, ONE):
+            assert limiter.wait_s(amount, 0.0) > 0.0
+            with pytest.raises(ValueError, match="no room for request a"):
+                limiter.reserve("a", amount, 0.0)
+
     def test_nothing_after_the_lease(self):
         limiter = granted(Amount(2, 20))
         with pytest.raises(ValueError, match="no room for request a"):
