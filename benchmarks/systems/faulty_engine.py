@@ -31,6 +31,7 @@ class FaultyEngine:
         self.info = engine.info
         self.blocks = engine.blocks
         self.dead = False
+        self.lifeline = None  # the event loop itself computes
         self.is_silent = False
         self._engine = engine
         self._runs = asyncio.Event()  # cleared while it hangs

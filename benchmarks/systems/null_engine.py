@@ -81,6 +81,7 @@ class NullEngine:
     def __init__(self, args: NullEngineArgs, model: str = MODEL) -> None:
         self.app = self._serve
         self.dead = False
+        self.lifeline = None  # the event loop itself computes
         self.blocks = BlockLog()
         self.info = EngineInfo(
             model=model,

@@ -218,7 +218,12 @@ class Router:
         self._placer.policy.observe(attempt.replica, latency_s, now_s)
 
     def _judge_ttft(self, attempt: Attempt, now_s: float) -> None:
-        """Count a first token that came, or did not come, far too late against its engine."""
+        """Count a first token that came, or did not come, far too late against its engine.
+
+        Not if the engine was mute meanwhile: it may have had the token long before it said so.
+        """
+        if attempt.replica.vital_signs.mute_s >= attempt.placed_s:
+            return
         ttft_s = max(0.0, now_s - attempt.placed_s)
         if self.settings.breaker.is_slow(ttft_s, attempt.predicted_ttft_s):
             self._health.judge_slow(attempt.replica, [attempt.permit], self._fleet, now_s)
@@ -254,6 +259,16 @@ class Router:
             permits = [attempt.permit for attempt in self._attempts.at_replica(replica)]
             self._health.judge_slow(replica, permits, self._fleet, now_s)
         return self._requests.place_held(now_s)
+
+    def on_alive(
+        self, replica_id: str, num_steps_total: int, num_requests: int, now_s: float
+    ) -> None:
+        """Take in what an engine's core tells of its own life, though snapshots may be late."""
+        replica = self._fleet.get(replica_id)
+        if replica is not None and replica.vital_signs.receive_alive(
+            num_steps_total, num_requests, replica.snapshot_s, now_s
+        ):
+            self._fleet.refresh(replica)
 
     def on_blocks(self, replica_id: str, update: BlockUpdate) -> bool:
         """Take in what an engine's prefix cache holds; False if an update was missed.

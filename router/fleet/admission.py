@@ -34,7 +34,7 @@ def window_tokens(replica: Replica) -> int:
 
 def accepts_work(replica: Replica) -> bool:
     """Whether anything may be sent to the engine at all."""
-    if replica.is_draining or replica.is_quarantined:
+    if replica.is_draining or replica.is_quarantined or replica.vital_signs.is_mute:
         return False
     return replica.breaker.admits(replica.info.max_num_seqs)
 

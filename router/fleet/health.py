@@ -1,8 +1,8 @@
 """Which engines of a fleet are fit to work, as seen from outside?
 
-An engine is *stale* when its snapshots stop although it has a heartbeat (a dead
-node, a stopped process, a network that drops packets), and *hung* when they come but
-report no step while there is work (a scheduler step that never ends). Both
+An engine is *stale* when it gives no sign of life although it has a heartbeat (a dead
+node, a stopped process, a network that drops packets), and *hung* when it lives but reports
+no step while there is work (a scheduler step that never ends): `VitalSigns`. Both
 open its breaker and have its requests moved; single failures and slow first
 tokens reach the breaker by the calls themselves (`router.core.router`).
 """
@@ -119,7 +119,8 @@ class Health:
     def _trip_reason(self, replica: Replica, now_s: float) -> TripReason | None:
         """Return what is wrong with an engine, None if nothing is known to be."""
         settings = self._settings
-        if replica.info.heartbeat_s and now_s - replica.snapshot_s > max(
+        silent_s = replica.vital_signs.silent_s(replica.snapshot_s, now_s)
+        if replica.info.heartbeat_s and silent_s > max(
             settings.stale_s, 2.0 * replica.info.heartbeat_s
         ):
             return TripReason.STALE

@@ -10,6 +10,7 @@ from router.estimators.request_overhead import RequestOverhead
 from router.estimators.step_time import StepModel, StepModelState
 from router.fleet.ledger import Ledger, LedgerState
 from router.fleet.prefix_cache import PrefixCache
+from router.fleet.vital_signs import VitalSigns
 from router.resilience.breaker import Breaker, BreakerSettings, BreakerView
 from router.types import EngineInfo, EngineSnapshot, Request
 
@@ -24,6 +25,7 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
     age_s: float  # of the snapshot, or of the connection while there is none
     is_draining: bool
     is_quarantined: bool  # takes nothing new until a suspect has its answer
+    is_mute: bool  # lives, but sends no snapshots; takes nothing new until it does
     breaker: BreakerView
     ledger: LedgerState
     num_pending_prefill_tokens: int  # in the engine and on their way to it
@@ -79,6 +81,7 @@ class Replica:
         "step_base_s",
         "token_s",
         "up_s",
+        "vital_signs",
     )
 
     def __init__(
@@ -94,6 +97,7 @@ class Replica:
         # or its first snapshot is already on its way.
         self.snapshot = EngineSnapshot(seq=-1, num_free_kv_tokens=info.num_kv_tokens)
         self.snapshot_s = now_s  # when received
+        self.vital_signs = VitalSigns(info.heartbeat_s)
         self.ledger = Ledger()
         self.predictor = StepModel()
         self._prefill_rate = PrefillRate()
@@ -216,7 +220,8 @@ class Replica:
         """
         if not (self._is_at_work and self.snapshot.num_inflight_reqs):
             return 0.0, 0.0
-        return now_s - self._step_start_s, self._step_end_s - self._step_start_s
+        waited_s = now_s - max(self._step_start_s, self.vital_signs.progress_s)
+        return waited_s, self._step_end_s - self._step_start_s
 
     def at_work_s(self, now_s: float) -> float:
         """Return when it last got on: now, or when the step began that it has not ended."""
@@ -242,6 +247,7 @@ class Replica:
             self._step_start_s = now_s
         self.snapshot = snapshot
         self.snapshot_s = now_s
+        self.vital_signs.receive_snapshot(now_s)
         self.ledger.acknowledge(snapshot.last_booking)
         self.predictor.learn(snapshot)
         self._prefill_rate.record_total(snapshot.num_prefill_tokens_total, now_s)
@@ -293,6 +299,7 @@ class Replica:
             age_s=max(0.0, now_s - self.snapshot_s),
             is_draining=self.is_draining,
             is_quarantined=self.is_quarantined,
+            is_mute=self.vital_signs.is_mute,
             breaker=self.breaker.state(now_s),
             ledger=self.ledger.state(),
             num_pending_prefill_tokens=self.num_pending_prefill_tokens,

@@ -9,18 +9,18 @@ import os
 import ray
 from ray import serve
 
+from serving.cluster.engine_watch import EngineWatch
 from serving.cluster.loop_thread import LoopThread
 from serving.config import Config, parse
 from serving.engine.step_log import StepLog
 from serving.gateway.http.endpoint import is_loopback
+from serving.planning.hardware import detect_hardware
+from serving.planning.memory import growth_allowed
 from serving.planning.plan import Plan
 from serving.stream.engine import EngineFactory
 from serving.stream.server import StreamServer
 
 logger = logging.getLogger(__name__)
-
-_DEATH_CHECK_INTERVAL_S = 0.25
-_PING_INTERVAL_S = 1.0
 
 
 class EngineReplica:
@@ -46,10 +46,16 @@ class EngineReplica:
         # What exists by now stays: the garbage collector need not look at it while tokens wait.
         gc.collect()
         gc.freeze()
-        self._watches = [
-            asyncio.create_task(self._exit_when_engine_dies()),
-            asyncio.create_task(self._exit_when_engine_hangs()),
-        ]
+        max_growth_bytes = growth_allowed(
+            self._config.engine,
+            detect_hardware().num_ram_bytes,
+            plan.num_replicas,
+            plan.num_kv_bytes if plan.device == "cpu" else 0,
+        )
+        watch = EngineWatch(
+            self._config.engine, self._loop, self._server, max_growth_bytes, _exit_process
+        )
+        self._watch = asyncio.create_task(watch.run())
 
     async def record_replica_metadata(self) -> dict:
         """Return the server's address, secret and certificate; Ray tells the gateways."""
@@ -60,35 +66,10 @@ class EngineReplica:
         if self._server.engine.dead:
             raise RuntimeError("the engine is dead")
 
-    async def _exit_when_engine_dies(self) -> None:
-        """Exit at once when the engine dies: Serve would route to us for 24 s more (measured)."""
-        while not self._server.engine.dead:
-            await asyncio.sleep(_DEATH_CHECK_INTERVAL_S)
-        os._exit(1)
-
-    async def _exit_when_engine_hangs(self) -> None:
-        """Exit when the engine core has not answered for `engine.hang_timeout_s`.
-
-        Ray then starts another replica. Snapshots do not show this once the gateways have moved
-        their requests away: a hung engine without requests looks idle. The core
-        answers between two steps.
-        """
-        timeout_s = self._config.engine.hang_timeout_s
-        while True:
-            await asyncio.sleep(_PING_INTERVAL_S)
-            try:
-                await asyncio.wait_for(self._loop.run(self._server.engine.ping()), timeout_s)
-            except TimeoutError:
-                logger.error("the engine has not answered for %g s: exiting", timeout_s)
-                os._exit(1)
-            except Exception as error:  # it died: `_exit_when_engine_dies` handles that
-                logger.warning("the engine does not answer: %s", error)
-
     async def __del__(self) -> None:
         # Serve drains only requests that came through it; the streams here are ours to drain.
-        if hasattr(self, "_watches"):  # absent where `__init__` failed
-            for watch in self._watches:
-                watch.cancel()
+        if hasattr(self, "_watch"):  # absent where `__init__` failed
+            self._watch.cancel()
             await self._loop.run(_stop_server(self._server, self._config.engine.drain_timeout_s))
 
 
@@ -114,3 +95,9 @@ async def _stop_server(server: StreamServer, timeout_s: float) -> None:
     await server.drain(timeout_s)
     server.close()
     await server.engine.shutdown()
+
+
+def _exit_process(reason: str) -> None:
+    """End this replica at once; its gateways see their connections end."""
+    logger.error("%s: the replica exits", reason)
+    os._exit(1)

@@ -1,6 +1,6 @@
 """How is one engine configured?"""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,18 @@ class EngineConfig(Section):
         gt=0,
         description="an engine whose core has not answered between two steps for this long is "
         "restarted, seconds; must be longer than the longest step and any compilation",
+    )
+    block_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        description="an engine whose API layer has been busy with one thing for this long, and "
+        "answers nobody else, is restarted, seconds",
+    )
+    max_growth_bytes: Annotated[int, Field(gt=0)] | Literal["auto"] | None = Field(
+        "auto",
+        description="an engine core that takes so much more memory than when it was ready, its KV "
+        "cache aside, is killed and restarted, bytes; auto: its share of an eighth of the node's "
+        "memory, at least 1 GiB; null: no bound",
     )
     tls: Literal["auto", "on", "off"] = Field(
         "auto",

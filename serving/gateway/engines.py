@@ -15,7 +15,7 @@ from router import BlockUpdate, Decision, Dispatch, EngineInfo, EngineSnapshot, 
 from router.resilience.resume import Resume
 from serving.gateway.exchange import Attempt, Exchange
 from serving.stream.client import StreamClient
-from serving.stream.frames import Ack, Cancel, Data, End, Head, Prompt, Resync, Submit
+from serving.stream.frames import Ack, Alive, Cancel, Data, End, Head, Prompt, Resync, Submit
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +148,11 @@ class Engines:
     def on_snapshot(self, client: StreamClient, snapshot: EngineSnapshot) -> None:
         now_s = time.monotonic()
         self._events.execute(self._router.on_snapshot(client.replica_id, snapshot, now_s))
+
+    def on_alive(self, client: StreamClient, frame: Alive) -> None:
+        self._router.on_alive(
+            client.replica_id, frame.num_steps_total, frame.num_requests, time.monotonic()
+        )
 
     def on_blocks(self, client: StreamClient, update: BlockUpdate) -> None:
         if not self._router.on_blocks(client.replica_id, update):

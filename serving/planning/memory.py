@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serving.config import Config, ConfigError
+from serving.config import Config, ConfigError, EngineConfig
 from serving.planning.hardware import Gpu
 from serving.planning.model_size import ModelSize
 
@@ -21,6 +21,10 @@ _CONTROL_BYTES = int(1.2 * _GIB)  # Ray's processes, Serve's controller, one gat
 _KV_BYTES = _GIB  # per engine: 46,000 tokens of SmolLM2
 _MIN_KV_BYTES = 64 * _MIB
 _KV_STEP_BYTES = 64 * _MIB
+# What an engine core may take once it is ready: of RAM, all engines together, but not so little
+# that a long prompt would be taken for a leak. Under load one of SmolLM2 takes some 50 MiB.
+_GROWTH_SHARE = 1 / 8
+_MIN_GROWTH_BYTES = _GIB
 _MAX_WEIGHTS_SHARE = 0.95  # of what vLLM may use of a GPU; activations and KV need the rest
 
 
@@ -97,6 +101,21 @@ def _weights_text(size: ModelSize | None) -> str:
     if size.is_guess:
         return f", with {_gib(size.num_weight_bytes)} of weights, guessed by the model's name"
     return ""
+
+
+def growth_allowed(
+    config: EngineConfig, num_ram_bytes: int, num_replicas: int, num_kv_bytes: int | None
+) -> int | None:
+    """Return the bytes that an engine core may take after it is ready; None for no bound.
+
+    A KV cache in RAM counts extra: its pages are taken as they are first used.
+    """
+    bound = config.max_growth_bytes
+    if bound is None:
+        return None
+    if bound == "auto":
+        bound = max(_MIN_GROWTH_BYTES, int(_GROWTH_SHARE * num_ram_bytes / num_replicas))
+    return bound + (num_kv_bytes or 0)
 
 
 def _smallest_kv(max_model_len: Any, size: ModelSize | None) -> int:

@@ -1,11 +1,13 @@
 """What does an engine tell its gateway? The gateway's end of the connection."""
 
 import asyncio
+import contextlib
 from typing import Protocol
 
 from router import BlockUpdate, EngineInfo, EngineSnapshot
 from serving.stream.connection import FrameConnection
 from serving.stream.frames import (
+    Alive,
     Blocks,
     Data,
     End,
@@ -16,6 +18,7 @@ from serving.stream.frames import (
     Welcome,
     decode_to_gateway,
 )
+from serving.stream.life import LifeClient
 from serving.stream.tls import HANDSHAKE_TIMEOUT_S, trust_only
 
 
@@ -29,6 +32,7 @@ class StreamEvents(Protocol):
     def on_head(self, client: "StreamClient", frame: Head) -> None: ...
     def on_data(self, client: "StreamClient", frame: Data) -> None: ...
     def on_end(self, client: "StreamClient", frame: End) -> None: ...
+    def on_alive(self, client: "StreamClient", frame: Alive) -> None: ...
     def on_lost(self, client: "StreamClient") -> None: ...
 
 
@@ -40,6 +44,8 @@ class StreamClient(FrameConnection):
         self.replica_id = replica_id
         self._hello = Hello(secret)
         self._events = events
+        self._life: LifeClient | None = None
+        self._connecting: asyncio.Task[None] | None = None  # to hear of its life
 
     @classmethod
     async def connect(cls, replica_id: str, metadata: dict, events: StreamEvents) -> "StreamClient":
@@ -61,6 +67,10 @@ class StreamClient(FrameConnection):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._life is not None:
+            self._life.close()
         self._events.on_lost(self)
 
     def on_message(self, message: bytes) -> None:
@@ -80,3 +90,18 @@ class StreamClient(FrameConnection):
                 events.on_prompt(self, frame)
             elif isinstance(frame, Welcome):
                 events.on_welcome(self, frame.info)
+                if frame.life_port:
+                    self._connecting = asyncio.get_running_loop().create_task(
+                        self._hear_of_life(frame.life_port, frame.token)
+                    )
+
+    async def _hear_of_life(self, port: int, token: str) -> None:
+        """Open the second connection. If that fails, the replica alone speaks for its engine."""
+        assert self._transport is not None
+        host = self._transport.get_extra_info("peername")[0]
+        with contextlib.suppress(OSError):
+            _, self._life = await asyncio.get_running_loop().create_connection(
+                lambda: LifeClient(token, lambda frame: self._events.on_alive(self, frame)),
+                host,
+                port,
+            )

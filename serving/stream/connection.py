@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from serving.stream.frames import MessageBuffer, ToEngine, ToGateway, encode
+from serving.stream.frames import MAX_MESSAGE_BYTES, MessageBuffer, ToEngine, ToGateway, encode
 
 
 class FrameConnection(asyncio.Protocol):
@@ -18,8 +18,9 @@ class FrameConnection(asyncio.Protocol):
     `frames_to_send`.
     """
 
-    def __init__(self) -> None:
-        self._messages = MessageBuffer()
+    def __init__(self, max_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        """`max_bytes` is how large a message may be at first; see `allow_bytes`."""
+        self._messages = MessageBuffer(max_bytes)
         self._frames: list = []
         self._flush_scheduled = False
         self._transport: asyncio.Transport | None = None
@@ -57,6 +58,15 @@ class FrameConnection(asyncio.Protocol):
             # Whatever the same event woke is in the loop's ready queue already,
             # so it posts before this runs.
             self._call_soon(self._flush)
+
+    def allow_bytes(self, max_bytes: int) -> None:
+        """Take messages of up to so many bytes from now on."""
+        self._messages.max_bytes = max_bytes
+
+    def abort(self) -> None:
+        """Disconnect at once; what is due is lost."""
+        if self._transport is not None:
+            self._transport.abort()
 
     def close(self) -> None:
         """Send what is due, then disconnect."""

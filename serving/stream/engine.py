@@ -12,6 +12,26 @@ from serving.planning.plan import Plan
 from serving.stream.accounting import RequestAccounting
 
 
+class Lifeline(Protocol):
+    """A line to what computes, if that is a process of its own."""
+
+    @property
+    def pid(self) -> int:
+        """The process that computes."""
+        ...
+
+    def carry(self, connection: int) -> None:
+        """Have `Alive` frames written to a socket, by whatever this process is busy with.
+
+        The caller may close it then.
+        """
+        ...
+
+    def beat(self) -> None:
+        """Tell what computes that this process's event loop turns."""
+        ...
+
+
 class Engine(Protocol):
     """What a replica puts behind its stream server."""
 
@@ -40,6 +60,11 @@ class Engine(Protocol):
 
     def forget(self, accounting: RequestAccounting) -> None:
         """Stop computing for a request that has ended, in whatever way."""
+        ...
+
+    @property
+    def lifeline(self) -> Lifeline | None:
+        """Return the line to what computes; None where that is this process's event loop."""
         ...
 
     @property

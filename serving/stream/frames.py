@@ -15,9 +15,13 @@ as head, data and end.
 | `Resync`                   | `Blocks` with all cached blocks                             |
 | (nothing)                  | `Snapshot` after steps and as a heartbeat, `Blocks` before  |
 |                            | it if the prefix cache has changed                          |
+
+A `Welcome` may come with a second port and a token. On a connection to that port, which begins
+with a `Hello` of the token, whatever computes says for itself that it lives, however busy the
+replica is: `Alive` as a heartbeat, and nothing else (`serving.stream.life`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -30,7 +34,10 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """First frame from the gateway. The secret proves that Ray told it the address."""
+    """First frame from the gateway. The secret proves that Ray told it the address.
+
+    On the second connection it is the token that the first one was welcomed with.
+    """
 
     secret: str
 
@@ -68,6 +75,8 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=5):
     """First frame from the engine: its model, its sizes and its process."""
 
     info: EngineInfo
+    life_port: int = 0  # 0 where what computes cannot speak for itself
+    token: str = ""  # for that port
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True, tag=6):
@@ -119,15 +128,22 @@ class Resync(msgspec.Struct, frozen=True, array_like=True, tag=22):
     """Send all cached blocks: the gateway has missed an update."""
 
 
+class Alive(msgspec.Struct, frozen=True, array_like=True, tag=23):
+    """What computes lives: its steps since its start, and the requests that it has."""
+
+    num_steps_total: int
+    num_requests: int
+
+
 ToEngine = Hello | Submit | Cancel | Ack | Resync
-ToGateway = Welcome | Head | Data | End | Snapshot | Blocks | Prompt
+ToGateway = Welcome | Head | Data | End | Snapshot | Blocks | Prompt | Alive
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_engine = msgspec.msgpack.Decoder(list[ToEngine]).decode
 decode_to_gateway = msgspec.msgpack.Decoder(list[ToGateway]).decode
 
 
-def encode(frames: list[ToEngine] | list[ToGateway]) -> bytes:
+def encode(frames: Sequence[ToEngine | ToGateway]) -> bytes:
     """Return one message, with its length prefix."""
     message = bytearray(4)
     _encoder.encode_into(frames, message, 4)
@@ -138,20 +154,21 @@ def encode(frames: list[ToEngine] | list[ToGateway]) -> bytes:
 class MessageBuffer:
     """Cut received bytes into messages."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        self.max_bytes = max_bytes  # of one message
         self._buffer = bytearray()
 
     def feed(self, data: bytes, on_message: Callable[[bytes], None]) -> None:
         """Add received bytes; call `on_message` for every message that is now complete.
 
-        Raise `ValueError` for a length beyond `MAX_MESSAGE_BYTES`.
+        Raise `ValueError` for a length beyond `max_bytes`.
         """
         buffer = self._buffer
         buffer += data
         start, end = 0, len(buffer)
         while end - start >= 4:
             length = int.from_bytes(buffer[start : start + 4], "big")
-            if length > MAX_MESSAGE_BYTES:
+            if length > self.max_bytes:
                 raise ValueError(f"message of {length} bytes: the peer does not speak our protocol")
             if end - start - 4 < length:
                 break

@@ -3,13 +3,13 @@
 import asyncio
 import os
 import secrets
+import time
 
 import msgspec
 
 from router.types import HEARTBEAT_S, SNAPSHOT_INTERVAL_S
 from serving.stream.accounting import RequestAccounting
 from serving.stream.call import AsgiCall
-from serving.stream.connection import FrameConnection
 from serving.stream.engine import Engine
 from serving.stream.frames import (
     Ack,
@@ -19,10 +19,14 @@ from serving.stream.frames import (
     Resync,
     Snapshot,
     Submit,
+    ToEngine,
     Welcome,
-    decode_to_engine,
 )
+from serving.stream.life import LifePort
+from serving.stream.strangers import StrangerConnection
 from serving.stream.tls import HANDSHAKE_TIMEOUT_S, make_certificate
+
+BEAT_S = HEARTBEAT_S / 2  # between two signs that the event loop turns
 
 
 class StreamServer:
@@ -33,6 +37,9 @@ class StreamServer:
         self.window_bytes = window_bytes
         self.secret = secrets.token_hex(16)
         self.certificate = ""  # PEM; empty: the connection is not encrypted
+        self.life_port = LifePort(engine.lifeline) if engine.lifeline is not None else None
+        self.strangers: set[StrangerConnection] = set()
+        self.beat_s = time.monotonic()  # when the event loop last turned, about
         self.accountings: dict[AsgiCall, RequestAccounting] = {}  # of all calls that run
         self._connections: set[GatewayConnection] = set()
         self._server: asyncio.Server | None = None
@@ -40,6 +47,7 @@ class StreamServer:
         self._push_timer: asyncio.TimerHandle | None = None
         self._last_push_s = 0.0
         self._heartbeat_timer: asyncio.TimerHandle | None = None
+        self._beat_timer: asyncio.TimerHandle | None = None
 
     async def listen(self, host: str, *, tls: bool = False) -> tuple[str, int]:
         """Start listening on a free TCP port of `host`; return host and port."""
@@ -53,8 +61,11 @@ class StreamServer:
             ssl=context,
             ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if tls else None,
         )
+        if self.life_port is not None:
+            await self.life_port.listen(host)
         self.engine.subscribe(self.on_step)
         self._send_heartbeat()
+        self._beat()
         return self._server.sockets[0].getsockname()[:2]
 
     @property
@@ -90,6 +101,13 @@ class StreamServer:
             self._push_snapshots()
         self._heartbeat_timer = loop.call_later(HEARTBEAT_S, self._send_heartbeat)
 
+    def _beat(self) -> None:
+        """Leave a sign that the event loop turns; do so again soon."""
+        self.beat_s = time.monotonic()
+        if self.life_port is not None:
+            self.life_port.lifeline.beat()
+        self._beat_timer = asyncio.get_running_loop().call_later(BEAT_S, self._beat)
+
     async def drain(self, timeout_s: float) -> None:
         """Return when no request runs any more, or after `timeout_s`."""
         deadline_s = asyncio.get_running_loop().time() + timeout_s
@@ -98,12 +116,14 @@ class StreamServer:
 
     def close(self) -> None:
         """Stop listening and disconnect every gateway; requests that still run are aborted."""
-        for timer in (self._heartbeat_timer, self._push_timer):
+        for timer in (self._heartbeat_timer, self._push_timer, self._beat_timer):
             if timer is not None:
                 timer.cancel()
         if self._server is not None:
             self._server.close()
-        for connection in list(self._connections):
+        if self.life_port is not None:
+            self.life_port.close()
+        for connection in [*self._connections, *self.strangers]:
             connection.close()
 
     def add_connection(self, connection: "GatewayConnection") -> None:
@@ -121,20 +141,22 @@ class StreamServer:
         self.on_step()
 
 
-class GatewayConnection(FrameConnection):
+class GatewayConnection(StrangerConnection):
     """One gateway's connection, and its requests by the number of their stream."""
 
     def __init__(self, server: StreamServer) -> None:
-        super().__init__()
+        super().__init__(server.strangers)
         self._server = server
         self._calls: dict[int, AsgiCall] = {}
         self._snapshot_is_due = False
         self._block_position = 0  # what this gateway knows of the prefix cache
         self._last_stream = 0
-        self._said_hello = False
+        self._token = ""  # for its other connection
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self._server.life_port is not None:
+            self._server.life_port.tokens.discard(self._token)
         self._server.remove_connection(self)
         for call in list(self._calls.values()):
             call.cancel()
@@ -159,33 +181,30 @@ class GatewayConnection(FrameConnection):
             )
         return frames
 
-    def on_message(self, message: bytes) -> None:
-        for frame in decode_to_engine(message):
-            if not self._said_hello:
-                self._check_hello(frame)
-            elif isinstance(frame, Submit):
-                self._start_call(frame)
-            elif isinstance(frame, Cancel):
-                if (call := self._calls.get(frame.stream)) is not None:
-                    call.cancel()
-            elif isinstance(frame, Ack) and (call := self._calls.get(frame.stream)) is not None:
-                call.acknowledge(frame.num_bytes)
-            elif isinstance(frame, Resync):
-                self._block_position = -1
-
-    def _check_hello(self, frame: object) -> None:
+    def on_hello(self, hello: Hello) -> None:
         """Admit the gateway and welcome it. Raise `ValueError` if it does not know the secret."""
-        if not isinstance(frame, Hello) or not secrets.compare_digest(
-            frame.secret, self._server.secret
-        ):
-            raise ValueError("no valid Hello")
-        self._said_hello = True
-        self._server.add_connection(self)
-        info = msgspec.structs.replace(
-            self._server.engine.info, heartbeat_s=HEARTBEAT_S, pid=os.getpid()
-        )
-        self.post(Welcome(info))
+        server = self._server
+        if not secrets.compare_digest(hello.secret.encode(), server.secret.encode()):
+            raise ValueError("a Hello with a wrong secret")
+        server.add_connection(self)
+        info = msgspec.structs.replace(server.engine.info, heartbeat_s=HEARTBEAT_S, pid=os.getpid())
+        if server.life_port is None:
+            self.post(Welcome(info))
+        else:
+            self._token = server.life_port.issue_token()
+            self.post(Welcome(info, server.life_port.port, self._token))
         self.push_snapshot()
+
+    def on_frame(self, frame: ToEngine) -> None:
+        if isinstance(frame, Submit):
+            self._start_call(frame)
+        elif isinstance(frame, Cancel):
+            if (call := self._calls.get(frame.stream)) is not None:
+                call.cancel()
+        elif isinstance(frame, Ack) and (call := self._calls.get(frame.stream)) is not None:
+            call.acknowledge(frame.num_bytes)
+        elif isinstance(frame, Resync):
+            self._block_position = -1
 
     def _start_call(self, submit: Submit) -> None:
         self._last_stream = submit.stream

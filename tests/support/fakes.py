@@ -12,6 +12,7 @@ from router.types import EngineInfo, EngineSnapshot
 from serving.config import Config
 from serving.planning.plan import Plan
 from serving.stream.accounting import RequestAccounting, current_accounting
+from serving.stream.engine import Lifeline
 from serving.stream.record import Entry
 
 INFO = EngineInfo(
@@ -41,6 +42,7 @@ class FakeEngine:
         self.gate.set()
         self.closes_at = 0
         self.dead = False
+        self.lifeline: Lifeline | None = None
         self.chunk = b"data: {}\n\n"
         self.end = b"data: [DONE]\n\n"
         self.headers = [(b"content-type", b"text/event-stream")]

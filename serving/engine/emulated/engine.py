@@ -86,6 +86,7 @@ class EmulatedEngine:
         )
         self.app = self._serve
         self.dead = False
+        self.lifeline = None  # the event loop itself computes
         self.blocks = self.model.blocks
         self.kv_events: KvEvents | None = None  # to publish them, set it before the first request
         self.clock = EngineClock(self.model, self._on_model_step)

@@ -20,6 +20,7 @@ from router import EngineInfo
 from router.fleet.prefill_chunk import prefill_chunk_tokens
 from serving.config import Config, ConfigError
 from serving.engine.vllm import patches
+from serving.engine.vllm.lifeline import Lifeline
 from serving.planning.plan import Plan
 from serving.stream.accounting import RequestAccounting
 
@@ -27,9 +28,18 @@ from serving.stream.accounting import RequestAccounting
 class VllmEngine:
     """vLLM's `AsyncLLM` in this process, its EngineCore in a child process."""
 
-    def __init__(self, llm: Any, app: ASGIApp, stats: Any, resumer: Any, info: EngineInfo) -> None:
+    def __init__(
+        self,
+        llm: Any,
+        app: ASGIApp,
+        stats: Any,
+        resumer: Any,
+        info: EngineInfo,
+        lifeline: Lifeline,
+    ) -> None:
         self.app = app
         self.info = info
+        self.lifeline = lifeline
         self._llm = llm
         self.blocks = stats.blocks
         self.subscribe = stats.subscribe
@@ -85,9 +95,11 @@ class VllmEngine:
                 scheduler.max_num_batched_tokens
             )
         stats = EngineStats(vllm_config)
-        llm = AsyncLLM.from_vllm_config(
-            vllm_config, stat_loggers=[lambda config, index: stats], disable_log_stats=True
-        )
+        lifeline = Lifeline()
+        with lifeline.offered():
+            llm = AsyncLLM.from_vllm_config(
+                vllm_config, stat_loggers=[lambda config, index: stats], disable_log_stats=True
+            )
         tasks = await llm.get_supported_tasks()
         if "generate" in tasks and (plan.device != "cpu" or _has_compiler()):
             await _warm_up(llm)
@@ -122,7 +134,7 @@ class VllmEngine:
             device=plan.device_name,
             engine=f"vllm {vllm.__version__}",
         )
-        return cls(llm, app, stats, resumer, info)
+        return cls(llm, app, stats, resumer, info, lifeline)
 
     def forget(self, accounting: RequestAccounting) -> None:
         """Stop computing for a request that has ended, in whatever way."""
@@ -147,6 +159,7 @@ class VllmEngine:
     async def shutdown(self) -> None:
         """End the engine core: at once, as nothing runs any more, by force after a second."""
         await asyncio.to_thread(self._llm.shutdown, 1.0)
+        self.lifeline.close()
 
 
 @contextlib.contextmanager

@@ -231,6 +231,23 @@ PATCHES = (
     ),
     Patch(
         how="subclassed",
+        ours="serving.engine.vllm.lifeline:AliveMixin",
+        why="the core itself tells the gateways that it lives and steps, and ends with its replica; "
+        "vLLM's API process, which else would speak for it, may write at one reply for a minute",
+        guards=(
+            "test_a_huge_reply_is_not_held_against_its_engine",
+            "test_a_core_that_is_stopped_is_left_as_soon_as_ever",
+            "test_a_core_does_not_outlive_its_replica",
+        ),
+        shapes=(
+            Shape(
+                f"{_SCHEDULER}.update_from_output", "(self, scheduler_output, model_runner_output)"
+            ),
+            Shape(f"{_SCHEDULER}.get_num_unfinished_requests", "(self)"),
+        ),
+    ),
+    Patch(
+        how="subclassed",
         ours="serving.engine.vllm.scheduler:PrefillCapMixin",
         why="a long prompt never fills a step, even alone, and leaves every second to sooner ones",
         guards=("test_a_long_prompt_shares_with_sooner_ones",),

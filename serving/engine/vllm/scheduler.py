@@ -19,6 +19,8 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.utils import compute_iteration_details
 
+from serving.engine.vllm.lifeline import AliveMixin
+
 PENDING = "headway_pending_prefill"  # {request id: tokens to compute}
 PROMPTS = "headway_prompts"  # {request id: hashes of its prompt's whole blocks}
 ENDED = "headway_step_ended"  # by the clock of the engine core, seconds
@@ -227,11 +229,13 @@ class PreemptionFixMixin:
         self.kv_cache_manager.evict_blocks(void)
 
 
-class HeadwayScheduler(PrefillCapMixin, StatsMixin, PreemptionFixMixin, Scheduler):
+class HeadwayScheduler(AliveMixin, PrefillCapMixin, StatsMixin, PreemptionFixMixin, Scheduler):
     """For engines without async scheduling (CPU)."""
 
 
-class HeadwayAsyncScheduler(PrefillCapMixin, StatsMixin, PreemptionFixMixin, AsyncScheduler):
+class HeadwayAsyncScheduler(
+    AliveMixin, PrefillCapMixin, StatsMixin, PreemptionFixMixin, AsyncScheduler
+):
     """For engines with async scheduling (CUDA)."""
 
     overlaps = True

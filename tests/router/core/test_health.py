@@ -27,6 +27,83 @@ class TestHealth:
         router.on_snapshot("r1", snapshot(), 99.0)
         assert router.on_arrival(req("a"), 100.0) == [Dispatch("a", "r1", 1)]
 
+    def test_an_engine_whose_core_lives_is_kept_and_gets_nothing_new(self):
+        """Its API layer is busy: no snapshot comes for a while, which opens no breaker."""
+        router = make_router(2, engine=ALIVE, stale_s=3.0)
+        [first] = router.on_arrival(req("a"), 0.0)
+        mute, other = first.replica_id, {"r0": "r1", "r1": "r0"}[first.replica_id]
+        report = {"last_booking": 1, "num_inflight_reqs": 1}
+        router.on_snapshot(mute, busy(1, **report), 0.1)
+        for half_seconds in range(1, 20):
+            now_s = half_seconds / 2
+            router.on_alive(mute, half_seconds, 1, now_s)
+            router.on_snapshot(other, snapshot(half_seconds), now_s)
+            assert router.on_tick(now_s) == []
+            is_mute = router.state(now_s).replicas[mute].is_mute
+            assert is_mute == (now_s > 1.1)
+        assert router.on_arrival(req("b"), 9.6) == [Dispatch("b", other, 1)]
+        router.on_snapshot(mute, busy(2, **report), 9.7)
+        assert not router.state(9.7).replicas[mute].is_mute
+        assert router.state(9.7).breaker_events == []
+
+    def test_a_mute_engine_that_has_nothing_left_to_do_does_not_hang(self):
+        router = make_router(2, engine=ALIVE)
+        [first] = router.on_arrival(req("a"), 0.0)
+        mute, other = first.replica_id, {"r0": "r1", "r1": "r0"}[first.replica_id]
+        report = {"last_booking": 1, "num_inflight_reqs": 1}
+        router.on_snapshot(mute, busy(1, **report), 0.1)
+        for half_seconds in range(1, 20):
+            now_s = half_seconds / 2
+            router.on_alive(mute, 7, 0, now_s)
+            router.on_snapshot(other, snapshot(half_seconds), now_s)
+            assert router.on_tick(now_s) == []
+
+    @pytest.mark.parametrize("sends_snapshots", [False, True])
+    def test_an_engine_that_lives_may_hang_all_the_same(self, sends_snapshots):
+        """Its core answers between two steps, and one of them does not end."""
+        router = make_router(2, engine=ALIVE, hang_s=4.0)
+        [first] = router.on_arrival(req("a"), 0.0)
+        hung, other = first.replica_id, {"r0": "r1", "r1": "r0"}[first.replica_id]
+        report = {"last_booking": 1, "num_inflight_reqs": 1}
+        router.on_snapshot(hung, busy(1, **report), 0.1)
+        decisions, now_s = [], 0.0
+        while not decisions:
+            now_s += 0.5
+            router.on_alive(hung, 7, 1, now_s)
+            router.on_snapshot(other, snapshot(int(2 * now_s)), now_s)
+            if sends_snapshots:
+                router.on_snapshot(hung, busy(1 + int(2 * now_s), **report), now_s)
+            decisions = router.on_tick(now_s)
+        assert decisions == [Evacuate(hung, "hung")]
+        assert 4.0 <= now_s <= 5.0
+
+    def test_a_core_that_falls_silent_too_is_left(self):
+        router = make_router(2, engine=ALIVE, stale_s=3.0)
+        [first] = router.on_arrival(req("a"), 0.0)
+        other = {"r0": "r1", "r1": "r0"}[first.replica_id]
+        router.on_alive(first.replica_id, 1, 1, 2.0)
+        for second in range(1, 6):
+            router.on_snapshot(other, snapshot(second), float(second))
+            assert router.on_tick(float(second)) == []
+        router.on_snapshot(other, snapshot(6), 5.1)
+        assert router.on_tick(5.3) == [Evacuate(first.replica_id, "stale")]
+
+    def test_first_tokens_that_a_mute_engine_kept_to_itself_are_not_slow(self):
+        router = make_router(3, engine=ALIVE, breaker={"min_calls": 2})
+        placed = [router.on_arrival(req(f"a{number}"), 0.0)[0] for number in range(9)]
+        mute, late = placed[0].replica_id, []
+        for half_seconds in range(1, 12):
+            now_s = half_seconds / 2
+            router.on_alive(mute, half_seconds, 3, now_s)
+            for replica_id in {"r0", "r1", "r2"} - {mute}:
+                router.on_snapshot(replica_id, snapshot(half_seconds), now_s)
+        for dispatch in placed:
+            if dispatch.replica_id == mute:
+                late.append(dispatch.request_id)
+                router.on_first_token(dispatch.request_id, 6.0)
+        assert len(late) >= 2
+        assert router.state(6.0).breaker_events == []
+
     def test_a_hung_engine_is_left_and_an_idle_one_is_not(self):
         router = make_router(2)
         [first] = router.on_arrival(req("a"), 0.0)

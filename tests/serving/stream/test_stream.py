@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import os
+import socket
 
 import msgspec
 import pytest
 
+from serving.stream import strangers
 from serving.stream.client import StreamClient
-from serving.stream.frames import Ack, Cancel, Data, End, Head, Submit
+from serving.stream.frames import Ack, Alive, Cancel, Data, End, Head, Hello, Submit, encode
 from serving.stream.server import HEARTBEAT_S, StreamServer
 from tests.support.fakes import INFO, FakeEngine
 
@@ -22,6 +24,7 @@ class Recorder:
         self.frames: list = []
         self.updates: list = []
         self.snapshots: list = []
+        self.signs: list = []
         self.info = None
         self.lost = False
         self.changed = asyncio.Event()
@@ -44,6 +47,10 @@ class Recorder:
         self.updates.append(update)
         self.changed.set()
 
+    def on_alive(self, client, frame):
+        self.signs.append(frame)
+        self.changed.set()
+
     def on_lost(self, client):
         self.lost = True
         self.changed.set()
@@ -61,9 +68,26 @@ class Recorder:
         return sum(len(f.body) for f in self.frames if isinstance(f, Data) and f.stream == stream)
 
 
+class FakeLifeline:
+    """Another process, as far as it goes: it has sockets that our event loop knows nothing of."""
+
+    pid = 0
+
+    def __init__(self) -> None:
+        self.sockets: list[socket.socket] = []
+        self.num_beats = 0
+
+    def carry(self, connection: int) -> None:
+        self.sockets.append(socket.socket(fileno=os.dup(connection)))
+
+    def beat(self) -> None:
+        self.num_beats += 1
+
+
 @contextlib.asynccontextmanager
-async def connected():
+async def connected(lifeline: FakeLifeline | None = None):
     engine = FakeEngine()
+    engine.lifeline = lifeline
     server = StreamServer(engine, WINDOW_BYTES)
     host, number = await server.listen("127.0.0.1")
     recorder = Recorder()
@@ -156,6 +180,100 @@ async def test_a_stranger_is_turned_away():
         await stranger.until(lambda: stranger.lost)
         assert stranger.info is None
         assert engine.num_started == 0
+
+
+async def stranger(server: StreamServer, port: int) -> tuple:
+    """A connection to one of its ports, over which nothing was said yet."""
+    host = server._server.sockets[0].getsockname()[0]
+    return await asyncio.open_connection(host, port)
+
+
+def port_of(server: StreamServer) -> int:
+    return server._server.sockets[0].getsockname()[1]
+
+
+async def is_closed(reader: asyncio.StreamReader, timeout_s: float = 2.0) -> bool:
+    """Whether the other side hangs up within so long."""
+    try:
+        return not await asyncio.wait_for(reader.read(), timeout_s)
+    except ConnectionResetError:
+        return True
+    except TimeoutError:
+        return False
+
+
+@pytest.mark.parametrize("which", ["stream", "life"])
+async def test_a_stranger_gets_four_kilobytes_and_five_seconds(which, monkeypatch):
+    monkeypatch.setattr(strangers, "HELLO_TIMEOUT_S", 0.2)
+    async with connected(FakeLifeline()) as (_, server, client, recorder):
+        port = port_of(server) if which == "stream" else server.life_port.port
+        reader, writer = await stranger(server, port)
+        assert await is_closed(reader)  # it says nothing
+        reader, writer = await stranger(server, port)
+        writer.write((4097).to_bytes(4, "big"))
+        assert await is_closed(reader, 0.1)
+        reader, writer = await stranger(server, port)
+        writer.write(encode([Submit(1, "a", 0, 0, 0, "POST", "/", [], b"")]))
+        assert await is_closed(reader, 0.1)
+        assert server.strangers == server.life_port._strangers == set()
+        # A gateway may take its time, and say a lot.
+        await asyncio.sleep(0.3)
+        client.post(submit(1, num_chunks=1))
+        client.post(Submit(2, "a", 0, 0, 0, "POST", "/", [], b"{%s}" % (b" " * 8192)))
+        await recorder.until(lambda: len(recorder.ends()) == 2)
+
+
+async def test_there_may_be_so_many_strangers_and_no_more(monkeypatch):
+    monkeypatch.setattr(strangers, "MAX_STRANGERS", 3)
+    async with connected() as (_, server, _, _):
+        first = [await stranger(server, port_of(server)) for _ in range(3)]
+        reader, _ = await stranger(server, port_of(server))
+        assert await is_closed(reader)
+        assert len(server.strangers) == 3
+        for _, writer in first:
+            writer.close()
+        async with asyncio.timeout(2):
+            while server.strangers:
+                await asyncio.sleep(0.01)
+        recorder = Recorder()
+        metadata = {"host": "127.0.0.1", "port": port_of(server), "secret": server.secret}
+        client = await StreamClient.connect("r1", metadata, recorder)
+        await recorder.until(lambda: recorder.info)
+        client.close()
+
+
+async def test_what_computes_speaks_for_itself():
+    """On a connection that the replica has handed on: its own end may well be closed."""
+    lifeline = FakeLifeline()
+    async with connected(lifeline) as (_, server, client, recorder):
+        async with asyncio.timeout(5):
+            while not lifeline.sockets:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)  # for our own end to be closed
+        [sock] = lifeline.sockets
+        sock.send(encode([Alive(7, 1)]))
+        await recorder.until(lambda: recorder.signs)
+        assert recorder.signs == [Alive(7, 1)]
+        assert server.life_port.tokens == set()
+        num_beats = lifeline.num_beats
+        await asyncio.sleep(0.6)
+        assert lifeline.num_beats >= num_beats + 2
+        client.close()
+        sock.setblocking(True)
+        assert await asyncio.wait_for(asyncio.to_thread(sock.recv, 1), 2) == b""
+        sock.close()
+
+
+async def test_a_token_is_good_once():
+    lifeline = FakeLifeline()
+    async with connected(lifeline) as (_, server, _, _):
+        token = server.life_port.issue_token()
+        for is_first in (True, False):
+            reader, writer = await stranger(server, server.life_port.port)
+            writer.write(encode([Hello(token)]))
+            await asyncio.sleep(0.1)
+            assert len(lifeline.sockets) == 2  # with that of the gateway
+            assert await is_closed(reader, 0.2) is not is_first
 
 
 async def test_an_idle_engine_sends_heartbeats():
