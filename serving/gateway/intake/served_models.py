@@ -52,10 +52,9 @@ class ServedModels:
                 (each for each in (*self._names, *models_elsewhere) if may_use((each,))), ""
             )
         exists = name in self._names or name in models_elsewhere
-        if not exists and not self._names and name:
+        if may_use((name,)) and not (exists or self._names):
             # Before the first engine has told its names any may be right.
-            self._guess_name(name)
-            exists = True
+            exists = self._is_good_guess(name)
         if not exists or not may_use((name,)):
             usable = {each for each in (*self._names, *models_elsewhere) if may_use((each,))}
             raise model_not_found(name, sorted(usable))
@@ -64,17 +63,17 @@ class ServedModels:
             raise ApiError(400, f"The model '{name}' does not support this endpoint ({task}).")
         return name, capacity
 
-    def _guess_name(self, name: str) -> None:
-        """Take a name for that of a model to come. Raise `ApiError` 503 for too many."""
-        self._guesses.add(name)
-        if len(self._guesses) > _MAX_GUESSES:
-            self._guesses.discard(name)
-            raise ApiError(
-                503,
-                "No engine has started yet, and too many names of models are asked for.",
-                kind="ServiceUnavailableError",
-                retry_after_s=_RETRY_AFTER_S,
-            )
+    def _is_good_guess(self, name: str) -> bool:
+        """Take a name for that of a model to come. Raise `ApiError` 503 for none, or too many."""
+        if name and (name in self._guesses or len(self._guesses) < _MAX_GUESSES):
+            self._guesses.add(name)
+            return True
+        raise ApiError(
+            503,
+            "No engine has started yet: it is not known which models there will be.",
+            kind="ServiceUnavailableError",
+            retry_after_s=_RETRY_AFTER_S,
+        )
 
     def _follow_engines(self) -> None:
         """Learn what engines serve, if others are up than before."""

@@ -10,25 +10,28 @@ client as soon as it has finished: OpenAI's client asks for neither usage nor `[
 """
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from router import Usage
 from serving.gateway.providers.provider_error import ProviderError, decode_error, read_error
 
+# No reply has more; what a service says is counted against tenants and budgets.
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+
 
 class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: _Count | None = None
 
 
 class _Usage(msgspec.Struct):
     """OpenAI's usage: by the names of chat and completions, or by those of responses."""
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
+    input_tokens: _Count | None = None
+    output_tokens: _Count | None = None
     prompt_tokens_details: _Details | None = None
     input_tokens_details: _Details | None = None
 

@@ -1,6 +1,7 @@
 """What do the headers of a provider's reply say of its limits?"""
 
 import email.utils
+import re
 import time
 from collections.abc import Mapping
 
@@ -16,6 +17,7 @@ _NAMES = {
     "limit_tokens": ("x-ratelimit-limit-tokens", "anthropic-ratelimit-tokens-limit"),
     "remaining_tokens": ("x-ratelimit-remaining-tokens", "anthropic-ratelimit-tokens-remaining"),
 }
+_NUMBER = re.compile(r"[0-9]{1,15}")
 _MAX_WAIT_S = 3600.0  # however long a provider says: after this it is asked again
 
 
@@ -24,7 +26,7 @@ def rate_report(headers: Mapping[str, str]) -> RateReport:
     numbers: dict[str, int | None] = {}
     for field, names in _NAMES.items():
         texts = [headers[name] for name in names if name in headers]
-        numbers[field] = int(texts[0]) if texts and texts[0].isdigit() else None
+        numbers[field] = int(texts[0]) if texts and _NUMBER.fullmatch(texts[0]) else None
     return RateReport(**numbers, retry_after_s=_retry_after_s(headers))
 
 

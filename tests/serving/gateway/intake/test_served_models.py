@@ -36,11 +36,13 @@ class TestBeforeTheFirstEngine:
     def test_where_no_name_is_known_any_may_be_right(self):
         models = ServedModels((), {})
         assert find(models, "later") == "later"
-        with pytest.raises(ApiError):  # but none is not the name of a model
+        with pytest.raises(ApiError) as caught:  # but none is not the name of a model
             find(models, None)
+        assert caught.value.status == 503
         assert find(models, None, elsewhere=("far",)) == "far"
-        with pytest.raises(ApiError):
+        with pytest.raises(ApiError) as caught:
             find(models, "secret", may_use=lambda names: False)
+        assert caught.value.status == 404
 
     def test_but_not_any_number_of_them(self):
         """Each has a queue, and each event looks into all."""

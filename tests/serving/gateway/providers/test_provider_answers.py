@@ -6,6 +6,8 @@ import time
 import pytest
 
 from router.resilience.breaker import BreakerState
+from serving.gateway.providers.event_reader import ReplyReader
+from serving.gateway.providers.rate_headers import rate_report
 from tests.support.provider_server import Script, breaker, budget, configured, serving
 from tests.support.running_gateway import CHAT, running
 
@@ -340,3 +342,20 @@ async def test_a_429_in_words_pauses_the_key_and_leaves_its_breaker(body):
         assert reply.content == GOOD
         assert budget(system).num_refused == 1
         assert breaker(system).state is BreakerState.CLOSED
+
+
+@pytest.mark.parametrize("number", [-(10**6), 10**30, 10**400, 1.5])
+def test_usage_that_cannot_be_is_none(number):
+    """What a service says is counted against tenants and budgets."""
+    usage = {"prompt_tokens": 1, "completion_tokens": number}
+    reader = ReplyReader(stream=False, hides_usage=False)
+    choices = [{"index": 0, "message": {"content": "x"}, "finish_reason": "stop"}]
+    reader.feed(json.dumps({"choices": choices, "usage": usage}).encode())
+    assert reader.flush()
+    assert reader.usage is None
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "-5", "1e3", "\u00b2", ""])
+def test_limits_that_are_no_numbers_are_none(text):
+    report = rate_report({"x-ratelimit-limit-tokens": text, "x-ratelimit-limit-requests": "60"})
+    assert (report.limit_tokens, report.limit_requests) == (None, 60)
