@@ -93,15 +93,20 @@ class TestLeaves:
         window.advance(STAYS_S + 0.1)
         assert window.used == 1
 
+    def test_a_tenth_of_a_second_later_is_still_together(self):
+        window = make_window()
+        first = window.add_counted(1, 0.0)
+        assert window.add_counted(1, window.window_s * (1.0 / 600.0)) is first
+
     def test_what_has_left_is_corrected_upwards_only(self):
         window = make_window()
         entry = window.add_counted(4, 0.0)
         window.advance(STAYS_S)
-        for difference, used in ((-2, 0), (0, 0), (3, 3)):
+        for difference, used in ((-2, 0), (0, 0), (3, 3), (0.5, 3.5)):
             window.adjust_entry(entry, difference, STAYS_S)
             assert window.used == used
         window.advance(2 * STAYS_S - 0.01)
-        assert window.used == 3
+        assert window.used == 3.5
 
     def test_what_is_in_it_is_corrected_in_its_entry(self):
         window = make_window()
@@ -159,8 +164,17 @@ class TestReports:
         window.record_report(limit=10, remaining=5, now_s=1.0)
         assert (window.free, window.used) == (5, 2)
 
-    def test_of_less_than_we_counted_are_of_nobody(self):
+    def test_leave_between_them_what_was_known(self):
+        """As much of it as there may still be."""
         window = make_window()
+        window.add_counted(5, 0.0)
+        window.record_report(limit=10, remaining=1, now_s=0.0)  # four of others
+        window.add_in_flight(3)
+        window.record_report(limit=10, remaining=4, now_s=0.0)  # six in all: one at most
+        assert window.free == 10 - 5 - 3 - 1
+
+    def test_of_less_than_we_counted_are_of_nobody(self):
+        window = make_window(math.inf)
         window.add_counted(5, 0.0)
         window.record_report(limit=10, remaining=9, now_s=1.0)
         assert window.free == 5
