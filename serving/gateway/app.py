@@ -245,12 +245,15 @@ class Gateway:
     async def get_health(self, request: Request) -> Response:
         """Answer 200 while an engine takes requests or a provider stands in, else 503.
 
-        It needs no key. Names of models are for those who have one, where there are keys.
+        It needs no key. Names of models are for those whose keys may use them, where there are
+        keys.
         """
         health = make_health(self.router.state(time.monotonic()), self.providers.models)
         content = msgspec.to_builtins(health)
-        if not self.tenants.knows(request.headers.raw):
-            del content["models"]
+        models = content.pop("models")
+        usable = self.tenants.usable_models(request.headers.raw, models)
+        if usable is not None:
+            content["models"] = {name: models[name] for name in usable}
         return _json(content, 200 if health.is_ready else 503)
 
     async def get_metrics(self, request: Request) -> Response:

@@ -157,13 +157,16 @@ class Tenants:
             raise _unauthorized("Incorrect API key provided.")
         return Caller(self._tenant(key.tenant), key.admin)
 
-    def knows(self, headers: Headers) -> bool:
-        """Whether who sends these headers may use the service at all."""
+    def usable_models(self, headers: Headers, names: Iterable[str]) -> list[str] | None:
+        """Return which of these models are for who sends these headers.
+
+        None if the service is not for them at all.
+        """
         try:
-            self.authenticate(headers)
+            caller = self.authenticate(headers)
         except ApiError:
-            return False
-        return True
+            return None
+        return [name for name in names if caller is None or caller.tenant.may_use((name,))]
 
     def authorize_admin(self, headers: Headers) -> None:
         """Raise `ApiError` 401 or 403 unless an admin sends these headers."""

@@ -78,13 +78,15 @@ async def test_a_half_open_breaker_lets_requests_come():
         assert (await _health(system))[0] == 200
 
 
-async def test_names_of_models_are_for_holders_of_keys(tmp_path):
+async def test_names_of_models_are_for_holders_of_keys_that_may_use_them(tmp_path):
     path = tmp_path / "keys.json"
     with KeysFile(path) as file:
         text, key = make_key("acme")
-        file.keys.append(key)
+        limited_text, limited_key = make_key("limited")
+        file.keys += [key, limited_key]
         file.save()
-    async with running(num_engines=1, auth={"keys_file": str(path)}) as system:
+    limits = {"limited": {"models": ["another"]}}
+    async with running(num_engines=1, auth={"keys_file": str(path)}, tenants=limits) as system:
         for headers in ({}, {"authorization": "Bearer wrong"}):
             status, health = await _health(system, headers=headers)
             assert status == 200
@@ -92,6 +94,8 @@ async def test_names_of_models_are_for_holders_of_keys(tmp_path):
             assert "models" not in health
         headers = {"authorization": f"Bearer {text}"}
         assert MODEL in (await _health(system, headers=headers))[1]["models"]
+        headers = {"authorization": f"Bearer {limited_text}"}
+        assert (await _health(system, headers=headers))[1]["models"] == {}
 
 
 @pytest.mark.parametrize("engines", [0, 1])
