@@ -39,12 +39,16 @@ class TestAmounts:
         [
             (Amount(2, 20, 1.0), True),
             (Amount(2, 20, 1.0 + 1e-10), True),  # rounding
+            (Amount(2, 20, 1.0 + 1e-8), False),
             (Amount(2, 20, 1.01), False),
             (Amount(3, 20, 1.0), False),
             (Amount(2, 21, 1.0), False),
             (Amount(), True),
         ],
     )
+    def test_cover_as_much_more_as_rounding_may_add(self):
+        assert Amount().covers(Amount(cost=1e-9))
+
     def test_cover_what_is_no_larger_in_anything(self, other, is_covered):
         assert Amount(2, 20, 1.0).covers(other) == is_covered
 
@@ -87,7 +91,10 @@ class TestRoom:
         assert limiter.wait_s(Amount(2), 0.0) == 0.5  # one of two that take a second each
         limiter.set_leased("g", one(), 0.0)
         assert limiter.wait_s(one(), 0.0) == pytest.approx(1.0 / 3.0)
+        limiter.set_leased("h", one(), 0.0)
+        assert limiter.wait_s(one(), 0.0) == pytest.approx(1.0 / 4.0)
         limiter.set_leased("g", Amount(), 0.0)
+        limiter.set_leased("h", Amount(), 0.0)
         assert limiter.wait_s(one(), 0.0) == 0.0
 
     def test_returns_as_soon_as_calls_usually_end(self):
@@ -148,6 +155,8 @@ class TestSpacing:
         assert limiter._next_send_s == pytest.approx(0.5 * STAYS_S * 0.75)
         first_s = limiter._next_send_s
         limiter.set_leased("g", Amount(2, 75), 1.0)  # one more, of no tokens
+        limiter.set_leased("g", Amount(2, 90), 1.0)  # none more
+        limiter.set_leased("g", Amount(2, 75), 1.0)
         assert limiter._next_send_s == first_s
         limiter.set_leased("g", Amount(3, 76), 100.0)
         assert limiter._next_send_s == pytest.approx(100.0 + 0.52 * STAYS_S * 0.01)
@@ -179,6 +188,13 @@ class TestEnds:
         sent(limiter, "seen", at_s=1.0, amount=one(50, 1.0))
         limiter.end_reservation("seen", None, 2.0)
         assert used(limiter, 2.0) == (1, 50, 1.0, 1.0)
+
+    def test_long_after_it_was_counted_count_what_it_took_more(self):
+        limiter = make_limiter()
+        sent(limiter, "a", amount=one(50))
+        limiter.end_reservation("a", one(80), 100.0)
+        assert used(limiter, 100.0 + STAYS_S - 0.01)[:2] == (0, 30)
+        assert used(limiter, 100.0 + STAYS_S)[:2] == (0, 0)
 
     def test_of_unknown_ids_change_nothing(self):
         limiter = make_limiter(max_concurrency=1)
@@ -231,6 +247,12 @@ class TestUnanswered:
         assert limiter.wait_s(one(), 5.0) == pytest.approx(STAYS_S)
         assert limiter.wait_s(one(), 8.0) == pytest.approx(STAYS_S - 3.0)
 
+    def test_do_not_hold_up_what_leaves(self):
+        limiter = make_limiter()
+        sent(limiter, "a")
+        limiter.record_sent("b", one(), STAYS_S)
+        assert used(limiter, STAYS_S)[0] == 1
+
 
 class TestRefusals:
     def test_count_as_a_request_without_tokens(self):
@@ -261,6 +283,12 @@ class TestRefusals:
         assert limiter.state(1.0).paused_s == 8.0
         assert limiter.wait_s(one(), 1.0) == 8.0
         assert limiter.state(10.0).paused_s == 0.0
+
+    def test_even_a_short_pause_is_one(self):
+        limiter = make_limiter()
+        limiter.pause_until(0.5)
+        with pytest.raises(ValueError, match="no room"):
+            limiter.reserve("a", one(), 0.0)
 
     def test_pause_twice_as_long_each_time_whatever_the_others_said(self):
         limiter = make_limiter()
