@@ -107,10 +107,10 @@ def read_object(data: bytes) -> dict[str, Any]:
 def _in_utf8(data: bytes) -> bytes:
     """Return a text in UTF-8 that comes in any of the encodings that `json` reads."""
     encoding = json.detect_encoding(data)
-    if encoding == "utf-8":
-        return data
     try:
-        return data.decode(encoding, "surrogatepass").encode(errors="surrogatepass")
+        # The rest of a body is not looked at here, but nobody behind us could read it either.
+        text = data.decode(encoding, "surrogatepass")
+        return data if encoding == "utf-8" else text.encode(errors="surrogatepass")
     except UnicodeDecodeError:
         raise _not_json("it is not in UTF-8, UTF-16 or UTF-32") from None
 

@@ -30,9 +30,17 @@ class TestEncodings:
         assert body.fields.output_limit == ("max_tokens", 7)
         assert json.loads(body.prompts["messages"]) == said["messages"]
 
-    def test_none_of_them(self):
-        with pytest.raises(ApiError) as caught:
-            read_json_body(CHAT, '{"model": "m"}'.encode("utf-16")[:-1])
+    @pytest.mark.parametrize(
+        "data",
+        [
+            '{"model": "m"}'.encode("utf-16")[:-1],
+            b'{"messages": [{"content": "\xff"}]}',  # where nobody looks
+            b'{"messages": [{"content": "hi"}], "x": "\xc3"}',
+        ],
+    )
+    def test_none_of_them(self, data):
+        with pytest.raises(ApiError, match="UTF-8") as caught:
+            read_json_body(CHAT, data)
         assert caught.value.status == 400
 
     @pytest.mark.parametrize(
