@@ -26,6 +26,10 @@ serve-emulated: install  ## eight emulated H100s behind the real gateway, in rea
 test: install  ## all tests, the fast ones first
 	$(BIN)/python -m pytest --durations=10 $(ARGS)
 
+.PHONY: mutants
+mutants: install  ## do tests notice wrong lines? what limits and resumes, mutated (an hour); ARGS="lease"
+	nice $(BIN)/python -m tests.mutants.run $(ARGS)
+
 check: install  ## lint, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -102,11 +103,29 @@ class TestFile:
         def noting(handle: int) -> None:
             sizes.append(os.fstat(handle).st_size)
             assert not path.exists()
+            # On the same disk, or it could not take the other's place at once.
+            assert [name for name in os.listdir(tmp_path) if name.startswith(".keys.json.")]
             fsync(handle)
 
         monkeypatch.setattr(os, "fsync", noting)
         save(path, entry())
         assert sizes == [path.stat().st_size]
+
+    def test_is_there_even_if_that_was_all_that_could_be_done(self, tmp_path, monkeypatch):
+        path = tmp_path / "keys.json"
+        replace = Path.replace
+
+        def interrupted(self: Path, target: Path) -> None:
+            replace(self, target)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save(path, entry())
+        assert read_keys(path) == [entry()]
+
+    def test_is_empty_before_it_is_read(self, tmp_path):
+        assert KeysFile(tmp_path / "keys.json").keys == []
 
     def test_is_locked_only_while_it_is_being_changed(self, tmp_path):
         path = tmp_path / "keys.json"
