@@ -23,7 +23,7 @@ class AsgiCall:
 
     | the call ends because                       | the gateway receives           |
     |---------------------------------------------|--------------------------------|
-    | the response is complete                    | `End` without an error         |
+    | the response is complete, whatever follows  | `End` without an error         |
     | the gateway cancelled it, or disconnected   | `End`: "cancelled"             |
     | the application raised, or sent too little  | `End` with the error           |
     | a resumed response differs from what was    | `End` with the error, which    |
@@ -107,7 +107,9 @@ class AsgiCall:
                 logger.exception("request %s failed", self._submit.request_id)
             error = f"{type(exception).__name__}: {exception}"
         finally:
-            if error is None and not self._is_complete:
+            if self._is_complete:
+                error = None  # what fails after the reply is nobody's concern, but for the log
+            elif error is None:
                 error = "cancelled" if self._cancelled.is_set() else "the response broke off"
             if self._is_dead():
                 self._on_dead()

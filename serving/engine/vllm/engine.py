@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import traceback
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,9 @@ from serving.engine.vllm import patches
 from serving.engine.vllm.lifeline import Lifeline
 from serving.planning.plan import Plan
 from serving.stream.accounting import RequestAccounting
+
+
+_BODY_CHECKS = "fastapi.dependencies.utils"  # the module that has a request's body checked
 
 
 class VllmEngine:
@@ -106,6 +110,7 @@ class VllmEngine:
             stats.reset_steps()
         app = build_app(args, tasks, llm.model_config)
         await init_app_state(llm, app.state, args, tasks)
+        refuse_unreadable_bodies(app)
         # Set by vLLM's launcher, which we are in place of: whoever answers for a request that
         # failed also sees to it that the server ends where the engine is dead. Ours ends anyway.
         app.state.server = SimpleNamespace(should_exit=False)
@@ -241,6 +246,26 @@ def vllm_arguments(plan: Plan) -> Any:
     args.model = args.model_tag = str(plan.model)
     args.served_model_name = [plan.served_model_name, *plan.aliases]
     return args
+
+
+def refuse_unreadable_bodies(app: Any) -> None:
+    """Have vLLM's application answer 400 where its own checks of a body's fields break down.
+
+    Some look into a field before they know that it is an object (`"structured_outputs": []`): an
+    `AttributeError`, which vLLM takes for a fault of the server.
+    """
+    from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
+
+    async def handle(request: Any, error: Exception) -> Any:
+        frames = traceback.walk_tb(error.__traceback__)
+        if any(frame.f_globals.get("__name__") == _BODY_CHECKS for frame, _ in frames):
+            error = ValueError(f"The request body has a field of a wrong type: {error}")
+        return await exception_handler(request, error)
+
+    for kind in (AttributeError, LookupError, AssertionError, RecursionError):
+        app.exception_handler(kind)(handle)
+    # What vLLM adds for a hosting service has had it built already, with the handlers of then.
+    app.middleware_stack = app.build_middleware_stack()
 
 
 def _prepare_parsers(args: Any) -> None:

@@ -86,3 +86,14 @@ def test_an_engines_failure_is_told_in_vllms_words(served: Served, monkeypatch) 
     assert reply.status_code == 500
     assert reply.json()["error"]["type"] == "InternalServerError"
     assert "State" not in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("value", [[], "a", 1.5, True])
+def test_a_field_that_vllms_checks_break_down_on_is_refused(served: Served, path, value) -> None:
+    prompt = (
+        {"messages": [{"role": "user", "content": "hi"}]} if "chat" in path else {"prompt": "a"}
+    )
+    reply = served.ask({**prompt, "structured_outputs": value}, path)
+    assert reply.status_code == 400
+    assert "field of a wrong type" in reply.json()["error"]["message"]

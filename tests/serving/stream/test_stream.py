@@ -294,6 +294,21 @@ async def test_a_crash_in_the_engines_app_ends_the_stream_with_an_error():
         assert "boom" in recorder.ends()[0].error
 
 
+async def test_a_crash_behind_a_whole_reply_changes_nothing():
+    """Starlette answers an unexpected exception with 500, and raises it once more."""
+    async with connected() as (engine, _, client, recorder):
+
+        async def broken(scope, receive, send):
+            await send({"type": "http.response.start", "status": 500, "headers": []})
+            await send({"type": "http.response.body", "body": b"sorry"})
+            raise RuntimeError("boom")
+
+        engine.app = broken
+        client.post(submit(1, num_chunks=1))
+        await recorder.until(recorder.ends)
+        assert [end.error for end in recorder.ends()] == [None]
+
+
 async def reply_of(app) -> list:
     """The frames that an application's answer becomes."""
     async with connected() as (engine, server, client, recorder):
