@@ -56,9 +56,9 @@ class RejectReason(enum.Enum):
 
 
 class FailedCall(msgspec.Struct, frozen=True):
-    """One engine's call that failed, of which nobody knows yet whose fault it was."""
+    """A call that failed, at an engine or a provider: nobody knows yet whose fault it was."""
 
-    replica_id: str
+    callee: str  # the replica's id, or the provider's key's
     permit: int  # of its breaker
     had_answered: bool  # it had begun to generate
 

@@ -1,5 +1,7 @@
 r"""What follows when an engine does not carry a request through, and whose fault was it?
 
+Providers are judged alike for what may be the request's fault, a 500: see `blame_others`.
+
 | what happens                                      | verdict on the engine | on the request     |
 |---------------------------------------------------|-----------------------|--------------------|
 | 4xx                                               | none                  | it is answered     |
@@ -13,6 +15,8 @@ import msgspec
 from router.core.lifecycle import OpenRequests
 from router.fleet.fleet import Fleet
 from router.fleet.replica import Replica
+from router.providers.calls import ProviderAttempt
+from router.providers.spillover import Spillover
 from router.resilience.breaker import Failure, TripReason
 from router.resilience.suspects import PROVEN_TOKENS, Suspects
 from router.scheduling.attempt import Attempt, Attempts
@@ -35,6 +39,7 @@ class Failures:
         attempts: Attempts,
         requests: OpenRequests,
         hedging: Hedging,
+        spillover: Spillover,
         suspects: Suspects,
         settings: RouterSettings,
     ) -> None:
@@ -42,6 +47,7 @@ class Failures:
         self._attempts = attempts
         self._requests = requests
         self._hedging = hedging
+        self._spillover = spillover
         self._suspects = suspects
         self._settings = settings
         # How many were fresh on the engine lost last, whose attempts are reported one by one.
@@ -126,8 +132,10 @@ class Failures:
         )
         return [withdraw, *decisions]
 
-    def blame_engines(self, attempt: Attempt, now_s: float, *, is_over: bool) -> None:
-        """Count failures against the engines that this attempt has got further than.
+    def blame_others(
+        self, attempt: Attempt | ProviderAttempt, now_s: float, *, is_over: bool
+    ) -> None:
+        """Count failures against the engines and providers that this attempt has got further than.
 
         It answers: then those that had not. `is_over`: all of them.
         """
@@ -135,9 +143,11 @@ class Failures:
         for call in attempt.request.failed_calls:
             if call.had_answered and not is_over:
                 left.append(call)
-            elif (replica := self._fleet.get(call.replica_id)) is not None:
+            elif (replica := self._fleet.get(call.callee)) is not None:
                 replica.breaker.record_late_failure(call.permit, Failure.ERROR, now_s)
                 self._fleet.refresh(replica)
+            elif (key := self._spillover.find_key(call.callee)) is not None:
+                key.breaker.record_late_failure(call.permit, Failure.ERROR, now_s)
         attempt.request = msgspec.structs.replace(attempt.request, failed_calls=tuple(left))
 
     def _keep_failed_call(self, attempt: Attempt) -> None:

@@ -63,16 +63,23 @@ class ProviderEvents:
         num_output_tokens: int | None = None,
         was_sent: bool = True,
         lasts: bool = False,
+        may_be_requests: bool = False,
     ) -> list[Decision]:
         """Place a request again that a provider did not carry through, or give it up.
 
         `can_retry` while nothing of the answer has been passed on; after that another
         provider may go on with it, if `num_output_tokens` tells how many this one has
         sent; `was_sent` unless the provider never saw the request; `lasts` if whatever
-        is sent under this key would fail in the same way.
+        is sent under this key would fail in the same way; `may_be_requests` if it may be the
+        request's fault: that shows when another one answers it, or none does.
         """
         request = self._calls.fail_call(
-            request_id, failure, was_sent=was_sent, lasts=lasts, now_s=now_s
+            request_id,
+            failure,
+            was_sent=was_sent,
+            lasts=lasts,
+            may_be_requests=may_be_requests,
+            now_s=now_s,
         )
         if request is None:
             return []

@@ -104,7 +104,13 @@ class Router:
         )
         self.outcomes = self._requests.outcomes
         self.failures = Failures(
-            self._fleet, self._attempts, self._requests, self._hedging, self._suspects, settings
+            self._fleet,
+            self._attempts,
+            self._requests,
+            self._hedging,
+            self._spillover,
+            self._suspects,
+            settings,
         )
         self.providers = ProviderEvents(self._requests, self._calls, self._spillover)
         self.discipline = Discipline(
@@ -146,7 +152,7 @@ class Router:
             return []
         attempt.mark_answer()
         if attempt.request.failed_calls and not attempt.is_error:
-            self.failures.blame_engines(attempt, now_s, is_over=False)
+            self.failures.blame_others(attempt, now_s, is_over=False)
         others = self._attempts.others(attempt)
         if not others:
             return []  # the usual case
@@ -160,7 +166,9 @@ class Router:
         """Learn from a first token: compare it with what was predicted."""
         attempt = self._attempts.mark_first_token(request_id, now_s)
         if attempt is None:
-            self._calls.mark_first_token(request_id, now_s)
+            call = self._calls.mark_first_token(request_id, now_s)
+            if call is not None and call.request.failed_calls:
+                self.failures.blame_others(call, now_s, is_over=False)
             return []
         withdrawn: list[Decision] = []
         if not attempt.has_answered:
@@ -176,7 +184,9 @@ class Router:
 
     def on_finish(self, request_id: str, usage: Usage | None, now_s: float) -> list[Decision]:
         """End a request that its engine, or provider, has answered: COMPLETED."""
-        if self._calls.complete_call(request_id, usage, now_s):
+        if (call := self._calls.complete_call(request_id, usage, now_s)) is not None:
+            if call.request.failed_calls:
+                self.failures.blame_others(call, now_s, is_over=True)
             return self._requests.close(Outcome.COMPLETED, now_s, at_once=True)
         came_at_once = self._attempts.mark_first_token(request_id, now_s) is not None
         if (attempt := self._attempts.oldest(request_id)) is None:
@@ -184,7 +194,7 @@ class Router:
         withdrawn = self._hedging.withdraw_others(attempt)
         if not attempt.is_error:
             if attempt.request.failed_calls:
-                self.failures.blame_engines(attempt, now_s, is_over=True)
+                self.failures.blame_others(attempt, now_s, is_over=True)
             if came_at_once:
                 self._observe(attempt, now_s)
             attempt.replica.breaker.record_success(attempt.permit, now_s)

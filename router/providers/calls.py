@@ -16,7 +16,7 @@ from router.providers.provider import ProviderKey
 from router.providers.quotes import Quote
 from router.queueing.hold_queue import HoldQueue
 from router.resilience.breaker import BreakerState, Failure, TripReason
-from router.types import Fallback, Request, Usage
+from router.types import FailedCall, Fallback, Request, Usage
 
 
 class ProviderAttempt(msgspec.Struct):
@@ -59,11 +59,14 @@ class ProviderCalls:
             attempt.key.limiter.mark_counted(request_id, now_s)
             attempt.key.limiter.record_report(report, now_s)
 
-    def mark_first_token(self, request_id: str, now_s: float) -> None:
-        """Learn from a first token how fast the provider is, and whether its breaker closes."""
+    def mark_first_token(self, request_id: str, now_s: float) -> ProviderAttempt | None:
+        """Learn from a first token how fast the provider is, and whether its breaker closes.
+
+        Return the attempt; None if there is none, or it had begun before.
+        """
         attempt = self._attempts.get(request_id)
         if attempt is None or attempt.has_begun:
-            return
+            return None
         attempt.has_begun = True
         ttft_s = max(0.0, now_s - attempt.sent_s)
         provider, breaker = attempt.key.provider, attempt.key.breaker
@@ -73,12 +76,15 @@ class ProviderCalls:
         if breaker.status is BreakerState.HALF_OPEN:
             # A probe need not wait for a long answer's end.
             breaker.record_success(attempt.permit, now_s)
+        return attempt
 
-    def complete_call(self, request_id: str, usage: Usage | None, now_s: float) -> bool:
-        """End the attempt at a request that was answered whole. Return False if there is none."""
+    def complete_call(
+        self, request_id: str, usage: Usage | None, now_s: float
+    ) -> ProviderAttempt | None:
+        """End the attempt at a request that was answered whole. Return it; None: there is none."""
         attempt = self._attempts.pop(request_id, None)
         if attempt is None:
-            return False
+            return None
         attempt.key.breaker.record_success(attempt.permit, now_s)
         provider, limiter = attempt.key.provider, attempt.key.limiter
         limiter.mark_counted(request_id, now_s)
@@ -89,7 +95,7 @@ class ProviderCalls:
         if usage is not None:
             provider.learn_usage(attempt.request, usage)
             self._queue.record_usage(attempt.request, usage)
-        return True
+        return attempt
 
     def cancel_call(self, request_id: str, now_s: float) -> bool:
         """End the attempt at a request whose client has left. Return False if there is none."""
@@ -115,24 +121,40 @@ class ProviderCalls:
         return attempt.request
 
     def fail_call(
-        self, request_id: str, failure: Failure, *, was_sent: bool, lasts: bool, now_s: float
+        self,
+        request_id: str,
+        failure: Failure,
+        *,
+        was_sent: bool,
+        lasts: bool,
+        may_be_requests: bool,
+        now_s: float,
     ) -> Request | None:
         """End an attempt that the provider did not carry through.
 
         Return the request, marked as tried there; None if there is no attempt at it.
         `was_sent` unless the provider certainly never saw it; `lasts` where the next call
-        would fail in the same way (a key that is not accepted).
+        would fail in the same way (a key that is not accepted); `may_be_requests` where the
+        request may be at fault: the breaker hears of it if another one answers.
         """
         attempt = self._attempts.pop(request_id, None)
         if attempt is None:
             return None
-        key = attempt.key
-        key.breaker.record_failure(attempt.permit, failure, now_s)
+        key, failed_calls = attempt.key, attempt.request.failed_calls
+        if may_be_requests:
+            key.breaker.release_permit(attempt.permit)
+            call = FailedCall(key.id, attempt.permit, had_answered=attempt.has_begun)
+            failed_calls = (*failed_calls, call)
+        else:
+            key.breaker.record_failure(attempt.permit, failure, now_s)
         if lasts:
             key.breaker.trip(TripReason.LOST, now_s)
         if was_sent:
             key.limiter.mark_counted(request_id, now_s)
         key.limiter.end_reservation(request_id, None, now_s)
         return msgspec.structs.replace(
-            attempt.request, tried=(*attempt.request.tried, key.id), retried_s=now_s
+            attempt.request,
+            tried=(*attempt.request.tried, key.id),
+            failed_calls=failed_calls,
+            retried_s=now_s,
         )

@@ -27,7 +27,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from router.limits.rate_limit import Amount, RateLimiter, RateLimits
 from router.providers.calls import ProviderCalls
 from router.providers.late_jobs import MooreHodgson
-from router.providers.provider import MakeLimiter, Provider, ProviderSettings, ProviderState
+from router.providers.provider import (
+    MakeLimiter,
+    Provider,
+    ProviderKey,
+    ProviderSettings,
+    ProviderState,
+)
 from router.providers.quotes import Quote, Quotes
 from router.queueing.deadline import ttft_deadline_s
 from router.queueing.hold_queue import HoldQueue
@@ -121,6 +127,11 @@ class Spillover:
                 provider.use_settings(provider_settings, now_s)
             self.providers.append(provider)
         self.quotes.providers = self.providers
+
+    def find_key(self, key_id: str) -> ProviderKey | None:
+        """Return the key of this id; None if there is none any more."""
+        keys = (key for provider in self.providers for key in provider.keys if key.id == key_id)
+        return next(keys, None)
 
     # Sending
 

@@ -248,6 +248,7 @@ class Driver:
                 ),
                 was_sent=failed.was_sent,
                 lasts=failed.lasts,
+                may_be_requests=failed.may_be_requests,
             )
         )
 

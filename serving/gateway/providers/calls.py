@@ -382,4 +382,4 @@ def _exception_of(call: ProviderCall, reply: ProviderReply, error: ProviderError
     if cause is ErrorCause.KEY:  # not in its words: they may hold the key
         return ProviderFailed(f"it answered {status}: the key is not accepted", lasts=True)
     words = f"with an error: {error.message[:_MAX_WORDS]}" if status == 200 else str(status)
-    return ProviderFailed(f"it answered {words}")
+    return ProviderFailed(f"it answered {words}", may_be_requests=cause is ErrorCause.UNKNOWN)

@@ -15,7 +15,7 @@ from serving.config import ProviderConfig
 
 
 class ProviderFailed(Exception):
-    """The provider did not carry a call through, and it is not the client's fault."""
+    """The provider did not carry a call through, as far as it says not by the client's fault."""
 
     def __init__(
         self,
@@ -24,11 +24,13 @@ class ProviderFailed(Exception):
         *,
         was_sent: bool = True,
         lasts: bool = False,
+        may_be_requests: bool = False,
     ) -> None:
         super().__init__(message)
         self.failure = failure
         self.was_sent = was_sent  # the provider may have counted it
         self.lasts = lasts  # the next call would fail in the same way
+        self.may_be_requests = may_be_requests  # another provider's answer will tell whose fault
 
 
 class ProviderReply(Protocol):

@@ -52,6 +52,7 @@ class ErrorCause(enum.Enum):
     MONEY = enum.auto()  # the key has none left: so would it
     RATE = enum.auto()  # too many calls at the moment
     PROVIDER = enum.auto()  # another may do better
+    UNKNOWN = enum.auto()  # the provider, or the request by what it does to it
 
 
 class ProviderError(msgspec.Struct, frozen=True):
@@ -72,7 +73,9 @@ class ProviderError(msgspec.Struct, frozen=True):
             return ErrorCause.KEY
         if 429 in statuses or (status == 200 and self.codes & _TOO_MANY):
             return ErrorCause.RATE
-        return ErrorCause.REQUEST if status in _CLIENTS_FAULT else ErrorCause.PROVIDER
+        if status in _CLIENTS_FAULT:
+            return ErrorCause.REQUEST
+        return ErrorCause.PROVIDER if statuses - {500} else ErrorCause.UNKNOWN
 
 
 def read_error(fields: Any) -> ProviderError | None:

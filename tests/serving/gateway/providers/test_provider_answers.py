@@ -1,6 +1,5 @@
 """What counts as an answer of a provider, and what as the end of one? Real HTTP on both sides."""
 
-import json
 import time
 
 import pytest
@@ -8,30 +7,19 @@ import pytest
 from router.resilience.breaker import BreakerState
 from serving.gateway.providers.event_reader import ReplyReader
 from serving.gateway.providers.rate_headers import rate_report
-from tests.support.provider_server import Script, breaker, budget, configured, serving
-from tests.support.running_gateway import CHAT, running
-
-
-def event(chunk: dict | list) -> bytes:
-    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
-
-
-def delta(content: str | None = None, finish: str | None = None, index: int = 0, **said) -> bytes:
-    said |= {} if content is None else {"content": content}
-    choice = {"index": index, "delta": said, "finish_reason": finish}
-    return event({"id": "c", "object": "chat.completion.chunk", "choices": [choice]})
-
-
-ROLE = delta("", role="assistant")
-ERROR = event({"error": {"message": "overloaded", "type": "server_error"}})
-ONE_FAILURE_OPENS = {"breaker": {"max_consecutive_failures": 1}}
-DONE = b"data: [DONE]\n\n"
-PAGE = b"<!doctype html>\n\n<title>502 Bad Gateway</title>\n\n<p>nginx</p>\n\n"
-GOOD = delta("good ", role="assistant") + delta("", "stop") + DONE
-GOOD_WHOLE = Script(
-    b'{"choices": [{"index": 0, "message": {"content": "good"}, "finish_reason": "stop"}]}',
-    content_type="application/json",
+from tests.serving.gateway.providers.replies import (
+    DONE,
+    ERROR,
+    GOOD,
+    GOOD_WHOLE,
+    ONE_FAILURE_OPENS,
+    PAGE,
+    ROLE,
+    delta,
+    event,
 )
+from tests.support.provider_server import Script, breaker, configured, serving
+from tests.support.running_gateway import CHAT, running
 
 
 @pytest.mark.parametrize("end", ["whole", "broken", "error", "done"])
@@ -258,104 +246,3 @@ async def test_comments_do_not_hide_that_a_provider_hangs():
             assert b'"some"' in reply.content
             assert b"it stalled" in reply.content
             assert system.outcomes["failed"] == 1
-
-
-def out_of_money(message: str = "no", **fields) -> bytes:
-    return json.dumps({"error": {"message": message, **fields}}).encode()
-
-
-@pytest.mark.parametrize(
-    ("status", "body"),
-    [
-        (402, b""),
-        (402, out_of_money("Insufficient Balance")),
-        (400, out_of_money("Budget has been exceeded! Current cost: 2", code="400")),
-        (400, out_of_money("x", type="budget_exceeded")),
-        (400, out_of_money("Your credit balance is too low to access the Anthropic API.")),
-        (400, out_of_money("budget exhausted")),
-        (403, out_of_money("x", code="insufficient_user_quota")),
-        (429, out_of_money("x", type="insufficient_quota")),
-        (429, out_of_money("x", code="exceeded_current_quota_error")),
-        (200, out_of_money("x", code=402)),
-        (200, out_of_money("x", code="insufficient_quota")),
-        (200, b"data: " + out_of_money("x", code="insufficient_quota") + b"\n\n"),
-    ],
-)
-async def test_a_key_without_money_is_put_aside(status, body):
-    script = Script(body, status=status)
-    async with (
-        serving(script=script) as poor,
-        serving(script=Script(GOOD)) as rich,
-        running(num_engines=0, **configured(poor, rich)) as system,
-    ):
-        for _ in range(3):
-            reply = await system.client.post(CHAT, json=system.chat())
-            assert reply.content == GOOD
-        assert len(poor.bodies) == 1
-        assert breaker(system).state is BreakerState.OPEN
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        out_of_money("Unknown field: 'budget exhausted'", code="invalid_value"),
-        out_of_money("insufficient_quota is no field", type="invalid_request_error"),
-        b'{"detail": [{"msg": "x", "input": {"error": {"code": "insufficient_quota"}}}]}',
-    ],
-)
-async def test_a_client_cannot_put_a_key_aside_by_what_it_says(body):
-    """What an error says back is the client's own."""
-    script = Script(body, status=400, content_type="application/json")
-    async with (
-        serving(script=script) as server,
-        running(num_engines=0, **configured(server)) as system,
-    ):
-        for _ in range(3):
-            reply = await system.client.post(CHAT, json=system.chat())
-            assert (reply.status_code, reply.content) == (400, body)
-        assert breaker(system).state is BreakerState.CLOSED
-
-
-async def test_an_input_that_was_flagged_is_not_the_keys_fault():
-    body = out_of_money("flagged", code=403, metadata={"reasons": ["violence"]})
-    script = Script(body, status=403, content_type="application/json")
-    async with (
-        serving(script=script) as server,
-        running(num_engines=0, **configured(server)) as system,
-    ):
-        reply = await system.client.post(CHAT, json=system.chat())
-        assert (reply.status_code, reply.content) == (403, body)
-        assert breaker(system).state is BreakerState.CLOSED
-
-
-@pytest.mark.parametrize(
-    "body",
-    [out_of_money("slow down", code=429), event({"error": {"code": "rate_limit_exceeded"}})],
-)
-async def test_a_429_in_words_pauses_the_key_and_leaves_its_breaker(body):
-    async with (
-        serving(script=Script(body)) as busy,
-        serving(script=Script(GOOD)) as other,
-        running(num_engines=0, **configured(busy, other, **ONE_FAILURE_OPENS)) as system,
-    ):
-        reply = await system.client.post(CHAT, json=system.chat())
-        assert reply.content == GOOD
-        assert budget(system).num_refused == 1
-        assert breaker(system).state is BreakerState.CLOSED
-
-
-@pytest.mark.parametrize("number", [-(10**6), 10**30, 10**400, 1.5])
-def test_usage_that_cannot_be_is_none(number):
-    """What a service says is counted against tenants and budgets."""
-    usage = {"prompt_tokens": 1, "completion_tokens": number}
-    reader = ReplyReader(stream=False, hides_usage=False)
-    choices = [{"index": 0, "message": {"content": "x"}, "finish_reason": "stop"}]
-    reader.feed(json.dumps({"choices": choices, "usage": usage}).encode())
-    assert reader.flush()
-    assert reader.usage is None
-
-
-@pytest.mark.parametrize("text", ["9" * 5000, "-5", "1e3", "\u00b2", ""])
-def test_limits_that_are_no_numbers_are_none(text):
-    report = rate_report({"x-ratelimit-limit-tokens": text, "x-ratelimit-limit-requests": "60"})
-    assert (report.limit_tokens, report.limit_requests) == (None, 60)
