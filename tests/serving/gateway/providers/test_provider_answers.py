@@ -5,8 +5,6 @@ import time
 import pytest
 
 from router.resilience.breaker import BreakerState
-from serving.gateway.providers.event_reader import ReplyReader
-from serving.gateway.providers.rate_headers import rate_report
 from tests.serving.gateway.providers.replies import (
     DONE,
     ERROR,

@@ -6,6 +6,8 @@ import json
 import pytest
 
 from router.resilience.breaker import BreakerState
+from serving.gateway.providers.event_reader import ReplyReader
+from serving.gateway.providers.rate_headers import rate_report
 from tests.serving.gateway.providers.replies import GOOD, ONE_FAILURE_OPENS, ROLE, event
 from tests.support.provider_server import Script, breaker, budget, configured, serving
 from tests.support.running_gateway import CHAT, running
