@@ -30,6 +30,9 @@ def sent(limiter: RateLimiter, *names: str, at_s: float = 0.0, amount: Amount | 
 
 
 class TestAmounts:
+    def test_cover_as_much_more_as_rounding_may_add(self):
+        assert Amount().covers(Amount(cost=1e-9))
+
     def test_add_and_subtract(self):
         assert Amount(1, 2, 3.0) + Amount(10, 20, 30.0) == Amount(11, 22, 33.0)
         assert Amount(11, 22, 33.0) - Amount(10, 20, 30.0) == Amount(1, 2, 3.0)
@@ -46,9 +49,6 @@ class TestAmounts:
             (Amount(), True),
         ],
     )
-    def test_cover_as_much_more_as_rounding_may_add(self):
-        assert Amount().covers(Amount(cost=1e-9))
-
     def test_cover_what_is_no_larger_in_anything(self, other, is_covered):
         assert Amount(2, 20, 1.0).covers(other) == is_covered
 
