@@ -36,8 +36,6 @@ class _Usage(msgspec.Struct):
     input_tokens_details: _Details | None = None
 
 
-# Most events hold a token and nothing to note: only these are parsed once a reply has begun.
-_NOTABLE = re.compile(rb'"usage"\s*:\s*\{|"error"|"finish_reason"\s*:\s*"|"response\.[a-z]+"')
 _ERROR_EVENT = re.compile(rb"^event:\s*error\s*$", re.MULTILINE)
 # Events of the Responses API by which it ends, and those that come before any content.
 _ENDS = frozenset(("response.completed", "response.incomplete"))
@@ -57,6 +55,8 @@ _PREFACES = frozenset(
 
 def event_data(event: bytes) -> bytes:
     """Return what an event bears: its `data:` lines, joined."""
+    if b"\n" not in event and event.startswith(b"data:"):
+        return event[5:].strip()
     return b"".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:"))
 
 
@@ -144,7 +144,7 @@ class ReplyReader:
         if data == b"[DONE]":
             self.is_complete = self._has_begun
             return True
-        if self._has_begun and _NOTABLE.search(data) is None:
+        if self._has_begun and not _is_notable(data):
             return True
         fields = _decoded(data)
         if not isinstance(fields, dict):
@@ -201,6 +201,21 @@ class ReplyReader:
             num_output_tokens=usage.completion_tokens or usage.output_tokens or 0,
         )
         return True
+
+
+def _is_notable(data: bytes) -> bool:
+    """Whether an event may hold more than a token. Most do not, and are not parsed.
+
+    Within a token's text a quote has a backslash before it.
+    """
+    return (
+        b'"error"' in data
+        or b'"usage":{' in data
+        or b'"usage": {' in data
+        or b'"finish_reason":"' in data
+        or b'"finish_reason": "' in data
+        or b'"response.' in data
+    )
 
 
 def _decoded(data: bytes) -> Any:
