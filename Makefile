@@ -8,7 +8,7 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test check lock bench-overhead bench-decision bench-real bench-sim
-.PHONY: bench-fidelity bench-spill bench-cache chaos chaos-fleet chaos-poison chaos-real clean
+.PHONY: bench-fidelity bench-spill bench-cache chaos chaos-fleet chaos-poison chaos-gateway chaos-real clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,13 +67,16 @@ bench-peers: install  ## other routers and ours, before 8 emulated and 2 real en
 bench-overload: install  ## five times the capacity of emulated engines for ten minutes
 	$(BIN)/python -m benchmarks.overload $(ARGS)
 
-chaos: chaos-fleet chaos-poison chaos-real  ## the next three
+chaos: chaos-fleet chaos-poison chaos-gateway chaos-real  ## the next four
 
 chaos-fleet: install  ## eight emulated engines failing under 5,000 streams, every reply checked
 	$(BIN)/python -m benchmarks.chaos.emulated $(ARGS)
 
 chaos-poison: install  ## requests that hurt engines, sent to six emulated ones beside a good load
 	$(BIN)/python -m benchmarks.chaos.poisoned $(ARGS)
+
+chaos-gateway: install  ## two gateways, of which one hangs or dies, beside new clients all the time
+	$(BIN)/python -m benchmarks.chaos.gateways $(ARGS)
 
 chaos-real: install  ## two vLLM engines on CPU cores killed and hung under load, every reply checked
 	$(BIN)/python -m benchmarks.chaos.real $(ARGS)
