@@ -9,11 +9,13 @@ import time
 import pytest
 
 from router import Request, RequestClass, Usage
-from serving.config import parse
+from router.limits.tenant_quota import TenantLimits
+from serving.config import TenantConfig, parse
 from serving.gateway.http.errors import ApiError
 from serving.gateway.tenants.keys import make_key
 from serving.gateway.tenants.tenants import (
     Consumption,
+    Tenant,
     Tenants,
     TenantsState,
     TenantState,
@@ -189,6 +191,9 @@ class TestPrefixes:
         expected = hashlib.blake2b("é".encode(), key=key, digest_size=16).hexdigest()
         assert hmac.compare_digest(acme.cache_salt("é"), expected)
 
+    def test_are_so_unless_the_opposite_is_said(self):
+        assert Tenant("acme", TenantConfig(), TenantLimits(), 0.0).cache_salt("")
+
     def test_are_everybodys_where_that_is_wanted(self):
         assert Office(share_prefix_cache=True).tenant("acme").cache_salt("mine") is None
 
@@ -276,8 +281,12 @@ class TestLimits:
         assert acme.config is configs["acme"]
         assert acme.quota.remaining(clock.now_s)["tokens"][:2] == (200, 170.0)
         assert ops.config.weight == 1.0
-        office.tenants.use_keys([make_key("new")[1]])
+        text, key = make_key("new")
+        office.tenants.use_keys([key])
         assert office.tenants.state(clock.now_s).num_keys == 1
+        office.tenants.use_configs({"new": configs["acme"]})  # of whom nobody has heard yet
+        new = office.tenants.authenticate([(b"authorization", f"Bearer {text}".encode())])
+        assert new.tenant.config.weight == 2.0
 
 
 @pytest.mark.usefixtures("clock")
@@ -294,12 +303,13 @@ class TestUse:
             office.tenants.end_request(admitted, usage)
             clock.now_s += 60.0
         admitted = office.tenants.admit_request(acme, asked(60, 0))
-        with pytest.raises(ApiError):
-            office.tenants.admit_request(acme, asked(100, 0))
+        for _ in range(2):
+            with pytest.raises(ApiError):
+                office.tenants.admit_request(acme, asked(100, 0))
         office.tenants.end_request(admitted, self.USAGE)
         used = Consumption(
             num_requests=3,
-            num_refused=1,
+            num_refused=2,
             num_prompt_tokens=120,
             num_cached_tokens=32,
             num_output_tokens=14,
@@ -313,7 +323,7 @@ class TestUse:
         assert list(state.by_name) == ["acme", "ops"]
         assert state.by_name["acme"] == TenantState(
             num_requests=3,
-            num_refused=1,
+            num_refused=2,
             num_prompt_tokens=120,
             num_cached_tokens=32,
             num_output_tokens=14,
