@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from serving.cluster.processes import has_ended
+
 _MARK = "HEADWAY_LAUNCH"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None)
@@ -77,11 +79,7 @@ class Launch:
 
     def living(self) -> list[psutil.Process]:
         """Return the found processes that still run."""
-        return [
-            process
-            for process in self.processes
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-        ]
+        return [process for process in self.processes if not has_ended(process)]
 
     def end(self, patience_s: float = 40.0) -> list[str]:
         """Interrupt the command, wait, kill what is left; return the titles of those killed.

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import http.client
 import json
 import socket
 import sys
@@ -201,7 +202,7 @@ def get_json(url: str) -> Any:
     try:
         with urllib.request.urlopen(url, timeout=5) as reply:
             return json.load(reply)
-    except (OSError, urllib.error.URLError, ValueError):
+    except (OSError, http.client.HTTPException, ValueError):
         return None
 
 

@@ -5,17 +5,23 @@
 | first  | raises `StopSignal` wherever the main thread is, so that waiting ends     |
 | second | sets `must_hurry`: cleaning up goes on, but waits for nothing             |
 | later  | none                                                                      |
+
+One that follows within half a second is the same one: `timeout` and some job schedulers send it to
+the process and to its group.
 """
 
 import asyncio
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Self, TypeVar
 
+from serving.cluster.processes import STOP_SIGNALS
+
 T = TypeVar("T")
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_ECHO_S = 0.5
 
 
 class StopSignal(KeyboardInterrupt):
@@ -31,6 +37,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._count = 0
+        self._last_s = -_ECHO_S
         self._before: dict[int, object] = {}
 
     @property
@@ -39,7 +46,7 @@ class Interrupts:
         return self._count > 1
 
     def __enter__(self) -> Self:
-        self._before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+        self._before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
         self.install_handlers()
         return self
 
@@ -49,7 +56,7 @@ class Interrupts:
 
     def install_handlers(self) -> None:
         """Handle the signals; needed again after `ray.init`, which handles SIGTERM itself."""
-        for signum in _SIGNALS:
+        for signum in STOP_SIGNALS:
             signal.signal(signum, self._on_signal)
 
     def stop_raising(self) -> None:
@@ -57,6 +64,9 @@ class Interrupts:
         self._count = max(self._count, 1)
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
+        last_s, self._last_s = self._last_s, time.monotonic()
+        if self._last_s - last_s < _ECHO_S:
+            return
         self._count += 1
         if self._count == 1:
             raise StopSignal(signum)
@@ -73,7 +83,7 @@ def run_until_stopped(run: Callable[[], Awaitable[T]]) -> T:
     async def run_cancellable() -> T:
         task = asyncio.current_task()
         assert task is not None
-        for signum in _SIGNALS:
+        for signum in STOP_SIGNALS:
             asyncio.get_running_loop().add_signal_handler(signum, task.cancel)
         return await run()
 

@@ -7,6 +7,7 @@ waited for and watched. At the end streams are drained, and no process and no fi
 import contextlib
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,14 +25,14 @@ from serving.cli.progress import (
     last_error,
     read_app_state,
 )
-from serving.cluster.processes import descendants
+from serving.cluster.processes import reap_children, run_processes
 from serving.cluster.ray_session import (
     RaySession,
     joined_session,
     private_environment,
-    private_folder,
     private_session,
 )
+from serving.cluster.run_folder import run_folder
 from serving.gateway.http.endpoint import (
     StartError,
     check_port_is_free,
@@ -44,7 +45,9 @@ from serving.planning.plan import Plan
 _ENGINE = "Engine"  # the deployment in `serving.cluster.application`
 _POLL_S = 0.5
 _WATCH_S = 5.0  # between two checks of running engines
-_DRAIN_MARGIN_S = 15.0  # for Serve's own steps before and after the engines drain
+# For Serve's own steps before and after the drain. A gateway behind HAProxy cannot know when its
+# time is over: it ends its streams when Ray ends, before Serve would cut them (`build`).
+_DRAIN_MARGIN_S = 5.0
 
 Build = Callable[[dict[str, Any]], Any]  # makes the Serve application from its arguments
 
@@ -73,7 +76,7 @@ def launch(
                 check_port_is_free(file.host, file.port)
                 for port in file.metrics_ports:
                     check_port_is_free(file.config.gateway.host, port, "gateway.metrics_port")
-                folder = stack.enter_context(private_folder())
+                folder = stack.enter_context(run_folder())
                 variables = private_environment(folder, haproxy=file.haproxy, given=os.environ)
                 os.environ.update(variables)
             else:
@@ -97,6 +100,9 @@ def launch(
         except StopSignal as stop:
             console.print("stopped before anything was ready")
             return 128 + stop.signum
+        except SystemExit:  # Ray handles SIGTERM itself while it starts
+            console.print("stopped before anything was ready")
+            return 128 + signal.SIGTERM
         finally:
             interrupts.stop_raising()
             stack.close()
@@ -119,14 +125,14 @@ def _serve(
     start_s: float,
 ) -> int:
     with _removed_at_end(file, session, console, interrupts) as removal:
-        _deploy_application(file, application)
+        session.call(lambda: _deploy_application(file, application))
         display = ProgressDisplay(console)
         with display.shown():
             _wait_for_engines(file, plan, session, display)
         wait_for_answer(file.url)
         try:
             console.print(_ready_text(file, plan, time.monotonic() - start_s))
-            _watch_engines(file, plan, console)
+            _watch_engines(file, plan, session, console)
         except StopSignal:
             removal.drains = True
     return 0
@@ -161,21 +167,23 @@ def _removed_at_end(
         else:
             timeout_s = 0.0
         if removal.drains or not session.is_private:
-            _delete_application(file, timeout_s + _DRAIN_MARGIN_S, interrupts)
+            _delete_application(file, session, timeout_s + _DRAIN_MARGIN_S, interrupts)
         if not session.is_private and not session.serve_was_running:
             from ray import serve
 
             serve.shutdown()
 
 
-def _delete_application(file: ConfigFile, timeout_s: float, interrupts: Interrupts) -> None:
+def _delete_application(
+    file: ConfigFile, session: RaySession, timeout_s: float, interrupts: Interrupts
+) -> None:
     """Have Serve delete the application and wait until it is gone, at most `timeout_s`."""
     from ray import serve
 
     deadline_s = time.monotonic() + timeout_s
     with contextlib.suppress(Exception):  # Ray itself may have failed; the launch ends anyhow
-        serve.delete(file.name, _blocking=False)
-        while read_app_state(file.name, _ENGINE) is not None:
+        session.call(lambda: serve.delete(file.name, _blocking=False))
+        while session.call(lambda: read_app_state(file.name, _ENGINE)) is not None:
             if interrupts.must_hurry or time.monotonic() > deadline_s:
                 return
             time.sleep(0.1)
@@ -213,12 +221,12 @@ def _wait_for_engines(
     timeout_s = file.config.engine.start_timeout_s
     deadline_s = time.monotonic() + timeout_s
     while True:
-        state = read_app_state(file.name, _ENGINE)
+        state = session.call(lambda: read_app_state(file.name, _ENGINE))
         if state is None:
             raise StartError("the application was deleted while it started")
         if (cause := failure_cause(state)) is not None:
             raise StartError(f"cannot start: {engine_core_error(session.logs) or cause}")
-        processes = descendants() if session.is_private else []
+        processes = run_processes(session.folder) if session.folder else []
         display.show_phases(
             engine_phases(processes, file.name, _ENGINE, plan.num_replicas, state.num_ready)
         )
@@ -230,19 +238,35 @@ def _wait_for_engines(
                 f"{timeout_s:.0f} s; raise engine.start_timeout_s"
                 + (f" (Ray Serve says: {state.message})" if state.message else "")
             )
-        time.sleep(_POLL_S)
+        _pause(session, _POLL_S)
 
 
-def _watch_engines(file: ConfigFile, plan: Plan, console: Console) -> None:
+def _pause(session: RaySession, duration_s: float) -> None:
+    """Wait. Raise `StopSignal` if Ray is asked to stop meanwhile, `StartError` if it ends.
+
+    The signal was meant for the launch: Ray, which is deaf to it, stays for the drain.
+    """
+    end_s = time.monotonic() + duration_s
+    while (left_s := end_s - time.monotonic()) > 0:
+        session.check()
+        if (signum := session.stop_signal()) is not None:
+            raise StopSignal(signum)
+        time.sleep(min(left_s, _POLL_S))
+
+
+def _watch_engines(file: ConfigFile, plan: Plan, session: RaySession, console: Console) -> None:
     """Report engines that stop and come back, until `StopSignal`.
 
     Raise `StartError` if Ray or the application is gone.
     """
     num_ready = plan.num_replicas
     while True:
-        time.sleep(_WATCH_S)
+        _pause(session, _WATCH_S)
+        reap_children()
         try:
-            state = read_app_state(file.name, _ENGINE)
+            state = session.call(lambda: read_app_state(file.name, _ENGINE))
+        except StartError:
+            raise
         except Exception as error:  # Ray's client raises anything when Ray is gone
             raise StartError(f"Ray is gone: {error}") from error
         if state is None:

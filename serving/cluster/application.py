@@ -1,10 +1,11 @@
 """Which Ray Serve deployments make up the application, and how does each gateway start?"""
 
 import asyncio
-import contextlib
 import dataclasses
 import json
-from typing import Any
+import os
+import time
+from typing import Any, NoReturn
 
 from ray import serve
 from ray.serve.config import RequestRouterConfig
@@ -14,6 +15,7 @@ from serving.cluster import discovery
 from serving.cluster.engine_deployment import EngineReplica
 from serving.cluster.lease_actor import actor_sender
 from serving.cluster.loop_thread import LoopThread
+from serving.cluster.processes import call_when_parent_ends
 from serving.config import Config, parse
 from serving.gateway.app import Gateway
 from serving.gateway.http.front import Front
@@ -27,6 +29,12 @@ from serving.renamed import current_args
 
 # The router decides on admission; Serve's own limit must never apply.
 _NO_LIMIT = 1_000_000
+# A gateway that hangs or is stopped has to be replaced within ten seconds, for a stopped one keeps
+# the connections that the kernel gives it. Serve believes three checks in a row.
+_HEALTH_PERIOD_S = 1.0
+_HEALTH_TIMEOUT_S = 2.0
+_LOOP_TIMEOUT_S = 1.8  # for an event loop to take its turn
+_LAST_WORDS_S = 1.0  # for error events to be written
 
 
 class OwnFrontGateway:
@@ -41,6 +49,17 @@ class OwnFrontGateway:
         self._gateway, self._listeners = await self._loop.run(
             _open_gateway(config, engines, served_names)
         )
+        call_when_parent_ends(self._exit)
+
+    async def check_health(self) -> None:
+        """Raise `TimeoutError` if the gateway's event loop hangs, which Serve's does not show."""
+        async with asyncio.timeout(_LOOP_TIMEOUT_S):
+            await self._loop.run(asyncio.sleep(0))
+
+    def _exit(self) -> NoReturn:
+        """Leave, for there is no Ray any more. What is open ends with an error event."""
+        asyncio.run(self._loop.run(_close_gateway(self._gateway, self._listeners, 0.0)))
+        os._exit(1)
 
     async def __del__(self) -> None:
         if hasattr(self, "_listeners"):  # absent where `__init__` failed
@@ -68,12 +87,16 @@ async def _open_own_listeners(gateway: Gateway) -> list[Listener]:
 
 
 async def _close_gateway(gateway: Gateway, listeners: list[Listener], timeout_s: float) -> None:
-    """Let open responses finish for up to `timeout_s`, then close."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            for listener in listeners:  # its own last: what is drained can be seen there
-                await listener.stop()
+    """Let open responses finish for up to `timeout_s`; end the others with an error event."""
+    stopping = asyncio.ensure_future(_stop_listeners(listeners))
+    await asyncio.wait([stopping], timeout=timeout_s)
     gateway.close()
+    await asyncio.wait([stopping], timeout=_LAST_WORDS_S)
+
+
+async def _stop_listeners(listeners: list[Listener]) -> None:
+    for listener in listeners:  # its own last: what is drained can be seen there
+        await listener.stop()
 
 
 def _make_gateway(
@@ -103,6 +126,18 @@ class ServedGateway:
     ) -> None:
         self._gateway = _make_gateway(parse(args), engines, served_names)
         self._listeners = await _open_own_listeners(self._gateway)
+        self._loop = asyncio.get_running_loop()
+        call_when_parent_ends(self._exit)
+
+    async def check_health(self) -> None:
+        """Return at once: Serve calls this on the gateway's event loop."""
+
+    def _exit(self) -> NoReturn:
+        """Leave, for there is no Ray any more. What is open ends with an error event."""
+        closing = _close_gateway(self._gateway, self._listeners, 0.0)
+        asyncio.run_coroutine_threadsafe(closing, self._loop).result()
+        time.sleep(_LAST_WORDS_S)  # it is Serve that writes, and does not tell when it has
+        os._exit(1)
 
     def __serve_build_asgi_app__(self) -> Front:
         return self._gateway.app
@@ -148,6 +183,8 @@ def build(args: dict[str, Any]) -> serve.Application:
         max_ongoing_requests=_NO_LIMIT,
         graceful_shutdown_timeout_s=config.engine.drain_timeout_s + 10,
         graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
     )(OwnFrontGateway if config.gateway.front == "own" else serve.ingress(None)(ServedGateway))
     return gateway.bind(args, engines.bind(args, plan), _served_names(config, plan))
 

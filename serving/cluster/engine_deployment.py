@@ -11,6 +11,7 @@ from ray import serve
 
 from serving.cluster.engine_watch import EngineWatch
 from serving.cluster.loop_thread import LoopThread
+from serving.cluster.processes import prefer_for_oom_kill
 from serving.config import Config, parse
 from serving.engine.step_log import StepLog
 from serving.gateway.http.endpoint import is_loopback
@@ -31,6 +32,7 @@ class EngineReplica:
     """
 
     async def __init__(self, args: dict, plan: Plan) -> None:  # type: ignore[misc]  # Serve awaits it
+        prefer_for_oom_kill()  # before gateways: their memory is bounded, and they serve everybody
         self._config = parse(args)
         self._loop = LoopThread("engine")
         rank = serve.get_replica_context().rank

@@ -6,30 +6,39 @@ its files, vLLM's and HAProxy's are in one folder, which is removed at the end.
 
 import contextlib
 import logging
-import os
 import secrets
-import shutil
 import socket
-import tempfile
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
-from serving.cluster.processes import become_subreaper, ending_new_processes
+from serving.cluster.processes import (
+    RAY_HEADS,
+    RUN_VARIABLE,
+    adopt_orphans,
+    deaf_to_stop_signals,
+    end_processes,
+    end_run,
+    has_ended,
+    pending_stop_signal,
+    reap_children,
+)
 from serving.gateway.http.endpoint import StartError
 from serving.planning.bundled_model import default_cache_dir
 
 _OBJECT_STORE_BYTES = 200_000_000  # requests and tokens do not go through it
-_PREFIX = "headway-"
-_OWNER_FILE = "owner"  # holds pid and start time of the launcher
-# HAProxy allows its sockets 97 characters; Ray Serve puts a folder of 56 in between.
-_MAX_FOLDER_LENGTH = 97 - len("/proxy/") - 56 - len("/metrics.sock")
 _NAMESPACE = "serve"  # Ray Serve's own
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+_LOOK_S = 0.2  # between two looks whether Ray is still there
+_DISCONNECT_S = 1.5  # Ray's own way to end takes about one second, and five without a GCS
+_END_S = 10.0  # for it to return in any case
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +48,45 @@ class RaySession:
     is_private: bool
     serve_was_running: bool  # if so, it may have applications of others
     folder: Path | None  # of all files of a private one
+    heads: dict[str, psutil.Process] = field(default_factory=dict)  # of a private one, by name
 
     @property
     def logs(self) -> Path | None:
         """The folder of all processes' logs; None if the Ray is not ours."""
         return self.folder / "ray" / "session_latest" / "logs" if self.folder else None
+
+    def check(self) -> None:
+        """Raise `StartError` if a private Ray has ended."""
+        for name, head in self.heads.items():
+            if has_ended(head):
+                raise StartError(f"Ray has ended: its {name} (process {head.pid}) is gone")
+
+    def stop_signal(self) -> int | None:
+        """Return the signal by which somebody asked a private Ray to stop; None if nobody did."""
+        signums = [pending_stop_signal(head) for head in self.heads.values()]
+        return next(filter(None, signums), None)
+
+    def call(self, ask: Callable[[], T]) -> T:
+        """Return what `ask()` returns, which calls Ray. Raise `StartError` if Ray ends meanwhile.
+
+        A private Ray is called from a thread: without a GCS a call takes a minute, after which
+        Ray ends the process that called.
+        """
+        if not self.is_private:
+            return ask()
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(ask())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="ray", daemon=True).start()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return future.result(_LOOK_S)
+            self.check()
 
 
 def private_environment(folder: Path, *, haproxy: bool, given: Mapping[str, str]) -> dict[str, str]:
@@ -63,6 +106,14 @@ def private_environment(folder: Path, *, haproxy: bool, given: Mapping[str, str]
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a future default; avoids a warning
         "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
+        # When memory runs out Ray would end workers by age, gateways among them. The kernel ends
+        # engines first: see `prefer_for_oom_kill`.
+        "RAY_memory_monitor_refresh_ms": "0",
+        "RAY_worker_oom_score_adjustment": "0",
+        # A gateway that hangs cannot drain, which Serve would let it try, and one that is stopped
+        # does not end when told to, which Ray would give it five seconds for.
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+        "RAY_kill_worker_timeout_milliseconds": "1000",
         # With Ray's default of 15 everything else on the machine would run before our processes.
         "RAY_worker_niceness": "0",
         # Only our own HAProxy has to notice that a gateway stops.
@@ -87,6 +138,8 @@ def private_environment(folder: Path, *, haproxy: bool, given: Mapping[str, str]
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(proxy / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(proxy / "metrics.sock"),
         "TMPDIR": str(folder / "tmp"),
+        RUN_VARIABLE: str(folder),
+        "SPT_NOENV": "1",  # otherwise a process that sets its title overwrites that variable
     }
 
 
@@ -97,73 +150,47 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def private_folder() -> Iterator[Path]:
-    """Yield a new private folder and remove it afterwards.
-
-    First remove folders that killed launchers left.
-    """
-    base = Path(tempfile.gettempdir())
-    if len(str(base / _PREFIX)) + 8 > _MAX_FOLDER_LENGTH:  # mkdtemp adds eight characters
-        base = Path("/tmp")
-    for folder in base.glob(f"{_PREFIX}*"):
-        if _is_abandoned(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
-    try:
-        (folder / _OWNER_FILE).write_text(f"{os.getpid()} {psutil.Process().create_time()}")
-        for name in ("proxy", "tmp"):
-            (folder / name).mkdir()
-        yield folder
-    finally:
-        _remove_folder(folder)
-
-
-def _is_abandoned(folder: Path) -> bool:
-    """Whether the launcher that made `folder` has ended."""
-    try:
-        pid, started = (folder / _OWNER_FILE).read_text().split()
-        owner = psutil.Process(int(pid))
-        return owner.create_time() != float(started) or owner.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-    except (OSError, ValueError, psutil.Error):
-        return False  # of another user, or being made right now
-
-
-def _remove_folder(folder: Path) -> None:
-    for _ in range(20):  # a process that was just killed may still be writing
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
-        time.sleep(0.1)
-
-
-@contextlib.contextmanager
 def private_session(
     folder: Path, num_cpus: int, num_gpus: int, runtime_env: dict[str, Any], verbose: bool
 ) -> Iterator[RaySession]:
     """Run a private Ray on this machine. `private_environment()` must have been set before.
 
     Call it from the main thread: Ray's processes end with the thread that started
-    them, even if that is killed. Raise `StartError` if Ray cannot start.
+    them, even if that is killed. Stop signals do not reach them. Raise `StartError` if Ray
+    cannot start.
     """
-    become_subreaper()
-    with (
-        ending_new_processes(),
-        _connected(
-            "cannot start Ray",
-            "local",
-            runtime_env,
-            verbose,
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(folder / "ray"),
-        ),
-    ):
-        yield RaySession(is_private=True, serve_was_running=False, folder=folder)
+    adopt_orphans()
+    heads: dict[str, psutil.Process] = {}
+    try:
+        with deaf_to_stop_signals():
+            _connect(
+                "cannot start Ray",
+                "local",
+                runtime_env,
+                verbose,
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder / "ray"),
+            )
+        heads = _find_heads()
+        yield RaySession(True, False, folder, heads)
+    finally:
+        if any(map(has_ended, heads.values())):
+            end_processes(heads.values())  # neither would come to an end without the other
+        leaving = threading.Thread(target=_disconnect, name="leaving", daemon=True)
+        leaving.start()
+        leaving.join(_DISCONNECT_S)
+        end_run(folder)
+        leaving.join(_END_S)
+        reap_children()
+
+
+def _find_heads() -> dict[str, psutil.Process]:
+    children = {child.name(): child for child in psutil.Process().children()}
+    return {name: children[name] for name in RAY_HEADS}
 
 
 @contextlib.contextmanager
@@ -174,14 +201,16 @@ def joined_session(
 
     Raise `StartError` if it cannot be reached.
     """
-    with _connected(f"cannot join the Ray at {address}", address, runtime_env, verbose):
+    try:
+        _connect(f"cannot join the Ray at {address}", address, runtime_env, verbose)
         yield RaySession(is_private=False, serve_was_running=_serve_is_running(), folder=None)
+    finally:
+        _disconnect()
 
 
-@contextlib.contextmanager
-def _connected(
+def _connect(
     trouble: str, address: str, runtime_env: dict[str, Any], verbose: bool, **options: Any
-) -> Iterator[None]:
+) -> None:
     import ray  # late: it reads the environment when imported
 
     level = logging.INFO if verbose else logging.ERROR
@@ -198,10 +227,12 @@ def _connected(
         )
     except Exception as error:  # Ray raises anything, from OSError to bare Exception
         raise StartError(f"{trouble}: {' '.join(str(error).split())}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+
+
+def _disconnect() -> None:
+    import ray
+
+    ray.shutdown()
 
 
 def _serve_is_running() -> bool:

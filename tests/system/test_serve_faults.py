@@ -161,10 +161,11 @@ async def test_a_killed_gateway_takes_only_its_own_clients_with_it_and_sigterm_t
 # another configuration, by which Serve replaces gateway and engines.
 DEPLOY = """
 import os, sys
-from serving.cluster.ray_session import private_environment, private_folder, private_session
+from serving.cluster.ray_session import private_environment, private_session
+from serving.cluster.run_folder import run_folder
 
 port = int(sys.argv[1])
-with private_folder() as folder:
+with run_folder() as folder:
     os.environ.update(private_environment(folder, haproxy=False, given=os.environ))
     from ray import serve
     from serving.cluster.application import build

@@ -1,13 +1,10 @@
-"""The command line: one line per mistake, and nothing left behind by a launch."""
+"""The command line: one line per mistake."""
 
-import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,13 +24,13 @@ from serving.cli.progress import (
     failure_cause,
     last_error,
 )
+from serving.cluster.processes import RUN_VARIABLE
 from serving.cluster.ray_session import private_environment
 from serving.config import ConfigError
 from serving.planning.hardware import Hardware
 
 GIB = 1 << 30
 ROOT = Path(__file__).parents[3]
-START_TIMEOUT_S = 150  # of a stand-in; 15 on two idle cores
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +110,8 @@ class TestMistakes:
             (["--front", "nginx"], "gateway.front: "),
             (["--port", "99999"], "gateway.port: "),
             (["--replicas", "0"], "replicas: 0 engines cannot serve"),
+            (["--set", "engine.args.max_modellen=8"], "did you mean max_model_len?"),
+            (["--set", "engine.args.api_key=x"], "engine.args.api_key: set `auth.keys_file`"),
         ],
     )
     @pytest.mark.parametrize("command", ["plan", "serve"])
@@ -180,6 +179,16 @@ def test_served_names_are_repeatable() -> None:
     assert re.search(r"served as a, b\n", re.sub(" +\n", "\n", result.stdout))
 
 
+def test_plan_tells_what_is_not_known() -> None:
+    unknown = run("plan", "--model", "org/model")
+    assert "2.8 GiB each, and the model's weights, whose size is not known" in unknown.stdout
+    guessed = run("plan", "--model", "Qwen/Qwen3-8B")
+    assert "about 32.6 GiB each, 32.6 GiB in all, guessed by the model's name" in guessed.stdout
+    for result in (unknown, guessed):
+        assert "max_model_len = the longest that the KV cache holds" in result.stdout
+        assert "-1" not in result.stdout
+
+
 def test_version() -> None:
     assert "ray 2." in run("version").stdout
 
@@ -227,6 +236,18 @@ class TestEnvironment:
         for name in ("CONFIG_FILE_LOC", "SOCKET_PATH", "SERVER_STATE_FILE", "METRICS_SOCKET_PATH"):
             assert Path(variables[f"RAY_SERVE_HAPROXY_{name}"]).is_relative_to(tmp_path)
         assert Path(variables["TMPDIR"]).is_relative_to(tmp_path)
+
+    def test_the_run_is_marked_and_gateways_are_not_chosen_when_memory_runs_out(
+        self, tmp_path: Path
+    ) -> None:
+        variables = private_environment(tmp_path, haproxy=False, given={})
+        assert variables[RUN_VARIABLE] == str(tmp_path)
+        assert variables["RAY_memory_monitor_refresh_ms"] == "0"
+        assert variables["RAY_worker_oom_score_adjustment"] == "0"
+        given = {"RAY_memory_monitor_refresh_ms": "250", RUN_VARIABLE: "another"}
+        variables = private_environment(tmp_path, haproxy=False, given=given)
+        assert "RAY_memory_monitor_refresh_ms" not in variables
+        assert variables[RUN_VARIABLE] == str(tmp_path)
 
     def test_ray_is_private_unless_the_user_says_otherwise(self, tmp_path: Path) -> None:
         variables = private_environment(tmp_path, haproxy=False, given={})
@@ -292,119 +313,3 @@ class TestProgress:
             for now_s, phase in ((1.0, "starting"), (2.0, "starting"), (9.0, "ready")):  # noqa: B007
                 display.show_phases([phase])
         assert capture.get() == "   1 s  engine 1 starting\n   9 s  engine 1 ready\n"
-
-
-STAND_IN = """
-import http.server, subprocess, sys, threading
-from rich.console import Console
-from serving.gateway.http.endpoint import StartError
-from serving.planning.hardware import detect_hardware
-from serving.cli.launch import launch
-from serving.cli.config_file import load_config_file
-from serving.planning.plan import make_plan
-
-port, fails = int(sys.argv[1]), sys.argv[2] == "fails"
-
-def build(args):
-    from ray import serve
-
-    class Engine:
-        def __init__(self):
-            if fails:
-                raise ValueError("the engine has no memory")
-
-    class Gateway:
-        def __init__(self, engines):
-            class Handler(http.server.BaseHTTPRequestHandler):
-                def do_GET(self):
-                    self.send_response(200)
-                    self.end_headers()
-            server = http.server.HTTPServer(("127.0.0.1", port), Handler)
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            subprocess.Popen(["sleep", "1000"], start_new_session=True)  # will not leave by itself
-
-    options = {"num_cpus": 0.1}
-    engines = serve.deployment(name="Engine", num_replicas=2, ray_actor_options=options)(Engine)
-    gateway = serve.deployment(name="Gateway", ray_actor_options=options)(Gateway)
-    return gateway.bind(engines.bind())
-
-file = load_config_file(None, {"port": port, "engine.factory": "none:NullEngine", "device": "cpu"})
-hardware = detect_hardware()
-try:
-    plan = make_plan(file.config, hardware)
-    sys.exit(launch(file, plan, hardware, Console(width=200), build=build))
-except StartError as error:
-    sys.exit(f"headway: {error}")
-"""
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Any]:
-    """Start the stand-in as a process of its own; ends it if the test did not."""
-    started: list[psutil.Popen] = []
-
-    def go(port: int, behaviour: str) -> psutil.Popen:
-        script = tmp_path / "stand_in.py"
-        script.write_text(STAND_IN)
-        process = psutil.Popen(
-            [sys.executable, "-u", str(script), str(port), behaviour],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
-
-    yield go
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
-
-
-@pytest.mark.timeout(START_TIMEOUT_S + 60)
-def test_a_launch_leaves_nothing_behind(start: Any, port: int) -> None:
-    launched = start(port, "serves")
-    lines = []
-    for line in launched.stdout:
-        lines.append(line)
-        if line.startswith("Ctrl-C"):
-            break
-    text = "".join(lines)
-    assert f"curl http://127.0.0.1:{port}/v1/chat/completions" in text
-    assert "engine 1 ready, engine 2 ready" in text
-    children = launched.children(recursive=True)
-    assert len(children) > 5
-    folders = set(re.findall(r"/\S*?/headway-\w+", " ".join(children[0].cmdline())))
-    assert len(folders) == 1
-    # As a terminal does: to the whole process group.
-    os.killpg(launched.pid, signal.SIGINT)
-    rest = launched.stdout.read()
-    assert launched.wait(30) == 0, rest
-    assert "draining" in rest
-    assert "Traceback" not in text + rest
-    assert not [child for child in children if child.is_running()]
-    assert is_free(port)
-    assert not any(Path(folder).exists() for folder in folders)
-
-
-@pytest.mark.timeout(START_TIMEOUT_S)
-def test_an_engine_that_cannot_start_ends_the_launch(start: Any, port: int) -> None:
-    launched = start(port, "fails")
-    text = launched.stdout.read()
-    assert launched.wait(30) == 1
-    assert text.splitlines()[-1] == "headway: cannot start: ValueError: the engine has no memory"
-    assert "Traceback" not in text
-    assert is_free(port)
