@@ -57,7 +57,8 @@ class Interrupts:
     def install_handlers(self) -> None:
         """Handle the signals; needed again after `ray.init`, which handles SIGTERM itself."""
         for signum in STOP_SIGNALS:
-            signal.signal(signum, self._on_signal)
+            if signum != signal.SIGHUP or self._before[signum] is not signal.SIG_IGN:  # `nohup`
+                signal.signal(signum, self._on_signal)
 
     def stop_raising(self) -> None:
         """Raise on no signal from now on: cleaning up has begun for another reason."""

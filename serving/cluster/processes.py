@@ -126,13 +126,20 @@ def reap_children() -> None:
 
 
 def pending_stop_signal(process: psutil.Process) -> int | None:
-    """Return a stop signal that was sent to a process that is deaf to it; None if there is none."""
+    """Return a stop signal that was sent to a process that is deaf to it; None if there is none.
+
+    One that this process ignores, as under `nohup`, does not count.
+    """
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
             if line.startswith("ShdPnd:"):
                 pending = int(line.split()[1], 16)
-                return next((n for n in STOP_SIGNALS if pending >> (n - 1) & 1), None)
+                return next((n for n in _heeded_signals() if pending >> (n - 1) & 1), None)
     return None
+
+
+def _heeded_signals() -> list[signal.Signals]:
+    return [each for each in STOP_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
 
 
 def has_ended(process: psutil.Process) -> bool:

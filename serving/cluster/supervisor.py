@@ -40,6 +40,7 @@ class Supervisor:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path},
+            cwd="/",
             start_new_session=True,
         )
         self._process.wait()  # it has left a process behind that is not our child

@@ -2,11 +2,15 @@
 
 import os
 import signal
+import subprocess
+from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from serving.cli import interrupts
 from serving.cli.interrupts import Interrupts, StopSignal
+from serving.cluster.processes import deaf_to_stop_signals, pending_stop_signal
 
 
 @pytest.fixture
@@ -41,3 +45,28 @@ def test_after_another_reason_to_end_the_first_hurries(clock: list[float]) -> No
         stops.stop_raising()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stops.must_hurry
+
+
+@pytest.fixture
+def ignored_hangup() -> Iterator[None]:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_under_nohup_a_lost_terminal_stops_nothing(
+    ignored_hangup: None, clock: list[float]
+) -> None:
+    with deaf_to_stop_signals():
+        deaf = subprocess.Popen(["sleep", "1000"])
+    with Interrupts() as stops:
+        os.kill(os.getpid(), signal.SIGHUP)
+        deaf.send_signal(signal.SIGHUP)
+        assert pending_stop_signal(psutil.Process(deaf.pid)) is None
+        with pytest.raises(StopSignal):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert not stops.must_hurry
+        deaf.send_signal(signal.SIGTERM)
+        assert pending_stop_signal(psutil.Process(deaf.pid)) == signal.SIGTERM
+    deaf.kill()
+    deaf.wait()
