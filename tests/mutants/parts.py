@@ -82,13 +82,8 @@ PARTS = (
         "driver",
         ("serving/gateway/driver.py",),
         (
-            "tests/serving/gateway/test_engine_priority.py",
-            "tests/serving/gateway/test_decisions.py",
+            "tests/serving/gateway/driver",
             "tests/serving/gateway/test_driver_faults.py",
-            "tests/serving/gateway/test_failures.py",
-            "tests/serving/gateway/test_gateway.py",
-            "tests/serving/gateway/test_hedging.py",
-            "tests/serving/gateway/providers/test_providers.py",
         ),
     ),
 )
