@@ -25,6 +25,7 @@ class TestEngines:
         assert (exchange.status, exchange.response_headers) == (200, HEADERS)
         world.driver.on_data(attempt, Data(1, b"x", record(2)))
         world.driver.on_data(attempt, Data(1, b"y", record(3)))
+        assert exchange.reply.record == record(1) + record(2) + record(3)
         world.driver.on_end(attempt, End(1, USAGE, None))
         assert world.told == [
             ("router.on_answer", "a", "r0", NOW_S),

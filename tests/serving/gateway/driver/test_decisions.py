@@ -100,6 +100,12 @@ class TestClients:
         world.driver.acknowledge_bytes(exchange, 7)
         assert world.told == [("providers.acknowledge_bytes", exchange, 7)]
 
+    async def test_half_of_an_odd_window_is_the_lower_one(self):
+        world = World(window_bytes=101)
+        exchange = world.opened(num_attempts=1)
+        world.driver.acknowledge_bytes(exchange, 50)
+        assert world.told == [("engines.acknowledge_bytes", exchange.attempts[0], 50)]
+
 
 class TestPeople:
     async def test_switch_the_policy(self, world):
@@ -171,6 +177,7 @@ class TestDecisions:
             *["engines.cancel", "router.failures.on_attempt_failed"] * 2,
         ]
         assert world.told[0][1] == "r0"
+        assert [each[1] for each in world.told[1::2]] == exchange.attempts
         assert world.told[2][1:5] == ("a", "r0", None, NOW_S)
         assert exchange.failure == "it is hung"
 
