@@ -74,8 +74,8 @@ PARTS = (
         "guard",
         ("serving/gateway/http/guard.py",),
         (
-            "tests/serving/gateway/http/test_guard.py",
-            "tests/serving/gateway/http/test_connection.py",
+            "tests/serving/gateway/http/guard/test_limits_of_time.py",
+            "tests/serving/gateway/http/guard/test_limits_of_size.py",
         ),
     ),
     Part(
