@@ -4,16 +4,19 @@ The private one listens on the loopback interface only and has a random token. A
 its files, vLLM's and HAProxy's are in one folder, which is removed at the end.
 """
 
+import atexit
 import contextlib
 import logging
+import os
 import secrets
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import psutil
 
@@ -35,7 +38,8 @@ _OBJECT_STORE_BYTES = 200_000_000  # requests and tokens do not go through it
 _NAMESPACE = "serve"  # Ray Serve's own
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 _LOOK_S = 0.2  # between two looks whether Ray is still there
-_DISCONNECT_S = 1.5  # Ray's own way to end takes about one second, and five without a GCS
+_FINISH_S = 5.0  # for a call that a signal interrupts
+_DISCONNECT_S = 1.5  # Ray's own way to end takes about one second
 _END_S = 10.0  # for it to return in any case
 
 T = TypeVar("T")
@@ -82,11 +86,16 @@ class RaySession:
             except BaseException as error:
                 future.set_exception(error)
 
-        threading.Thread(target=run, name="ray", daemon=True).start()
-        while True:
-            with contextlib.suppress(TimeoutError):
-                return future.result(_LOOK_S)
-            self.check()
+        thread = threading.Thread(target=run, name="ray", daemon=True)
+        thread.start()
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    return future.result(_LOOK_S)
+                self.check()
+        except KeyboardInterrupt:
+            thread.join(_FINISH_S)  # Ray crashes if it is left in the middle of a call
+            raise
 
 
 def private_environment(folder: Path, *, haproxy: bool, given: Mapping[str, str]) -> dict[str, str]:
@@ -179,13 +188,23 @@ def private_session(
         yield RaySession(True, False, folder, heads)
     finally:
         if any(map(has_ended, heads.values())):
-            end_processes(heads.values())  # neither would come to an end without the other
-        leaving = threading.Thread(target=_disconnect, name="leaving", daemon=True)
-        leaving.start()
-        leaving.join(_DISCONNECT_S)
-        end_run(folder)
-        leaving.join(_END_S)
+            end_processes(heads.values())  # one comes to no end without the other
+            end_run(folder)
+            atexit.register(_exit_at_once)
+        else:
+            leaving = threading.Thread(target=_disconnect, name="leaving", daemon=True)
+            leaving.start()
+            leaving.join(_DISCONNECT_S)
+            end_run(folder)
+            leaving.join(_END_S)
         reap_children()
+
+
+def _exit_at_once() -> NoReturn:
+    """End this process as failed: without its processes Ray takes half a minute to leave it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _find_heads() -> dict[str, psutil.Process]:
