@@ -49,10 +49,7 @@ class EngineReplica:
         gc.collect()
         gc.freeze()
         max_growth_bytes = growth_allowed(
-            self._config.engine,
-            detect_hardware().num_ram_bytes,
-            plan.num_replicas,
-            plan.num_kv_bytes if plan.device == "cpu" else 0,
+            self._config.engine, detect_hardware().num_ram_bytes, plan.num_replicas
         )
         watch = EngineWatch(
             self._config.engine, self._loop, self._server, max_growth_bytes, _exit_process

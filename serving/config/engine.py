@@ -37,14 +37,26 @@ class EngineConfig(Section):
     )
     max_growth_bytes: Annotated[int, Field(gt=0)] | Literal["auto"] | None = Field(
         "auto",
-        description="an engine core that takes so much more memory than when it was ready, its KV "
-        "cache aside, is killed and restarted, bytes; auto: its share of an eighth of the node's "
-        "memory, at least 1 GiB; null: no bound",
+        description="an engine core that takes so much more memory than when it was ready is "
+        "killed and restarted, bytes; auto: its share of an eighth of the node's memory, at least "
+        "1 GiB; null: no bound",
     )
     tls: Literal["auto", "on", "off"] = Field(
         "auto",
         description="whether gateways and engines encrypt what they say to each other; auto: where "
         "engines listen on a network's address and not on loopback",
+    )
+    grammar_timeout_s: float = Field(
+        3.0,
+        gt=0,
+        description="a request whose structured output takes longer to compile, in processor "
+        "time, is answered 400, seconds",
+    )
+    grammar_max_bytes: int = Field(
+        256 * 2**20,
+        ge=2**20,
+        description="a request whose structured output takes more memory to compile is answered "
+        "400, bytes",
     )
     step_log: AbsolutePath | None = Field(
         None,

@@ -20,6 +20,8 @@ class RequestAccounting:
         "created_s",
         "entered",
         "has_diverged",
+        "has_grammar",
+        "is_parked",
         "num_cached_tokens",
         "num_expected_cached_tokens",
         "num_ids",
@@ -54,6 +56,8 @@ class RequestAccounting:
         self.num_cached_tokens = 0
         self.num_output_tokens = 0
         self.entered = False
+        self.has_grammar = False  # its reply has to follow one
+        self.is_parked = False  # it waits for something else than to be computed
         self.request_id = request_id
         self.created_s = created_s  # what the response says, seconds since the epoch
         self.num_ids = 0  # random ids that the API layer has asked for

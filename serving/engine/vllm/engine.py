@@ -8,6 +8,7 @@ are vLLM's, whatever the version brings.
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import os
 import shutil
 import traceback
@@ -25,6 +26,8 @@ from serving.engine.vllm.lifeline import Lifeline
 from serving.planning.plan import Plan
 from serving.stream.accounting import RequestAccounting
 
+logger = logging.getLogger(__name__)
+
 
 _BODY_CHECKS = "fastapi.dependencies.utils"  # the module that has a request's body checked
 
@@ -40,6 +43,7 @@ class VllmEngine:
         resumer: Any,
         info: EngineInfo,
         lifeline: Lifeline,
+        grammars: Any,
     ) -> None:
         self.app = app
         self.info = info
@@ -50,6 +54,7 @@ class VllmEngine:
         self.snapshot = stats.snapshot
         self._stats = stats
         self._resumer = resumer
+        self._grammars = grammars
         self._aborts: set[asyncio.Task[None]] = set()  # kept until they are done
 
     @classmethod
@@ -60,12 +65,12 @@ class VllmEngine:
         expected; vLLM's own errors pass through.
         """
         if plan.device != "cpu":
-            return await cls._start(plan)
+            return await cls._start(config, plan)
         with on_core(local_rank):
-            return await cls._start(plan)
+            return await cls._start(config, plan)
 
     @classmethod
-    async def _start(cls, plan: Plan) -> "VllmEngine":
+    async def _start(cls, config: Config, plan: Plan) -> "VllmEngine":
         # vLLM is imported late: it reads the environment set above.
         patches.check_vllm()
         import vllm
@@ -74,9 +79,11 @@ class VllmEngine:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
         from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+        from vllm.sampling_params import SamplingParams
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from serving.engine.vllm.grammars import Grammars
         from serving.engine.vllm.resume import Resumer
         from serving.engine.vllm.stats import EngineStats
 
@@ -107,8 +114,18 @@ class VllmEngine:
         tasks = await llm.get_supported_tasks()
         if "generate" in tasks and (plan.device != "cpu" or _has_compiler()):
             await _warm_up(llm)
-            stats.reset_steps()
-        app = build_app(args, tasks, llm.model_config)
+        core_backend = await _choose_grammar_backend(llm) if "generate" in tasks else ""
+        stats.reset_steps()
+        grammars = Grammars(
+            vllm_config,
+            config.engine,
+            core_backend,
+            lambda outputs: SamplingParams(structured_outputs=outputs)._validate_structured_outputs(
+                llm.model_config, vllm_config.structured_outputs_config, llm.renderer.tokenizer
+            ),
+        )
+        with _keeping_log_level():
+            app = build_app(args, tasks, llm.model_config)
         await init_app_state(llm, app.state, args, tasks)
         refuse_unreadable_bodies(app)
         # Set by vLLM's launcher, which we are in place of: whoever answers for a request that
@@ -119,7 +136,7 @@ class VllmEngine:
         resumer = Resumer(outputs.process_outputs, outputs.request_states)
         patches.patch_modules()
         patches.watch_requests(outputs, stats, resumer)
-        patches.blame_requests(llm)
+        patches.admit_requests(llm, grammars)
         names = args.served_model_name or [args.model]
         loras = {module.name: module.path for module in args.lora_modules or ()}
         info = EngineInfo(
@@ -139,7 +156,7 @@ class VllmEngine:
             device=plan.device_name,
             engine=f"vllm {vllm.__version__}",
         )
-        return cls(llm, app, stats, resumer, info, lifeline)
+        return cls(llm, app, stats, resumer, info, lifeline, grammars)
 
     def forget(self, accounting: RequestAccounting) -> None:
         """Stop computing for a request that has ended, in whatever way."""
@@ -165,6 +182,7 @@ class VllmEngine:
         """End the engine core: at once, as nothing runs any more, by force after a second."""
         await asyncio.to_thread(self._llm.shutdown, 1.0)
         self.lifeline.close()
+        self._grammars.close()
 
 
 @contextlib.contextmanager
@@ -181,6 +199,21 @@ def on_core(local_rank: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, cores)
+
+
+@contextlib.contextmanager
+def _keeping_log_level() -> Iterator[None]:
+    """Undo what is done to the level of all logs in the block.
+
+    A library for a hosting service, which vLLM's application is made to fit, silences warnings.
+    """
+    kept: list[logging.Logger | logging.Handler] = [logging.root, *logging.root.handlers]
+    levels = [each.level for each in kept]
+    try:
+        yield
+    finally:
+        for each, level in zip(kept, levels, strict=True):
+            each.setLevel(level)
 
 
 async def _warm_up(llm: Any) -> None:
@@ -205,6 +238,25 @@ async def _warm_up(llm: Any) -> None:
         )
         async for _ in llm.generate({"prompt_token_ids": [0, 1]}, params, f"warm-up-{number}"):
             pass
+
+
+async def _choose_grammar_backend(llm: Any) -> str:
+    """Have the core take the grammar compiler that it would usually take, and return its name.
+
+    A core compiles all grammars with the one that its first grammar asked for, whichever that
+    was. Engines of one model had better agree. Empty if it cannot have any.
+    """
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+    outputs = StructuredOutputsParams(json_object=True)
+    params = SamplingParams(structured_outputs=outputs, max_tokens=1)
+    try:
+        async for _ in llm.generate({"prompt_token_ids": [0, 1]}, params, "first-grammar"):
+            pass
+    except Exception as error:
+        logger.warning("structured output is not to be had: %s", error)
+        return ""
+    return outputs._backend or ""
 
 
 def _has_compiler() -> bool:

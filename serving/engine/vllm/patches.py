@@ -27,8 +27,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from serving.config import ConfigError
+from serving.engine.vllm.grammar_sandbox import SandboxEnded
+from serving.engine.vllm.grammars import GrammarRefused, Grammars, apply_verdict, check_length
 from serving.engine.vllm.shape import Patch, Shape, classes, resolve
 from serving.engine.vllm.stable_ids import DATED_MODULES, INTERNAL_IDS, RequestTime, stable_uuid
+from serving.stream.accounting import current_accounting
 
 if TYPE_CHECKING:  # both import vLLM, which reads the environment that the engine sets before
     from serving.engine.vllm.resume import Resumer
@@ -41,6 +44,7 @@ VERSIONS = ("0.32.0",)  # of vLLM, with which all guards passed
 _LLM = "vllm.v1.engine.async_llm:AsyncLLM"
 _OUTPUTS = "vllm.v1.engine.output_processor"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_GRAMMARS = "vllm.v1.structured_output"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 
 PATCHES = (
@@ -74,15 +78,73 @@ PATCHES = (
     ),
     Patch(
         how="replaced",
-        ours="serving.engine.vllm.patches:blame_requests",
+        ours="serving.engine.vllm.patches:admit_requests",
         why="what a request cannot be handed to the core with (a number beyond 64 bits, half a "
-        "surrogate pair) is its own fault; vLLM says that the engine failed, and not why",
-        guards=("test_what_the_core_cannot_be_told_is_refused",),
+        "surrogate pair) is its own fault, where vLLM says that the engine failed, and not why; "
+        "and what its grammar takes is known before anything is compiled here",
+        guards=("test_what_the_core_cannot_be_told_is_refused", "test_a_grammar_that_is_too_much"),
         shapes=(
+            Shape(f"{_LLM}.add_request", has="request_id prompt params"),
             Shape(f"{_LLM}.generate", uses="add_request VLLMClientError EngineGenerateError"),
-            *classes("vllm.exceptions", VLLMClientError="", VLLMError=""),
+            *classes("vllm.exceptions", VLLMClientError="", VLLMError="", RetryableRequestError=""),
+        ),
+    ),
+    Patch(
+        how="replaced",
+        ours="serving.engine.vllm.patches:check_grammars_once",
+        why="what the sandbox has found out about a grammar vLLM need not find out again, on the "
+        "event loop; nor need it read a grammar of any length there",
+        guards=("test_a_verdict_stands_for_vllms_own_checks", "test_a_grammar_without_end"),
+        shapes=(
+            Shape(
+                "vllm.sampling_params:SamplingParams._validate_structured_outputs",
+                "(self, model_config, structured_outputs_config, tokenizer)",
+                uses="_backend _backend_was_auto validate_xgrammar_grammar",
+            ),
+            *classes(
+                "vllm.sampling_params",
+                StructuredOutputsParams="json regex choice grammar json_object structural_tag "
+                "disable_any_whitespace disable_additional_properties whitespace_pattern "
+                "_backend _backend_was_auto",
+            ),
+            Shape(f"{_GRAMMARS}.backend_xgrammar:validate_xgrammar_grammar", "(sampling_params)"),
+            Shape(f"{_GRAMMARS}.utils:choice_as_grammar", "(choice)"),
+            Shape("vllm.exceptions:VLLMValidationError"),
+        ),
+    ),
+    Patch(
+        how="replaced",
+        ours="serving.engine.vllm.patches:blame_grammars",
+        why="a grammar that leads nowhere is the request's fault; vLLM says that the server failed",
+        guards=("test_a_grammar_that_leads_nowhere",),
+        shapes=(
+            Shape(
+                "vllm.entrypoints.generate.base.serving:GenerateBaseServing._raise_if_error",
+                "(self, finish_reason, request_id)",
+            ),
         ),
         is_fatal=False,
+    ),
+    Patch(
+        how="called",
+        ours="serving.engine.vllm.grammar_sandbox:Sandbox",
+        why="grammars are compiled in a sandbox as the core will compile them",
+        guards=("test_a_grammar_that_is_too_much", "test_what_the_core_could_not_compile"),
+        shapes=(
+            Shape(
+                f"{_GRAMMARS}:StructuredOutputManager.grammar_init",
+                "(self, request)",
+                uses="backend _backend _use_async_grammar_compilation _create_grammar grammar",
+            ),
+            *classes(f"{_GRAMMARS}.request", StructuredOutputRequest="params grammar"),
+            *classes(
+                f"{_GRAMMARS}.backend_types",
+                StructuredOutputBackend="allocate_token_bitmask",
+                StructuredOutputGrammar="fill_bitmask",
+            ),
+            Shape("vllm.sampling_params:SamplingParams", has="structured_outputs"),
+            Shape("vllm.config:ParallelConfig", has="distributed_executor_backend"),
+        ),
     ),
     Patch(
         how="replaced",
@@ -232,8 +294,9 @@ PATCHES = (
     Patch(
         how="subclassed",
         ours="serving.engine.vllm.lifeline:AliveMixin",
-        why="the core itself tells the gateways that it lives and steps, and ends with its replica; "
-        "vLLM's API process, which else would speak for it, may write at one reply for a minute",
+        why="the core itself tells the gateways that it lives and steps, and ends with its "
+        "replica; vLLM's API process, which else would speak for it, may write at one reply for a "
+        "minute",
         guards=(
             "test_a_huge_reply_is_not_held_against_its_engine",
             "test_a_core_that_is_stopped_is_left_as_soon_as_ever",
@@ -321,6 +384,18 @@ PATCHES = (
             Shape("vllm.usage.usage_lib:UsageContext", has="OPENAI_API_SERVER"),
             Shape(f"{_LLM}.abort", "(self, request_id, internal=False)"),
             Shape(_LLM, has="errored is_sleeping get_supported_tasks model_config shutdown"),
+        ),
+    ),
+    Patch(
+        how="called",
+        ours="serving.engine.vllm.engine:refuse_unreadable_bodies",
+        why="vLLM's handler of errors writes the reply to bodies that its own checks break down on",
+        guards=("test_each_is_answered_or_refused_and_nothing_stays",),
+        shapes=(
+            Shape(
+                "vllm.entrypoints.serve.exception_handling.handlers.exception:exception_handler",
+                "(req, exc)",
+            ),
         ),
     ),
     Patch(
@@ -494,29 +569,83 @@ def watch_requests(output_processor: Any, stats: "EngineStats", resumer: "Resume
     output_processor._update_stats_from_finished = update_stats_from_finished
 
 
-def blame_requests(llm: Any) -> None:
-    """Have an engine refuse, with the reason, the requests that its core cannot be told of.
+def admit_requests(llm: Any, grammars: Grammars) -> None:
+    """Have an engine refuse, with the reason, the requests that must not reach its core or cannot.
 
     The same errors are a client's where vLLM meets them a moment earlier.
     """
-    from vllm.exceptions import VLLMClientError, VLLMError
+    from vllm.exceptions import RetryableRequestError, VLLMClientError, VLLMError
 
     add_request = llm.add_request
 
-    async def add_request_or_refuse(*args: Any, **kwargs: Any) -> Any:
+    async def add_request_or_refuse(
+        request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         try:
-            return await add_request(*args, **kwargs)
+            if (outputs := getattr(params, "structured_outputs", None)) is not None:
+                await grammars.check(outputs)
+            return await add_request(request_id, prompt, params, *args, **kwargs)
         except VLLMError:
             raise
+        except GrammarRefused as error:
+            raise VLLMClientError(str(error)) from error
+        except SandboxEnded as error:
+            raise RetryableRequestError("The sandbox of grammars ended; please retry") from error
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise VLLMClientError(f"The request cannot be passed to the engine: {error}") from error
 
     llm.add_request = add_request_or_refuse
 
 
+def check_grammars_once() -> None:
+    """Have vLLM go by the verdict on a grammar, where there is one, and read none without end."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.structured_output.utils import choice_as_grammar
+
+    backend_xgrammar = resolve(f"{_GRAMMARS}.backend_xgrammar")
+    validate = SamplingParams._validate_structured_outputs
+    read = backend_xgrammar.validate_xgrammar_grammar
+
+    @functools.wraps(validate)  # so that a second engine here still finds vLLM as it was
+    def validate_unless_known(self: Any, *args: Any, **kwargs: Any) -> None:
+        outputs = self.structured_outputs
+        if outputs is None or not apply_verdict(outputs, choice_as_grammar):
+            validate(self, *args, **kwargs)
+
+    @functools.wraps(read)
+    def read_unless_long(sampling_params: Any) -> None:
+        if (outputs := sampling_params.structured_outputs) is not None:
+            try:
+                check_length(outputs)
+            except GrammarRefused as error:
+                raise VLLMValidationError(str(error)) from error
+        read(sampling_params)
+
+    SamplingParams._validate_structured_outputs = validate_unless_known
+    backend_xgrammar.validate_xgrammar_grammar = read_unless_long
+
+
+def blame_grammars() -> None:
+    """Have vLLM's API layer refuse a request whose grammar the core could not go on with."""
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+    from vllm.exceptions import VLLMClientError
+
+    raise_if_error = GenerateBaseServing._raise_if_error
+
+    @functools.wraps(raise_if_error)
+    def raise_whose_error(self: Any, finish_reason: str | None, request_id: str) -> None:
+        accounting = current_accounting.get()
+        if finish_reason == "error" and accounting is not None and accounting.has_grammar:
+            raise VLLMClientError("The grammar leads to where nothing is allowed to follow.")
+        raise_if_error(self, finish_reason, request_id)
+
+    GenerateBaseServing._raise_if_error = raise_whose_error
+
+
 @functools.cache  # once per process
 def patch_modules() -> None:
-    """Replace what all engines of this process share: the collector, and what makes ids and dates.
+    """Replace what all engines of this process share: checks, collector, makers of ids and dates.
 
     What vLLM imports from here on finds the replacements.
     """
@@ -525,6 +654,8 @@ def patch_modules() -> None:
 
     from serving.engine.vllm.resume import Collector
 
+    check_grammars_once()
+    blame_grammars()
     async_llm.RequestOutputCollector = Collector
     for name in DATED_MODULES:
         with contextlib.suppress(ImportError):  # `check_vllm` has told of it

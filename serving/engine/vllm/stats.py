@@ -179,7 +179,7 @@ class EngineStats(StatLoggerBase):
         num_left = [
             max(1, accounting.num_prompt_tokens - accounting.num_expected_cached_tokens)
             for accounting in accountings
-            if not accounting.entered
+            if not (accounting.entered or accounting.is_parked)
         ]
         num_decoding = num_context = 0
         for request_id, state in self._live.items():

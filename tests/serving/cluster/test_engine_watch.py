@@ -191,13 +191,13 @@ def test_memory_of_its_own():
 @pytest.mark.parametrize(
     ("bound", "expected"),
     [
-        ("auto", 2 * 2**30 + 7),  # of 32 GiB an eighth, in halves; a KV cache extra
-        (5, 12),
+        ("auto", 2 * 2**30),  # of 32 GiB an eighth, in halves
+        (5, 5),
         (None, None),
     ],
 )
 def test_the_bound_of_growth(bound, expected):
     config = EngineConfig(max_growth_bytes=bound)
-    assert growth_allowed(config, 32 * 2**30, 2, 7) == expected
+    assert growth_allowed(config, 32 * 2**30, 2) == expected
     if bound == "auto":
-        assert growth_allowed(config, 4 * 2**30, 2, None) == 2**30  # no less than one GiB
+        assert growth_allowed(config, 4 * 2**30, 2) == 2**30  # no less than one GiB

@@ -1,6 +1,7 @@
 """A real vLLM engine of the tiny model behind a gateway, each on a loop of its own as deployed."""
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator
 
 import httpx
@@ -62,6 +63,7 @@ class Served:
 
     def __init__(self, model: str) -> None:
         port = free_port()
+        self.pid = os.getpid()  # of the replica, if it were one
         self.config = parse(
             {
                 "model": model,

@@ -1,6 +1,7 @@
 """No request ends a real engine, and what is a request's own fault is answered as that."""
 
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -73,6 +74,10 @@ def test_a_stream_is_refused_as_any_other_request_is(served: Served) -> None:
     assert [reply.status_code for reply in replies] == [400, 400]
     assert replies[0].json() == replies[1].json()
     assert replies[0].json()["error"]["param"] == "stop_token_ids"
+
+
+def test_warnings_are_not_silenced(served: Served) -> None:
+    assert logging.getLogger("serving.anything").isEnabledFor(logging.WARNING)
 
 
 def test_an_engines_failure_is_told_in_vllms_words(served: Served, monkeypatch) -> None:

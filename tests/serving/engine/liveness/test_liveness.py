@@ -130,8 +130,9 @@ async def fleet(tmp_path_factory) -> AsyncIterator[Fleet]:
         "engine": {"args": {**ARGS, "max_logprobs": 49_152}},
         "router": {"breaker": {"slow_start_s": 0.0, "cooldown_s": 0.1}},
     }
+    module = "tests.serving.engine.liveness.engine_process"
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.serving.engine.engine_process", json.dumps(settings)),
+        *(sys.executable, "-m", module, json.dumps(settings)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         limit=2**20,

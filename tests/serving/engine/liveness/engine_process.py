@@ -1,6 +1,6 @@
 """A real engine of the tiny model in a process of its own, watched as a replica is.
 
-    python -m tests.serving.engine.engine_process CONFIG
+    python -m tests.serving.engine.liveness.engine_process CONFIG
 
 Prints where it listens as a line of JSON. Ends with its standard input.
 """
