@@ -46,6 +46,13 @@ class TestHeads:
         await wire.send(b"\n")
         assert len(wire.asked) == 1
 
+    async def test_may_have_as_many_the_second_time(self):
+        wire = Wire()
+        for _ in range(2):
+            await wire.send(long_head(MAX), b"\n")
+            await wire.asked[-1].answer()
+        assert len(wire.asked) == 2
+
     @pytest.mark.parametrize("pieces", [1, 7, 100])
     async def test_and_no_more(self, pieces):
         wire = Wire()
@@ -107,6 +114,19 @@ class TestBodies:
             assert bool(wire.transport.written) == is_refused
             if is_refused:
                 assert refused(wire) == TOO_LARGE
+
+    async def test_may_not_have_more_of_it_in_many_pieces(self):
+        wire = Wire()
+        await wire.send(CHUNKED, *[b"1;%b\r\nx\r\n" % (b"e" * 194)] * 5)
+        assert not wire.transport.written
+        await wire.send(b"1;%b\r\nx\r\n" % (b"e" * 194))
+        assert refused(wire) == TOO_LARGE
+
+    async def test_may_not_have_many_small_trailers(self):
+        wire = Wire()
+        await wire.send(CHUNKED, b"3e8\r\n" + b"x" * 1000 + b"\r\n0\r\n")
+        await wire.send(*[b"t: %b\r\n" % (b"y" * 300)] * 4, b"u")
+        assert refused(wire) == TOO_LARGE
 
     async def test_may_have_trailers_as_large_as_a_head_and_no_larger(self):
         """Beside a body for whose framing they would pass."""
@@ -285,6 +305,7 @@ class TestOffers:
             ("Upgrade", ""),
             ("keep-alive, Upgrade, HTTP2-Settings", "keep-alive"),
             ("close,upgrade", "close"),
+            ("keep-alive, Upgrade, te", "keep-alive, te"),
         ],
     )
     async def test_are_taken_out_of_the_head(self, connection, kept):
@@ -301,6 +322,15 @@ class TestOffers:
         assert (asked.scope["method"], asked.scope["http_version"]) == ("POST", "1.1")
         assert await asked.read() == b"{}"
 
+    async def test_on_a_connection_that_closes_leave_nothing_to_be_said(self):
+        """What comes after the last request is nobody's, as without an offer."""
+        wire = Wire()
+        offer = ("connection: close, upgrade", "upgrade: h2c")
+        await wire.send(head(*offer, "content-length: 2") + b"{}junk")
+        await wire.asked[0].answer()
+        assert wire.take_reply().status == 200
+        assert wire.transport.ended == "close"
+
     async def test_keep_the_version(self):
         wire = Wire()
         await wire.send(
@@ -313,6 +343,7 @@ class TestHttp10:
     async def test_gets_a_length_where_there_is_one(self):
         wire = Wire()
         await wire.send(request(version="1.0"))
+        assert await wire.asked[0].read() == b"{}"
         await wire.asked[0].answer(b"all")
         written = wire.take()
         assert written.endswith(b"content-length: 3\r\nconnection: close\r\n\r\nall")
@@ -333,6 +364,13 @@ class TestHttp10:
         assert b"transfer-encoding" not in head_
         assert b"connection: close" in head_
         assert wire.transport.ended == "close"
+
+    async def test_is_not_told_half_of_what_it_was_promised(self):
+        wire = Wire()
+        await wire.send(request(version="1.0"))
+        await wire.asked[0].start((b"content-length", b"5"))
+        with pytest.raises(RuntimeError, match="shorter"):
+            await wire.asked[0].write(b"abc", more_body=False)
 
     async def test_and_1_1_gets_chunks(self):
         wire = Wire()

@@ -40,6 +40,15 @@ async def test_a_body_that_does_not_come_ends_the_connection():
     assert wire.transport.ended == "close"
 
 
+async def test_a_body_whose_answer_came_first_has_its_time_until_it_is_there():
+    wire = Wire()
+    await wire.send(head("content-length: 4"), b"{}")
+    await wire.asked[0].answer()
+    assert BODY_S in wire.waits_s
+    await wire.send(b"  ")
+    assert BODY_S not in wire.waits_s
+
+
 async def test_the_next_request_has_its_time_from_its_first_byte():
     wire = Wire()
     await wire.send(request())
@@ -64,6 +73,14 @@ async def test_a_request_that_came_whole_and_early_has_no_limit_of_time():
     assert wire.waits_s == []
     await wire.asked[1].answer()
     assert wire.waits_s == [KEEP_ALIVE_S]
+
+
+async def test_nor_has_one_that_came_in_one_piece_with_another():
+    wire = Wire()
+    await wire.send(request() + request())
+    await wire.asked[0].answer()
+    assert len(wire.asked) == 2
+    assert wire.waits_s == []
 
 
 @pytest.mark.parametrize("begun", [b"POST /x", head("content-length: 9")])
@@ -122,6 +139,8 @@ async def test_who_is_gone_leaves_no_timer_and_no_count(error):
     wire.protocol.connection_lost(error)
     assert wire.waits_s == []
     assert len(wire.counted) == 0
+    # What broke has closed by itself.
+    assert wire.transport.ended == ("close" if error is None else "")
     assert await wire.asked[0].read() is None
 
 
@@ -136,6 +155,11 @@ async def test_who_is_gone_leaves_all_of_its_requests():
     waiting = [cycle for cycle, _ in wire.protocol.pipeline]
     assert len(waiting) == 2
     assert all(cycle.disconnected for cycle in waiting)
+
+
+async def test_connections_are_counted_by_where_they_come_from():
+    wire = Wire(max_per_client=1)
+    assert wire.counted._num_by_client == {"192.0.2.1": 1}
 
 
 async def test_far_too_many_are_cut_at_once():

@@ -107,11 +107,16 @@ class Wire:
     made: ClassVar[list[Self]] = []  # in one test
 
     def __init__(
-        self, limits: ClientLimits = LIMITS, *, can_write_eof: bool = True, max_connections: int = 9
+        self,
+        limits: ClientLimits = LIMITS,
+        *,
+        can_write_eof: bool = True,
+        max_connections: int = 9,
+        max_per_client: int | None = None,
     ) -> None:
         self.asked: list[Asked] = []
         self.timers: list[Timer] = []
-        self.counted = Connections(max_connections, None)
+        self.counted = Connections(max_connections, max_per_client)
         self.transport = Transport(can_write_eof=can_write_eof)
         config = uvicorn.Config(
             self._app,
@@ -127,8 +132,13 @@ class Wire:
         loop = SimpleNamespace(
             create_task=asyncio.get_running_loop().create_task, call_later=self._call_later
         )
-        self.protocol = GuardedProtocol(
-            config, ServerState(), {}, loop, limits=limits, counted=self.counted
+        self.protocol = GuardedProtocol(  # as uvicorn does
+            config=config,
+            server_state=ServerState(),
+            app_state={},
+            _loop=loop,
+            limits=limits,
+            counted=self.counted,
         )
         self.protocol.connection_made(self.transport)
         self.made.append(self)
