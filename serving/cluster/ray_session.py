@@ -38,7 +38,7 @@ _OBJECT_STORE_BYTES = 200_000_000  # requests and tokens do not go through it
 _NAMESPACE = "serve"  # Ray Serve's own
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 _LOOK_S = 0.2  # between two looks whether Ray is still there
-_FINISH_S = 5.0  # for a call that a signal interrupts
+_FINISH_S = 3.0  # for a call that a signal interrupts
 _DISCONNECT_S = 1.5  # Ray's own way to end takes about one second
 _END_S = 10.0  # for it to return in any case
 
