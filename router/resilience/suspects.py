@@ -40,6 +40,7 @@ class _Record(msgspec.Struct):
 
     died_s: float  # when the last engine died or hung under it
     is_refused: bool = False
+    may_probe: bool = True  # it has not been sent to a half-open engine yet
 
 
 class Suspects:
@@ -79,6 +80,17 @@ class Suspects:
         """Return when the last engine died or hung under the body of a suspect."""
         record = self._get(request, now_s)
         return record.died_s if record is not None else float("-inf")
+
+    def try_probe(self, request: Request, now_s: float) -> bool:
+        """Allow a suspect's body one probe of an engine. Return False if it had its own.
+
+        Whatever becomes of a probe says more of the engine than of the request.
+        """
+        record = self._get(request, now_s)
+        if record is None or not record.may_probe:
+            return False
+        record.may_probe = False
+        return True
 
     def refused_until_s(self, request: Request, now_s: float) -> float:
         """Return until when the body of a request is refused; `now_s` if it is not."""

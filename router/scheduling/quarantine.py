@@ -40,7 +40,9 @@ class Quarantine:
     def engine_for(self, request: Request, now_s: float) -> Replica | None:
         """Return the engine that a suspect can go to now, alone; None if it has to wait."""
         replica = self._claimed_by(request) or self._claim(request, now_s)
-        if replica is None or self._num_fresh(replica):
+        if replica is None:
+            return self._half_open(request, now_s)
+        if self._num_fresh(replica):
             return None
         is_ready = replica.breaker.admits(replica.info.max_num_seqs)
         return replica if is_ready and kv_need_tokens(request) <= replica.room_tokens else None
@@ -84,6 +86,14 @@ class Quarantine:
         replica.is_quarantined = True
         self._fleet.refresh(replica)
         return replica
+
+    def _half_open(self, request: Request, now_s: float) -> Replica | None:
+        """Return an engine that a suspect is to probe, or nobody might, and it would wait on."""
+        for replica in self._fleet.working(request.model):
+            is_half_open = replica.breaker.status is BreakerState.HALF_OPEN
+            if is_half_open and self._suspects.try_probe(request, now_s):
+                return replica
+        return None
 
     def _num_fresh(self, replica: Replica) -> int:
         return sum(attempt.is_fresh for attempt in self._attempts.at_replica(replica))

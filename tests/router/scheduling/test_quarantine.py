@@ -63,6 +63,19 @@ class TestOneSuspect:
         [rejected] = lose(router, "r1", 61.0)
         assert rejected.reason is RejectReason.ENDS_ENGINES
 
+    def test_it_probes_the_other_engine_if_nobody_else_does_and_only_once(self):
+        router = make_router(2, breaker={"cooldown_jitter": 0.0})
+        [first] = router.on_arrival(req("a"), 0.0)
+        router.on_replica_down(first.replica_id, 1.0)
+        router.on_replica_up(first.replica_id, info(), 1.1)  # its breaker is as it was: open
+        assert fail_attempt(router, "a", None, 1.2) == [Hold("a")]
+        [probe] = router.on_tick(3.0)
+        assert (probe.request_id, probe.replica_id) == ("a", first.replica_id)
+        router.on_replica_down(first.replica_id, 4.0)
+        router.on_replica_up(first.replica_id, info(), 4.1)
+        assert fail_attempt(router, "a", None, 4.2) == [Hold("a")]  # not refused for it
+        assert [router.on_tick(4.2 + seconds) for seconds in range(1, 20)] == [[]] * 19
+
     def test_nobody_joins_it_before_it_has_got_on(self):
         router = make_router(3)
         [first] = router.on_arrival(req("a"), 0.0)
