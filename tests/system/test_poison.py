@@ -35,7 +35,7 @@ POISONS: dict[str, tuple[str, str, set[int]]] = {
         '{"type": "array", "minItems": 1000000000}}}',
         {400},
     ),
-    "grammar": (CHAT, '"structured_outputs": {"regex": "a{1000000}"}', {400}),
+    "grammar": (CHAT, '"structured_outputs": {"regex": "a{1000000}"}', {200, 400}),
     "late grammar": (CHAT, '"structured_outputs": {"grammar": "root ::= root"}', {400}),
     "death": (COMPLETIONS, f'"prompt": {LONG}, "seed": 1, "temperature": 1', {200}),
     "blocked loop": (COMPLETIONS, f'"prompt": {LONG}, "prompt_logprobs": 20', {200, 400}),
