@@ -133,7 +133,6 @@ class GuardedProtocol(HttpToolsProtocol):
                 data = self._head_without_offer() + data[offer.args[0] :]
                 # The old one takes the connection for closed if the head said that it closes.
                 self.parser = httptools.HttpRequestParser(self)
-                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
             except httptools.HttpParserError as error:
                 self._on_parser_error(error)
             else:
