@@ -229,9 +229,9 @@ class ChaosRun:
             "They share one process with gateway and clients."
         )
         report.add_note(
-            "Taken for poison: two faults, a few seconds apart, hit two engines at the prefill of one "
-            "request, the second one while it was alone there. No request is at fault here; with a "
-            "fault every few seconds that happens by chance (docs/reliability.md)."
+            "Taken for poison: two faults, a few seconds apart, hit two engines at the prefill of "
+            "one request, the second one while it was alone there. No request is at fault here; with "
+            "a fault every few seconds that happens by chance (docs/reliability.md)."
         )
         for error, count in errors.items():
             report.add_note(f"Failed {count} times: {error}")
