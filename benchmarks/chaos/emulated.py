@@ -230,7 +230,7 @@ class ChaosRun:
         )
         report.add_note(
             "Taken for poison: two faults, a few seconds apart, hit two engines at the prefill of "
-            "one request, the second one while it was alone there. No request is at fault here; with "
+            "one request, the second one while it was alone there. No request is at fault; with "
             "a fault every few seconds that happens by chance (docs/reliability.md)."
         )
         for error, count in errors.items():
