@@ -177,6 +177,7 @@ class Failures:
 
         The engine has generated `num_output_tokens` for it.
         """
+        was_only_one = self._was_only_one(attempt, now_s)  # counted at the first report
         if num_output_tokens >= PROVEN_TOKENS or attempt.is_probe or self._is_late(attempt, now_s):
             return
         reason = attempt.replica.breaker.reason
@@ -184,7 +185,7 @@ class Failures:
         is_silent_again = reason is TripReason.STALE and attempt.request.num_stuck > 0
         if reason not in (TripReason.LOST, TripReason.HUNG) and not is_silent_again:
             return
-        if attempt.is_alone and self._was_only_one(attempt, now_s):
+        if attempt.is_alone and was_only_one:
             self._suspects.refuse(attempt.request, now_s)
         else:
             self._suspects.accuse(attempt.request, now_s)

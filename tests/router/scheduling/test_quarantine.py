@@ -159,6 +159,21 @@ class TestOneSuspect:
 
 
 class TestWhoIsNotSuspected:
+    def test_who_was_alone_at_first_but_had_company_when_the_engine_died(self):
+        router = make_router(3)
+        [first] = router.on_arrival(req("a"), 0.0)
+        [again] = lose(router, first.replica_id, 1.0)
+        engine = again.replica_id
+        router.on_answer("a", engine, 1.5)
+        router.on_snapshot(engine, busy(9, num_steps_total=8), 1.6)  # it has got on
+        sent = [router.on_arrival(req(f"q{n}", arrival_s=1.6), 1.6)[0] for n in range(6)]
+        company = [each.request_id for each in sent if each.replica_id == engine]
+        assert company
+        router.on_replica_down(engine, 2.0)
+        for request_id in (*company, "a"):  # whoever is told of first
+            [decision] = fail_attempt(router, request_id, None, 2.0)
+            assert not isinstance(decision, Reject | Fail)
+
     def test_a_connection_that_drains(self):
         router = make_router(2)
         [first] = router.on_arrival(req("a"), 0.0)
