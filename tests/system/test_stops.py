@@ -27,13 +27,13 @@ from tests.support.tiny_model import tiny_model
 pytestmark = pytest.mark.timeout(300)
 
 GONE_S = 15.0
-DRAIN_S = 3.0
+DRAIN_S = 2.0
 TARGETS = ("launcher", "group", "descendants", "gcs_server", "raylet")
 SIGNALS = ("SIGINT", "SIGTERM", "SIGKILL")
 
 
 class Stopped(Service):
-    """A service of its own, whose streams may take three seconds when it drains."""
+    """A service of its own, whose streams may take two seconds when it drains."""
 
     def __init__(self, args: dict[str, Any], num_engines: int, front: str = "own") -> None:
         super().__init__(num_engines, {"device": "cpu", **args}, front=front)
@@ -159,7 +159,7 @@ def expected_code(target: str, signame: str) -> int:
 async def test_nothing_stays_behind(target: str, signame: str) -> None:
     async with null_service() as service:
         # One stream ends within the drain, one would go on for half an hour.
-        ends = await stop(service, target, getattr(signal, signame), 75, 100_000)
+        ends = await stop(service, target, getattr(signal, signame), 40, 100_000)
         code = service.launch.returncode
         assert code == expected_code(target, signame)
         assert (code == 1) == ("headway: Ray has ended: its " in service.launch.log_tail())
@@ -178,7 +178,7 @@ async def test_nothing_stays_behind(target: str, signame: str) -> None:
 )
 async def test_nothing_stays_behind_haproxy(target: str, signum: int, ends: list[str]) -> None:
     async with null_service("haproxy") as service:
-        assert await stop(service, target, signum, 75, 100_000) == ends
+        assert await stop(service, target, signum, 40, 100_000) == ends
 
 
 @pytest.mark.engine
