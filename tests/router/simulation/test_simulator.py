@@ -152,15 +152,20 @@ def test_lost_snapshots(policy):
 @pytest.mark.parametrize("policy", policies())
 @pytest.mark.parametrize("num_gateways", [1, 2])
 def test_failing_engines(policy, num_gateways):
-    """Every request completes: what had begun goes on elsewhere, and no token comes twice."""
+    """What had begun goes on elsewhere, and no token comes twice.
+
+    All complete, but who by chance is on two engines in a row that fail, alone on the second.
+    """
     failures = [Failure(0, 2.0, 5.0), Failure(1, 2.0, 1.0), Failure(0, 8.0, 3.0)]
     failing = simulation(policy=policy, num_gateways=num_gateways, failures=failures)
     run = failing.run()
     assert_each_ended_once(failing, run)
-    assert run.completed.all()
+    refused = run.has(Outcome.REJECTED)
+    assert (run.completed | refused).all()
+    assert refused.sum() <= 1
     assert sum(num_retries(gateway, failing.now_s) for gateway in failing.gateways) > 10
     undisturbed = simulation(policy=policy, num_gateways=num_gateways).run()
-    assert np.median(run.e2e_s) > np.median(undisturbed.e2e_s)
+    assert np.nanmedian(run.e2e_s) > np.median(undisturbed.e2e_s)
 
 
 def test_all_engines_down_for_longer_than_a_hold():

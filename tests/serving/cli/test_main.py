@@ -1,5 +1,6 @@
 """The command line: one line per mistake."""
 
+import contextlib
 import re
 import socket
 import subprocess
@@ -132,8 +133,12 @@ class TestMistakes:
         assert set(psutil.Process().children(recursive=True)) <= children
 
     def test_a_port_of_one_gateway_in_use_is_named(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        with contextlib.ExitStack() as stack:
+            for _ in range(100):  # until the port before it is free as well
+                server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+                port = server.getsockname()[1]
+                with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port - 1)):
+                    break
             options = (f"gateway.metrics_port={port - 1}", "gateway.replicas=2")
             result = run("serve", *(part for option in options for part in ("--set", option)))
         assert result.exit_code == 1

@@ -30,7 +30,8 @@ class TestNewKeys:
         assert key.id == text.split("-")[1]
         assert key.sha256 == hashlib.sha256(text.encode()).hexdigest()
         assert (key.tenant, key.admin, key.expires) == ("acme", False, None)
-        assert abs(key.created - NOW) < datetime.timedelta(minutes=5)
+        now = datetime.datetime.now(datetime.UTC)
+        assert abs(key.created - now) < datetime.timedelta(minutes=5)
         assert key.created.microsecond == 0
         assert key.created.utcoffset() == datetime.timedelta(0)
         assert make_key("acme", admin=True, expires=NOW)[1].expires == NOW
