@@ -24,24 +24,24 @@ import httpx
 
 from benchmarks.chaos.checks import check_probes, splice_gaps_s
 from benchmarks.chaos.client import Question, Reply, send_question
+from benchmarks.chaos.in_process import (
+    MODEL,
+    add_engines,
+    config_of_engines,
+    make_engine,
+    note_engines,
+    open_gateway,
+    report_leftovers,
+)
 from benchmarks.report.report import Report, percentile
 from benchmarks.report.runner import print_progress, run_and_judge
 from benchmarks.systems.faulty_engine import FaultyEngine, FaultyFleet
 from router import RejectReason, Request, RouterSettings
 from serving.capacity.launch import MeasureError
-from serving.capacity.service import free_ports
-from serving.config import parse
-from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.gateway.app import Gateway
-from serving.gateway.http.listener import Listener
 
-_MODEL = "emulated"
-_PROFILE = "h100-llama8b"
 _MAX_ATTEMPTS = RouterSettings().max_attempts
 _REFUSAL = RejectReason.ENDS_ENGINES.value
-# Every step takes so many times as long as the profile says. One process can pass on, read and
-# compare just so many tokens: 8 engines with 48 streams, about 33 ms per token.
-_SLOWNESS = 5.0
 _DETECTED_WITHIN_S = 6.0
 _SIZES = (20, 50, 120)  # tokens of a reply
 _QUESTIONS = [Question(f"Count from {n}.", size) for n in range(16) for size in _SIZES]
@@ -83,7 +83,7 @@ class ChaosRun:
         self._http = http
         self._rng = random.Random(f"fleet {scenario.seed}")
         self._num_left = scenario.num_requests
-        engines = [FaultyEngine(_make_engine(rank)) for rank in range(scenario.num_engines)]
+        engines = [FaultyEngine(make_engine(rank)) for rank in range(scenario.num_engines)]
         self.fleet = FaultyFleet(engines, gateway.driver.engines.set_members)
         self._failing: set[FaultyEngine] = set()
         self._observe_resume = gateway.metrics.observe_resume
@@ -96,10 +96,7 @@ class ChaosRun:
 
     async def run(self) -> None:
         """Read undisturbed replies, then send load and inject faults."""
-        for engine in self.fleet.engines:
-            await self.fleet.add_engine(engine)
-        while len(self.gateway.driver.engines.infos) < self.scenario.num_engines:
-            await asyncio.sleep(0.05)
+        await add_engines(self.fleet, self.gateway)
         for reply in await asyncio.gather(*map(self._read_reply, _QUESTIONS)):
             if reply.error:
                 raise MeasureError(f"an undisturbed reply failed: {reply.error}")
@@ -115,7 +112,7 @@ class ChaosRun:
             faults.cancel()
 
     async def _read_reply(self, question: Question) -> Reply:
-        return await send_question(self._http, _MODEL, question)
+        return await send_question(self._http, MODEL, question)
 
     async def _send_load(self, number: int) -> None:
         rng = random.Random(f"worker {self.scenario.seed} {number}")
@@ -205,13 +202,11 @@ class ChaosRun:
             p99=percentile(usual_s, 99),
         )
         _, wrong_probes = check_probes(state.breaker_events)
-        num_open = state.num_open_requests + state.num_placed + state.num_record_bytes
-        num_booked = sum(replica.ledger.num_open for replica in state.replicas.values())
         report.add_target("streamed requests", len(self.replies), ">= 5000")
         report.add_target("failed requests", failed.total(), "== 0")
         report.add_target("replies that differ", len(different), "== 0")
         report.add_target("probes beyond one per half-open", len(wrong_probes), "== 0")
-        report.add_target("requests and bookings left over", num_open + num_booked, "== 0")
+        report_leftovers(report, state)
         outcomes = {name: count for name, count in state.outcomes.items() if count}
         report.add_note(f"Outcomes as the gateway counts them: {outcomes}.")
         report.add_note(
@@ -224,10 +219,7 @@ class ChaosRun:
             f"A request is given up when {_MAX_ATTEMPTS} engines in a row have failed under it and "
             "its reply got no further meanwhile (router.max_attempts)."
         )
-        report.add_note(
-            f"Engines are emulated, every step {_SLOWNESS:g} times as long as the profile says. "
-            "They share one process with gateway and clients."
-        )
+        note_engines(report)
         report.add_note(
             "Taken for poison: two faults, a few seconds apart, hit two engines at the prefill of "
             "one request, the second one while it was alone there. No request is at fault; with "
@@ -237,33 +229,17 @@ class ChaosRun:
             report.add_note(f"Failed {count} times: {error}")
 
 
-def _make_engine(rank: int) -> EmulatedEngine:
-    engine = EmulatedEngine(EmulatedArgs(profile=_PROFILE), _MODEL, rank)
-    engine.model.slowness = _SLOWNESS
-    return engine
-
-
 async def run(scenario: Scenario) -> Report:
     """Run the scenario; return the report."""
-    (port,) = free_ports(1)
-    gateway = Gateway(parse({"gateway": {"port": port}}), "gateway")
-    listener = Listener(gateway.app, gateway.config.gateway)
-    await listener.start()
-    config = asdict(scenario) | {
-        "faults": [fault.name for fault in scenario.faults],
-        "profile": _PROFILE,
-        "slowness": _SLOWNESS,
-    }
+    faults = {"faults": [fault.name for fault in scenario.faults]}
+    config = asdict(scenario) | faults | config_of_engines()
     report = Report("chaos-fleet", "emulated", scenario.seed, config)
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits) as http:
+    async with open_gateway() as (gateway, http):
         chaos = ChaosRun(scenario, gateway, http)
         started_s = time.monotonic()
         await chaos.run()
         print_progress(f"{len(chaos.replies)} replies in {time.monotonic() - started_s:.0f} s")
         chaos.fill_report(report)
-    gateway.close()
-    await listener.stop()
     return report
 
 

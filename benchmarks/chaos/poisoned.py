@@ -18,21 +18,23 @@ from dataclasses import asdict, dataclass
 import httpx
 
 from benchmarks.chaos.client import Question, Reply, send_question
+from benchmarks.chaos.in_process import (
+    MODEL,
+    add_engines,
+    config_of_engines,
+    make_engine,
+    note_engines,
+    open_gateway,
+    report_leftovers,
+)
 from benchmarks.report.report import Report, percentile
 from benchmarks.report.runner import print_progress, run_and_judge
 from benchmarks.systems.faulty_engine import FaultyFleet
 from benchmarks.systems.poisoned_engine import Poison, PoisonedEngine
 from router.resilience.breaker import TripReason
 from serving.capacity.launch import MeasureError
-from serving.capacity.service import free_ports
-from serving.config import parse
-from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.gateway.app import Gateway
-from serving.gateway.http.listener import Listener
 
-_MODEL = "emulated"
-_PROFILE = "h100-llama8b"
-_SLOWNESS = 5.0  # as in `benchmarks.chaos.emulated`: about 33 ms per token
 _SIZES = (20, 50, 120)  # tokens of a reply
 _PROMPTS = tuple(f"Count from {number}." for number in range(5))
 _COPIES = 3
@@ -65,19 +67,16 @@ class PoisonRun:
         self._http = http
         self._restarts: set[asyncio.Task[None]] = set()
         engines = [
-            PoisonedEngine(_make_engine(rank), self._lose) for rank in range(scenario.num_engines)
+            PoisonedEngine(make_engine(rank), self._lose) for rank in range(scenario.num_engines)
         ]
         self.fleet = FaultyFleet(engines, gateway.driver.engines.set_members)
 
     async def run(self) -> None:
         """Read undisturbed replies, then send load and poison."""
-        for engine in self.fleet.engines:
-            await self.fleet.add_engine(engine)
-        while len(self.gateway.driver.engines.infos) < self.scenario.num_engines:
-            await asyncio.sleep(0.05)
+        await add_engines(self.fleet, self.gateway)
         for prompt in _PROMPTS:
             for size in _SIZES:
-                reply = await send_question(self._http, _MODEL, Question(prompt, size))
+                reply = await send_question(self._http, MODEL, Question(prompt, size))
                 if reply.error:
                     raise MeasureError(f"an undisturbed reply failed: {reply.error}")
                 self.texts[prompt, size] = reply.text
@@ -96,7 +95,7 @@ class PoisonRun:
             count += 1
             question = Question(rng.choice(_PROMPTS), rng.choice(_SIZES), user=f"{number} {count}")
             sent_s = time.monotonic()
-            reply = await send_question(self._http, _MODEL, question)
+            reply = await send_question(self._http, MODEL, question)
             self.replies.append(reply)
             if reply.times_s:
                 self.waits_s.append(reply.times_s[0] - sent_s)
@@ -105,7 +104,7 @@ class PoisonRun:
         question = Question("Count.", 12, user=poison.name)
         self.answers[poison] = []
         for _ in range(_COPIES):
-            reply = await send_question(self._http, _MODEL, question)
+            reply = await send_question(self._http, MODEL, question)
             self.answers[poison].append(reply.error or "answered")
         print_progress(f"{poison.name}: {self.num_lost[poison]} engines, {self.answers[poison]}")
 
@@ -164,8 +163,6 @@ class PoisonRun:
             for poison in Poison
             if poison.is_deadly and "ends_engines" not in self.answers[poison][-1]
         ]
-        num_open = state.num_open_requests + state.num_placed + state.num_record_bytes
-        num_booked = sum(replica.ledger.num_open for replica in state.replicas.values())
         report.add_target("good requests failed", failed.total(), "== 0")
         report.add_target("good replies that differ", len(different), "== 0")
         report.add_target("engines lost to one body, most", max(self.num_lost.values()), "<= 2")
@@ -175,42 +172,26 @@ class PoisonRun:
         report.add_target("engines lost to what is not deadly", num_for_nothing, "== 0")
         report.add_target("breakers opened for a poisoner's failures", len(unearned), "== 0")
         report.add_target("deadly bodies not refused at last", len(told), "== 0")
-        report.add_target("requests and bookings left over", num_open + num_booked, "== 0")
+        report_leftovers(report, state)
         report.add_note(
             f"Each poison was sent {_COPIES} times, one after the other. An engine that ends "
             f"starts again after {_RESTART_S:g} s, one that hangs after {_HANG_TIMEOUT_S:g} s more."
         )
-        report.add_note(
-            f"Engines are emulated, every step {_SLOWNESS:g} times as long as the profile says. "
-            "They share one process with gateway and clients."
-        )
+        note_engines(report)
         for event in unearned:
             report.add_note(f"Breaker {event.breaker} opened: {event.reason}")
         for error, count in failed.items():
             report.add_note(f"Failed {count} times: {error}")
 
 
-def _make_engine(rank: int) -> EmulatedEngine:
-    engine = EmulatedEngine(EmulatedArgs(profile=_PROFILE), _MODEL, rank)
-    engine.model.slowness = _SLOWNESS
-    return engine
-
-
 async def run(scenario: Scenario) -> Report:
     """Run the scenario; return the report."""
-    (port,) = free_ports(1)
-    gateway = Gateway(parse({"gateway": {"port": port}}), "gateway")
-    listener = Listener(gateway.app, gateway.config.gateway)
-    await listener.start()
-    config = asdict(scenario) | {"profile": _PROFILE, "slowness": _SLOWNESS}
+    config = asdict(scenario) | config_of_engines()
     report = Report("chaos-poison", "emulated", scenario.seed, config)
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits) as http:
+    async with open_gateway() as (gateway, http):
         poisoned = PoisonRun(scenario, gateway, http)
         await poisoned.run()
         poisoned.fill_report(report)
-    gateway.close()
-    await listener.stop()
     return report
 
 

@@ -22,7 +22,7 @@ from router import (
 )
 from router.limits.rate_limit import RateReport
 from router.queueing.deadline import engine_put_off_s
-from router.resilience.resume import Records
+from router.resilience.resume import Records, Reply
 from serving.config import Config
 from serving.gateway.engines import Engines
 from serving.gateway.exchange import Attempt, ClientLeft, EngineFailed, Exchange, Rejected
@@ -179,17 +179,15 @@ class Driver:
 
     def _fail_reply(self, attempt: Attempt, status: int) -> bool:
         """Report an error reply. Return whether the client is not to have it."""
-        exchange, now_s = attempt.exchange, time.monotonic()
-        exchange.failure, exchange.failed_s = f"it answered {status}", now_s
-        reply = exchange.reply
+        exchange = attempt.exchange
         decisions = self.router.failures.on_error_reply(
             exchange.request.id,
             attempt.replica_id,
-            now_s,
+            self._note_failure(exchange, f"it answered {status}"),
             status=status,
-            can_retry=reply.can_go_on,
-            has_begun=reply.has_begun,
-            num_output_tokens=reply.count_new_tokens(num_tokens(reply.record)),
+            can_retry=exchange.reply.can_go_on,
+            has_begun=exchange.reply.has_begun,
+            num_output_tokens=_count_new_tokens(exchange.reply),
         )
         self.execute(decisions)
         return bool(decisions)
@@ -198,20 +196,23 @@ class Driver:
         self, attempt: Attempt, failure: Failure | None, words: str, *, can_retry: bool = True
     ) -> None:
         """Report that an engine did not carry the exchange through: another one may."""
-        exchange, now_s = attempt.exchange, time.monotonic()
-        exchange.failure, exchange.failed_s = words, now_s
-        reply = exchange.reply
+        exchange = attempt.exchange
         self.execute(
             self.router.failures.on_attempt_failed(
                 exchange.request.id,
                 attempt.replica_id,
                 failure,
-                now_s,
-                can_retry=can_retry and reply.can_go_on,
-                has_begun=reply.has_begun,
-                num_output_tokens=reply.count_new_tokens(num_tokens(reply.record)),
+                self._note_failure(exchange, words),
+                can_retry=can_retry and exchange.reply.can_go_on,
+                has_begun=exchange.reply.has_begun,
+                num_output_tokens=_count_new_tokens(exchange.reply),
             )
         )
+
+    def _note_failure(self, exchange: Exchange, words: str) -> float:
+        """Note why its last attempt failed, and when, which is returned: now."""
+        exchange.failure, exchange.failed_s = words, time.monotonic()
+        return exchange.failed_s
 
     # --- calls to providers ------------------------------------------------
 
@@ -232,8 +233,7 @@ class Driver:
         self.execute(self.router.providers.on_refused(exchange.request.id, report, now_s))
 
     def on_provider_failed(self, exchange: Exchange, failed: ProviderFailed, words: str) -> None:
-        now_s = time.monotonic()
-        exchange.failure, exchange.failed_s = words, now_s
+        now_s = self._note_failure(exchange, words)
         continuation = exchange.continuation
         self.execute(
             self.router.providers.on_failed(
@@ -348,3 +348,8 @@ class Driver:
             self._timer.cancel()
         self._providers.close()
         self.engines.close()
+
+
+def _count_new_tokens(reply: Reply) -> int:
+    """Return how many tokens of a reply have been generated since they were last counted."""
+    return reply.count_new_tokens(num_tokens(reply.record))

@@ -95,7 +95,6 @@ class Engines:
         """Send an exchange to an engine, to go on with what there is of its reply."""
         attempt = Attempt(exchange, self._connections[decision.replica_id], decision.booking)
         exchange.attempts.append(attempt)
-        exchange.num_attempts += 1
         exchange.was_sent = True
         self._attempts[decision.replica_id][decision.booking] = attempt
         attempt.connection.post(

@@ -92,7 +92,6 @@ class Exchange:
         "is_complete",
         "is_open",
         "method",
-        "num_attempts",
         "num_prompt_tokens",
         "path",
         "reply",
@@ -130,7 +129,6 @@ class Exchange:
         # How it is answered.
         self.reply = Reply(records, can_resume=path in _RESUMABLE)
         self.attempts: list[Attempt] = []  # at engines: one, or two while it is hedged
-        self.num_attempts = 0  # so far
         self.was_sent = False  # to an engine or to a provider
         self.num_prompt_tokens = request.num_prompt_tokens  # an estimate, until vLLM has counted
         self.failure = ""  # of the last attempt, in words

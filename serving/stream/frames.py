@@ -151,6 +151,11 @@ def encode(frames: Sequence[ToEngine | ToGateway]) -> bytes:
     return bytes(message)
 
 
+def framed(message: bytes) -> bytes:
+    """Return a message with its length prefix, as `MessageBuffer` takes it."""
+    return len(message).to_bytes(4, "big") + message
+
+
 class MessageBuffer:
     """Cut received bytes into messages."""
 

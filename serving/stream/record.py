@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from serving.stream.frames import MessageBuffer
+from serving.stream.frames import MessageBuffer, framed
 
 # Of a reply that is not streamed no bytes are due before its end. After so many
 # entries its record is sent all the same: few enough tokens to compute again.
@@ -92,9 +92,7 @@ class Recorder:
             self._entries.clear()
 
     def _write_group(self, group: Group) -> None:
-        encoded = _encoder.encode(group)
-        self._groups += len(encoded).to_bytes(4, "big")
-        self._groups += encoded
+        self._groups += framed(_encoder.encode(group))
 
     def take_groups(self) -> bytes:
         """Return the closed groups not returned before; bytes sent so far are made of them."""

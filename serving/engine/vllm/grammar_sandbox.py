@@ -31,7 +31,7 @@ from typing import Any
 import msgspec
 
 from serving.engine.vllm.lifeline import die_with_parent
-from serving.stream.frames import MessageBuffer
+from serving.stream.frames import MessageBuffer, framed
 
 # A child may wait for a processor for so many times the time that it may use one.
 _PATIENCE = 4.0
@@ -70,10 +70,6 @@ _decode_job = msgspec.msgpack.Decoder(Job).decode
 _decode_verdict = msgspec.msgpack.Decoder(Verdict).decode
 
 
-def _message(body: bytes) -> bytes:
-    return len(body).to_bytes(4, "big") + body
-
-
 class SandboxEnded(Exception):
     """The sandbox ended before it had come to a verdict."""
 
@@ -97,7 +93,7 @@ class Sandbox:
         writer = await self.start()
         future = self._waiting[job.number] = asyncio.get_running_loop().create_future()
         try:
-            writer.write(_message(_encode(job)))
+            writer.write(framed(_encode(job)))
             return await future
         finally:
             del self._waiting[job.number]
@@ -113,7 +109,7 @@ class Sandbox:
                 self._process = await asyncio.to_thread(_start_process, theirs)
             reader, self._writer = await asyncio.open_connection(sock=ours)
             settings = await asyncio.to_thread(_pickled, self._vllm_config, self._limits)
-            self._writer.write(_message(settings))
+            self._writer.write(framed(settings))
             self._reading = asyncio.get_running_loop().create_task(self._read(reader))
             return self._writer
 
@@ -329,7 +325,7 @@ class _Warden:
 
     def _end(self, child: _Child) -> None:
         self._selector.unregister(child.pipe)
-        self._connection.sendall(_message(_encode(child.verdict())))
+        self._connection.sendall(framed(_encode(child.verdict())))
 
 
 def main() -> None:

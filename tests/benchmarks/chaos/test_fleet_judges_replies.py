@@ -6,10 +6,11 @@ In virtual time, or a busy machine would be judged.
 import msgspec
 import pytest
 
-from benchmarks.chaos import emulated
+from benchmarks.chaos import emulated, in_process
 from benchmarks.chaos.emulated import EmulatedFault, Scenario
 from router.resilience.resume import Reply, Resume
 from serving.config import parse
+from serving.stream.frames import framed
 from serving.stream.record import decode_groups
 from tests.support import virtual_time
 
@@ -20,10 +21,10 @@ SCENARIO = Scenario(3, 120, 16, 0.15, seed=1, faults=(EmulatedFault.RESET,))
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Faults at short intervals, of which no request is suspected: each would be before long."""
-    monkeypatch.setattr(emulated, "_SLOWNESS", 1.0)
+    monkeypatch.setattr(in_process, "SLOWNESS", 1.0)
     monkeypatch.setattr(emulated, "_RESTART_S", (0.1, 0.3))
     trusting = {"router": {"refuse_s": 0.0}}
-    monkeypatch.setattr(emulated, "parse", lambda config: parse({**config, **trusting}))
+    monkeypatch.setattr(in_process, "parse", lambda config: parse({**config, **trusting}))
 
 
 def replies() -> dict:
@@ -57,7 +58,7 @@ def test_a_record_of_wrong_tokens_is_seen(monkeypatch: pytest.MonkeyPatch, which
                 for entry in group
             ]
         encoded = map(msgspec.msgpack.encode, groups)
-        record = b"".join(len(group).to_bytes(4, "big") + group for group in encoded)
+        record = b"".join(map(framed, encoded))
         return msgspec.structs.replace(right, record=record)
 
     monkeypatch.setattr(Reply, "resume", resume_wrongly)
