@@ -4,6 +4,7 @@ import asyncio
 import copy
 import http.client
 import json
+import random
 import socket
 import sys
 import tempfile
@@ -11,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -25,6 +27,8 @@ from serving.gateway.metrics import GatewayState
 _STATE_PATH = "/headway/state"
 _READY_POLL_S = 0.25
 _IDLE_POLL_S = 0.1
+# Above what Ray gives its workers, below what Linux gives connections.
+_PORTS = range(20_000, 32_000)
 
 
 class SystemUnderTest:
@@ -186,15 +190,19 @@ class Service(SystemUnderTest):
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports on which nothing listens now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Return ports on which nothing listens now.
+
+    They are none of those that a system gives to whoever asks for any port, or a connection could
+    have taken one by the time that it is listened on. Raises `MeasureError` if there are no more.
+    """
+    ports = []
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise MeasureError(f"no {count} ports of {_PORTS.start} to {_PORTS.stop - 1} are free")
 
 
 def get_json(url: str) -> Any:

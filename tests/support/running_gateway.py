@@ -2,11 +2,11 @@
 
 import asyncio
 import contextlib
-import socket
 
 import httpx
 
 from router import EngineInfo
+from serving.capacity.service import free_ports
 from serving.config import parse
 from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
@@ -71,9 +71,7 @@ class System:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_ports(1)[0]
 
 
 @contextlib.asynccontextmanager
