@@ -4,8 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from router.resilience.breaker import BreakerSettings
-from router.resilience.retry_budget import RetryBudgetSettings
+from router.resilience.settings import BreakerSettings, RetryBudgetSettings
 from router.scheduling.ablation import Part
 from router.scheduling.policies import check_policy
 from router.types import RequestClass

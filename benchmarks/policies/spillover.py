@@ -21,8 +21,7 @@ from rich.progress import track
 
 from benchmarks.report.report import Report, Spread
 from router import RouterSettings
-from router.providers.provider import ProviderSettings
-from router.providers.spillover import FallbackSettings
+from router.providers.settings import FallbackSettings, ProviderSettings
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
 from router.simulation.figures import Slo, figures_of, interval

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from router.core.lifecycle import OpenRequests, continued
 from router.limits.rate_limit import RateReport
 from router.providers.calls import ProviderCalls
-from router.providers.provider import MakeLimiter, ProviderSettings
-from router.providers.spillover import FallbackSettings, Spillover, make_rate_limiter
+from router.providers.provider import MakeLimiter
+from router.providers.settings import FallbackSettings, ProviderSettings
+from router.providers.spillover import Spillover, make_rate_limiter
 from router.resilience.breaker import Failure
 from router.types import Decision, Fail, Outcome, Request
 

@@ -11,7 +11,8 @@ from router.estimators.step_time import StepModel, StepModelState
 from router.fleet.ledger import Ledger, LedgerState
 from router.fleet.prefix_cache import PrefixCache
 from router.fleet.vital_signs import VitalSigns
-from router.resilience.breaker import Breaker, BreakerSettings, BreakerView
+from router.resilience.breaker import Breaker, BreakerView
+from router.resilience.settings import BreakerSettings
 from router.types import EngineInfo, EngineSnapshot, Request
 
 Kind = tuple[str, str, int]  # model, device, tokens in one step

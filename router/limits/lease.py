@@ -23,7 +23,8 @@ from typing import Literal
 
 import msgspec
 
-from router.limits.rate_limit import Amount, RateLimiter, RateLimiterState, RateLimits, RateReport
+from router.limits.rate_limit import Amount, RateLimiter, RateLimiterState, RateReport
+from router.limits.settings import RateLimits
 
 LEASE_S = 5.0  # an update comes every second or sooner: four may be lost
 _RENEW_S = 1.0

@@ -19,8 +19,8 @@ a provider counts higher than we did; a reservation that outlives its request.
 import math
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field
 
+from router.limits.settings import RateLimits
 from router.limits.sliding_window import SlidingWindow, WindowEntry, WindowState
 
 _MINUTE_S, _HOUR_S, _DAY_S = 60.0, 3600.0, 86400.0
@@ -41,25 +41,6 @@ _MIN_USED_SHARE = 0.25
 _GUESS_HOLDS_S = 3600.0  # after an hour it may have been a bad hour
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 1.0, 60.0  # after a 429 that does not say how long
 _CALL_MEMORY = 20.0  # calls over which the usual duration is learned
-
-
-class RateLimits(BaseModel):
-    """What the provider allows under one key; unset: as it reports, or no limit."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    rpm: int | None = Field(None, ge=1, description="requests in any minute")
-    tpm: int | None = Field(None, ge=1, description="tokens in any minute, prompt and output")
-    max_concurrency: int | None = Field(None, ge=1, description="requests open at a time")
-    max_cost_per_hour: float | None = Field(
-        None, gt=0, description="cost in any hour, in the currency of the prices"
-    )
-    max_cost_per_day: float | None = Field(None, gt=0, description="the same in any 24 hours")
-    returns_unused_tokens: bool = Field(
-        False,
-        description="the provider counts the output that came, not max_tokens, "
-        "once a reply has ended (Anthropic; OpenAI does not)",
-    )
 
 
 class Amount(msgspec.Struct, frozen=True, gc=False):

@@ -5,12 +5,13 @@ import random
 from collections.abc import Callable, Collection
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field
 
 from router.estimators.output_length import PRIOR_TOKENS, MeanOutputLength
 from router.limits.lease import LeasedLimiter
-from router.limits.rate_limit import Amount, RateLimiter, RateLimiterState, RateLimits
-from router.resilience.breaker import Breaker, BreakerLog, BreakerSettings, BreakerView
+from router.limits.rate_limit import Amount, RateLimiter, RateLimiterState
+from router.limits.settings import RateLimits
+from router.providers.settings import ProviderSettings
+from router.resilience.breaker import Breaker, BreakerLog, BreakerView
 from router.types import Request, Usage
 
 MakeLimiter = Callable[[str, RateLimits], RateLimiter | LeasedLimiter]
@@ -24,40 +25,6 @@ _USAGE_MEMORY = 50.0  # replies that the usual output and the error of prompt si
 # By how much a prompt's estimated size is off, as a share of it: bytes per token differ by
 # so much. Twice that is reserved beside the estimate, as a provider counts the real size.
 _PRIOR_PROMPT_ERROR = 0.1
-
-
-class KeySettings(RateLimits):
-    """One API key of a provider, and what may be sent under it."""
-
-    name: str = Field("default", description="what the key is called in states and metrics")
-
-
-class ProviderSettings(BaseModel):
-    """What the router has to know of a provider."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(pattern=r"^[\w.-]+$", description="what it is called in states and metrics")
-    models: dict[str, str] = Field(
-        min_length=1, description="models it answers for: our name, and its own"
-    )
-    keys: tuple[KeySettings, ...] = Field(
-        (KeySettings(),), min_length=1, description="API keys, each with limits of its own"
-    )
-    price_prompt: float = Field(0.0, ge=0, description="price of a million prompt tokens")
-    price_output: float = Field(0.0, ge=0, description="price of a million output tokens")
-    max_cost_per_request: float | None = Field(
-        None, gt=0, description="requests predicted to cost more stay here"
-    )
-    ttft_s: float = Field(
-        0.5, gt=0, description="expected time to first token, until it is learned, seconds"
-    )
-    continues: bool = Field(
-        False,
-        description="goes on with a chat's reply that another provider has begun "
-        "(continue_final_message: vLLM, Headway; the same model, or the text will show it)",
-    )
-    breaker: BreakerSettings = BreakerSettings(max_consecutive_failures=2)
 
 
 class KeyState(msgspec.Struct, frozen=True, kw_only=True):

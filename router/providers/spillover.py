@@ -19,22 +19,16 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Literal
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field
 
-from router.limits.rate_limit import Amount, RateLimiter, RateLimits
+from router.limits.rate_limit import Amount, RateLimiter
+from router.limits.settings import RateLimits
 from router.providers.calls import ProviderCalls
 from router.providers.late_jobs import MooreHodgson
-from router.providers.provider import (
-    MakeLimiter,
-    Provider,
-    ProviderKey,
-    ProviderSettings,
-    ProviderState,
-)
+from router.providers.provider import MakeLimiter, Provider, ProviderKey, ProviderState
 from router.providers.quotes import Quote, Quotes
+from router.providers.settings import FallbackSettings, ProviderSettings, SpillWhen
 from router.queueing.deadline import ttft_deadline_s
 from router.queueing.hold_queue import HoldQueue
 from router.resilience.breaker import BreakerLog
@@ -52,27 +46,6 @@ _CHECK_DEPTH = 4096
 # A request that waits for limits behind so many others could not go now either.
 _MAX_WAITING = 32
 _LOG_LENGTH = 1000
-
-SpillWhen = Literal["late", "full", "unavailable"]
-
-
-class FallbackSettings(BaseModel):
-    """When requests go to providers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    spill: SpillWhen = Field(
-        "late",
-        description="unavailable: only when no engine takes work; full: also when the hold "
-        "queue is full; late: also when the predicted first token comes after its target "
-        "and the provider's is sooner",
-    )
-    late_factor: float = Field(
-        1.0,
-        gt=0,
-        description="late is a first token predicted after so many times its target; below "
-        "1 keeps a margin for what predictions are off by",
-    )
 
 
 class SpilloverState(msgspec.Struct, frozen=True, kw_only=True):

@@ -62,9 +62,12 @@ class LazyHeap:
             for child in (2 * index + 1, 2 * index + 2):
                 if child < num_entries:
                     heapq.heappush(frontier, (entries[child], child))
-            if live.get(entry[2]) is entry:  # see `_is_live`
+            current = live.get(entry[2])  # as `_is_live`
+            if current is not None and current[1] == entry[1]:
                 yield entry[2]
 
     def _is_live(self, entry: _Entry) -> bool:
-        # Not by the id alone: it may have been removed and pushed again under another key.
-        return self._live.get(entry[2]) is entry
+        # Not by the id alone: it may have been removed and pushed again under another key. Nor by
+        # `is`: compiled, a tuple of a fixed form has no identity.
+        current = self._live.get(entry[2])
+        return current is not None and current[1] == entry[1]

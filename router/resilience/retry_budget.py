@@ -7,19 +7,8 @@ failure (Finagle's RetryBudget).
 """
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field
 
-
-class RetryBudgetSettings(BaseModel):
-    """How much may be retried."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    share: float = Field(0.2, ge=0, description="retries per request, in the long run")
-    reserve_per_s: float = Field(1.0, ge=0, description="and so many a second beside")
-    max_balance: float = Field(
-        100.0, ge=0, description="retries that can be saved up, and are there at the start"
-    )
+from router.resilience.settings import RetryBudgetSettings
 
 
 class RetryBudgetState(msgspec.Struct, frozen=True, kw_only=True):

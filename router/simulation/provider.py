@@ -4,7 +4,7 @@ import random
 from collections import deque
 
 from router.limits.rate_limit import RateReport
-from router.providers.provider import ProviderSettings
+from router.providers.settings import ProviderSettings
 
 _MINUTE_S = 60.0
 

@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 from typing import Any, Protocol, TypeVar
 
 from router import Request, RouterSettings
-from router.providers.spillover import FallbackSettings
+from router.providers.settings import FallbackSettings
 from router.simulation.events import Network, Receiver
 from router.simulation.gateway import Gateway
 from router.simulation.journal import Journal, Run

@@ -8,7 +8,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from router import RouterSettings
-from router.providers.spillover import FallbackSettings
+from router.providers.settings import FallbackSettings
 from serving.config.access import AuthConfig, TenantConfig
 from serving.config.cache import CacheConfig
 from serving.config.engine import EngineConfig

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from router.providers.provider import KeySettings, ProviderSettings
+from router.providers.settings import KeySettings, ProviderSettings
 from serving.config.section import AbsolutePath
 
 

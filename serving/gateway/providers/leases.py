@@ -13,7 +13,7 @@ from typing import Protocol
 import msgspec
 
 from router.limits.lease import LeasedLimiter, LeaseGrant, LeaseServer, LeaseUpdate
-from router.limits.rate_limit import RateLimits
+from router.limits.settings import RateLimits
 
 logger = logging.getLogger(__name__)
 

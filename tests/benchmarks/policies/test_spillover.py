@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from benchmarks.policies import spillover
-from router.providers.spillover import FallbackSettings
+from router.providers.settings import FallbackSettings
 from serving.capacity.profiles import load_profile
 
 PROFILE = load_profile("h100-llama8b")

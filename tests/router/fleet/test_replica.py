@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.fleet.replica import Replica, peak_growth_tokens
-from router.resilience.breaker import BreakerSettings
+from router.resilience.settings import BreakerSettings
 from tests.support.builders import busy, make_replica, req, snapshot, stepped
 
 

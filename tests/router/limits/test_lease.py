@@ -9,7 +9,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from router.limits.lease import LEASE_S, LeasedLimiter, LeaseServer, LeaseUpdate
-from router.limits.rate_limit import Amount, RateLimits, RateReport
+from router.limits.rate_limit import Amount, RateReport
+from router.limits.settings import RateLimits
 from tests.support.rate_limited_provider import Provider
 
 ONE = Amount(1, 10)

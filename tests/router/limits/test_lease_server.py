@@ -3,7 +3,8 @@
 import pytest
 
 from router.limits.lease import LEASE_S, LeaseEvent, LeaseGrant, LeaseServer, LeaseUpdate
-from router.limits.rate_limit import Amount, RateLimits, RateReport
+from router.limits.rate_limit import Amount, RateReport
+from router.limits.settings import RateLimits
 
 ONE, NOTHING = Amount(1, 10), Amount()
 

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from router.limits.lease import LEASE_S, LeasedLimiter, LeaseEvent, LeaseGrant, LeaseUpdate
-from router.limits.rate_limit import Amount, RateLimiter, RateLimits, RateReport
+from router.limits.rate_limit import Amount, RateLimiter, RateReport
+from router.limits.settings import RateLimits
 
 ONE, NOTHING = Amount(1, 10), Amount()
 STATE = RateLimiter(RateLimits(rpm=7)).state(0.0)

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from router.limits.rate_limit import Amount, RateLimiter, RateLimits, RateReport
+from router.limits.rate_limit import Amount, RateLimiter, RateReport
+from router.limits.settings import RateLimits
 
 STAYS_S = 60.06
 

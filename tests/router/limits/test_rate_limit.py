@@ -8,7 +8,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from router.limits.rate_limit import Amount, RateLimiter, RateLimits, RateReport
+from router.limits.rate_limit import Amount, RateLimiter, RateReport
+from router.limits.settings import RateLimits
 from tests.support.rate_limited_provider import Provider
 
 

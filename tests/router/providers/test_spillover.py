@@ -4,8 +4,7 @@ import pytest
 
 from router.core.router import Router
 from router.limits.rate_limit import RateReport
-from router.providers.provider import ProviderSettings
-from router.providers.spillover import FallbackSettings
+from router.providers.settings import FallbackSettings, ProviderSettings
 from router.resilience.breaker import BreakerState, Failure
 from router.types import (
     Dispatch,

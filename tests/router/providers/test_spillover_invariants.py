@@ -9,8 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from router.core.carry_out import carry_out
 from router.core.router import Router
 from router.limits.rate_limit import RateReport
-from router.providers.provider import ProviderSettings
-from router.providers.spillover import FallbackSettings
+from router.providers.settings import FallbackSettings, ProviderSettings
 from router.resilience.breaker import Failure
 from router.settings import RouterSettings
 from router.types import (

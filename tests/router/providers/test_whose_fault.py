@@ -3,9 +3,9 @@
 import pytest
 
 from router.core.router import Router
-from router.providers.provider import ProviderSettings
-from router.providers.spillover import FallbackSettings
-from router.resilience.breaker import BreakerSettings, BreakerState, Failure
+from router.providers.settings import FallbackSettings, ProviderSettings
+from router.resilience.breaker import BreakerState, Failure
+from router.resilience.settings import BreakerSettings
 from router.types import Dispatch, Fail, Fallback, Usage
 from tests.support.builders import fail_attempt, info, make_router, req, snapshot
 

@@ -5,14 +5,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from router.resilience.breaker import (
-    Breaker,
-    BreakerLog,
-    BreakerSettings,
-    BreakerState,
-    Failure,
-    TripReason,
-)
+from router.resilience.breaker import Breaker, BreakerLog, BreakerState, Failure, TripReason
+from router.resilience.settings import BreakerSettings
 from tests.support.builders import after_json
 
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN

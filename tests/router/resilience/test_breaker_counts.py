@@ -8,11 +8,11 @@ from router.resilience.breaker import (
     Breaker,
     BreakerEvent,
     BreakerLog,
-    BreakerSettings,
     BreakerState,
     Failure,
     TripReason,
 )
+from router.resilience.settings import BreakerSettings
 
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
 

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.resilience.retry_budget import RetryBudget, RetryBudgetSettings, RetryBudgetState
+from router.resilience.retry_budget import RetryBudget, RetryBudgetState
+from router.resilience.settings import RetryBudgetSettings
 
 
 def make_budget(**settings: float) -> RetryBudget:

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 import router.simulation.gateway as shell
-from router.providers.provider import ProviderSettings
+from router.providers.settings import ProviderSettings
 from router.settings import RouterSettings
 from router.simulation.engine.model import EngineModel
 from router.simulation.provider import ProviderModel

@@ -10,7 +10,8 @@ import pytest
 SCRIPT = """
     import asyncio, sys, time
     import ray
-    from router.limits.rate_limit import Amount, RateLimits
+    from router.limits.rate_limit import Amount
+    from router.limits.settings import RateLimits
     from serving.cluster.lease_actor import actor_sender
     from serving.gateway.providers.leases import Leases
 
