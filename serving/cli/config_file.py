@@ -73,11 +73,10 @@ class ConfigFile:
         scheme = "http" if self.config.gateway.tls_cert_file is None else "https"
         return f"{scheme}://{host}:{self.port}{prefix.rstrip('/')}"
 
-    @property
-    def metrics_ports(self) -> Iterable[int]:
-        """The ports on which gateways answer for themselves."""
-        first, count = self.config.gateway.metrics_port, self.config.gateway.replicas
-        return range(first, first + count) if first else ()
+    def metrics_ports(self, num_gateways: int) -> Iterable[int]:
+        """Return the ports on which so many gateways answer for themselves."""
+        first = self.config.gateway.metrics_port
+        return range(first, first + num_gateways) if first else ()
 
 
 def load_config_file(path: Path | None, options: Mapping[str, Any]) -> ConfigFile:

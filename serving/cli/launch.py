@@ -74,7 +74,7 @@ def launch(
         try:
             if address is None:
                 check_port_is_free(file.host, file.port)
-                for port in file.metrics_ports:
+                for port in file.metrics_ports(plan.num_gateways):
                     check_port_is_free(file.config.gateway.host, port, "gateway.metrics_port")
                 folder = stack.enter_context(run_folder())
                 variables = private_environment(folder, haproxy=file.haproxy, given=os.environ)

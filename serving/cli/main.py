@@ -300,7 +300,8 @@ def _print_plan(console: Console, file: ConfigFile, hardware: Hardware, plan: Pl
     if plan.num_kv_bytes:
         table.add_row("KV cache", f"{plan.num_kv_bytes / gib:.2f} GiB each")
     table.add_row("Ray asks", f"{plan.engine_actor_options} per engine")
-    table.add_row("front", f"{file.config.gateway.front}, {file.url}/v1")
+    gateways = "" if plan.num_gateways == 1 else f", {plan.num_gateways} gateways"
+    table.add_row("front", f"{file.config.gateway.front}, {file.url}/v1{gateways}")
     for key, value in plan.engine_args.items():
         if key == "max_model_len" and value in (-1, "auto"):
             value = "the longest that the KV cache holds, up to the model's own"

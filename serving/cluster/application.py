@@ -105,7 +105,7 @@ def _make_gateway(
     """Return a gateway on the running loop that hears of every change of the engines."""
     context = serve.get_replica_context()
     # A single gateway keeps its limits itself; several share them.
-    send_update = actor_sender(context.app_name) if config.gateway.replicas > 1 else None
+    send_update = actor_sender(context.app_name) if config.gateway.num_replicas > 1 else None
     rank = context.rank.rank if context.rank is not None else 0
     gateway = Gateway(
         config, context.replica_id.unique_id, send_update, rank=rank, served_names=served_names
@@ -178,7 +178,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     )(EngineReplica)
     gateway = serve.deployment(
         name="Gateway",
-        num_replicas=config.gateway.replicas,
+        num_replicas=plan.num_gateways,
         ray_actor_options=plan.gateway_actor_options,
         max_ongoing_requests=_NO_LIMIT,
         graceful_shutdown_timeout_s=config.engine.drain_timeout_s + 10,
@@ -186,6 +186,8 @@ def build(args: dict[str, Any]) -> serve.Application:
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
     )(OwnFrontGateway if config.gateway.front == "own" else serve.ingress(None)(ServedGateway))
+    # Gateways share limits by their number, which auto does not tell.
+    args["gateway"] = {**args.get("gateway", {}), "replicas": plan.num_gateways}
     return gateway.bind(args, engines.bind(args, plan), _served_names(config, plan))
 
 

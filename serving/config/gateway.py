@@ -16,7 +16,11 @@ class GatewayConfig(Section):
     )
     host: str = Field("127.0.0.1", description="address of the gateway's own listener")
     port: int = Field(8000, ge=1, le=65535, description="port of the gateway's own listener")
-    replicas: int = Field(1, ge=1, description="gateways; on one node they share the port")
+    replicas: int | Literal["auto"] = Field(
+        1,
+        description="gateways; on one node they share the port; auto: as many as the engines' "
+        "tokens need, of the cores that engines leave (`headway plan` tells)",
+    )
     max_body_bytes: int = Field(
         16 * 2**20, ge=1024, description="a larger request body is answered 413"
     )
@@ -102,6 +106,20 @@ class GatewayConfig(Section):
         description="bytes of one response that may be on their way to a slow client",
     )
 
+    @property
+    def num_replicas(self) -> int:
+        """The number of gateways. Raises `ValueError` while it is auto, which the plan replaces."""
+        if self.replicas == "auto":
+            raise ValueError("gateway.replicas is auto: only the plan knows how many")
+        return self.replicas
+
+    @field_validator("replicas")
+    @classmethod
+    def _check_replicas(cls, replicas: int | Literal["auto"]) -> int | Literal["auto"]:
+        if replicas != "auto" and replicas < 1:
+            raise ValueError(f"{replicas} gateways cannot serve; set 1 or more, or auto")
+        return replicas
+
     @field_validator("cors_origins")
     @classmethod
     def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
@@ -117,6 +135,7 @@ class GatewayConfig(Section):
             raise ValueError("tls_cert_file and tls_key_file go together")
         if self.tls_cert_file is not None and self.front == "haproxy":
             raise ValueError("tls_cert_file: with front haproxy TLS has to end before HAProxy")
-        if self.metrics_port and self.metrics_port + self.replicas > 65536:
+        fewest = 1 if self.replicas == "auto" else self.replicas
+        if self.metrics_port and self.metrics_port + fewest > 65536:
             raise ValueError("metrics_port: leaves no port for each gateway")
         return self

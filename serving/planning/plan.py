@@ -15,6 +15,11 @@ from typing import Any, Literal
 from serving.config import Config, ConfigError, EngineConfig
 from serving.planning.bundled_model import SERVED_MODEL_NAME
 from serving.planning.engine_arguments import check_engine_arguments
+from serving.planning.gateways import (
+    CORE_ENGINES_PER_GATEWAY,
+    ENGINES_PER_GATEWAY,
+    plan_gateways,
+)
 from serving.planning.hardware import Hardware
 from serving.planning.memory import check_gpu_memory, plan_cpu_memory
 from serving.planning.model_size import BUNDLED_MODEL_SIZE, ModelSize, find_model_size
@@ -40,6 +45,7 @@ class Plan:
     aliases: tuple[str, ...]  # further names of the same model
     num_replicas: int
     num_gpus_per_replica: int
+    num_gateways: int
     engine_actor_options: dict[str, Any]  # Ray's, of each engine
     gateway_actor_options: dict[str, Any]
     engine_args: dict[str, Any]  # vLLM's, including those of the user
@@ -154,7 +160,16 @@ def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Pl
         warnings.append("The GPUs differ; set CUDA_DEVICE_ORDER=PCI_BUS_ID for a stable order.")
     if any(gpu.mig for gpu in used):
         warnings.append("A GPU is split by MIG: name the instance in CUDA_VISIBLE_DEVICES.")
-    engine_cpus, gateway_cpus = _logical_cpus(len(hardware.cores), replicas, config)
+    # The replica's process and vLLM's engine core, and a worker for each GPU if there are several.
+    num_gateways, sentences = plan_gateways(
+        config,
+        replicas,
+        len(hardware.cores),
+        cores_per_engine=2 + (per_replica if per_replica > 1 else 0),
+        per_gateway=ENGINES_PER_GATEWAY,
+    )
+    why += sentences
+    engine_cpus, gateway_cpus = _logical_cpus(len(hardware.cores), replicas, num_gateways)
     return Plan(
         device="cuda",
         device_name=(f"{per_replica} × " if per_replica > 1 else "") + used[0].name,
@@ -163,6 +178,7 @@ def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Pl
         aliases=config.served_names[1:],
         num_replicas=replicas,
         num_gpus_per_replica=per_replica,
+        num_gateways=num_gateways,
         engine_actor_options={"num_cpus": engine_cpus, "num_gpus": per_replica},
         gateway_actor_options={"num_cpus": gateway_cpus},
         engine_args=engine_args,
@@ -236,7 +252,15 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
             f"{_counted(replicas, 'engine')} share {_counted(num_cores, 'core')}: steps will "
             "stretch many times over; lower replicas."
         )
-    engine_cpus, gateway_cpus = _logical_cpus(num_cores, replicas, config)
+    num_gateways, sentences = plan_gateways(
+        config,
+        replicas,
+        num_cores,
+        cores_per_engine=1,
+        per_gateway=CORE_ENGINES_PER_GATEWAY if _is_vllm(config) else ENGINES_PER_GATEWAY,
+    )
+    why += sentences
+    engine_cpus, gateway_cpus = _logical_cpus(num_cores, replicas, num_gateways)
     uses_bundled_model = config.model is None and _is_vllm(config)
     return Plan(
         device="cpu",
@@ -249,6 +273,7 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
         aliases=config.served_names[1:],
         num_replicas=replicas,
         num_gpus_per_replica=0,
+        num_gateways=num_gateways,
         engine_actor_options={"num_cpus": engine_cpus, "num_gpus": 0},
         gateway_actor_options={"num_cpus": gateway_cpus},
         engine_args=engine_args,
@@ -274,14 +299,14 @@ def _pipeline(config: Config) -> int:
     return value
 
 
-def _logical_cpus(num_cores: int, replicas: int, config: Config) -> tuple[float, float]:
+def _logical_cpus(num_cores: int, replicas: int, num_gateways: int) -> tuple[float, float]:
     """Return the logical CPUs of an engine and of a gateway, for Ray's placement.
 
     They are chosen so that all actors fit into a Ray that counts just the real cores, as plain
     `serve run` starts it. Serve's controller and proxies ask for none.
     """
-    gateway = min(_GATEWAY_CPUS, num_cores / 4 / config.gateway.replicas)
-    share = (num_cores - gateway * config.gateway.replicas) / replicas
+    gateway = min(_GATEWAY_CPUS, num_cores / 4 / num_gateways)
+    share = (num_cores - gateway * num_gateways) / replicas
     # Ray counts in 1/10,000 and takes no fractions above one.
     return min(1.0, int(share * 1000) / 1000), int(gateway * 10_000) / 10_000
 

@@ -123,7 +123,7 @@ class Tenants:
 
     def __init__(self, config: Config, keys: Iterable[Key] | None) -> None:
         """With `keys` None no request needs one."""
-        self._num_gateways = config.gateway.replicas
+        self._num_gateways = config.gateway.num_replicas
         self._shares_prefixes = config.auth.share_prefix_cache
         self._configs: Mapping[str, TenantConfig] = config.tenants
         self._tenants: dict[str, Tenant] = {}

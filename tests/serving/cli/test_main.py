@@ -203,9 +203,9 @@ class TestConfigFile:
         own = load_config_file(None, {"host": "0.0.0.0", "port": 1234})
         assert (own.config.gateway.host, own.config.gateway.port) == ("0.0.0.0", 1234)
         assert own.url == "http://127.0.0.1:1234"
-        assert list(own.metrics_ports) == []
-        several = {"gateway.metrics_port": 9100, "gateway.replicas": 3}
-        assert list(load_config_file(None, several).metrics_ports) == [9100, 9101, 9102]
+        assert list(own.metrics_ports(1)) == []
+        several = {"gateway.metrics_port": 9100}
+        assert list(load_config_file(None, several).metrics_ports(3)) == [9100, 9101, 9102]
         tls = {"gateway.tls_cert_file": "/a.crt", "gateway.tls_key_file": "/a.key"}
         assert load_config_file(None, tls).url == "https://127.0.0.1:8000"
         proxied = load_config_file(None, {"gateway.front": "haproxy", "port": 1234})
