@@ -15,7 +15,7 @@ from benchmarks.report.report import percentile
 from benchmarks.report.runner import print_progress
 from benchmarks.systems.processes import ResourceUsage, machine_busy_s
 from serving.capacity.client import Client
-from serving.capacity.service import Service, SystemUnderTest
+from serving.capacity.service import SystemUnderTest
 
 _NUM_CONNECTIONS = 64
 _PAUSE_S = 1.0  # until the work that a run left behind is done
@@ -114,10 +114,13 @@ class Testbed:
         others_s = machine_busy_s() - ours
         system, engines = self._systems[name], self._engines[name]
         engines_s = sum(used[launch]["engines"] for launch in engines.launches)
-        # Ray's own processes idle beside Headway's gateway, in the runs of all systems.
-        is_headway = isinstance(system, Service)
+        # Of one that starts its engines itself, only what routes: Ray's own processes idle beside
+        # Headway's gateway, in the runs of all systems.
+        brings_engines = system is engines
         router_s = sum(
-            used[launch]["gateway"] if is_headway else sum(used[launch].values())
+            used[launch]["gateway"] + used[launch]["front"]
+            if brings_engines
+            else sum(used[launch].values())
             for launch in system.launches
         )
         return router_s, engines_s, others_s

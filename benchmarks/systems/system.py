@@ -1,7 +1,9 @@
 """Which systems without real engines are measured? Headway, and the floor below every path."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.systems.null_engine import MODEL
 from serving.capacity.launch import Launch
@@ -29,13 +31,28 @@ class NullHeadway(Service):
 
     start_timeout_s = 120.0
 
-    def __init__(self, front: str, num_engines: int) -> None:
+    def __init__(self, front: str, num_engines: int, num_gateways: int = 1) -> None:
         args = {
             "served_model_name": MODEL,
             "device": "cpu",
             "engine": {"factory": "benchmarks.systems.null_engine:NullEngine"},
         }
-        super().__init__(num_engines, args, front=front, name=front)
+        name = front if num_gateways == 1 else f"{front}, {num_gateways} gateways"
+        super().__init__(num_engines, args, front=front, name=name)
+        self._num_gateways = num_gateways
+        self._ranks_ready: set[int] = set()  # of gateways that have heard of all engines
+
+    def config(self, port: int, gateway_port: int) -> dict[str, Any]:
+        config = super().config(port, gateway_port)
+        config["applications"][0]["args"]["gateway"]["replicas"] = self._num_gateways
+        return config
+
+    def _is_ready(self) -> bool:
+        # Each connection reaches any of them.
+        state = self.find_state()
+        if state is not None and len(state.replicas) == self.num_engines:
+            self._ranks_ready.add(state.rank)
+        return len(self._ranks_ready) == self._num_gateways and super()._is_ready()
 
 
 class EmulatedHeadway(Service):
@@ -43,7 +60,14 @@ class EmulatedHeadway(Service):
 
     start_timeout_s = 120.0
 
-    def __init__(self, profile: str, num_engines: int, model: str) -> None:
+    def __init__(
+        self,
+        profile: str,
+        num_engines: int,
+        model: str,
+        router: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`router`: settings of the router, if any."""
         args = {
             "served_model_name": model,
             "device": "cpu",
@@ -51,5 +75,6 @@ class EmulatedHeadway(Service):
                 "factory": "serving.engine.emulated.engine:EmulatedEngine",
                 "args": {"profile": profile},
             },
+            "router": dict(router or {}),
         }
         super().__init__(num_engines, args, name="own")

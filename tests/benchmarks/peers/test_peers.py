@@ -6,12 +6,12 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from benchmarks.peers import PEERS
 from benchmarks.peers.fleet import EmulatedFleet
-from benchmarks.peers.haproxy import HAProxy
-from benchmarks.peers.litellm import LiteLLM
-from benchmarks.peers.nginx import Nginx
-from benchmarks.peers.peer import MissingError, answers
+from benchmarks.peers.routers import PEERS
+from benchmarks.peers.routers.haproxy import HAProxy
+from benchmarks.peers.routers.litellm import LiteLLM
+from benchmarks.peers.routers.nginx import Nginx
+from benchmarks.peers.routers.peer import MissingError, answers
 from benchmarks.systems.system import EmulatedHeadway
 from serving.config import parse
 
@@ -29,6 +29,8 @@ def test_is_told_of_every_engine(peer, tmp_path: Path) -> None:
         assert policy in told
         assert "7000" in told
         assert system.name == f"{peer.title} {policy}"
+        stock = peer(policy, URLS, "emulated", "stock")
+        assert stock.name == f"{peer.title} {policy}, stock engines"
 
 
 def test_never_the_compromised_release(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.peers.peer import Peer
+from benchmarks.peers.routers.peer import Peer
 from serving.capacity.service import free_ports
 
 

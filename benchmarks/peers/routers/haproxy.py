@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from benchmarks.peers.peer import MissingError, Peer
+from benchmarks.peers.routers.peer import MissingError, Peer
 
 _CONFIG = """\
 global

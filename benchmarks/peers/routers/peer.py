@@ -26,8 +26,13 @@ class Peer(SystemUnderTest):
     package: ClassVar[str] = ""  # on PyPI, pinned; empty: a binary that is already there
     policies: ClassVar[tuple[str, ...]]  # its best ones
 
-    def __init__(self, policy: str, engine_urls: Sequence[str], model: str) -> None:
-        super().__init__(f"{self.title} {policy}".strip(), len(engine_urls))
+    def __init__(
+        self, policy: str, engine_urls: Sequence[str], model: str, engines: str = "ours"
+    ) -> None:
+        """`engines`: whose settings they have, `ours` or vLLM's own, `stock`."""
+        name = f"{self.title} {policy}".strip()
+        super().__init__(name + ("" if engines == "ours" else ", stock engines"), len(engine_urls))
+        self.engines = engines
         self.policy = policy
         self.engine_urls = list(engine_urls)
         self.model = model

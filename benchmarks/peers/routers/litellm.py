@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.peers.peer import Peer
+from benchmarks.peers.routers.peer import Peer
 
 
 class LiteLLM(Peer):
