@@ -108,7 +108,7 @@ class OpenRequests:
             decisions += self._make_room(request, now_s)
         # A request that is not the head of its queue changes nothing for the others.
         if decisions or self._spillover.providers or self._queue.is_head(request):
-            at_once = not self._fleet.working(request.model)
+            at_once = not self._fleet.any_works(request.model)
             decisions += self._dispatch_held(now_s, at_once=at_once)
         if request.id in self._queue:
             decisions.append(Hold(request.id))
@@ -242,7 +242,7 @@ class OpenRequests:
         self, request: Request, reason: RejectReason, retry_after_s: float | None, now_s: float
     ) -> Decision:
         """Send a request that cannot be held to a provider, or refuse it."""
-        if self._spillover.settings.spill != "unavailable" or not self._fleet.working(
+        if self._spillover.settings.spill != "unavailable" or not self._fleet.any_works(
             request.model
         ):
             fallback = self._spillover.send_now(request, now_s)

@@ -218,9 +218,9 @@ def _solve_non_negative(a: _Six, b: _Three) -> _Three:
     """
     for _ in range(2):
         x = _solve(a, b)
-        lowest = min(x)
-        if lowest >= 0.0:
+        if x[0] >= 0.0 and x[1] >= 0.0 and x[2] >= 0.0:
             return x
+        lowest = min(x)
         a00, a01, a02, a11, a12, a22 = a
         if lowest == x[0]:
             a, b = (1.0, 0.0, 0.0, a11, a12, a22), (0.0, b[1], b[2])

@@ -7,6 +7,7 @@ from router.estimators.request_overhead import RequestOverhead
 from router.estimators.step_time import StepModel
 from router.fleet.admission import Admission, admission
 from router.fleet.replica import Kind, Replica
+from router.fleet.roster import Roster
 from router.types import Request
 
 
@@ -23,23 +24,44 @@ class _Pool:
     )
 
     def __init__(self) -> None:
-        # By id: all that may be sent work; of these, those that should be sent any now; and
+        # All that may be sent work, by id; of these, those that should be sent any now; and
         # those that should be sent what is short for them.
         self.working: dict[str, Replica] = {}
-        self.accepting: dict[str, Replica] = {}
-        self.accepting_short_only: dict[str, Replica] = {}
+        self.accepting = Roster()
+        self.accepting_short_only = Roster()
         # Sums over the working ones, and what each adds to them, by id.
         self.num_pending_tokens = 0
         self.tokens_per_s = 0.0
         self.parts: dict[str, tuple[int, float]] = {}
 
-    def update_sums(self, replica: Replica) -> None:
+    def file(self, replica: Replica, is_now: Admission) -> None:
+        """File a replica by what it should be sent now."""
+        if is_now is Admission.ANY:
+            self.accepting.file(replica)
+        else:
+            self.accepting.remove(replica.id)
+        if is_now is Admission.SHORT_ONLY:
+            self.accepting_short_only.file(replica)
+        else:
+            self.accepting_short_only.remove(replica.id)
+        if is_now is Admission.UNAVAILABLE:
+            self.working.pop(replica.id, None)
+        else:
+            self.working[replica.id] = replica
+        self._update_sums(replica)
+
+    def remove(self, replica: Replica) -> None:
+        """Take out a replica that is gone."""
+        self.file(replica, Admission.UNAVAILABLE)
+
+    def _update_sums(self, replica: Replica) -> None:
         """Bring the sums up to date with a replica that has changed or works no longer."""
-        num_pending_tokens, tokens_per_s = self.parts.pop(replica.id, (0, 0.0))
-        self.num_pending_tokens -= num_pending_tokens
-        self.tokens_per_s -= tokens_per_s
+        part = self.parts.pop(replica.id, None)
+        if part is not None:
+            self.num_pending_tokens -= part[0]
+            self.tokens_per_s -= part[1]
         if replica.id in self.working:
-            part = replica.num_pending_prefill_tokens, replica.prefill_tokens_per_s
+            part = (replica.num_pending_prefill_tokens, replica.prefill_tokens_per_s)
             self.parts[replica.id] = part
             self.num_pending_tokens += part[0]
             self.tokens_per_s += part[1]
@@ -105,10 +127,7 @@ class Fleet:
         replica = self._replicas.pop(replica_id, None)
         if replica is not None:
             self._cold[replica.kind].pop(replica_id, None)
-            pool = self._pools[replica.names]
-            for replicas in (pool.working, pool.accepting, pool.accepting_short_only):
-                replicas.pop(replica_id, None)
-            pool.update_sums(replica)
+            self._pools[replica.names].remove(replica)
         return replica
 
     def share_step_model(self, replica: Replica) -> None:
@@ -134,65 +153,78 @@ class Fleet:
         """File a replica by its present state; one that was removed changes nothing."""
         if self._replicas.get(replica.id) is not replica:
             return
-        pool = self._pools[replica.names]
-        is_now = admission(replica)
-        for replicas, belongs in (
-            (pool.accepting, is_now is Admission.ANY),
-            (pool.accepting_short_only, is_now is Admission.SHORT_ONLY),
-            (pool.working, is_now is not Admission.UNAVAILABLE),
-        ):
-            if belongs:
-                replicas[replica.id] = replica
-            else:
-                replicas.pop(replica.id, None)
-        pool.update_sums(replica)
+        self._pools[replica.names].file(replica, admission(replica))
 
     def knows(self, model: str) -> bool:
         """Whether any replica serves this name, or did: it may be starting again."""
         return model in self._pools_by_name
+
+    def any_works(self, model: str) -> bool:
+        """Whether `working` would find any."""
+        return any(pool.working for pool in self._pools_by_name.get(model, ()))
 
     def working(self, model: str) -> list[Replica]:
         """Return the replicas of a model that may be sent work."""
         pools = self._pools_by_name.get(model, ())
         return [replica for pool in pools for replica in pool.working.values()]
 
-    def accepting(self, model: str) -> list[Replica]:
-        """Return the replicas of a model that should be sent any request now, KV room aside."""
-        pools = self._pools_by_name.get(model, ())
-        return [replica for pool in pools for replica in pool.accepting.values()]
-
-    def accepting_short(self, model: str) -> list[Replica]:
-        """Return these, and those that should be sent what is short for them."""
-        pools = self._pools_by_name.get(model, ())
-        return [
-            replica
-            for pool in pools
-            for replica in (*pool.accepting.values(), *pool.accepting_short_only.values())
-        ]
-
     def any_accepts(self, model: str, *, short: bool) -> bool:
-        """Whether `accepting`, or with `short` `accepting_short`, would find any."""
-        pools = self._pools_by_name.get(model, ())
-        return any(pool.accepting or (short and pool.accepting_short_only) for pool in pools)
+        """Whether any replica of a model should be sent any request now, KV room aside.
 
-    def accepting_request(self, request: Request) -> list[Replica]:
-        """Return the replicas that should be sent this request now, KV room aside."""
+        With `short`: or what is short for it.
+        """
+        for pool in self._pools_by_name.get(model, ()):
+            if len(pool.accepting) or (short and len(pool.accepting_short_only)):
+                return True
+        return False
+
+    def any_accepts_as_short(self, request: Request) -> bool:
+        """Whether any that should be sent only what is short for it should be sent this request."""
+        for pool in self._pools_by_name.get(request.model, ()):
+            for replica in pool.accepting_short_only.replicas:
+                if replica.is_short(replica.num_new_tokens(request)):
+                    return True
+        return False
+
+    def most_room(self, model: str, *, short: bool, beside: str | None = None) -> float:
+        """Return the most KV room of any replica that `any_accepts` looks at, tokens.
+
+        `beside` is one that is left out. -inf if there is none.
+        """
+        most = -math.inf
+        for pool in self._pools_by_name.get(model, ()):
+            most = max(most, _most_room(pool.accepting, beside))
+            if short:
+                most = max(most, _most_room(pool.accepting_short_only, beside))
+        return most
+
+    def with_room(self, request: Request, num_tokens: int, *, short: bool) -> list[Replica]:
+        """Return the replicas that should be sent this request now and have room for `num_tokens`.
+
+        Those that take any, in the order in which they began to, before those for which it is
+        short. The list is not to be changed.
+        """
         replicas: list[Replica] = []
         for pool in self._pools_by_name.get(request.model, ()):
-            replicas += pool.accepting.values()
-            if pool.accepting_short_only:
-                replicas += [
+            found = pool.accepting.with_room(num_tokens)
+            replicas = [*replicas, *found] if replicas else found
+            if short and pool.accepting_short_only.most_room >= num_tokens:
+                found = [
                     replica
-                    for replica in pool.accepting_short_only.values()
+                    for replica in pool.accepting_short_only.with_room(num_tokens)
                     if replica.is_short(replica.num_new_tokens(request))
                 ]
+                replicas = [*replicas, *found] if replicas else found
         return replicas
 
     def prefill_rate(self, model: str) -> tuple[int, float]:
         """Return how many engines of a model take work, and their prefill rate, tokens/s in all."""
-        pools = [pool for pool in self._pools_by_name.get(model, ()) if pool.working]
-        num_engines = sum(len(pool.working) for pool in pools)
-        return num_engines, sum(pool.tokens_per_s for pool in pools)
+        num_engines, tokens_per_s = 0, 0.0
+        for pool in self._pools_by_name.get(model, ()):
+            if pool.working:
+                num_engines += len(pool.working)
+                tokens_per_s += pool.tokens_per_s
+        return num_engines, tokens_per_s
 
     def prefill_s_per_token(self, model: str) -> float:
         """Return what an engine of a model takes per prompt token, seconds; inf if none works."""
@@ -218,9 +250,14 @@ class Fleet:
 
         After what they have already. None if none of them takes work.
         """
-        pools = [pool for pool in self._pools_by_name.get(model, ()) if pool.working]
-        if not pools:
-            return None
-        num_pending_tokens = sum(pool.num_pending_tokens for pool in pools)
-        tokens_per_s = sum(pool.tokens_per_s for pool in pools)
-        return (num_pending_tokens + num_tokens) / tokens_per_s
+        any_works, num_pending_tokens, tokens_per_s = False, num_tokens, 0.0
+        for pool in self._pools_by_name.get(model, ()):
+            if pool.working:
+                any_works = True
+                num_pending_tokens += pool.num_pending_tokens
+                tokens_per_s += pool.tokens_per_s
+        return num_pending_tokens / tokens_per_s if any_works else None
+
+
+def _most_room(roster: Roster, beside: str | None) -> float:
+    return roster.most_room if beside is None else roster.most_room_beside(beside)

@@ -94,7 +94,7 @@ class Health:
         return [
             Evacuate(replica.id, reason.value)
             for replica, reason in sick
-            if replica.ledger.num_open and fleet.working(replica.info.model)
+            if replica.ledger.num_open and fleet.any_works(replica.info.model)
         ]
 
     def judge_slow(

@@ -129,7 +129,7 @@ class Replica:
         self._is_at_work = False  # has something to run, as of the snapshot
         self._step_start_s = now_s  # when the current step began, if it is at work
         self._step_end_s = 0.0  # when the current step should end
-        self._derive()
+        self._derive_rates()
 
     @property
     def kind(self) -> Kind:
@@ -139,7 +139,7 @@ class Replica:
     def start_from(self, model: StepModel) -> None:
         """Predict by what another engine has learned until it has enough steps of its own."""
         self.predictor.start_from(model)
-        self._derive()
+        self._derive_rates()
 
     def num_new_tokens(self, request: Request) -> int:
         """Return the prompt tokens that the engine would have to prefill for a request, ≥ 1."""
@@ -252,7 +252,7 @@ class Replica:
         self.ledger.acknowledge(snapshot.last_booking)
         self.predictor.learn(snapshot)
         self._prefill_rate.record_total(snapshot.num_prefill_tokens_total, now_s)
-        self._derive()
+        self._derive_rates()
         return True
 
     def book(
@@ -278,7 +278,7 @@ class Replica:
         if 0 < self.max_prefill_chunk < num_new_tokens:
             self.long_edf_keys_s[request.id] = request.edf_key_s
             self._first_long_edf_key_s = min(self._first_long_edf_key_s, request.edf_key_s)
-        self._derive()
+        self._derive_load()
         return number
 
     def end_prefill(self, request_id: str) -> None:
@@ -290,7 +290,7 @@ class Replica:
         """Stop counting a request here; an unknown id changes nothing."""
         self.ledger.release(request_id)
         self.end_prefill(request_id)
-        self._derive()
+        self._derive_load()
 
     def state(self, now_s: float) -> ReplicaState:
         """Return what is known and predicted."""
@@ -312,21 +312,33 @@ class Replica:
             ttft_s=self.ttft_s(1, now_s),
         )
 
-    def _derive(self) -> None:
-        """Compute the derived attributes anew."""
-        snapshot, ledger, predictor = self.snapshot, self.ledger, self.predictor
+    def _derive_rates(self) -> None:
+        """Compute anew what follows from the snapshot and from what is learned of steps."""
+        predictor, num_decoding = self.predictor, self.snapshot.num_decoding_reqs
+        self.num_decoding = num_decoding
+        self.chunk_tokens = max(1, self.info.max_num_batched_tokens - num_decoding)
+        self.chunk_overhead_s = predictor.step_s(0, num_decoding)
+        self.token_s = predictor.token_s
+        self.decode_s = predictor.decode_s
+        self.step_base_s = predictor.step_base_s
+        self.prefill_tokens_per_s = predictor.prefill_tokens_per_s(self.info, num_decoding)
+        self._derive_load()
+
+    def _derive_load(self) -> None:
+        """Compute anew what also follows from the bookings."""
+        snapshot, ledger = self.snapshot, self.ledger
         num_pending = snapshot.num_pending_prefill_tokens
-        num_decoding = snapshot.num_decoding_reqs
         num_scheduled = snapshot.num_running_reqs + snapshot.num_waiting_reqs
+        num_free = snapshot.num_free_kv_tokens
         self.num_pending_prefill_tokens = num_pending + ledger.num_prefill_tokens
         num_demand = snapshot.num_step_demand_tokens or num_pending
         self.num_step_demand_tokens = num_demand + ledger.num_step_tokens
         # vLLM allocates blocks chunk by chunk: what is pending has yet to take its own.
-        self.num_free_kv_tokens = snapshot.num_free_kv_tokens - num_pending - ledger.num_kv_tokens
+        self.num_free_kv_tokens = num_free - num_pending - ledger.num_kv_tokens
         self.num_sequences = num_scheduled + ledger.num_sequences
         # What does not fit an empty engine never will: nothing is gained by holding it.
         is_empty = not (self.num_sequences or self.num_pending_prefill_tokens)
-        num_used = self.info.num_kv_tokens - snapshot.num_free_kv_tokens + num_pending
+        num_used = self.info.num_kv_tokens - num_free + num_pending
         num_growth = peak_growth_tokens(
             ledger.num_acknowledged_sequences,
             num_used,
@@ -334,18 +346,9 @@ class Replica:
         )
         self.room_tokens = math.inf if is_empty else self.num_free_kv_tokens - num_growth
 
-        budget = self.info.max_num_batched_tokens
-        self.chunk_tokens = chunk_tokens = max(1, budget - num_decoding)
-        overhead_s = predictor.step_s(0, num_decoding)
-        self.chunk_overhead_s = overhead_s
-        self.token_s = predictor.token_s
-        self.decode_s = predictor.decode_s
-        self.step_base_s = predictor.step_base_s
-        self.num_decoding = num_decoding
-        self.prefill_tokens_per_s = predictor.prefill_tokens_per_s(self.info, num_decoding)
-
         # The current step began when the last one ended, about when that was reported.
         # An engine that was idle then began with the first request it got since.
+        chunk_tokens = self.chunk_tokens
         self._is_at_work = bool(num_pending or num_scheduled)
         first = ledger.oldest_unacknowledged
         if self._is_at_work:
@@ -358,7 +361,7 @@ class Replica:
         # The demand in the snapshot is what the current step computes, up to its budget.
         num_left_over = max(0, num_demand - chunk_tokens)
         self._short_ahead_tokens = num_left_over + ledger.num_step_tokens
-        self._step_end_s = step_start_s + overhead_s + step_tokens * self.token_s
+        self._step_end_s = step_start_s + self.chunk_overhead_s + step_tokens * self.token_s
 
 
 def peak_growth_tokens(num_sequences: int, num_tokens: int, num_to_come: int) -> float:

@@ -17,6 +17,13 @@ def _sizes(request: Request) -> tuple[int, int, int]:
     return 1, request.num_prompt_tokens, request.num_bytes
 
 
+def _take(taken: list[int], request: Request, times: int) -> None:
+    """Count a request in what is taken of each bound; with `times` -1, no longer."""
+    taken[_REQUESTS] += times
+    taken[_TOKENS] += times * request.num_prompt_tokens
+    taken[_BYTES] += times * request.num_bytes
+
+
 class _Tenant:
     __slots__ = ("evictable", "taken", "weight")
 
@@ -63,27 +70,27 @@ class QueueBounds:
         if tenant is None:
             tenant = self._tenants[request.tenant] = _Tenant()
         tenant.weight = request.weight
-        for bound, size in enumerate(_sizes(request)):
-            self._taken[bound] += size
-            tenant.taken[bound] += size
+        _take(self._taken, request, 1)
+        _take(tenant.taken, request, 1)
         if not request.tried:
             tenant.evictable[request.id] = request
 
     def remove(self, request: Request) -> None:
         """Stop counting a request that is held no longer."""
         tenant = self._tenants[request.tenant]
-        for bound, size in enumerate(_sizes(request)):
-            self._taken[bound] -= size
-            tenant.taken[bound] -= size
+        _take(self._taken, request, -1)
+        _take(tenant.taken, request, -1)
         tenant.evictable.pop(request.id, None)
         if not tenant.taken[_REQUESTS]:
             del self._tenants[request.tenant]
 
     def has_room(self, request: Request) -> bool:
         """Whether the bounds leave room for a request."""
-        return all(
-            taken + size <= limit
-            for taken, size, limit in zip(self._taken, _sizes(request), self._limits, strict=True)
+        taken, limits = self._taken, self._limits
+        return (
+            taken[_REQUESTS] < limits[_REQUESTS]
+            and taken[_TOKENS] + request.num_prompt_tokens <= limits[_TOKENS]
+            and taken[_BYTES] + request.num_bytes <= limits[_BYTES]
         )
 
     def eviction_candidates(self, request: Request) -> list[Request]:

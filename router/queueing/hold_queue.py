@@ -45,6 +45,7 @@ class HoldQueue:
         "_bounds",
         "_expiry",
         "_held",
+        "_keys",
         "_model_queues",
         "_models_by_tenant",
         "_settings",
@@ -57,6 +58,7 @@ class HoldQueue:
     def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings
         self._held: dict[str, Request] = {}
+        self._keys: dict[str, Key] = {}  # of what is held, in the present order
         self._model_queues: dict[str, ModelQueue] = {}  # only those that are not empty
         self._expiry = LazyHeap()
         self._share = FairShare()
@@ -93,6 +95,10 @@ class HoldQueue:
 
     def key(self, request: Request) -> Key:
         """Return a request's place in the order: (EDF key, arrival), seconds; lower is first."""
+        key = self._keys.get(request.id)
+        return key if key is not None else self._new_key(request)
+
+    def _new_key(self, request: Request) -> Key:
         if self.by_arrival:
             return (request.arrival_s, request.arrival_s)
         return (edf_key_s(request, self._settings), request.arrival_s)
@@ -104,7 +110,8 @@ class HoldQueue:
         self.by_arrival = by_arrival
         self._model_queues = {name: ModelQueue() for name in self._model_queues}
         for request in self._held.values():
-            self._model_queues[request.queue_name].push(request, self.key(request))
+            key = self._keys[request.id] = self._new_key(request)
+            self._model_queues[request.queue_name].push(request, key)
         for tenant in self._models_by_tenant:
             self._update_virtual_times(tenant)
 
@@ -141,7 +148,8 @@ class HoldQueue:
         self.num_tokens_by_model[name] += request.num_prompt_tokens
         if request.priority_class is RequestClass.BATCH:
             self._yielding.push(request.id, (ttft_deadline_s(request, self._settings),))
-        model_queue.push(request, self.key(request))
+        key = self._keys[request.id] = self._new_key(request)
+        model_queue.push(request, key)
         self._share.start_waiting(request.tenant)
         self._models_by_tenant.setdefault(request.tenant, set()).add(name)
         self._update_virtual_time(model_queue, request.tenant)
@@ -168,7 +176,7 @@ class HoldQueue:
         self.num_tokens_by_model[name] -= request.num_prompt_tokens
         model_queue = self._model_queues[name]
         self._yielding.remove(request_id)
-        if model_queue.remove(request, self.key(request)):
+        if model_queue.remove(request, self._keys.pop(request_id)):
             self._update_virtual_time(model_queue, request.tenant)
         else:
             models = self._models_by_tenant[request.tenant]
@@ -197,6 +205,9 @@ class HoldQueue:
 
     def head(self, skipped: Collection[str] = ()) -> Request | None:
         """Return the first request, those for the skipped models aside; None if there is none."""
+        if self.num_tenants == 1 and len(self._model_queues) == 1:
+            ((model, model_queue),) = self._model_queues.items()
+            return None if model in skipped else self._held[model_queue.first_id()]
         heads = [
             model_queue.head()
             for model, model_queue in self._model_queues.items()
@@ -239,12 +250,20 @@ class HoldQueue:
     def is_head(self, request: Request) -> bool:
         """Whether the request is held and the first of those for its model."""
         model_queue = self._model_queues.get(request.queue_name)
-        return model_queue is not None and model_queue.head()[2] == request.id
+        return model_queue is not None and model_queue.first_id() == request.id
 
     def in_order(self, model: str) -> Iterator[Request]:
         """Return an iterator over the requests held for a model, the first one first."""
         model_queue = self._model_queues.get(model)
         return model_queue.in_order(self._held) if model_queue is not None else iter(())
+
+    def front(self, model: str, num_requests: int) -> list[Request]:
+        """Return the first so many requests held for a model, or more, in order.
+
+        The same list as long as nothing at the front changes; it is not to be changed.
+        """
+        model_queue = self._model_queues.get(model)
+        return model_queue.front(num_requests, self._held) if model_queue is not None else []
 
     def next_expiry_s(self) -> float | None:
         """Return when the first request will have been held too long; None if none is held."""
@@ -280,5 +299,7 @@ class HoldQueue:
             self._update_virtual_time(self._model_queues[model], tenant)
 
     def _update_virtual_time(self, model_queue: ModelQueue, tenant: str) -> None:
-        yields = model_queue.first_id_of(tenant) in self._yielding
+        yields = False
+        if self._yielding:
+            yields = model_queue.first_id_of(tenant) in self._yielding
         model_queue.set_virtual_time(tenant, (yields, self._share.virtual_time(tenant)))

@@ -35,6 +35,10 @@ class LazyHeap:
         self._live[id_] = entry
         heapq.heappush(self._entries, entry)
 
+    def key(self, id_: str) -> Key:
+        """Return the key of an id. Raises `KeyError` if it is not in the heap."""
+        return self._live[id_][0]
+
     def remove(self, id_: str) -> None:
         """Remove an id; an unknown one changes nothing."""
         if self._live.pop(id_, None) is not None and len(self._entries) > 2 * len(self._live) + 16:

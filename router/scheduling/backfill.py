@@ -1,6 +1,6 @@
 """Which engine is reserved for whom, so that back-filling delays nobody for ever?"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from router.fleet.admission import accepts_work, kv_need_tokens
 from router.fleet.fleet import Fleet
@@ -39,32 +39,51 @@ class Reservations:
                     return
                 del self._reserved[replica_id]
                 break
-        replicas = self.available_to(head, self._fleet.working(head.model))
-        if replicas:
-            need_tokens = kv_need_tokens(head)
+        best = self._readiest(head)
+        if best is not None:
+            self._reserved[best.id] = (self._queue.key(head), head.id)
 
-            def readiness(replica: Replica) -> tuple[bool, int]:
-                has_room = need_tokens <= replica.room_tokens
-                if has_room:
-                    return True, -replica.num_pending_prefill_tokens
-                return False, replica.num_free_kv_tokens
-
-            self._reserved[max(replicas, key=readiness).id] = (self._queue.key(head), head.id)
-
-    def available_to(self, request: Request, replicas: Sequence[Replica]) -> list[Replica]:
+    def available_to(self, request: Request, replicas: list[Replica]) -> list[Replica]:
         """Return those of the replicas not reserved for a request more urgent than this one."""
-        key = self._queue.key(request)
-        return [
-            replica
-            for replica in replicas
-            if (reserved := self._reserved.get(replica.id)) is None
-            or reserved[1] == request.id
-            or key < reserved[0]
-        ]
+        taken = self._taken_from(request)
+        return [each for each in replicas if each.id not in taken] if taken else replicas
 
-    def is_reserved_for(self, replica: Replica, request: Request) -> bool:
-        """Whether this replica is reserved for this request."""
-        return self._reserved.get(replica.id, (None, None))[1] == request.id
+    def reserved_for(self, request: Request) -> str | None:
+        """Return the id of the replica that is reserved for this request; None if none is."""
+        for replica_id, (_, holder_id) in self._reserved.items():
+            if holder_id == request.id:
+                return replica_id
+        return None
+
+    def _taken_from(self, request: Request) -> set[str]:
+        """Return the ids of the replicas reserved for requests more urgent than this one."""
+        key = self._queue.key(request)
+        taken = set()
+        for replica_id, (holder_key, holder_id) in self._reserved.items():
+            if holder_id != request.id and key >= holder_key:
+                taken.add(replica_id)
+        return taken
+
+    def _readiest(self, head: Request) -> Replica | None:
+        """Return the engine available to `head` that lacks the least for it, the first of equals.
+
+        Of those with KV room for it the one with the least to prefill; else the one with the
+        most KV room.
+        """
+        need_tokens = kv_need_tokens(head)
+        taken = self._taken_from(head)
+        best, best_has_room, best_tokens = None, False, 0
+        for replica in self._fleet.working(head.model):
+            has_room = need_tokens <= replica.room_tokens
+            if best is not None and best_has_room and not has_room:
+                continue
+            tokens = replica.num_free_kv_tokens
+            if has_room:
+                tokens = -replica.num_pending_prefill_tokens
+            is_better = best is None or tokens > best_tokens or has_room != best_has_room
+            if is_better and replica.id not in taken:
+                best, best_has_room, best_tokens = replica, has_room, tokens
+        return best
 
     def holders(self, model: str) -> Iterator[Request]:
         """Yield the held requests of a model that some engine is reserved for."""
@@ -75,12 +94,12 @@ class Reservations:
 
     def drop_lapsed(self) -> None:
         """Drop the reservations whose holder is held no longer."""
-        if self._reserved:
-            self._reserved = {
-                replica_id: reserved
-                for replica_id, reserved in self._reserved.items()
-                if reserved[1] in self._queue
-            }
+        lapsed = []
+        for replica_id, (_, holder_id) in self._reserved.items():
+            if holder_id not in self._queue:
+                lapsed.append(replica_id)
+        for replica_id in lapsed:
+            del self._reserved[replica_id]
 
     def clear(self) -> None:
         """Drop all reservations: keys of one order of the queue mean nothing in another."""

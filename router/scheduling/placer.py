@@ -5,7 +5,6 @@ Were they two, two requests would see the same idle engine between them.
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from types import MappingProxyType
 
 import msgspec
@@ -57,6 +56,8 @@ class Placer:
         self._tpot_targets_s = tpot_targets_s
         self._quarantine = quarantine
         self._reservations = Reservations(fleet, queue)
+        # By model: the front of its queue, and the least KV room that a follower there needs.
+        self._least_needs: dict[str, tuple[list[Request], float]] = {}
 
     def use_order(self, *, holds: bool, by_arrival: bool) -> bool:
         """Hold or not, and order by arrival or not, from now on; return whether that is news."""
@@ -72,14 +73,14 @@ class Placer:
         if request.is_suspect:
             alone_at = self._quarantine.engine_for(request, now_s)
             return None if alone_at is None else self._book(request, [alone_at], now_s)
-        if not self.holds:
-            replicas = self._fleet.working(request.model)
-            request = self._with_blocks(request)
-        elif not self._any_accepts(request.model):
+        need_tokens = kv_need_tokens(request)
+        if self.holds and self._most_room(request.model) < need_tokens:
             return None  # the usual case while many are held, so checked first
+        request = self._with_blocks(request)
+        if self.holds:
+            replicas = self._with_room(request, need_tokens)
         else:
-            request = self._with_blocks(request)
-            replicas = self._with_room(request)
+            replicas = self._fleet.working(request.model)
         if not replicas:
             return None
         if request.tried:  # elsewhere, if there is an elsewhere
@@ -91,7 +92,8 @@ class Placer:
     def place_beside(self, attempt: Attempt, now_s: float) -> Dispatch | None:
         """Book a second engine for a request, if one has room for it at once."""
         request = attempt.request
-        others = [each for each in self._with_room(request) if each.id != attempt.replica.id]
+        replicas = self._with_room(request, kv_need_tokens(request))
+        others = [each for each in replicas if each.id != attempt.replica.id]
         return self._book(request, others, now_s) if others else None
 
     def _book(self, request: Request, replicas: Sequence[Replica], now_s: float) -> Dispatch:
@@ -168,58 +170,72 @@ class Placer:
             return []  # no engine is given anything, so none needs to be reserved
         # Where the head waits behind the prefill of long prompts, short ones may pass it before
         # its deadline: they take room in steps that it could not have.
-        lacks_kv = bool(self._accepting_request(self._with_blocks(head)))
+        lacks_kv = self._fleet.any_accepts(head.model, short=False) or (
+            self._passes and self._fleet.any_accepts_as_short(self._with_blocks(head))
+        )
         if lacks_kv or now_s >= self._queue.key(head)[0]:
             self._reservations.reserve(head)
-        dispatches = []
-        roomiest = self._most_room(head)
-        followers = list(islice(self._queue.in_order(head.model), 1, 1 + _BACKFILL_DEPTH))
-        if self._queue.num_tenants > 1:  # then the holder of a reservation may be far behind
-            holders = self._reservations.holders(head.model)
-            followers += [each for each in holders if each is not head and each not in followers]
-        for request in followers:
+        dispatches: list[Dispatch] = []
+        reserved = self._reservations.reserved_for(head)
+        roomiest = self._most_room(head.model, reserved)
+        for request in self._followers(head, roomiest):
             if kv_need_tokens(request) > roomiest:
                 continue
             dispatch = self.place(request, now_s)
             if dispatch is not None:
                 dispatches.append(dispatch)
                 self._queue.remove(request.id)
-                roomiest = self._most_room(head)
+                roomiest = self._most_room(head.model, reserved)
         return dispatches
 
-    def _most_room(self, head: Request) -> float:
-        """Return the most KV room of an accepting engine not reserved for `head`, tokens, or -1."""
-        return max(
-            (
-                replica.room_tokens
-                for replica in self._accepting_short(head.model)
-                if not self._reservations.is_reserved_for(replica, head)
-            ),
-            default=-1,
-        )
+    def _followers(self, head: Request, roomiest: float) -> list[Request]:
+        """Return who may go before a blocked head: the next few, and those with reservations.
+
+        None of the next few if none of them needs as little as `roomiest`.
+        """
+        front = self._queue.front(head.model, 1 + _BACKFILL_DEPTH)
+        followers: list[Request] = []
+        if self._least_need(head.model, front) <= roomiest:
+            followers = front[1 : 1 + _BACKFILL_DEPTH]
+        if self._queue.num_tenants > 1:  # then the holder of a reservation may be far behind
+            holders = self._reservations.holders(head.model)
+            followers += [each for each in holders if each is not head and each not in followers]
+        return followers
+
+    def _least_need(self, model: str, front: list[Request]) -> float:
+        """Return the least KV room that a follower at this front of a queue needs, tokens."""
+        known = self._least_needs.get(model)
+        if known is not None and known[0] is front:
+            return known[1]
+        least = math.inf
+        for request in front[1 : 1 + _BACKFILL_DEPTH]:
+            least = min(least, kv_need_tokens(request))
+        self._least_needs[model] = (front, least)
+        return least
+
+    @property
+    def _passes(self) -> bool:
+        """Whether short prompts pass long ones; by arrival nobody passes anybody."""
+        return not self._queue.by_arrival
+
+    def _most_room(self, model: str, beside: str | None = None) -> float:
+        """Return the most KV room of an engine that should get anything now, tokens; or -inf.
+
+        Of any but the engine of the id `beside`.
+        """
+        return self._fleet.most_room(model, short=self._passes, beside=beside)
 
     def _any_accepts(self, model: str) -> bool:
         """Whether any engine of the model should get anything now, KV room aside."""
-        return self._fleet.any_accepts(model, short=not self._queue.by_arrival)
+        return self._fleet.any_accepts(model, short=self._passes)
 
-    def _accepting_short(self, model: str) -> list[Replica]:
-        """Return the engines of a model that should get a short prompt now, KV room aside."""
-        if self._queue.by_arrival:  # nobody passes anybody
-            return self._fleet.accepting(model)
-        return self._fleet.accepting_short(model)
+    def _with_room(self, request: Request, need_tokens: int) -> list[Replica]:
+        """Return the engines that should get this request now and are not reserved for another.
 
-    def _accepting_request(self, request: Request) -> list[Replica]:
-        """Return the engines that should get this request now, KV room aside."""
-        if self._queue.by_arrival:
-            return self._fleet.accepting(request.model)
-        return self._fleet.accepting_request(request)
-
-    def _with_room(self, request: Request) -> list[Replica]:
-        """Return those of them with KV room for it that are not reserved for another."""
-        need_tokens = kv_need_tokens(request)
-        accepting = self._accepting_request(request)
-        replicas = [replica for replica in accepting if need_tokens <= replica.room_tokens]
-        if not self._reservations:
+        They have room for `need_tokens`, which it needs. The list is not to be changed.
+        """
+        replicas = self._fleet.with_room(request, need_tokens, short=self._passes)
+        if not replicas or not self._reservations:
             return replicas
         return self._reservations.available_to(request, replicas)
 

@@ -29,12 +29,11 @@ class WaitEstimator:
             return  # the usual case
         self._was_any_waiting = bool(waiting)
         # A name that no engine knows of has no rate: clients can make up any number of them.
-        for model in self._departure_rates.keys() | waiting.keys() | num_tokens_by_model.keys():
-            rate = self._departure_rates.get(model)
-            if rate is None:
-                if not self._fleet.knows(model):
-                    continue
-                rate = self._departure_rates[model] = DepartureRate(now_s)
+        for models in (waiting, num_tokens_by_model):
+            for model in models:
+                if model not in self._departure_rates and self._fleet.knows(model):
+                    self._departure_rates[model] = DepartureRate(now_s)
+        for model, rate in self._departure_rates.items():
             rate.record_departures(num_tokens_by_model.get(model, 0), model in waiting, now_s)
 
     def wait_s(self, model: str, num_tokens: int) -> float:

@@ -79,11 +79,13 @@ class Headway(Policy):
         Each at most `_MAX_COMPARED`.
         """
         start = int(self.rng.random() * len(replicas))
-        rotated = [*replicas[start:], *replicas[:start]]
-        drawn = rotated[:_MAX_COMPARED]
+        drawn = replicas[start : start + _MAX_COMPARED]
+        if len(drawn) < _MAX_COMPARED:
+            drawn = [*drawn, *replicas[: _MAX_COMPARED - len(drawn)]]
         if not request.block_hashes:
             return drawn
         first = request.block_hashes[0]
+        rotated = [*replicas[start:], *replicas[:start]]
         holders = [replica for replica in rotated if first in replica.prefix_cache]
         return list(dict.fromkeys([*holders[:_MAX_COMPARED], *drawn]))
 
@@ -122,16 +124,19 @@ def costs_s(request: Request, replicas: Sequence[Replica], load: Load, now_s: fl
     num_outputs = request.num_sequences * request.num_expected_output_tokens
     num_steps = num_outputs / math.sqrt(max(1.0, num_sequences / len(replicas)))
     factor_s = num_steps * decode_s  # out of the loop, which runs for every engine
-    num_held = load.num_held_per_engine
+    num_held, edf_key_s = load.num_held_per_engine, request.edf_key_s
+    num_all_tokens, may_be_cached = request.num_prompt_tokens or 1, bool(request.block_hashes)
     costs = []
     for replica in replicas:
-        num_new_tokens = replica.num_new_tokens(request)
+        num_new_tokens = num_all_tokens
+        if may_be_cached or replica.prefix_cache.coming:
+            num_new_tokens = replica.num_new_tokens(request)
         slowness = replica.chunk_overhead_s / (base_s + decode_s * replica.num_decoding)
         others_s = factor_s * slowness * replica.num_sequences
         others_s += num_new_tokens * replica.token_s * num_held
         if replica.long_edf_keys_s:
-            others_s += replica.passing_s(num_new_tokens, request.edf_key_s)
-        costs.append(replica.ttft_s(num_new_tokens, now_s, request.edf_key_s) + others_s)
+            others_s += replica.passing_s(num_new_tokens, edf_key_s)
+        costs.append(replica.ttft_s(num_new_tokens, now_s, edf_key_s) + others_s)
     return costs
 
 

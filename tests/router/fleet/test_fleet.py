@@ -8,13 +8,18 @@ def ids(replicas) -> list[str]:
     return [replica.id for replica in replicas]
 
 
+def accepting(fleet: Fleet, model: str = "m") -> list[str]:
+    """Those that should be sent any request now and have room for one."""
+    return ids(fleet.with_room(req("new", model=model), 1, short=False))
+
+
 def test_found_by_each_of_its_names():
     fleet = Fleet()
     fleet.add(make_replica("r0"))
     fleet.add(make_replica("r1", aliases=("lora",)))
-    assert ids(fleet.accepting("m")) == ["r0", "r1"]
-    assert ids(fleet.accepting("lora")) == ["r1"]
-    assert fleet.accepting("other") == []
+    assert accepting(fleet) == ["r0", "r1"]
+    assert accepting(fleet, "lora") == ["r1"]
+    assert accepting(fleet, "other") == []
 
 
 def test_a_saturated_engine_works_but_accepts_nothing_now():
@@ -23,7 +28,7 @@ def test_a_saturated_engine_works_but_accepts_nothing_now():
     replica.book(req("a", 5000), num_kv_tokens=5000, now_s=0.0)
     fleet.refresh(replica)
     assert ids(fleet.working("m")) == ["r0"]
-    assert fleet.accepting("m") == []
+    assert accepting(fleet) == []
 
 
 def test_a_name_stays_known_when_its_last_engine_is_gone():
@@ -42,7 +47,7 @@ def test_a_lost_replica_is_not_filed_again():
     fleet.remove("r0")
     fleet.add(make_replica())
     fleet.refresh(lost)
-    assert lost not in fleet.accepting("m")
+    assert lost not in fleet.with_room(req(), 1, short=True)
     assert len(fleet) == 1
 
 
