@@ -3,12 +3,17 @@
     python -m benchmarks.overhead.decision
 
 The deployed router alone, without engines and sockets and with a virtual clock. What is timed is
-one call of the router, from the event to the decisions.
+one call of the router, from the event to the decisions. Each form of the core, plain Python and
+compiled, runs in processes of its own, one after the other for each scene, so that both meet the
+same machine.
 """
 
 import argparse
 import gc
+import json
+import os
 import random
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -19,10 +24,13 @@ from rich.progress import track
 
 from benchmarks.report.report import Report, percentile
 from router import Dispatch, EngineInfo, EngineSnapshot, Request, Router, RouterSettings
+from serving.core_form import VARIABLE, form
 
 NUM_HELD = 10_000
-# Median, µs, by number of engines.
-TARGETS_US = {8: 20, 64: 50, 512: 150, 2048: 500}
+# Median of the worst row, µs, by number of engines; the router in the form that is served.
+TARGETS_US = {8: 20, 64: 30, 512: 60, 2048: 120}
+NOTHING = "snapshot that changes nothing"
+TARGET_NOTHING_US = 8
 TARGET_BYTES = 2048
 _STEP_TOKENS = 2048  # the token budget of one step
 _NUM_KV_TOKENS = 400_000
@@ -37,7 +45,7 @@ class RouterHarness:
         self.now_s = 0.0
         # So many requests are held that the last ones are late. Here that must not refuse them.
         self.router = Router(
-            RouterSettings(seed=seed, max_held_requests=2 * NUM_HELD, max_late_s=3600.0)
+            RouterSettings(seed=seed, max_held_requests=2 * num_held, max_late_s=3600.0)
         )
         self.num_engines = num_engines
         self._num_held = num_held
@@ -114,11 +122,20 @@ class RouterHarness:
         held = self.router.state(self.now_s).held
         assert held.num_requests == self._num_held, held
 
+    def time_nothing(self, num_pending: int, num_free: int) -> float:
+        """Return the seconds that a snapshot takes of an engine that is as all others are."""
+        engine = self.rng.randrange(self.num_engines)
+        state = self.make_snapshot(engine, num_pending, num_free)
+        took_s, dispatches = self.time_call(self.router.on_snapshot, str(engine), state, self.now_s)
+        assert not dispatches
+        return took_s
+
 
 def free_fleet(harness: RouterHarness, num_decisions: int) -> dict[str, list[float]]:
-    """Time arrivals while every engine has room: each is dispatched at once."""
-    harness.set_state(0, 300_000)
-    arrivals = []
+    """Time events while every engine has room: each arrival is dispatched at once."""
+    free = (0, 300_000)
+    harness.set_state(*free)
+    arrivals, nothings = [], []
     for _ in range(num_decisions):
         harness.now_s += 1e-3
         request = harness.make_request()
@@ -126,7 +143,8 @@ def free_fleet(harness: RouterHarness, num_decisions: int) -> dict[str, list[flo
         assert len(dispatches) == 1
         arrivals.append(took_s)
         harness.router.on_finish(request.id, None, harness.now_s)
-    return {"arrival dispatched": arrivals}
+        nothings.append(harness.time_nothing(*free))
+    return {"arrival dispatched": arrivals, NOTHING: nothings}
 
 
 def full_windows(harness: RouterHarness, num_decisions: int) -> dict[str, list[float]]:
@@ -147,7 +165,7 @@ def _time_full(
     `full` and `free`: of an engine, the tokens to prefill and the free KV tokens.
     """
     harness.set_state(*full)
-    arrivals, snapshots = [], []
+    arrivals, snapshots, nothings = [], [], []
     for _ in range(num_decisions):
         harness.now_s += 1e-3
         engine = harness.rng.randrange(harness.num_engines)
@@ -159,6 +177,7 @@ def _time_full(
             snapshots.append(took_s / len(dispatches))
         state = harness.make_snapshot(engine, *full)
         harness.record_bookings(harness.router.on_snapshot(str(engine), state, harness.now_s))
+        nothings.append(harness.time_nothing(*full))
         for dispatch in dispatches:  # as many arrive as were dispatched, and those end at once
             took_s, placed = harness.time_call(
                 harness.router.on_arrival, harness.make_request(), harness.now_s
@@ -168,71 +187,129 @@ def _time_full(
             harness.record_bookings(
                 harness.router.on_finish(dispatch.request_id, None, harness.now_s)
             )
-    return {"arrival held": arrivals, "snapshot, per dispatch": snapshots}
+    return {"arrival held": arrivals, "snapshot, per dispatch": snapshots, NOTHING: nothings}
 
 
 SCENES = {"open fleet": free_fleet, "full windows": full_windows, "full KV": full_kv}
 
 
-def bytes_per_held(seed: int) -> float:
+def bytes_per_held(num_held: int, seed: int) -> float:
     """Return the bytes of one held request in the router, without its body."""
-    harness = RouterHarness(8, 0, seed)
-    harness.set_state(3 * _STEP_TOKENS, 300_000)
+    harness = RouterHarness(8, num_held, seed)
+    for engine in range(harness.num_engines):
+        snapshot = harness.make_snapshot(engine, 3 * _STEP_TOKENS, 300_000)
+        harness.router.on_snapshot(str(engine), snapshot, harness.now_s)
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
-    for _ in range(NUM_HELD):
+    for _ in range(num_held):
         harness.router.on_arrival(harness.make_request(), harness.now_s)
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    return (after - before) / NUM_HELD
+    return (after - before) / num_held
 
 
-def run(sizes: Sequence[int], num_decisions: int, seed: int) -> Report:
-    """Time every scene at every size of the fleet. Return the report."""
-    config = {"engines": list(sizes), "decisions": num_decisions, "held": NUM_HELD}
+def time_scene(
+    scene: str, num_engines: int, num_held: int, num_decisions: int, seed: int
+) -> list[dict[str, Any]]:
+    """Return a row for each kind of event in a scene, by the form of the core in this process."""
+    num_held = 0 if scene == "open fleet" else num_held
+    harness = RouterHarness(num_engines, num_held, seed)
+    gc.collect()
+    gc.freeze()
+    times_s = SCENES[scene](harness, num_decisions)
+    gc.unfreeze()
+    return [
+        {
+            "scene": scene,
+            "event": event,
+            "engines": num_engines,
+            "held": num_held,
+            "core": form(),
+            "p50": percentile(each_s, 50) * 1e6,
+            "p99": percentile(each_s, 99) * 1e6,
+            "decisions": len(each_s),
+        }
+        for event, each_s in times_s.items()
+    ]
+
+
+def in_form(core: str, *arguments: object) -> list[dict[str, Any]] | None:
+    """Return the rows of this program in a process with this form of the core; None: there is none.
+
+    Raises `CalledProcessError` if it fails for another reason.
+    """
+    environment = os.environ | {VARIABLE: core}
+    is_there = [sys.executable, "-c", "import serving"]
+    if subprocess.run(is_there, env=environment, stderr=subprocess.DEVNULL).returncode:
+        return None
+    command = [sys.executable, "-m", "benchmarks.overhead.decision", "--child"]
+    command += map(str, arguments)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return rows
+
+
+def run(sizes: Sequence[int], num_held: int, num_decisions: int, seed: int) -> Report:
+    """Time every scene at every size of the fleet in both forms. Return the report."""
+    config = {"engines": list(sizes), "decisions": num_decisions, "held": num_held}
     report = Report("decision", "measured", seed, config)
-    worst_us: dict[int, float] = dict.fromkeys(sizes, 0.0)
+    rows: list[dict[str, Any]] = []
     scenes = [(name, num_engines) for name in SCENES for num_engines in sizes]
     for name, num_engines in track(scenes, description="decisions"):
-        num_held = 0 if name == "open fleet" else NUM_HELD
-        harness = RouterHarness(num_engines, num_held, seed)
-        gc.collect()
-        gc.freeze()
-        for event, times_s in SCENES[name](harness, num_decisions).items():
-            median_us = percentile(times_s, 50) * 1e6
-            report.add_row(
-                "Time of one decision, µs",
-                scene=name,
-                event=event,
-                engines=num_engines,
-                held=num_held,
-                p50=median_us,
-                p99=percentile(times_s, 99) * 1e6,
-                decisions=len(times_s),
-            )
-            worst_us[num_engines] = max(worst_us[num_engines], median_us)
-        gc.unfreeze()
-    for num_engines, median_us in worst_us.items():
-        if (target_us := TARGETS_US.get(num_engines)) is not None:
-            report.add_target(
-                f"median decision at {num_engines} engines, worst scene, µs",
-                median_us,
-                f"<= {target_us}",
-            )
+        for core in ("plain", "compiled"):
+            options = ("--scene", name, "--engines", num_engines, "--held", num_held)
+            timed = in_form(core, *options, "--decisions", num_decisions, "--seed", seed)
+            rows += timed or []
+    served = "compiled" if any(row["core"] == "compiled" for row in rows) else "plain"
+    for row in rows:
+        is_nothing = row["event"] == NOTHING
+        target_us = TARGET_NOTHING_US if is_nothing else TARGETS_US.get(row["engines"])
+        report.add_row("Time of one decision, µs", **row, target=target_us)
+    set_targets(report, [row for row in rows if row["core"] == served], sizes)
     report.add_target(
-        "bytes per held request beside its body", bytes_per_held(seed), f"<= {TARGET_BYTES}"
+        "bytes per held request beside its body",
+        bytes_per_held(num_held, seed),
+        f"<= {TARGET_BYTES}",
     )
+    report.add_note(f"Targets are compared with the {served} core.")
     report.add_note("Bytes of Python objects, by tracemalloc; each request has 8 prefix hashes.")
     return report
+
+
+def set_targets(report: Report, rows: list[dict[str, Any]], sizes: Sequence[int]) -> None:
+    """Compare the worst medians of each size with the targets."""
+    for num_engines in sizes:
+        medians_us = [
+            row["p50"] for row in rows if row["engines"] == num_engines and row["event"] != NOTHING
+        ]
+        if (target_us := TARGETS_US.get(num_engines)) is not None:
+            name = f"median decision at {num_engines} engines, worst scene, µs"
+            report.add_target(name, max(medians_us), f"<= {target_us}")
+    nothings_us = [row["p50"] for row in rows if row["event"] == NOTHING]
+    name = f"{NOTHING}, median, worst scene and size, µs"
+    report.add_target(name, max(nothings_us), f"<= {TARGET_NOTHING_US}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--engines", type=int, nargs="+", default=list(TARGETS_US))
+    parser.add_argument("--held", type=int, default=NUM_HELD)
     parser.add_argument("--decisions", type=int, default=1000, help="per scene and fleet")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--scene", choices=SCENES, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    run(options.engines, options.decisions, options.seed).finish()
+    if options.child:
+        [num_engines] = options.engines
+        print(
+            json.dumps(
+                time_scene(
+                    options.scene, num_engines, options.held, options.decisions, options.seed
+                )
+            )
+        )
+        return 0
+    run(options.engines, options.held, options.decisions, options.seed).finish()
     return 0
 
 
