@@ -8,14 +8,12 @@ earlier than on a single idle engine, which prefills a prompt without help.
 What it relaxes makes it a lower bound, its order does not (`run_clairvoyant`).
 """
 
-import random
-
 import numpy as np
 
 from router import RouterSettings
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
-from router.simulation.engine.sequence import Job
+from router.simulation.engine.unloaded import prefill_s
 from router.simulation.events import Network
 from router.simulation.journal import Run
 from router.simulation.simulator import Simulation
@@ -64,24 +62,12 @@ def run_clairvoyant(
         priority=lambda arrival: round(1e6 * work_s(arrival, profile)),
     )
     run = simulation.run()
-    sizes, which = np.unique(run.num_prompt_tokens, return_inverse=True)
-    alone_s = np.array([prefill_s(int(size), profile) for size in sizes])[which]
+    alone_s = prefill_s(run.num_prompt_tokens, profile)
     cached = run.num_cached_tokens / run.num_prompt_tokens
     first_s = np.maximum(run.first_s, run.arrival_s + alone_s * (1.0 - cached))
     run.first_s[:] = first_s
     run.end_s[:] = np.maximum(run.end_s, first_s)
     return run
-
-
-def prefill_s(num_prompt_tokens: int, profile: Profile) -> float:
-    """Return the time to first token on one engine that has nothing else to do, seconds."""
-    engine = EngineModel(profile.model_copy(update={"noise": 0.0}), random.Random(0))
-    engine.add(Job("alone", num_prompt_tokens, 1))
-    now_s = 0.0
-    while (step_s := engine.begin_step(now_s)) is not None:
-        now_s += step_s
-        engine.end_step(now_s)
-    return now_s
 
 
 def work_s(arrival: Arrival, profile: Profile) -> float:

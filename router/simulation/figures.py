@@ -7,10 +7,13 @@ from typing import TypeVar
 import numpy as np
 
 from router import Outcome, RouterSettings
+from router.simulation.engine.unloaded import UnloadedTimes
 from router.simulation.journal import Run
 
 # The first tenth of a run fills empty engines and is left out.
-_WARM_UP = 0.1
+_WARM = (0.1, 1.0)
+# In its last tenth, the last that a run completes are those that took longest, and no more come.
+STEADY = (0.1, 0.9)
 _PERCENTS = (50, 90, 99)
 # Fewer requests of a tenant say nothing about fairness.
 _MIN_TENANT_REQUESTS = 20
@@ -48,6 +51,30 @@ class Slo:
         return f"TTFT within {ttft}, TPOT within {self.tpot_s:g} s"
 
 
+@dataclass(frozen=True)
+class Promises:
+    """A first token, and a time per token, within so many times those of an idle engine.
+
+    So that each request is promised what its size allows, and a promise that all or none keep is
+    told from one that sets policies apart.
+    """
+
+    ttft_factor: float = 5.0
+    tpot_factor: float = 3.0
+
+    def kept(self, run: Run, unloaded: UnloadedTimes) -> np.ndarray:
+        """Return which requests kept both, [num_requests]; none that failed."""
+        first = run.ttft_s <= self.ttft_factor * unloaded.first_s  # false for nan
+        flow = (run.tpot_s <= self.tpot_factor * unloaded.each_s) | (run.num_output_tokens < 2)
+        return run.completed & first & flow
+
+    def __str__(self) -> str:
+        return (
+            f"TTFT within {self.ttft_factor:g} times, TPOT within {self.tpot_factor:g} times that "
+            "of an idle engine"
+        )
+
+
 def size_classes(run: Run) -> dict[str, np.ndarray]:
     """Return which requests are of each class, [num_requests] each.
 
@@ -66,13 +93,28 @@ def size_classes(run: Run) -> dict[str, np.ndarray]:
     return classes
 
 
-def figures_of(run: Run, slo: Slo) -> Figures:
+def figures_of(
+    run: Run,
+    slo: Slo | Promises,
+    *,
+    unloaded: UnloadedTimes | None = None,
+    window: tuple[float, float] = _WARM,
+) -> Figures:
     """Return all figures by name: `ttft_p99_s` of all requests, `short_ttft_p99_s` of a class.
 
-    Seconds, shares 0–1 and counts; `nan` where there is nothing to count.
+    Seconds, shares 0–1 and counts; `nan` where there is nothing to count. Of the requests that came
+    within `window`, shares of all. With `unloaded` also `slowdown_p99`: the time to the last
+    token over that of an idle engine. Promises need it.
     """
-    steady = np.arange(len(run)) >= int(_WARM_UP * len(run))
-    met = slo.met(run)
+    first, last = (int(share * len(run)) for share in window)
+    steady = np.zeros(len(run), dtype=bool)
+    steady[first:last] = True
+    if isinstance(slo, Promises):
+        assert unloaded is not None
+        met = slo.kept(run, unloaded)
+    else:
+        met = slo.met(run)
+    slowdown = run.e2e_s / unloaded.whole_s if unloaded is not None else None
     classes = size_classes(run)
     shed = run.has(Outcome.REJECTED) | run.has(Outcome.EXPIRED)
     found: Figures = {}
@@ -88,17 +130,24 @@ def figures_of(run: Run, slo: Slo) -> Figures:
             for percent in _PERCENTS:
                 found[f"{prefix}{figure}_p{percent}_s"] = percentile(values[chosen], percent)
             found[f"{prefix}{figure}_mean_s"] = _mean(values[chosen])
+        if slowdown is not None:
+            for percent in _PERCENTS:
+                found[f"{prefix}slowdown_p{percent}"] = percentile(slowdown[chosen], percent)
         found[f"{prefix}goodput"] = _mean(met[chosen])
         found[f"{prefix}num_preemptions"] = float(run.num_preemptions_each[members].sum())
         found[f"{prefix}num_shed"] = float((shed & members).sum())
-        found[f"{prefix}prefix_hit_tokens"] = float(run.num_cached_tokens[members].sum())
-        num_prompt_tokens = run.num_prompt_tokens[members & run.completed].sum()
+        found[f"{prefix}refused"] = _mean(shed[chosen])
+        found[f"{prefix}prefix_hit_tokens"] = float(run.num_cached_tokens[chosen].sum())
+        num_prompt_tokens = run.num_prompt_tokens[chosen & run.completed].sum()
         found[f"{prefix}prefix_hit_share"] = _ratio(
             found[f"{prefix}prefix_hit_tokens"], num_prompt_tokens
         )
+    gaps = run.gaps_within(window)
     for percent in (50, 99):
-        found[f"itl_p{percent}_s"] = weighted_percentile(run.gaps_s, run.gap_counts, percent)
-    start_s, end_s = run.arrival_s[steady][0], run.arrival_s[-1]
+        found[f"itl_p{percent}_s"] = weighted_percentile(
+            run.gaps_s[gaps], run.gap_counts[gaps], percent
+        )
+    start_s, end_s = run.arrival_s[steady][0], run.arrival_s[steady][-1]
     counted = run.completed & (run.end_s >= start_s) & (run.end_s <= end_s)
     found["output_tokens_per_s"] = _ratio(run.num_output_tokens[counted].sum(), end_s - start_s)
     found["fairness"] = jain(_shares_met(run, met & steady, steady, classes))

@@ -3,7 +3,6 @@
 The counterpart in virtual time of `serving.gateway.driver`.
 """
 
-from dataclasses import dataclass, field
 from operator import itemgetter
 
 import msgspec
@@ -21,7 +20,6 @@ from router import (
     Reject,
     RejectReason,
     Request,
-    Router,
     RouterSettings,
     Usage,
     Withdraw,
@@ -29,32 +27,33 @@ from router import (
 )
 from router.limits.rate_limit import RateReport
 from router.simulation.engine.sequence import Job, Progress
-from router.simulation.events import World
+from router.simulation.events import NeedsSnapshots, Receiver, World
 from router.simulation.node import Node
 from router.types import HEARTBEAT_S, MAX_PREFIX_BLOCKS, PREFIX_BLOCK_TOKENS
 
 _BYTES_PER_TOKEN = 4
 
 
-class Gateway:
+class Gateway(Receiver[Node]):
     """Carries out what its router decides.
 
     While it holds requests it listens: every snapshot that arrives is an event of its own, for
     it may release one of them. Otherwise snapshots wait until the router is called, and are
-    delivered first, each with the time of its arrival (`deliver_snapshots`).
+    delivered first, each with the time of its arrival (`deliver_snapshots`). In a calm run they
+    wait until the router is asked for a decision: what an engine computes, and what the router
+    learns of it, do not depend on one another.
     """
 
     def __init__(self, simulation: World[Node], settings: RouterSettings, number: int) -> None:
-        self.number = number
-        self.router = Router(settings)
+        super().__init__(number, settings, listens=simulation.always_listens)
         self._simulation = simulation
         self._max_hold_s = settings.max_hold_s
         self._model = ""
         self._exchanges: dict[str, Exchange] = {}  # by request, until it ends
         self._held: set[str] = set()  # of these
-        self.listens = simulation.always_listens
         self._streams: dict[str, dict[str, Exchange]] = {}  # by engine and job
         self._wake_s: float | None = None
+        self._wants_prefix = self.router.discipline.wants_prefix
 
     def has_streams(self, node: Node) -> bool:
         """Whether a request of ours is on the engine, or on its way there or back."""
@@ -69,7 +68,7 @@ class Gateway:
         arrival = simulation.workload.arrivals[number]
         self.deliver_snapshots()
         hashes: tuple[int, ...] = ()
-        if self.router.discipline.wants_prefix:
+        if self._wants_prefix:
             hashes = arrival.block_hashes(PREFIX_BLOCK_TOKENS)[:MAX_PREFIX_BLOCKS]
         request = Request(
             id=str(number),
@@ -91,15 +90,20 @@ class Gateway:
 
     def deliver_snapshots(self) -> None:
         """Deliver to the router the snapshots that have arrived by now, in order of arrival."""
-        now_s = self._simulation.now_s
+        simulation = self._simulation
+        if not simulation.reports:
+            return  # each is an event
+        now_s = simulation.now_s
         arrived: list[tuple[float, EngineSnapshot, BlockUpdate | None, Node]] = []
-        for node in self._simulation.nodes.values():
+        for node in simulation.nodes.values():
             if node.next_push_s <= now_s:
                 node.push_due_snapshots(now_s)
             snapshots = node.channels[self.number].snapshots
             while snapshots and snapshots[0][0] < now_s:
-                arrived.append((*snapshots.popleft(), node))
-        arrived.sort(key=itemgetter(0))
+                arrived_s, snapshot, update = snapshots.popleft()
+                arrived.append((arrived_s, snapshot, update, node))
+        if len(arrived) > 1:
+            arrived.sort(key=itemgetter(0))
         for arrived_s, snapshot, update, node in arrived:
             decisions = self._deliver_snapshot(node, arrived_s, snapshot, update)
             assert not decisions, "a snapshot led to a decision though no gateway listened"
@@ -142,8 +146,10 @@ class Gateway:
         node, jobs, progresses = message
         if not node.is_up:
             return
-        self.deliver_snapshots()
-        segment_tokens = self._simulation.segment_tokens
+        simulation = self._simulation
+        if self.listens or not simulation.is_calm:
+            self.deliver_snapshots()
+        segment_tokens = simulation.segment_tokens
         streams = self._streams[node.id]
         for job in jobs:
             if (exchange := streams.get(job.id)) is not None:
@@ -247,6 +253,8 @@ class Gateway:
             self._execute(self.router.on_tick(self._simulation.now_s))
 
     def hold(self, decision: Hold) -> None:
+        if not self._simulation.reports:
+            raise NeedsSnapshots
         self._held.add(decision.request_id)
 
     def dispatch(self, decision: Dispatch) -> None:
@@ -277,6 +285,8 @@ class Gateway:
         self._cancel_job(decision.replica_id, exchange.jobs.pop(decision.replica_id))
 
     def reject(self, decision: Reject) -> None:
+        if not self._simulation.reports:
+            raise NeedsSnapshots
         is_expired = decision.reason is RejectReason.EXPIRED
         self._end_request(decision.request_id, Outcome.EXPIRED if is_expired else Outcome.REJECTED)
 
@@ -350,14 +360,24 @@ class Gateway:
         self._simulation.journal.record_outcome(exchange.number, outcome, self._simulation.now_s)
 
 
-@dataclass(slots=True)
 class Exchange:
     """One client's request and the jobs that engines run for it, until it ends."""
 
-    number: int  # of the arrival
-    request: Request
-    jobs: dict[str, str] = field(default_factory=dict)  # by engine: one, or two while hedged
-    num_jobs: int = 0  # so far
-    num_output_tokens: int = 0  # sent by engines that then failed
-    has_begun: bool = False  # its first token has come
-    awaits_first_token: bool = True  # of the present attempt
+    __slots__ = (
+        "awaits_first_token",
+        "has_begun",
+        "jobs",
+        "num_jobs",
+        "num_output_tokens",
+        "number",
+        "request",
+    )
+
+    def __init__(self, number: int, request: Request) -> None:
+        self.number = number  # of the arrival
+        self.request = request
+        self.jobs: dict[str, str] = {}  # by engine: one, or two while hedged
+        self.num_jobs = 0  # so far
+        self.num_output_tokens = 0  # sent by engines that then failed
+        self.has_begun = False  # its first token has come
+        self.awaits_first_token = True  # of the present attempt

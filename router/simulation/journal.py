@@ -30,8 +30,16 @@ class Journal:
         self.num_preemptions_each = [0] * num_requests
         self.step_gaps_s: list[float] = []  # between a sequence's tokens
         self.step_gap_counts: list[int] = []  # sequences that had that gap
+        self.num_gaps_by_tenth: list[int] = []  # before each tenth of the requests came
+        self._next_mark = 0
         self.num_preemptions = 0  # also of jobs that were lost or cancelled
         self.num_events = 0
+
+    def record_arrival(self, number: int) -> None:
+        """Record that a request came, so that gaps can be told apart by time."""
+        if number >= self._next_mark:
+            self.num_gaps_by_tenth.append(len(self.step_gaps_s))
+            self._next_mark = len(self.num_gaps_by_tenth) * len(self.end_s) // 10
 
     def record_steps(self, began_s: float, ends_s: Sequence[float], num_decode_reqs: int) -> None:
         """Record successive steps, in each of which so many requests got a token."""
@@ -65,6 +73,7 @@ class Journal:
             num_preemptions_each=np.array(self.num_preemptions_each),
             gaps_s=gaps_s,
             gap_counts=np.array(self.step_gap_counts, dtype=int),
+            num_gaps_by_tenth=tuple(self.num_gaps_by_tenth),
             num_preemptions=self.num_preemptions,
             num_events=self.num_events,
         )
@@ -87,6 +96,7 @@ class Run:
     num_preemptions_each: NDArray[np.int_]
     gaps_s: NDArray[np.float64] = field(repr=False)
     gap_counts: NDArray[np.int_] = field(repr=False)
+    num_gaps_by_tenth: tuple[int, ...] = ()
     num_preemptions: int = 0
     num_events: int = 0
 
@@ -97,6 +107,14 @@ class Run:
         """Return which requests ended so, [num_requests]."""
         ended_so: NDArray[np.bool_] = self.outcome == OUTCOME_NUMBER[outcome]
         return ended_so
+
+    def gaps_within(self, window: tuple[float, float]) -> slice:
+        """Return which gaps ended while this part of the requests came, by shares, to a tenth."""
+        if not self.num_gaps_by_tenth:
+            return slice(None)
+        marks = (*self.num_gaps_by_tenth, len(self.gaps_s))
+        first, last = (min(len(marks) - 1, round(10 * share)) for share in window)
+        return slice(marks[first], marks[last])
 
     @cached_property
     def completed(self) -> NDArray[np.bool_]:

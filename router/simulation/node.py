@@ -5,12 +5,12 @@ at once from an engine that was idle. A push is an event of its own only while a
 Otherwise its time and content follow from the engine's steps, and it is made up when needed
 (`push_due_snapshots`). Successive steps in which all sequences decode are started as one run,
 which is cut when something comes in between. Neither changes a result: `Simulation(eager=True)`
-does without both and gives the same run.
+does without both and gives the same run. Where no decision depends on what engines report
+(`World.reports`), they send heartbeats alone.
 """
 
 import math
 import random
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
@@ -43,7 +43,7 @@ class Engine(Protocol):
     def num_preemptions_total(self) -> int: ...
 
     @property
-    def step_ends_s(self) -> Sequence[float]:
+    def step_ends_s(self) -> list[float]:
         """The ends of the steps of the run in progress; empty between runs."""
         ...
 
@@ -90,11 +90,16 @@ class Node:
         # When the next push is due, as far as known; `push_due_snapshots` makes it.
         self.next_push_s = math.inf
         self._simulation = simulation
+        self._reply_s = simulation.network.reply_s
+        self._interval_s = simulation.network.snapshot_interval_s
+        self._loss = simulation.network.snapshot_loss
+        self._blocks = engine.blocks
+        self._reports = simulation.reports
         self._rng = rng  # which snapshots are lost
         self._gateway_of: dict[str, Receiver[Node]] = {}  # of each job in the engine
         self._new_jobs: list[Job] = []  # that no step has reported yet
         self._run_began_s = 0.0
-        self._run_ends_s: float | None = None  # None: the engine has nothing to do
+        self._run_ends_s = math.inf  # inf: the engine has nothing to do
         self._seq = 0
         self._last_push_s = -math.inf
         self._has_unsent_change = False  # since the last push
@@ -121,10 +126,10 @@ class Node:
         self._gateway_of[job.id] = gateway
         self.channels[gateway.number].last_booking = booking
         self.engine.add(job)
-        if job.block_hashes:
+        if job.block_hashes and self._reports:
             self._new_jobs.append(job)
         self._request_push()
-        if self._run_ends_s is None:
+        if self._run_ends_s == math.inf:
             self._begin_run()
         else:
             self._cut_run()
@@ -134,7 +139,7 @@ class Node:
         if self.is_up and self._gateway_of.pop(job_id, None) is not None:
             self._advance_to_now()
             self.engine.abort(job_id)
-            if self._run_ends_s is not None:
+            if self._run_ends_s < math.inf:
                 self._cut_run()
             self._request_push()
 
@@ -163,17 +168,22 @@ class Node:
             until_s = -math.inf
         run_s = engine.begin_step(now_s, until_s)
         self._run_began_s = now_s
-        self._schedule_end(None if run_s is None else engine.step_ends_s[-1])
+        if run_s is None:
+            self._schedule_end(math.inf)
+            return
+        if run_s > simulation.slow_step_s:
+            simulation.on_slow_step()
+        self._schedule_end(engine.step_ends_s[-1])
 
     def _cut_run(self) -> None:
         """End the run with the step in progress, for the engine's jobs have changed."""
         end_s = self.engine.cut_run(self._simulation.now_s)
         if end_s != self._run_ends_s:
-            self._schedule_end(end_s)
+            self._schedule_end(math.inf if end_s is None else end_s)
 
-    def _schedule_end(self, end_s: float | None) -> None:
+    def _schedule_end(self, end_s: float) -> None:
         self._run_ends_s = end_s
-        if end_s is not None:
+        if end_s < math.inf:
             self._simulation.call_at(end_s, self._end_run, end_s)
         self._find_next_push()
 
@@ -182,29 +192,37 @@ class Node:
             return  # down, or cut short since
         simulation, engine = self._simulation, self.engine
         now_s = simulation.now_s
-        self.push_due_snapshots(now_s)
+        if self.next_push_s <= now_s:
+            self.push_due_snapshots(now_s)
         ends_s = list(engine.step_ends_s)
-        messages: dict[Receiver[Node], tuple[list[Job], list[Progress]]] = {}
         progresses = engine.end_step(now_s)
+        self._record_steps(ends_s)
+        if progresses or self._new_jobs:
+            self._report_results(progresses)
+        # One write holds the step's results and the snapshot after it.
+        self._run_ends_s = math.inf
+        self._request_push()
+        self._begin_run()
+        if self.is_draining and not self._gateway_of:
+            simulation.call_at(now_s + self._reply_s, self._remove_if_empty, None)
+
+    def _report_results(self, progresses: Sequence[Progress]) -> None:
+        """Send each gateway its jobs that the engine has taken in, and what came of its others."""
+        messages: dict[int, tuple[list[Job], list[Progress]]] = {}
         for job in self._new_jobs:
-            if (gateway := self._gateway_of.get(job.id)) is not None:
-                messages.setdefault(gateway, ([], []))[0].append(job)
+            gateway = self._gateway_of.get(job.id)
+            if gateway is not None:
+                messages.setdefault(gateway.number, ([], []))[0].append(job)
         self._new_jobs.clear()
         for progress in progresses:
             gateway = self._gateway_of[progress.job_id]
             if progress.finished:
                 del self._gateway_of[progress.job_id]
-            messages.setdefault(gateway, ([], []))[1].append(progress)
-        self._record_steps(ends_s)
-        arrive_s = now_s + simulation.network.reply_s
-        for gateway, (jobs, ends) in messages.items():
-            simulation.call_at(arrive_s, gateway.on_step, (self, jobs, ends))
-        # One write holds the step's results and the snapshot after it.
-        self._run_ends_s = None
-        self._request_push()
-        self._begin_run()
-        if self.is_draining and not self._gateway_of:
-            simulation.call_at(arrive_s, self._remove_if_empty, None)
+            messages.setdefault(gateway.number, ([], []))[1].append(progress)
+        simulation = self._simulation
+        arrive_s = simulation.now_s + self._reply_s
+        for number, (jobs, ends) in messages.items():
+            simulation.call_at(arrive_s, simulation.gateways[number].on_step, (self, jobs, ends))
 
     def _record_steps(self, ends_s: Sequence[float]) -> None:
         """Record in the journal the steps of the run that have ended."""
@@ -215,7 +233,7 @@ class Node:
 
     def _share_of_others_stepping(self) -> float:
         others = [node for node in self._simulation.nodes.values() if node is not self]
-        num_stepping = sum(node._run_ends_s is not None for node in others)
+        num_stepping = sum(node._run_ends_s < math.inf for node in others)
         return num_stepping / len(others) if others else 0.0
 
     # Pushes
@@ -245,54 +263,69 @@ class Node:
     def _advance_to_now(self) -> None:
         """Bring the engine's state to the present, after pushing what was due before."""
         now_s = self._simulation.now_s
-        self.push_due_snapshots(now_s)
+        if self.next_push_s <= now_s:
+            self.push_due_snapshots(now_s)
         self.engine.advance_to(now_s)
 
     def _request_push(self) -> None:
         """Push a snapshot of a change: now, or when the interval allows."""
+        if not self._reports:
+            return
         now_s = self._simulation.now_s
-        may_s = self._last_push_s + self._simulation.network.snapshot_interval_s
+        may_s = self._last_push_s + self._interval_s
         if may_s <= now_s or not self._gateway_of:
             self.push_snapshot(now_s)
         else:
             self._has_unsent_change = True
             self.next_push_s = may_s
-            self.schedule_push()
+            if self._simulation.num_listening:
+                self.schedule_push()
 
     def _find_next_push(self) -> None:
         """Set when the next push is due: at the end of the run's next step, if not before.
 
         The last step's end is left to `_end_run`.
         """
-        may_s = self._last_push_s + self._simulation.network.snapshot_interval_s
-        if self._has_unsent_change:
+        if self._has_unsent_change or not self._reports:
             return
         self.next_push_s = math.inf
-        ends_s = self.engine.step_ends_s
-        index = bisect_right(ends_s, self._last_push_s)
-        if index < len(ends_s) - 1:
-            self.next_push_s = max(ends_s[index], may_s)
-            self.schedule_push()
+        if self._run_ends_s == math.inf:
+            return
+        ends_s, last_push_s = self.engine.step_ends_s, self._last_push_s
+        last = len(ends_s) - 1
+        # Of the few steps of a run.
+        index = 0
+        while index < last and ends_s[index] <= last_push_s:
+            index += 1
+        if index < last:
+            may_s = last_push_s + self._interval_s
+            end_s = ends_s[index]
+            self.next_push_s = end_s if end_s > may_s else may_s
+            if self._simulation.num_listening:
+                self.schedule_push()
 
     def push_snapshot(self, now_s: float) -> None:
         """Send every gateway a snapshot of the engine, whose state is that of `now_s`."""
-        simulation, network = self._simulation, self._simulation.network
+        simulation = self._simulation
         self._has_unsent_change = False
         self._last_push_s = now_s
-        arrive_s = now_s + network.reply_s
+        arrive_s = now_s + self._reply_s
         self._seq += 1
-        snapshot = self.engine.snapshot(self._seq, self.channels[0].last_booking)
-        for gateway, channel in zip(simulation.gateways, self.channels, strict=True):
-            update = self.engine.blocks.since(channel.block_position)
+        channels = self.channels
+        snapshot = self.engine.snapshot(self._seq, channels[0].last_booking)
+        for number, channel in enumerate(channels):
+            update = self._blocks.since(channel.block_position)
             if update is not None:
                 channel.block_position = update.until
-            if network.snapshot_loss and self._rng.random() < network.snapshot_loss:
+            if self._loss and self._rng.random() < self._loss:
                 continue
             if channel.last_booking != snapshot.last_booking:
                 snapshot = msgspec.structs.replace(snapshot, last_booking=channel.last_booking)
             channel.snapshots.append((arrive_s, snapshot, update))
-            if gateway.listens:
-                simulation.call_at(arrive_s, gateway.on_snapshot, self)
+            if simulation.num_listening:
+                gateway = simulation.gateways[number]
+                if gateway.listens:
+                    simulation.call_at(arrive_s, gateway.on_snapshot, self)
         self._find_next_push()
 
     def _on_push_due(self, due_s: float) -> None:

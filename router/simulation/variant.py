@@ -21,6 +21,8 @@ _ORDER = (
     "least_kv_usage",
     "cache_aware",
     "weighted_score",
+    "lmetric",
+    "vllm_dp",
 )
 
 

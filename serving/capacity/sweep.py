@@ -1,10 +1,12 @@
 """What do many simulated runs give? Workloads × fleets × loads × policies, on all cores."""
 
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.pool import Pool
 from typing import Any
@@ -15,10 +17,10 @@ from router import RouterSettings
 from router.simulation import clairvoyant
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
-from router.simulation.events import Network
+from router.simulation.events import NeedsSnapshots, Network
 from router.simulation.figures import Figures, Slo, figures_of
 from router.simulation.journal import Run
-from router.simulation.simulator import Simulation
+from router.simulation.simulator import Simulation, can_do_without_snapshots
 from router.simulation.variant import SATURATING_POLICY, split
 from router.simulation.workload.workload import Workload
 
@@ -66,10 +68,12 @@ def simulate(
             workload, fleet.profile, fleet.num_engines, seed=seed, segment_tokens=segment_tokens
         )
     policy, parts = split(variant)
-    settings = settings or RouterSettings()
-    simulation = Simulation(
+    options = (settings or RouterSettings()).model_dump()
+    of_run = RouterSettings(**options | {"policy": policy, "ablate": parts, "seed": seed})
+    make = partial(
+        Simulation,
         workload,
-        RouterSettings(**settings.model_dump() | {"policy": policy, "ablate": parts, "seed": seed}),
+        of_run,
         lambda rng: EngineModel(
             fleet.profile, rng, caps_prefill=True, segment_tokens=segment_tokens
         ),
@@ -81,7 +85,10 @@ def simulate(
         seed=seed,
         on_progress=on_progress,
     )
-    return simulation.run()
+    if can_do_without_snapshots(of_run):
+        with contextlib.suppress(NeedsSnapshots):
+            return make(reports=False).run()
+    return make().run()
 
 
 def simulated_capacity(workload: Workload, fleet: Fleet, seed: int = 0) -> float:

@@ -28,6 +28,7 @@ class Policy:
 
     name: ClassVar[str]  # as in `router.policy`
     holds: ClassVar[bool] = False  # whether it is made for a hold queue in front of it
+    reads_engines: ClassVar[bool] = True  # whether its choice depends on what engines report
     wants_prefix: bool = False  # whether it reads `Request.prefix_hashes`
     wants_blocks: bool = False  # whether it reads `Request.block_hashes`, made from these
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from router.fleet.replica import Replica
 from router.scheduling.policies.base import Load, Policy
-from router.scheduling.policies.prefix_index import PrefixIndex
+from router.scheduling.prefix_index import PrefixIndex
 from router.types import Request
 
 # Defaults of the command lines of sglang-router (now SMG) and of vllm-router:
@@ -27,6 +27,7 @@ class CacheAware(Policy):
     """
 
     name: ClassVar[str] = "cache_aware"
+    reads_engines: ClassVar[bool] = False
     wants_prefix = True
 
     def __init__(self, rng: random.Random, ablated: Collection[str] = ()) -> None:

@@ -16,6 +16,7 @@ class LeastRequests(Policy):
     """
 
     name: ClassVar[str] = "least_requests"
+    reads_engines: ClassVar[bool] = False
 
     def choose(
         self, request: Request, replicas: Sequence[Replica], load: Load, now_s: float

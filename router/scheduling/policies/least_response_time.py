@@ -24,6 +24,7 @@ class LeastResponseTime(Policy):
     """
 
     name: ClassVar[str] = "least_response_time"
+    reads_engines: ClassVar[bool] = False
 
     def __init__(self, rng: random.Random, ablated: Collection[str] = ()) -> None:
         super().__init__(rng, ablated)

@@ -17,6 +17,7 @@ class PowerOfTwo(Policy):
     """
 
     name: ClassVar[str] = "power_of_two"
+    reads_engines: ClassVar[bool] = False
 
     def choose(
         self, request: Request, replicas: Sequence[Replica], load: Load, now_s: float

@@ -17,6 +17,7 @@ class RoundRobin(Policy):
     """
 
     name: ClassVar[str] = "round_robin"
+    reads_engines: ClassVar[bool] = False
 
     def __init__(self, rng: random.Random, ablated: Collection[str] = ()) -> None:
         super().__init__(rng, ablated)

@@ -7,7 +7,7 @@ from typing import ClassVar
 from router.fleet.replica import Replica
 from router.scheduling.policies.base import Load, Policy
 from router.scheduling.policies.least_kv_usage import kv_usage
-from router.scheduling.policies.prefix_index import PrefixIndex
+from router.scheduling.prefix_index import PrefixIndex
 from router.types import Request
 
 # The default profile of the Gateway API inference extension's endpoint picker,

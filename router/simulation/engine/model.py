@@ -6,11 +6,9 @@ and are only counted: a step costs what changes in it, and successive steps in w
 change are one run (`begin_step(until_s=...)`).
 """
 
-import bisect
 import itertools
 import math
 import random
-from collections import deque
 from collections.abc import Hashable
 from collections.abc import Sequence as Row
 
@@ -18,6 +16,7 @@ from router import EngineInfo, EngineSnapshot
 from router.fleet.block_log import BlockLog
 from router.simulation.engine.profile import Profile
 from router.simulation.engine.sequence import Job, Progress, Sequence, State
+from router.simulation.engine.step_noise import StepNoise
 from router.simulation.engine.step_scheduler import StepScheduler
 from router.types import PREFILL_RATE_FORGETTING
 
@@ -71,15 +70,17 @@ class EngineModel:
         self.step_num_prefill_pairs = 0.0
         self.step_num_decode_reqs = 0
         self.slowness = 1.0  # of the next steps: their time over that of an engine alone
-        self._rng = rng
+        self._cost = profile.step_cost
+        self._noise = StepNoise(rng, profile.noise)
+        self._block_size = profile.block_size
         self._serials = itertools.count()
         self._jobs: dict[str, list[Sequence]] = {}
         # The run in progress: one step or several.
         self._ends_s: list[float] = []  # of its steps
         self._num_applied_steps = 0  # of these, whose effects are counted
         self._began_s = 0.0
+        self._num_prefill_tokens = 0
         self._num_prefill_pairs = 0.0
-        self._factors: deque[float] = deque()  # noise of the next steps, as far as drawn
         self._aborted: list[str] = []
         self._prefill_rate_tokens = 0.0
         self._prefill_rate_s = 0.0
@@ -138,7 +139,7 @@ class EngineModel:
     # Steps
 
     @property
-    def step_ends_s(self) -> Row[float]:
+    def step_ends_s(self) -> list[float]:
         """The ends of the steps of the run in progress; empty between runs."""
         return self._ends_s
 
@@ -159,22 +160,27 @@ class EngineModel:
             return None
         self._began_s = now_s
         self._num_applied_steps = 0
+        self._num_prefill_tokens = 0
         self._num_prefill_pairs = 0.0
         if self.scheduler.only_decodes:
             return self._begin_run(now_s, until_s)
         self.scheduler.schedule()
         num_prefill_tokens = 0
+        num_pairs = 0.0
         for sequence, num_tokens in self.scheduler.prefills.items():
             num_prefill_tokens += num_tokens
-            self._num_prefill_pairs += num_tokens * (sequence.num_computed + num_tokens / 2)
+            num_pairs += num_tokens * (sequence.num_computed + num_tokens / 2)
+        self._num_prefill_tokens = num_prefill_tokens
+        self._num_prefill_pairs = num_pairs
+        decoding = self.scheduler.decoding
         duration_s = (
             self.slowness
-            * self._noise(0)
-            * self.profile.step_s(
+            * self._noise.factor(0)
+            * self._cost.step_s(
                 num_prefill_tokens,
-                self.scheduler.decoding.num_sequences,
-                self.scheduler.decoding.num_context_tokens,
-                self._num_prefill_pairs,
+                decoding.num_sequences,
+                decoding.num_context_tokens,
+                num_pairs,
             )
         )
         self._ends_s.append(now_s + duration_s)
@@ -194,13 +200,18 @@ class EngineModel:
 
     def advance_to(self, now_s: float) -> None:
         """Apply the steps of the run that have ended by `now_s`; `end_step` applies the last."""
+        ends_s = self._ends_s
         first = self._num_applied_steps
-        end = bisect.bisect_right(self._ends_s, now_s, first, max(first, len(self._ends_s) - 1))
+        end, last = first, len(ends_s) - 1
+        while end < last and ends_s[end] <= now_s:
+            end += 1
         if end > first:
             # The first step's blocks were allocated when the run began.
             num_steps = end - first
-            num_new_blocks = self.scheduler.decoding.num_new_blocks
-            num_blocks = sum(map(num_new_blocks, range(1, num_steps + 1)))
+            decoding = self.scheduler.decoding
+            num_blocks = 0
+            for step in range(1, num_steps + 1):
+                num_blocks += decoding.num_new_blocks(step)
             self._apply_steps(num_steps)
             self.scheduler.kv.allocate_blocks(num_blocks)
 
@@ -214,15 +225,14 @@ class EngineModel:
         self._ends_s.clear()
         computed, finished = self.scheduler.complete()
         self.num_output_tokens_total += len(computed)
-        progress = [
-            self._progress(sequence, finished=False)
-            for sequence in computed
-            if sequence.num_emitted == 1 and sequence.state is not State.DONE
-        ]
-        progress += [self._progress(sequence, finished=True) for sequence in finished]
-        for job_id in {sequence.job.id for sequence in finished}:
-            if all(each.state is State.DONE for each in self._jobs[job_id]):
-                del self._jobs[job_id]
+        progress = []
+        for sequence in computed:
+            if sequence.num_emitted == 1 and sequence.state is not State.DONE:
+                progress.append(self._progress(sequence, finished=False))
+        for sequence in finished:
+            progress.append(self._progress(sequence, finished=True))
+        for sequence in finished:
+            self._forget_if_done(sequence.job.id)
         if self._aborted:
             gone = set(self._aborted)
             self._aborted.clear()
@@ -243,7 +253,7 @@ class EngineModel:
             num_waiting_reqs=len(scheduler.waiting),
             num_inflight_reqs=len(self._jobs),
             kv_cache_usage=1.0 - num_free / scheduler.kv.num_blocks,
-            num_free_kv_tokens=num_free * self.profile.block_size,
+            num_free_kv_tokens=num_free * self._block_size,
             num_pending_prefill_tokens=num_pending,
             num_step_demand_tokens=num_demand,
             num_decoding_reqs=scheduler.num_decoding,
@@ -266,22 +276,23 @@ class EngineModel:
     # Runs of steps in which all sequences decode and nothing else happens
 
     def _begin_run(self, now_s: float, until_s: float) -> float:
-        decoding, kv = self.scheduler.decoding, self.scheduler.kv
+        decoding, kv, noise = self.scheduler.decoding, self.scheduler.kv, self._noise
         num_decoding, num_context = decoding.num_sequences, decoding.num_context_tokens
-        fixed_s = self.profile.step_s(0, num_decoding, 0, 0.0)
-        s_per_context_token = self.profile.s_per_context_token
-        is_noisy = self.profile.noise > 0.0
-        num_steps = decoding.next_finish_tick() - decoding.tick
+        fixed_s = self._cost.step_s(0, num_decoding, 0, 0.0)
+        s_per_context_token = self._cost.s_per_context_token
+        slowness = self.slowness
+        num_steps_left = decoding.next_finish_tick() - decoding.tick
         kv.allocate_blocks(decoding.num_new_blocks())
         num_free = kv.num_free
-        ends_s, end_s = self._ends_s, now_s
+        ends_s, end_s, num_steps = self._ends_s, now_s, 0
         while True:
-            step_s = self.slowness * (fixed_s + s_per_context_token * num_context)
-            end_s += self._noise(len(ends_s)) * step_s if is_noisy else step_s
+            step_s = slowness * (fixed_s + s_per_context_token * num_context)
+            end_s += noise.factor(num_steps) * step_s
             ends_s.append(end_s)
+            num_steps += 1
             num_context += num_decoding
-            num_free -= decoding.num_new_blocks(len(ends_s))
-            if end_s >= until_s or len(ends_s) == num_steps or num_free < 0:
+            num_free -= decoding.num_new_blocks(num_steps)
+            if end_s >= until_s or num_steps == num_steps_left or num_free < 0:
                 return end_s - now_s
 
     def _apply_steps(self, num_steps: int) -> None:
@@ -289,30 +300,20 @@ class EngineModel:
         last = self._num_applied_steps + num_steps - 1
         self.step_s = self._ends_s[last] - (self._ends_s[last - 1] if last else self._began_s)
         self._num_applied_steps += num_steps
-        if self._factors:
-            for _ in range(num_steps):
-                self._factors.popleft()
-        num_prefill_tokens = sum(self.scheduler.prefills.values())
+        self._noise.advance(num_steps)
+        num_prefill_tokens = self._num_prefill_tokens
         self.step_num_prefill_tokens = num_prefill_tokens
         self.step_num_prefill_pairs = self._num_prefill_pairs
         decoding = self.scheduler.decoding
         self.step_num_decode_reqs = decoding.num_sequences
-        self.num_prefill_tokens_total += num_prefill_tokens
         if num_prefill_tokens:
+            self.num_prefill_tokens_total += num_prefill_tokens
             keep = 1.0 - PREFILL_RATE_FORGETTING
             self._prefill_rate_tokens = keep * self._prefill_rate_tokens + num_prefill_tokens
             self._prefill_rate_s = keep * self._prefill_rate_s + self.step_s
         self.num_steps_total += num_steps
         decoding.advance(num_steps)
         self.num_output_tokens_total += num_steps * decoding.num_sequences
-
-    def _noise(self, index: int) -> float:
-        """Return the noise factor of the step that is so many after the last one applied."""
-        if (noise := self.profile.noise) == 0.0:
-            return 1.0
-        while len(self._factors) <= index:
-            self._factors.append(max(0.0, self._rng.gauss(1.0, noise)))
-        return self._factors[index]
 
     def _progress(self, sequence: Sequence, finished: bool) -> Progress:
         return Progress(
@@ -323,6 +324,15 @@ class EngineModel:
             sequence.num_cached,
             sequence.num_preemptions,
         )
+
+    def _forget_if_done(self, job_id: str) -> None:
+        sequences = self._jobs.get(job_id)
+        if sequences is None:
+            return  # by another sequence of it that ended in the same step
+        for sequence in sequences:
+            if sequence.state is not State.DONE:
+                return
+        del self._jobs[job_id]
 
     def _drop(self, job_id: str) -> None:
         for sequence in self._jobs.pop(job_id, ()):

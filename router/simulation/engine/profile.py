@@ -6,6 +6,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from router.fleet.prefill_chunk import prefill_chunk_tokens
+from router.simulation.engine.step_cost import StepCost
 
 _MEMORY_TERMS = ("base_s", "floor_s", "s_per_decode_req", "s_per_context_token")
 _COMPUTE_TERMS = ("s_per_token", "s_per_prefill_pair")
@@ -28,12 +29,7 @@ class Profile(BaseModel):
 
     A step's matrix products take the longer of reading the weights (`floor_s`) and computing its
     tokens, prefilled and decoded alike (roofline; Williams et al. 2009). Attention adds terms that
-    grow with context:
-
-        step_s = max(floor_s, base_s + s_per_token * (num_prefill_tokens + num_decode_reqs))
-                 + s_per_decode_req * num_decode_reqs
-                 + s_per_context_token * num_decode_context_tokens
-                 + s_per_prefill_pair * sum(chunk * (computed before + chunk / 2))
+    grow with context. The formula is in `StepCost`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -107,14 +103,19 @@ class Profile(BaseModel):
         num_prefill_pairs: float,
     ) -> float:
         """Return the expected duration of a step, seconds, without noise."""
-        return (
-            max(
-                self.floor_s,
-                self.base_s + self.s_per_token * (num_prefill_tokens + num_decode_reqs),
-            )
-            + self.s_per_decode_req * num_decode_reqs
-            + self.s_per_context_token * num_decode_context_tokens
-            + self.s_per_prefill_pair * num_prefill_pairs
+        return self.step_cost.step_s(
+            num_prefill_tokens, num_decode_reqs, num_decode_context_tokens, num_prefill_pairs
+        )
+
+    @property
+    def step_cost(self) -> StepCost:
+        return StepCost(
+            base_s=self.base_s,
+            floor_s=self.floor_s,
+            s_per_token=self.s_per_token,
+            s_per_decode_req=self.s_per_decode_req,
+            s_per_context_token=self.s_per_context_token,
+            s_per_prefill_pair=self.s_per_prefill_pair,
         )
 
     def slowed(self, by: StepTimeFactors) -> "Profile":

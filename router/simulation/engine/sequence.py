@@ -2,14 +2,14 @@
 
 from collections.abc import Hashable
 from collections.abc import Sequence as Row
-from dataclasses import dataclass
 from enum import Enum, auto
+
+import msgspec
 
 from router.simulation.engine.kv_cache import BlockTable
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(msgspec.Struct, frozen=True, gc=False):
     """A request as an engine sees it. Jobs arrive in the order in which they are added."""
 
     id: str
@@ -23,8 +23,7 @@ class Job:
     num_expected_cached_tokens: int = 0  # by the router, until the cache is looked up
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True, gc=False):
     """A sequence that began or ended its output with this step."""
 
     job_id: str
@@ -58,6 +57,7 @@ class Sequence:
         "num_emitted",
         "num_output",
         "num_preemptions",
+        "num_prompt",
         "serial",
         "state",
     )
@@ -69,6 +69,7 @@ class Sequence:
         self.serial = serial
         self.block_table = BlockTable(keys)
         self.state = State.WAITING
+        self.num_prompt = job.num_prompt_tokens
         self.num_output = 0
         self.num_computed = 0  # while decoding: as it was when it joined the batch
         self.num_emitted = 0  # likewise
@@ -80,4 +81,4 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         """Prompt and emitted tokens; out of date while decoding."""
-        return self.job.num_prompt_tokens + self.num_emitted
+        return self.num_prompt + self.num_emitted

@@ -47,7 +47,8 @@ class StepScheduler:
         self._stalled: list[Sequence] = []  # decoding, yet not in the current step
         self._deferred: list[Sequence] = []  # left out of the current step
         # The head that did not fit, and the cache's epoch at that time.
-        self._blocked: tuple[Sequence, int] | None = None
+        self._blocked: Sequence | None = None
+        self._blocked_epoch = 0
 
     # Sequences
 
@@ -121,14 +122,16 @@ class StepScheduler:
                 finished.append(sequence)
             else:
                 self.decoding.add(sequence)
-        # Blocks are released, and so evicted, in the order of running.
-        finished.sort(key=lambda each: each.admission)
+        if len(finished) > 1:  # blocks are released, and so evicted, in the order of running
+            finished.sort(key=lambda each: each.admission)
         for sequence in finished:
             self._end(sequence)
         for sequence in self._stalled:
             self.decoding.add(sequence)
-        self.prefills.clear()
-        self._stalled.clear()
+        if self.prefills:
+            self.prefills.clear()
+        if self._stalled:
+            self._stalled.clear()
         return computed, finished
 
     def schedule(self) -> None:
@@ -224,13 +227,13 @@ class StepScheduler:
         kv, size = self.kv, self._block_size
         while budget > 0 and self.waiting and len(self.running) < self._profile.max_num_seqs:
             sequence = self.waiting.head()
-            if self._blocked == (sequence, kv.epoch):
+            if self._blocked is sequence and self._blocked_epoch == kv.epoch:
                 return
             num_tokens = sequence.num_tokens
             # The last token is always computed, for its logits.
             hit = kv.look_up(sequence.block_table, (num_tokens - 1) // size)
             if -(-num_tokens // size) - hit.num_blocks + hit.num_evictable > kv.num_free:
-                self._blocked = sequence, kv.epoch
+                self._blocked, self._blocked_epoch = sequence, kv.epoch
                 return
             self.waiting.remove(sequence)
             kv.adopt(sequence.block_table, hit)

@@ -8,7 +8,7 @@ from router.scheduling.policies import POLICIES, Load, Policy, make_policy
 from router.scheduling.policies.headway import costs_s
 from router.scheduling.policies.least_kv_usage import kv_usage
 from router.scheduling.policies.least_response_time import LeastResponseTime
-from router.scheduling.policies.prefix_index import PrefixIndex
+from router.scheduling.prefix_index import PrefixIndex
 from router.types import PREFIX_BLOCK_TOKENS
 from tests.support.builders import busy, info, make_replica, req, snapshot
 
@@ -177,6 +177,7 @@ def test_only_headway_wants_a_hold_queue():
 def test_only_policies_that_compare_prompts_want_their_hashes():
     assert {name for name, policy in POLICIES.items() if policy.wants_prefix} == {
         "cache_aware",
+        "lmetric",
         "weighted_score",
     }
 
@@ -280,6 +281,46 @@ class TestWeightedScore:
 
     def test_equals_at_random(self):
         assert len(choices(make("weighted_score"), req(), replicas(4))) == 4
+
+
+class TestLMetric:
+    """(Pending + new tokens) x (sequences + 1)."""
+
+    def test_pending_tokens_and_sequences_multiply(self):
+        policy, given = make("lmetric"), replicas(2)
+        given[0].receive(busy(num_pending_prefill_tokens=900), 0.0)  # 1,000 x 2
+        given[1].receive(busy(num_running_reqs=18), 0.0)  # 100 x 19
+        request = req(num_tokens=100)
+        assert policy.choose(request, given, NOTHING_HELD, 0.0) is given[1]
+        given[1].receive(busy(seq=2, num_running_reqs=20), 0.0)  # 100 x 21
+        assert policy.choose(request, given, NOTHING_HELD, 0.0) is given[0]
+
+    def test_equals_at_random(self):
+        assert len(choices(make("lmetric"), req(), replicas(4))) == 4
+
+
+class TestVllmDp:
+    """max(in flight, waiting + running) + 6 waiting max(0, kv - 0.5), published every 0.1 s."""
+
+    def test_counts_what_waits_only_where_the_cache_is_full(self):
+        policy, given = make("vllm_dp"), replicas(2)
+        given[0].receive(busy(num_running_reqs=0, num_waiting_reqs=4, kv_cache_usage=0.5), 0.0)
+        given[1].receive(busy(num_running_reqs=4, num_waiting_reqs=1, kv_cache_usage=1.0), 0.0)
+        assert policy.score(given[0], 0.0) == 4.0
+        assert policy.score(given[1], 0.0) == 5.0 + 3.0
+
+    def test_knows_at_once_what_it_has_sent(self):
+        policy, (replica,) = make("vllm_dp"), replicas(1)
+        assert policy.score(replica, 0.0) == 0.0
+        load(replica, 1, 1)
+        assert policy.score(replica, 0.05) == 2.0
+
+    def test_what_engines_count_is_up_to_a_report_old(self):
+        policy, (replica,) = make("vllm_dp"), replicas(1)
+        assert policy.score(replica, 0.01) == 0.0
+        replica.receive(busy(num_running_reqs=9), 0.02)
+        assert policy.score(replica, 0.099) == 0.0
+        assert policy.score(replica, 0.101) == 9.0
 
 
 class TestPrefixIndex:

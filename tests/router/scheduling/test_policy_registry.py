@@ -77,6 +77,8 @@ def test_tables_name_ours_first_and_then_the_simplest():
         "least_kv_usage",
         "cache_aware",
         "weighted_score",
+        "lmetric",
+        "vllm_dp",
     ]
 
 

@@ -1,11 +1,17 @@
 """The engine model against vLLM's rules, step by step."""
 
+import random
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.simulation.engine.model import EngineModel
 from router.simulation.engine.sequence import Job, Progress
-from tests.router.simulation.checked_engine import Run, check, job_ids, make_engine
+from router.simulation.engine.unloaded import UnloadedTimes
+from serving.capacity.profiles import load_profile
+from tests.router.simulation.checked_engine import Run, check, job_ids, make_engine, make_profile
 
 
 def test_a_prompt_in_chunks_then_one_token_per_step() -> None:
@@ -323,3 +329,24 @@ def test_runs_are_the_very_same_steps(plan: list, until_s: float, num_blocks: in
         return seen
 
     assert trace(True) == trace(False)
+
+
+@pytest.mark.parametrize("profile", [make_profile(), load_profile("h100")])
+def test_unloaded_times_are_those_of_an_idle_engine(profile) -> None:
+    """In closed form what the model takes step by step."""
+    profile = profile.model_copy(update={"noise": 0.0})
+    sizes = [(1, 1), (99, 2), (100, 30), (101, 1), (700, 200)]
+    times = UnloadedTimes.of(*(np.array(each) for each in zip(*sizes, strict=True)), profile)
+    for number, (num_prompt, num_output) in enumerate(sizes):
+        engine = EngineModel(profile, random.Random(0))
+        engine.add(Job("alone", num_prompt, num_output))
+        now_s, first_s = 0.0, None
+        while (step_s := engine.begin_step(now_s)) is not None:
+            now_s += step_s
+            if engine.end_step(now_s) and first_s is None:
+                first_s = now_s
+        assert times.first_s[number] == pytest.approx(first_s, rel=1e-9)
+        assert times.whole_s[number] == pytest.approx(now_s, rel=1e-9)
+        assert times.each_s[number] * (num_output - 1) == pytest.approx(
+            now_s - first_s, rel=1e-9, abs=1e-12
+        )

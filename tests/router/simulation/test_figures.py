@@ -3,10 +3,24 @@
 import numpy as np
 import pytest
 
-from router.simulation.figures import Slo, figures_of, interval, jain, knee, weighted_percentile
+from router.simulation.engine.unloaded import UnloadedTimes
+from router.simulation.figures import (
+    Promises,
+    Slo,
+    figures_of,
+    interval,
+    jain,
+    knee,
+    weighted_percentile,
+)
 from router.simulation.journal import Journal
 from router.simulation.workload.workload import Arrival, Workload
 from router.types import Outcome
+
+WORKLOAD = Workload.of(
+    "all at once",
+    [Arrival(offset_s=0.0, num_prompt_tokens=10, num_output_tokens=1) for _ in range(20)],
+)
 
 
 def make_run(requests):
@@ -66,6 +80,42 @@ def test_figures():
     assert found["completed"] == 1.0
     # Ended between the second arrival and the last: those that came at 0 to 7 s.
     assert found["output_tokens_per_s"] == pytest.approx(8 * 5 / 8.0)
+
+
+def test_promises_are_multiples_of_what_an_idle_engine_takes():
+    """First token within 2 times 0.5 s, each later one within 3 times 0.01 s."""
+    run = make_run(
+        [
+            (0.0, 0.9, 1.0, 100, 11, ""),
+            (1.0, 2.1, 2.2, 100, 11, ""),  # late
+            (2.0, 2.9, 3.3, 100, 11, ""),  # slow
+            (3.0, 3.9, 3.9, 100, 1, ""),
+            (4.0, 0.0, None, 100, 5, ""),
+        ]
+    )
+    unloaded = UnloadedTimes(np.full(5, 0.5), np.full(5, 0.01), np.full(5, 0.6))
+    assert Promises(2.0, 3.0).kept(run, unloaded).tolist() == [True, False, False, True, False]
+    found = figures_of(run, Promises(2.0, 3.0), unloaded=unloaded, window=(0.0, 1.0))
+    assert found["goodput"] == pytest.approx(2 / 5)
+    assert found["refused"] == pytest.approx(1 / 5)
+    assert found["slowdown_p50"] == pytest.approx(1.0 / 0.6)
+    assert found["slowdown_p99"] == pytest.approx(1.3 / 0.6)
+
+
+def test_only_what_came_within_the_window_counts():
+    """Requests by their order, gaps by when they were recorded."""
+    journal = Journal(WORKLOAD)
+    for number in range(20):
+        journal.record_arrival(number)
+        journal.record_steps(0.0, [float(number)], 1)
+        journal.first_s[number] = float(number)
+        journal.record_outcome(number, Outcome.COMPLETED, float(number))
+    run = journal.to_run()
+    assert run.gaps_s[run.gaps_within((0.1, 0.9))].tolist() == list(map(float, range(2, 18)))
+    assert run.gaps_s[run.gaps_within((0.0, 1.0))].tolist() == list(map(float, range(20)))
+    found = figures_of(run, Slo(1e9, 1e9), window=(0.1, 0.9))
+    assert (found["ttft_p50_s"], found["ttft_p99_s"]) == (9.0, 17.0)
+    assert found["itl_p99_s"] == 17.0
 
 
 def test_shed():

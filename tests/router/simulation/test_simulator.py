@@ -7,9 +7,9 @@ from router.scheduling.ablation import PARTS
 from router.scheduling.policies import POLICIES
 from router.settings import RouterSettings
 from router.simulation.engine.model import EngineModel
-from router.simulation.engine.profile import Profile
-from router.simulation.events import Network
-from router.simulation.simulator import Failure, Simulation
+from router.simulation.engine.profile import Profile, StepTimeFactors
+from router.simulation.events import NeedsSnapshots, Network
+from router.simulation.simulator import Failure, Simulation, can_do_without_snapshots
 from router.simulation.variant import ablations, policies, renamed, split
 from router.simulation.workload.synthetic import SYNTHETIC
 from router.types import Outcome
@@ -31,6 +31,7 @@ PROFILE = Profile(
     noise=0.05,
 )
 WORKLOAD = SYNTHETIC["conversations"](400, 0).at_rate(30.0)
+BURSTY = SYNTHETIC["bursty"](200, 0).at_rate(150.0)
 
 
 def simulation(workload=WORKLOAD, num_engines=3, policy="headway", **options):
@@ -126,7 +127,8 @@ COLUMNS = ("placed_s", "first_s", "end_s", "outcome", "num_cached_tokens")
         {"network": Network(snapshot_loss=0.3)},
         {"hedge_factor": 1.2},
         {"failures": [Failure(0, 1.0, 3.0), Failure(1, 2.0, 1.0)]},
-        {"workload": SYNTHETIC["bursty"](200, 0).at_rate(150.0), "num_engines": 2},
+        {"workload": BURSTY, "num_engines": 2},
+        {"workload": SYNTHETIC["poisson"](300, 0).at_rate(100.0), "num_engines": 1},
     ],
 )
 def test_running_ahead_changes_nothing(policy, options):
@@ -138,6 +140,49 @@ def test_running_ahead_changes_nothing(policy, options):
         assert np.array_equal(getattr(one, column), getattr(other, column), equal_nan=True)
     assert np.array_equal(np.sort(one.gaps_s), np.sort(other.gaps_s))
     assert one.num_events < other.num_events
+
+
+@pytest.mark.parametrize(
+    "policy", [name for name in policies() if not POLICIES[name].reads_engines]
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_gateways": 2}, {"workload": BURSTY, "num_engines": 2}]
+)
+def test_doing_without_snapshots_changes_nothing(policy, options):
+    """Of policies that do not read what engines report: heartbeats alone give the same run."""
+    assert can_do_without_snapshots(RouterSettings(policy=policy))
+    options = {"workload": SYNTHETIC["conversations"](150, 0).at_rate(30.0)} | options
+    without, eager = (
+        simulation(policy=policy, **how, **options) for how in ({"reports": False}, {"eager": True})
+    )
+    one, other = without.run(), eager.run()
+    for column in COLUMNS:
+        assert np.array_equal(getattr(one, column), getattr(other, column), equal_nan=True)
+    assert np.array_equal(np.sort(one.gaps_s), np.sort(other.gaps_s))
+    assert one.num_events < other.num_events
+
+
+@pytest.mark.parametrize(
+    "changes", [{"policy": "headway"}, {"policy": "weighted_score"}, {"hold": True}]
+)
+def test_whoever_reads_engines_needs_their_snapshots(changes):
+    assert not can_do_without_snapshots(RouterSettings(**{"policy": "round_robin"} | changes))
+
+
+def test_a_run_that_needs_snapshots_says_so():
+    """First tokens far too late, or a step that takes for ever: its breakers may open."""
+    flood = SYNTHETIC["poisson"](400, 0).at_rate(400.0)
+    with pytest.raises(NeedsSnapshots):
+        simulation(workload=flood, policy="round_robin", reports=False).run()
+    slow = Simulation(
+        WORKLOAD,
+        RouterSettings(policy="round_robin"),
+        lambda rng: EngineModel(PROFILE.slowed(StepTimeFactors(500.0, 500.0)), rng),
+        2,
+        reports=False,
+    )
+    with pytest.raises(NeedsSnapshots):
+        slow.run()
 
 
 @pytest.mark.parametrize("policy", policies())
