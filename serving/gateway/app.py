@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from router import Router
 from serving.config import Config, read
+from serving.core_form import form
 from serving.file_watch import FileWatch
 from serving.gateway.cache.response_cache import ResponseCache
 from serving.gateway.driver import Driver
@@ -179,6 +180,7 @@ class Gateway:
         return GatewayState(
             gateway_id=self.gateway_id,
             rank=self.rank,
+            core=form(),
             metrics_port=self.metrics_port,
             num_connections=len(self.connections),
             num_open_requests=len(self.driver.exchanges),

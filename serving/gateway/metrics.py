@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
 from router import Request, RouterState, Usage
 from router.limits.sliding_window import WindowState
 from router.providers.spillover import SpilloverState
 from router.resilience.breaker import BreakerState
+from serving.core_form import Form
 from serving.file_watch import FileWatchState
 from serving.gateway.cache.response_store import ResponseCacheState
 from serving.gateway.tenants.tenants import Consumption, TenantsState
@@ -31,6 +33,7 @@ class GatewayState(RouterState, frozen=True, kw_only=True):
 
     gateway_id: str
     rank: int  # among the application's gateways, from 0
+    core: Form  # how the router runs there
     metrics_port: int  # on which it answers for itself; 0: none
     num_connections: int  # of clients
     num_open_requests: int
@@ -73,19 +76,29 @@ class Metrics:
             "headway_cached_prompt_tokens", "Prompt tokens found in a prefix cache", **common
         )
         self._output_tokens = Counter("headway_generation_tokens", "Tokens generated", **common)
+        # The library looks for a label's own metric much longer than that takes to count.
+        self._labelled: dict[tuple[MetricWrapperBase, str], Any] = {}
+
+    def _of(self, metric: MetricWrapperBase, model: str) -> Any:
+        """Return the metric of one model, made when it is first counted."""
+        key = (metric, model)
+        if (child := self._labelled.get(key)) is None:
+            child = self._labelled[key] = metric.labels(model)
+        return child
 
     def observe_first_token(self, request: Request, now_s: float) -> None:
-        self._ttft_s.labels(request.model).observe(now_s - request.arrival_s)
+        self._of(self._ttft_s, request.model).observe(now_s - request.arrival_s)
 
     def observe_resume(self, request: Request, delay_s: float) -> None:
-        self._resume_delay_s.labels(request.model).observe(delay_s)
+        self._of(self._resume_delay_s, request.model).observe(delay_s)
 
     def observe_finish(self, request: Request, usage: Usage | None, now_s: float) -> None:
-        self._e2e_s.labels(request.model).observe(now_s - request.arrival_s)
+        model = request.model
+        self._of(self._e2e_s, model).observe(now_s - request.arrival_s)
         if usage is not None:
-            self._prompt_tokens.labels(request.model).inc(usage.num_prompt_tokens)
-            self._cached_tokens.labels(request.model).inc(usage.num_cached_tokens)
-            self._output_tokens.labels(request.model).inc(usage.num_output_tokens)
+            self._of(self._prompt_tokens, model).inc(usage.num_prompt_tokens)
+            self._of(self._cached_tokens, model).inc(usage.num_cached_tokens)
+            self._of(self._output_tokens, model).inc(usage.num_output_tokens)
 
     def export_state(self, state: Callable[[], GatewayState]) -> None:
         """Export the gateway's state, read at every scrape."""

@@ -28,6 +28,7 @@ from serving.cli.progress import (
 from serving.cluster.processes import RUN_VARIABLE
 from serving.cluster.ray_session import private_environment
 from serving.config import ConfigError
+from serving.core_form import form
 from serving.planning.hardware import Hardware
 
 GIB = 1 << 30
@@ -195,7 +196,10 @@ def test_plan_tells_what_is_not_known() -> None:
 
 
 def test_version() -> None:
-    assert "ray 2." in run("version").stdout
+    shown = run("version").stdout
+    assert "ray 2." in shown
+    assert shown.endswith(f"\ncore {form()}\n")
+    assert run("--version").stdout == shown
 
 
 class TestConfigFile:

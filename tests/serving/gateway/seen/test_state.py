@@ -5,6 +5,7 @@ import asyncio
 import msgspec
 import pytest
 
+from serving.core_form import form
 from serving.gateway.metrics import GatewayState
 from serving.gateway.tenants.keys import KeysFile, make_key
 from tests.support.running_gateway import CHAT, running
@@ -82,6 +83,7 @@ async def test_a_live_state_is_what_its_schema_says(keys):
         await asyncio.gather(*tasks)
     live = reply.json()
     state = msgspec.json.decode(reply.content, type=GatewayState)
+    assert state.core == form()
     assert state.outcomes["completed"] == 1
     assert state.tenants.by_name["acme"].num_requests == 3
     assert [event.reason for event in state.breaker_events] == ["lost"]
