@@ -203,21 +203,22 @@ class HoldQueue:
         ):
             self._update_virtual_times(request.tenant)
 
-    def head(self, skipped: Collection[str] = ()) -> Request | None:
-        """Return the first request, those for the skipped models aside; None if there is none."""
+    def heads(self, skipped: Collection[str] = ()) -> list[Request]:
+        """Return the first request of each queue, the first of all last; skipped ones aside."""
         if self.num_tenants == 1 and len(self._model_queues) == 1:
             ((model, model_queue),) = self._model_queues.items()
-            return None if model in skipped else self._held[model_queue.first_id()]
+            return [] if model in skipped else [self._held[model_queue.first_id()]]
         heads = [
             model_queue.head()
             for model, model_queue in self._model_queues.items()
             if model not in skipped
         ]
-        if not heads:
-            return None
         if self.num_tenants == 1:
-            return self._held[min(head[1:] for head in heads)[1]]
-        return self._held[min(heads)[2]]
+            ids = [request_id for _, request_id in sorted((key, id_) for _, key, id_ in heads)]
+        else:
+            ids = [request_id for _, _, request_id in sorted(heads)]
+        ids.reverse()
+        return [self._held[request_id] for request_id in ids]
 
     def num_tokens_before(self, request: Request) -> int:
         """Return the prompt tokens held that are to go before this request, about.

@@ -152,16 +152,22 @@ class Placer:
         self._reservations.drop_lapsed()
         if self._quarantine:
             self._quarantine.drop_lapsed()
-        while (head := self._queue.head(blocked)) is not None:
+        heads = self._queue.heads(blocked)
+        while heads:
+            head = heads.pop()
             dispatch = self.place(head, now_s)
-            if dispatch is None:
-                blocked.add(head.queue_name)
-                if not head.is_suspect:  # it waits for no room that others could take
-                    dispatches += self._backfill(head, now_s)
-            else:
-                dispatches.append(dispatch)
+            placed: list[Dispatch] = []
+            if dispatch is not None:
+                placed.append(dispatch)
                 self._queue.remove(head.id)
                 self._reservations.drop_lapsed()
+            else:
+                blocked.add(head.queue_name)
+                if not head.is_suspect:  # it waits for no room that others could take
+                    placed = self._backfill(head, now_s)
+            if placed:  # else all heads are as they were
+                dispatches += placed
+                heads = self._queue.heads(blocked)
         return dispatches
 
     def _backfill(self, head: Request, now_s: float) -> list[Dispatch]:

@@ -12,6 +12,12 @@ def queue(**settings) -> HoldQueue:
     return HoldQueue(RouterSettings(**settings))
 
 
+def head(held: HoldQueue, skipped=()) -> str | None:
+    """The id of the first request of all."""
+    heads = held.heads(skipped)
+    return heads[-1].id if heads else None
+
+
 def order(held: HoldQueue, model: str = "m") -> list[str]:
     return [request.id for request in held.in_order(model)]
 
@@ -23,7 +29,7 @@ def test_short_passes_long_but_not_for_ever():
     held.push(req("short", 10, arrival_s=1.0))
     held.push(req("late", 10, arrival_s=11.0))
     assert order(held) == ["short", "long", "late"]
-    assert held.head().id == "short"
+    assert head(held) == "short"
 
 
 def test_equal_deadlines_by_arrival_then_as_they_were_held():
@@ -44,7 +50,7 @@ def test_by_arrival_alone_and_back():
     held.remove("shorter")
     held.reorder(by_arrival=False)
     assert order(held) == ["short", "long"]
-    assert held.head().id == "short"
+    assert head(held) == "short"
 
 
 @pytest.mark.parametrize(
@@ -64,9 +70,9 @@ def test_queues_of_models_do_not_hide_each_other():
     held = queue()
     held.push(req("a", model="m", arrival_s=0.0))
     held.push(req("b", model="n", arrival_s=1.0))
-    assert held.head().id == "a"
-    assert held.head(skipped={"m"}).id == "b"
-    assert held.head(skipped={"m", "n"}) is None
+    assert head(held) == "a"
+    assert head(held, {"m"}) == "b"
+    assert head(held, {"m", "n"}) is None
     assert held.num_tokens_by_model == {"m": 10, "n": 10}
 
 
@@ -89,7 +95,7 @@ def test_leaves_nothing_behind():
     assert held.remove("a") is None
     assert (len(held), held.num_tokens, held.num_bytes) == (0, 0, 0)
     assert held.num_tokens_by_model == {}
-    assert held.head() is None
+    assert head(held) is None
     assert order(held) == []
 
 
@@ -143,3 +149,19 @@ def test_batch_work_that_yields_is_not_before_another_tenants():
     held = queue()
     held.push(req("batch", 500, tenant="a", priority_class=RequestClass.BATCH))
     assert held.num_tokens_before(req("now", tenant="b")) == 0
+
+
+@pytest.mark.parametrize("tenants", [("",), ("a", "b")])
+def test_heads_of_all_queues_come_in_order_the_first_last(tenants):
+    """As if the first of all were asked for again and again, and its model then skipped."""
+    held = queue()
+    for number in range(60):
+        tenant = tenants[number % len(tenants)]
+        size = 17 * number % 97 + 1
+        held.push(req(f"q{number}", size, model=f"m{number % 7}", tenant=tenant, arrival_s=1.0))
+    one_by_one, skipped = [], set()
+    while (request_id := head(held, skipped)) is not None:
+        one_by_one.append(request_id)
+        skipped.add(held.get(request_id).model)
+    assert len(one_by_one) == 7
+    assert [request.id for request in held.heads()] == one_by_one[::-1]
