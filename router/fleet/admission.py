@@ -6,6 +6,7 @@ queue, where it can still go to whichever engine has room first.
 
 import enum
 import math
+from typing import Final
 
 from router.fleet.replica import Replica
 from router.types import Request
@@ -48,6 +49,14 @@ class Admission(enum.Enum):
     ANY = "any"
 
 
+# Looked up once: a member costs 0.1 µs each time (Python 3.11), and these are asked for at every
+# event.
+UNAVAILABLE: Final = Admission.UNAVAILABLE
+SATURATED: Final = Admission.SATURATED
+SHORT_ONLY: Final = Admission.SHORT_ONLY
+ANY: Final = Admission.ANY
+
+
 def admission(replica: Replica) -> Admission:
     """Return which prompts the engine should be sent now, KV blocks aside.
 
@@ -57,14 +66,14 @@ def admission(replica: Replica) -> Admission:
     these are limited by what the next step would compute already.
     """
     if not accepts_work(replica):
-        return Admission.UNAVAILABLE
+        return UNAVAILABLE
     window = window_tokens(replica)
     if (
         replica.num_sequences >= replica.info.max_num_seqs
         or replica.num_step_demand_tokens >= window
     ):
-        return Admission.SATURATED
-    return Admission.ANY if replica.num_pending_prefill_tokens < window else Admission.SHORT_ONLY
+        return SATURATED
+    return ANY if replica.num_pending_prefill_tokens < window else SHORT_ONLY
 
 
 def kv_need_tokens(request: Request) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from router.estimators.request_overhead import RequestOverhead
 from router.estimators.step_time import StepModel
-from router.fleet.admission import Admission, admission
+from router.fleet.admission import ANY, SHORT_ONLY, UNAVAILABLE, Admission, admission
 from router.fleet.replica import Kind, Replica
 from router.fleet.roster import Roster
 from router.types import Request
@@ -36,15 +36,15 @@ class _Pool:
 
     def file(self, replica: Replica, is_now: Admission) -> None:
         """File a replica by what it should be sent now."""
-        if is_now is Admission.ANY:
+        if is_now is ANY:
             self.accepting.file(replica)
         else:
             self.accepting.remove(replica.id)
-        if is_now is Admission.SHORT_ONLY:
+        if is_now is SHORT_ONLY:
             self.accepting_short_only.file(replica)
         else:
             self.accepting_short_only.remove(replica.id)
-        if is_now is Admission.UNAVAILABLE:
+        if is_now is UNAVAILABLE:
             self.working.pop(replica.id, None)
         else:
             self.working[replica.id] = replica
@@ -52,7 +52,7 @@ class _Pool:
 
     def remove(self, replica: Replica) -> None:
         """Take out a replica that is gone."""
-        self.file(replica, Admission.UNAVAILABLE)
+        self.file(replica, UNAVAILABLE)
 
     def _update_sums(self, replica: Replica) -> None:
         """Bring the sums up to date with a replica that has changed or works no longer."""

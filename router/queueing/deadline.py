@@ -1,5 +1,7 @@
 """When is a request's first token due, and where does that place it in the order of service?"""
 
+from typing import Final
+
 from router.settings import RouterSettings
 from router.types import Request, RequestClass
 
@@ -9,6 +11,10 @@ from router.types import Request, RequestClass
 # (simulated, Azure code on eight H100s at 80 % load). Where the TTFT target is less than that,
 # as on CPUs, the target counts.
 _MAX_SLOWDOWN = 8.0
+
+# Looked up once: a member of an enumeration costs 0.1 µs each time (Python 3.11).
+_INTERACTIVE: Final = RequestClass.INTERACTIVE
+_BATCH: Final = RequestClass.BATCH
 
 
 def ttft_deadline_s(request: Request, settings: RouterSettings) -> float:
@@ -49,8 +55,8 @@ def engine_put_off_s(request: Request) -> float:
 
 def _ttft_deadline_s(request: Request, settings: RouterSettings, s_per_token: float) -> float:
     ttft_target_s = settings.ttft_target_base_s + s_per_token * request.num_prompt_tokens
-    if request.priority_class is RequestClass.INTERACTIVE:
+    if request.priority_class is _INTERACTIVE:
         ttft_target_s *= settings.ttft_target_interactive_factor
-    elif request.priority_class is RequestClass.BATCH:
+    elif request.priority_class is _BATCH:
         ttft_target_s += settings.ttft_target_batch_s
     return request.arrival_s + ttft_target_s

@@ -6,6 +6,7 @@ Were they two, two requests would see the same idle engine between them.
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Final
 
 import msgspec
 
@@ -25,6 +26,8 @@ from router.types import Dispatch, Request
 # (about 1 µs each). Engines are fed in the order of deadlines in any case; an engine
 # that none of the first 32 fits has little room to fill.
 _BACKFILL_DEPTH = 32
+
+_HALF_OPEN: Final = BreakerState.HALF_OPEN  # looked up once: that costs 0.1 µs (Python 3.11)
 
 
 class Placer:
@@ -108,7 +111,7 @@ class Placer:
         booking = replica.book(request, kv_need_tokens(request), now_s, num_cached_tokens)
         if self.policy.wants_blocks:
             replica.prefix_cache.expect_prompt(request)
-        is_probe = replica.breaker.status is BreakerState.HALF_OPEN
+        is_probe = replica.breaker.status is _HALF_OPEN
         permit = replica.breaker.begin_call(now_s)
         self._fleet.refresh(replica)
         self._queue.charge_prompt(request)
