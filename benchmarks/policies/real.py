@@ -21,7 +21,7 @@ from benchmarks.report.report import Report
 from benchmarks.report.runner import print_progress, run_to_the_end
 from benchmarks.systems.real_engines import RealEngines
 from router.simulation.variant import SATURATING_POLICY, policies, renamed, split
-from serving.renamed import warn_renamed
+from serving.config.renamed import warn_renamed
 
 NUM_ENGINES = 2
 

@@ -32,7 +32,7 @@ from router.simulation.workload.workload import Workload
 from serving.capacity.profiles import ProfileError, load_profile
 from serving.capacity.sweep import Case, Sweep
 from serving.capacity.traces import TraceError, read_trace
-from serving.renamed import warn_renamed
+from serving.config.renamed import warn_renamed
 
 # File names of the public traces: as published, and likely ones.
 TRACES = {

@@ -22,7 +22,7 @@ from serving.capacity.sweep import Case, Sweep
 from serving.capacity.traces import TraceError, read_trace
 from serving.checkout import commit_id
 from serving.config import ConfigError
-from serving.renamed import warn_renamed
+from serving.config.renamed import warn_renamed
 
 _KEY = "traffic"
 _PERCENTILES = (50, 90, 99)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from serving.config import Config, ConfigError, parse, resolved
-from serving.renamed import current_args, current_import_path
+from serving.config.renamed import current_args, current_import_path
 
 IMPORT_PATH = "serving.cluster.application:build"
 _APPLICATION = "applications.0"

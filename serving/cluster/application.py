@@ -17,6 +17,7 @@ from serving.cluster.lease_actor import actor_sender
 from serving.cluster.loop_thread import LoopThread
 from serving.cluster.processes import call_when_parent_ends
 from serving.config import Config, parse
+from serving.config.renamed import current_args
 from serving.gateway.app import Gateway
 from serving.gateway.http.front import Front
 from serving.gateway.http.listener import Listener, make_tls_context
@@ -25,7 +26,6 @@ from serving.gateway.tenants.keys import read_keys
 from serving.planning.bundled_model import prepare_bundled_model
 from serving.planning.hardware import detect_hardware
 from serving.planning.plan import Plan, make_plan
-from serving.renamed import current_args
 
 # The router decides on admission; Serve's own limit must never apply.
 _NO_LIMIT = 1_000_000

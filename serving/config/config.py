@@ -14,8 +14,8 @@ from serving.config.cache import CacheConfig
 from serving.config.engine import EngineConfig
 from serving.config.gateway import GatewayConfig
 from serving.config.providers import ProviderConfig
+from serving.config.renamed import current_args
 from serving.config.section import AbsolutePath, ConfigError, Section
-from serving.renamed import current_args
 
 
 class Config(Section):

@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from router import Router
 from serving.config import Config, read
+from serving.config.renamed import current_parts
 from serving.core_form import form
 from serving.file_watch import FileWatch
 from serving.gateway.cache.response_cache import ResponseCache
@@ -33,7 +34,6 @@ from serving.gateway.providers.leases import Leases, SendUpdate
 from serving.gateway.request_path import RequestPath
 from serving.gateway.tenants.keys import read_keys
 from serving.gateway.tenants.tenants import Tenants
-from serving.renamed import current_parts
 
 logger = logging.getLogger(__name__)
 

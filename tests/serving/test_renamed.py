@@ -12,10 +12,9 @@ import yaml
 
 from router.scheduling.ablation import PARTS, RENAMED_PARTS
 from router.settings import RouterSettings
-from serving import renamed
 from serving.cli.config_file import IMPORT_PATH, load_config_file
-from serving.config import ConfigError, EngineConfig, parse, read
-from serving.renamed import FACTORIES, IMPORT_PATHS, KEYS, current_args, current_parts
+from serving.config import ConfigError, EngineConfig, parse, read, renamed
+from serving.config.renamed import FACTORIES, IMPORT_PATHS, KEYS, current_args, current_parts
 
 ROOT = Path(__file__).parents[2]
 OLD_ROUTER = {
@@ -45,7 +44,9 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Any:
     """Return a function that returns the warnings of old names so far."""
 
     def so_far() -> list[str]:
-        return [each.getMessage() for each in caplog.records if each.name == "serving.renamed"]
+        return [
+            each.getMessage() for each in caplog.records if each.name == "serving.config.renamed"
+        ]
 
     with caplog.at_level(logging.WARNING):
         yield so_far

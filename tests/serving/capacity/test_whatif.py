@@ -6,10 +6,10 @@ from typer.testing import CliRunner
 
 from router.simulation.engine.profile import Profile
 from router.simulation.figures import Slo
-from serving import renamed
 from serving.capacity.profiles import save_profile
 from serving.capacity.whatif import Question, Search, WhatIfError, answer
 from serving.cli.main import main
+from serving.config import renamed
 
 
 @pytest.mark.parametrize("enough", [1, 2, 3, 7, 8, 9, 100])
@@ -92,7 +92,7 @@ def test_an_old_name_of_a_part_stays_the_label(profile, caplog):
     assert list(found) == ["headway:externality", "headway:congestion_cost"]
     old, new = found.values()
     assert (old.enough, old.tried) == (new.enough, new.tried)
-    lines = [each.getMessage() for each in caplog.records if each.name == "serving.renamed"]
+    lines = [each.getMessage() for each in caplog.records if each.name == "serving.config.renamed"]
     assert lines == [
         "externality is now called congestion_cost; the next release drops the old name"
     ]

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from serving import renamed
+from serving.config import renamed
 from serving.stream.frames import Resync
 from tests.support.running_gateway import CHAT, running
 
@@ -172,7 +172,7 @@ async def test_an_old_name_of_a_part_is_taken_with_one_warning(caplog):
         reply = await system.client.post("/headway/policy", json=both)
         assert reply.status_code == 400
         assert "externality is the old name of congestion_cost" in reply.text
-    lines = [each.getMessage() for each in caplog.records if each.name == "serving.renamed"]
+    lines = [each.getMessage() for each in caplog.records if each.name == "serving.config.renamed"]
     assert lines == [
         "externality is now called congestion_cost; the next release drops the old name"
     ]
