@@ -20,39 +20,37 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from benchmarks.policies.simulated_grid import (
+    LOADS,
+    SQUEEZED,
+    Place,
+    cases,
+    places,
+    variants_at_shown_load,
+)
 from benchmarks.policies.simulated_tables import Results, Tables
 from benchmarks.report.plot_sweep import plot_sweep
 from benchmarks.report.report import RESULTS, Report
 from router.simulation import clairvoyant
-from router.simulation.engine.profile import Profile
-from router.simulation.figures import Slo
-from router.simulation.variant import ablations, policies, renamed, split
+from router.simulation.figures import STEADY, Promises
+from router.simulation.variant import on_stock, renamed, split
 from router.simulation.workload.synthetic import SYNTHETIC
 from router.simulation.workload.workload import Workload
 from serving.capacity.profiles import ProfileError, load_profile
 from serving.capacity.sweep import Case, Sweep
 from serving.capacity.traces import TraceError, read_trace
 from serving.config.renamed import warn_renamed
+from serving.core_form import form
 
 # File names of the public traces: as published, and likely ones.
 TRACES = {
     "azure-code": ("*azure*code*",),
     "azure-conversation": ("*azure*conv*",),
     "mooncake": ("*mooncake*conv*", "conversation_trace*"),
-    "servegen": ("*servegen*m-large*", "*servegen*", "*m-large*"),
+    "servegen": ("*servegen*m-large*", "*m-large*"),
+    "servegen-reasoning": ("*servegen*deepseek-r1*", "*deepseek-r1*"),
 }
-# A fleet of this size gets a trace as it is; a larger one gets copies laid over each other.
-_ENGINES_PER_COPY = 8
-_LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
-# For larger fleets: the time of a run grows with the number of its requests.
-_LOADS_OF_LARGE = (0.5, 0.8, 0.95)
-# A run has --requests, or so many tokens if those are fewer requests. The time of a run grows with
-# the time that it covers, and where prompts are long there are few requests in that time.
-_TOKENS_PER_RUN = 6_000_000
-# The capacity is simulated on so many engines, with requests for so many times their KV caches.
-# With fewer requests the engines would still be filling up, and decode little, while it counts.
-_ENGINES_FOR_CAPACITY = 2
-_FILLS_FOR_CAPACITY = 5
+_SMALL_FLEET = 8
 
 console = Console(highlight=False)
 
@@ -63,34 +61,37 @@ def main() -> int:
     try:
         profile = load_profile(options.profile)
         bases = {title: base.fitted(profile.max_model_len) for title, base in _bases(options)}
-        parts = {title: _saturating(base, profile) for title, base in bases.items()}
-        workloads = dict(_workloads(options, bases))
     except (ProfileError, TraceError) as error:
         console.print(str(error), markup=False)
         return 1
-    slo = Slo(options.slo_ttft, options.slo_tpot)
+    here = places(list(bases), options.engines, squeezed=options.squeezed)
+    bases |= {title + SQUEEZED: base for title, base in bases.items()}
+    promises = Promises(options.ttft_factor, options.tpot_factor)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end the processes of the sweep
     try:
-        with Sweep(parts | workloads, profile, slo, num_gateways=options.gateways) as sweep:
-            capacities = _capacities(options, sweep, list(bases))
-            results, cpu_s = _run(sweep, list(_cases(options, list(workloads), capacities)))
+        with Sweep(bases, profile, promises, num_gateways=options.gateways, window=STEADY) as sweep:
+            knees = _knees(options, sweep, here)
+            results, cpu_s = _run(sweep, list(_cases(options, knees)))
     except KeyboardInterrupt:
         console.print("Stopped before the end: nothing is written.")
         return 130
     config = {
         "profile": profile.model_dump(),
+        "core": form(),
         "num_gateways": options.gateways,
-        "loads": options.loads or {"small": _LOADS, "large": _LOADS_OF_LARGE},
-        "variants": options.policies,
-        "slo": str(slo),
+        "loads_of_the_knee": options.loads or LOADS,
+        "variants": options.policies or variants_at_shown_load(),
+        "promises": str(promises),
+        "num_requests": {num: _num_requests(options, num) for num in options.engines},
         "num_repeats": {num: _num_repeats(options, num) for num in options.engines},
-        "capacities_requests_per_s": {
-            f"{name}, {num_engines} engines": capacity
-            for (name, num_engines), capacity in capacities.items()
+        "counted_part_of_each_run": STEADY,
+        "knees_requests_per_s": {
+            f"{place.name}, {place.num_engines} engines": knee for place, knee in knees.items()
         },
-        "workloads": {key: each.describe() for key, each in workloads.items()},
+        "workloads": {key: each.describe() for key, each in bases.items()},
         "wall_s": time.perf_counter() - started_s,
         "cpu_s_of_runs": cpu_s,
+        "requests_per_cpu_s": sum(case.num_requests or 0 for case in results) / cpu_s,
     }
     report = Report(options.name, "simulated", options.seed, config)
     Tables(results).fill(report)
@@ -132,75 +133,48 @@ def _bases(options: argparse.Namespace) -> Iterator[tuple[str, Workload]]:
         yield name, SYNTHETIC[name](4 * options.requests, options.seed)
 
 
-def _workloads(
-    options: argparse.Namespace, bases: dict[str, Workload]
-) -> Iterator[tuple[str, Workload]]:
-    """Yield the part of each workload for each fleet and repeat, by its key.
-
-    For a large fleet, the parts that are laid over one another are a third as long: it has plenty
-    of requests, and they cost time.
-    """
-    for title, base in bases.items():
-        for num_engines in options.engines:
-            num_copies = max(1, num_engines // _ENGINES_PER_COPY)
-            num_requests = _num_requests(options, base) // min(3, num_copies)
-            for repeat in range(_num_repeats(options, num_engines)):
-                part = base.part(repeat, num_requests).overlaid(num_copies)
-                yield f"{title}/{num_engines}/{repeat}", part
-
-
-def _saturating(base: Workload, profile: Profile) -> Workload:
-    """Return as much of a workload's beginning as keeps a few engines full for long."""
-    left = _FILLS_FOR_CAPACITY * _ENGINES_FOR_CAPACITY * profile.num_kv_tokens
-    for number, each in enumerate(base.arrivals, start=1):
-        left -= each.num_prompt_tokens + each.num_output_tokens
-        if left <= 0:
-            return base.part(0, number)
-    return base
-
-
-def _num_requests(options: argparse.Namespace, workload: Workload) -> int:
-    """Return how many requests of a workload a run of 8 engines has."""
-    num_tokens = sum(each.num_prompt_tokens + each.num_output_tokens for each in workload.arrivals)
-    return min(options.requests, round(_TOKENS_PER_RUN * len(workload) / num_tokens))
+def _num_requests(options: argparse.Namespace, num_engines: int) -> int:
+    """Return how many requests a run has: of a large fleet more, though for a shorter time."""
+    return options.requests * (2 if num_engines > _SMALL_FLEET else 1)
 
 
 def _num_repeats(options: argparse.Namespace, num_engines: int) -> int:
-    """Return how many parts each run is repeated on: fewer for a large fleet."""
-    return max(1, options.repeats // max(1, num_engines // _ENGINES_PER_COPY))
+    """Return on how many draws each run is repeated: on fewer for a large fleet."""
+    return max(1, options.repeats // (2 if num_engines > _SMALL_FLEET else 1))
 
 
-def _capacities(
-    options: argparse.Namespace, sweep: Sweep, titles: Sequence[str]
-) -> dict[tuple[str, int], float]:
-    """Return the capacity of each (workload, fleet), in proportion to that of a few engines."""
-    found = {}
-    wanted = [(title, _ENGINES_FOR_CAPACITY) for title in titles]
-    for title, capacity in zip(titles, sweep.capacities(wanted), strict=True):
-        each = capacity / _ENGINES_FOR_CAPACITY
-        console.print(f"{title}: an engine carries {each:.2f} requests/s (simulated)")
-        for num_engines in options.engines:
-            found[title, num_engines] = each * num_engines
+def _knees(options: argparse.Namespace, sweep: Sweep, here: Sequence[Place]) -> dict[Place, float]:
+    """Return the rate at which waits become steep in each place, requests per second."""
+    found: dict[Place, float] = {}
+    wanted = [
+        (
+            place.name,
+            place.num_engines,
+            _num_requests(options, place.num_engines) // 2,
+            place.num_copies,
+        )
+        for place in here
+    ]
+    for place, knee in zip(here, sweep.knees(wanted), strict=True):
+        console.print(
+            f"{place.name}, {place.num_engines} engines: waits are steep from {knee:.2f} "
+            "requests/s on (simulated)"
+        )
+        found[place] = knee
     return found
 
 
-def _cases(
-    options: argparse.Namespace, keys: Sequence[str], capacities: dict[tuple[str, int], float]
-) -> Iterator[Case]:
-    for key in keys:
-        title, engines, repeat = key.split("/")
-        num_engines = int(engines)
-        for load in _loads(options, num_engines):
-            rate = load * capacities[title, num_engines]
-            for variant in options.policies:
-                seed = options.seed + int(repeat)
-                yield Case(key, num_engines, load, rate, variant, int(repeat), seed)
-
-
-def _loads(options: argparse.Namespace, num_engines: int) -> list[float]:
-    if options.loads is not None:
-        return sorted(options.loads)
-    return list(_LOADS if num_engines <= _ENGINES_PER_COPY else _LOADS_OF_LARGE)
+def _cases(options: argparse.Namespace, knees: dict[Place, float]) -> Iterator[Case]:
+    for place, knee in knees.items():
+        yield from cases(
+            place,
+            knee,
+            loads=options.loads,
+            variants=options.policies,
+            num_requests=_num_requests(options, place.num_engines),
+            num_repeats=_num_repeats(options, place.num_engines),
+            seed=options.seed,
+        )
 
 
 def _run(sweep: Sweep, cases: Sequence[Case]) -> tuple[Results, float]:
@@ -254,33 +228,41 @@ def _parse() -> argparse.Namespace:
         help="synthetic workloads beside or instead of traces",
     )
     parser.add_argument(
-        "--loads", type=float, nargs="+", help="shares of the capacity; default: 0.5 to 0.95"
+        "--loads", type=float, nargs="+", help="shares of the knee; default: 0.5, 0.8 and 0.9"
     )
     parser.add_argument(
         "--policies",
         nargs="+",
         metavar="POLICY",
-        default=[*policies(), *ablations(), clairvoyant.NAME],
-        help="default: all, ours without each part, and the clairvoyant reference; "
-        "headway:hold,order is headway without these two",
+        help="default: ours, rivals on engines as vLLM comes (NAME@stock), ours without each part, "
+        "and the clairvoyant reference; headway:hold,order is headway without these two",
     )
     parser.add_argument(
-        "--requests", type=int, default=1500, help="of a run of 8 engines; more on more engines"
+        "--requests", type=int, default=10_000, help="of a run; twice as many on large fleets"
     )
     parser.add_argument(
-        "--repeats", type=int, default=2, help="on successive parts; fewer for large fleets"
+        "--repeats", type=int, default=5, help="on requests drawn anew; fewer for large fleets"
     )
-    parser.add_argument("--slo-ttft", type=float, help="s; default: the router's own target")
-    parser.add_argument("--slo-tpot", type=float, default=0.05, help="s")
+    parser.add_argument(
+        "--squeezed",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also traces made faster, beside copies of them at their own speed",
+    )
+    parser.add_argument(
+        "--ttft-factor", type=float, default=5.0, help="promised: times that of an idle engine"
+    )
+    parser.add_argument("--tpot-factor", type=float, default=3.0, help="likewise, per token")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="sim", help="of the files in benchmarks/results")
     parser.add_argument("--dry", action="store_true", help="show the tables, write nothing")
     options = parser.parse_args()
-    for variant in options.policies:
-        if variant != clairvoyant.NAME:
+    for variant in options.policies or ():
+        policy, _ = on_stock(variant)
+        if policy != clairvoyant.NAME:
             try:
-                split(variant)
-                warn_renamed(renamed(variant))
+                split(policy)
+                warn_renamed(renamed(policy))
             except ValueError as error:
                 parser.error(str(error))
     return options

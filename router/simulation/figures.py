@@ -11,7 +11,7 @@ from router.simulation.engine.unloaded import UnloadedTimes
 from router.simulation.journal import Run
 
 # The first tenth of a run fills empty engines and is left out.
-_WARM = (0.1, 1.0)
+WARM = (0.1, 1.0)
 # In its last tenth, the last that a run completes are those that took longest, and no more come.
 STEADY = (0.1, 0.9)
 _PERCENTS = (50, 90, 99)
@@ -98,7 +98,7 @@ def figures_of(
     slo: Slo | Promises,
     *,
     unloaded: UnloadedTimes | None = None,
-    window: tuple[float, float] = _WARM,
+    window: tuple[float, float] = WARM,
 ) -> Figures:
     """Return all figures by name: `ttft_p99_s` of all requests, `short_ttft_p99_s` of a class.
 

@@ -1,12 +1,15 @@
 """Which policy does a label name? One of them, or `headway` without some parts: `headway:hold`.
 
-Labels stay as the user spelled them, in results, too. Only the run itself uses present names.
+With `@stock` behind it, over engines as vLLM comes: `round_robin@stock`. Else engines are set as
+Headway sets its own. Labels stay as the user spelled them, in results, too. Only the run itself
+uses present names.
 """
 
 from router.scheduling.ablation import PARTS, check_parts, current_parts, renamed_parts
 from router.scheduling.policies import POLICIES, check_policy
 
 OURS = "headway"
+STOCK = "@stock"
 # For measuring capacity, which hardly depends on the policy while every engine has work. This
 # is what an operator would use without Headway.
 SATURATING_POLICY = "least_requests"
@@ -35,6 +38,11 @@ def policies() -> list[str]:
 def ablations() -> list[str]:
     """Return `headway` without each of its parts in turn."""
     return [f"{OURS}:{part}" for part in PARTS]
+
+
+def on_stock(variant: str) -> tuple[str, bool]:
+    """Return the label without what it says of engines, and whether these are as vLLM comes."""
+    return variant.removesuffix(STOCK), variant.endswith(STOCK)
 
 
 def split(variant: str) -> tuple[str, tuple[str, ...]]:

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.pool import Pool
@@ -17,16 +17,23 @@ from router import RouterSettings
 from router.simulation import clairvoyant
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
+from router.simulation.engine.unloaded import UnloadedTimes
 from router.simulation.events import NeedsSnapshots, Network
-from router.simulation.figures import Figures, Slo, figures_of
+from router.simulation.figures import STEADY, WARM, Figures, Promises, Slo, figures_of
 from router.simulation.journal import Run
 from router.simulation.simulator import Simulation, can_do_without_snapshots
-from router.simulation.variant import SATURATING_POLICY, split
+from router.simulation.variant import SATURATING_POLICY, STOCK, on_stock, split
 from router.simulation.workload.workload import Workload
 
 # The part of a run at whose start all requests are there. Before it the engines fill, and prefill
 # more than they decode; after it they run out of work.
 _FULL = (0.3, 0.7)
+_FILLS = 5
+# Where waits are steep: they are so many times those at so small a load. Halved five times, the
+# rest is known to 2 % of the capacity.
+_STEEP = 3.0
+_LOW_LOAD = 0.3
+_NUM_HALVINGS = 5
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,11 @@ class Case:
     num_engines: int
     load: float  # share of the capacity
     rate: float  # requests per second
-    variant: str  # a policy, ours without parts, or the clairvoyant reference
+    variant: str  # a policy, ours without parts, or the clairvoyant reference; and the engines
     repeat: int
     seed: int
+    num_requests: int | None = None  # drawn from the workload; unset: all of it
+    num_copies: int | None = None  # they are drawn from; unset: as many as keep its own speed
 
 
 def simulate(
@@ -61,8 +70,13 @@ def simulate(
     settings: RouterSettings | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Run:
-    """Simulate one run of the workload, unscaled. `settings`: of the router, but for its policy."""
+    """Simulate one run of the workload, unscaled. `settings`: of the router, but for its policy.
+
+    Engines are set as Headway sets them, or as vLLM comes: first come, first served, prompts in
+    chunks of a whole step.
+    """
     segment_tokens = _segment_tokens(workload, fleet.profile)
+    variant, is_stock = on_stock(variant)
     if variant == clairvoyant.NAME:
         return clairvoyant.run_clairvoyant(
             workload, fleet.profile, fleet.num_engines, seed=seed, segment_tokens=segment_tokens
@@ -70,12 +84,19 @@ def simulate(
     policy, parts = split(variant)
     options = (settings or RouterSettings()).model_dump()
     of_run = RouterSettings(**options | {"policy": policy, "ablate": parts, "seed": seed})
+    profile = fleet.profile
+    if is_stock:
+        profile = profile.model_copy(update={"max_prefill_chunk": 0})
     make = partial(
         Simulation,
         workload,
         of_run,
         lambda rng: EngineModel(
-            fleet.profile, rng, caps_prefill=True, segment_tokens=segment_tokens
+            profile,
+            rng,
+            priority=not is_stock,
+            caps_prefill=not is_stock,
+            segment_tokens=segment_tokens,
         ),
         fleet.num_engines,
         num_gateways=fleet.num_gateways,
@@ -104,6 +125,52 @@ def simulated_capacity(workload: Workload, fleet: Fleet, seed: int = 0) -> float
     return (last - first) / (ends_s[last] - ends_s[first])
 
 
+def knee_rate(
+    workload: Workload, fleet: Fleet, num_requests: int, num_copies: int | None, seed: int = 0
+) -> float:
+    """Return the highest rate at which waits are not yet steep, requests per second.
+
+    There the p99 of TTFT is at most `_STEEP` times that at a small part of the capacity, under
+    what an operator would use without Headway. Found by bisection between that part and all.
+    """
+    capacity = simulated_capacity(_saturating(workload, fleet.profile), _of_two(fleet), seed)
+    low, high = (share * capacity * fleet.num_engines / 2.0 for share in (_LOW_LOAD, 1.0))
+
+    def ttft_p99_s(rate: float) -> float:
+        drawn = workload.drawn(rate, num_requests, seed, num_copies)
+        run = simulate(drawn, fleet, SATURATING_POLICY + STOCK, seed=seed, settings=_UNBOUNDED)
+        first, last = (int(share * len(run)) for share in STEADY)
+        return float(np.percentile(run.ttft_s[first:last], 99))
+
+    limit_s = _STEEP * ttft_p99_s(low)
+    for _ in range(_NUM_HALVINGS):
+        middle = (low + high) / 2.0
+        if ttft_p99_s(middle) <= limit_s:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _of_two(fleet: Fleet) -> Fleet:
+    """Return two engines of the fleet: a capacity is in proportion, and theirs is soon found."""
+    return replace(fleet, num_engines=2)
+
+
+def _saturating(workload: Workload, profile: Profile) -> Workload:
+    """Return as much of a workload's beginning as keeps two engines full for long.
+
+    Requests for so many times their KV caches; with fewer the engines would still be filling up,
+    and decode little, while it counts.
+    """
+    left = 2 * _FILLS * profile.num_kv_tokens
+    for number, each in enumerate(workload.arrivals, start=1):
+        left -= each.num_prompt_tokens + each.num_output_tokens
+        if left <= 0:
+            return workload.part(0, number)
+    return workload
+
+
 _UNBOUNDED = RouterSettings(
     max_held_requests=1 << 40, max_held_tokens=1 << 50, max_held_bytes=1 << 60, max_hold_s=1e9
 )
@@ -116,12 +183,13 @@ class Sweep:
         self,
         workloads: dict[str, Workload],
         profile: Profile,
-        slo: Slo,
+        slo: Slo | Promises,
         *,
         num_gateways: int = 1,
+        window: tuple[float, float] = WARM,
         num_processes: int | None = None,
     ) -> None:
-        self._shared = (workloads, profile, slo, num_gateways)
+        self._shared = (workloads, profile, slo, num_gateways, window)
         self._num_processes = num_processes or len(os.sched_getaffinity(0))
         self._pool: Pool | None = None
 
@@ -134,10 +202,13 @@ class Sweep:
         assert self._pool is not None
         self._pool.terminate()
 
-    def capacities(self, wanted: Sequence[tuple[str, int]]) -> Iterator[float]:
-        """Yield the capacity of each (workload, number of engines), in their order."""
+    def knees(self, wanted: Sequence[tuple[str, int, int, int | None]]) -> Iterator[float]:
+        """Yield the knee of each (workload, number of engines, of requests, of copies), in order.
+
+        In requests per second: `knee_rate`.
+        """
         assert self._pool is not None
-        yield from self._pool.imap(_capacity, wanted)
+        yield from self._pool.imap(_knee, wanted)
 
     def run(self, cases: Sequence[Case]) -> Iterator[tuple[Case, Figures, float]]:
         """Yield each case, its figures and its CPU seconds, in the order of their ends."""
@@ -160,18 +231,25 @@ def _share(shared: Any) -> None:
     _shared = shared
 
 
-def _capacity(wanted: tuple[str, int]) -> float:
-    workloads, profile, _, _ = _shared
-    name, num_engines = wanted
-    return simulated_capacity(workloads[name], Fleet(profile, num_engines))
+def _knee(wanted: tuple[str, int, int, int | None]) -> float:
+    workloads, profile, _, num_gateways, _ = _shared
+    name, num_engines, num_requests, num_copies = wanted
+    fleet = Fleet(profile, num_engines, num_gateways)
+    return knee_rate(workloads[name], fleet, num_requests, num_copies)
 
 
 def _figures(case: Case) -> Figures:
-    workloads, profile, slo, num_gateways = _shared
-    workload = workloads[case.workload].at_rate(case.rate)
+    workloads, profile, slo, num_gateways, window = _shared
+    workload: Workload = workloads[case.workload]
+    if case.num_requests is None:
+        workload = workload.at_rate(case.rate)
+    else:
+        workload = workload.drawn(case.rate, case.num_requests, case.seed, case.num_copies)
     fleet = Fleet(profile, case.num_engines, num_gateways)
     run = simulate(workload, fleet, case.variant, seed=case.seed)
-    return figures_of(run, slo)
+    unloaded = UnloadedTimes.of(run.num_prompt_tokens, run.num_output_tokens, profile)
+    figures = figures_of(run, slo, unloaded=unloaded, window=window)
+    return figures | {"time_scale": workload.scale, "num_copies": float(workload.num_copies)}
 
 
 def _timed(case: Case) -> tuple[Case, Figures, float]:

@@ -5,6 +5,9 @@ the load on it. A trace is brought to a wanted load by scaling its time; the sca
 result.
 """
 
+import math
+import random
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -13,6 +16,8 @@ import msgspec
 import numpy as np
 
 from router import RequestClass
+
+_COPY_BITS = 16  # of an id of a prefix, what tells copies apart
 
 
 class Arrival(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -105,6 +110,47 @@ class Workload:
         """Return the same requests, all at the start, which saturates every fleet."""
         return replace(self, arrivals=tuple(_at(each, 0.0) for each in self.arrivals))
 
+    def drawn(
+        self, rate: float, num_requests: int, seed: int, num_copies: int | None = None
+    ) -> "Workload":
+        """Return so many requests at a mean rate, from copies that begin at random places.
+
+        As many copies as keep the requests' own speed, unless so many are asked for: laid over one
+        another, they keep bursts and pauses as they were, where a faster trace has them shorter
+        and denser. One copy is the trace made faster. Copies share no prefixes, nor do the laps
+        of one that is read more than once.
+        """
+        if num_copies is None:
+            num_copies = max(1, round(rate / self.rate))
+        rng = random.Random(f"copies {seed}")
+        span_s = self.duration_s
+        starts_s = [rng.random() * span_s for _ in range(num_copies)]
+        taken_s = span_s * num_requests / (num_copies * len(self))
+        while True:  # bursts apart, the mean is enough
+            arrivals = self._taken(starts_s, taken_s)
+            if len(arrivals) >= num_requests:
+                break
+            taken_s *= 1.2
+        arrivals.sort(key=lambda arrival: arrival.offset_s)
+        found = Workload.of(self.name, arrivals[:num_requests]).at_rate(rate)
+        scale = self.scale * rate / (num_copies * self.rate)
+        return replace(found, scale=scale, num_copies=num_copies, num_dropped=self.num_dropped)
+
+    def _taken(self, starts_s: list[float], taken_s: float) -> list[Arrival]:
+        """Return what comes within so many seconds from each start; past the end it begins anew."""
+        span_s, offsets_s = self.duration_s, [each.offset_s for each in self.arrivals]
+        num_laps = math.ceil(taken_s / span_s) + 1
+        arrivals: list[Arrival] = []
+        for copy, start_s in enumerate(starts_s):
+            for lap in range(num_laps):
+                late_s = span_s * lap - start_s
+                first = bisect_left(offsets_s, -late_s)
+                last = bisect_left(offsets_s, taken_s - late_s)
+                for arrival in self.arrivals[first:last]:
+                    offset_s = arrival.offset_s + late_s
+                    arrivals.append(_copied(arrival, offset_s, copy * num_laps + lap))
+        return arrivals
+
     def part(self, number: int, num_requests: int) -> "Workload":
         """Return the `number`-th part of so many requests, from 0; past the end start again.
 
@@ -178,6 +224,15 @@ class Workload:
             "output_tokens_p50": float(np.median(outputs)),
             "output_tokens_p99": float(np.percentile(outputs, 99)),
         }
+
+
+def _copied(arrival: Arrival, offset_s: float, copy: int) -> Arrival:
+    """Return a copy that shares a prefix only with others of the same copy."""
+    return msgspec.structs.replace(
+        arrival,
+        offset_s=offset_s,
+        prefix_ids=tuple([number << _COPY_BITS | copy for number in arrival.prefix_ids]),
+    )
 
 
 def _at(arrival: Arrival, offset_s: float) -> Arrival:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -75,6 +76,48 @@ def test_overlaid():
     assert doubled.rate == pytest.approx(2.0 * workload.rate, rel=0.1)
     assert len({each.block_hashes(16) for each in doubled.arrivals}) == 2
     assert doubled.num_copies == 2
+
+
+def test_drawn_at_its_own_speed():
+    """Five copies of two requests a second are ten: no gap between one copy's requests changes."""
+    base = Workload.of(
+        "even",
+        [
+            Arrival(
+                offset_s=0.5 * n,
+                num_prompt_tokens=100 + n,
+                num_output_tokens=1,
+                prefix_ids=(n,),
+                prefix_block_tokens=16,
+            )
+            for n in range(100)
+        ],
+    )
+    drawn = base.drawn(10.0, 400, seed=1)
+    assert (len(drawn), drawn.num_copies) == (400, 5)
+    assert drawn.rate == pytest.approx(10.0)
+    assert drawn.scale == pytest.approx(1.0)
+    by_copy = defaultdict(list)
+    for each in drawn.arrivals:
+        by_copy[each.prefix_ids[0] & 0xFFFF].append(each)
+    assert len(by_copy) > 5  # those that began anew are others
+    for copy in by_copy.values():
+        sizes = [each.num_prompt_tokens for each in copy]
+        assert np.all(np.diff(sizes) == 1)
+        assert np.diff([each.offset_s for each in copy]) == pytest.approx(0.5, rel=0.05)
+    assert drawn.arrivals == base.drawn(10.0, 400, seed=1).arrivals
+    assert drawn.arrivals != base.drawn(10.0, 400, seed=2).arrivals
+
+
+def test_drawn_as_one_copy_is_the_trace_made_faster():
+    base = Workload.of(
+        "even",
+        [Arrival(offset_s=float(n), num_prompt_tokens=1, num_output_tokens=1) for n in range(50)],
+    )
+    drawn = base.drawn(10.0, 120, seed=1, num_copies=1)
+    assert (len(drawn), drawn.num_copies) == (120, 1)
+    assert drawn.scale == pytest.approx(10.0)
+    assert np.diff([each.offset_s for each in drawn.arrivals]) == pytest.approx(0.1)
 
 
 def test_parts():
