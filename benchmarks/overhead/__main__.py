@@ -4,7 +4,7 @@
 
 The engines are null engines, so everything above the floor (client straight to the engines) is
 ours: gateway, front and their processes. Load generator, engines and path share the machine's
-cores.
+cores. `--short` takes half a minute and compares ratios to the floor with those of the last time.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from benchmarks.overhead import phases
+from benchmarks.overhead import gateways, phases, short
 from benchmarks.overhead.figures import ROLES, Figures
 from benchmarks.overhead.phases import Durations, PhaseRunner, Window, send_paired
 from benchmarks.report.report import Report, percentile
@@ -26,7 +26,7 @@ from router.simulation.figures import brief
 FRONTS = ("own", "haproxy")
 DEFAULT_FRONT = "own"
 NUM_ENGINES = 2
-_QUICK = Durations(1, idle_s=2.0, ttft_s=4.0, busy_s=3.0, fast_s=2.0, flat_out_s=2.0, short_s=1.0)
+_QUICK = Durations(1, 2.0, 4.0, slow_s=3.0, busy_s=3.0, fast_s=2.0, flat_out_s=2.0, short_s=1.0)
 
 
 async def run(fronts: Sequence[str], durations: Durations, seed: int) -> Report:
@@ -100,14 +100,19 @@ async def _measure_ttft(path: PhaseRunner, floor: PhaseRunner, figures: Figures,
 
 async def _measure_rates(path: PhaseRunner, figures: Figures) -> None:
     name, durations = path.system.name, path.durations
-    window, ttft_s = await path.stream_at_rate(phases.BUSY_TOKENS_PER_S, durations.busy_s)
-    figures.add_busy(name, window, percentile(ttft_s, 50) * 1e3, percentile(ttft_s, 99) * 1e3)
-    _print_rate(path, "asked for 20,000", window)
-    window, _ = await path.stream_at_rate(phases.FAST_TOKENS_PER_S, durations.fast_s)
-    figures.add_rate(name, "asked for 50,000", window)
-    _print_rate(path, "asked for 50,000", window)
+    for rate, span_s in (
+        (phases.SLOW, durations.slow_s),
+        (phases.BUSY, durations.busy_s),
+        (phases.FAST, durations.fast_s),
+    ):
+        window, ttft_s = await path.stream_at_rate(rate, span_s)
+        figures.add_rate(name, rate, window)
+        if rate == phases.BUSY:
+            p50_ms, p99_ms = (percentile(ttft_s, percent) * 1e3 for percent in (50, 99))
+            figures.add_ttft_when_busy(name, p50_ms, p99_ms)
+        _print_rate(path, f"asked for {rate}", window)
     window = await path.stream_flat_out()
-    figures.add_rate(name, "flat out", window)
+    figures.add_flat_out(name, window)
     _print_rate(path, "flat out", window)
     for kind, stream in (("whole", False), ("streamed", True)):
         window = await path.send_short_requests(stream)
@@ -123,16 +128,40 @@ def _print(path: PhaseRunner, text: str) -> None:
     print_progress(f"{path.system.name:7} {text}")
 
 
+def _run_short() -> int:
+    """Measure the short form and add its row to the file. Return 1 after a gross regression."""
+    figures, row = run_to_the_end(short.measure)
+    history = short.read_history()
+    short.make_report(figures, row, history).finish()
+    lines, grown = short.compare(row, short.last_comparable(history, row))
+    for line in lines:
+        print_progress(line)
+    for name in grown:
+        print_progress(f"more than {short.MAX_GROWTH:g} times as much as before: {name}")
+    return 1 if grown else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one short repeat: a smoke test")
+    parser.add_argument(
+        "--short", action="store_true", help="ratios to the floor only, beside the last ones"
+    )
+    parser.add_argument(
+        "--gateways", nargs="+", type=int, metavar="N", help="so many that share the port, beside"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--front", nargs="+", choices=FRONTS, default=list(FRONTS))
     options = parser.parse_args()
     raise_file_limit()  # 1,000 clients are 1,000 sockets, here and in what is started
     gc.disable()  # its pauses would be in the times; garbage is collected between repeats
+    if options.short:
+        return _run_short()
     durations = _QUICK if options.quick else Durations()
-    report = run_to_the_end(lambda: run(options.front, durations, options.seed))
+    if options.gateways:
+        report = run_to_the_end(lambda: gateways.run(options.gateways, durations, options.seed))
+    else:
+        report = run_to_the_end(lambda: run(options.front, durations, options.seed))
     report.finish()
     return 0
 

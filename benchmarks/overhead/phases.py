@@ -25,8 +25,6 @@ OTHERS_ROLE = "others"  # processes of neither the system under test nor the ben
 
 NUM_STREAMS = 200
 NUM_TOKENS = 200  # per stream
-BUSY_TOKENS_PER_S = 20_000  # 200 streams of 100 tokens/s
-FAST_TOKENS_PER_S = 50_000
 LONG_STREAMS_PER_S = 4.0
 PROBES_PER_S = 36.0  # one-token streams, sent only to sample the time to first token
 NUM_SHORT_WORKERS = 32
@@ -39,12 +37,36 @@ _NUM_EXTRA_EVENTS = 1
 
 
 @dataclass(frozen=True)
+class Rate:
+    """Tokens per second in all, and the number of streams that share them."""
+
+    tokens_per_s: int
+    num_streams: int
+
+    @property
+    def step_s(self) -> float:
+        """Seconds between the tokens of one stream."""
+        return self.num_streams / self.tokens_per_s
+
+    def __str__(self) -> str:
+        return f"{self.tokens_per_s:,}"
+
+
+# The first two at 100 tokens/s per stream, as an engine decodes: a step of the slow one brings a
+# tenth of the tokens, so there is less to do at once.
+SLOW = Rate(2_000, 20)
+BUSY = Rate(20_000, NUM_STREAMS)
+FAST = Rate(50_000, NUM_STREAMS)
+
+
+@dataclass(frozen=True)
 class Durations:
     """Seconds per phase, and the number of repeats of all phases."""
 
     num_repeats: int = 3
     idle_s: float = 4.0
     ttft_s: float = 7.0
+    slow_s: float = 5.0
     busy_s: float = 5.0
     fast_s: float = 3.0
     flat_out_s: float = 3.0
@@ -95,17 +117,14 @@ class PhaseRunner:
             if role != OTHERS_ROLE:
                 self.idle_cores[role] = window.cores(role)
 
-    async def stream_at_rate(
-        self, tokens_per_s: float, span_s: float
-    ) -> tuple[Window, list[float]]:
-        """Keep 200 streams at this total rate. Return the window and the times to first byte."""
-        step_s = NUM_STREAMS / tokens_per_s
-        request = chat(NUM_TOKENS, null_engine_step_ms=step_s * 1000)
+    async def stream_at_rate(self, rate: Rate, span_s: float) -> tuple[Window, list[float]]:
+        """Keep streams at this rate. Return the window and the times to first byte."""
+        request = chat(NUM_TOKENS, null_engine_step_ms=rate.step_s * 1000)
         async with Client(self.system.urls) as client:
-            await client.connect(NUM_STREAMS)
-            loop = ClosedLoop(client, itertools.repeat(request), NUM_STREAMS)
+            await client.connect(rate.num_streams)
+            loop = ClosedLoop(client, itertools.repeat(request), rate.num_streams)
             # Spread over the duration of one stream, so that they do not all end at once.
-            await loop.start(ramp_s=NUM_TOKENS * step_s)
+            await loop.start(ramp_s=NUM_TOKENS * rate.step_s)
             await asyncio.sleep(0.5)
             start_s = time.perf_counter()
             window = await self._window(client, span_s)

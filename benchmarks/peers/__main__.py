@@ -13,6 +13,7 @@ so a run in which the load generator itself was late is repeated, whichever syst
 import argparse
 import contextlib
 import random
+import statistics
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -30,6 +31,7 @@ from benchmarks.peers.data_parallel import VllmDataParallel
 from benchmarks.peers.dilation import dilated_arrivals, undilated_sample
 from benchmarks.peers.fleet import EmulatedFleet, VllmFleet
 from benchmarks.peers.routers import PEERS
+from benchmarks.peers.routers.haproxy import HAProxy
 from benchmarks.peers.routers.peer import MissingError, Peer
 from benchmarks.peers.scenario import Scenario
 from benchmarks.peers.testbed import BUSY_ROUTER_CPU, MAX_OTHERS_CPU, MeasuredRun, Testbed
@@ -126,10 +128,22 @@ async def run(scenario: Scenario) -> tuple[Report, list[Sample]]:
     report.config["prediction_accuracy"] = msgspec.to_builtins(state.accuracy)
     rivals = [name for name in systems if name != OURS]
     latencies.set_targets(report, OURS, rivals)
+    _set_cpu_target(report, runs)
     latencies.note_failures(report)
     for note in _notes(scenario, num_late):
         report.add_note(note)
     return report, samples
+
+
+def _set_cpu_target(report: Report, runs: dict[str, list[MeasuredRun]]) -> None:
+    """Compare what our gateway takes of the processor with HAProxy, the leanest of all."""
+    name = f"{HAProxy.title} {HAProxy.policies[0]}"
+    if counted := runs.get(name):
+        ours_s, theirs_s = (
+            statistics.median(each.cost.router_s for each in of) for of in (runs[OURS], counted)
+        )
+        title = f"gateway CPU of {OURS} over that of {name}"
+        report.add_target(title, ours_s / theirs_s, "<= 1.3")
 
 
 def _make_peers(

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.load.mix import MixRequest
 from benchmarks.report.latency import Sample
-from router.settings import RouterSettings
+from router import RouterSettings
 from router.simulation.engine.profile import Profile, StepTimeFactors
 
 _TARGETS = ("ttft_target_base_s", "ttft_target_s_per_token", "ttft_target_batch_s", "max_late_s")

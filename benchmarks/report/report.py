@@ -22,6 +22,7 @@ from rich.table import Table
 
 from benchmarks.report import provenance
 from router.simulation.figures import brief
+from serving.core_form import form
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -108,6 +109,7 @@ class Report:
             "config": self.config,
             "hardware": provenance.hardware(),
             "versions": provenance.versions(),
+            "core": form(),
             "figures": {
                 title: [
                     {

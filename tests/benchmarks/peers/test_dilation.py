@@ -12,7 +12,7 @@ from benchmarks.peers.dilation import (
 )
 from benchmarks.peers.scenario import Scenario
 from benchmarks.report.latency import Sample
-from router.settings import RouterSettings
+from router import RouterSettings
 from serving.capacity.profiles import load_profile
 from serving.config import parse
 

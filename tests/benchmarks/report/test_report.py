@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.report.report import Report, Spread, percentile
+from serving.core_form import form
 
 
 def make_report() -> Report:
@@ -31,6 +32,7 @@ def test_file_tells_everything(tmp_path: Path) -> None:
     assert content["hardware"]["ram_bytes"] > 0
     assert {"cpu", "gpus"} <= content["hardware"].keys()
     assert "python" in content["versions"]
+    assert content["core"] == form()
     assert content["date"].endswith("+00:00")
     assert content["commit"].keys() == {"id", "dirty"}
     assert content["figures"]["Rates"][0]["tokens_per_s"] == {
