@@ -23,7 +23,15 @@ from typing import Any
 from rich.progress import track
 
 from benchmarks.report.report import Report, percentile
-from router import Dispatch, EngineInfo, EngineSnapshot, Request, Router, RouterSettings
+from router import (
+    BlockUpdate,
+    Dispatch,
+    EngineInfo,
+    EngineSnapshot,
+    Request,
+    Router,
+    RouterSettings,
+)
 from serving.core_form import VARIABLE, form
 
 NUM_HELD = 10_000
@@ -35,6 +43,8 @@ TARGET_BYTES = 2048
 _STEP_TOKENS = 2048  # the token budget of one step
 _NUM_KV_TOKENS = 400_000
 _NUM_HASHES = 8  # text blocks of a prompt of 512 tokens
+_PREFIX_TOKENS, _BLOCK_TOKENS = 512, 16
+_NUM_PER_HOLDER = 8  # engines, of which one holds the prefix that is known
 
 
 class RouterHarness:
@@ -60,23 +70,24 @@ class RouterHarness:
             max_num_batched_tokens=_STEP_TOKENS,
             max_prefill_chunk=_STEP_TOKENS // 2,
             num_kv_tokens=_NUM_KV_TOKENS,
-            block_size=16,
+            block_size=_BLOCK_TOKENS,
             engine="simulated",
         )
         for engine in range(num_engines):
             self.router.on_replica_up(str(engine), info, self.now_s)
 
-    def make_request(self) -> Request:
-        """Return a new request; prompt sizes are heavy-tailed."""
+    def make_request(self, prefix: tuple[int, ...] = ()) -> Request:
+        """Return a new request; prompt sizes are heavy-tailed unless it begins as others do."""
         self._num_requests += 1
+        num_tokens = min(16_000, int(self.rng.lognormvariate(6.0, 1.2)) + 1)
         return Request(
             id=f"request-{self._num_requests:012d}",
             model="m",
-            num_prompt_tokens=min(16_000, int(self.rng.lognormvariate(6.0, 1.2)) + 1),
+            num_prompt_tokens=_PREFIX_TOKENS if prefix else num_tokens,
             max_output_tokens=512,
             num_bytes=2048,
             arrival_s=self.now_s,
-            prefix_hashes=tuple(self.rng.getrandbits(62) for _ in range(_NUM_HASHES)),
+            prefix_hashes=prefix or tuple(self.rng.getrandbits(62) for _ in range(_NUM_HASHES)),
             prefix_block_share=1.0 / _NUM_HASHES,
         )
 
@@ -147,6 +158,26 @@ def free_fleet(harness: RouterHarness, num_decisions: int) -> dict[str, list[flo
     return {"arrival dispatched": arrivals, NOTHING: nothings}
 
 
+def known_prefix(harness: RouterHarness, num_decisions: int) -> dict[str, list[float]]:
+    """Time arrivals while every engine has room, and some hold the prompt but for its end."""
+    router, num_blocks = harness.router, _PREFIX_TOKENS // _BLOCK_TOKENS
+    harness.set_state(0, 300_000)
+    prefix = tuple(range(_NUM_HASHES))
+    blocks = list(range(1000, 1000 + num_blocks))
+    for engine in range(0, harness.num_engines, _NUM_PER_HOLDER):
+        router.on_blocks(str(engine), BlockUpdate(since=-1, until=1, stored=blocks))
+    arrivals = []
+    for _ in range(1 + num_decisions):
+        harness.now_s += 1e-3
+        request = harness.make_request(prefix)
+        took_s, [dispatch] = harness.time_call(router.on_arrival, request, harness.now_s)
+        if dispatch.num_cached_tokens:  # of the first one nothing is known yet
+            arrivals.append(took_s)
+        router.on_prompt(request.id, dispatch.replica_id, _PREFIX_TOKENS, blocks)
+        router.on_finish(request.id, None, harness.now_s)
+    return {"arrival dispatched": arrivals}
+
+
 def full_windows(harness: RouterHarness, num_decisions: int) -> dict[str, list[float]]:
     """Time events while no engine takes more prefill, until a snapshot shows room for the next."""
     return _time_full(harness, num_decisions, (3 * _STEP_TOKENS, 300_000), (0, 300_000))
@@ -190,7 +221,12 @@ def _time_full(
     return {"arrival held": arrivals, "snapshot, per dispatch": snapshots, NOTHING: nothings}
 
 
-SCENES = {"open fleet": free_fleet, "full windows": full_windows, "full KV": full_kv}
+SCENES = {
+    "open fleet": free_fleet,
+    "open fleet, known prefix": known_prefix,
+    "full windows": full_windows,
+    "full KV": full_kv,
+}
 
 
 def bytes_per_held(num_held: int, seed: int) -> float:
@@ -212,7 +248,7 @@ def time_scene(
     scene: str, num_engines: int, num_held: int, num_decisions: int, seed: int
 ) -> list[dict[str, Any]]:
     """Return a row for each kind of event in a scene, by the form of the core in this process."""
-    num_held = 0 if scene == "open fleet" else num_held
+    num_held = 0 if SCENES[scene] in (free_fleet, known_prefix) else num_held
     harness = RouterHarness(num_engines, num_held, seed)
     gc.collect()
     gc.freeze()

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Collection, Sequence
+from itertools import islice
 from operator import attrgetter
 from typing import ClassVar
 
@@ -84,10 +85,23 @@ class Headway(Policy):
             drawn = [*drawn, *replicas[: _MAX_COMPARED - len(drawn)]]
         if not request.block_hashes:
             return drawn
-        first = request.block_hashes[0]
-        rotated = [*replicas[start:], *replicas[:start]]
-        holders = [replica for replica in rotated if first in replica.prefix_cache]
-        return list(dict.fromkeys([*holders[:_MAX_COMPARED], *drawn]))
+        holders = _first_holders(request.block_hashes[0], replicas, start)
+        return list(dict.fromkeys([*holders, *drawn]))
+
+
+def _first_holders(block: int, replicas: Sequence[Replica], start: int) -> list[Replica]:
+    """Return the first replicas from index `start` on, and round, whose cache holds a block.
+
+    At most `_MAX_COMPARED`.
+    """
+    holders: list[Replica] = []
+    for part in (islice(replicas, start, None), islice(replicas, start)):
+        for replica in part:
+            if block in replica.prefix_cache:
+                holders.append(replica)
+                if len(holders) == _MAX_COMPARED:
+                    return holders
+    return holders
 
 
 def _within(factor: float, costs: list[float], replicas: Sequence[Replica]) -> list[Replica]:
