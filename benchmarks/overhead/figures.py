@@ -3,7 +3,15 @@
 from collections import defaultdict
 from typing import NamedTuple
 
-from benchmarks.overhead.phases import BUSY, LOAD_ROLE, OTHERS_ROLE, SLOW, Rate, Window
+from benchmarks.overhead.phases import (
+    BUSY,
+    LOAD_ROLE,
+    OTHERS_ROLE,
+    SLOW,
+    SPACED_PER_S,
+    Rate,
+    Window,
+)
 from benchmarks.report.report import Report, Spread
 from benchmarks.systems.processes import OTHER_ROLE
 
@@ -20,6 +28,7 @@ _SLOW_CPU = f"CPU µs per token at {SLOW} tokens/s, net of idle"
 _BUSY_CPU = f"CPU µs per token at {BUSY} tokens/s, net of idle"
 _FLAT_OUT_CPU = "CPU µs per token flat out, net of idle"
 _SHORT = "Short requests (1 to 4 tokens)"
+_SPACED = f"CPU µs per short request, {SPACED_PER_S} per second"
 _OPEN_STREAMS = "1,000 open streams"
 _OTHERS = "Cores taken by strangers meanwhile"
 _OVER_FLOOR = "Over the floor's of the same run"
@@ -75,6 +84,7 @@ _RATIOS = (
     _Ratio(
         "CPU per short stream", _SHORT, f"streamed, CPU µs: {_PATH}", "streamed, CPU µs: engines"
     ),
+    _Ratio(f"CPU per short request, {SPACED_PER_S}/s", _SPACED, _PATH, "engines"),
     _Ratio("short requests per second", _SHORT, "whole, per second", "whole, per second"),
     _Ratio("TTFT p50 at low load", _TTFT, "p50 at low load", "p50 at low load"),
 )
@@ -92,7 +102,7 @@ class Figures:
         self._tables[table][row][path].append(value)
 
     def get(self, path: str, table: str, row: str) -> Spread | None:
-        values = self._tables[table][row].get(path)
+        values = self._tables.get(table, {}).get(row, {}).get(path)
         return Spread.of(values) if values else None
 
     def add_open_streams(
@@ -132,6 +142,10 @@ class Figures:
     def add_short(self, path: str, kind: str, window: Window) -> None:
         self.add(path, _SHORT, f"{kind}, per second", window.requests_per_s)
         self._add_cpu(path, _SHORT, f"{kind}, CPU µs: ", window, window.num_requests)
+        self._add_others(path, window)
+
+    def add_spaced(self, path: str, window: Window) -> None:
+        self._add_cpu(path, _SPACED, "", window, window.num_requests)
         self._add_others(path, window)
 
     def over_floor(self, path: str) -> dict[str, float]:

