@@ -69,6 +69,7 @@ class Router:
 
     def __init__(self, settings: RouterSettings, rng: random.Random | None = None) -> None:
         self.settings = settings
+        self._slow_floor_s = settings.breaker.slow_floor_s  # looked up once
         rng = rng if rng is not None else random.Random(settings.seed)
         self._fleet = Fleet()
         self._queue = HoldQueue(settings)
@@ -235,7 +236,9 @@ class Router:
         if attempt.replica.vital_signs.mute_s >= attempt.placed_s:
             return
         ttft_s = max(0.0, now_s - attempt.placed_s)
-        if self.settings.breaker.is_slow(ttft_s, attempt.predicted_ttft_s):
+        if ttft_s > self._slow_floor_s and self.settings.breaker.is_slow(
+            ttft_s, attempt.predicted_ttft_s
+        ):
             self._health.judge_slow(attempt.replica, [attempt.permit], self._fleet, now_s)
 
     # Replicas
@@ -320,12 +323,13 @@ class Router:
 
     def next_wake_s(self) -> float | None:
         """When to call `on_tick`, whatever happens; None while no request is open."""
-        wakes_s = [self._hedging.next_look_s()]
+        wake_s = self._hedging.next_look_s()
         if len(self._queue):
-            wakes_s += [self._queue.next_expiry_s(), self._spillover.next_check_s()]
+            wake_s = _earlier(wake_s, self._queue.next_expiry_s())
+            wake_s = _earlier(wake_s, self._spillover.next_check_s())
         if len(self._fleet) and (len(self._queue) or len(self._attempts)):
-            wakes_s.append(self._health.next_check_s)
-        return min((wake_s for wake_s in wakes_s if wake_s is not None), default=None)
+            wake_s = _earlier(wake_s, self._health.next_check_s)
+        return wake_s
 
     def set_policy(self, name: str, now_s: float, ablate: Collection[str] = ()) -> list[Decision]:
         """Choose by another policy from now on, without the parts named in `ablate`.
@@ -355,3 +359,10 @@ class Router:
             retries=RetriesState(num_made=self._requests.num_retries, budget=self._retries.state()),
             breaker_events=list(self._health.log),
         )
+
+
+def _earlier(one_s: float | None, other_s: float | None) -> float | None:
+    """Return the earlier of two times, None if there is none."""
+    if one_s is None or (other_s is not None and other_s < one_s):
+        return other_s
+    return one_s

@@ -27,12 +27,24 @@ class AccuracyState(msgspec.Struct, frozen=True, kw_only=True):
 class Accuracy:
     """Relative errors of the last predictions, in a bounded window."""
 
-    __slots__ = ("_num_added", "_ratios", "error_p50")
+    __slots__ = ("_error_p50", "_is_due", "_num_added", "_ratios")
 
     def __init__(self) -> None:
         self._ratios: deque[float] = deque(maxlen=_WINDOW)  # predicted over actual; see `add`
         self._num_added = 0
-        self.error_p50: float | None = None  # as of the last review, None before the first
+        self._is_due = False  # for a review
+        self._error_p50: float | None = None  # as of the last review
+
+    @property
+    def error_p50(self) -> float | None:
+        """The median error as of the last review, None before the first.
+
+        Taken by whoever asks first once it is due: most predictions' errors nobody asks for.
+        """
+        if self._is_due:
+            self._is_due = False
+            self._error_p50 = _quantile(self._errors(), 0.5)
+        return self._error_p50
 
     def add(self, predicted_s: float, actual_s: float) -> None:
         """Compare a prediction with what came, seconds; ignore an actual time of 0.
@@ -44,7 +56,7 @@ class Accuracy:
         self._ratios.append(1.0 + (predicted_s - actual_s) / max(actual_s, _MIN_TIME_S))
         self._num_added += 1
         if self._num_added >= _MIN_COMPARED and self._num_added % _REVIEW_INTERVAL == 0:
-            self.error_p50 = _quantile(self._errors(), 0.5)
+            self._is_due = True
 
     def state(self) -> AccuracyState:
         """Return the quantiles of the errors in the window."""
@@ -57,7 +69,9 @@ class Accuracy:
         )
 
     def _errors(self) -> list[float]:
-        return sorted(abs(ratio - 1.0) for ratio in self._ratios)
+        errors = [abs(ratio - 1.0) for ratio in self._ratios]
+        errors.sort()
+        return errors
 
 
 def _quantile(ordered: list[float], fraction: float) -> float | None:

@@ -1,7 +1,6 @@
 """How much of the time to a first token is spent outside of the engine's steps?"""
 
 from collections import deque
-from statistics import median
 
 # The median of 32 is sure to a fifth of what they scatter by, and follows a load that changes
 # within seconds on a GPU.
@@ -30,5 +29,9 @@ class RequestOverhead:
     def learn(self, overhead_s: float) -> None:
         """Take in how much later a first token came than its steps explain, seconds."""
         self._overheads_s.append(overhead_s)
-        if len(self._overheads_s) >= _LEAST_KNOWN:
-            self.usual_s = max(0.0, median(self._overheads_s))
+        num_known = len(self._overheads_s)
+        if num_known >= _LEAST_KNOWN:
+            ordered = sorted(self._overheads_s)
+            middle = ordered[num_known // 2]
+            median_s = middle if num_known % 2 else (ordered[num_known // 2 - 1] + middle) / 2.0
+            self.usual_s = max(0.0, median_s)

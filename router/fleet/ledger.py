@@ -78,7 +78,9 @@ class Ledger:
     @property
     def oldest_unacknowledged(self) -> Booking | None:
         """First booking that no snapshot contains yet, None if there is none."""
-        return next(iter(self._unacknowledged.values()), None)
+        for booking in self._unacknowledged.values():
+            return booking
+        return None
 
     def book(
         self,
@@ -119,6 +121,8 @@ class Ledger:
 
     def acknowledge(self, last_booking: int) -> None:
         """Stop counting bookings up to this number: a snapshot contains them now."""
+        if not self._unacknowledged:
+            return  # the usual case
         for number in list(self._unacknowledged):
             if number > last_booking:
                 break

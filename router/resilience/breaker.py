@@ -27,7 +27,7 @@ the same moment.
 
 import enum
 import random
-from collections import Counter, deque
+from collections import deque
 from typing import Final
 
 import msgspec
@@ -97,10 +97,10 @@ class BreakerView(msgspec.Struct, frozen=True, kw_only=True):
 BreakerLog = deque[BreakerEvent]  # bounded by whoever makes it
 
 
-class _Verdict(enum.Enum):
-    GOOD = 0
-    FAILED = 1
-    SLOW = 2
+# Verdicts: indices of the counts of each.
+_GOOD: Final = 0
+_FAILED: Final = 1
+_SLOW: Final = 2
 
 
 class Breaker:
@@ -155,8 +155,8 @@ class Breaker:
         self._last_permit = 0
         self._first_valid_permit = 1  # since it last opened
         self._was_slow: dict[int, bool] = {}  # of calls begun and not ended, by permit
-        self._verdicts: deque[tuple[float, _Verdict]] = deque()  # the window, oldest first
-        self._counts: Counter[_Verdict] = Counter()  # in the window
+        self._verdicts: deque[tuple[float, int]] = deque()  # the window, oldest first
+        self._counts = [0, 0, 0]  # in the window, by verdict
         self._failures = self._timeouts = 0  # in a row
         if slow_start and settings.slow_start_s > 0.0:
             self.share = _FIRST_SHARE
@@ -200,7 +200,7 @@ class Breaker:
         if permit == self._probe_permit:
             self._close(now_s)
         elif self.status is _CLOSED and not was_slow:
-            self._add_verdict(_Verdict.GOOD, now_s)
+            self._add_verdict(_GOOD, now_s)
 
     def record_slow(self, permit: int, now_s: float) -> None:
         """Count a call as slow, which goes on; of one call this counts once."""
@@ -210,7 +210,7 @@ class Breaker:
         if permit == self._probe_permit:
             self._open(TripReason.PROBE_SLOW, now_s)
         elif self.status is _CLOSED:
-            self._add_verdict(_Verdict.SLOW, now_s)
+            self._add_verdict(_SLOW, now_s)
 
     def record_failure(self, permit: int, failure: Failure, now_s: float) -> None:
         """End a call that failed through no fault of the client's; else as `record_success`."""
@@ -230,7 +230,7 @@ class Breaker:
     def _count_failure(self, failure: Failure, now_s: float) -> None:
         self._failures += 1
         self._timeouts = self._timeouts + 1 if failure is Failure.TIMEOUT else 0
-        self._add_verdict(_Verdict.FAILED, now_s)
+        self._add_verdict(_FAILED, now_s)
 
     def release_permit(self, permit: int) -> None:
         """End a call without a verdict: the client left, or was at fault."""
@@ -269,7 +269,7 @@ class Breaker:
             num_open_calls=len(self._was_slow),
         )
 
-    def _add_verdict(self, verdict: _Verdict, now_s: float) -> None:
+    def _add_verdict(self, verdict: int, now_s: float) -> None:
         """Add a verdict to the window; open if one too many was bad."""
         settings, verdicts, counts = self._settings, self._verdicts, self._counts
         verdicts.append((now_s, verdict))
@@ -281,9 +281,9 @@ class Breaker:
         elif self._failures >= settings.max_consecutive_failures:
             self._open(TripReason.CONSECUTIVE_FAILURES, now_s)
         elif len(verdicts) >= settings.min_calls:
-            if counts[_Verdict.FAILED] >= settings.max_failure_share * len(verdicts):
+            if counts[_FAILED] >= settings.max_failure_share * len(verdicts):
                 self._open(TripReason.FAILURE_SHARE, now_s)
-            elif counts[_Verdict.SLOW] >= settings.max_slow_share * len(verdicts):
+            elif counts[_SLOW] >= settings.max_slow_share * len(verdicts):
                 self._open(TripReason.SLOW_SHARE, now_s)
 
     def _open(self, reason: TripReason, now_s: float) -> None:
@@ -311,7 +311,7 @@ class Breaker:
     def _forget_verdicts(self) -> None:
         self._probe_permit = None
         self._verdicts.clear()
-        self._counts.clear()
+        self._counts = [0, 0, 0]
         self._failures = self._timeouts = 0
 
     def _write_event(self, now_s: float, event: str, reason: str = "") -> None:

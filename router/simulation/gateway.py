@@ -8,10 +8,8 @@ from operator import itemgetter
 import msgspec
 
 from router import (
-    BlockUpdate,
     Decision,
     Dispatch,
-    EngineSnapshot,
     Evacuate,
     Fail,
     Fallback,
@@ -28,10 +26,12 @@ from router import (
 from router.limits.rate_limit import RateReport
 from router.simulation.engine.sequence import Job, Progress
 from router.simulation.events import NeedsSnapshots, Receiver, World
-from router.simulation.node import Node
+from router.simulation.node import Node, SnapshotMessage
 from router.types import HEARTBEAT_S, MAX_PREFIX_BLOCKS, PREFIX_BLOCK_TOKENS
 
 _BYTES_PER_TOKEN = 4
+
+_arrival_s = itemgetter(0)  # of a message
 
 
 class Gateway(Receiver[Node]):
@@ -94,18 +94,17 @@ class Gateway(Receiver[Node]):
         if not simulation.reports:
             return  # each is an event
         now_s = simulation.now_s
-        arrived: list[tuple[float, EngineSnapshot, BlockUpdate | None, Node]] = []
+        arrived: list[SnapshotMessage] = []
         for node in simulation.nodes.values():
             if node.next_push_s <= now_s:
                 node.push_due_snapshots(now_s)
             snapshots = node.channels[self.number].snapshots
             while snapshots and snapshots[0][0] < now_s:
-                arrived_s, snapshot, update = snapshots.popleft()
-                arrived.append((arrived_s, snapshot, update, node))
+                arrived.append(snapshots.popleft())
         if len(arrived) > 1:
-            arrived.sort(key=itemgetter(0))
-        for arrived_s, snapshot, update, node in arrived:
-            decisions = self._deliver_snapshot(node, arrived_s, snapshot, update)
+            arrived.sort(key=_arrival_s)
+        for message in arrived:
+            decisions = self._deliver_snapshot(message)
             assert not decisions, "a snapshot led to a decision though no gateway listened"
 
     def on_snapshot(self, _: Node) -> None:
@@ -118,11 +117,10 @@ class Gateway(Receiver[Node]):
         for node in self._simulation.nodes.values():
             snapshots = node.channels[self.number].snapshots
             while snapshots and snapshots[0][0] <= now_s and node.is_up:
-                self._execute(self._deliver_snapshot(node, *snapshots.popleft()))
+                self._execute(self._deliver_snapshot(snapshots.popleft()))
 
-    def _deliver_snapshot(
-        self, node: Node, arrived_s: float, snapshot: EngineSnapshot, update: BlockUpdate | None
-    ) -> list[Decision]:
+    def _deliver_snapshot(self, message: SnapshotMessage) -> list[Decision]:
+        arrived_s, snapshot, update, node = message
         if update is not None and not self.router.on_blocks(node.id, update):
             simulation = self._simulation
             simulation.call_at(

@@ -11,8 +11,7 @@ from router import Outcome
 from router.simulation.workload.workload import Workload
 
 NOT_ENDED = -1
-_OUTCOMES = tuple(Outcome)
-OUTCOME_NUMBER = {outcome: number for number, outcome in enumerate(_OUTCOMES)}
+OUTCOME_NUMBER = {outcome: number for number, outcome in enumerate(Outcome)}
 
 
 class Journal:

@@ -64,6 +64,10 @@ class Engine(Protocol):
     def snapshot(self, seq: int, last_booking: int) -> EngineSnapshot: ...
 
 
+# (time of arrival, snapshot, changes of the prefix cache, who sends it)
+SnapshotMessage = tuple[float, EngineSnapshot, BlockUpdate | None, "Node"]
+
+
 class Channel:
     """From a node to one gateway: snapshots under way, and what that gateway has been sent."""
 
@@ -72,8 +76,8 @@ class Channel:
     def __init__(self) -> None:
         self.last_booking = 0  # the gateway's last one that the replica has received
         self.block_position = 0  # in the log of the prefix cache: sent up to here
-        # (time of arrival, snapshot, changes of the prefix cache), by time of arrival.
-        self.snapshots: deque[tuple[float, EngineSnapshot, BlockUpdate | None]] = deque()
+        # By time of arrival.
+        self.snapshots: deque[SnapshotMessage] = deque()
 
 
 class Node:
@@ -321,7 +325,7 @@ class Node:
                 continue
             if channel.last_booking != snapshot.last_booking:
                 snapshot = msgspec.structs.replace(snapshot, last_booking=channel.last_booking)
-            channel.snapshots.append((arrive_s, snapshot, update))
+            channel.snapshots.append((arrive_s, snapshot, update, self))
             if simulation.num_listening:
                 gateway = simulation.gateways[number]
                 if gateway.listens:

@@ -59,15 +59,16 @@ class Headway(Policy):
             return replicas[0]
         if len(replicas) > _MAX_COMPARED:
             replicas = self._draw_candidates(request, replicas)
-        costs = self._costs_s(request, replicas, load, now_s)
-        equals = _within(_TIE, costs, replicas)
+        num_new = num_new_tokens(request, replicas)
+        costs = self._costs_s(request, replicas, num_new, load, now_s)
+        lowest_s = min(costs)
+        equals = [replicas[index] for index, cost in enumerate(costs) if cost <= lowest_s * _TIE]
         if request.block_hashes:
-            nearly = _within(_CACHED_TIE, costs, replicas)
-            cached = [replica.prefix_cache.num_tokens(request) for replica in nearly]
-            if (most := max(cached)) > 0:
-                equals = [
-                    replica for replica, num in zip(nearly, cached, strict=True) if num == most
-                ]
+            limit_s = lowest_s * _CACHED_TIE
+            nearly = [index for index, cost in enumerate(costs) if cost <= limit_s]
+            fewest = min([num_new[index] for index in nearly])
+            if fewest < request.num_prompt_tokens:  # some of it is cached there
+                equals = [replicas[index] for index in nearly if num_new[index] == fewest]
         if len(equals) > 1:
             # Replicas come in the order in which they began to accept work. A simulation that
             # skips snapshots nobody asks for sees another one, so ids decide.
@@ -85,8 +86,10 @@ class Headway(Policy):
             drawn = [*drawn, *replicas[: _MAX_COMPARED - len(drawn)]]
         if not request.block_hashes:
             return drawn
-        holders = _first_holders(request.block_hashes[0], replicas, start)
-        return list(dict.fromkeys([*holders, *drawn]))
+        first = request.block_hashes[0]
+        # Holders among the drawn ones are the first of all holders.
+        others = [replica for replica in drawn if first not in replica.prefix_cache]
+        return [*_first_holders(first, replicas, start), *others]
 
 
 def _first_holders(block: int, replicas: Sequence[Replica], start: int) -> list[Replica]:
@@ -104,13 +107,30 @@ def _first_holders(block: int, replicas: Sequence[Replica], start: int) -> list[
     return holders
 
 
-def _within(factor: float, costs: list[float], replicas: Sequence[Replica]) -> list[Replica]:
-    """Return the replicas whose cost is at most `factor` times the lowest."""
-    limit = min(costs) * factor
-    return [replica for replica, cost in zip(replicas, costs, strict=True) if cost <= limit]
+def num_new_tokens(request: Request, replicas: Sequence[Replica]) -> list[int]:
+    """Return the prompt tokens that each replica would have to prefill: `Replica.num_new_tokens`.
+
+    For all at once, so that the request is read once.
+    """
+    blocks, texts = request.block_hashes, request.prefix_hashes
+    text_share, num_tokens = request.prefix_block_share, request.num_prompt_tokens
+    num_new = []
+    for replica in replicas:
+        cache = replica.prefix_cache
+        num_cached = 0  # the usual case
+        if blocks or cache.coming:
+            num_cached = cache.num_tokens_of(blocks, texts, text_share, num_tokens)
+        num_new.append(max(1, num_tokens - num_cached))
+    return num_new
 
 
-def costs_s(request: Request, replicas: Sequence[Replica], load: Load, now_s: float) -> list[float]:
+def costs_s(
+    request: Request,
+    replicas: Sequence[Replica],
+    num_new: list[int],
+    load: Load,
+    now_s: float,
+) -> list[float]:
     """Return how long the request waits for its first token, and others for it, per replica.
 
     In seconds. Its own wait is the time to its first token there. It delays others in three ways:
@@ -139,26 +159,27 @@ def costs_s(request: Request, replicas: Sequence[Replica], load: Load, now_s: fl
     num_steps = num_outputs / math.sqrt(max(1.0, num_sequences / len(replicas)))
     factor_s = num_steps * decode_s  # out of the loop, which runs for every engine
     num_held, edf_key_s = load.num_held_per_engine, request.edf_key_s
-    num_all_tokens, may_be_cached = request.num_prompt_tokens or 1, bool(request.block_hashes)
     costs = []
-    for replica in replicas:
-        num_new_tokens = num_all_tokens
-        if may_be_cached or replica.prefix_cache.coming:
-            num_new_tokens = replica.num_new_tokens(request)
+    for index, replica in enumerate(replicas):
+        num_tokens = num_new[index]
         slowness = replica.chunk_overhead_s / (base_s + decode_s * replica.num_decoding)
         others_s = factor_s * slowness * replica.num_sequences
-        others_s += num_new_tokens * replica.token_s * num_held
+        others_s += num_tokens * replica.token_s * num_held
         if replica.long_edf_keys_s:
-            others_s += replica.passing_s(num_new_tokens, edf_key_s)
-        costs.append(replica.ttft_s(num_new_tokens, now_s, edf_key_s) + others_s)
+            others_s += replica.passing_s(num_tokens, edf_key_s)
+        costs.append(replica.ttft_s(num_tokens, now_s, edf_key_s) + others_s)
     return costs
 
 
 def own_costs_s(
-    request: Request, replicas: Sequence[Replica], load: Load, now_s: float
+    request: Request,
+    replicas: Sequence[Replica],
+    num_new: list[int],
+    load: Load,
+    now_s: float,
 ) -> list[float]:
     """Return how long the request itself waits for its first token, per replica, seconds."""
     edf_key_s = request.edf_key_s
     return [
-        replica.ttft_s(replica.num_new_tokens(request), now_s, edf_key_s) for replica in replicas
+        replica.ttft_s(num_new[index], now_s, edf_key_s) for index, replica in enumerate(replicas)
     ]

@@ -6,7 +6,7 @@ Each of them advances by one token per step, so they are counted and not visited
 import heapq
 
 from router.simulation.engine.kv_cache import KvCache
-from router.simulation.engine.sequence import Sequence, State
+from router.simulation.engine.sequence import DECODE, Sequence
 
 
 class DecodeBatch:
@@ -37,7 +37,7 @@ class DecodeBatch:
 
     def add(self, sequence: Sequence) -> None:
         """Add a sequence whose prompt is computed."""
-        sequence.state = State.DECODE
+        sequence.state = DECODE
         sequence.joined_tick = self.tick
         self.num_sequences += 1
         self.num_context_tokens += sequence.num_tokens
@@ -96,4 +96,4 @@ class DecodeBatch:
 
     def _is_current(self, tick: int, sequence: Sequence) -> bool:
         # It may have been removed and added again since.
-        return sequence.state is State.DECODE and tick == self._finish_tick(sequence)
+        return sequence.state is DECODE and tick == self._finish_tick(sequence)

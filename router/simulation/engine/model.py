@@ -15,7 +15,7 @@ from collections.abc import Sequence as Row
 from router import EngineInfo, EngineSnapshot
 from router.fleet.block_log import BlockLog
 from router.simulation.engine.profile import Profile
-from router.simulation.engine.sequence import Job, Progress, Sequence, State
+from router.simulation.engine.sequence import DECODE, DONE, Job, Progress, Sequence
 from router.simulation.engine.step_noise import StepNoise
 from router.simulation.engine.step_scheduler import StepScheduler
 from router.types import PREFILL_RATE_FORGETTING
@@ -132,7 +132,7 @@ class EngineModel:
     def num_output_tokens(self, job_id: str, index: int = 0) -> int:
         """Return the tokens that a job's sequence has emitted. The job must be in the engine."""
         sequence = self._jobs[job_id][index]
-        if sequence.state is State.DECODE:
+        if sequence.state is DECODE:
             return self.scheduler.decoding.num_emitted(sequence)
         return sequence.num_emitted
 
@@ -227,7 +227,7 @@ class EngineModel:
         self.num_output_tokens_total += len(computed)
         progress = []
         for sequence in computed:
-            if sequence.num_emitted == 1 and sequence.state is not State.DONE:
+            if sequence.num_emitted == 1 and sequence.state is not DONE:
                 progress.append(self._progress(sequence, finished=False))
         for sequence in finished:
             progress.append(self._progress(sequence, finished=True))
@@ -330,7 +330,7 @@ class EngineModel:
         if sequences is None:
             return  # by another sequence of it that ended in the same step
         for sequence in sequences:
-            if sequence.state is not State.DONE:
+            if sequence.state is not DONE:
                 return
         del self._jobs[job_id]
 

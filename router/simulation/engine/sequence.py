@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 from collections.abc import Sequence as Row
 from enum import Enum, auto
+from typing import Final
 
 import msgspec
 
@@ -42,6 +43,13 @@ class State(Enum):
     DONE = auto()
 
 
+# Looked up once: compiled code, too, has to look up a member of an enumeration by its name.
+WAITING: Final = State.WAITING
+PREFILL: Final = State.PREFILL
+DECODE: Final = State.DECODE
+DONE: Final = State.DONE
+
+
 class Sequence:
     """One output of a job, and how far it is computed."""
 
@@ -68,7 +76,7 @@ class Sequence:
         self.index = index
         self.serial = serial
         self.block_table = BlockTable(keys)
-        self.state = State.WAITING
+        self.state = WAITING
         self.num_prompt = job.num_prompt_tokens
         self.num_output = 0
         self.num_computed = 0  # while decoding: as it was when it joined the batch

@@ -49,6 +49,7 @@ class StepNoise:
         for _ in range(_PAIRS):
             angle = random() * _TWO_PI
             radius = math.sqrt(-2.0 * math.log(1.0 - random()))
-            for z in (math.cos(angle) * radius, math.sin(angle) * radius):
-                factor = 1.0 + z * deviation
-                factors.append(factor if factor > 0.0 else 0.0)
+            one = 1.0 + math.cos(angle) * radius * deviation
+            other = 1.0 + math.sin(angle) * radius * deviation
+            factors.append(one if one > 0.0 else 0.0)
+            factors.append(other if other > 0.0 else 0.0)

@@ -10,7 +10,7 @@ asynchronous scheduling, under which a new sequence can wait one step more.
 from router.simulation.engine.decode_batch import DecodeBatch
 from router.simulation.engine.kv_cache import KvCache
 from router.simulation.engine.profile import Profile
-from router.simulation.engine.sequence import Sequence, State
+from router.simulation.engine.sequence import DECODE, DONE, PREFILL, WAITING, Sequence, State
 from router.simulation.engine.waiting import WaitingSequences
 
 
@@ -59,13 +59,13 @@ class StepScheduler:
 
     def drop(self, sequence: Sequence) -> None:
         """Remove a sequence between two steps; one that is done has been removed already."""
-        if sequence.state is State.DONE:
+        if sequence.state is DONE:
             return
-        if sequence.state is State.WAITING:
+        if sequence.state is WAITING:
             self.waiting.remove(sequence)
-            sequence.state = State.DONE
+            sequence.state = DONE
             return
-        if sequence.state is State.DECODE:
+        if sequence.state is DECODE:
             self.decoding.remove(sequence)
         else:
             del self._prefilling[sequence]
@@ -193,7 +193,7 @@ class StepScheduler:
                 break
             if sequence not in self.running:  # preempted in this very pass
                 continue
-            if sequence.state is State.DECODE:
+            if sequence.state is DECODE:
                 num_tokens, num_computed = 1, self.decoding.num_computed(sequence)
             else:
                 num_computed = sequence.num_computed
@@ -213,7 +213,7 @@ class StepScheduler:
             budget -= num_tokens
         for sequence in self.running:
             num_tokens = chosen.get(sequence, 0)
-            if sequence.state is State.PREFILL:
+            if sequence.state is PREFILL:
                 if num_tokens:
                     self._compute(sequence, num_tokens)
             elif not num_tokens:
@@ -243,7 +243,7 @@ class StepScheduler:
                 self.num_prefix_hits_total += num_hit_tokens
                 sequence.num_cached = num_hit_tokens
             sequence.num_computed = num_hit_tokens
-            sequence.state = State.PREFILL
+            sequence.state = PREFILL
             self._num_admissions += 1
             sequence.admission = self._num_admissions
             self.running[sequence] = None
@@ -262,7 +262,7 @@ class StepScheduler:
 
     def _num_missing(self, sequence: Sequence, num_tokens: int) -> int:
         """Return the blocks that so many computed tokens need beyond those of the sequence."""
-        if sequence.state is State.DECODE:
+        if sequence.state is DECODE:
             self.decoding.sync(sequence)
         return max(0, -(-num_tokens // self._block_size) - self.kv.num_held(sequence.block_table))
 
@@ -272,7 +272,7 @@ class StepScheduler:
         return max(self.running, key=lambda each: (each.job.priority, each.serial))
 
     def _preempt(self, sequence: Sequence) -> None:
-        if sequence.state is State.DECODE:
+        if sequence.state is DECODE:
             self.decoding.remove(sequence)
         else:
             del self._prefilling[sequence]
@@ -288,6 +288,6 @@ class StepScheduler:
             self.waiting.push(sequence, (-1.0, -self._num_prepended))
 
     def _end(self, sequence: Sequence) -> None:
-        sequence.state = State.DONE
+        sequence.state = DONE
         del self.running[sequence]
         self.kv.release(sequence.block_table, sequence.num_computed // self._block_size)

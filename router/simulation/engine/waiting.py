@@ -1,7 +1,7 @@
 """Which sequence is admitted next, and how many tokens do all that wait need?"""
 
 from router.queueing.lazy_heap import Key, LazyHeap
-from router.simulation.engine.sequence import Sequence, State
+from router.simulation.engine.sequence import WAITING, Sequence
 
 
 class WaitingSequences:
@@ -26,7 +26,7 @@ class WaitingSequences:
 
     def push(self, sequence: Sequence, key: Key) -> None:
         """Add a sequence."""
-        sequence.state = State.WAITING
+        sequence.state = WAITING
         self._order.push(sequence.id, key)
         self._sequences[sequence.id] = sequence
         num_left = _num_expected(sequence)

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from router import RequestClass
+from router.simulation.workload.prefixes import chained_hashes
 
 _COPY_BITS = 16  # of an id of a prefix, what tells copies apart
 
@@ -46,14 +47,8 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         """
         if not self.prefix_ids:
             return ()
-        ids, size = self.prefix_ids, self.prefix_block_tokens
         num_tokens = self.num_prompt_tokens + (self.num_output_tokens if with_reply else 0)
-        num_tokens = min(num_tokens, len(ids) * size)
-        # From the id of the block in which it ends, and its end: equal for equal prefixes.
-        return tuple(
-            (ids[(end - 1) // size] << 24) | end
-            for end in range(block_tokens, num_tokens + 1, block_tokens)
-        )
+        return chained_hashes(self.prefix_ids, self.prefix_block_tokens, num_tokens, block_tokens)
 
 
 @dataclass(frozen=True)

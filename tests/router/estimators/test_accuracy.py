@@ -48,8 +48,20 @@ def test_the_median_is_reviewed_every_fifty():
     assert accuracy.error_p50 is None
     accuracy.add(3.0, actual_s=1.0)
     assert accuracy.error_p50 == 2.0
-    for _ in range(99):
+    for _ in range(50):
         accuracy.add(1.0, actual_s=1.0)
-    assert accuracy.error_p50 == 2.0  # as of the 100th, when half were bad
+    assert accuracy.error_p50 == 2.0  # half were bad
+    for _ in range(49):
+        accuracy.add(1.0, actual_s=1.0)
+        assert accuracy.error_p50 == 2.0
     accuracy.add(1.0, actual_s=1.0)
+    assert accuracy.error_p50 == 0.0
+
+
+def test_a_review_that_is_due_waits_for_whoever_asks():
+    accuracy = Accuracy()
+    for _ in range(50):
+        accuracy.add(3.0, actual_s=1.0)
+    for _ in range(60):
+        accuracy.add(1.0, actual_s=1.0)
     assert accuracy.error_p50 == 0.0
