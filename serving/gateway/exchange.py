@@ -1,6 +1,5 @@
 """One client's request, the engines that try it, and the response on its way to the client."""
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping
 
@@ -77,9 +76,7 @@ class Exchange:
         "_chunks",
         "_ended",
         "_error",
-        "_on_ended",
         "_taken",
-        "_waiter",
         "added",
         "attempts",
         "body",
@@ -93,6 +90,8 @@ class Exchange:
         "is_open",
         "method",
         "num_prompt_tokens",
+        "on_ended",
+        "on_readable",
         "path",
         "reply",
         "request",
@@ -142,9 +141,9 @@ class Exchange:
         self._ended = False
         self._chunks: list[bytes] = []
         self._error: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self.on_readable: Callable[[], None] = tell_nobody  # there is more to `read`
         self.is_open = False
-        self._on_ended: Callable[[], None] | None = None
+        self.on_ended: Callable[[], None] = tell_nobody
         self._taken: Usage | None = Usage()
 
     def engine_body(self) -> bytes:
@@ -162,7 +161,7 @@ class Exchange:
         """Take bytes for the client, which `reply` has counted."""
         self._chunks.append(body)
         self.is_complete = body.endswith(DONE)
-        self._wake()
+        self.on_readable()
 
     def on_end(self, error: Exception | None = None) -> None:
         """End the response: well, or with this error."""
@@ -171,13 +170,10 @@ class Exchange:
         self._error = error
         self._taken = self._count_taken()
         self.reply.end()
-        self._wake()
-        if self._on_ended is not None:
-            self._on_ended()
-
-    def when_ended(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called once an open exchange has ended."""
-        self._on_ended = callback
+        self.on_readable()
+        self.on_ended()
+        # Who is told knows this exchange, too: neither should keep the other.
+        self.on_readable = self.on_ended = tell_nobody
 
     def usage_taken(self) -> Usage | None:
         """Return what the request of a tenant took, once it has ended; nothing if it never began.
@@ -208,23 +204,26 @@ class Exchange:
             return None  # nobody kept a record
         return Usage(num_prompt_tokens=self.num_prompt_tokens, num_output_tokens=num_output_tokens)
 
-    def _wake(self) -> None:
-        if (waiter := self._waiter) is not None:
-            self._waiter = None
-            if not waiter.done():
-                waiter.set_result(None)
-
-    async def next_chunk(self) -> bytes:
-        """Return all body bytes that have come, b"" at the end.
+    def read(self) -> bytes | None:
+        """Return all body bytes that have come, b"" at the end, None while there are none.
 
         Raises `Rejected` or `EngineFailed` when that is how it ends.
         """
-        while not self._chunks:
-            if self._ended:
-                if self._error is not None:
-                    raise self._error
-                return b""
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        chunks, self._chunks = self._chunks, []
+        chunks = self._chunks
+        if not chunks:
+            if not self._ended:
+                return None
+            if self._error is not None:
+                raise self._error
+            return b""
+        self._chunks = []
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether it has ended well, and all of it has been read."""
+        return self._ended and not self._chunks and self._error is None
+
+
+def tell_nobody() -> None:
+    """Do nothing: there is nobody yet, or nobody any more, who wants to know."""

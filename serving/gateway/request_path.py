@@ -1,133 +1,216 @@
-"""Which way does one request take through the gateway, from its body to the last token?"""
+"""Which way does one request take through the gateway, from its head to the last token?"""
 
 import asyncio
-import contextlib
 import functools
+import logging
 import time
-import uuid
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from serving.config import Config
-from serving.gateway.cache.response_cache import Replay, ResponseCache
-from serving.gateway.cache.single_flight import Subscriber
+from serving.gateway.cache.response_cache import ResponseCache
 from serving.gateway.driver import Driver
 from serving.gateway.exchange import EngineFailed, Exchange, Rejected
-from serving.gateway.http.body_reader import BodyReader
-from serving.gateway.http.errors import ApiError, rejection_error
-from serving.gateway.http.keep_alive import KeepAlive, as_event, as_stream
-from serving.gateway.http.own_headers import own_headers, request_id_of, set_request_id
+from serving.gateway.http.body_reader import BodyReader, IncomingBody
+from serving.gateway.http.errors import ApiError, internal_error, rejection_error
+from serving.gateway.http.own_headers import new_id, own_headers, request_id_of, set_request_id
+from serving.gateway.http.reply.asgi_client import AsgiClient
+from serving.gateway.http.reply.client import Client, send_error
+from serving.gateway.http.reply.keep_alive import KeepAlive, as_event, as_stream
 from serving.gateway.intake.request_headers import read_headers
 from serving.gateway.intake.request_parser import RequestParser
 from serving.gateway.providers.calls import Providers
-from serving.gateway.tenants.tenants import AdmittedRequest, Tenant, Tenants
+from serving.gateway.tenants.tenants import AdmittedRequest, Caller, Tenant, Tenants
 from serving.stream.frames import Headers
 
+logger = logging.getLogger(__name__)
 
+
+class Source(Protocol):
+    """What a reply is read from: an exchange, a place in a single flight, a stored response."""
+
+    on_readable: Callable[[], None]
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def response_headers(self) -> Headers: ...
+    @property
+    def is_at_end(self) -> bool: ...
+    def read(self) -> bytes | None: ...
+
+
+class Turn:
+    """The calls that have something to send, which all do it in the next turn of the event loop.
+
+    Bytes that came for one of them together leave together.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[Call] = []
+        self._call_soon = asyncio.get_running_loop().call_soon
+
+    def add(self, call: "Call") -> None:
+        """Have `call` go on."""
+        if not self._calls:
+            self._call_soon(self._run)
+        self._calls.append(call)
+
+    def _run(self) -> None:
+        calls, self._calls = self._calls, []
+        for call in calls:
+            call.go_on()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class RequestPath:
-    """A plain ASGI application: tokens pass through no response object.
+    """Whom a request to one of `ENDPOINTS` meets; the same for all."""
+
+    config: Config
+    driver: Driver
+    body_reader: BodyReader
+    request_parser: RequestParser
+    providers: Providers
+    tenants: Tenants
+    cache: ResponseCache
+    turn: Turn = field(default_factory=Turn)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request as an ASGI application does."""
+        client = AsgiClient(send)
+        await client.serve(self.open(scope, client), receive)
+
+    def open(self, scope: Scope, client: Client) -> "Call":
+        """Return what answers one request of `client`."""
+        return Call(self, scope, client)
+
+
+class Call:
+    """One request, as its client sends it and is answered.
+
+        head --begin--> body --on_body_end--> asked --first byte--> answered --last byte--> over
 
     It asks in this order: the tenants who the caller is, the body reader for the body, the parser
     what is asked for, the tenants whether the caller may; then the cache, and the driver if
-    the cache has no answer. It is an instance, not a function, because Starlette would
-    call a function with request and response objects.
+    the cache has no answer. From anywhere it is over when the client leaves, or with an error.
+
+    Nobody who tells it something gets an exception back, or is called back meanwhile: what that
+    leads to for the client comes with the next turn of the event loop.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        driver: Driver,
-        body_reader: BodyReader,
-        request_parser: RequestParser,
-        providers: Providers,
-        tenants: Tenants,
-        cache: ResponseCache,
-    ) -> None:
-        self._config = config
-        self._driver = driver
-        self._body_reader = body_reader
-        self._request_parser = request_parser
-        self._providers = providers
-        self._tenants = tenants
-        self._cache = cache
+    __slots__ = (
+        "_admitted",
+        "_body",
+        "_call_soon",
+        "_caller",
+        "_client",
+        "_error_event",
+        "_exchange",
+        "_has_started",
+        "_headers",
+        "_is_due",
+        "_is_over",
+        "_keep_alive",
+        "_looking_up",
+        "_num_text_bytes",
+        "_path",
+        "_scope",
+        "_source",
+        "_stop",
+    )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request to one of `ENDPOINTS`. Raise `ApiError` for one that is refused."""
-        caller = self._tenants.authenticate(scope["headers"])
-        body = await self._body_reader.read_body(scope, receive)
+    def __init__(self, path: RequestPath, scope: Scope, client: Client) -> None:
+        self._path = path
+        self._scope = scope
+        self._client = client
+        self._call_soon = asyncio.get_running_loop().call_soon
+        self._is_over = False
+        # What is asked.
+        self._caller: Caller | None = None
+        self._body: IncomingBody | None = None
+        self._exchange: Exchange | None = None
+        self._num_text_bytes = 0
+        self._admitted: AdmittedRequest | None = None
+        # How it is answered.
+        self._looking_up: asyncio.Task[None] | None = None  # in the cache
+        self._source: Source | None = None
+        self._stop: Callable[[], None] | None = None  # lets the source know that nobody reads
+        self._headers: Headers = []  # of our own
+        self._keep_alive: KeepAlive | None = None
+        self._is_due = False
+        self._has_started = False
+        self._error_event: bytearray | None = None  # a reply that is none, to a promised stream
+
+    # --- what the client sends ---------------------------------------------------
+
+    def begin(self) -> bool:
+        """Look at the head of the request. Return whether its body is wanted."""
+        headers = self._scope["headers"]
+        try:
+            self._caller = self._path.tenants.authenticate(headers)
+            self._body = self._path.body_reader.begin(headers)
+        except Exception as error:
+            self._call_soon(self._fail, error)
+        return self._body is not None
+
+    def on_body(self, data: bytes) -> bool:
+        """Take a part of the body. Return whether more of it is wanted."""
+        if self._body is not None:
+            try:
+                self._body.add(data)
+            except Exception as error:
+                self._drop_body()
+                self._call_soon(self._fail, error)
+        return self._body is not None
+
+    def on_body_end(self) -> None:
+        """Answer the request, which has come to its end."""
+        body, self._body = self._body, None
         if body is None:
-            return  # the client left before it had sent its request
-        tenant = caller.tenant if caller is not None else None
-        exchange, num_text_bytes = self._make_exchange(scope, body, tenant)
-        headers = own_headers(scope)
-        admitted = None
+            return  # it is refused
+        try:
+            self._ask(body.take())
+        except Exception as error:
+            self._call_soon(self._fail, error)
+
+    def _drop_body(self) -> None:
+        if self._body is not None:
+            self._body.drop()
+            self._body = None
+
+    # --- asking ------------------------------------------------------------------------
+
+    def _ask(self, body: bytes) -> None:
+        """Find out what is asked for, and who has the answer."""
+        path = self._path
+        tenant = self._caller.tenant if self._caller is not None else None
+        self._exchange = exchange = self._make_exchange(body, tenant)
+        self._headers = own_headers(self._scope)
         if tenant is not None:
-            admitted = self._tenants.admit_request(tenant, exchange.request)
-            headers += admitted.headers
-        try:
-            await self._answer(exchange, scope, receive, send, headers)
-        finally:
-            record = functools.partial(self._record_usage, exchange, admitted, num_text_bytes)
-            if exchange.is_open:  # others read on, or the engine has yet to tell what it took
-                exchange.when_ended(record)
-            else:
-                record()
+            self._admitted = path.tenants.admit_request(tenant, exchange.request)
+            self._headers += self._admitted.headers
+        if path.cache.enabled:
+            self._looking_up = asyncio.ensure_future(self._look_up(exchange))
+        else:
+            self._ask_engines(exchange)
 
-    def _record_usage(
-        self, exchange: Exchange, admitted: AdmittedRequest | None, num_text_bytes: int
-    ) -> None:
-        """Charge the tenant for an exchange that has ended, and learn from it."""
-        if admitted is not None:
-            self._tenants.end_request(admitted, exchange.usage_taken())
-        if exchange.usage is not None:
-            tokens_per_byte = self._request_parser.tokens_per_byte
-            tokens_per_byte.learn(num_text_bytes, exchange.usage.num_prompt_tokens)
-
-    async def _answer(
-        self, exchange: Exchange, scope: Scope, receive: Receive, send: Send, headers: Headers
-    ) -> None:
-        """Answer from the cache or through the driver; add `headers` to the reply."""
-        source: Exchange | Subscriber | Replay = exchange
-        stop: Callable[[], None] = functools.partial(self._driver.cancel, exchange)
-        if self._cache.enabled:
-            verdict, cached = await self._cache.look_up(exchange, scope["headers"])
-            headers = [*headers, (b"x-headway-cache", verdict.encode())]
-            if cached is not None:
-                source, stop = cached, cached.close
-        if source is exchange:
-            self._driver.open(exchange)
-        client_leaves = asyncio.ensure_future(_stop_when_client_leaves(receive, stop))
-        keep_alive = None
-        period_s = self._config.gateway.keepalive_s
-        if period_s is not None and exchange.fields.is_stream:
-            keep_alive = KeepAlive(period_s, send, headers)
-        try:
-            await self._relay(source, send, headers, keep_alive)
-        finally:
-            client_leaves.cancel()
-            stop()
-            if keep_alive is not None:
-                keep_alive.stop()
-
-    def _make_exchange(
-        self, scope: Scope, body: bytes, tenant: Tenant | None
-    ) -> tuple[Exchange, int]:
-        """Return the exchange, and the bytes of its prompt's text.
-
-        Raise `ApiError` for a request that is wrong or not allowed.
-        """
-        path, headers = scope["path"], read_headers(scope["headers"])
-        asked = self._request_parser.parse(
-            path,
+    def _make_exchange(self, body: bytes, tenant: Tenant | None) -> Exchange:
+        """Return the exchange. Raise `ApiError` for a request that is wrong or not allowed."""
+        path, scope = self._path, self._scope
+        headers = read_headers(scope["headers"])
+        asked = path.request_parser.parse(
+            scope["path"],
             body,
             headers,
             tenant,
             # Never the client's own: another request may bear it at the same time.
-            request_id=uuid.uuid4().hex,
+            request_id=new_id(),
             now_s=time.monotonic(),
-            wants_prefix=self._driver.router.discipline.wants_prefix,
-            models_elsewhere=self._providers.models,
+            wants_prefix=path.driver.router.discipline.wants_prefix,
+            models_elsewhere=path.providers.models,
         )
         # The body is JSON, whatever the client says (curl -d says that it is a form).
         forwarded = [*headers.forwarded, (b"content-type", b"application/json")]
@@ -138,75 +221,159 @@ class RequestPath:
                 set_request_id(scope, own_id)
         else:
             forwarded.append((b"x-request-id", request_id_of(scope).encode("latin-1")))
-        exchange = Exchange(
+        self._num_text_bytes = asked.num_text_bytes
+        return Exchange(
             asked.request,
             "POST",
-            path,
+            scope["path"],
             forwarded,
             asked.body,
-            self._driver.records,
+            path.driver.records,
             fields=asked.fields,
             added=asked.added,
         )
-        return exchange, asked.num_text_bytes
 
-    async def _relay(
-        self,
-        source: Exchange | Subscriber | Replay,
-        send: Send,
-        headers: Headers,
-        keep_alive: KeepAlive | None,
-    ) -> None:
-        """Pass the response on as it comes. Raise `ApiError` if it fails before its first byte."""
-        has_started = False
+    async def _look_up(self, exchange: Exchange) -> None:
+        """Have the cache answer, or let it be answered and keep that, or else ask the engines."""
         try:
-            while True:
-                chunk = await source.next_chunk()
-                if not has_started:
-                    has_started = True
-                    if keep_alive is not None and keep_alive.stop():
-                        if source.status != 200:
-                            await self._send_as_event(source, chunk, send)
-                            return
-                    else:
-                        own = as_stream([*source.response_headers, *headers])
-                        await send(_start_message(source.status, own))
-                await send({"type": "http.response.body", "body": chunk, "more_body": bool(chunk)})
-                if not chunk:
-                    return
-                if isinstance(source, Exchange):
-                    self._driver.acknowledge_bytes(source, len(chunk))
+            verdict, cached = await self._path.cache.look_up(exchange, self._scope["headers"])
+            self._headers.append((b"x-headway-cache", verdict.encode()))
+            if cached is None:
+                if not self._is_over:
+                    self._ask_engines(exchange)
+            else:
+                self._stop = cached.close
+                self._read_from(cached)
+                self.on_ready()  # it may all be there
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._looking_up = None
+            if self._is_over:
+                self._close()
+
+    def _ask_engines(self, exchange: Exchange) -> None:
+        self._stop = functools.partial(self._path.driver.cancel, exchange)
+        self._read_from(exchange)
+        self._path.driver.open(exchange)
+
+    def _read_from(self, source: Source) -> None:
+        """Pass on what comes from there, and comments until something does."""
+        self._source, source.on_readable = source, self.on_ready
+        assert self._exchange is not None
+        period_s = self._path.config.gateway.keepalive_s
+        if period_s is not None and self._exchange.fields.is_stream and not self._is_over:
+            self._keep_alive = KeepAlive(period_s, self._client, self._headers)
+
+    # --- answering -----------------------------------------------------------------------
+
+    def on_ready(self) -> None:
+        """Look soon whether there is something to send, and whether the client takes it."""
+        if not self._is_due:
+            self._is_due = True
+            self._path.turn.add(self)
+
+    def go_on(self) -> None:
+        """Send what there is."""
+        self._is_due = False
+        try:
+            self._pass_on()
         except Rejected as rejected:
-            error = rejection_error(rejected.reason, rejected.retry_after_s)
+            self._fail(rejection_error(rejected.reason, rejected.retry_after_s))
         except EngineFailed as failed:
             error = ApiError(502, f"The engine failed: {failed}", kind="InternalServerError")
-        if not has_started and not (keep_alive is not None and keep_alive.stop()):
-            raise error
-        # An SSE client reads this as an error; without [DONE] the reply is
-        # visibly incomplete. Other clients see the connection break.
-        with contextlib.suppress(RuntimeError):
-            event = as_event(error.body())
-            await send({"type": "http.response.body", "body": event, "more_body": False})
+            self._fail(error)
+        except Exception as error:
+            self._fail(error)
 
-    async def _send_as_event(
-        self, source: Exchange | Subscriber | Replay, chunk: bytes, send: Send
-    ) -> None:
-        """Send a reply that is no stream, an error, to a client that was promised a stream."""
-        body = bytearray()
-        while chunk:
-            body += chunk
-            if isinstance(source, Exchange):
-                self._driver.acknowledge_bytes(source, len(chunk))
-            chunk = await source.next_chunk()
-        event = as_event(bytes(body))
-        await send({"type": "http.response.body", "body": event, "more_body": False})
+    def _pass_on(self) -> None:
+        """Send what has come, while the client takes it, and acknowledge it."""
+        client, source = self._client, self._source
+        while not self._is_over and source is not None and client.is_ready:
+            if (chunk := source.read()) is None:
+                return
+            is_last = source.is_at_end
+            if not self._has_started:
+                self._start(source)
+            if self._error_event is not None:
+                self._error_event += chunk
+                if is_last:
+                    client.write(as_event(bytes(self._error_event)), is_last=True)
+            else:
+                client.write(chunk, is_last=is_last)
+            if is_last:
+                self._end()
+            elif source is self._exchange:
+                self._path.driver.acknowledge_bytes(self._exchange, len(chunk))
 
+    def _start(self, source: Source) -> None:
+        """Send status and headers, unless a comment has promised a stream."""
+        if not self._is_promised():
+            headers = as_stream([*source.response_headers, *self._headers])
+            self._client.start(source.status, headers)
+        elif source.status != 200:
+            self._error_event = bytearray()
+        self._has_started = True
 
-async def _stop_when_client_leaves(receive: Receive, stop: Callable[[], None]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    stop()
+    def _is_promised(self) -> bool:
+        """Whether the client has status and headers of a stream. No comments from here on."""
+        return self._keep_alive is not None and self._keep_alive.stop()
 
+    # --- ends ------------------------------------------------------------------------------
 
-def _start_message(status: int, headers: Headers) -> Message:
-    return {"type": "http.response.start", "status": status, "headers": headers}
+    def on_left(self) -> None:
+        """End it soon: nobody waits for the answer."""
+        self._call_soon(self._end)
+
+    def _fail(self, error: Exception) -> None:
+        """End it with an error, as the client can still be told."""
+        if self._is_over:
+            return
+        has_begun = self._has_started or self._is_promised()
+        self._end()
+        if not isinstance(error, ApiError):
+            if has_begun:
+                self._client.break_off(error)
+                return
+            name = f"request {request_id_of(self._scope)}"
+            logger.error("%s failed", name, exc_info=error)
+            error = internal_error(name)
+        try:
+            if has_begun:
+                # An SSE client reads this as an error; without [DONE] the reply is
+                # visibly incomplete. Other clients see the connection break.
+                self._client.write(as_event(error.body()), is_last=True)
+            else:
+                send_error(self._client, error, own_headers(self._scope))
+        except RuntimeError as contradiction:
+            self._client.break_off(contradiction)
+
+    def _end(self) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._drop_body()
+            if self._keep_alive is not None:
+                self._keep_alive.stop()
+            if self._looking_up is None:
+                self._close()
+
+    def _close(self) -> None:
+        """Leave the source, and have the request charged once it has ended."""
+        if self._stop is not None:
+            self._stop()
+        exchange = self._exchange
+        if exchange is not None and exchange.is_open:
+            # Others read on, or the engine has yet to tell what it took.
+            exchange.on_ended = self._record_usage
+        else:
+            self._record_usage()
+
+    def _record_usage(self) -> None:
+        """Charge the tenant for an exchange that has ended, and learn from it."""
+        if (exchange := self._exchange) is None:
+            return
+        if self._admitted is not None:
+            self._path.tenants.end_request(self._admitted, exchange.usage_taken())
+        if exchange.usage is not None:
+            tokens_per_byte = self._path.request_parser.tokens_per_byte
+            tokens_per_byte.learn(self._num_text_bytes, exchange.usage.num_prompt_tokens)

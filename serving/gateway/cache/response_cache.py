@@ -9,7 +9,7 @@ look_up:  bypass  not deterministic, or the client forbids storing
 import asyncio
 import hashlib
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Literal
 
 import msgspec
@@ -26,7 +26,7 @@ from serving.gateway.cache.response_store import (
 )
 from serving.gateway.cache.single_flight import SingleFlight, Subscriber
 from serving.gateway.driver import Driver
-from serving.gateway.exchange import Exchange
+from serving.gateway.exchange import Exchange, tell_nobody
 from serving.stream.frames import Headers
 
 Verdict = Literal["hit", "miss", "join", "bypass"]
@@ -47,14 +47,20 @@ class Replay:
 
     def __init__(self, stored: StoredResponse) -> None:
         self.status = stored.status
+        self.on_readable: Callable[[], None] = tell_nobody  # never called: all is there
         age_s = max(0, int(time.time() - stored.created_s))
         self.response_headers: Headers = [*stored.headers, (b"age", b"%d" % age_s)]
         self._body = stored.body
 
-    async def next_chunk(self) -> bytes:
+    def read(self) -> bytes:
         """Return the body, then b""."""
         body, self._body = self._body, b""
         return body
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether all of it has been read."""
+        return not self._body
 
     def close(self) -> None:
         """Do nothing: there is nothing to end."""

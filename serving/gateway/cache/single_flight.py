@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Callable
 
 from serving.gateway.driver import Driver
-from serving.gateway.exchange import EngineFailed, Exchange
+from serving.gateway.exchange import EngineFailed, Exchange, tell_nobody
 from serving.stream.frames import Headers
 
 
@@ -21,8 +21,8 @@ class Subscriber:
 
     def __init__(self, flight: "SingleFlight") -> None:
         self.position = 0  # chunks read
+        self.on_readable: Callable[[], None] = tell_nobody  # there is more to `read`
         self._flight = flight
-        self._waiter: asyncio.Future[None] | None = None
         self._is_closed = False
 
     @property
@@ -33,29 +33,23 @@ class Subscriber:
     def response_headers(self) -> Headers:
         return self._flight.exchange.response_headers
 
-    async def next_chunk(self) -> bytes:
-        """Return all body bytes that have come, b"" at the end; raises as `Exchange` does."""
-        while not self._is_closed:
-            chunk = self._flight.read_new(self)
-            if chunk is not None:
-                return chunk
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        raise EngineFailed("the client left")
+    def read(self) -> bytes | None:
+        """Return all body bytes that have come, b"" at the end, None while there are none.
+
+        Raises as `Exchange` does.
+        """
+        return self._flight.read_new(self)
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether it has ended well, and all of it has been read."""
+        return self._flight.is_at_end(self)
 
     def close(self) -> None:
         """Read no more; the generation ends with its last subscriber."""
         if not self._is_closed:
             self._is_closed = True
             self._flight.unsubscribe(self)
-            self.wake()
-
-    def wake(self) -> None:
-        """Look again: something has come, or the client has left."""
-        if (waiter := self._waiter) is not None:
-            self._waiter = None
-            if not waiter.done():
-                waiter.set_result(None)
 
 
 class SingleFlight:
@@ -88,9 +82,11 @@ class SingleFlight:
         self._ended = False
         self._error: Exception | None = None
         self._subscribers: set[Subscriber] = set()
-        self._all_read: asyncio.Future[None] | None = None
+        self._num_unread_bytes = 0  # that all subscribers have to read before there are more
+        self._is_due = False
+        self._call_soon = asyncio.get_running_loop().call_soon
+        exchange.on_readable = self._wake
         driver.open(exchange)
-        self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
     def body(self) -> bytes | None:
@@ -130,27 +126,49 @@ class SingleFlight:
         self._drop_read_chunks()
         return new[0] if len(new) == 1 else b"".join(new)
 
-    async def _run(self) -> None:
+    def is_at_end(self, subscriber: Subscriber) -> bool:
+        """Whether the generation has ended well, and a subscriber has read all of it."""
+        has_read_all = subscriber.position == self._num_dropped + len(self._chunks)
+        return self._ended and self._error is None and has_read_all
+
+    def _wake(self) -> None:
+        """Look soon what has come: not within the call that brings it."""
+        if not self._is_due:
+            self._is_due = True
+            self._call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        self._is_due = False
+        if self._ended or self._num_unread_bytes:
+            return
         try:
-            while chunk := await self.exchange.next_chunk():
-                if self._ended:
-                    return
-                if self.is_whole:
-                    if self._keep(self, len(chunk)):
-                        self.num_kept_bytes += len(chunk)
-                    else:
-                        self.is_whole = False
-                self._chunks.append(chunk)
-                self._wake_all()
-                if not self.is_whole:
-                    self._drop_read_chunks()
-                    if self._chunks:
-                        self._all_read = asyncio.get_running_loop().create_future()
-                        await self._all_read
-                self._driver.acknowledge_bytes(self.exchange, len(chunk))
-            self._end(None)
+            chunk = self.exchange.read()
+            if chunk:
+                self._take(chunk)
+            elif chunk is not None:
+                self._end(None)
         except Exception as error:  # `Rejected`, `EngineFailed`: raised to the subscribers
             self._end(error)
+
+    def _take(self, chunk: bytes) -> None:
+        """Keep what has come for the subscribers. Let the engine go on once it may."""
+        if self.is_whole:
+            if self._keep(self, len(chunk)):
+                self.num_kept_bytes += len(chunk)
+            else:
+                self.is_whole = False
+        self._chunks.append(chunk)
+        self._wake_all()
+        if self.is_whole:
+            self._go_on(len(chunk))
+        else:
+            self._num_unread_bytes = len(chunk)
+            self._drop_read_chunks()
+
+    def _go_on(self, num_bytes: int) -> None:
+        """Let the engine send so many bytes more, and read what it has sent meanwhile."""
+        self._driver.acknowledge_bytes(self.exchange, num_bytes)
+        self._wake()
 
     def _end(self, error: Exception | None) -> None:
         if self._on_end is None:
@@ -163,7 +181,7 @@ class SingleFlight:
 
     def _wake_all(self) -> None:
         for subscriber in self._subscribers:
-            subscriber.wake()
+            subscriber.on_readable()
 
     def _drop_read_chunks(self) -> None:
         """Drop what all have read, unless the response is still whole."""
@@ -175,7 +193,6 @@ class SingleFlight:
         )
         del self._chunks[: num_read - self._num_dropped]
         self._num_dropped = num_read
-        if not self._chunks and self._all_read is not None:
-            if not self._all_read.done():
-                self._all_read.set_result(None)
-            self._all_read = None
+        if not self._chunks and self._num_unread_bytes:
+            num_bytes, self._num_unread_bytes = self._num_unread_bytes, 0
+            self._go_on(num_bytes)

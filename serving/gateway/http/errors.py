@@ -47,6 +47,14 @@ class ApiError(Exception):
             }
         )
 
+    def reply(self, own_headers: Headers) -> tuple[int, Headers, bytes]:
+        """Return status, headers and body of the reply, with what every reply bears."""
+        body = self.body()
+        headers = [*self.headers(), *own_headers, (b"content-length", b"%d" % len(body))]
+        if self.status == 413:
+            headers.append((b"connection", b"close"))
+        return self.status, headers, body
+
     def headers(self) -> Headers:
         """Return the reply's headers."""
         headers = [(b"content-type", b"application/json"), *self._headers]
@@ -56,6 +64,11 @@ class ApiError(Exception):
             # Whole seconds, rounded up: a client must not come back too early.
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s))))
         return headers
+
+
+def internal_error(name: str) -> ApiError:
+    """Return the apology for what nobody expected, under a name that logs bear, too."""
+    return ApiError(500, f"Internal server error ({name}).", kind="InternalServerError")
 
 
 def model_not_found(name: str, usable: Sequence[str] = ()) -> ApiError:

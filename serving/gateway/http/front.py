@@ -1,20 +1,21 @@
 """Which way does a request go in the gateway, and how does it end if nobody answers it?
 
-The outermost application. It passes `send` on as it is to what runs models: a token passes
-through nothing here.
+Our own listener asks it for what answers a request that runs a model, and a token passes through
+nothing here. For all else, and behind Ray Serve's proxy, it is the outermost ASGI application.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Router
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from serving.config import Config
 from serving.gateway.http.connections import Connections
-from serving.gateway.http.errors import ApiError
+from serving.gateway.http.errors import ApiError, internal_error
 from serving.gateway.http.origins import Origins
 from serving.gateway.http.own_headers import (
     find_request_id,
@@ -22,11 +23,19 @@ from serving.gateway.http.own_headers import (
     request_id_of,
     set_own_headers,
 )
+from serving.gateway.http.reply.client import Client, ClientEvents
 
 logger = logging.getLogger(__name__)
 
 # Below it a path may have escapes: ids of models contain slashes.
 _MODELS = b"/v1/models/"
+
+
+class ModelApp(Protocol):
+    """What runs a model: an ASGI application that our own listener can do without ASGI."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+    def open(self, scope: Scope, client: Client) -> ClientEvents: ...
 
 
 class Front:
@@ -43,7 +52,7 @@ class Front:
         config: Config,
         routes: Sequence[BaseRoute],
         connections: Connections,
-        models: Mapping[str, ASGIApp],
+        models: Mapping[str, ModelApp],
         *,
         behind_serve: bool = False,
     ) -> None:
@@ -62,13 +71,7 @@ class Front:
         if scope["type"] != "http":
             await self._router(scope, receive, send)  # the server's start and stop
             return
-        headers = scope["headers"]
-        set_own_headers(
-            scope,
-            find_request_id(headers),
-            self._origins.reply_headers(headers),
-            tells_id=self._tells_id,
-        )
+        self._set_own_headers(scope)
         try:
             await self._answer(scope, receive, send)
         except ApiError as error:
@@ -79,6 +82,26 @@ class Front:
             return  # there is nobody to answer
         except Exception as error:
             await _apologise(scope, send, error)
+
+    def open(self, scope: Scope, client: Client) -> ClientEvents | None:
+        """Return what answers a request that runs a model; None for others, which ASGI serves."""
+        path = scope["path"].rstrip("/")
+        if scope["method"] != "POST" or (model_app := self._models.get(path)) is None:
+            return None
+        if b"%" in scope["raw_path"]:
+            return None
+        scope["path"] = path
+        self._set_own_headers(scope)
+        return model_app.open(scope, client)
+
+    def _set_own_headers(self, scope: Scope) -> None:
+        headers = scope["headers"]
+        set_own_headers(
+            scope,
+            find_request_id(headers),
+            self._origins.reply_headers(headers),
+            tells_id=self._tells_id,
+        )
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"] = _own_path(scope)
@@ -132,11 +155,8 @@ def _from_router(scope: Scope, error: HTTPException) -> ApiError:
 
 async def send_error(scope: Scope, send: Send, error: ApiError) -> None:
     """Answer with an error."""
-    body = error.body()
-    headers = [*error.headers(), *own_headers(scope), (b"content-length", b"%d" % len(body))]
-    if error.status == 413:
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    status, headers, body = error.reply(own_headers(scope))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -146,9 +166,8 @@ async def _apologise(scope: Scope, send: Send, error: Exception) -> None:
     Where the reply has begun the server breaks it off: it has to be seen to be incomplete.
     """
     name = f"request {request_id_of(scope)}"
-    apology = ApiError(500, f"Internal server error ({name}).", kind="InternalServerError")
     try:
-        await send_error(scope, send, apology)
+        await send_error(scope, send, internal_error(name))
     except RuntimeError:  # ASGI servers raise it for a second head
         error.add_note(name)
         raise error from None  # the server logs it

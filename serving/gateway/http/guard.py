@@ -15,6 +15,7 @@
 import asyncio
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ from uvicorn.protocols.http.httptools_impl import (
 from serving.gateway.http.connections import Connections
 from serving.gateway.http.errors import ApiError
 from serving.gateway.http.own_headers import find_request_id
+from serving.gateway.http.reply.client import ClientEvents
+from serving.gateway.http.reply.own_client import OwnClient
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +66,19 @@ class GuardedProtocol(HttpToolsProtocol):
     """
 
     def __init__(
-        self, *args: Any, limits: ClientLimits, counted: Connections, **kwargs: Any
+        self,
+        *args: Any,
+        limits: ClientLimits,
+        counted: Connections,
+        open_call: Callable[[Scope, OwnClient], ClientEvents | None] = lambda *_: None,
+        **kwargs: Any,
     ) -> None:
+        """`open_call` returns what answers a request; None if the ASGI application does."""
         super().__init__(*args, **kwargs)
         self._limits = limits
         self._counted = counted
+        self._open_call = open_call
+        self._call: ClientEvents | None = None  # of the request that is being answered
         self._is_in_head = True
         self._num_head_bytes = 0  # read so far of a head that has begun
         self._num_message_bytes = 0  # read since the head, framing and trailers included
@@ -76,6 +87,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._answering: RequestResponseCycle | None = None
         self._early = bytearray()  # of the next request, unread
         self._refusal: ApiError | None = None  # of what is no request: ends the connection
+        # What the client may take only so long for: "head", or the body of this cycle.
+        self._awaited: str | RequestResponseCycle | None = None
         self._request_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
 
@@ -85,10 +98,12 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         if not self._counted.add(self, self.client):
             transport.abort()
+        self._awaited = "head"
         self._set_request_timeout(self._limits.head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._counted.remove(self)
+        self._leave_call()
         # uvicorn tells only the request that came last.
         for cycle in (self._answering, *(waiting for waiting, _ in self.pipeline)):
             if cycle is not None:
@@ -121,8 +136,6 @@ class GuardedProtocol(HttpToolsProtocol):
     def _parse(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
         if self._is_in_head:
-            if self._request_timer is None:
-                self._set_request_timeout(self._limits.head_timeout_s)
             self._num_head_bytes += len(data)
         else:
             self._num_message_bytes += len(data)
@@ -145,6 +158,7 @@ class GuardedProtocol(HttpToolsProtocol):
             is_too_large = num_bytes > self._limits.max_head_bytes
         if is_too_large and self._refusal is None:
             self._refuse(self._too_large())
+        self._limit_time()
 
     def _on_parser_error(self, error: httptools.HttpParserError) -> None:
         cause = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else None
@@ -203,9 +217,13 @@ class GuardedProtocol(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def on_body(self, body: bytes) -> None:
-        if self._refusal is None:
-            self._num_body_bytes += len(body)
+        if self._refusal is not None:
+            return
+        self._num_body_bytes += len(body)
+        if self._call is None or self.cycle is not self._answering:
             super().on_body(body)
+        else:
+            self._call.on_body(body)
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade() or self._refusal is not None:
@@ -213,20 +231,41 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_complete()
         self._is_in_head = True
         self._num_message_bytes = self._num_body_bytes = self._num_trailer_bytes = 0
-        if self._answering is None or self._answering is self.cycle:
-            self._set_request_timeout(None)
+        if self._call is not None and self._answering is self.cycle:
+            self._call.on_body_end()
 
     # --- answers ----------------------------------------------------------------
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
         self._answering = cycle
-        self._set_request_timeout(self._limits.body_timeout_s if cycle.more_body else None)
+        self._call = self._open_call(cycle.scope, OwnClient(cycle))  # type: ignore[arg-type]
+        if self._call is not None:
+            self._begin(cycle, self._call)
+            return
         if cycle.scope["http_version"] == "1.0":
             app = functools.partial(_answer_without_chunks, app, cycle)
         super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
 
+    def _begin(self, cycle: RequestResponseCycle, call: ClientEvents) -> None:
+        """Have a request answered, of which the head is there and perhaps more."""
+        if call.begin() and cycle.waiting_for_100_continue:
+            cycle.waiting_for_100_continue = False
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if cycle.body:
+            call.on_body(bytes(cycle.body))
+            cycle.body = bytearray()
+        self.flow.resume_reading()
+        if not cycle.more_body:
+            call.on_body_end()
+
+    def _leave_call(self) -> None:
+        """Let whoever answers know that the client of this request is gone."""
+        if self._call is not None:
+            self._call.on_left()
+            self._call = None
+
     def on_response_complete(self) -> None:
-        self._answering = None
+        self._answering = self._call = None
         super().on_response_complete()
         if self.transport.is_closing():
             return
@@ -236,6 +275,8 @@ class GuardedProtocol(HttpToolsProtocol):
         elif self._early and not self._is_early:
             early, self._early = bytes(self._early), bytearray()
             self._parse(early)
+        else:
+            self._limit_time()
 
     def _too_large(self) -> ApiError:
         return ApiError(
@@ -255,10 +296,11 @@ class GuardedProtocol(HttpToolsProtocol):
             _disconnect(cycle)
             if cycle is not self._answering:
                 self.pipeline.popleft()
-            elif cycle.response_started:
-                self.transport.close()
-                return
             else:
+                self._leave_call()
+                if cycle.response_started:
+                    self.transport.close()
+                    return
                 self._answering = None
         if self._answering is None:
             self._end_with(error)
@@ -295,6 +337,29 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
+        if self._call is not None:
+            self._call.on_ready()
+
+    def _limit_time(self) -> None:
+        """Have a timer for what the client has begun to send; none for what is all there."""
+        awaited: str | RequestResponseCycle | None = None
+        is_others_turn = self._answering is not None and self._answering is not self.cycle
+        if self._refusal is not None:
+            if self._answering is None:
+                return  # the connection ends
+        elif self._is_in_head:
+            awaited = "head" if self._num_head_bytes else None
+        elif not is_others_turn:
+            awaited = self.cycle
+        if awaited is self._awaited:
+            return
+        self._awaited = awaited
+        if awaited is None:
+            self._set_request_timeout(None)
+        elif awaited == "head":
+            self._set_request_timeout(self._limits.head_timeout_s)
+        else:
+            self._set_request_timeout(self._limits.body_timeout_s)
 
     def _set_request_timeout(self, timeout_s: float | None) -> None:
         """Close the connection after `timeout_s` unless called again before; None: do not."""

@@ -30,7 +30,7 @@ class Listener:
             uvicorn.Config(
                 app,
                 http=functools.partial(  # type: ignore[arg-type]
-                    GuardedProtocol, limits=limits, counted=app.connections
+                    GuardedProtocol, limits=limits, counted=app.connections, open_call=app.open
                 ),
                 ssl_context_factory=None if tls is None else lambda *_: tls,
                 ws="none",
@@ -39,6 +39,7 @@ class Listener:
                 access_log=False,
                 log_config=None,
                 server_header=False,
+                proxy_headers=False,  # nothing goes by the client's address or scheme
                 timeout_keep_alive=75,
             )
         )

@@ -3,11 +3,14 @@
 The outermost application puts them into a request's scope; whoever answers takes them from there.
 """
 
-import uuid
+import random
 
 from starlette.types import Scope
 
 from serving.stream.frames import Headers
+
+# Seeded by the system once: to ask it for every id takes a system call. Ids are no secrets.
+_random = random.Random()
 
 
 def find_request_id(headers: Headers) -> str:
@@ -15,7 +18,12 @@ def find_request_id(headers: Headers) -> str:
     for name, value in headers:
         if name == b"x-request-id" and value:
             return value.decode("latin-1")
-    return uuid.uuid4().hex
+    return new_id()
+
+
+def new_id() -> str:
+    """Return an id that no other request has, in any gateway: 128 random bits in hex."""
+    return f"{_random.getrandbits(128):032x}"
 
 
 def set_own_headers(

@@ -36,7 +36,7 @@ class TestEngines:
             ("metrics.observe_finish", exchange.request, USAGE, NOW_S),
             ("router.on_finish", "a", USAGE, NOW_S),
         ]
-        assert await exchange.next_chunk() == b"xy"
+        assert exchange.read() == b"xy"
         assert await error_of(exchange) is None
         assert exchange.usage is USAGE
 

@@ -88,8 +88,9 @@ def record(*token_ids: int) -> bytes:
 async def error_of(exchange: Exchange) -> Exception | None:
     """How an exchange has ended; None: well, and with nothing more to read."""
     try:
-        while await exchange.next_chunk():
+        while chunk := exchange.read():
             pass
+        assert chunk == b""
     except Exception as error:
         return error
     return None

@@ -323,3 +323,31 @@ def test_connections_leave_descriptors_for_engines_providers_and_files():
             fitting = fitting_connections(num_descriptors, num_each)
             assert fitting * (num_each + 0.25) <= num_descriptors - 512
             assert fitting >= num_descriptors / 5
+
+
+async def test_any_number_of_requests_in_a_row_are_refused_in_their_order():
+    """Each answer lets the next begin: not within the call that gave it."""
+    async with running(num_engines=1) as system, connected(system) as client:
+        first = post(system.chat(max_tokens=1))
+        client.send(first + post(b"{") * 2000)
+        assert (await client.read_reply()).status == 200
+        raw = b""
+        async with asyncio.timeout(20.0):
+            while raw.count(b"HTTP/1.1 400 ") < 2000:
+                raw += await client.reader.read(2**16)
+        client.send(get("/v1/models"))
+        assert (await client.read_reply()).status == 200
+
+
+async def test_a_stream_takes_no_task():
+    """A task's every step would cost as much as the rest of a token's way."""
+    async with running(num_engines=1) as system, connected(system) as client:
+        [engine] = system.engines
+        engine.closes_at = 2
+        client.send(post(system.chat(max_tokens=3)))
+        await system.until(lambda: engine.num_steps == 2)
+        names = [task.get_coro().__qualname__ for task in asyncio.all_tasks()]
+        ours = [name for name in names if name.startswith(("RequestResponseCycle.", "Call."))]
+        assert not ours
+        engine.gate.set()
+        assert (await client.read_reply()).body.count(b"data: {}") == 3

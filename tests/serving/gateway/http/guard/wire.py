@@ -113,6 +113,7 @@ class Wire:
         can_write_eof: bool = True,
         max_connections: int = 9,
         max_per_client: int | None = None,
+        open_call: Callable = lambda *_: None,
     ) -> None:
         self.asked: list[Asked] = []
         self.timers: list[Timer] = []
@@ -139,6 +140,7 @@ class Wire:
             _loop=loop,
             limits=limits,
             counted=self.counted,
+            open_call=open_call,
         )
         self.protocol.connection_made(self.transport)
         self.made.append(self)

@@ -2,8 +2,7 @@
 
 import asyncio
 
-from starlette.types import Send
-
+from serving.gateway.http.reply.client import Client
 from serving.stream.frames import Headers
 
 _COMMENT = b": keep-alive\n\n"
@@ -15,27 +14,27 @@ class KeepAlive:
     The first one commits the reply to status 200: what fails after it is an event of the stream.
     """
 
-    def __init__(self, period_s: float, send: Send, headers: Headers) -> None:
-        self.has_begun = False  # the client has status and headers
+    def __init__(self, period_s: float, client: Client, headers: Headers) -> None:
+        self._has_begun = False  # the client has status and headers
         self._period_s = period_s
-        self._send = send
+        self._client = client
         self._headers = headers
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._call_later = asyncio.get_running_loop().call_later
+        self._timer = self._call_later(period_s, self._send)
 
-    async def _run(self) -> None:
-        await asyncio.sleep(self._period_s)
-        headers = [*self._headers, (b"content-type", b"text/event-stream; charset=utf-8")]
-        head = {"type": "http.response.start", "status": 200, "headers": as_stream(headers)}
-        await self._send(head)
-        self.has_begun = True
-        while True:
-            await self._send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
-            await asyncio.sleep(self._period_s)
+    def _send(self) -> None:
+        self._timer = self._call_later(self._period_s, self._send)
+        if not self._has_begun:
+            self._has_begun = True
+            headers = [*self._headers, (b"content-type", b"text/event-stream; charset=utf-8")]
+            self._client.start(200, as_stream(headers))
+        if self._client.is_ready:
+            self._client.write(_COMMENT)
 
     def stop(self) -> bool:
         """Send no more. Return whether the client has status and headers."""
-        self._task.cancel()
-        return self.has_begun
+        self._timer.cancel()
+        return self._has_begun
 
 
 def as_stream(headers: Headers) -> Headers:
