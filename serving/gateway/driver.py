@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Collection
 
@@ -34,6 +35,9 @@ from serving.stream.record import num_tokens
 
 logger = logging.getLogger(__name__)
 
+# Event loops count milliseconds, so a timer may ring a part of one too early.
+_TIMER_GRAIN_S = 1e-3
+
 
 class Driver:
     """Owns the clock, the timer and the open exchanges.
@@ -60,7 +64,7 @@ class Driver:
         self._providers = providers
         self._ack_bytes = window_bytes // 2
         self._timer: asyncio.TimerHandle | None = None
-        self._wake_s: float | None = None
+        self._timer_s = math.inf  # when it rings
 
     # --- clients ---------------------------------------------------------
 
@@ -263,19 +267,24 @@ class Driver:
         carry_out(decisions, self)
         self._providers.rearm_timer()
         wake_s = self.router.next_wake_s()
-        if wake_s == self._wake_s:
-            return
-        self._wake_s = wake_s
+        # A timer that rings too early is set again then: cheaper than to set one per event.
+        if wake_s is not None and wake_s < self._timer_s:
+            self._set_timer(wake_s)
+
+    def _set_timer(self, wake_s: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
-        if wake_s is not None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(max(0.0, wake_s - time.monotonic()), self._on_timer)
+        self._timer_s = wake_s
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(max(0.0, wake_s - time.monotonic()), self._on_timer)
 
     def _on_timer(self) -> None:
-        self._timer = self._wake_s = None
-        self.execute(self.router.on_tick(time.monotonic()))
+        self._timer, self._timer_s = None, math.inf
+        now_s, wake_s = time.monotonic(), self.router.next_wake_s()
+        if wake_s is not None and wake_s <= now_s:
+            self.execute(self.router.on_tick(now_s))
+        elif wake_s is not None:
+            self._set_timer(max(wake_s, now_s + _TIMER_GRAIN_S))
 
     def dispatch(self, decision: Dispatch) -> None:
         exchange = self.exchanges[decision.request_id]

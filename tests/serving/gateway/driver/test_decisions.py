@@ -203,8 +203,9 @@ class TestTimer:
             (52.0, [2.0]),
             (52.0, [2.0]),  # as before
             (51.0, [None, 1.0]),
+            (51.5, [None, 1.0]),  # that one rings before it
             (49.0, [None, None, 0.0]),  # overdue
-            (None, [None, None, None]),
+            (None, [None, None, 0.0]),  # it rings for nothing
         ):
             world.replies["router.next_wake_s"] = wake_s
             world.driver.execute([])
@@ -213,11 +214,26 @@ class TestTimer:
 
     async def test_tells_the_router_that_it_is_time(self, world, monkeypatch):
         timers = self.timers(world, monkeypatch)
-        world.replies["router.next_wake_s"] = 52.0
+        world.replies["router.next_wake_s"] = NOW_S
         world.driver.execute([])
         timers[0][1]()
         assert world.told == [("router.on_tick", NOW_S)]
-        assert [timer[0] for timer in timers] == [2.0, 2.0]  # and again
+        assert [timer[0] for timer in timers] == [0.0, 0.0]  # and again
+
+    @pytest.mark.parametrize(
+        ("wake_s", "again_s"), [(52.0, [2.0]), (NOW_S + 1e-4, [1e-3]), (None, [])]
+    )
+    async def test_is_set_again_where_it_rings_too_early(self, world, monkeypatch, wake_s, again_s):
+        timers = self.timers(world, monkeypatch)
+        world.replies["router.next_wake_s"] = 51.0
+        world.driver.execute([])
+        world.replies["router.next_wake_s"] = wake_s
+        timers[0][1]()
+        assert not world.told
+        assert [timer[0] for timer in timers[1:]] == pytest.approx(again_s)
+        world.replies["router.next_wake_s"] = 51.0
+        world.driver.execute([])
+        assert len(timers) == (3 if wake_s == 52.0 else 2)
 
     async def test_stops_with_the_driver(self, world, monkeypatch):
         timers = self.timers(world, monkeypatch)
