@@ -168,16 +168,23 @@ class MessageBuffer:
 
         Raise `ValueError` for a length beyond `max_bytes`.
         """
-        buffer = self._buffer
-        buffer += data
-        start, end = 0, len(buffer)
+        rest = self._buffer
+        # Most messages come whole, in one piece: then nothing is copied twice.
+        received: bytes | bytearray = data
+        if rest:
+            rest += data
+            received = rest
+        start, end = 0, len(received)
         while end - start >= 4:
-            length = int.from_bytes(buffer[start : start + 4], "big")
+            length = int.from_bytes(received[start : start + 4], "big")
             if length > self.max_bytes:
                 raise ValueError(f"message of {length} bytes: the peer does not speak our protocol")
             if end - start - 4 < length:
                 break
             start += 4
-            on_message(bytes(buffer[start : start + length]))
+            on_message(bytes(received[start : start + length]))
             start += length
-        del buffer[:start]
+        if received is rest:
+            del rest[:start]
+        elif start < end:
+            rest += data[start:]
