@@ -106,6 +106,8 @@ def read_object(data: bytes) -> dict[str, Any]:
 
 def _in_utf8(data: bytes) -> bytes:
     """Return a text in UTF-8 that comes in any of the encodings that `json` reads."""
+    if data.isascii() and b"\0" not in data[:4]:
+        return data  # as most is; the others' ASCII has zeros
     encoding = json.detect_encoding(data)
     try:
         # The rest of a body is not looked at here, but nobody behind us could read it either.

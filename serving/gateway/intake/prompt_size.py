@@ -59,10 +59,13 @@ def measure_prompt(
         texts = _split_texts(field, prompt, max_prompts)
         tokens = [round(len(text) * tokens_per_byte) for text in texts]
     else:
-        media = [len(found[0]) for found in _MEDIUM.finditer(prompt)]
+        has_url = b'url"' in prompt
+        # Every name in `_MEDIUM` ends in one of these: most prompts need not be searched for it.
+        has_media = has_url or b'data"' in prompt
+        media = [len(found[0]) for found in _MEDIUM.finditer(prompt)] if has_media else []
         num_tokens = round((len(prompt) - sum(media)) * tokens_per_byte)
         tokens = [num_tokens + len(media) * _TOKENS_PER_MEDIUM]
-        if media or b'_url"' in prompt:
+        if media or (has_url and b'_url"' in prompt):
             num_text_bytes = 0  # an image elsewhere: few bytes, many tokens
         if _CHATS.match(prompt):
             max_tokens = math.inf  # several conversations, each with its own bound

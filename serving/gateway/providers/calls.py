@@ -113,6 +113,7 @@ class Providers:
         """`leases` where several gateways share the limits."""
         self._leases = leases
         self._window_bytes = window_bytes
+        self.models: list[str] = []  # that providers answer for, by our names, in their order
         self._configs: dict[str, ProviderConfig] = {}
         self._keys: dict[str, dict[str, SecretStr | None]] = {}
         self._clients: dict[str, Client] = {}
@@ -134,16 +135,12 @@ class Providers:
                 self._spawn(self._close_when_idle(client))
         self._clients |= made
         self._configs, self._keys = configs, keys
+        self.models = list(dict.fromkeys(name for each in configs.values() for name in each.models))
 
     @property
     def make_limiter(self) -> MakeLimiter:
         """What makes the rate limiter of a key that is new."""
         return make_rate_limiter if self._leases is None else self._leases.make_limiter
-
-    @property
-    def models(self) -> list[str]:
-        """Our names of the models that providers answer for, in the order of the providers."""
-        return list(dict.fromkeys(name for each in self._configs.values() for name in each.models))
 
     @property
     def _continues(self) -> bool:
