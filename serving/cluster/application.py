@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import gc
 import json
 import os
 import time
@@ -49,6 +50,9 @@ class OwnFrontGateway:
         self._gateway, self._listeners = await self._loop.run(
             _open_gateway(config, engines, served_names)
         )
+        # What exists by now stays: the garbage collector need not look at it while tokens wait.
+        gc.collect()
+        gc.freeze()
         call_when_parent_ends(self._exit)
 
     async def check_health(self) -> None:
@@ -127,6 +131,8 @@ class ServedGateway:
         self._gateway = _make_gateway(parse(args), engines, served_names)
         self._listeners = await _open_own_listeners(self._gateway)
         self._loop = asyncio.get_running_loop()
+        gc.collect()
+        gc.freeze()
         call_when_parent_ends(self._exit)
 
     async def check_health(self) -> None:
