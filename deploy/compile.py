@@ -147,8 +147,10 @@ def split(path: Path, root: Path) -> bool:
         return True
     module = ".".join(path.relative_to(root).with_suffix("").parts)
     belong = [f"{name}.__module__ = {module!r}" for node in moved for name in _names(node)]
-    needed = {each.id for node in moved for each in ast.walk(node) if isinstance(each, ast.Name)}
-    moved += [node for node in body if isinstance(node, ast.Assign) and needed & set(_names(node))]
+    for node in moved:  # which grows
+        needed = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+        values = [each for each in body if isinstance(each, ast.Assign) and each not in moved]
+        moved += [each for each in values if needed & set(_names(each))]
     moved.sort(key=lambda node: node.lineno)
     names = [name for node in moved for name in _names(node)]
     imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
