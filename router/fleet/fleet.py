@@ -7,7 +7,7 @@ from router.estimators.request_overhead import RequestOverhead
 from router.estimators.step_time import StepModel
 from router.fleet.admission import ANY, SHORT_ONLY, UNAVAILABLE, Admission, admission
 from router.fleet.replica import Kind, Replica
-from router.fleet.roster import Roster
+from router.fleet.roster import Candidate, Roster, Workforce
 from router.types import Request
 
 
@@ -18,53 +18,62 @@ class _Pool:
         "accepting",
         "accepting_short_only",
         "num_pending_tokens",
-        "parts",
         "tokens_per_s",
         "working",
     )
 
     def __init__(self) -> None:
-        # All that may be sent work, by id; of these, those that should be sent any now; and
-        # those that should be sent what is short for them.
-        self.working: dict[str, Replica] = {}
+        # All that may be sent work; of these, those that should be sent any now; and those that
+        # should be sent what is short for them.
+        self.working = Workforce()
         self.accepting = Roster()
         self.accepting_short_only = Roster()
-        # Sums over the working ones, and what each adds to them, by id.
+        # Sums over the working ones.
         self.num_pending_tokens = 0
         self.tokens_per_s = 0.0
-        self.parts: dict[str, tuple[int, float]] = {}
 
-    def file(self, replica: Replica, is_now: Admission) -> None:
-        """File a replica by what it should be sent now."""
+    def file(self, filed: "_Filed", is_now: Admission) -> None:
+        """File a replica by what it should be sent now, and bring the sums up to date with it."""
+        replica, was = filed.replica, filed.is_now
+        if is_now is not was:
+            filed.is_now = is_now
+            if was is ANY:
+                self.accepting.remove(replica.id)
+            elif was is SHORT_ONLY:
+                self.accepting_short_only.remove(replica.id)
+            elif was is UNAVAILABLE:
+                filed.number = self.working.add(replica)
+            if is_now is UNAVAILABLE:
+                self.working.remove(filed.number)
         if is_now is ANY:
             self.accepting.file(replica)
-        else:
-            self.accepting.remove(replica.id)
-        if is_now is SHORT_ONLY:
+        elif is_now is SHORT_ONLY:
             self.accepting_short_only.file(replica)
-        else:
-            self.accepting_short_only.remove(replica.id)
+        self.num_pending_tokens -= filed.num_pending_tokens
+        self.tokens_per_s -= filed.tokens_per_s
         if is_now is UNAVAILABLE:
-            self.working.pop(replica.id, None)
-        else:
-            self.working[replica.id] = replica
-        self._update_sums(replica)
+            filed.num_pending_tokens, filed.tokens_per_s = 0, 0.0
+            return
+        self.working.note_change(filed.number)
+        filed.num_pending_tokens = replica.num_pending_prefill_tokens
+        filed.tokens_per_s = replica.prefill_tokens_per_s
+        self.num_pending_tokens += filed.num_pending_tokens
+        self.tokens_per_s += filed.tokens_per_s
 
-    def remove(self, replica: Replica) -> None:
-        """Take out a replica that is gone."""
-        self.file(replica, UNAVAILABLE)
 
-    def _update_sums(self, replica: Replica) -> None:
-        """Bring the sums up to date with a replica that has changed or works no longer."""
-        part = self.parts.pop(replica.id, None)
-        if part is not None:
-            self.num_pending_tokens -= part[0]
-            self.tokens_per_s -= part[1]
-        if replica.id in self.working:
-            part = (replica.num_pending_prefill_tokens, replica.prefill_tokens_per_s)
-            self.parts[replica.id] = part
-            self.num_pending_tokens += part[0]
-            self.tokens_per_s += part[1]
+class _Filed:
+    """A replica, and how it was filed last."""
+
+    __slots__ = ("is_now", "num_pending_tokens", "number", "pool", "replica", "tokens_per_s")
+
+    def __init__(self, replica: Replica, pool: _Pool) -> None:
+        self.replica = replica
+        self.pool = pool
+        self.is_now = UNAVAILABLE
+        self.number = 0  # among the working ones of its pool, while it is one of them
+        # What it adds to the pool's sums.
+        self.num_pending_tokens = 0
+        self.tokens_per_s = 0.0
 
 
 class Fleet:
@@ -81,15 +90,15 @@ class Fleet:
 
     __slots__ = (
         "_cold",
+        "_filed",
         "_overheads",
         "_pools",
         "_pools_by_name",
-        "_replicas",
         "_shared_models",
     )
 
     def __init__(self) -> None:
-        self._replicas: dict[str, Replica] = {}
+        self._filed: dict[str, _Filed] = {}  # by id
         self._pools: dict[frozenset[str], _Pool] = {}
         self._pools_by_name: dict[str, list[_Pool]] = {}
         # The step model shared last, and from how many steps it had learned then.
@@ -98,22 +107,25 @@ class Fleet:
         self._cold: dict[Kind, dict[str, Replica]] = {}  # have run few steps yet, by id
 
     def __len__(self) -> int:
-        return len(self._replicas)
+        return len(self._filed)
 
     def __iter__(self) -> Iterator[Replica]:
-        return iter(self._replicas.values())
+        for filed in self._filed.values():
+            yield filed.replica
 
     def get(self, replica_id: str) -> Replica | None:
         """Return the replica of this id, None if there is none."""
-        return self._replicas.get(replica_id)
+        filed = self._filed.get(replica_id)
+        return None if filed is None else filed.replica
 
     def add(self, replica: Replica) -> None:
         """Add a replica whose id is new."""
-        self._replicas[replica.id] = replica
-        if replica.names not in self._pools:
+        pool = self._pools.get(replica.names)
+        if pool is None:
             pool = self._pools[replica.names] = _Pool()
             for name in replica.names:
                 self._pools_by_name.setdefault(name, []).append(pool)
+        self._filed[replica.id] = _Filed(replica, pool)
         self._cold.setdefault(replica.kind, {})[replica.id] = replica
         if (shared := self._shared_models.get(replica.kind)) is not None:
             replica.start_from(shared[0])
@@ -124,11 +136,12 @@ class Fleet:
 
     def remove(self, replica_id: str) -> Replica | None:
         """Remove a replica and return it; None if there is none. Its names stay known."""
-        replica = self._replicas.pop(replica_id, None)
-        if replica is not None:
-            self._cold[replica.kind].pop(replica_id, None)
-            self._pools[replica.names].remove(replica)
-        return replica
+        filed = self._filed.pop(replica_id, None)
+        if filed is None:
+            return None
+        self._cold[filed.replica.kind].pop(replica_id, None)
+        filed.pool.file(filed, UNAVAILABLE)
+        return filed.replica
 
     def share_step_model(self, replica: Replica) -> None:
         """Let those of its kind that have run few steps yet predict by what a replica has learned.
@@ -151,9 +164,9 @@ class Fleet:
 
     def refresh(self, replica: Replica) -> None:
         """File a replica by its present state; one that was removed changes nothing."""
-        if self._replicas.get(replica.id) is not replica:
-            return
-        self._pools[replica.names].file(replica, admission(replica))
+        filed = self._filed.get(replica.id)
+        if filed is not None and filed.replica is replica:
+            filed.pool.file(filed, admission(replica))
 
     def knows(self, model: str) -> bool:
         """Whether any replica serves this name, or did: it may be starting again."""
@@ -161,12 +174,25 @@ class Fleet:
 
     def any_works(self, model: str) -> bool:
         """Whether `working` would find any."""
-        return any(pool.working for pool in self._pools_by_name.get(model, ()))
+        return any(len(pool.working) for pool in self._pools_by_name.get(model, ()))
 
     def working(self, model: str) -> list[Replica]:
         """Return the replicas of a model that may be sent work."""
         pools = self._pools_by_name.get(model, ())
-        return [replica for pool in pools for replica in pool.working.values()]
+        return [replica for pool in pools for replica in pool.working.replicas.values()]
+
+    def readiest(self, model: str, need_tokens: int, taken: set[str]) -> Replica | None:
+        """Return the working replica that lacks the least for a request, but for those `taken`.
+
+        Of those with KV room for `need_tokens` the one with the least to prefill; else the one
+        with the most free KV tokens. Of equals the one that has worked for longest.
+        """
+        best: Candidate | None = None
+        for pool in self._pools_by_name.get(model, ()):
+            found = pool.working.readiest(need_tokens, taken)
+            if found is not None and (best is None or found.is_better_than(best)):
+                best = found
+        return None if best is None else best.replica
 
     def any_accepts(self, model: str, *, short: bool) -> bool:
         """Whether any replica of a model should be sent any request now, KV room aside.
@@ -221,7 +247,7 @@ class Fleet:
         """Return how many engines of a model take work, and their prefill rate, tokens/s in all."""
         num_engines, tokens_per_s = 0, 0.0
         for pool in self._pools_by_name.get(model, ()):
-            if pool.working:
+            if len(pool.working):
                 num_engines += len(pool.working)
                 tokens_per_s += pool.tokens_per_s
         return num_engines, tokens_per_s
@@ -238,7 +264,7 @@ class Fleet:
         0 if no engine takes work, or a prompt gets all of a step.
         """
         for pool in self._pools_by_name.get(model, ()):
-            for replica in pool.working.values():
+            for replica in pool.working.replicas.values():
                 if not replica.max_prefill_chunk:
                     return 0.0
                 num_steps = -(-num_tokens // replica.max_prefill_chunk)
@@ -252,7 +278,7 @@ class Fleet:
         """
         any_works, num_pending_tokens, tokens_per_s = False, num_tokens, 0.0
         for pool in self._pools_by_name.get(model, ()):
-            if pool.working:
+            if len(pool.working):
                 any_works = True
                 num_pending_tokens += pool.num_pending_tokens
                 tokens_per_s += pool.tokens_per_s

@@ -37,12 +37,27 @@ class PrefixCache:
         Whole blocks. vLLM frees the last blocks of a prompt first, so those held
         come before those that are not, and their number is found by bisection.
         """
-        num_tokens = _num_leading(request.block_hashes, self._blocks) * self._block_tokens
-        if self.coming and request.prefix_hashes:
-            share = _num_leading(request.prefix_hashes, self.coming) * request.prefix_block_share
-            num_tokens = max(num_tokens, round(share * request.num_prompt_tokens))
+        return self.num_tokens_of(
+            request.block_hashes,
+            request.prefix_hashes,
+            request.prefix_block_share,
+            request.num_prompt_tokens,
+        )
+
+    def num_tokens_of(
+        self,
+        block_hashes: tuple[int, ...],
+        prefix_hashes: tuple[int, ...],
+        prefix_block_share: float,
+        num_prompt_tokens: int,
+    ) -> int:
+        """Return the same, given what it depends on: for who asks many caches at once."""
+        num_tokens = _num_leading(block_hashes, self._blocks) * self._block_tokens
+        if self.coming and prefix_hashes:
+            share = _num_leading(prefix_hashes, self.coming) * prefix_block_share
+            num_tokens = max(num_tokens, round(share * num_prompt_tokens))
         # The prompt's own size may be an estimate still, and its last token is always computed.
-        return min(num_tokens, max(0, request.num_prompt_tokens - 1))
+        return min(num_tokens, max(0, num_prompt_tokens - 1))
 
     def expect_prompt(self, request: Request) -> None:
         """Count a prompt that is on its way there."""
@@ -73,7 +88,7 @@ class PrefixCache:
         return True
 
 
-def _num_leading(hashes: tuple[int, ...], held: Container[int]) -> int:
+def _num_leading(hashes: tuple[object, ...], held: Container[object]) -> int:
     """Return how many of the first hashes are held; those held come first."""
     if not hashes or hashes[0] not in held:
         return 0

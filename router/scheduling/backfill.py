@@ -39,7 +39,8 @@ class Reservations:
                     return
                 del self._reserved[replica_id]
                 break
-        best = self._readiest(head)
+        taken = self._taken_from(head)
+        best = self._fleet.readiest(head.model, kv_need_tokens(head), taken)
         if best is not None:
             self._reserved[best.id] = (self._queue.key(head), head.id)
 
@@ -63,27 +64,6 @@ class Reservations:
             if holder_id != request.id and key >= holder_key:
                 taken.add(replica_id)
         return taken
-
-    def _readiest(self, head: Request) -> Replica | None:
-        """Return the engine available to `head` that lacks the least for it, the first of equals.
-
-        Of those with KV room for it the one with the least to prefill; else the one with the
-        most KV room.
-        """
-        need_tokens = kv_need_tokens(head)
-        taken = self._taken_from(head)
-        best, best_has_room, best_tokens = None, False, 0
-        for replica in self._fleet.working(head.model):
-            has_room = need_tokens <= replica.room_tokens
-            if best is not None and best_has_room and not has_room:
-                continue
-            tokens = replica.num_free_kv_tokens
-            if has_room:
-                tokens = -replica.num_pending_prefill_tokens
-            is_better = best is None or tokens > best_tokens or has_room != best_has_room
-            if is_better and replica.id not in taken:
-                best, best_has_room, best_tokens = replica, has_room, tokens
-        return best
 
     def holders(self, model: str) -> Iterator[Request]:
         """Yield the held requests of a model that some engine is reserved for."""

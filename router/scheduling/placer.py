@@ -73,10 +73,10 @@ class Placer:
 
     def place(self, request: Request, now_s: float) -> Dispatch | None:
         """Choose and book an engine for the request. Return None if it has to wait."""
+        need_tokens = kv_need_tokens(request)
         if request.is_suspect:
             alone_at = self._quarantine.engine_for(request, now_s)
-            return None if alone_at is None else self._book(request, [alone_at], now_s)
-        need_tokens = kv_need_tokens(request)
+            return None if alone_at is None else self._book(request, [alone_at], need_tokens, now_s)
         if self.holds and self._most_room(request.model) < need_tokens:
             return None  # the usual case while many are held, so checked first
         request = self._with_blocks(request)
@@ -90,16 +90,19 @@ class Placer:
             replicas = [r for r in replicas if r.id not in request.tried] or replicas
         if self._tpot_targets_s and self.policy.holds:
             replicas = self._meeting_tpot_target(request, replicas)
-        return self._book(request, replicas, now_s)
+        return self._book(request, replicas, need_tokens, now_s)
 
     def place_beside(self, attempt: Attempt, now_s: float) -> Dispatch | None:
         """Book a second engine for a request, if one has room for it at once."""
         request = attempt.request
-        replicas = self._with_room(request, kv_need_tokens(request))
+        need_tokens = kv_need_tokens(request)
+        replicas = self._with_room(request, need_tokens)
         others = [each for each in replicas if each.id != attempt.replica.id]
-        return self._book(request, others, now_s) if others else None
+        return self._book(request, others, need_tokens, now_s) if others else None
 
-    def _book(self, request: Request, replicas: Sequence[Replica], now_s: float) -> Dispatch:
+    def _book(
+        self, request: Request, replicas: Sequence[Replica], need_tokens: int, now_s: float
+    ) -> Dispatch:
         """Choose one of these engines and book an attempt there."""
         load = Load(self._queue.num_held(request.model) / len(replicas))
         replica = self.policy.choose(request, replicas, load, now_s)
@@ -108,7 +111,7 @@ class Placer:
         overhead_s = replica.request_overhead.usual_s
         predicted_ttft_s = replica.ttft_s(num_new_tokens, now_s, request.edf_key_s) + overhead_s
         predicted_tpot_s = replica.tpot_s(request.num_sequences)
-        booking = replica.book(request, kv_need_tokens(request), now_s, num_cached_tokens)
+        booking = replica.book(request, need_tokens, now_s, num_cached_tokens)
         if self.policy.wants_blocks:
             replica.prefix_cache.expect_prompt(request)
         is_probe = replica.breaker.status is _HALF_OPEN

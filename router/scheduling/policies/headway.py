@@ -62,7 +62,8 @@ class Headway(Policy):
         num_new = num_new_tokens(request, replicas)
         costs = self._costs_s(request, replicas, num_new, load, now_s)
         lowest_s = min(costs)
-        equals = [replicas[index] for index, cost in enumerate(costs) if cost <= lowest_s * _TIE]
+        limit_s = lowest_s * _TIE
+        equals = [replicas[index] for index, cost in enumerate(costs) if cost <= limit_s]
         if request.block_hashes:
             limit_s = lowest_s * _CACHED_TIE
             nearly = [index for index, cost in enumerate(costs) if cost <= limit_s]

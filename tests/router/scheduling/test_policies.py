@@ -84,7 +84,7 @@ def test_headway_spares_those_who_decode():
     quiet.receive(busy(num_running_reqs=1, num_decoding_reqs=1), 0.0)
     crowded.receive(busy(num_running_reqs=7, num_decoding_reqs=7), 0.0)
     delay_s = 128 * quiet.predictor.decode_s
-    [cost_s] = costs_s(req("a", 50), [quiet], NOTHING_HELD, 0.0)
+    [cost_s] = costs_s(req("a", 50), [quiet], [50], NOTHING_HELD, 0.0)
     assert cost_s == pytest.approx(quiet.ttft_s(50, 0.0) + delay_s)
     assert make("headway").choose(req("a", 50), [crowded, quiet], NOTHING_HELD, 0.0) is quiet
 
