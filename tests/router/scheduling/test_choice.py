@@ -10,8 +10,10 @@ from router.fleet.fleet import Fleet
 from router.fleet.replica import Replica
 from router.queueing.hold_queue import HoldQueue
 from router.scheduling.backfill import Reservations
+from router.scheduling.policies import make_policy
+from router.scheduling.policies.headway import num_new_tokens
 from router.settings import RouterSettings
-from router.types import Request, RequestClass
+from router.types import BlockUpdate, Request, RequestClass
 from tests.support.builders import make_replica, req, snapshot
 
 SEEDS = range(20)
@@ -232,3 +234,41 @@ def test_tokens_before_a_key_are_counted_exactly_by_ranges():
             if int(queue.key(each)[0] / 0.125) <= last
         )
         assert queue.num_tokens_before(newcomer) == expected
+
+
+@pytest.mark.parametrize("num_holders", [0, 3, 70, 150])
+@pytest.mark.parametrize("seed", range(5))
+def test_candidates_of_a_large_fleet_are_those_drawn_and_the_first_that_hold_the_prefix(
+    seed, num_holders
+):
+    replicas = [make_replica(f"r{number}") for number in range(150)]
+    for replica in random.Random(seed).sample(replicas, num_holders):
+        replica.prefix_cache.receive(BlockUpdate(since=-1, until=1, stored=[7, 8]))
+    request = req("a", 64, block_hashes=(7, 8, 9))
+    candidates = make_policy("headway", random.Random(seed), ())._draw_candidates(request, replicas)
+    start = int(random.Random(seed).random() * len(replicas))
+    rotated = [*replicas[start:], *replicas[:start]]
+    holders = [replica for replica in rotated if 7 in replica.prefix_cache]
+    assert ids(candidates) == ids(dict.fromkeys([*holders[:64], *rotated[:64]]))
+
+
+def test_new_tokens_at_many_engines_are_those_at_each():
+    rng = random.Random(0)
+    replicas = [make_replica(f"r{number}") for number in range(50)]
+    for replica in replicas:
+        held = list(range(rng.randrange(6)))
+        replica.prefix_cache.receive(BlockUpdate(since=-1, until=1, stored=held))
+        for text in range(rng.randrange(4)):
+            replica.prefix_cache.coming[text] = 1
+    for num_tokens in (0, 1, 20, 100):
+        for blocks in ((), (0, 1, 2, 3, 4)):
+            request = req(
+                "a",
+                num_tokens,
+                block_hashes=blocks,
+                prefix_hashes=rng.choice([(), (0, 1, 2)]),
+                prefix_block_share=0.3,
+            )
+            assert num_new_tokens(request, replicas) == [
+                replica.num_new_tokens(request) for replica in replicas
+            ]
