@@ -105,11 +105,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     # provider, then only providers that say they can.
     has_begun: bool = False
 
-    @property
-    def queue_name(self) -> str:
-        """Who waits for the same engines: those of one model; suspects wait for engines alone."""
-        return f"{self.model} (suspects)" if self.is_suspect else self.model
-
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What does not change while an engine lives; sent once per connection."""

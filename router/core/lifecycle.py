@@ -20,6 +20,7 @@ import msgspec
 from router.fleet.fleet import Fleet
 from router.providers.spillover import Spillover
 from router.queueing.hold_queue import HoldQueue
+from router.queueing.model_queue import queue_name
 from router.resilience.retry_budget import RetryBudget
 from router.resilience.suspects import Suspects, body_of
 from router.scheduling.attempt import Attempt, Attempts
@@ -156,19 +157,19 @@ class OpenRequests:
 
     def mark_alike(self, request: Request, *, are_suspects: bool) -> None:
         """Have what is held of a request's body wait for an engine of its own, or no longer."""
-        now_in = msgspec.structs.replace(request, is_suspect=not are_suspects).queue_name
+        now_in = queue_name(msgspec.structs.replace(request, is_suspect=not are_suspects))
         for held in self._held_alike(request, now_in):
             self._queue.remove(held.id)
             self._queue.push(msgspec.structs.replace(held, is_suspect=are_suspects))
 
-    def _held_alike(self, request: Request, queue_name: str) -> list[Request]:
+    def _held_alike(self, request: Request, queue: str) -> list[Request]:
         """Return the held requests of the same body."""
         body = body_of(request)
-        return [held for held in self._queue.in_order(queue_name) if body_of(held) == body]
+        return [held for held in self._queue.in_order(queue) if body_of(held) == body]
 
     def _refuse_body(self, request: Request, now_s: float) -> list[Decision]:
         """End a request that is refused, and all of the same body that are held."""
-        same = self._held_alike(request, request.queue_name)
+        same = self._held_alike(request, queue_name(request))
         for held in same:
             self._queue.remove(held.id)
         return [self._refuse(each, now_s) for each in (request, *same)]
@@ -196,6 +197,10 @@ class OpenRequests:
 
         Providers are considered every 50 ms only, unless `at_once`.
         """
+        if not len(self._queue) and not (
+            self._placer.has_lapsing or self._waits.was_any_waiting or self._spillover.providers
+        ):
+            return []  # the usual case
         return [*self._expire(now_s), *self._dispatch_held(now_s, at_once=at_once)]
 
     def _dispatch_held(self, now_s: float, *, at_once: bool) -> list[Decision]:

@@ -35,6 +35,12 @@ class _Pool:
     def file(self, filed: "_Filed", is_now: Admission) -> None:
         """File a replica by what it should be sent now, and bring the sums up to date with it."""
         replica, was = filed.replica, filed.is_now
+        room_tokens, num_free_tokens = replica.room_tokens, replica.num_free_kv_tokens
+        has_other_room = room_tokens != filed.room_tokens
+        if has_other_room or num_free_tokens != filed.num_free_kv_tokens:
+            filed.room_tokens, filed.num_free_kv_tokens = room_tokens, num_free_tokens
+            if was is not UNAVAILABLE:
+                self.working.note_change(filed.number)
         if is_now is not was:
             filed.is_now = is_now
             if was is ANY:
@@ -45,16 +51,16 @@ class _Pool:
                 filed.number = self.working.add(replica)
             if is_now is UNAVAILABLE:
                 self.working.remove(filed.number)
-        if is_now is ANY:
-            self.accepting.file(replica)
-        elif is_now is SHORT_ONLY:
-            self.accepting_short_only.file(replica)
+        if has_other_room or is_now is not was:
+            if is_now is ANY:
+                self.accepting.file(replica)
+            elif is_now is SHORT_ONLY:
+                self.accepting_short_only.file(replica)
         self.num_pending_tokens -= filed.num_pending_tokens
         self.tokens_per_s -= filed.tokens_per_s
         if is_now is UNAVAILABLE:
             filed.num_pending_tokens, filed.tokens_per_s = 0, 0.0
             return
-        self.working.note_change(filed.number)
         filed.num_pending_tokens = replica.num_pending_prefill_tokens
         filed.tokens_per_s = replica.prefill_tokens_per_s
         self.num_pending_tokens += filed.num_pending_tokens
@@ -64,13 +70,24 @@ class _Pool:
 class _Filed:
     """A replica, and how it was filed last."""
 
-    __slots__ = ("is_now", "num_pending_tokens", "number", "pool", "replica", "tokens_per_s")
+    __slots__ = (
+        "is_now",
+        "num_free_kv_tokens",
+        "num_pending_tokens",
+        "number",
+        "pool",
+        "replica",
+        "room_tokens",
+        "tokens_per_s",
+    )
 
     def __init__(self, replica: Replica, pool: _Pool) -> None:
         self.replica = replica
         self.pool = pool
         self.is_now = UNAVAILABLE
         self.number = 0  # among the working ones of its pool, while it is one of them
+        self.room_tokens = replica.room_tokens
+        self.num_free_kv_tokens = replica.num_free_kv_tokens
         # What it adds to the pool's sums.
         self.num_pending_tokens = 0
         self.tokens_per_s = 0.0

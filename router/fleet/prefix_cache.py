@@ -95,7 +95,7 @@ def _num_leading(hashes: tuple[object, ...], held: Container[object]) -> int:
     # Bisection by hand: asked for every engine at every decision, hence no call per hash.
     low, high = 0, len(hashes)
     while low < high:
-        middle = (low + high) // 2
+        middle = (low + high) >> 1
         if hashes[middle] in held:
             low = middle + 1
         else:

@@ -133,10 +133,11 @@ class Workforce:
         """Add a replica; return its number here."""
         self._last_number += 1
         self.replicas[self._last_number] = replica
+        self._changed.add(self._last_number)
         return self._last_number
 
     def note_change(self, number: int) -> None:
-        """Note that a replica's room may have changed."""
+        """Note that a replica's room has changed."""
         self._changed.add(number)
 
     def remove(self, number: int) -> None:

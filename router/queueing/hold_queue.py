@@ -17,7 +17,7 @@ from router.queueing.bounds import QueueBounds
 from router.queueing.deadline import edf_key_s, ttft_deadline_s
 from router.queueing.fair_share import FairShare, charged_tokens, owed_tokens
 from router.queueing.lazy_heap import Key, LazyHeap
-from router.queueing.model_queue import ModelQueue
+from router.queueing.model_queue import ModelQueue, queue_name
 from router.settings import RouterSettings
 from router.types import Request, RequestClass, Usage
 
@@ -41,7 +41,7 @@ class HoldQueue:
     deadline has not come yet goes after all other work of everybody. With one tenant that
     changes nothing. There is a queue per model because a model whose engines have no room
     must not hide another model whose engines have room; and one per model for its suspects, which
-    wait for an engine alone. Where a model is asked for, `Request.queue_name` is meant.
+    wait for an engine alone. Where a model is asked for, `queue_name` is meant.
     """
 
     __slots__ = (
@@ -114,7 +114,7 @@ class HoldQueue:
         self._model_queues = {name: ModelQueue() for name in self._model_queues}
         for request in self._held.values():
             key = self._keys[request.id] = self._new_key(request)
-            self._model_queues[request.queue_name].push(request, key)
+            self._model_queues[queue_name(request)].push(request, key)
         for tenant in self._models_by_tenant:
             self._update_virtual_times(tenant)
 
@@ -143,7 +143,7 @@ class HoldQueue:
             return False
         self._held[request.id] = request
         self._bounds.add(request)
-        name = request.queue_name
+        name = queue_name(request)
         model_queue = self._model_queues.get(name)
         if model_queue is None:
             model_queue = self._model_queues[name] = ModelQueue()
@@ -175,7 +175,7 @@ class HoldQueue:
         if request is None:
             return None
         self._bounds.remove(request)
-        name = request.queue_name
+        name = queue_name(request)
         self.num_tokens_by_model[name] -= request.num_prompt_tokens
         model_queue = self._model_queues[name]
         self._yielding.remove(request_id)
@@ -209,8 +209,8 @@ class HoldQueue:
     def heads(self, skipped: Collection[str] = ()) -> list[Request]:
         """Return the first request of each queue, the first of all last; skipped ones aside."""
         if self.num_tenants == 1 and len(self._model_queues) == 1:
-            ((model, model_queue),) = self._model_queues.items()
-            return [] if model in skipped else [self._held[model_queue.first_id()]]
+            for model, model_queue in self._model_queues.items():
+                return [] if model in skipped else [self._held[model_queue.first_id()]]
         heads = [
             model_queue.head()
             for model, model_queue in self._model_queues.items()
@@ -229,7 +229,7 @@ class HoldQueue:
         Those of its own tenant with a lower EDF key, or one hardly higher. And of each
         other tenant that waits for the model, what its share comes to until then.
         """
-        model_queue = self._model_queues.get(request.queue_name)
+        model_queue = self._model_queues.get(queue_name(request))
         if model_queue is None:
             return 0
         num_own = model_queue.num_tokens_before(request.tenant, self.key(request))
@@ -253,7 +253,7 @@ class HoldQueue:
 
     def is_head(self, request: Request) -> bool:
         """Whether the request is held and the first of those for its model."""
-        model_queue = self._model_queues.get(request.queue_name)
+        model_queue = self._model_queues.get(queue_name(request))
         return model_queue is not None and model_queue.first_id() == request.id
 
     def in_order(self, model: str) -> Iterator[Request]:
@@ -281,7 +281,7 @@ class HoldQueue:
         while self._yielding and (head := self._yielding.head())[0][0] <= now_s:
             self._yielding.remove(head[1])
             due = self._held[head[1]]
-            self._update_virtual_time(self._model_queues[due.queue_name], due.tenant)
+            self._update_virtual_time(self._model_queues[queue_name(due)], due.tenant)
         expired = []
         while self._held and (head := self._expiry.head())[0][0] <= now_s:
             request = self.remove(head[1])

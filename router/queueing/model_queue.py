@@ -18,6 +18,14 @@ _RANGE_S = 0.125
 _GROUP_BITS = 4
 
 
+def queue_name(request: Request) -> str:
+    """Return who waits for the same engines: those of one model; suspects wait for engines alone.
+
+    No property of `Request`, which stays plain Python where the core is compiled.
+    """
+    return f"{request.model} (suspects)" if request.is_suspect else request.model
+
+
 class _Tokens:
     """Prompt tokens of one tenant by ranges of keys, counted in ranges and in groups of ranges."""
 
@@ -141,7 +149,8 @@ class ModelQueue:
 
     def _first_tenant(self) -> str:
         if len(self._by_tenant) == 1:
-            return next(iter(self._by_tenant))
+            for tenant in self._by_tenant:
+                return tenant
         return self._tenants.head()[1]
 
     def front(self, num_requests: int, held: dict[str, Request]) -> list[Request]:

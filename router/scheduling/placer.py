@@ -15,6 +15,7 @@ from router.fleet.fleet import Fleet
 from router.fleet.prompt_blocks import PromptBlocks
 from router.fleet.replica import Replica
 from router.queueing.hold_queue import HoldQueue
+from router.queueing.model_queue import queue_name
 from router.resilience.breaker import BreakerState
 from router.scheduling.attempt import Attempt, Attempts
 from router.scheduling.backfill import Reservations
@@ -147,6 +148,11 @@ class Placer:
         replica.prefix_cache.confirm_prompt(request)
         self._prompts.learn(request, num_prompt_tokens, block_hashes, replica.info.block_size)
 
+    @property
+    def has_lapsing(self) -> bool:
+        """Whether anything is reserved, for a held request or a suspect, that may lapse."""
+        return len(self._reservations) > 0 or len(self._quarantine) > 0
+
     def place_held(self, now_s: float) -> list[Dispatch]:
         """Place what is held until nothing more is admissible, the most urgent first.
 
@@ -168,7 +174,7 @@ class Placer:
                 self._queue.remove(head.id)
                 self._reservations.drop_lapsed()
             else:
-                blocked.add(head.queue_name)
+                blocked.add(queue_name(head))
                 if not head.is_suspect:  # it waits for no room that others could take
                     placed = self._backfill(head, now_s)
             if placed:  # else all heads are as they were

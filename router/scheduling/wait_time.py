@@ -20,14 +20,14 @@ class WaitEstimator:
         self._fleet = fleet
         self._queue = queue
         self._departure_rates: dict[str, DepartureRate] = {}  # by model
-        self._was_any_waiting = False
+        self.was_any_waiting = False  # when departures were last recorded
 
     def record_departures(self, num_tokens_by_model: Mapping[str, int], now_s: float) -> None:
         """Take in how many prompt tokens engines have just taken from the hold queue."""
         waiting = self._queue.num_tokens_by_model
-        if not (waiting or num_tokens_by_model or self._was_any_waiting):
+        if not (waiting or num_tokens_by_model or self.was_any_waiting):
             return  # the usual case
-        self._was_any_waiting = bool(waiting)
+        self.was_any_waiting = bool(waiting)
         # A name that no engine knows of has no rate: clients can make up any number of them.
         for models in (waiting, num_tokens_by_model):
             for model in models:
