@@ -3,16 +3,20 @@
     python -m benchmarks.policies.simulation_speed
 
 Measured with profile h100, questions and documents (`synthetic.poisson`, seed 0) at 15 requests/s
-per engine, one gateway, in this process. The router's share is that of another run under cProfile,
-which slows small functions down most.
+per engine, one gateway, in one process per form of the core, plain and compiled, in turns. The
+router's share is that of another, plain run under cProfile, which slows small functions down most.
 """
 
 import argparse
+import contextlib
 import cProfile
 import inspect
+import os
 import pstats
 import sys
 import time
+from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 from rich.console import Console
@@ -25,11 +29,13 @@ from router.simulation.workload.synthetic import poisson
 from router.simulation.workload.workload import Workload
 from serving.capacity.profiles import load_profile
 from serving.capacity.sweep import Fleet, simulate
+from serving.core_form import VARIABLE, Form
 
 _PROFILE = "h100"
 _RATE_PER_ENGINE = 15.0
 _POLICIES = (OURS, "round_robin")
-_TARGET = (8, OURS, ">= 20000")  # engines, policy, requests per second
+_FORMS: tuple[Form, ...] = ("plain", "compiled")
+_TARGETS = {(8, OURS): ">= 15000", (8, "round_robin"): ">= 30000"}  # compiled, requests/s
 
 
 def main() -> int:
@@ -37,33 +43,66 @@ def main() -> int:
     parser.add_argument("--engines", type=int, nargs="+", default=[8, 64, 256])
     parser.add_argument("--requests", type=int, default=6000, help="of each run")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--forms", nargs="+", choices=_FORMS, default=_FORMS, help="of the core")
     parser.add_argument("--dry", action="store_true", help="show the table, write nothing")
     options = parser.parse_args()
     config = {"profile": _PROFILE, "rate_per_engine": _RATE_PER_ENGINE} | vars(options)
     report = Report("sim-speed", "measured", 0, config)
-    profile = load_profile(_PROFILE)
-    base = poisson(options.requests, 0)
-    for num_engines in options.engines:
-        workload = base.at_rate(_RATE_PER_ENGINE * num_engines)
-        fleet = Fleet(profile, num_engines)
-        for policy in _POLICIES:
-            speed = Spread.of(
-                [len(base) / _cpu_s(workload, fleet, policy) for _ in range(options.repeats)]
-            )
-            figures: dict[str, Figure] = {
-                "engines": str(num_engines),
-                "policy": policy,
-                "requests/s": speed,
-                "router's_share": router_share(workload, fleet, policy),
-            }
-            report.add_row("Speed of the simulator, one core", **figures)
-            if (num_engines, policy) == _TARGET[:2]:
-                report.add_target("simulated requests per second", speed, _TARGET[2])
+    with contextlib.ExitStack() as stack:
+        pools = {each: stack.enter_context(_process_of(each)) for each in options.forms}
+        for num_engines in options.engines:
+            for policy in _POLICIES:
+                _measure(report, pools, num_engines, policy, options)
     if options.dry:
         report.show(Console())
     else:
         report.finish()
     return 0
+
+
+def _process_of(core: Form) -> Pool:
+    """Return a process of its own in which the core has this form."""
+    os.environ[VARIABLE] = core
+    return get_context("spawn").Pool(1)
+
+
+def _measure(
+    report: Report,
+    pools: dict[Form, Pool],
+    num_engines: int,
+    policy: str,
+    options: argparse.Namespace,
+) -> None:
+    """Add the row, and the target, of one fleet and policy."""
+    speeds: dict[Form, list[float]] = {each: [] for each in pools}
+    for _ in range(options.repeats):
+        for each, pool in pools.items():
+            speeds[each].append(pool.apply(_speed, (options.requests, num_engines, policy)))
+    figures: dict[str, Figure] = {"engines": str(num_engines), "policy": policy}
+    figures |= {f"{each},_requests/s": Spread.of(speeds[each]) for each in pools}
+    if "plain" in pools:
+        shares = (options.requests, num_engines, policy)
+        figures["router's_share,_plain"] = pools["plain"].apply(_share, shares)
+    report.add_row("Speed of the simulator, one core", **figures)
+    target = _TARGETS.get((num_engines, policy))
+    if target is not None and "compiled" in pools:
+        name = f"simulated requests per CPU second, {policy}, {num_engines} engines, compiled"
+        report.add_target(name, Spread.of(speeds["compiled"]), target)
+
+
+def _run_of(num_requests: int, num_engines: int) -> tuple[Workload, Fleet]:
+    workload = poisson(num_requests, 0).at_rate(_RATE_PER_ENGINE * num_engines)
+    return workload, Fleet(load_profile(_PROFILE), num_engines)
+
+
+def _speed(num_requests: int, num_engines: int, policy: str) -> float:
+    """Return the requests per CPU second of a run."""
+    workload, fleet = _run_of(num_requests, num_engines)
+    return num_requests / _cpu_s(workload, fleet, policy)
+
+
+def _share(num_requests: int, num_engines: int, policy: str) -> float:
+    return router_share(*_run_of(num_requests, num_engines), policy)
 
 
 def _cpu_s(workload: Workload, fleet: Fleet, policy: str) -> float:

@@ -1,5 +1,6 @@
 """How much of the time to a first token is spent outside of the engine's steps?"""
 
+from bisect import bisect_left, insort
 from collections import deque
 
 # The median of 32 is sure to a fifth of what they scatter by, and follows a load that changes
@@ -20,18 +21,22 @@ class RequestOverhead:
     are at fault.
     """
 
-    __slots__ = ("_overheads_s", "usual_s")
+    __slots__ = ("_ordered", "_overheads_s", "usual_s")
 
     def __init__(self) -> None:
         self.usual_s = 0.0
-        self._overheads_s: deque[float] = deque(maxlen=_MEMORY)
+        self._overheads_s: deque[float] = deque()
+        self._ordered: list[float] = []  # the same, ascending
 
     def learn(self, overhead_s: float) -> None:
         """Take in how much later a first token came than its steps explain, seconds."""
+        ordered = self._ordered
+        if len(ordered) == _MEMORY:
+            del ordered[bisect_left(ordered, self._overheads_s.popleft())]
         self._overheads_s.append(overhead_s)
-        num_known = len(self._overheads_s)
+        insort(ordered, overhead_s)
+        num_known = len(ordered)
         if num_known >= _LEAST_KNOWN:
-            ordered = sorted(self._overheads_s)
             middle = ordered[num_known // 2]
             median_s = middle if num_known % 2 else (ordered[num_known // 2 - 1] + middle) / 2.0
             self.usual_s = max(0.0, median_s)

@@ -7,11 +7,15 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from router import Outcome
+from router import Outcome, RequestClass
 from router.simulation.workload.workload import Workload
 
 NOT_ENDED = -1
 OUTCOME_NUMBER = {outcome: number for number, outcome in enumerate(Outcome)}
+
+
+# By member, which is found faster than its value.
+_CLASS_NAMES = {each: each.value for each in RequestClass}
 
 
 class Journal:
@@ -62,8 +66,8 @@ class Journal:
             arrival_s=np.array([each.offset_s for each in arrivals]),
             num_prompt_tokens=np.array([each.num_prompt_tokens for each in arrivals]),
             num_output_tokens=np.array([each.num_output_tokens for each in arrivals]),
-            tenant=np.array([each.tenant for each in arrivals]),
-            priority_class=np.array([each.priority_class.value for each in arrivals]),
+            tenant=_column([each.tenant for each in arrivals]),
+            priority_class=_column([_CLASS_NAMES[each.priority_class] for each in arrivals]),
             placed_s=np.array(self.placed_s),
             first_s=np.array(self.first_s),
             end_s=np.array(self.end_s),
@@ -76,6 +80,13 @@ class Journal:
             num_preemptions=self.num_preemptions,
             num_events=self.num_events,
         )
+
+
+def _column(names: list[str]) -> NDArray[np.str_]:
+    """Return names as an array; mostly they are all the same."""
+    if len(set(names)) == 1:
+        return np.full(len(names), names[0])
+    return np.array(names)
 
 
 @dataclass(frozen=True)

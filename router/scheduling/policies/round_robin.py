@@ -27,6 +27,12 @@ class RoundRobin(Policy):
         self, request: Request, replicas: Sequence[Replica], load: Load, now_s: float
     ) -> Replica:
         """Return the replica that follows the last one chosen."""
-        chosen = min(replicas, key=lambda replica: (replica.id <= self._last_id, replica.id))
+        last_id, first, following = self._last_id, replicas[0], None
+        for replica in replicas:
+            if replica.id < first.id:
+                first = replica
+            if replica.id > last_id and (following is None or replica.id < following.id):
+                following = replica
+        chosen = first if following is None else following
         self._last_id = chosen.id
         return chosen
