@@ -38,6 +38,13 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
     ttft_s: float  # predicted for the shortest prompt
 
 
+class Life(msgspec.Struct, eq=False, weakref=True):
+    """What a policy may keep weakly instead of a replica: it ends with it.
+
+    There are no weak references to objects of compiled classes.
+    """
+
+
 class Replica:
     """Last snapshot, bookings since, and what both predict.
 
@@ -47,7 +54,6 @@ class Replica:
     """
 
     __slots__ = (
-        "__weakref__",
         "_first_long_edf_key_s",
         "_is_at_work",
         "_prefill_rate",
@@ -64,6 +70,7 @@ class Replica:
         "is_draining",
         "is_quarantined",
         "ledger",
+        "life",
         "long_edf_keys_s",
         "max_prefill_chunk",
         "names",
@@ -89,6 +96,7 @@ class Replica:
         self, replica_id: str, info: EngineInfo, now_s: float, breaker: Breaker | None = None
     ) -> None:
         self.id = replica_id
+        self.life = Life()
         self.info = info
         self.up_s = now_s  # since when there is this connection
         self.breaker = breaker or Breaker(BreakerSettings(), random.Random(0), now_s)

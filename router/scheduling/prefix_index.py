@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from weakref import WeakKeyDictionary
 
-from router.fleet.replica import Replica
+from router.fleet.replica import Life, Replica
 from router.types import PREFIX_BLOCK_TOKENS, Request
 
 
@@ -23,18 +23,18 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         # Weak: what is known of a replica goes when the replica does.
-        self._blocks: WeakKeyDictionary[Replica, OrderedDict[int, None]] = WeakKeyDictionary()
+        self._blocks: WeakKeyDictionary[Life, OrderedDict[int, None]] = WeakKeyDictionary()
 
     def num_blocks(self, replica: Replica) -> int:
         """Return the number of blocks that the replica is thought to hold."""
-        return len(self._blocks.get(replica, ()))
+        return len(self._blocks.get(replica.life, ()))
 
     def match_share(self, request: Request, replica: Replica) -> float:
         """Return the share of the prompt's blocks that the replica is thought to hold, 0–1.
 
         0 for a prompt of less than a block.
         """
-        hashes, blocks = request.prefix_hashes, self._blocks.get(replica)
+        hashes, blocks = request.prefix_hashes, self._blocks.get(replica.life)
         if not hashes or not blocks:
             return 0.0
         # Known blocks come first, so bisection finds their number.
@@ -44,7 +44,7 @@ class PrefixIndex:
         """Record that the request is sent to the replica."""
         if not request.prefix_hashes:
             return
-        blocks = self._blocks.setdefault(replica, OrderedDict())
+        blocks = self._blocks.setdefault(replica.life, OrderedDict())
         for block in reversed(request.prefix_hashes):
             blocks[block] = None
             blocks.move_to_end(block)

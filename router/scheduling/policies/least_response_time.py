@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
-from router.fleet.replica import Replica
+from router.fleet.replica import Life, Replica
 from router.scheduling.policies.base import Load, Policy
 from router.types import Request
 
@@ -29,7 +29,7 @@ class LeastResponseTime(Policy):
     def __init__(self, rng: random.Random, ablated: Collection[str] = ()) -> None:
         super().__init__(rng, ablated)
         # Weak: what is known of a replica goes when the replica does.
-        self._averages: WeakKeyDictionary[Replica, tuple[float, float]] = WeakKeyDictionary()
+        self._averages: WeakKeyDictionary[Life, tuple[float, float]] = WeakKeyDictionary()
 
     def choose(
         self, request: Request, replicas: Sequence[Replica], load: Load, now_s: float
@@ -39,16 +39,16 @@ class LeastResponseTime(Policy):
 
     def cost_s(self, replica: Replica, now_s: float) -> float:
         """Return the expected latency of one more request there, seconds."""
-        average_s, observed_s = self._averages.get(replica, (_INITIAL_S, now_s))
+        average_s, observed_s = self._averages.get(replica.life, (_INITIAL_S, now_s))
         return average_s * _remaining_share(now_s - observed_s) * (replica.ledger.num_open + 1)
 
     def observe(self, replica: Replica, latency_s: float, now_s: float) -> None:
         """Learn one latency: a peak replaces the average, else both are mixed by age."""
-        average_s, observed_s = self._averages.get(replica, (0.0, now_s))
+        average_s, observed_s = self._averages.get(replica.life, (0.0, now_s))
         if latency_s < average_s:
             remaining = _remaining_share(now_s - observed_s)
             latency_s = average_s * remaining + latency_s * (1.0 - remaining)
-        self._averages[replica] = (latency_s, now_s)
+        self._averages[replica.life] = (latency_s, now_s)
 
 
 def _remaining_share(age_s: float) -> float:

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
-from router.fleet.replica import Replica
+from router.fleet.replica import Life, Replica
 from router.scheduling.policies.base import Load, Policy
 from router.types import Request
 
@@ -39,7 +39,7 @@ class VllmDp(Policy):
     def __init__(self, rng: random.Random, ablated: Collection[str] = ()) -> None:
         super().__init__(rng, ablated)
         # Weak: what is known of a replica goes when the replica does.
-        self._counts: WeakKeyDictionary[Replica, _Counts] = WeakKeyDictionary()
+        self._counts: WeakKeyDictionary[Life, _Counts] = WeakKeyDictionary()
 
     def choose(
         self, request: Request, replicas: Sequence[Replica], load: Load, now_s: float
@@ -49,11 +49,11 @@ class VllmDp(Policy):
 
     def score(self, replica: Replica, now_s: float) -> float:
         """Return vLLM's score of an engine, by counts that may be a report old."""
-        counts = self._counts.get(replica)
+        counts = self._counts.get(replica.life)
         if counts is None or now_s - counts.published_s >= _REPORT_S:
             snapshot = replica.snapshot
             # All engines' counts are published at the same times.
-            counts = self._counts[replica] = _Counts(
+            counts = self._counts[replica.life] = _Counts(
                 now_s - now_s % _REPORT_S,
                 snapshot.num_running_reqs,
                 snapshot.num_waiting_reqs,

@@ -357,7 +357,7 @@ class TestPrefixIndex:
             start = rng.randrange(20) * 100
             request = prompt(*range(start, start + rng.randrange(100)))
             index.add(request, replica)
-            known = [block in index._blocks[replica] for block in request.prefix_hashes]
+            known = [block in index._blocks[replica.life] for block in request.prefix_hashes]
             assert known == sorted(known, reverse=True)  # a prefix
             assert index.num_blocks(replica) <= 50
 
