@@ -3,14 +3,22 @@
 Nothing is decided by them.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+import bisect
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import ClassVar
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from router import Request, RouterState, Usage
 from router.limits.sliding_window import WindowState
@@ -22,7 +30,7 @@ from serving.gateway.cache.response_store import ResponseCacheState
 from serving.gateway.tenants.tenants import Consumption, TenantsState
 
 # From the first token of an idle GPU to a long wait behind long prompts.
-_LATENCY_BUCKETS_S = (
+LATENCY_BUCKETS_S = (
     *(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
     *(1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 300.0),
 )
@@ -45,60 +53,67 @@ class GatewayState(RouterState, frozen=True, kw_only=True):
     files: dict[str, FileWatchState]  # by the setting that names them
 
 
+class _Durations:
+    """Durations, counted as a histogram of Prometheus's is."""
+
+    __slots__ = ("_counts", "_sum_s")
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(LATENCY_BUCKETS_S) + 1)  # the last of what is beyond them all
+        self._sum_s = 0.0
+
+    def observe(self, duration_s: float) -> None:
+        self._counts[bisect.bisect_left(LATENCY_BUCKETS_S, duration_s)] += 1
+        self._sum_s += duration_s
+
+    def add_to(self, metric: HistogramMetricFamily, model: str) -> None:
+        """Add what was counted of one model."""
+        bounds = [*map(floatToGoString, LATENCY_BUCKETS_S), "+Inf"]
+        totals = map(float, itertools.accumulate(self._counts))
+        metric.add_metric([model], list(zip(bounds, totals, strict=True)), self._sum_s)
+
+
+class _ModelCounts:
+    """What is counted of the requests to one model."""
+
+    __slots__ = ("cached_tokens", "e2e", "output_tokens", "prompt_tokens", "resume_delay", "ttft")
+
+    def __init__(self) -> None:
+        self.ttft = _Durations()
+        self.e2e = _Durations()
+        self.resume_delay = _Durations()
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.output_tokens = 0
+
+
 class Metrics:
-    """Count requests and tokens; time first tokens and whole requests."""
+    """Count requests and tokens; time first tokens and whole requests.
+
+    In plain numbers: the library's own counters, made for many threads, take as long as parsing
+    a short request.
+    """
 
     def __init__(self, rank: int) -> None:
         """`rank` tells this gateway from others: a restarted one has that of its predecessor."""
         self._gateway = str(rank)
+        self._by_model: defaultdict[str, _ModelCounts] = defaultdict(_ModelCounts)
         self.registry = CollectorRegistry()
-        common: dict[str, Any] = {"registry": self.registry, "labelnames": ("model",)}
-        self._ttft_s = Histogram(
-            "headway_time_to_first_token_seconds",
-            "From arrival in the gateway to the first byte of the reply, hold time included",
-            buckets=_LATENCY_BUCKETS_S,
-            **common,
-        )
-        self._e2e_s = Histogram(
-            "headway_e2e_request_latency_seconds",
-            "From arrival in the gateway to the end of the reply",
-            buckets=_LATENCY_BUCKETS_S,
-            **common,
-        )
-        self._resume_delay_s = Histogram(
-            "headway_resume_delay_seconds",
-            "From an engine's failure under a begun reply to the next byte from another",
-            buckets=_LATENCY_BUCKETS_S,
-            **common,
-        )
-        self._prompt_tokens = Counter("headway_prompt_tokens", "Prompt tokens served", **common)
-        self._cached_tokens = Counter(
-            "headway_cached_prompt_tokens", "Prompt tokens found in a prefix cache", **common
-        )
-        self._output_tokens = Counter("headway_generation_tokens", "Tokens generated", **common)
-        # The library looks for a label's own metric much longer than that takes to count.
-        self._labelled: dict[tuple[MetricWrapperBase, str], Any] = {}
-
-    def _of(self, metric: MetricWrapperBase, model: str) -> Any:
-        """Return the metric of one model, made when it is first counted."""
-        key = (metric, model)
-        if (child := self._labelled.get(key)) is None:
-            child = self._labelled[key] = metric.labels(model)
-        return child
+        self.registry.register(_RequestCollector(self._by_model))
 
     def observe_first_token(self, request: Request, now_s: float) -> None:
-        self._of(self._ttft_s, request.model).observe(now_s - request.arrival_s)
+        self._by_model[request.model].ttft.observe(now_s - request.arrival_s)
 
     def observe_resume(self, request: Request, delay_s: float) -> None:
-        self._of(self._resume_delay_s, request.model).observe(delay_s)
+        self._by_model[request.model].resume_delay.observe(delay_s)
 
     def observe_finish(self, request: Request, usage: Usage | None, now_s: float) -> None:
-        model = request.model
-        self._of(self._e2e_s, model).observe(now_s - request.arrival_s)
+        counts = self._by_model[request.model]
+        counts.e2e.observe(now_s - request.arrival_s)
         if usage is not None:
-            self._of(self._prompt_tokens, model).inc(usage.num_prompt_tokens)
-            self._of(self._cached_tokens, model).inc(usage.num_cached_tokens)
-            self._of(self._output_tokens, model).inc(usage.num_output_tokens)
+            counts.prompt_tokens += usage.num_prompt_tokens
+            counts.cached_tokens += usage.num_cached_tokens
+            counts.output_tokens += usage.num_output_tokens
 
     def export_state(self, state: Callable[[], GatewayState]) -> None:
         """Export the gateway's state, read at every scrape."""
@@ -122,6 +137,48 @@ class _OfGateway(Collector):
                 sample._replace(labels=self._labels | sample.labels) for sample in metric.samples
             ]
             yield metric
+
+
+class _RequestCollector(Collector):
+    """Turn what is counted per model into Prometheus's metrics whenever they are read."""
+
+    _TIMES: ClassVar = {
+        "ttft": (
+            "headway_time_to_first_token_seconds",
+            "From arrival in the gateway to the first byte of the reply, hold time included",
+        ),
+        "e2e": (
+            "headway_e2e_request_latency_seconds",
+            "From arrival in the gateway to the end of the reply",
+        ),
+        "resume_delay": (
+            "headway_resume_delay_seconds",
+            "From an engine's failure under a begun reply to the next byte from another",
+        ),
+    }
+    _TOKENS: ClassVar = {
+        "prompt_tokens": ("headway_prompt_tokens", "Prompt tokens served"),
+        "cached_tokens": (
+            "headway_cached_prompt_tokens",
+            "Prompt tokens found in a prefix cache",
+        ),
+        "output_tokens": ("headway_generation_tokens", "Tokens generated"),
+    }
+
+    def __init__(self, by_model: Mapping[str, _ModelCounts]) -> None:
+        self._by_model = by_model
+
+    def collect(self) -> Iterable[Metric]:
+        for what, (name, words) in self._TIMES.items():
+            times = HistogramMetricFamily(name, words, labels=["model"])
+            for model, counts in self._by_model.items():
+                getattr(counts, what).add_to(times, model)
+            yield times
+        for what, (name, words) in self._TOKENS.items():
+            tokens = CounterMetricFamily(name, words, labels=["model"])
+            for model, counts in self._by_model.items():
+                tokens.add_metric([model], getattr(counts, what))
+            yield tokens
 
 
 class _StateCollector(Collector):

@@ -50,13 +50,13 @@ class Turn:
     """
 
     def __init__(self) -> None:
+        self.call_soon = asyncio.get_running_loop().call_soon
         self._calls: list[Call] = []
-        self._call_soon = asyncio.get_running_loop().call_soon
 
     def add(self, call: "Call") -> None:
         """Have `call` go on."""
         if not self._calls:
-            self._call_soon(self._run)
+            self.call_soon(self._run)
         self._calls.append(call)
 
     def _run(self) -> None:
@@ -126,7 +126,7 @@ class Call:
         self._path = path
         self._scope = scope
         self._client = client
-        self._call_soon = asyncio.get_running_loop().call_soon
+        self._call_soon = path.turn.call_soon
         self._is_over = False
         # What is asked.
         self._caller: Caller | None = None

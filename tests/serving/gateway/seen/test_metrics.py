@@ -4,9 +4,14 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from router import Usage
+from serving.gateway.metrics import LATENCY_BUCKETS_S as BUCKETS_S
+from serving.gateway.metrics import Metrics
+from tests.support.builders import req
 from tests.support.provider_server import configured, serving
 from tests.support.running_gateway import CHAT, System, running
 
@@ -64,6 +69,44 @@ async def asked_metrics(system: System) -> str:
     await system.client.post(CHAT, json=system.chat(max_tokens=2))
     await system.add_engine()
     return (await system.client.get("/metrics")).text
+
+
+def test_durations_are_counted_as_the_library_counts_them():
+    metrics, registry = Metrics(rank=3), CollectorRegistry()
+    title = "From arrival in the gateway to the first byte of the reply, hold time included"
+    names = ("gateway", "model")
+    theirs = Histogram(
+        "headway_time_to_first_token_seconds", title, names, buckets=BUCKETS_S, registry=registry
+    )
+    for model, durations_s in (("a", (0.0, 0.005, 0.0051, 7.0, 300.0, 301.0)), ("b", (1.5,))):
+        for duration_s in durations_s:
+            metrics.observe_first_token(req("x", model=model, arrival_s=9.0), 9.0 + duration_s)
+            theirs.labels("3", model).observe(9.0 + duration_s - 9.0)
+
+    def lines(text: bytes) -> list[str]:
+        of_it = re.findall(".*headway_time_to_first_token_seconds.*", text.decode())
+        return [line for line in of_it if "_created" not in line]  # Prometheus does without
+
+    assert lines(metrics.render()) == lines(generate_latest(registry))
+
+
+def test_tokens_are_counted_per_model():
+    metrics = Metrics(rank=0)
+    usage = Usage(num_prompt_tokens=10, num_cached_tokens=4, num_output_tokens=2)
+    for model, of in (("a", usage), ("a", usage), ("b", usage), ("b", None)):
+        metrics.observe_finish(req("x", model=model), of, 1.0)
+    text = metrics.render().decode()
+    for name, num_tokens in (
+        ("prompt_tokens", 10),
+        ("cached_prompt_tokens", 4),
+        ("generation_tokens", 2),
+    ):
+        for model, times in (("a", 2), ("b", 1)):
+            line = f'headway_{name}_total{{gateway="0",model="{model}"}} {times * num_tokens}.0'
+            assert line in text
+    for model in ("a", "b"):
+        counted = f'headway_e2e_request_latency_seconds_count{{gateway="0",model="{model}"}} 2.0'
+        assert counted in text
 
 
 async def test_promtool_would_not_complain():
