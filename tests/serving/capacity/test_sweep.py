@@ -1,0 +1,54 @@
+"""Sweeps of simulated runs: engines as vLLM comes, knees, and requests drawn for a run."""
+
+import numpy as np
+import pytest
+
+from router.simulation.figures import STEADY, Promises
+from router.simulation.workload.synthetic import SYNTHETIC
+from serving.capacity.profiles import load_profile
+from serving.capacity.sweep import Case, Fleet, Sweep, knee_rate, simulate, simulated_capacity
+
+H100 = load_profile("h100")
+QUESTIONS = SYNTHETIC["poisson"](1000, 0)
+
+
+def test_stock_engines_serve_first_come_first_served_in_whole_steps():
+    """Beside documents short prompts wait longer there, under the very same policy."""
+    workload = QUESTIONS.at_rate(60.0)
+    ours, stock = (
+        simulate(workload, Fleet(H100, 2), f"round_robin{engines}") for engines in ("", "@stock")
+    )
+    assert ours.completed.all()
+    assert stock.completed.all()
+    short = ours.num_prompt_tokens <= 200
+    assert np.mean(stock.ttft_s[short]) > 1.2 * np.mean(ours.ttft_s[short])
+
+
+def test_waits_are_steep_near_the_capacity_and_not_at_half_of_it():
+    fleet = Fleet(H100, 2)
+    knee = knee_rate(QUESTIONS, fleet, 600, 1)
+    capacity = simulated_capacity(QUESTIONS, fleet)
+    assert 0.3 * capacity < knee <= capacity
+    waits_s = [
+        np.percentile(simulate(QUESTIONS.at_rate(rate), fleet, "least_requests@stock").ttft_s, 99)
+        for rate in (0.3 * capacity, 1.3 * capacity)
+    ]
+    assert waits_s[1] > 3.0 * waits_s[0]
+
+
+def test_a_case_draws_its_requests():
+    """The same ones for every policy of a repeat, at the rate and from the copies asked for."""
+    cases = [
+        Case("questions", 2, 0.5, 30.0, variant, 0, seed, num_requests=200)
+        for variant in ("round_robin@stock", "headway")
+        for seed in (1, 2)
+    ]
+    with Sweep({"questions": QUESTIONS}, H100, Promises(), window=STEADY, num_processes=1) as sweep:
+        found = {case: figures for case, figures, _ in sweep.run(cases)}
+    assert set(found) == set(cases)
+    for figures in found.values():
+        assert figures["completed"] == 1.0
+        assert figures["num_copies"] == 3.0  # of 10 requests a second each
+        assert figures["time_scale"] == pytest.approx(1.0, rel=0.05)
+        assert 0.0 < figures["goodput"] <= 1.0
+        assert figures["slowdown_p50"] >= 0.9
