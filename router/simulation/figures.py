@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,6 @@ _MIN_TENANT_REQUESTS = 20
 _NUM_RESAMPLES = 1000
 
 Figures = dict[str, float]
-Tokens = TypeVar("Tokens", float, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,11 @@ class Slo:
     ttft_s: float | None = None  # unset: the router's own target, by the size of the prompt
     tpot_s: float = 0.05  # 20 tokens/s, about four times as fast as people read
 
-    def ttft_target_s(self, num_prompt_tokens: Tokens) -> Tokens | float:
-        """Return the latest time to first token that meets it, seconds, by the prompt's size."""
+    def ttft_target_s(self, num_prompt_tokens: Any) -> Any:
+        """Return the latest time to first token that meets it, seconds, by the prompt's size.
+
+        By sizes, an array, too.
+        """
         if self.ttft_s is not None:
             return self.ttft_s
         defaults = RouterSettings()
