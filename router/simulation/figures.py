@@ -46,7 +46,8 @@ class Slo:
         """Return which requests met both, [num_requests]; none that failed."""
         first = run.ttft_s <= self.ttft_target_s(run.num_prompt_tokens)  # false for nan
         flow = (run.tpot_s <= self.tpot_s) | (run.num_output_tokens < 2)
-        return run.completed & first & flow
+        met: np.ndarray = run.completed & first & flow
+        return met
 
     def __str__(self) -> str:
         ttft = "the router's target" if self.ttft_s is None else f"{self.ttft_s:g} s"
