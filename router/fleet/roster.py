@@ -77,6 +77,8 @@ class Roster:
         if not first:
             return self.replicas
         num_found = len(self._by_room) - first
+        if num_found == 1:
+            return [self._by_number[self._by_room[first][1]]]
         if num_found * _FEW > len(self._by_room):
             return [each for each in self.replicas if num_tokens <= each.room_tokens]
         numbers = sorted(number for _, number in self._by_room[first:])

@@ -79,7 +79,7 @@ class ModelQueue:
         self._tenants = LazyHeap()  # by virtual time
         self.virtual_times: dict[str, VirtualTime] = {}  # of the tenants that wait here
         # The first requests in order, and their keys, kept up with what comes and goes while
-        # there is one tenant. Replaced, never changed; empty: not known.
+        # there is one tenant. The former is replaced, never changed; empty: not known.
         self._front: list[Request] = []
         self._front_keys: list[Key] = []
         self._front_length = 0  # most that it has
@@ -177,8 +177,10 @@ class ModelQueue:
         is_all = len(keys) == self._num_requests - 1  # this request aside
         if key < keys[-1] or (is_all and len(keys) < length):
             index = bisect_right(keys, key)  # equal keys: first come, first served
-            self._front = [*self._front[:index], request, *self._front[index : length - 1]]
-            self._front_keys = [*keys[:index], key, *keys[index : length - 1]]
+            self._front = self._front[: length - 1]
+            self._front.insert(index, request)
+            keys.insert(index, key)
+            del keys[length:]
 
     def _leave_front(self, request: Request, key: Key) -> None:
         """Take out a request that has gone, if it was at the front."""
@@ -189,8 +191,8 @@ class ModelQueue:
         index = bisect_left(keys, key)
         while index < len(keys) and keys[index] == key:
             if self._front[index].id == request.id:
-                self._front = [*self._front[:index], *self._front[index + 1 :]]
-                self._front_keys = [*keys[:index], *keys[index + 1 :]]
+                self._front = self._front.copy()
+                del self._front[index], keys[index]
                 return
             index += 1
 

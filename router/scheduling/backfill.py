@@ -74,6 +74,8 @@ class Reservations:
 
     def drop_lapsed(self) -> None:
         """Drop the reservations whose holder is held no longer."""
+        if not self._reserved:
+            return  # the usual case
         lapsed = []
         for replica_id, (_, holder_id) in self._reserved.items():
             if holder_id not in self._queue:

@@ -4,7 +4,6 @@ import math
 import random
 from collections.abc import Collection, Sequence
 from itertools import islice
-from operator import attrgetter
 from typing import ClassVar
 
 from router.fleet.replica import Replica
@@ -24,9 +23,6 @@ _CACHED_TIE = 1.3
 # The best of 64 at random is among the best 7 % of all with probability
 # 1 - 0.93^64 = 0.99, so comparing thousands would gain next to nothing.
 _MAX_COMPARED = 64
-
-
-_id = attrgetter("id")
 
 
 class Headway(Policy):
@@ -70,11 +66,11 @@ class Headway(Policy):
             fewest = min([num_new[index] for index in nearly])
             if fewest < request.num_prompt_tokens:  # some of it is cached there
                 equals = [replicas[index] for index in nearly if num_new[index] == fewest]
-        if len(equals) > 1:
-            # Replicas come in the order in which they began to accept work. A simulation that
-            # skips snapshots nobody asks for sees another one, so ids decide.
-            equals.sort(key=_id)
-        return equals[int(self.rng.random() * len(equals))]
+        # Replicas come in the order in which they began to accept work. A simulation that skips
+        # snapshots nobody asks for sees another one, so ids decide.
+        ids = [replica.id for replica in equals]
+        drawn_id = sorted(ids)[int(self.rng.random() * len(ids))]
+        return equals[ids.index(drawn_id)]
 
     def _draw_candidates(self, request: Request, replicas: Sequence[Replica]) -> Sequence[Replica]:
         """Return a random part of a large fleet, and those that hold the prompt's beginning.
