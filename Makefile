@@ -16,11 +16,15 @@ help:  ## this list
 install:  ## make .venv with all pinned packages; nothing to do when up to date
 	@$(PYTHON) deploy/install.py
 
-serve: install  ## serve a model at http://127.0.0.1:8000/v1; ARGS="--help" lists the options
+.PHONY: compile
+compile: install  ## the core with mypyc and a C compiler (minutes, once); without one it stays plain
+	@$(BIN)/python deploy/compile.py
+
+serve: compile  ## serve a model at http://127.0.0.1:8000/v1; ARGS="--help" lists the options
 	@$(BIN)/headway serve $(ARGS)
 
 .PHONY: serve-emulated
-serve-emulated: install  ## eight emulated H100s behind the real gateway, in real time
+serve-emulated: compile  ## eight emulated H100s behind the real gateway, in real time
 	@PYTHONPATH=. $(BIN)/headway serve deploy/emulated8.yaml $(ARGS)
 
 test: install  ## all tests, the fast ones first
@@ -38,47 +42,47 @@ check: install  ## lint, format and types
 lock: install  ## pin the newest that fit pyproject.toml anew: ARGS=--upgrade
 	$(BIN)/python deploy/lock.py $(ARGS)
 
-bench-overhead: install  ## what our own path costs per token and request, engines left out
+bench-overhead: compile  ## what our own path costs per token and request, engines left out
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
 
-bench-decision: install  ## what one routing decision costs at 8 to 2,048 engines
+bench-decision: compile  ## what one routing decision costs at 8 to 2,048 engines
 	$(BIN)/python -m benchmarks.overhead.decision $(ARGS)
 
-bench-real: install  ## policies compared on two real engines on CPU cores (half an hour and more)
+bench-real: compile  ## policies compared on two real engines on CPU cores (half an hour and more)
 	$(BIN)/python -m benchmarks.policies.real $(ARGS)
 
-bench-sim: install  ## policies compared in simulation on 8 and 64 H100s; HEADWAY_TRACES=DIR
+bench-sim: compile  ## policies compared in simulation on 8 and 64 H100s; HEADWAY_TRACES=DIR
 	$(BIN)/python -m benchmarks.policies.simulated $(ARGS)
 
-bench-fidelity: install  ## the simulator against two real engines on CPU cores
+bench-fidelity: compile  ## the simulator against two real engines on CPU cores
 	$(BIN)/python -m benchmarks.fidelity $(ARGS)
 
-bench-cache: install  ## what a reply from the response cache costs
+bench-cache: compile  ## what a reply from the response cache costs
 	$(BIN)/python -m benchmarks.overhead.response_cache $(ARGS)
 
-bench-spill: install  ## goodput and cost of a provider in a spike, simulated
+bench-spill: compile  ## goodput and cost of a provider in a spike, simulated
 	$(BIN)/python -m benchmarks.policies.spillover $(ARGS)
 
 .PHONY: bench-peers
-bench-peers: install  ## other routers and ours, before 8 emulated and 2 real engines (half an hour)
+bench-peers: compile  ## other routers and ours, before 8 emulated and 2 real engines (half an hour)
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 .PHONY: bench-overload
-bench-overload: install  ## five times the capacity of emulated engines for ten minutes
+bench-overload: compile  ## five times the capacity of emulated engines for ten minutes
 	$(BIN)/python -m benchmarks.overload $(ARGS)
 
 chaos: chaos-fleet chaos-poison chaos-gateway chaos-real  ## the next four
 
-chaos-fleet: install  ## eight emulated engines failing under 5,000 streams, every reply checked
+chaos-fleet: compile  ## eight emulated engines failing under 5,000 streams, every reply checked
 	$(BIN)/python -m benchmarks.chaos.emulated $(ARGS)
 
-chaos-poison: install  ## requests that hurt engines, sent to six emulated ones beside a good load
+chaos-poison: compile  ## requests that hurt engines, sent to six emulated ones beside a good load
 	$(BIN)/python -m benchmarks.chaos.poisoned $(ARGS)
 
-chaos-gateway: install  ## two gateways, of which one hangs or dies, beside new clients all the time
+chaos-gateway: compile  ## two gateways, of which one hangs or dies, beside new clients all the time
 	$(BIN)/python -m benchmarks.chaos.gateways $(ARGS)
 
-chaos-real: install  ## two vLLM engines on CPU cores killed and hung under load, every reply checked
+chaos-real: compile  ## two vLLM engines on CPU cores killed and hung under load, every reply checked
 	$(BIN)/python -m benchmarks.chaos.real $(ARGS)
 
 clean:  ## remove .venv and caches, not the model

@@ -1,0 +1,93 @@
+"""A wheel has the core in the form that could be made; an editable install has it plain."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from shutil import copy, copytree, ignore_patterns
+from zipfile import ZipFile
+
+import pytest
+
+from serving.core_form import FOLDER
+from tests.deploy.compiled_core import ROOT, compile_core, needs_compiler
+
+SHOW = "import serving.cli.main as cli; print(cli.__file__); cli.main()"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Return a copy of what a wheel is made from."""
+    root = tmp_path / "checkout"
+    unwanted = ignore_patterns("__pycache__", "locks")
+    for name in ("router", "serving", "benchmarks", "deploy"):
+        copytree(ROOT / name, root / name, ignore=unwanted)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        copy(ROOT / name, root)
+    return root
+
+
+def wheel(checkout: Path, **variables: str) -> tuple[Path, str]:
+    """Build a wheel; return it, and what was said."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps"),
+            *("-w", str(checkout / "dist"), str(checkout)),
+        ],
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    (made,) = (checkout / "dist").glob("*.whl")
+    return made, done.stdout
+
+
+def installed(wheel: Path, tmp_path: Path) -> str:
+    """Install a wheel, without what it needs; return what it says of itself."""
+    target = tmp_path / "installed"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"),
+            *("--target", str(target), str(wheel)),
+        ],
+        check=True,
+    )
+    env = {name: value for name, value in os.environ.items() if name != "HEADWAY_CORE"}
+    shown = subprocess.run(
+        [sys.executable, "-c", SHOW, "--version"],
+        cwd=tmp_path,
+        env=env | {"PYTHONPATH": str(target)},
+        capture_output=True,
+        text=True,
+    )
+    assert shown.stdout.startswith(str(target)), shown.stderr
+    return shown.stdout
+
+
+def test_without_a_compiler_it_is_plain(checkout: Path, tmp_path: Path) -> None:
+    left = checkout / "build" / "lib" / "router" / "core" / "router.so"  # by another build
+    left.parent.mkdir(parents=True)
+    left.touch()
+    made, said = wheel(checkout, CC="no-such-compiler")
+    assert "headway: no C compiler: the wheel has the core as plain Python\n" in said
+    assert made.name.endswith("-py3-none-any.whl")
+    assert not [name for name in ZipFile(made).namelist() if name.endswith(".so")]
+    assert "\ncore plain\n" in installed(made, tmp_path)
+
+
+@needs_compiler
+@pytest.mark.timeout(600)
+def test_with_one_it_is_compiled(checkout: Path, tmp_path: Path) -> None:
+    compile_core()
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv" / "headway-core").symlink_to(FOLDER)
+    made, _ = wheel(checkout)
+    assert not made.name.endswith("-none-any.whl")
+    assert "\ncore compiled\n" in installed(made, tmp_path)
+
+
+def test_an_editable_install_stays_plain() -> None:
+    assert list((ROOT / "router").rglob("*.so")) == []
+    assert list(ROOT.glob("*.so")) == []
