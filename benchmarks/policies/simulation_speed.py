@@ -3,20 +3,19 @@
     python -m benchmarks.policies.simulation_speed
 
 Measured with profile h100, questions and documents (`synthetic.poisson`, seed 0) at 15 requests/s
-per engine, one gateway, in one process per form of the core, plain and compiled, in turns. The
-router's share is that of another, plain run under cProfile, which slows small functions down most.
+per engine, one gateway, each run in a process of its own, with the core plain and compiled in
+turns. The router's share is that of another, plain run under cProfile, which slows small functions
+down most.
 """
 
 import argparse
-import contextlib
 import cProfile
 import inspect
 import os
 import pstats
+import subprocess
 import sys
 import time
-from multiprocessing import get_context
-from multiprocessing.pool import Pool
 from pathlib import Path
 
 from rich.console import Console
@@ -41,18 +40,22 @@ _TARGETS = {(8, OURS): ">= 15000", (8, "round_robin"): ">= 30000"}  # compiled, 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--engines", type=int, nargs="+", default=[8, 64, 256])
+    parser.add_argument("--policies", nargs="+", default=list(_POLICIES))
     parser.add_argument("--requests", type=int, default=6000, help="of each run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--forms", nargs="+", choices=_FORMS, default=_FORMS, help="of the core")
     parser.add_argument("--dry", action="store_true", help="show the table, write nothing")
+    parser.add_argument("--one", choices=("speed", "share"), help="print this of the first of all")
     options = parser.parse_args()
+    if options.one is not None:
+        find = _speed if options.one == "speed" else _share
+        print(find(options.requests, options.engines[0], options.policies[0]))
+        return 0
     config = {"profile": _PROFILE, "rate_per_engine": _RATE_PER_ENGINE} | vars(options)
     report = Report("sim-speed", "measured", 0, config)
-    with contextlib.ExitStack() as stack:
-        pools = {each: stack.enter_context(_process_of(each)) for each in options.forms}
-        for num_engines in options.engines:
-            for policy in _POLICIES:
-                _measure(report, pools, num_engines, policy, options)
+    for num_engines in options.engines:
+        for policy in options.policies:
+            _measure(report, num_engines, policy, options)
     if options.dry:
         report.show(Console())
     else:
@@ -60,34 +63,33 @@ def main() -> int:
     return 0
 
 
-def _process_of(core: Form) -> Pool:
-    """Return a process of its own in which the core has this form."""
-    os.environ[VARIABLE] = core
-    return get_context("spawn").Pool(1)
-
-
-def _measure(
-    report: Report,
-    pools: dict[Form, Pool],
-    num_engines: int,
-    policy: str,
-    options: argparse.Namespace,
-) -> None:
+def _measure(report: Report, num_engines: int, policy: str, options: argparse.Namespace) -> None:
     """Add the row, and the target, of one fleet and policy."""
-    speeds: dict[Form, list[float]] = {each: [] for each in pools}
+    speeds: dict[Form, list[float]] = {core: [] for core in options.forms}
     for _ in range(options.repeats):
-        for each, pool in pools.items():
-            speeds[each].append(pool.apply(_speed, (options.requests, num_engines, policy)))
+        for core, found in speeds.items():
+            found.append(_ask(core, "speed", num_engines, policy, options.requests))
     figures: dict[str, Figure] = {"engines": str(num_engines), "policy": policy}
-    figures |= {f"{each},_requests/s": Spread.of(speeds[each]) for each in pools}
-    if "plain" in pools:
-        shares = (options.requests, num_engines, policy)
-        figures["router's_share,_plain"] = pools["plain"].apply(_share, shares)
+    figures |= {f"{core},_requests/s": Spread.of(found) for core, found in speeds.items()}
+    if "plain" in speeds:
+        share = _ask("plain", "share", num_engines, policy, options.requests)
+        figures["router's_share,_plain"] = share
     report.add_row("Speed of the simulator, one core", **figures)
     target = _TARGETS.get((num_engines, policy))
-    if target is not None and "compiled" in pools:
+    if target is not None and "compiled" in speeds:
         name = f"simulated requests per CPU second, {policy}, {num_engines} engines, compiled"
         report.add_target(name, Spread.of(speeds["compiled"]), target)
+
+
+def _ask(core: Form, what: str, num_engines: int, policy: str, num_requests: int) -> float:
+    """Return a figure that a process of its own finds, in which the core has this form."""
+    command = [sys.executable, "-m", "benchmarks.policies.simulation_speed", "--one", what]
+    command += ["--engines", str(num_engines), "--policies", policy]
+    command += ["--requests", str(num_requests)]
+    done = subprocess.run(
+        command, env=os.environ | {VARIABLE: core}, stdout=subprocess.PIPE, check=True
+    )
+    return float(done.stdout)
 
 
 def _run_of(num_requests: int, num_engines: int) -> tuple[Workload, Fleet]:
