@@ -65,13 +65,16 @@ def find_or_compile(*, force: bool = False) -> Path:
     if compiled_folder().is_dir() and not force:
         return compiled_folder()
     check_compiler()
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with (FOLDER / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second finds it made
-        if compiled_folder().is_dir() and not force:
-            return compiled_folder()
-        say("compiling the core, which takes a minute or two")
-        return _compile_checkout()
+    try:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        with (FOLDER / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second finds it made
+            if compiled_folder().is_dir() and not force:
+                return compiled_folder()
+            say("compiling the core, which takes a minute or two")
+            return _compile_checkout()
+    except OSError as error:  # a full disk, a folder of somebody else
+        raise CannotCompile(f"{FOLDER} cannot be written ({error.strerror})") from None
 
 
 def _compile_checkout() -> Path:
@@ -111,7 +114,9 @@ def compile_into(target: Path, build: Path) -> None:
         text=True,
     )
     if made.returncode != 0:
-        raise CannotCompile(f"mypyc refuses it ({(made.stderr + made.stdout).strip()})")
+        lines = (made.stderr + made.stdout).strip().splitlines() or ["it says nothing"]
+        first = next((line for line in lines if ": error: " in line), lines[-1])
+        raise CannotCompile(f"mypyc refuses it ({first})")
     extensions = json.loads(made.stdout.splitlines()[-1])
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = {

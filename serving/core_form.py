@@ -68,4 +68,6 @@ def _maker() -> str:
         mypy = importlib.metadata.version("mypy")
     except importlib.metadata.PackageNotFoundError:
         mypy = ""
-    return f"{mypy} {sysconfig.get_config_var('EXT_SUFFIX')} "
+    glibc = "CS_GNU_LIBC_VERSION"
+    libc = os.confstr(glibc) if glibc in os.confstr_names else ""
+    return f"{mypy} {sysconfig.get_config_var('EXT_SUFFIX')} {libc} "

@@ -238,8 +238,17 @@ def test_what_mypyc_refuses_stays_plain(checkout: Checkout) -> None:
     assert done.returncode == 0
     assert "mypyc refuses it (router/core/router.py:" in done.stderr
     assert done.stderr.endswith(FALLBACK)
+    assert done.stderr.count("\n") == 2
     assert checkout.made() == []
     assert checkout.look() == f"plain|{SEEN}"
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written_stays_plain(checkout: Checkout) -> None:
+    (checkout.root / ".venv").touch()
+    done = checkout.compile()
+    assert done.returncode == 0
+    assert done.stderr.endswith(f" cannot be written (Not a directory): {FALLBACK}")
 
 
 def test_only_three_forms_can_be_asked_for(checkout: Checkout) -> None:
