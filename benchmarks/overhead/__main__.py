@@ -13,6 +13,7 @@ import gc
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from benchmarks.overhead import gateways, phases, short
 from benchmarks.overhead.figures import ROLES, Figures
@@ -150,6 +151,7 @@ def main() -> int:
     parser.add_argument(
         "--gateways", nargs="+", type=int, metavar="N", help="so many that share the port, beside"
     )
+    parser.add_argument("--repeats", type=int, help="of all phases: 3, with --quick 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--front", nargs="+", choices=FRONTS, default=list(FRONTS))
     options = parser.parse_args()
@@ -158,6 +160,8 @@ def main() -> int:
     if options.short:
         return _run_short()
     durations = _QUICK if options.quick else Durations()
+    if options.repeats:
+        durations = replace(durations, num_repeats=options.repeats)
     if options.gateways:
         report = run_to_the_end(lambda: gateways.run(options.gateways, durations, options.seed))
     else:

@@ -20,7 +20,12 @@ from benchmarks.systems.system import NullHeadway
 from router.simulation.figures import brief
 
 NUM_ENGINES = 2
-_KINDS = ("short requests", "tokens, 20,000/s asked for", "tokens, flat out")
+_KINDS = (
+    "short requests, flat out",
+    f"short requests, {phases.SPACED_PER_S}/s asked for",
+    f"tokens, {phases.BUSY}/s asked for",
+    "tokens, flat out",
+)
 
 
 async def run(numbers: Sequence[int], durations: Durations, seed: int) -> Report:
@@ -59,9 +64,7 @@ async def run(numbers: Sequence[int], durations: Durations, seed: int) -> Report
             gateways=number,
             sent_through=Spread.of([_rate(kind, each) for each in counted]),
             without_the_load_generator=Spread.of(without_load),
-            gateway_µs=cpu_us["gateway"],
-            engines_µs=cpu_us["engines"],
-            load_generator_µs=cpu_us[phases.LOAD_ROLE],
+            **{f"{role} µs": spread for role, spread in cpu_us.items()},
         )
     report.add_note(
         f"Without the load generator: what {num_cores} cores carry by the CPU time of gateways, "
@@ -74,12 +77,14 @@ async def _measure(runner: PhaseRunner, kind: str) -> Window:
     if kind == _KINDS[0]:
         return await runner.send_short_requests(stream=False)
     if kind == _KINDS[1]:
+        return await runner.send_spaced_requests(runner.durations.short_s)
+    if kind == _KINDS[2]:
         return (await runner.stream_at_rate(phases.BUSY, runner.durations.busy_s))[0]
     return await runner.stream_flat_out()
 
 
 def _count(kind: str, window: Window) -> int:
-    return window.num_requests if kind == _KINDS[0] else window.num_tokens
+    return window.num_requests if kind in _KINDS[:2] else window.num_tokens
 
 
 def _rate(kind: str, window: Window) -> float:

@@ -23,6 +23,7 @@ def window(gateway_s: float, engines_s: float) -> Window:
     ],
 )
 def test_a_gateway_fills_a_core_at_most(num_gateways, cpu_s, per_s) -> None:
-    assert _without_load(_KINDS[0], num_gateways, window(*cpu_s), 2) == pytest.approx(per_s)
-    for kind in _KINDS[1:]:  # tokens, of which there are four times as many
+    for kind in _KINDS[:2]:
+        assert _without_load(kind, num_gateways, window(*cpu_s), 2) == pytest.approx(per_s)
+    for kind in _KINDS[2:]:  # tokens, of which there are four times as many
         assert _without_load(kind, num_gateways, window(*cpu_s), 2) == pytest.approx(4 * per_s)
