@@ -32,6 +32,9 @@ class Slo:
     ttft_s: float | None = None  # unset: the router's own target, by the size of the prompt
     tpot_s: float = 0.05  # 20 tokens/s, about four times as fast as people read
 
+    def __reduce__(self) -> tuple[type["Slo"], tuple[float | None, float]]:
+        return Slo, (self.ttft_s, self.tpot_s)  # as `Workload` does
+
     def ttft_target_s(self, num_prompt_tokens: Any) -> Any:
         """Return the latest time to first token that meets it, seconds, by the prompt's size.
 
@@ -64,6 +67,9 @@ class Promises:
 
     ttft_factor: float = 5.0
     tpot_factor: float = 3.0
+
+    def __reduce__(self) -> tuple[type["Promises"], tuple[float, float]]:
+        return Promises, (self.ttft_factor, self.tpot_factor)  # as `Workload` does
 
     def kept(self, run: Run, unloaded: UnloadedTimes) -> np.ndarray:
         """Return which requests kept both, [num_requests]; none that failed."""

@@ -76,6 +76,11 @@ class Workload:
             ordered = [_at(arrival, arrival.offset_s - start_s) for arrival in ordered]
         return cls(name, tuple(ordered))
 
+    def __reduce__(self) -> tuple[type["Workload"], tuple[object, ...]]:
+        # By its fields: compiled, a frozen class does not let a pickle set them.
+        counts = (self.scale, self.num_copies, self.num_capped, self.num_dropped)
+        return Workload, (self.name, self.arrivals, *counts)
+
     def __len__(self) -> int:
         return len(self.arrivals)
 

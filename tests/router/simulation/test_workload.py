@@ -2,11 +2,13 @@
 
 import itertools
 import math
+import pickle
 from collections import defaultdict
 
 import numpy as np
 import pytest
 
+from router.simulation.figures import Promises, Slo
 from router.simulation.workload import arrivals
 from router.simulation.workload.lengths import BoundedPareto, LogNormal, Mixture
 from router.simulation.workload.sessions import Conversations
@@ -76,6 +78,16 @@ def test_overlaid():
     assert doubled.rate == pytest.approx(2.0 * workload.rate, rel=0.1)
     assert len({each.block_hashes(16) for each in doubled.arrivals}) == 2
     assert doubled.num_copies == 2
+
+
+def test_what_a_sweep_sends_to_its_processes_can_be_pickled():
+    """In both forms of the core: classes that are frozen and compiled cannot by themselves."""
+    workload = SYNTHETIC["conversations"](50, 0).at_rate(3.0).overlaid(2)
+    again = pickle.loads(pickle.dumps(workload))
+    assert again == workload
+    assert again.describe() == workload.describe()
+    for slo in (Slo(None, 0.1), Slo(2.0), Promises(4.0, 2.0)):
+        assert pickle.loads(pickle.dumps(slo)) == slo
 
 
 def test_drawn_at_its_own_speed():
