@@ -26,7 +26,7 @@ from router.queueing.deadline import engine_put_off_s
 from router.resilience.resume import Records, Reply
 from serving.config import Config
 from serving.gateway.engines import Engines
-from serving.gateway.exchange import Attempt, ClientLeft, EngineFailed, Exchange, Rejected
+from serving.gateway.exchange import Attempt, ClientLeft, EngineFailed, Exchange, Rejected, Turn
 from serving.gateway.metrics import Metrics
 from serving.gateway.providers.calls import Providers
 from serving.gateway.providers.http_client import ProviderFailed
@@ -58,6 +58,7 @@ class Driver:
         """`window_bytes`: what may be under way to a client that does not read."""
         self.router = router
         self.metrics = metrics
+        self.turn = Turn()
         self.exchanges: dict[str, Exchange] = {}
         self.records = Records(max_record_bytes)
         self.engines = Engines(router, self)

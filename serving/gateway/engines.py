@@ -13,7 +13,7 @@ from typing import Protocol
 
 from router import BlockUpdate, Decision, Dispatch, EngineInfo, EngineSnapshot, Router
 from router.resilience.resume import Resume
-from serving.gateway.exchange import Attempt, Exchange
+from serving.gateway.exchange import Attempt, Exchange, Turn
 from serving.stream.client import StreamClient
 from serving.stream.frames import Ack, Alive, Cancel, Data, End, Head, Prompt, Resync, Submit
 
@@ -25,6 +25,8 @@ _RECONNECT_S = 0.5
 class AttemptEvents(Protocol):
     """Who has the exchanges, told on the event loop of what became of their attempts."""
 
+    @property
+    def turn(self) -> Turn: ...
     def execute(self, decisions: list[Decision]) -> None: ...
     def on_head(self, attempt: Attempt, frame: Head) -> None: ...
     def on_data(self, attempt: Attempt, frame: Data) -> None: ...
@@ -138,6 +140,12 @@ class Engines:
             self._close_if_drained(attempt.replica_id)
 
     # --- what engines tell -----------------------------------------------
+
+    def on_received(self, client: StreamClient) -> None:
+        self._events.turn.hold()
+
+    def on_all_told(self, client: StreamClient) -> None:
+        self._events.turn.release()
 
     def on_welcome(self, client: StreamClient, info: EngineInfo) -> None:
         self.infos[client.replica_id] = info

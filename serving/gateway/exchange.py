@@ -1,5 +1,7 @@
 """One client's request, the engines that try it, and the response on its way to the client."""
 
+import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 
@@ -14,10 +16,49 @@ from serving.stream.client import StreamClient
 from serving.stream.frames import Head, Headers
 from serving.stream.record import count_tokens
 
+logger = logging.getLogger(__name__)
+
 DONE = b"data: [DONE]\n\n"  # after it nothing comes in an event stream, by OpenAI's format
 # Where going on in the middle of a reply is understood: see `serving.engine.vllm.resume`.
 # Replies of other endpoints bear ids that another engine would draw anew.
 _RESUMABLE = frozenset(("/v1/chat/completions", "/v1/completions"))
+
+
+class Turn:
+    """Those who read exchanges: who has something to read does so when all that came is told of.
+
+    Bytes that came for one of them together leave together, and what a reader does meets nobody in
+    the middle of something. What an engine sends in one piece is read in the call that brings it:
+    another turn of the event loop would cost as much as to write a token.
+    """
+
+    def __init__(self) -> None:
+        self.call_soon = asyncio.get_running_loop().call_soon
+        self._readers: list[Callable[[], None]] = []
+        self._is_held = False
+
+    def add(self, read: Callable[[], None]) -> None:
+        """Have `read` called at the end of what happens now."""
+        if not self._readers and not self._is_held:
+            self.call_soon(self._run)
+        self._readers.append(read)
+
+    def hold(self) -> None:
+        """Collect readers until `release`."""
+        self._is_held = True
+
+    def release(self) -> None:
+        """Let them read."""
+        self._is_held = False
+        self._run()
+
+    def _run(self) -> None:
+        readers, self._readers = self._readers, []
+        for read in readers:
+            try:
+                read()
+            except Exception:  # others wait for their turn
+                logger.exception("a reader failed")
 
 
 class Rejected(Exception):

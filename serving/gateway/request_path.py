@@ -5,7 +5,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from starlette.types import Receive, Scope, Send
@@ -43,28 +43,6 @@ class Source(Protocol):
     def read(self) -> bytes | None: ...
 
 
-class Turn:
-    """The calls that have something to send, which all do it in the next turn of the event loop.
-
-    Bytes that came for one of them together leave together.
-    """
-
-    def __init__(self) -> None:
-        self.call_soon = asyncio.get_running_loop().call_soon
-        self._calls: list[Call] = []
-
-    def add(self, call: "Call") -> None:
-        """Have `call` go on."""
-        if not self._calls:
-            self.call_soon(self._run)
-        self._calls.append(call)
-
-    def _run(self) -> None:
-        calls, self._calls = self._calls, []
-        for call in calls:
-            call.go_on()
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class RequestPath:
     """Whom a request to one of `ENDPOINTS` meets; the same for all."""
@@ -76,7 +54,6 @@ class RequestPath:
     providers: Providers
     tenants: Tenants
     cache: ResponseCache
-    turn: Turn = field(default_factory=Turn)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request as an ASGI application does."""
@@ -98,7 +75,7 @@ class Call:
     the cache has no answer. From anywhere it is over when the client leaves, or with an error.
 
     Nobody who tells it something gets an exception back, or is called back meanwhile: what that
-    leads to for the client comes with the next turn of the event loop.
+    leads to for the client comes in a turn of its own.
     """
 
     __slots__ = (
@@ -126,7 +103,7 @@ class Call:
         self._path = path
         self._scope = scope
         self._client = client
-        self._call_soon = path.turn.call_soon
+        self._call_soon = path.driver.turn.call_soon
         self._is_over = False
         # What is asked.
         self._caller: Caller | None = None
@@ -268,13 +245,12 @@ class Call:
     # --- answering -----------------------------------------------------------------------
 
     def on_ready(self) -> None:
-        """Look soon whether there is something to send, and whether the client takes it."""
+        """Look in this turn whether there is something to send, and the client takes it."""
         if not self._is_due:
             self._is_due = True
-            self._path.turn.add(self)
+            self._path.driver.turn.add(self._go_on)
 
-    def go_on(self) -> None:
-        """Send what there is."""
+    def _go_on(self) -> None:
         self._is_due = False
         try:
             self._pass_on()

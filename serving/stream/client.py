@@ -23,8 +23,13 @@ from serving.stream.tls import HANDSHAKE_TIMEOUT_S, trust_only
 
 
 class StreamEvents(Protocol):
-    """What a `StreamClient` calls, always on the event loop and in the order received."""
+    """What a `StreamClient` calls, always on the event loop and in the order received.
 
+    What has come in one piece is told of between `on_received` and `on_all_told`.
+    """
+
+    def on_received(self, client: "StreamClient") -> None: ...
+    def on_all_told(self, client: "StreamClient") -> None: ...
     def on_welcome(self, client: "StreamClient", info: EngineInfo) -> None: ...
     def on_snapshot(self, client: "StreamClient", snapshot: EngineSnapshot) -> None: ...
     def on_blocks(self, client: "StreamClient", update: BlockUpdate) -> None: ...
@@ -72,6 +77,13 @@ class StreamClient(FrameConnection):
         if self._life is not None:
             self._life.close()
         self._events.on_lost(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._events.on_received(self)
+        try:
+            super().data_received(data)
+        finally:
+            self._events.on_all_told(self)
 
     def on_message(self, message: bytes) -> None:
         events = self._events

@@ -27,9 +27,19 @@ class Recorder:
         self.signs: list = []
         self.info = None
         self.lost = False
+        self.is_told = False  # something that has come
         self.changed = asyncio.Event()
 
+    def on_received(self, client):
+        assert not self.is_told
+        self.is_told = True
+
+    def on_all_told(self, client):
+        assert self.is_told
+        self.is_told = False
+
     def on_welcome(self, client, info):
+        assert self.is_told
         self.info = info
         self.changed.set()
 
