@@ -61,14 +61,18 @@ async def run(numbers: Sequence[int], durations: Durations, seed: int) -> Report
         without_load = [_without_load(kind, number, each, num_cores) for each in counted]
         report.add_row(
             f"{kind.capitalize()}: per second, and CPU µs of each",
-            gateways=number,
+            gateways=str(number),
             sent_through=Spread.of([_rate(kind, each) for each in counted]),
             without_the_load_generator=Spread.of(without_load),
+            with_a_core_for_each_gateway=Spread.of(
+                [number * _count(kind, each) / each.cpu_s["gateway"] for each in counted]
+            ),
             **{f"{role} µs": spread for role, spread in cpu_us.items()},
         )
     report.add_note(
         f"Without the load generator: what {num_cores} cores carry by the CPU time of gateways, "
-        "engines and Ray alone, a gateway no more than one core's. Computed, not sent."
+        "engines and Ray alone, a gateway no more than one core's. With a core for each gateway: "
+        "what gateways carry if engines are elsewhere, too. Computed, not sent."
     )
     return report
 
