@@ -162,8 +162,8 @@ def known_prefix(harness: RouterHarness, num_decisions: int) -> dict[str, list[f
     """Time arrivals while every engine has room, and some hold the prompt but for its end."""
     router, num_blocks = harness.router, _PREFIX_TOKENS // _BLOCK_TOKENS
     harness.set_state(0, 300_000)
-    prefix = tuple(range(_NUM_HASHES))
-    blocks = list(range(1000, 1000 + num_blocks))
+    prefix = tuple(harness.rng.getrandbits(62) for _ in range(_NUM_HASHES))
+    blocks = [harness.rng.getrandbits(63) for _ in range(num_blocks)]
     for engine in range(0, harness.num_engines, _NUM_PER_HOLDER):
         router.on_blocks(str(engine), BlockUpdate(since=-1, until=1, stored=blocks))
     arrivals = []

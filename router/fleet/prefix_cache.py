@@ -28,7 +28,7 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def __contains__(self, block: int) -> bool:
+    def __contains__(self, block: object) -> bool:
         return block in self._blocks
 
     def num_tokens(self, request: Request) -> int:
