@@ -46,3 +46,12 @@ def test_a_form_of_the_core_that_is_not_there_has_no_rows():
     options = ("--scene", "open fleet", "--engines", 1, "--held", 1, "--decisions", 1)
     assert {row["core"] for row in decision.in_form("plain", *options)} == {"plain"}
     assert decision.in_form("no such form", *options) is None
+
+
+def test_of_several_runs_the_quietest_counts_for_each_event_by_itself():
+    runs = [
+        [{"event": "a", "p50": 3.0, "p99": 9.0}, {"event": "b", "p50": 1.0, "p99": 2.0}],
+        [{"event": "a", "p50": 2.0, "p99": 99.0}, {"event": "b", "p50": 5.0, "p99": 6.0}],
+    ]
+    assert decision.quietest(runs) == [runs[1][0], runs[0][1]]
+    assert decision.quietest([]) == []
