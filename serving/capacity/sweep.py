@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import os
 import signal
 import time
@@ -35,6 +36,7 @@ _FILLS = 5
 _STEEP = 3.0
 _LOW_LOAD = 0.3
 _NUM_HALVINGS = 5
+_MIN_TURNS = 20.0
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,12 @@ def knee_rate(
     capacity = simulated_capacity(_saturating(workload, fleet.profile), _of_two(fleet), seed)
     low, high = (share * capacity * fleet.num_engines / 2.0 for share in (_LOW_LOAD, 1.0))
 
+    # Long enough for waits to show: many times what a request takes by itself.
+    alone_s = _mean_unloaded_s(workload, fleet.profile)
+
     def ttft_p99_s(rate: float) -> float:
-        drawn = workload.drawn(rate, num_requests, seed, num_copies)
+        num_drawn = max(num_requests, math.ceil(_MIN_TURNS * alone_s * rate))
+        drawn = workload.drawn(rate, num_drawn, seed, num_copies)
         run = simulate(drawn, fleet, SATURATING_POLICY + STOCK, seed=seed, settings=_UNBOUNDED)
         first, last = (int(share * len(run)) for share in STEADY)
         return float(np.percentile(run.ttft_s[first:last], 99))
@@ -159,6 +165,13 @@ def knee_rate(
         else:
             high = middle
     return low
+
+
+def _mean_unloaded_s(workload: Workload, profile: Profile) -> float:
+    """Return how long a request takes on an idle engine, on average."""
+    prompts = np.array([each.num_prompt_tokens for each in workload.arrivals])
+    outputs = np.array([each.num_output_tokens for each in workload.arrivals])
+    return float(UnloadedTimes.of(prompts, outputs, profile).whole_s.mean())
 
 
 def _of_two(fleet: Fleet) -> Fleet:

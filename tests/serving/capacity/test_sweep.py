@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from router.simulation.figures import STEADY, Promises
 from router.simulation.workload.synthetic import SYNTHETIC
+from router.simulation.workload.workload import Workload
+from serving.capacity import sweep
 from serving.capacity.profiles import load_profile
 from serving.capacity.sweep import Case, Fleet, Sweep, knee_rate, simulate, simulated_capacity
 
@@ -52,3 +55,19 @@ def test_a_case_draws_its_requests():
         assert figures["time_scale"] == pytest.approx(1.0, rel=0.05)
         assert 0.0 < figures["goodput"] <= 1.0
         assert figures["slowdown_p50"] >= 0.9
+
+
+def test_the_knee_of_long_replies_is_searched_in_long_runs(monkeypatch):
+    """60 requests would all have come before the first reply has ended."""
+    durations_s = []
+
+    def noted(workload, *args, **options):
+        durations_s.append(workload.duration_s)
+        return simulate(workload, *args, **options)
+
+    monkeypatch.setattr(sweep, "simulate", noted)
+    arrivals = [structs.replace(each, num_output_tokens=800) for each in QUESTIONS.arrivals]
+    knee_rate(Workload.of("long", arrivals[:300]), Fleet(H100, 1), 60, 1)
+    at_once, *others = durations_s
+    assert at_once == 0.0
+    assert min(others) > 100.0  # a reply takes 5 s and more
