@@ -243,7 +243,8 @@ class Shell(RuleBasedStateMachine):
 
     @property
     def wants_blocks(self) -> bool:
-        return self.policy == "headway" and "prefix" not in self.ablate
+        without = self.policy == "headway" and "prefix" in self.ablate
+        return self.policy in ("headway", "lmetric") and not without
 
     def breakers(self) -> dict[str, dict]:
         replicas = self.router.state(self.now_s).replicas
