@@ -54,7 +54,7 @@ def main() -> None:
     try:
         find_or_compile(force=parser.parse_args().force)
     except CannotCompile as problem:
-        say(f"{problem}: the core runs as plain Python, decisions take about twice as long")
+        say(f"{problem}: the core runs as plain Python, decisions take two to nine times as long")
     except KeyboardInterrupt:
         say("interrupted; run it again to compile the core")
         sys.exit(130)

@@ -14,7 +14,7 @@ import pytest
 from tests.deploy.compiled_core import ROOT, needs_compiler
 
 COMPILING = "headway: compiling the core, which takes a minute or two\n"
-FALLBACK = "the core runs as plain Python, decisions take about twice as long\n"
+FALLBACK = "the core runs as plain Python, decisions take two to nine times as long\n"
 
 ROUTER = '''
 """A core of one module."""
