@@ -9,6 +9,7 @@ the kernel goes on giving it connections) or killed, one at a time, and has to b
 
 import argparse
 import asyncio
+import math
 import random
 import signal
 import sys
@@ -30,6 +31,8 @@ _TITLE = "ServeReplica:headway:Gateway"
 _REPLACED_WITHIN_S = 10.0
 _PATIENCE_S = 5.0  # of a client; longer is a failure here
 _SETTLE_S = 20.0  # from one fault to the next
+# A request sent so shortly before a fault may be under way when it strikes: it is counted there.
+_UNDER_WAY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,15 @@ class GatewayRun:
         """Judge the replies; add figures and targets."""
         worst_s = 0.0
         failed_late = 0
+        ends_s = [at_s - _UNDER_WAY_S for at_s, _ in self.faults[1:]] + [math.inf]
         for number, (at_s, signum) in enumerate(self.faults):
-            until_s = at_s + _SETTLE_S
             own = [
-                (sent_s - at_s, reply) for sent_s, reply in self.sent if at_s <= sent_s < until_s
+                (sent_s - at_s, reply)
+                for sent_s, reply in self.sent
+                if at_s - _UNDER_WAY_S <= sent_s < ends_s[number]
             ]
             failed = [after_s for after_s, reply in own if reply.error]
-            noticed_s = max(failed, default=0.0)
+            noticed_s = max([0.0, *failed])
             worst_s = max(worst_s, noticed_s)
             failed_late += sum(after_s > _REPLACED_WITHIN_S for after_s in failed)
             report.add_row(
@@ -128,7 +133,7 @@ class GatewayRun:
         before = [
             reply
             for sent_s, reply in self.sent
-            if not self.faults or sent_s < self.faults[0][0] - 1
+            if not self.faults or sent_s < self.faults[0][0] - _UNDER_WAY_S
         ]
         waits_s = [reply.times_s[0] - sent_s for sent_s, reply in self.sent if reply.times_s]
         report.add_row("first token, s", p50=percentile(waits_s, 50), p99=percentile(waits_s, 99))
