@@ -129,7 +129,8 @@ class TestWhoHangsUp:
         gateway = {"max_record_bytes": 0}
         async with office.running(LIMITS, num_engines=1, gateway=gateway) as system:
             await hang_up_after(system, headers, 900)
-            assert spent(system) == pytest.approx(256, rel=0.2)  # the mean, until it is known
+            # The mean, until it is known; some of it has come back by the time that it is read.
+            assert spent(system) == pytest.approx(256, rel=0.5)
 
     async def test_at_the_end_pays_all(self, office):
         """With `[DONE]`, before the engine has told what the reply took."""
