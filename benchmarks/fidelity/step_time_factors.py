@@ -23,11 +23,11 @@ def fit_step_time_factors(profile: Profile, steps: Sequence[Step]) -> StepTimeFa
         )
 
     def errors(factors: Sequence[float]) -> np.ndarray:
-        slowed = profile.slowed(StepTimeFactors(*factors))
+        cost = profile.slowed(StepTimeFactors(*factors)).step_cost
         return np.log(
             [
                 (1.0 + profile.contention * step.share_beside)
-                * slowed.step_s(
+                * cost.step_s(
                     step.num_prefill_tokens,
                     step.num_decode_reqs,
                     step.num_decode_context_tokens,

@@ -83,9 +83,10 @@ def _path_s(firsts: Sequence[tuple[int, float]], profile: Profile, slowness: flo
     A prompt arrived at a random time in a step of the sequence that decoded beside it, on average
     in the middle, and was prefilled in the next step. Outliers are left out.
     """
-    waited_s = profile.step_s(0, 1, 0, 0.0) / 2
+    cost = profile.step_cost
+    waited_s = cost.step_s(0, 1, 0, 0.0) / 2
     rests_s = [
-        ttft_s - slowness * (waited_s + profile.step_s(num_tokens, 1, 0, num_tokens**2 / 2))
+        ttft_s - slowness * (waited_s + cost.step_s(num_tokens, 1, 0, num_tokens**2 / 2))
         for num_tokens, ttft_s in firsts
     ]
     return max(0.0, float(trim_mean(rests_s, _OUTLIERS)))

@@ -33,7 +33,7 @@ class Step:
     num_prefill_tokens: int
     num_decode_reqs: int
     num_decode_context_tokens: int
-    num_prefill_pairs: float  # as in `Profile.step_s`
+    num_prefill_pairs: float  # as in `StepCost.step_s`
     step_s: float
     share_beside: float = 0.0  # of its time during which the machine's other engines stepped too
     num_steps: int = 1

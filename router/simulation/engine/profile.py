@@ -80,7 +80,7 @@ class Profile(BaseModel):
     def _fits(self) -> Self:
         if self.num_kv_tokens // self.block_size * self.block_size < self.max_model_len:
             raise ValueError("num_kv_tokens: less than max_model_len, as vLLM too refuses")
-        if self.step_s(1, 0, 0, 0.0) <= 0.0:
+        if self.step_cost.step_s(1, 0, 0, 0.0) <= 0.0:
             raise ValueError("base_s, s_per_token, floor_s: a step would take no time")
         return self
 
@@ -95,20 +95,9 @@ class Profile(BaseModel):
             return prefill_chunk_tokens(self.max_num_batched_tokens)
         return self.max_prefill_chunk
 
-    def step_s(
-        self,
-        num_prefill_tokens: int,
-        num_decode_reqs: int,
-        num_decode_context_tokens: int,
-        num_prefill_pairs: float,
-    ) -> float:
-        """Return the expected duration of a step, seconds, without noise."""
-        return self.step_cost.step_s(
-            num_prefill_tokens, num_decode_reqs, num_decode_context_tokens, num_prefill_pairs
-        )
-
     @property
     def step_cost(self) -> StepCost:
+        """What its steps take; ask once for many steps."""
         return StepCost(
             base_s=self.base_s,
             floor_s=self.floor_s,

@@ -43,11 +43,11 @@ def prefill_s(num_prompt_tokens: _Ints, profile: Profile) -> _Floats:
     rest_pairs = num_rest * (num_before + num_rest / 2.0)
     rest_s: _Floats = np.maximum(profile.floor_s, profile.base_s + profile.s_per_token * num_rest)
     pairs_s: _Floats = profile.s_per_prefill_pair * (full_pairs + rest_pairs)
-    return num_full * profile.step_s(size, 0, 0, 0.0) + rest_s + pairs_s
+    return num_full * profile.step_cost.step_s(size, 0, 0, 0.0) + rest_s + pairs_s
 
 
 def _decode_s(num_prompt_tokens: _Ints, num_steps: _Ints, profile: Profile) -> _Floats:
     """Return the seconds of so many steps in which one sequence decodes after its first token."""
     num_context_tokens = num_steps * num_prompt_tokens + num_steps * (num_steps + 1) / 2.0
-    each_s = profile.step_s(0, 1, 0, 0.0)
+    each_s = profile.step_cost.step_s(0, 1, 0, 0.0)
     return num_steps * each_s + profile.s_per_context_token * num_context_tokens

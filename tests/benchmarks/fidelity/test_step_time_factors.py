@@ -29,7 +29,7 @@ def make_steps(machine: StepTimeFactors, num_steps: int) -> list[Step]:
         num_pairs = num_tokens * (num_before + num_tokens / 2)
         shape = num_tokens, num_decoding, 100 * num_decoding, num_pairs
         share = rng.random()
-        step_s = (1.0 + 0.1 * share) * PROFILE.slowed(machine).step_s(*shape)
+        step_s = (1.0 + 0.1 * share) * PROFILE.slowed(machine).step_cost.step_s(*shape)
         steps.append(Step(*shape, step_s * rng.gauss(1.0, 0.1), share))
     return steps
 

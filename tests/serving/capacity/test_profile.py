@@ -56,7 +56,9 @@ async def test_finds_what_the_engines_were_made_of(tmp_path: Path) -> None:
     assert profile.contention < 0.05
     assert 0.0 < profile.path_s < 0.1
     for sizes in ((0, 1, 100, 0.0), (0, 16, 4000, 0.0), (256, 1, 100, 32_768.0)):
-        assert profile.step_s(*sizes) == pytest.approx(truth.step_s(*sizes), rel=0.05)
+        assert profile.step_cost.step_s(*sizes) == pytest.approx(
+            truth.step_cost.step_s(*sizes), rel=0.05
+        )
 
 
 def logged(ended_s: float, number: int, step_s: float, **sizes: float) -> LoggedStep:

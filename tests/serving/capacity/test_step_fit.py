@@ -31,7 +31,7 @@ def make_steps(profile: Profile, noise: float) -> list[Step]:
         prefill = rng.choice([0, 0, 16, 128, 1024, 8192])
         decode = rng.choice([0, 1, 8, 64]) if prefill else rng.choice([1, 8, 64])
         sizes = prefill, decode, decode * rng.choice([100, 4000]), prefill**2 / 2
-        steps.append(Step(*sizes, profile.step_s(*sizes) * rng.gauss(1.0, noise)))
+        steps.append(Step(*sizes, profile.step_cost.step_s(*sizes) * rng.gauss(1.0, noise)))
     return steps
 
 
