@@ -13,7 +13,7 @@ from serving.config import parse
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
-from serving.gateway.metrics import GatewayState
+from serving.gateway.observe.state import GatewayState
 
 MODEL = "emulated"
 PROFILE = "h100-llama8b"

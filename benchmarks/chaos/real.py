@@ -38,7 +38,7 @@ from benchmarks.systems.real_engines import RealEngines, metric_total
 from router.fleet.replica import ReplicaState
 from router.resilience.breaker import BreakerState
 from serving.capacity.launch import MeasureError
-from serving.gateway.metrics import GatewayState
+from serving.gateway.observe.state import GatewayState
 
 _NUM_ENGINES = 2
 # Not the engines' usual bfloat16: in that many tokens are near ties, which another batch decides

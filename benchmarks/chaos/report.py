@@ -10,7 +10,7 @@ from benchmarks.chaos.faults import InjectedFault, ProcessFault
 from benchmarks.chaos.verdicts import Verdict, VerdictKind
 from benchmarks.report.report import Report, percentile
 from router.resilience.breaker import BreakerEvent, BreakerState
-from serving.gateway.metrics import GatewayState
+from serving.gateway.observe.state import GatewayState
 
 # A stream stops at the fault, but its last chunk may still be on its way.
 _GAP_BEGINS_WITHIN_S = 2.0

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.systems.processes import ResourceUsage
 from router.resilience.breaker import BreakerState
-from serving.gateway.metrics import GatewayState
+from serving.gateway.observe.state import GatewayState
 
 _INTERVAL_S = 1.0
 

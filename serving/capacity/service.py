@@ -22,7 +22,7 @@ import yaml
 from router import EngineSnapshot
 from router.simulation.variant import split
 from serving.capacity.launch import Launch, MeasureError
-from serving.gateway.metrics import GatewayState
+from serving.gateway.observe.state import GatewayState
 
 _STATE_PATH = "/headway/state"
 _READY_POLL_S = 0.25

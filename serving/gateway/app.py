@@ -28,7 +28,8 @@ from serving.gateway.http.small.model_cards import make_cards
 from serving.gateway.intake.json_body import ENDPOINTS
 from serving.gateway.intake.request_parser import RequestParser
 from serving.gateway.intake.served_models import ServedModels
-from serving.gateway.metrics import GatewayState, Metrics
+from serving.gateway.observe.metrics import Metrics
+from serving.gateway.observe.state import GatewayState
 from serving.gateway.providers.calls import Providers
 from serving.gateway.providers.leases import Leases, SendUpdate
 from serving.gateway.request_path import RequestPath

@@ -27,7 +27,7 @@ from router.resilience.resume import Records, Reply
 from serving.config import Config
 from serving.gateway.engines import Engines
 from serving.gateway.exchange import Attempt, ClientLeft, EngineFailed, Exchange, Rejected, Turn
-from serving.gateway.metrics import Metrics
+from serving.gateway.observe.metrics import Metrics
 from serving.gateway.providers.calls import Providers
 from serving.gateway.providers.http_client import ProviderFailed
 from serving.stream.frames import Data, End, Head

@@ -9,7 +9,7 @@ import httpx
 import msgspec
 
 from router.types import EngineSnapshot
-from serving.gateway.metrics import GatewayState
+from serving.gateway.observe.state import GatewayState
 from tests.support.running_gateway import free_port
 
 START_TIMEOUT_S = 240

@@ -16,7 +16,7 @@ from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
 from benchmarks.systems.processes import engine_core
 from router.fleet.ledger import Ledger
-from serving.gateway.metrics import GatewayState
+from serving.gateway.observe.state import GatewayState
 from tests.support.tiny_model import tiny_model
 from tests.system.served import START_TIMEOUT_S, start_headway
 

@@ -20,7 +20,7 @@ from serving.config import parse
 from serving.engine.vllm.engine import VllmEngine
 from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
-from serving.gateway.metrics import GatewayState
+from serving.gateway.observe.state import GatewayState
 from serving.planning.hardware import detect_hardware
 from serving.planning.plan import make_plan
 from serving.stream.server import StreamServer

@@ -19,7 +19,7 @@ import pytest
 from benchmarks.systems.null_engine import MODEL
 from benchmarks.systems.system import NullHeadway
 from router.resilience.breaker import BreakerState
-from serving.gateway.metrics import GatewayState
+from serving.gateway.observe.state import GatewayState
 from tests.support.running_gateway import CHAT, free_port
 
 pytestmark = pytest.mark.timeout(300)

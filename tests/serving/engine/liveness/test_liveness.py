@@ -22,7 +22,7 @@ from router.settings import RouterSettings
 from serving.config import parse
 from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener
-from serving.gateway.metrics import GatewayState
+from serving.gateway.observe.state import GatewayState
 from serving.stream.server import StreamServer
 from tests.serving.engine.conftest import ARGS
 from tests.support.fakes import INFO, FakeEngine

@@ -11,7 +11,7 @@ import pytest
 
 from router.resilience.breaker import BreakerState
 from serving.config import ConfigError, parse
-from serving.gateway.metrics import GatewayState
+from serving.gateway.observe.state import GatewayState
 from tests.support.provider_server import (
     MODEL,
     MODELS,

@@ -9,8 +9,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from router import Usage
-from serving.gateway.metrics import LATENCY_BUCKETS_S as BUCKETS_S
-from serving.gateway.metrics import Metrics
+from serving.gateway.observe.metrics import LATENCY_BUCKETS_S as BUCKETS_S
+from serving.gateway.observe.metrics import Metrics
 from tests.support.builders import req
 from tests.support.provider_server import configured, serving
 from tests.support.running_gateway import CHAT, System, running

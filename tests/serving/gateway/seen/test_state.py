@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from serving.core_form import form
-from serving.gateway.metrics import GatewayState
+from serving.gateway.observe.state import GatewayState
 from serving.gateway.tenants.keys import KeysFile, make_key
 from tests.support.running_gateway import CHAT, running
 

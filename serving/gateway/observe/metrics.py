@@ -20,37 +20,18 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from router import Request, RouterState, Usage
+from router import Request, Usage
 from router.limits.sliding_window import WindowState
 from router.providers.spillover import SpilloverState
 from router.resilience.breaker import BreakerState
-from serving.core_form import Form
-from serving.file_watch import FileWatchState
-from serving.gateway.cache.response_store import ResponseCacheState
-from serving.gateway.tenants.tenants import Consumption, TenantsState
+from serving.gateway.observe.state import GatewayState
+from serving.gateway.tenants.tenants import Consumption
 
 # From the first token of an idle GPU to a long wait behind long prompts.
 LATENCY_BUCKETS_S = (
     *(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
     *(1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 300.0),
 )
-
-
-class GatewayState(RouterState, frozen=True, kw_only=True):
-    """One gateway at one moment, its router's state beside its own: `/headway/state`."""
-
-    gateway_id: str
-    rank: int  # among the application's gateways, from 0
-    core: Form  # how the router runs there
-    metrics_port: int  # on which it answers for itself; 0: none
-    num_connections: int  # of clients
-    num_open_requests: int
-    num_record_bytes: int  # of the records of open requests: what engines have generated
-    num_incoming_bytes: int  # received so far of incomplete bodies
-    tokens_per_byte: float  # by which the sizes of prompts are estimated
-    tenants: TenantsState
-    cache: ResponseCacheState
-    files: dict[str, FileWatchState]  # by the setting that names them
 
 
 class _Durations:

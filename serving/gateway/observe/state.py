@@ -1,0 +1,24 @@
+"""What is a gateway's state at one moment?"""
+
+from router import RouterState
+from serving.core_form import Form
+from serving.file_watch import FileWatchState
+from serving.gateway.cache.response_store import ResponseCacheState
+from serving.gateway.tenants.tenants import TenantsState
+
+
+class GatewayState(RouterState, frozen=True, kw_only=True):
+    """One gateway at one moment, its router's state beside its own: `/headway/state`."""
+
+    gateway_id: str
+    rank: int  # among the application's gateways, from 0
+    core: Form  # how the router runs there
+    metrics_port: int  # on which it answers for itself; 0: none
+    num_connections: int  # of clients
+    num_open_requests: int
+    num_record_bytes: int  # of the records of open requests: what engines have generated
+    num_incoming_bytes: int  # received so far of incomplete bodies
+    tokens_per_byte: float  # by which the sizes of prompts are estimated
+    tenants: TenantsState
+    cache: ResponseCacheState
+    files: dict[str, FileWatchState]  # by the setting that names them
