@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,10 +109,11 @@ class Checkout:
         return seen.stdout if seen.returncode == 0 else seen.stderr
 
     def made(self) -> list[str]:
-        """Return what is in the folder of compiled forms, but for the lock."""
+        """Return what is in the folder of compiled forms, but for the lock and the note."""
         if not self.folder.exists():
             return []
-        return sorted(path.name for path in self.folder.iterdir() if path.name != "lock")
+        beside = ("lock", "as-seen")
+        return sorted(path.name for path in self.folder.iterdir() if path.name not in beside)
 
 
 @pytest.fixture
@@ -179,6 +181,40 @@ class TestCompiled:
         late = compiled.run("-c", code, HEADWAY_CORE="compiled")
         assert "router was imported before serving, in its plain form" in late.stderr
         assert compiled.run("-c", code).returncode == 0
+
+
+NOTE = """
+import sys
+import serving
+from serving import core_form
+print("hashlib" in sys.modules, core_form._folder_as_noted() == core_form.compiled_folder())
+"""
+
+
+def test_what_was_found_is_noted_until_something_changes(checkout: Checkout) -> None:
+    """Reading all sources takes each process 60 ms, looking at them less than one."""
+    checkout.folder.mkdir(parents=True)
+    assert checkout.run("-c", NOTE).stdout == "True False\n"  # too young to be noted
+    time.sleep(2.1)
+    assert checkout.run("-c", NOTE).stdout == "True True\n"
+    assert checkout.run("-c", NOTE).stdout == "False True\n"
+    stat = checkout.router.stat()
+    checkout.router.write_text(ROUTER.lstrip().replace("42", "43"))  # as large as before
+    os.utime(checkout.router, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert checkout.run("-c", NOTE).stdout == "True False\n"
+
+
+def test_an_installed_core_is_insisted_on(checkout: Checkout) -> None:
+    """There is no other form to choose: what is not there is said, not passed over."""
+    (checkout.root / "deploy" / "compile.py").unlink()
+    assert checkout.look() == f"plain|{SEEN}"
+    assert checkout.look(HEADWAY_CORE="plain") == f"plain|{SEEN}"
+    assert "was installed plain: install a wheel" in checkout.look(HEADWAY_CORE="compiled")
+    extension = checkout.router.with_suffix(sysconfig.get_config_var("EXT_SUFFIX"))
+    extension.touch()
+    assert "was installed compiled: " in checkout.look(HEADWAY_CORE="plain")
+    again = checkout.run("-c", "import serving", HEADWAY_CORE="compiled")
+    assert (again.returncode, again.stderr) == (0, "")
 
 
 @needs_compiler
