@@ -71,6 +71,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_tokens: int  # estimated before dispatch unless the body has token ids
     max_output_tokens: int | None = None  # the client's own limit
     num_expected_output_tokens: int = 128  # predicted by the router, per sequence
+    # What KV room is kept for, per sequence; set by the router. 0: as many as expected.
+    num_booked_output_tokens: int = 0
     num_prompts: int = 1  # a list of prompts is one request
     num_sequences: int = 1  # OpenAI's `n`, of each prompt
     # What the model's engines took per prompt token when it came; set by the router.
@@ -101,6 +103,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     failed_calls: tuple[FailedCall, ...] = ()
     # An engine may have died or hung because of it: `router.resilience.suspects`.
     is_suspect: bool = False
+    # The one engine that can serve it, as it keeps what the request goes on from; "": any.
+    only_at: str = ""
+    engines_only: bool = False  # providers do not have what it asks for
     # Part of its reply was sent: by an engine, then only engines can continue it; or by a
     # provider, then only providers that say they can.
     has_begun: bool = False
@@ -122,6 +127,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     aliases: tuple[str, ...] = ()  # further names of the model, LoRA adapters among them
     root: str = ""  # where the model was loaded from: Hugging Face id or folder
     adapters: dict[str, str] = {}  # of LoRA: where each was loaded from, by name
+    routes: tuple[str, ...] = ()  # what its API answers, as "POST /v1/messages"; empty: unknown
     device: str = ""  # hardware, in words
     engine: str = ""  # engine and version; says "simulated" where it is
     heartbeat_s: float = 0.0  # longest time between snapshots while it lives; 0 = unknown

@@ -31,6 +31,7 @@ from router.core.failures import Failures
 from router.core.lifecycle import OpenRequests
 from router.core.provider_events import ProviderEvents
 from router.core.state import RetriesState, RouterState
+from router.estimators.lengths.forecast import Lengths
 from router.fleet.fleet import Fleet
 from router.fleet.health import Health
 from router.fleet.replica import Replica
@@ -330,6 +331,10 @@ class Router:
         if len(self._fleet) and (len(self._queue) or len(self._attempts)):
             wake_s = _earlier(wake_s, self._health.next_check_s)
         return wake_s
+
+    def use_lengths(self, lengths: Lengths) -> None:
+        """Ask this source from now on how long answers will be."""
+        self._predictions.lengths = lengths
 
     def set_policy(self, name: str, now_s: float, ablate: Collection[str] = ()) -> list[Decision]:
         """Choose by another policy from now on, without the parts named in `ablate`.

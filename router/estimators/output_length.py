@@ -12,6 +12,7 @@ Two estimates, because they are for different things:
 
 from collections import OrderedDict
 
+from router.estimators.lengths.forecast import Forecast, Lengths
 from router.types import Request
 
 # Before anything is known: real traffic's median answer has 115 to 140 tokens (Azure 2023
@@ -33,7 +34,7 @@ _MAX_GROUPS = 20_000
 _Group = tuple[object, ...]
 
 
-class OutputLengths:
+class OutputLengths(Lengths):
     """Mean answer lengths per group of requests, shrunk towards wider groups.
 
     Three nested groups: same model; also same tenant and client's limit; also same
@@ -42,8 +43,6 @@ class OutputLengths:
     (empirical Bayes; Efron and Morris 1975), so that a new group starts from
     what is known and soon goes by its own answers. The text is not read.
     """
-
-    __slots__ = ("_groups",)
 
     def __init__(self) -> None:
         # (weight, sum of tokens) by group, both decayed; the least recently used first.
@@ -58,8 +57,11 @@ class OutputLengths:
         limit = request.max_output_tokens
         return max(1, round(estimate if limit is None else min(estimate, limit)))
 
+    def forecast(self, request: Request) -> Forecast:
+        num_tokens = self.predict(request)
+        return Forecast(num_expected_tokens=num_tokens, num_booked_tokens=num_tokens)
+
     def learn(self, request: Request, num_output_tokens: int) -> None:
-        """Learn from the tokens of an answer, all its sequences together."""
         num_each = num_output_tokens / request.num_sequences
         keep = 1.0 - 1.0 / _MEMORY_ANSWERS
         for group in _groups(request):

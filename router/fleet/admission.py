@@ -83,7 +83,8 @@ def kv_need_tokens(request: Request) -> int:
     refuses it with the right message. Of a list of prompts vLLM begins as many as it has room
     for; so that one of them has room is enough, and the list need not wait for an empty engine.
     """
-    num_each = request.num_expected_output_tokens + _ROUNDING_TOKENS
+    num_outputs = request.num_booked_output_tokens or request.num_expected_output_tokens
+    num_each = num_outputs + _ROUNDING_TOKENS
     num_tokens = request.num_prompt_tokens + request.num_sequences * num_each
     return math.ceil(num_tokens / request.num_prompts)
 

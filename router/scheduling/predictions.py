@@ -3,6 +3,7 @@
 import msgspec
 
 from router.estimators.accuracy import Accuracy, AccuracyState
+from router.estimators.lengths.forecast import Lengths
 from router.estimators.output_length import OutputLengths
 from router.scheduling.attempt import Attempt
 from router.types import Request, Usage
@@ -25,7 +26,7 @@ class Predictions:
         Until they are twice as good, so that what depends on it does not alternate.
         """
         self._max_error = max_error
-        self._lengths = OutputLengths()
+        self.lengths: Lengths = OutputLengths()
         self.restart()
 
     def restart(self) -> None:
@@ -49,13 +50,13 @@ class Predictions:
 
         Without `has_length` the length that it has stays.
         """
-        if has_length:
-            num_output_tokens = self._lengths.predict(request)
-        else:
-            num_output_tokens = request.num_expected_output_tokens
+        if not has_length:
+            return msgspec.structs.replace(request, prefill_s_per_token=prefill_s_per_token)
+        forecast = self.lengths.forecast(request)
         return msgspec.structs.replace(
             request,
-            num_expected_output_tokens=num_output_tokens,
+            num_expected_output_tokens=forecast.num_expected_tokens,
+            num_booked_output_tokens=forecast.num_booked_tokens,
             prefill_s_per_token=prefill_s_per_token,
         )
 
@@ -71,7 +72,7 @@ class Predictions:
         if not usage.num_output_tokens:
             return
         request, first_s = attempt.request, attempt.first_token_s
-        self._lengths.learn(request, usage.num_output_tokens)
+        self.lengths.learn(request, usage.num_output_tokens)
         self._accuracy["latency"].add(attempt.predicted_latency_s, now_s - attempt.placed_s)
         num_more = usage.num_output_tokens / request.num_sequences - 1.0
         if first_s is not None and first_s < now_s and num_more > 0.0:

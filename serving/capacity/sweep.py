@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from router import RouterSettings
+from router.estimators.lengths.forecast import Lengths
 from router.simulation import clairvoyant
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
@@ -72,8 +73,11 @@ def simulate(
     seed: int = 0,
     settings: RouterSettings | None = None,
     on_progress: Callable[[int], None] | None = None,
+    make_lengths: Callable[[], Lengths] | None = None,
 ) -> Run:
     """Simulate one run of the workload, unscaled. `settings`: of the router, but for its policy.
+
+    `make_lengths`: what each gateway asks for the lengths of answers, instead of what it has.
 
     Engines are set as Headway sets them, or as vLLM comes: first come, first served, prompts in
     chunks of a whole step.
@@ -113,10 +117,14 @@ def simulate(
     collects = gc.isenabled()
     gc.disable()
     try:
-        if can_do_without_snapshots(of_run):
+        if make_lengths is None and can_do_without_snapshots(of_run):
             with contextlib.suppress(NeedsSnapshots):
                 return make(reports=False).run()
-        return make().run()
+        simulation = make()
+        if make_lengths is not None:
+            for gateway in simulation.gateways:
+                gateway.router.use_lengths(make_lengths())
+        return simulation.run()
     finally:
         if collects:
             gc.enable()
