@@ -100,6 +100,8 @@ class Quotes:
 
     def _affordable(self, request: Request) -> Iterator[Provider]:
         """Providers that may have the request, by its model, its cost and how far it has come."""
+        if request.engines_only:
+            return
         for provider in self.providers:
             if provider.serves(request.model) and (
                 provider.settings.continues or not request.has_begun

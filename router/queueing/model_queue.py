@@ -21,8 +21,11 @@ _GROUP_BITS = 4
 def queue_name(request: Request) -> str:
     """Return who waits for the same engines: those of one model; suspects wait for engines alone.
 
-    No property of `Request`, which stays plain Python where the core is compiled.
+    So do those that only one engine can serve. No property of `Request`, which stays plain
+    Python where the core is compiled.
     """
+    if request.only_at and not request.is_suspect:
+        return f"{request.model} (at {request.only_at})"
     return f"{request.model} (suspects)" if request.is_suspect else request.model
 
 

@@ -85,6 +85,8 @@ class Placer:
             replicas = self._with_room(request, need_tokens)
         else:
             replicas = self._fleet.working(request.model)
+        if request.only_at:
+            replicas = [replica for replica in replicas if replica.id == request.only_at]
         if not replicas:
             return None
         if request.tried:  # elsewhere, if there is an elsewhere
@@ -96,6 +98,8 @@ class Placer:
     def place_beside(self, attempt: Attempt, now_s: float) -> Dispatch | None:
         """Book a second engine for a request, if one has room for it at once."""
         request = attempt.request
+        if request.only_at:
+            return None
         need_tokens = kv_need_tokens(request)
         replicas = self._with_room(request, need_tokens)
         others = [each for each in replicas if each.id != attempt.replica.id]
@@ -175,7 +179,8 @@ class Placer:
                 self._reservations.drop_lapsed()
             else:
                 blocked.add(queue_name(head))
-                if not head.is_suspect:  # it waits for no room that others could take
+                # These wait for no room that others of their queue could take.
+                if not (head.is_suspect or head.only_at):
                     placed = self._backfill(head, now_s)
             if placed:  # else all heads are as they were
                 dispatches += placed

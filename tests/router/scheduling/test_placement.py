@@ -3,8 +3,9 @@
 import pytest
 
 from router.core.router import Router
+from router.resilience.breaker import Failure
 from router.types import Dispatch, Hold
-from tests.support.builders import busy, info, make_router, req
+from tests.support.builders import busy, fail_attempt, info, make_router, req
 
 WIDE = {"max_num_batched_tokens": 100_000, "num_kv_tokens": 10_000}
 
@@ -109,3 +110,25 @@ def test_an_engine_past_the_tpot_target_gets_nothing_while_another_is_below_it(t
     assert router.on_arrival(req("a", 10), 0.0)[0].replica_id == "r1"
     router.on_replica_draining("r1", 0.1)
     assert router.on_arrival(req("b", 10), 0.1) == [Dispatch("b", "r0", 1)]  # none held for it
+
+
+def test_what_one_engine_keeps_goes_there_alone():
+    router = kv_router(5000, 5000)
+    for number in range(4):
+        pinned = req(f"p{number}", 100, only_at="r1")
+        assert router.on_arrival(pinned, 0.0) == [Dispatch(f"p{number}", "r1", number + 1)]
+
+
+def test_what_waits_for_one_engine_keeps_nobody_from_the_others():
+    router = kv_router(5000, 500)
+    assert router.on_arrival(req("pinned", 1000, only_at="r1"), 0.0) == [Hold("pinned")]
+    assert router.on_arrival(req("large", 2000, arrival_s=1.0), 1.0) == [Dispatch("large", "r0", 1)]
+    roomier = busy(2, num_free_kv_tokens=3000)
+    assert router.on_snapshot("r1", roomier, 2.0) == [Dispatch("pinned", "r1", 1)]
+
+
+def test_what_one_engine_keeps_is_not_tried_elsewhere():
+    router = kv_router(5000, 5000)
+    router.on_arrival(req("pinned", 100, only_at="r1"), 0.0)
+    again = fail_attempt(router, "pinned", Failure.ERROR, 0.1, can_retry=True)
+    assert [each.replica_id for each in again if isinstance(each, Dispatch)] == ["r1"]
