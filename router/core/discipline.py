@@ -74,6 +74,14 @@ class Discipline:
             by_arrival="order" in policy.ablated or self._predictions.are_bad,
         )
 
+    def predicted_ttft_s(self, request_id: str) -> float | None:
+        """Return the seconds from placing a request to its first token, as was predicted.
+
+        Of its oldest attempt; None if it is at no engine.
+        """
+        attempt = self._attempts.oldest(request_id)
+        return None if attempt is None else attempt.predicted_ttft_s
+
     def rank(self, request: Request) -> Request:
         """Return a new request with its predicted output length and its place in the order."""
         request = self._predictions.on_arrival(

@@ -263,7 +263,8 @@ class Gateway:
         """Answer with the metrics in Prometheus's text format."""
         if not self.config.auth.open_metrics:
             self.tenants.authorize_admin(request.headers.raw)
-        return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
+        text, content_type = self.metrics.render(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": content_type})
 
     async def set_policy(self, request: Request) -> Response:
         """Switch the policy without a restart: `{"policy": "headway", "ablate": ["order"]}`."""

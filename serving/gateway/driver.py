@@ -14,7 +14,9 @@ from router import (
     Failure,
     Fallback,
     Hold,
+    Outcome,
     Reject,
+    RejectReason,
     Request,
     Router,
     Usage,
@@ -92,7 +94,7 @@ class Driver:
         """End an exchange that our own code failed on, so that nothing of it stays behind."""
         if self.exchanges.get(exchange.request.id) is exchange:
             self._providers.cancel_call(exchange)
-            self._close(exchange, error)
+            self._close(exchange, Outcome.RENEGED, error)
         try:
             self.execute(self.router.on_cancel(exchange.request.id, time.monotonic()))
         except Exception:
@@ -148,7 +150,7 @@ class Driver:
             if exchange.status >= 400:
                 pass  # an error is no first token
             elif not was_begun:
-                self.metrics.observe_first_token(exchange.request, now_s)
+                self._note_first_token(exchange, attempt.replica_id, now_s)
             else:
                 self.metrics.observe_resume(exchange.request, now_s - exchange.failed_s)
             self.execute(self.router.on_first_token(exchange.request.id, now_s))
@@ -181,6 +183,12 @@ class Driver:
         # Unless it was hedged nothing follows: once per request, so worth a look.
         if decisions := self.router.on_answer(request_id, replica_id, time.monotonic()):
             self.execute(decisions)
+
+    def _note_first_token(self, exchange: Exchange, place: str, now_s: float) -> None:
+        journey = exchange.journey
+        journey.first_token_s, journey.answered_by = now_s, place
+        journey.predicted_ttft_s = self.router.discipline.predicted_ttft_s(exchange.request.id)
+        self.metrics.observe_first_token(exchange, now_s)
 
     def _fail_reply(self, attempt: Attempt, status: int) -> bool:
         """Report an error reply. Return whether the client is not to have it."""
@@ -230,7 +238,7 @@ class Driver:
         if exchange.reply.has_begun:
             self.metrics.observe_resume(exchange.request, now_s - exchange.failed_s)
         else:
-            self.metrics.observe_first_token(exchange.request, now_s)
+            self._note_first_token(exchange, exchange.journey.last_place, now_s)
         self.execute(self.router.on_first_token(exchange.request.id, now_s))
 
     def on_provider_refused(self, exchange: Exchange, report: RateReport) -> None:
@@ -289,6 +297,7 @@ class Driver:
 
     def dispatch(self, decision: Dispatch) -> None:
         exchange = self.exchanges[decision.request_id]
+        exchange.journey.places.append((decision.replica_id, time.monotonic()))
         priority = self._engine_priority(exchange.request)
         self.engines.submit(exchange, decision, priority, exchange.reply.resume())
 
@@ -301,15 +310,17 @@ class Driver:
     def fall_back(self, decision: Fallback) -> None:
         exchange = self.exchanges[decision.request_id]
         exchange.was_sent = True
+        exchange.journey.places.append((f"provider {decision.provider}", time.monotonic()))
         self._providers.start_call(exchange, decision, self)
 
     def reject(self, decision: Reject) -> None:
-        exchange = self.exchanges[decision.request_id]
-        self._close(exchange, Rejected(decision.reason, decision.retry_after_s))
+        exchange, reason = self.exchanges[decision.request_id], decision.reason
+        outcome = Outcome.EXPIRED if reason is RejectReason.EXPIRED else Outcome.REJECTED
+        self._close(exchange, outcome, Rejected(reason, decision.retry_after_s))
 
     def fail(self, decision: Fail) -> None:
         exchange = self.exchanges[decision.request_id]
-        self._close(exchange, EngineFailed(exchange.failure))
+        self._close(exchange, Outcome.FAILED, EngineFailed(exchange.failure))
 
     def evacuate(self, decision: Evacuate) -> None:
         logger.warning("engine %s is left: %s", decision.replica_id, decision.reason)
@@ -332,20 +343,24 @@ class Driver:
     def _complete(self, exchange: Exchange) -> None:
         """End an exchange that was answered."""
         now_s = time.monotonic()
-        self._close(exchange)
-        self.metrics.observe_finish(exchange.request, exchange.usage, now_s)
+        self._close(exchange, Outcome.COMPLETED)
         self.execute(self.router.on_finish(exchange.request.id, exchange.usage, now_s))
 
     def _abandon(self, exchange: Exchange, error: Exception) -> None:
         """End an exchange that needs no answer any more, wherever it is."""
         self._providers.cancel_call(exchange)
-        self._close(exchange, error)
+        self._close(exchange, Outcome.RENEGED, error)
         usage = exchange.usage_taken()
         self.execute(self.router.on_cancel(exchange.request.id, time.monotonic(), usage))
 
-    def _close(self, exchange: Exchange, error: Exception | None = None) -> None:
+    def _close(self, exchange: Exchange, outcome: Outcome, error: Exception | None = None) -> None:
         """Forget an exchange; engines that still have it are told to stop."""
         del self.exchanges[exchange.request.id]
+        journey = exchange.journey
+        journey.outcome, journey.over_s = outcome, time.monotonic()
+        if error is not None:
+            journey.reason = str(error)
+        self.metrics.observe_end(exchange)
         for attempt in list(exchange.attempts):
             self.engines.cancel(attempt)
         exchange.on_end(error)

@@ -11,6 +11,7 @@ from router import RejectReason, Request, Usage
 from router.resilience.resume import Records, Reply
 from serving.gateway.intake.fields import Fields
 from serving.gateway.intake.json_body import with_fields
+from serving.gateway.observe.journey import Journey
 from serving.gateway.providers.continuation import Continuation
 from serving.stream.client import StreamClient
 from serving.stream.frames import Head, Headers
@@ -129,6 +130,7 @@ class Exchange:
         "headers",
         "is_complete",
         "is_open",
+        "journey",
         "method",
         "num_prompt_tokens",
         "on_ended",
@@ -166,6 +168,7 @@ class Exchange:
         self.fields = fields
         self.added = added
         self.created_s = int(time.time())
+        self.journey = Journey()
         # How it is answered.
         self.reply = Reply(records, can_resume=path in _RESUMABLE)
         self.attempts: list[Attempt] = []  # at engines: one, or two while it is hedged

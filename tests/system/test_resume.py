@@ -312,12 +312,12 @@ async def test_what_does_not_come_again_ends_in_an_error(pair, monkeypatch):
 
 async def test_a_resumed_request_is_counted_once(pair):
     finished = []
-    observe_finish = pair.gateway.metrics.observe_finish
-    pair.gateway.metrics.observe_finish = lambda request, usage, now_s: finished.append(usage)
+    observe_end = pair.gateway.metrics.observe_end
+    pair.gateway.metrics.observe_end = lambda exchange: finished.append(exchange.usage)
     try:
         await pair.ask(CHAT, request(CHAT, {}), cut_at=(10,))
     finally:
-        pair.gateway.metrics.observe_finish = observe_finish
+        pair.gateway.metrics.observe_end = observe_end
     assert [usage.num_output_tokens for usage in finished] == [40]
 
 

@@ -29,11 +29,10 @@ class TestEngines:
         world.driver.on_end(attempt, End(1, USAGE, None))
         assert world.told == [
             ("router.on_answer", "a", "r0", NOW_S),
-            ("metrics.observe_first_token", exchange.request, NOW_S),
+            ("metrics.observe_first_token", exchange, NOW_S),
             ("router.on_first_token", "a", NOW_S),
             ("engines.end", attempt),
             ("engines.cancel", attempt),  # a fake leaves it in the list
-            ("metrics.observe_finish", exchange.request, USAGE, NOW_S),
             ("router.on_finish", "a", USAGE, NOW_S),
         ]
         assert exchange.read() == b"xy"
@@ -155,9 +154,8 @@ class TestProviders:
         world.driver.on_provider_complete(exchange, USAGE)
         assert world.told == [
             ("router.providers.on_answer", "a", report, NOW_S),
-            ("metrics.observe_first_token", exchange.request, NOW_S),
+            ("metrics.observe_first_token", exchange, NOW_S),
             ("router.on_first_token", "a", NOW_S),
-            ("metrics.observe_finish", exchange.request, USAGE, NOW_S),
             ("router.on_finish", "a", USAGE, NOW_S),
         ]
         assert exchange.usage is USAGE

@@ -16,6 +16,15 @@ USAGE = Usage(num_prompt_tokens=10, num_output_tokens=2)
 HEADERS = [(b"content-type", b"text/event-stream")]
 
 
+# Asked all the time, or told of every end: `test_journey.py`.
+_UNTOLD = (
+    "discipline.predicted_ttft_s",
+    "metrics.observe_end",
+    "providers.rearm_timer",
+    "router.next_wake_s",
+)
+
+
 class Fake:
     """Somebody to be told things: notes each call; answers as `replies` says, else with []."""
 
@@ -27,7 +36,7 @@ class Fake:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             reply = self.replies.get(name, [])
-            if name not in ("router.next_wake_s", "providers.rearm_timer"):
+            if name not in _UNTOLD:
                 self.told.append((name, *args, *([kwargs] if kwargs else [])))
             if isinstance(reply, Exception):
                 raise reply
@@ -44,6 +53,7 @@ class World:
         self.replies: dict[str, Any] = {
             "router.next_wake_s": None,
             "discipline.engine_priority_s": None,
+            "discipline.predicted_ttft_s": 0.25,
         }
         router = self.fake("router")
         for part in ("providers", "failures", "discipline"):

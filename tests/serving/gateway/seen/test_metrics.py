@@ -1,65 +1,57 @@
-"""Is what `/metrics` says as Prometheus's own linter wants it?"""
+"""Is what `/metrics` says right, and as Prometheus's own linter wants it?"""
 
 import re
-from collections.abc import Iterator
 
 import pytest
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.metrics_core import Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from router import Usage
-from serving.gateway.observe.metrics import LATENCY_BUCKETS_S as BUCKETS_S
+from router import Outcome, RequestClass, Usage
+from serving.gateway.exchange import Exchange
+from serving.gateway.intake.fields import ChatFields
+from serving.gateway.observe import metrics as module
 from serving.gateway.observe.metrics import Metrics
+from serving.gateway.observe.renamed import _OLD_NAMES
 from tests.support.builders import req
+from tests.support.promlint import check_openmetrics, complaints, promtool_says
 from tests.support.provider_server import configured, serving
 from tests.support.running_gateway import CHAT, System, running
 
-# The rules of `promtool check metrics` (util/promlint in Prometheus's Go client).
-_ABBREVIATION = re.compile("s|ms|us|ns|sec|b|kb|mb|gb|tb|pb|m|h|d")
-_TYPE = re.compile("counter|gauge|histogram|summary|untyped")
-_NO_BASE_UNIT = re.compile(
-    r"(minute|hour|day|week)s?"
-    r"|(pico|nano|micro|milli|centi|deci|deca|hecto|kilo|kibi|mega|mibi|giga|gibi|tera|tebi|peta"
-    r"|pebi)(ampere|byte|celsius|gram|joule|kelvin|meter|metre|mole|second|volt)s?"
-)
+OPENMETRICS = {"accept": "application/openmetrics-text; version=1.0.0"}
 
 
-def complaints(text: str) -> Iterator[str]:
-    """What promtool says of this text, metric by metric."""
-    names = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
-    yield from (f"{name}: twice" for name in set(names) if names.count(name) > 1)
-    for metric in text_string_to_metric_families(text):
-        yield from (f"{metric.name}: {words}" for words in _complaints_of(metric))
+def exchange(is_stream: bool = True, usage: Usage | None = None, **fields) -> Exchange:
+    fields = {"arrival_s": 9.0, **fields}
+    made = Exchange(
+        req("x", **fields), "POST", CHAT, [], b"{}", None, fields=ChatFields(stream=is_stream),
+        added={},
+    )  # fmt: skip
+    made.usage = usage
+    return made
 
 
-def _complaints_of(metric: Metric) -> Iterator[str]:
-    words = metric.name.split("_")
-    if not metric.documentation:
-        yield "no help text"
-    if metric.type != "counter" and metric.name.endswith("_total"):
-        yield "no counter, and called _total"
-    if metric.type == "counter" and not all(s.name.endswith("_total") for s in metric.samples):
-        yield "a counter, and not called _total"
-    if any(map(_ABBREVIATION.fullmatch, words)):
-        yield "abbreviated unit"
-    if any(map(_NO_BASE_UNIT.fullmatch, words)):
-        yield "not the base unit"
-    if any(map(_TYPE.fullmatch, words)):
-        yield "its type in its name"
-    if ":" in metric.name or re.search("[a-z][A-Z]", metric.name):
-        yield "not snake_case"
-    labels = {label for sample in metric.samples for label in sample.labels}
-    if metric.type != "histogram" and ("le" in labels or metric.name.endswith("_bucket")):
-        yield "no histogram, and looks like one"
-    if metric.type not in ("histogram", "summary") and re.search("_(sum|count)$", metric.name):
-        yield "neither histogram nor summary, and looks like one"
-    if metric.type != "summary" and "quantile" in labels:
-        yield "no summary, and has a quantile"
-    yield from (f"label {label}: camelCase" for label in labels if re.search("[a-z][A-Z]", label))
+def ended(outcome: Outcome, over_s: float, first_s: float = 0.0, reason: str = "", **fields):
+    """An exchange that was sent to r0 at 10 s, and has ended."""
+    made = exchange(**fields)
+    journey = made.journey
+    journey.places = [("r0", 10.0)]
+    journey.outcome, journey.over_s, journey.first_token_s = outcome, over_s, first_s
+    journey.reason = reason
+    return made
 
 
-async def asked_metrics(system: System) -> str:
+def values(metrics: Metrics, *names: str) -> dict[tuple, float]:
+    """The samples of these names, by name and labels other than the gateway's."""
+    found = {}
+    for family in text_string_to_metric_families(metrics.render()[0].decode()):
+        for sample in family.samples:
+            if sample.name in names:
+                labels = tuple(v for k, v in sorted(sample.labels.items()) if k != "gateway")
+                found[sample.name, *labels] = sample.value
+    return found
+
+
+async def asked_metrics(system: System, headers: dict | None = None) -> str:
     """All metrics of a gateway that has had every kind of thing to count."""
     for _ in range(2):
         await system.client.post(CHAT, json=system.chat(max_tokens=2))
@@ -68,70 +60,154 @@ async def asked_metrics(system: System) -> str:
     await system.until(lambda: not system.gateway.driver.engines.infos)
     await system.client.post(CHAT, json=system.chat(max_tokens=2))
     await system.add_engine()
-    return (await system.client.get("/metrics")).text
+    return (await system.client.get("/metrics", headers=headers)).text
 
 
-def test_durations_are_counted_as_the_library_counts_them():
+async def test_durations_are_counted_as_the_library_counts_them():
+    """Every histogram beside the library's own, over each bound and between."""
     metrics, registry = Metrics(rank=3), CollectorRegistry()
-    title = "From arrival in the gateway to the first byte of the reply, hold time included"
-    names = ("gateway", "model")
+    numbers = sorted({*module.LATENCY_BUCKETS_S, 0.0, 0.0051, 7.0, 301.0})
+    name, words = module._OF_A_REQUEST["resume_delay"]
     theirs = Histogram(
-        "headway_time_to_first_token_seconds", title, names, buckets=BUCKETS_S, registry=registry
-    )
-    for model, durations_s in (("a", (0.0, 0.005, 0.0051, 7.0, 300.0, 301.0)), ("b", (1.5,))):
-        for duration_s in durations_s:
-            metrics.observe_first_token(req("x", model=model, arrival_s=9.0), 9.0 + duration_s)
-            theirs.labels("3", model).observe(9.0 + duration_s - 9.0)
+        name, words, ("gateway", "model", "class"), buckets=module.LATENCY_BUCKETS_S,
+        registry=registry,
+    )  # fmt: skip
+    for model, kind in (("a", RequestClass.BATCH), ("b", RequestClass.STANDARD)):
+        for number in numbers:
+            metrics.observe_resume(req("x", model=model, priority_class=kind), number)
+            theirs.labels("3", model, kind.value).observe(number)
 
     def lines(text: bytes) -> list[str]:
-        of_it = re.findall(".*headway_time_to_first_token_seconds.*", text.decode())
+        of_it = re.findall(rf".*{name}.*", text.decode())
         return [line for line in of_it if "_created" not in line]  # Prometheus does without
 
-    assert lines(metrics.render()) == lines(generate_latest(registry))
+    assert len(lines(metrics.render()[0])) == 2 * (len(module.LATENCY_BUCKETS_S) + 3) + 2
+    assert lines(metrics.render()[0]) == lines(generate_latest(registry))
 
 
-def test_tokens_are_counted_per_model():
+async def test_tokens_and_ends_are_counted_per_model_and_class():
     metrics = Metrics(rank=0)
     usage = Usage(num_prompt_tokens=10, num_cached_tokens=4, num_output_tokens=2)
     for model, of in (("a", usage), ("a", usage), ("b", usage), ("b", None)):
-        metrics.observe_finish(req("x", model=model), of, 1.0)
-    text = metrics.render().decode()
-    for name, num_tokens in (
+        metrics.observe_end(ended(Outcome.COMPLETED, 11.0, model=model, usage=of))
+    metrics.observe_end(ended(Outcome.REJECTED, 11.0, model="a", reason="queue_full"))
+    for name, count in (
         ("prompt_tokens", 10),
         ("cached_prompt_tokens", 4),
         ("generation_tokens", 2),
     ):
-        for model, times in (("a", 2), ("b", 1)):
-            line = f'headway_{name}_total{{gateway="0",model="{model}"}} {times * num_tokens}.0'
-            assert line in text
-    for model in ("a", "b"):
-        counted = f'headway_e2e_request_latency_seconds_count{{gateway="0",model="{model}"}} 2.0'
-        assert counted in text
+        found = values(metrics, f"headway_{name}_total")
+        assert set(found.values()) == {count, 2 * count}
+        assert found[f"headway_{name}_total", "standard", "a"] == 2 * count
+    ends = values(metrics, "headway_requests_total")
+    assert ends["headway_requests_total", "standard", "a", "completed"] == 2
+    assert ends["headway_requests_total", "standard", "a", "rejected"] == 1
+    assert sum(ends.values()) == 5
+    assert values(metrics, "headway_refusals_total") == {
+        ("headway_refusals_total", "queue_full"): 1
+    }
+    # As it was called before, and without what it did not tell then.
+    before = values(metrics, "headway_outcomes_total")
+    assert before["headway_outcomes_total", "completed"] == 4
+    assert sum(before.values()) == 5
+
+
+async def test_times_of_a_stream():
+    metrics = Metrics(rank=0)
+    usage = Usage(num_output_tokens=5)
+    stream = ended(Outcome.COMPLETED, 14.0, first_s=12.0, usage=usage)
+    stream.journey.answered_by, stream.journey.predicted_ttft_s = "r0", 1.0
+    metrics.observe_first_token(stream, 12.0)
+    metrics.observe_end(stream)
+    sums = {
+        f"headway_{name}_sum": value
+        for name, value in (
+            ("time_to_first_token_seconds", 3.0),  # from its arrival at 9
+            ("time_per_output_token_seconds", 0.5),  # four more in two seconds
+            ("e2e_request_latency_seconds", 5.0),
+            ("request_held_seconds", 1.0),
+            ("time_to_first_token_prediction_ratio", 2.0),
+        )
+    }
+    found = values(metrics, *sums)
+    assert found == {(name, "standard", "m"): value for name, value in sums.items()}
+
+
+async def test_what_comes_at_once_has_no_first_token():
+    metrics = Metrics(rank=0)
+    whole = ended(
+        Outcome.COMPLETED, 14.0, 13.999, usage=Usage(num_output_tokens=5), is_stream=False
+    )
+    metrics.observe_first_token(whole, 13.999)
+    metrics.observe_end(whole)
+    counted = values(
+        metrics,
+        "headway_time_to_first_token_seconds_count",
+        "headway_time_per_output_token_seconds_count",
+        "headway_e2e_request_latency_seconds_count",
+    )
+    assert list(counted.values()) == [0, 0, 1]
+
+
+async def test_a_request_that_was_never_sent_was_not_held():
+    metrics = Metrics(rank=0)
+    refused = ended(Outcome.REJECTED, 9.1, reason="queue_full")
+    refused.journey.places = []
+    metrics.observe_end(refused)
+    assert set(values(metrics, "headway_request_held_seconds_count").values()) == {0}
 
 
 async def test_promtool_would_not_complain():
     async with serving() as server, running(**configured(server)) as system:
         text = await asked_metrics(system)
+        openmetrics = (await system.client.get("/metrics", headers=OPENMETRICS)).text
     assert list(complaints(text)) == []
+    assert promtool_says(text) in (None, [])
+    check_openmetrics(openmetrics)
+    assert openmetrics.endswith("# EOF\n")
+    assert "_created" not in text + openmetrics
     # What it judged were all of them, with what they count.
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
     for name, kind in (
-        ("headway_engine_num_preemptions_total", "counter"),
-        ("headway_engine_num_prefix_hits_total", "counter"),
-        ("headway_engine_prefill_tokens_per_second", "gauge"),
-        ("headway_engine_step_seconds", "gauge"),
-        ("headway_outcomes_total", "counter"),
+        ("headway_build_info", "gauge"),
+        ("headway_engine_preemptions_total", "counter"),
+        ("headway_engine_prefix_cache_hit_tokens_total", "counter"),
+        ("headway_engine_prefill_rate_tokens_per_second", "gauge"),
+        ("headway_engine_info", "gauge"),
+        ("headway_requests_total", "counter"),
         ("headway_retries_total", "counter"),
         ("headway_fallbacks_total", "counter"),
         ("headway_provider_cost_total", "counter"),
-        ("headway_prediction_error", "gauge"),
+        ("headway_prediction_error_ratio", "gauge"),
+        ("process_cpu_seconds_total", "counter"),
+        ("python_gc_collections_total", "counter"),
     ):
         assert kinds[name] == kind
         assert re.search(rf"^{name}[{{ ]", text, re.MULTILINE)
     assert re.search(
-        r'^headway_prediction_error{[^}]*percentile="90",time="ttft"', text, re.MULTILINE
+        r'^headway_prediction_error_ratio{[^}]*percentile="90",time="ttft"', text, re.MULTILINE
     )
-    assert not re.search(r"^headway_engine_step_s\b", text, re.MULTILINE)
+
+
+async def test_old_names_show_the_same():
+    async with serving() as server, running(**configured(server)) as system:
+        text = await asked_metrics(system)
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    for new, old in _OLD_NAMES.items():
+        now, before = families[new], families[old.name]
+        assert (now.type, bool(now.samples)) == (before.type, bool(before.samples))
+        assert sum(s.value for s in now.samples) == sum(s.value for s in before.samples)
+    assert {"replica", "gateway"} == set(
+        families["headway_engine_num_running_reqs"].samples[0].labels
+    )
+
+
+async def test_models_that_nobody_serves_are_no_labels():
+    async with running() as system:
+        for number in range(5):
+            reply = await system.client.post(CHAT, json=system.chat(model=f"made-up-{number}"))
+            assert reply.status_code == 404
+        assert "made-up" not in (await system.client.get("/metrics")).text
 
 
 @pytest.mark.parametrize(
@@ -152,3 +228,16 @@ async def test_promtool_would_not_complain():
 def test_the_linter_sees_what_promtool_does(name, kind, labels, words):
     text = f"# HELP {name} Of a test.\n# TYPE {name} {kind}\n{name}{labels} 1\n"
     assert list(complaints(text)) == [f"{name}: {words}"]
+    assert promtool_says(text) != []  # None, or a complaint
+
+
+def test_the_library_s_counters_are_as_ours():
+    """A counter of theirs, so that this breaks when they name them otherwise."""
+    registry = CollectorRegistry()
+    words, labels = "Requests rejected or expired, by the reason", ("gateway", "reason")
+    theirs = Counter("headway_refusals", words, labels, registry=registry)
+    theirs.labels("0", "late").inc()
+    metrics = Metrics(rank=0)
+    metrics.observe_end(ended(Outcome.REJECTED, 11.0, reason="late"))
+    ours = re.findall(".*headway_refusals_total.*", metrics.render()[0].decode())
+    assert ours == re.findall(".*headway_refusals_total.*", generate_latest(registry).decode())

@@ -1,0 +1,47 @@
+"""Which way did one request take: where was it, since when, and how did it end?"""
+
+from router import Outcome
+
+
+class Journey:
+    """What is noted of a request while it is open, for metrics, its line in the log and its trace.
+
+    Times are seconds of the monotonic clock; 0 where it never came so far.
+    """
+
+    __slots__ = (
+        "answered_by",
+        "first_token_s",
+        "outcome",
+        "over_s",
+        "places",
+        "predicted_ttft_s",
+        "reason",
+    )
+
+    def __init__(self) -> None:
+        self.places: list[tuple[str, float]] = []  # engines and providers, and when it was sent
+        self.answered_by = ""  # the place of the first token
+        self.predicted_ttft_s: float | None = None  # there, from when it was sent there
+        self.first_token_s = 0.0
+        self.over_s = 0.0
+        self.outcome: Outcome | None = None  # None while it is open, and where it never was
+        self.reason = ""  # why it was refused or failed
+
+    @property
+    def sent_s(self) -> float:
+        """When it was first sent to an engine or provider; 0 if it never was."""
+        return self.places[0][1] if self.places else 0.0
+
+    @property
+    def last_place(self) -> str:
+        """Where it was sent last; empty if nowhere."""
+        return self.places[-1][0] if self.places else ""
+
+    @property
+    def answered_in_s(self) -> float | None:
+        """Seconds to the first token from when its place was sent the request; None without one."""
+        for place, sent_s in reversed(self.places):
+            if place == self.answered_by and sent_s <= self.first_token_s:
+                return self.first_token_s - sent_s
+        return None
