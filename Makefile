@@ -39,6 +39,11 @@ check: install  ## lint, format and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+.PHONY: docs
+docs: install  ## the reference from the code, then the site in build/docs, its links checked; ARGS=serve shows it
+	PYTHONPATH=. $(BIN)/python docs/site/reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build) --config-file docs/site/mkdocs.yml
+
 lock: install  ## pin the newest that fit pyproject.toml anew: ARGS=--upgrade
 	$(BIN)/python deploy/lock.py $(ARGS)
 
