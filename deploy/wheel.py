@@ -1,6 +1,7 @@
-"""Puts the compiled core into a wheel where it can be compiled: see `cmdclass` in pyproject.toml.
+"""Puts the compiled core into a wheel where it can be compiled, and the samples of this folder.
 
-An editable install never has it: beside sources that change, it would be an old one.
+See `cmdclass` in pyproject.toml. An editable install has neither: beside sources that change, both
+would be old ones.
 """
 
 import shutil
@@ -14,6 +15,9 @@ from setuptools.command.build_py import build_py
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from compile import CannotCompile, find_or_compile, say
+
+FOLDER = Path(__file__).resolve().parent
+SAMPLES = Path("serving", "samples")  # there `serving.cli.samples` finds them
 
 
 @cache
@@ -45,6 +49,10 @@ class CoreBuild(build_py):
             # A build before may have left other modules there, and they would be packed.
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
+        if not self.editable_mode:
+            # What makes and pins an installation is no sample.
+            unwanted = shutil.ignore_patterns("*.py", "locks", "__pycache__")
+            shutil.copytree(FOLDER, Path(self.build_lib, SAMPLES), ignore=unwanted)
         core = core_for(tuple(self.distribution.commands))
         if core is not None:
             unwanted = shutil.ignore_patterns("__pycache__")

@@ -61,12 +61,14 @@ def launch(
     address: str | None = None,
     verbose: bool = False,
     build: Build | None = None,
+    fetch: Callable[[], None] = lambda: None,
 ) -> int:
     """Serve until a signal comes; return the exit code.
 
     It is 0 after a drain, and 128 + signal if that came before anything was ready. Raise
     `ConfigError`, `BundledModelError` or `StartError` if the start fails; then nothing is left
-    running. With `address` join the Ray that runs there. Tests replace
+    running. With `address` join the Ray that runs there. `fetch` downloads the weights, and is
+    called where this machine's engines will load them. Tests replace
     `serving.cluster.application.build` by `build`.
     """
     start_s = time.monotonic()
@@ -76,6 +78,7 @@ def launch(
                 check_port_is_free(file.host, file.port)
                 for port in file.metrics_ports(plan.num_gateways):
                     check_port_is_free(file.config.gateway.host, port, "gateway.metrics_port")
+                fetch()
                 folder = stack.enter_context(run_folder())
                 variables = private_environment(folder, haproxy=file.haproxy, given=os.environ)
                 os.environ.update(variables)

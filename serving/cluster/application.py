@@ -20,6 +20,7 @@ from serving.cluster.processes import call_when_parent_ends
 from serving.config import Config, parse
 from serving.config.renamed import current_args
 from serving.gateway.app import Gateway
+from serving.gateway.http.endpoint import check_is_guarded
 from serving.gateway.http.front import Front
 from serving.gateway.http.listener import Listener, make_tls_context
 from serving.gateway.providers.credentials import read_api_keys
@@ -161,6 +162,12 @@ def build(args: dict[str, Any]) -> serve.Application:
     """
     config = parse(args)
     args = current_args(args)  # what is deployed need not warn again
+    if config.gateway.front == "own":  # who else listens is not told here
+        check_is_guarded(
+            config.gateway.host,
+            has_keys=config.auth.keys_file is not None,
+            insecure=config.gateway.insecure,
+        )
     make_tls_context(config.gateway)  # an error in it shows before engines start
     if config.auth.keys_file is not None:
         read_keys(config.auth.keys_file)

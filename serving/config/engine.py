@@ -72,6 +72,16 @@ class EngineConfig(Section):
         """Whether the engine serves its model by the names that it is configured with."""
         return self.factory in (_VLLM, _EMULATED)
 
+    @property
+    def is_vllm(self) -> bool:
+        """Whether it is vLLM, which needs a model and memory for it."""
+        return self.factory == _VLLM
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether it is an emulation, by a profile."""
+        return self.factory == _EMULATED
+
     @model_validator(mode="before")
     @classmethod
     def _spelled_out(cls, section: Any) -> Any:

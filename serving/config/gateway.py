@@ -15,6 +15,11 @@ class GatewayConfig(Section):
         description="own: the gateway listens itself; haproxy: Ray Serve's HAProxy in front",
     )
     host: str = Field("127.0.0.1", description="address of the gateway's own listener")
+    insecure: bool = Field(
+        False,
+        description="whether a host that a network reaches may be open to whoever reaches it, "
+        "without keys; else that is refused",
+    )
     port: int = Field(8000, ge=1, le=65535, description="port of the gateway's own listener")
     replicas: int | Literal["auto"] = Field(
         1,
@@ -66,6 +71,11 @@ class GatewayConfig(Section):
         description="a comment is sent on an event stream that has not begun whenever so many "
         "seconds have passed, for proxies that cut silent connections; the first one commits the "
         "reply to status 200; unset: none is sent",
+    )
+    reply_headers: bool = Field(
+        True,
+        description="whether replies say which engine answered (x-headway-engine) and for how "
+        "long the request was held before (x-headway-held-ms)",
     )
     cors_origins: tuple[str, ...] = Field(
         (), description="web pages that may call, e.g. https://chat.example.com; * for all"

@@ -8,6 +8,8 @@ import ast
 import difflib
 import functools
 import importlib.util
+import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,7 +30,8 @@ _REFUSED = frozenset(
         "tokens_only",
     )
 )
-_OUR_KEYS = {
+_LIST = re.compile(r"(list|tuple|set|Sequence)\b")
+OUR_KEYS = {  # by what vLLM's server calls them
     "host": "gateway.host",
     "port": "gateway.port",
     "api_key": "auth.keys_file",
@@ -53,8 +56,8 @@ def check_engine_arguments(names: Iterable[str]) -> None:
     engine, server = engine_names(), server_names()
     for name in names if engine else ():
         key = f"engine.args.{name}"
-        if name in _OUR_KEYS:
-            raise ConfigError(f"{key}: set `{_OUR_KEYS[name]}` instead")
+        if name in OUR_KEYS:
+            raise ConfigError(f"{key}: set `{OUR_KEYS[name]}` instead")
         if name in server:
             raise ConfigError(
                 f"{key}: belongs to vLLM's own HTTP server, in whose place Headway's gateway stands"
@@ -78,20 +81,34 @@ def server_names() -> frozenset[str]:
     return (_names(*_SERVER) - _ALLOWED) | _REFUSED
 
 
-@functools.cache
+def num_values(name: str) -> int:
+    """Return how many values an argument takes at most on vLLM's command line; 1 if not known."""
+    for source in (_ENGINE, _API, _SERVER):
+        if (kind := _fields(*source).get(name)) is not None:
+            if kind.partition("|")[0].strip() == "bool":
+                return 0
+            return sys.maxsize if _LIST.match(kind) else 1
+    return 1
+
+
 def _names(file: str, classes: tuple[str, ...]) -> frozenset[str]:
-    """Return the fields of the classes in vLLM's file; empty if there are none."""
+    return frozenset(_fields(file, classes))
+
+
+@functools.cache
+def _fields(file: str, classes: tuple[str, ...]) -> dict[str, str]:
+    """Return the fields of the classes in vLLM's file and their types; empty if there are none."""
     spec = importlib.util.find_spec("vllm")
     for folder in spec.submodule_search_locations or () if spec else ():
         try:
             tree = ast.parse((Path(folder) / file).read_text(encoding="utf-8"))
         except OSError:
             continue
-        return frozenset(
-            field.target.id
+        return {
+            field.target.id: ast.unparse(field.annotation)
             for node in tree.body
             if isinstance(node, ast.ClassDef) and node.name in classes
             for field in node.body
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        )
-    return frozenset()
+        }
+    return {}

@@ -48,7 +48,7 @@ def find_model_size(model: str) -> ModelSize | None:
     if path.is_file():
         return ModelSize(path.stat().st_size)
     folder = path if path.is_dir() else _cached_folder(model)
-    size = _read_folder(folder) if folder else ModelSize(0)
+    size = read_folder(folder) if folder else ModelSize(0)
     if not size.num_weight_bytes:
         size = replace(size, num_weight_bytes=_guess_weight_bytes(path.name), is_guess=True)
     return size if size.num_weight_bytes or folder else None
@@ -64,7 +64,7 @@ def _cached_folder(model: str) -> Path | None:
         return None
 
 
-def _read_folder(folder: Path) -> ModelSize:
+def read_folder(folder: Path) -> ModelSize:
     """Return the size of the model in `folder`, with 0 for the weights if they are not there.
 
     Weights are the safetensors files, or PyTorch's .bin files if there are

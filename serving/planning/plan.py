@@ -12,7 +12,9 @@ placement group is needed.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from serving.config import Config, ConfigError, EngineConfig
+from router.simulation.engine.profile import Profile
+from serving.capacity.profiles import DEFAULT_PROFILE, ProfileError, load_profile
+from serving.config import Config, ConfigError
 from serving.planning.bundled_model import SERVED_MODEL_NAME
 from serving.planning.engine_arguments import check_engine_arguments
 from serving.planning.gateways import (
@@ -26,6 +28,7 @@ from serving.planning.model_size import BUNDLED_MODEL_SIZE, ModelSize, find_mode
 
 _MAX_CPU_MODEL_LEN = 4096  # tokens; prefilling these takes one core about 15 s (SmolLM2)
 _GATEWAY_CPUS = 0.1  # logical CPUs, for placement only; a gateway uses what it needs
+_NOBODY = "stand-in"  # what is served by an engine of somebody else's that has no model
 _HEADWAY_KEYS = {  # by names in engine.args that Headway has keys of its own for
     "model": "model",
     "served_model_name": "served_model_name",
@@ -65,7 +68,7 @@ def make_plan(config: Config, hardware: Hardware, size: ModelSize | None = None)
     for key, ours in _HEADWAY_KEYS.items():
         if key in config.engine.args:
             raise ConfigError(f"engine.args.{key}: set `{ours}` instead")
-    if _is_vllm(config):
+    if config.engine.is_vllm:
         check_engine_arguments(config.engine.args)
     if config.replicas != "auto" and config.replicas < 1:
         raise ConfigError(
@@ -74,19 +77,14 @@ def make_plan(config: Config, hardware: Hardware, size: ModelSize | None = None)
     if size is None:
         if config.model:
             size = find_model_size(config.model)
-        elif _is_vllm(config):
+        elif config.engine.is_vllm:
             size = BUNDLED_MODEL_SIZE
     on_gpu = _device(config, hardware) == "cuda"
     return (_plan_gpus if on_gpu else _plan_cores)(config, hardware, size)
 
 
-def _is_vllm(config: Config) -> bool:
-    """Whether the engine is vLLM; others need neither a model nor memory for it."""
-    return config.engine.factory == EngineConfig().factory
-
-
 def _device(config: Config, hardware: Hardware) -> str:
-    if config.device == "cpu" or (config.device == "auto" and not _is_vllm(config)):
+    if config.device == "cpu" or (config.device == "auto" and not config.engine.is_vllm):
         device = "cpu"
     elif hardware.gpu_error:
         raise ConfigError(
@@ -102,7 +100,7 @@ def _device(config: Config, hardware: Hardware) -> str:
         )
     else:
         device = "cpu"
-    if _is_vllm(config) and hardware.vllm_build not in ("", device):
+    if config.engine.is_vllm and hardware.vllm_build not in ("", device):
         raise ConfigError(
             f"device: {device} it would be, but the vLLM installed here is built for "
             f"{hardware.vllm_build}; install the other one, or set device to {hardware.vllm_build}"
@@ -111,7 +109,7 @@ def _device(config: Config, hardware: Hardware) -> str:
 
 
 def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Plan:
-    if config.model is None and _is_vllm(config):
+    if config.model is None and config.engine.is_vllm:
         raise ConfigError(
             f"model: name the model to serve, as there are GPUs here ({_gpu_names(hardware)}); "
             "for the small bundled model set device to cpu"
@@ -174,7 +172,7 @@ def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Pl
         device="cuda",
         device_name=(f"{per_replica} × " if per_replica > 1 else "") + used[0].name,
         model=config.model,
-        served_model_name=next(iter(config.served_names), config.model or "stand-in"),
+        served_model_name=next(iter(config.served_names), config.model or _NOBODY),
         aliases=config.served_names[1:],
         num_replicas=replicas,
         num_gpus_per_replica=per_replica,
@@ -210,7 +208,7 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
     engine_args["enforce_eager"] = True
     trained_len = size.max_model_len if size else None
     # With -1 vLLM chooses the longest that the KV cache holds.
-    unknown_len = -1 if _is_vllm(config) else _MAX_CPU_MODEL_LEN
+    unknown_len = -1 if config.engine.is_vllm else _MAX_CPU_MODEL_LEN
     engine_args["max_model_len"] = min(_MAX_CPU_MODEL_LEN, trained_len or unknown_len)
     engine_args |= config.engine.args
     if size is not None and engine_args["dtype"] in ("float32", "float"):
@@ -218,7 +216,7 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
     num_engine_bytes = num_kv_bytes = None
     why: list[str] = []
     warnings: list[str] = []
-    if _is_vllm(config):
+    if config.engine.is_vllm:
         if not hardware.has_bfloat16:
             # Measured on a Zen 3 core (SmolLM2, 256 tokens times a layer's weights): float32 gives
             # 7 times the products per second; for whole prompts the ratio is larger.
@@ -233,21 +231,27 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
         engine_args["kv_cache_memory_bytes"] = num_kv_bytes
         why += memory.why
         warnings += memory.warnings
+    emulated = _emulated(config)
+    what = f"emulating {emulated.device} by profile {emulated.name}" if emulated else "of one core"
     why.insert(
         0,
-        f"{_counted(replicas, 'engine')} of one core: "
+        f"{_counted(replicas, 'engine')} {what}: "
         + (
             f"{_counted(num_cores, 'core')} here, and two engines suffice to show routing."
             if config.replicas == "auto"
             else "replicas is set."
         ),
     )
-    if trained_len and engine_args["max_model_len"] == _MAX_CPU_MODEL_LEN < trained_len:
+    if (
+        config.engine.is_vllm
+        and trained_len
+        and engine_args["max_model_len"] == _MAX_CPU_MODEL_LEN < trained_len
+    ):
         why.append(
             f"Contexts of {_MAX_CPU_MODEL_LEN} tokens of the model's {trained_len}: a longer "
             "prompt would hold its engine for half a minute and more (engine.args.max_model_len)."
         )
-    if _is_vllm(config) and replicas > num_cores:
+    if config.engine.is_vllm and replicas > num_cores:
         warnings.append(
             f"{_counted(replicas, 'engine')} share {_counted(num_cores, 'core')}: steps will "
             "stretch many times over; lower replicas."
@@ -257,18 +261,23 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
         replicas,
         num_cores,
         cores_per_engine=1,
-        per_gateway=CORE_ENGINES_PER_GATEWAY if _is_vllm(config) else ENGINES_PER_GATEWAY,
+        per_gateway=CORE_ENGINES_PER_GATEWAY if config.engine.is_vllm else ENGINES_PER_GATEWAY,
     )
     why += sentences
     engine_cpus, gateway_cpus = _logical_cpus(num_cores, replicas, num_gateways)
-    uses_bundled_model = config.model is None and _is_vllm(config)
+    uses_bundled_model = config.model is None and config.engine.is_vllm
     return Plan(
         device="cpu",
-        device_name=f"{hardware.cpu_name or 'CPU'}, 1 core",
+        device_name=(
+            f"emulated {emulated.device}" if emulated else f"{hardware.cpu_name or 'CPU'}, 1 core"
+        ),
         model=config.model,
         served_model_name=next(
             iter(config.served_names),
-            config.model or (SERVED_MODEL_NAME if uses_bundled_model else "stand-in"),
+            config.model
+            or (
+                SERVED_MODEL_NAME if uses_bundled_model else emulated.model if emulated else _NOBODY
+            ),
         ),
         aliases=config.served_names[1:],
         num_replicas=replicas,
@@ -276,7 +285,7 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
         num_gateways=num_gateways,
         engine_actor_options={"num_cpus": engine_cpus, "num_gpus": 0},
         gateway_actor_options={"num_cpus": gateway_cpus},
-        engine_args=engine_args,
+        engine_args=dict(config.engine.args) if emulated else engine_args,
         num_kv_bytes=num_kv_bytes,
         num_engine_bytes=num_engine_bytes,
         weights_are=_weights_are(size),
@@ -284,6 +293,16 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
         why=tuple(why),
         warnings=tuple(warnings),
     )
+
+
+def _emulated(config: Config) -> Profile | None:
+    """Return what emulated engines stand for; None for others. Raise `ConfigError` if unknown."""
+    if not config.engine.is_emulated:
+        return None
+    try:
+        return load_profile(config.engine.args.get("profile", DEFAULT_PROFILE))
+    except ProfileError as error:
+        raise ConfigError(f"engine.args.profile: {error}") from None
 
 
 def _weights_are(size: ModelSize | None) -> Literal["known", "guessed", "unknown"]:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from router.simulation.engine.profile import Profile
 
 FOLDER = Path(__file__).parent
+DEFAULT_PROFILE = "h100-llama8b"  # of emulated engines
 
 
 class ProfileError(ValueError):

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from router import EngineSnapshot
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.sequence import Progress
-from serving.capacity.profiles import ProfileError, load_profile
+from serving.capacity.profiles import DEFAULT_PROFILE, ProfileError, load_profile
 from serving.config import Config, ConfigError
 from serving.engine.emulated.asgi import (
     error_content,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class EmulatedArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`engine.args` of an emulated engine."""
 
-    profile: str = "h100-llama8b"  # a file's path, or a name in serving/capacity/profiles
+    profile: str = DEFAULT_PROFILE  # a file's path, or a name in serving/capacity/profiles
     tokens: int = 200  # output of a request that sets no limit
     seed: int = 0  # of the noise on step times; each engine adds its rank
     prefill_chunk: int | None = None  # the profile's `max_prefill_chunk`

@@ -9,6 +9,8 @@ import urllib.request
 
 import psutil
 
+from serving.config import ConfigError
+
 _ANSWER_TIMEOUT_S = 30.0  # from when gateways run to the first answer
 
 
@@ -22,6 +24,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def check_is_guarded(host: str, *, has_keys: bool, insecure: bool) -> None:
+    """Raise `ConfigError` if whoever reaches `host` over a network could use it without a key."""
+    if not (has_keys or insecure or is_loopback(host)):
+        raise ConfigError(
+            f"gateway.host: {host} is open to the network, and nobody needs a key: make one with "
+            "`headway key create` and set auth.keys_file, or say --insecure (gateway.insecure)"
+        )
 
 
 def check_port_is_free(host: str, port: int, setting: str = "--port or --host") -> None:

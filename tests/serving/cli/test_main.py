@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from serving.cli import main
+from serving.cli import main, options
 from serving.cli.config_file import load_config_file
 from serving.cli.progress import (
     AppState,
@@ -37,9 +37,12 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(autouse=True)
 def laptop(monkeypatch: pytest.MonkeyPatch) -> Hardware:
-    """Two cores and 20 GiB, whatever this machine has."""
-    hardware = Hardware(cores=(0, 1), num_ram_bytes=24 * GIB, num_free_ram_bytes=20 * GIB)
-    monkeypatch.setattr(main, "detect_hardware", lambda: hardware)
+    """Two cores and 20 GiB, whatever this machine has, and no network."""
+    hardware = Hardware(
+        cores=(0, 1), num_ram_bytes=24 * GIB, num_free_ram_bytes=20 * GIB, vllm_build="cpu"
+    )
+    monkeypatch.setattr(options, "detect_hardware", lambda: hardware)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     return hardware
 
 
@@ -147,7 +150,7 @@ class TestMistakes:
         assert "choose another with gateway.metrics_port" in result.stderr
 
     def test_a_host_of_somebody_else(self) -> None:
-        result = run("serve", "--host", "203.0.113.1")
+        result = run("serve", "--host", "203.0.113.1", "--insecure")
         assert result.exit_code == 1
         assert "cannot listen on 203.0.113.1:8000" in result.stderr
 
@@ -187,7 +190,7 @@ def test_served_names_are_repeatable() -> None:
 
 def test_plan_tells_what_is_not_known() -> None:
     unknown = run("plan", "--model", "org/model")
-    assert "2.8 GiB each, and the model's weights, whose size is not known" in unknown.stdout
+    assert "not known: the model's weights, and 2.8 GiB each beside them" in unknown.stdout
     guessed = run("plan", "--model", "Qwen/Qwen3-8B")
     assert "about 32.6 GiB each, 32.6 GiB in all, guessed by the model's name" in guessed.stdout
     for result in (unknown, guessed):

@@ -13,7 +13,7 @@ def served_names(**args) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("args", "names"),
     [
-        ({"engine": "emulated"}, ("stand-in",)),
+        ({"engine": "emulated"}, ("meta-llama/Llama-3.1-8B",)),
         ({"engine": "emulated", "served_model_name": "m"}, ("m",)),
         ({"engine": "emulated", "served_model_name": ["m", "also-m"]}, ("m", "also-m")),
         ({"engine": "emulated", "model": "acme/m"}, ("acme/m",)),

@@ -7,7 +7,7 @@ import pytest
 
 from serving.config import Config, ConfigError, parse
 from serving.planning.engine_arguments import (
-    _OUR_KEYS,
+    OUR_KEYS,
     check_engine_arguments,
     engine_names,
     server_names,
@@ -61,15 +61,15 @@ def test_a_name_like_no_other() -> None:
 
 @pytest.mark.parametrize("name", sorted(server_names()))
 def test_arguments_of_vllms_server_are_refused(name: str) -> None:
-    if name in _OUR_KEYS:
-        assert refusal(name) == f"engine.args.{name}: set `{_OUR_KEYS[name]}` instead"
+    if name in OUR_KEYS:
+        assert refusal(name) == f"engine.args.{name}: set `{OUR_KEYS[name]}` instead"
     else:
         assert "belongs to vLLM's own HTTP server" in refusal(name)
 
 
 def test_every_key_that_is_named_instead_is_one_of_ours() -> None:
-    assert _OUR_KEYS.keys() <= server_names()
-    for key in _OUR_KEYS.values():
+    assert OUR_KEYS.keys() <= server_names()
+    for key in OUR_KEYS.values():
         section, _, name = key.partition(".")
         annotation = Config.model_fields[section].annotation
         assert annotation is not None

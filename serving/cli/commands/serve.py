@@ -1,0 +1,136 @@
+"""How do `headway serve`, `plan` and `profile` begin? With one configuration and one plan."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from serving.cli.commands import weights
+from serving.cli.commands.plan_table import print_plan
+from serving.cli.config_file import check_with_ray
+from serving.cli.errors import errors_in_one_line
+from serving.cli.interrupts import run_until_stopped
+from serving.cli.launch import launch
+from serving.cli.options import (
+    Device,
+    Front,
+    Host,
+    Insecure,
+    Model,
+    Policy,
+    Port,
+    Replicas,
+    ServedModelName,
+    Set,
+    TensorParallelSize,
+    What,
+    load_and_plan,
+)
+from serving.config import ConfigError
+from serving.core_form import form
+
+
+def serve(
+    ctx: typer.Context,
+    what: What = None,
+    model: Model = None,
+    served_model_name: ServedModelName = None,
+    device: Device = None,
+    replicas: Replicas = None,
+    tensor_parallel_size: TensorParallelSize = None,
+    host: Host = None,
+    port: Port = None,
+    front: Front = None,
+    policy: Policy = None,
+    set_: Set = None,
+    insecure: Insecure = False,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Join the Ray at this address (auto: this machine's); it is left running."
+        ),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the logs of Ray and of the engines.")
+    ] = False,
+) -> None:
+    """Start the engines and the endpoint, and serve until Ctrl-C."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    with errors_in_one_line(verbose=verbose):
+        start = load_and_plan(ctx, must_start=True)
+        for sentence in (*start.plan.why[:1], *start.notes, *start.plan.warnings):
+            console.print(sentence)
+        if form() == "plain":
+            console.print("the router runs as plain Python, not compiled (docs/compiled.md)")
+        code = launch(
+            start.file,
+            start.plan,
+            start.hardware,
+            console,
+            address=address,
+            verbose=verbose,
+            fetch=lambda: weights.fetch(start.weights, start.file.config, console),
+        )
+        raise typer.Exit(code)
+
+
+def plan(
+    ctx: typer.Context,
+    what: What = None,
+    model: Model = None,
+    served_model_name: ServedModelName = None,
+    device: Device = None,
+    replicas: Replicas = None,
+    tensor_parallel_size: TensorParallelSize = None,
+    host: Host = None,
+    port: Port = None,
+    front: Front = None,
+    policy: Policy = None,
+    set_: Set = None,
+    insecure: Insecure = False,
+) -> None:
+    """Show which engines `headway serve` would start where, and why. Starts nothing."""
+    with errors_in_one_line():
+        start = load_and_plan(ctx)
+        check_with_ray(start.file)
+        console = Console(highlight=False, markup=False)
+        print_plan(console, start.file, start.hardware, start.plan)
+        for sentence in start.notes:
+            console.print(sentence)
+
+
+def profile(
+    ctx: typer.Context,
+    what: What = None,
+    model: Model = None,
+    device: Device = None,
+    tensor_parallel_size: TensorParallelSize = None,
+    set_: Set = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write.")] = Path(
+        "profile.yaml"
+    ),
+) -> None:
+    """Start the service, measure what its engines' steps cost, and write that for the simulator."""
+    with errors_in_one_line():
+        start = load_and_plan(ctx, must_start=True)
+        console = Console(highlight=False, markup=False, soft_wrap=True)
+        with _missing_package_named():
+            from serving.capacity import profile
+        weights.fetch(start.weights, start.file.config, console)
+        args = start.file.application["args"]
+        run_until_stopped(lambda: profile.run(args, start.plan, output, console))
+
+
+@contextmanager
+def _missing_package_named() -> Iterator[None]:
+    """Raise `ConfigError` if the block imports a package that only developers have."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or str(error)).partition(".")[0]
+        raise ConfigError(
+            f"this command needs the module {package}: pip install {package}"
+        ) from None

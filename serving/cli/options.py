@@ -1,0 +1,208 @@
+"""Which options do the commands share, and what do they set?"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from router.scheduling.policies import POLICIES
+from serving.cli.commands.weights import Weights, look_up
+from serving.cli.config_file import ConfigFile, load_config_file
+from serving.cli.samples import sample_names, sample_path
+from serving.cli.vllm_flags import FLAGS, read_flags
+from serving.config import ConfigError
+from serving.gateway.http.endpoint import check_is_guarded
+from serving.planning.hardware import Hardware, detect_hardware
+from serving.planning.hub import cached_models
+from serving.planning.plan import Plan, make_plan
+
+_SUFFIXES = (".yaml", ".yml")
+
+
+def _complete_what(incomplete: str) -> list[str]:
+    """Return config files and folders that begin so, and models that are in the cache."""
+    paths = [path for path in Path().glob(f"{incomplete}*") if not path.name.startswith(".")]
+    names = [f"{path}/" for path in paths if path.is_dir()]
+    names += [str(path) for path in paths if path.suffix in _SUFFIXES]
+    return names + [name for name in cached_models() if name.startswith(incomplete)]
+
+
+def complete_from(*values: str) -> Any:
+    """Return what completes an option that takes one of these values."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
+What = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL|CONFIG.yaml",
+        help="A model (Hugging Face id or folder), or a Ray Serve config file such as those that "
+        "`headway config sample` lists. Without one: the bundled model on CPU.",
+        autocompletion=_complete_what,
+    ),
+]
+Model = Annotated[str | None, typer.Option(help="As MODEL, beside a config file.")]
+ServedModelName = Annotated[
+    list[str] | None,
+    typer.Option(help="The name that clients ask for. Repeatable: they mean the same model."),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|cuda|cpu",
+        help="Where engines run.",
+        autocompletion=complete_from("auto", "cuda", "cpu"),
+    ),
+]
+Replicas = Annotated[
+    str | None,
+    typer.Option(
+        "--replicas", "--data-parallel-size", "-dp", metavar="N|auto", help="Number of engines."
+    ),
+]
+TensorParallelSize = Annotated[
+    int | None, typer.Option("--tensor-parallel-size", "-tp", help="GPUs per engine.")
+]
+Host = Annotated[
+    str | None, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network.")
+]
+Port = Annotated[int | None, typer.Option(help="Port to listen on.")]
+Front = Annotated[
+    str | None,
+    typer.Option(
+        metavar="own|haproxy",
+        help="Who listens: the gateway itself, or Ray Serve's HAProxy, whose statistics "
+        "are then open on two ports of all interfaces.",
+        autocompletion=complete_from("own", "haproxy"),
+    ),
+]
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How an engine is chosen (router.policy): {', '.join(POLICIES)}.",
+        autocompletion=complete_from(*POLICIES),
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any key of the configuration by its dotted path, with its value in YAML, "
+        "e.g. --set router.max_hold_s=60. Repeatable; `headway config schema` has them all.",
+    ),
+]
+Insecure = Annotated[
+    bool,
+    typer.Option(
+        "--insecure", help="Let a host that the network reaches be open to whoever reaches it."
+    ),
+]
+
+_KEYS = {  # options of the command line and the keys that they set
+    "model": "model",
+    "served_model_name": "served_model_name",
+    "device": "device",
+    "replicas": "replicas",
+    "tensor_parallel_size": "tensor_parallel_size",
+    "host": "host",
+    "port": "port",
+    "front": "gateway.front",
+    "policy": "router.policy",
+    "insecure": "gateway.insecure",
+}
+
+
+def load_file(ctx: typer.Context) -> ConfigFile:
+    """Return the configuration for the command's parameters, and for vLLM's among them."""
+    params = dict(ctx.params)
+    path = None
+    if (what := params.get("what")) is not None:
+        if what.endswith(_SUFFIXES):
+            path = _config_path(what)
+        elif params.get("model"):
+            raise ConfigError(f"--model {params['model']}: {what} is the model already")
+        else:
+            params["model"] = what
+    if not params.get("insecure"):
+        params["insecure"] = None  # the file's own says it
+    given = {name: params[name] for name in _KEYS if params.get(name) not in (None, ())}
+    if "served_model_name" in given:  # repeatable
+        given["served_model_name"] = list(given["served_model_name"])
+    options = {_KEYS[name]: value for name, value in given.items()}
+    if options.get("replicas", "auto") != "auto":
+        options["replicas"] = _parse_yaml("replicas", options["replicas"])
+    for assignment in params.get("set_") or ():
+        key, equals, value = assignment.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"--set {assignment}: is not of the form KEY=VALUE")
+        options[key] = _parse_yaml(key, value)
+    file = load_config_file(path, options)
+    if flags := ctx.meta.get(FLAGS):
+        if not file.config.engine.is_vllm:
+            raise ConfigError(f"{flags[0]}: no such option, and this engine is not vLLM")
+        values = {f"engine.args.{name}": value for name, value in read_flags(flags).items()}
+        file = load_config_file(path, options | values)
+    return file
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a launch begins with."""
+
+    file: ConfigFile
+    hardware: Hardware
+    plan: Plan
+    weights: Weights
+    notes: tuple[str, ...]  # sentences
+
+
+def load_and_plan(ctx: typer.Context, *, must_start: bool = False) -> Start:
+    """Return configuration, hardware and plan for the command's parameters.
+
+    Raise `ConfigError` if they cannot be, or, if it `must_start`, could not start.
+    """
+    file = load_file(ctx)
+    config = file.config
+    hardware = detect_hardware()
+    if must_start:
+        check_is_guarded(
+            file.host,
+            has_keys=config.auth.keys_file is not None,
+            insecure=config.gateway.insecure,
+        )
+        check_vllm_is_installed(file, hardware)
+    weights = look_up(config, must_be_there=must_start)
+    plan = make_plan(config, hardware, weights.size)
+    return Start(file, hardware, plan, weights, (weights.note,) if weights.note else ())
+
+
+def check_vllm_is_installed(file: ConfigFile, hardware: Hardware) -> None:
+    """Raise `ConfigError` where engines would look for vLLM and not find it."""
+    if not file.config.engine.is_vllm or hardware.vllm_build:
+        return
+    if importlib.util.find_spec("vllm") is not None:  # built here, under a name of its own
+        return
+    extra = "gpu" if hardware.gpus else "cpu"
+    raise ConfigError(
+        f"vLLM is not installed: pip install 'headway[{extra}]', or try emulated engines: "
+        "--set engine=emulated"
+    )
+
+
+def _config_path(name: str) -> Path:
+    """Return the path of a config file. Raise `ConfigError` if it is only the name of a sample."""
+    path = Path(name)
+    if not path.exists() and path.name in sample_names():
+        raise ConfigError(f"{path}: no such file; the sample is {sample_path(path.name)}")
+    return path
+
+
+def _parse_yaml(key: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: {value!r} is not YAML: {' '.join(str(error).split())}") from None
