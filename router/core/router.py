@@ -40,6 +40,7 @@ from router.providers.spillover import Spillover
 from router.queueing.hold_queue import HoldQueue
 from router.resilience.retry_budget import RetryBudget
 from router.resilience.suspects import Suspects
+from router.scaling.demand import Demand, DemandMeter
 from router.scheduling.attempt import Attempt, Attempts
 from router.scheduling.hedging import Hedging
 from router.scheduling.load_shedding import LoadShedder
@@ -105,6 +106,7 @@ class Router:
             settings,
         )
         self.outcomes = self._requests.outcomes
+        self._demand = DemandMeter()
         self.failures = Failures(
             self._fleet,
             self._attempts,
@@ -133,6 +135,7 @@ class Router:
             return []
         self._retries.deposit()
         request = self.discipline.rank(request)
+        self._demand.record_arrival(request)
         if now_s < self._health.next_check_s:
             return self._requests.admit(request, now_s)
         # Nobody looked while there was no work: an engine may have fallen silent meanwhile.
@@ -202,6 +205,7 @@ class Router:
             attempt.replica.breaker.record_success(attempt.permit, now_s)
             if usage is not None:
                 self._predictions.on_finish(attempt, usage, now_s)
+                self._demand.record_usage(usage)
         if self._suspects and self._suspects.acquit(attempt.request):
             self._requests.mark_alike(attempt.request, are_suspects=False)
         return [*withdrawn, *self._requests.end(request_id, Outcome.COMPLETED, now_s, usage)]
@@ -293,11 +297,13 @@ class Router:
         replica = self._fleet.get(replica_id)
         return replica is None or replica.prefix_cache.receive(update)
 
-    def on_replica_draining(self, replica_id: str, now_s: float) -> list[Decision]:
-        """Send an engine no new work; what it has may finish."""
+    def on_replica_draining(
+        self, replica_id: str, now_s: float, *, is_draining: bool = True
+    ) -> list[Decision]:
+        """Send an engine no new work, what it has may finish; or take it back into service."""
         replica = self._fleet.get(replica_id)
         if replica is not None:
-            replica.is_draining = True
+            replica.is_draining = is_draining
             self._fleet.refresh(replica)
         return self._requests.place_held(now_s)
 
@@ -344,6 +350,15 @@ class Router:
         """
         self.discipline.set_policy(name, ablate)
         return self._requests.place_held(now_s)
+
+    def demand(self) -> Demand:
+        """Return how much work has come and what waits: for who decides how many engines."""
+        return self._demand.report(
+            self._fleet,
+            num_held_requests=len(self._queue),
+            num_held_tokens=self._queue.num_tokens,
+            num_placed=len(self._attempts),
+        )
 
     def state(self, now_s: float) -> RouterState:
         """Return everything worth knowing about the router now."""

@@ -59,7 +59,7 @@ class Receiver(Generic[NodeT]):
         raise NotImplementedError
 
     def on_replica_draining(self, node: NodeT) -> None:
-        """Send the node no more requests."""
+        """Send the node no more requests, or some again: by whether it drains."""
         raise NotImplementedError
 
 

@@ -137,7 +137,8 @@ class Gateway(Receiver[Node]):
 
     def on_replica_draining(self, node: Node) -> None:
         self.deliver_snapshots()
-        self._execute(self.router.on_replica_draining(node.id, self._simulation.now_s))
+        now_s, drains = self._simulation.now_s, node.is_draining
+        self._execute(self.router.on_replica_draining(node.id, now_s, is_draining=drains))
 
     def on_step(self, message: tuple[Node, list[Job], list[Progress]]) -> None:
         """Pass a step's results to the router: prompts' blocks, first tokens, ends."""

@@ -356,9 +356,15 @@ class Node:
         if not self._gateway_of:
             self._remove_if_empty(None)
 
+    def recall(self) -> None:
+        """Drain no more: accept jobs again."""
+        self.is_draining = False
+        for gateway in self._simulation.gateways:
+            gateway.on_replica_draining(self)
+
     def _remove_if_empty(self, _: object) -> None:
         # Jobs under way when the draining began may have arrived since.
-        if self.is_up and not any(
+        if self.is_up and self.is_draining and not any(
             gateway.has_streams(self) for gateway in self._simulation.gateways
         ):
             self._simulation.remove_node(self)

@@ -10,10 +10,11 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop
-from typing import Any, Protocol
+from typing import Any
 
 from router import Request, RouterSettings
 from router.providers.settings import FallbackSettings
+from router.scaling.simulated import ElasticFleet, Scaler
 from router.scheduling.policies import POLICIES
 from router.simulation.events import NeedsSnapshots, Network, Receiver, World
 from router.simulation.gateway import Gateway
@@ -35,14 +36,6 @@ class Failure:
     engine: int
     at_s: float
     down_s: float  # until its replacement is ready
-
-
-class Scaler(Protocol):
-    """Decides how many engines there should be; called every `interval_s`."""
-
-    interval_s: float
-
-    def num_wanted(self, simulation: "Simulation") -> int: ...
 
 
 class Simulation(World[Node]):
@@ -106,7 +99,6 @@ class Simulation(World[Node]):
         )
         self.slow_step_s = _slow_step_s(settings)
         self._make_engine = make_engine
-        self._start_s = start_s
         self._priority = priority
         self._on_progress = on_progress
         self.providers = {provider.settings.name: provider for provider in providers}
@@ -124,8 +116,9 @@ class Simulation(World[Node]):
             self._start_node(None)
         for failure in failures:
             self.call_at(failure.at_s, self._fail, failure)
+        self.elastic: ElasticFleet | None = None
         if scaler is not None:
-            self.call_at(scaler.interval_s, self._scale, scaler)
+            self.elastic = ElasticFleet(self, scaler, start_s, self._start_node)
 
     def run(self) -> Run:
         """Run until every request has ended; return what became of them.
@@ -197,16 +190,6 @@ class Simulation(World[Node]):
         if failure.engine < len(working):
             self.remove_node(working[failure.engine])
         self.call_at(self.now_s + failure.down_s, self._start_node, None)
-
-    def _scale(self, scaler: Scaler) -> None:
-        self.call_at(self.now_s + scaler.interval_s, self._scale, scaler)
-        working = self.working_nodes
-        num_starting = sum(act == self._start_node for _, _, act, _ in self.heap)
-        num_missing = scaler.num_wanted(self) - len(working) - num_starting
-        for _ in range(num_missing):
-            self.call_at(self.now_s + self._start_s, self._start_node, None)
-        for node in working[num_missing:] if num_missing < 0 else ():
-            node.drain()
 
     def remove_node(self, node: Node) -> None:
         """Remove an engine at once; the jobs in it are lost."""

@@ -229,11 +229,12 @@ class Scaler:
     """Two engines, then four, then one."""
 
     interval_s = 1.0
+    chooses = False
 
     def __init__(self):
         self.seen = []
 
-    def num_wanted(self, simulation):
+    def num_wanted(self, simulation, num_starting):
         self.seen.append(len(simulation.working_nodes))
         return 4 if 5.0 <= simulation.now_s < 12.0 else 1 if simulation.now_s >= 12.0 else 2
 
