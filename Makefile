@@ -45,7 +45,7 @@ docs: install  ## the reference from the code, then the site in build/docs, its 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build) --config-file docs/site/mkdocs.yml
 
 lock: install  ## pin the newest that fit pyproject.toml anew: ARGS=--upgrade
-	$(BIN)/python deploy/lock.py $(ARGS)
+	$(BIN)/python deploy/locks/lock.py $(ARGS)
 
 bench-overhead: compile  ## what our own path costs per token and request, engines left out
 	$(BIN)/python -m benchmarks.overhead $(ARGS)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from packaging.markers import Marker, default_environment
 
-ROOT = Path(__file__).resolve().parent.parent
-LOCKS = ROOT / "deploy" / "locks"
+LOCKS = Path(__file__).resolve().parent
+ROOT = LOCKS.parent.parent
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 MACHINES = ("x86_64", "aarch64")
 
