@@ -11,6 +11,7 @@ from serving.config.engine import EngineConfig
 from serving.config.gateway import GatewayConfig
 from serving.config.providers import ProviderConfig
 from serving.config.section import ConfigError
+from serving.config.seen import LogConfig, TracingConfig
 
 __all__ = [
     "CacheConfig",
@@ -18,8 +19,10 @@ __all__ = [
     "ConfigError",
     "EngineConfig",
     "GatewayConfig",
+    "LogConfig",
     "ProviderConfig",
     "TenantConfig",
+    "TracingConfig",
     "parse",
     "read",
     "resolved",

@@ -16,6 +16,7 @@ from serving.config.gateway import GatewayConfig
 from serving.config.providers import ProviderConfig
 from serving.config.renamed import current_args
 from serving.config.section import AbsolutePath, ConfigError, Section
+from serving.config.seen import LogConfig, TracingConfig
 
 
 class Config(Section):
@@ -43,6 +44,8 @@ class Config(Section):
     )
     fallback: FallbackSettings = FallbackSettings()
     cache: CacheConfig = CacheConfig()
+    log: LogConfig = LogConfig()
+    tracing: TracingConfig = TracingConfig()
     watch_file: AbsolutePath | None = Field(
         None,
         description="config file whose `tenants`, `cache`, `providers` and `fallback` gateways "
@@ -79,6 +82,7 @@ _PATHS = (
     ("engine", "step_log"),
     ("gateway", "tls_cert_file"),
     ("gateway", "tls_key_file"),
+    ("log", "dir"),
 )
 
 

@@ -29,6 +29,7 @@ from serving.gateway.intake.json_body import ENDPOINTS
 from serving.gateway.intake.request_parser import RequestParser
 from serving.gateway.intake.served_models import ServedModels
 from serving.gateway.observe.metrics import Metrics
+from serving.gateway.observe.observer import Observer
 from serving.gateway.observe.state import GatewayState
 from serving.gateway.providers.calls import Providers
 from serving.gateway.providers.leases import Leases, SendUpdate
@@ -65,6 +66,7 @@ class Gateway:
         self.gateway_id = gateway_id
         self.rank = rank
         self.metrics = Metrics(rank)
+        self.observer = Observer(config, rank, self.metrics)
         self.router = Router(config.router)
         leases = None
         if send_update is not None:
@@ -93,6 +95,7 @@ class Gateway:
             self.providers,
             self.tenants,
             self.cache,
+            self.observer,
         )
         self.started_s = int(time.time())  # seconds since the epoch
         self.metrics.export_state(self.state)
@@ -141,6 +144,7 @@ class Gateway:
             watch.close()
         self.cache.close()
         self.driver.close()
+        self.observer.close()
 
     def _make_front(self) -> Front:
         routes = [

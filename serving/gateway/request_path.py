@@ -22,6 +22,7 @@ from serving.gateway.http.reply.client import Client, send_error
 from serving.gateway.http.reply.keep_alive import KeepAlive, as_event, as_stream
 from serving.gateway.intake.request_headers import read_headers
 from serving.gateway.intake.request_parser import RequestParser
+from serving.gateway.observe.observer import Observer
 from serving.gateway.providers.calls import Providers
 from serving.gateway.tenants.tenants import AdmittedRequest, Caller, Tenant, Tenants
 from serving.stream.frames import Headers
@@ -54,6 +55,7 @@ class RequestPath:
     providers: Providers
     tenants: Tenants
     cache: ResponseCache
+    observer: Observer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request as an ASGI application does."""
@@ -84,6 +86,7 @@ class Call:
         "_call_soon",
         "_caller",
         "_client",
+        "_error",
         "_error_event",
         "_exchange",
         "_has_started",
@@ -96,6 +99,7 @@ class Call:
         "_path",
         "_scope",
         "_source",
+        "_status",
         "_stop",
     )
 
@@ -119,6 +123,8 @@ class Call:
         self._keep_alive: KeepAlive | None = None
         self._is_due = False
         self._has_started = False
+        self._status = 0  # that the client has been sent
+        self._error: Exception | None = None  # in place of an answer
         self._error_event: bytearray | None = None  # a reply that is none, to a promised stream
 
     # --- what the client sends ---------------------------------------------------
@@ -214,6 +220,7 @@ class Call:
         """Have the cache answer, or let it be answered and keep that, or else ask the engines."""
         try:
             verdict, cached = await self._path.cache.look_up(exchange, self._scope["headers"])
+            exchange.journey.cache = verdict
             self._headers.append((b"x-headway-cache", verdict.encode()))
             if cached is None:
                 if not self._is_over:
@@ -287,8 +294,10 @@ class Call:
         if not self._is_promised():
             headers = as_stream([*source.response_headers, *self._headers])
             self._client.start(source.status, headers)
+            self._status = source.status
         elif source.status != 200:
             self._error_event = bytearray()
+        self._status = self._status or 200
         self._has_started = True
 
     def _is_promised(self) -> bool:
@@ -306,6 +315,11 @@ class Call:
         if self._is_over:
             return
         has_begun = self._has_started or self._is_promised()
+        self._error = error
+        if has_begun:
+            self._status = self._status or 200  # as was promised
+        else:
+            self._status = error.status if isinstance(error, ApiError) else 500
         self._end()
         if not isinstance(error, ApiError):
             if has_begun:
@@ -345,8 +359,11 @@ class Call:
             self._record_usage()
 
     def _record_usage(self) -> None:
-        """Charge the tenant for an exchange that has ended, and learn from it."""
-        if (exchange := self._exchange) is None:
+        """Charge the tenant for an exchange that has ended, learn from it, and tell of it."""
+        exchange, caller = self._exchange, self._caller
+        tenant = caller.tenant.name if caller is not None else ""
+        self._path.observer.on_over(self._scope, exchange, tenant, self._status, self._error)
+        if exchange is None:
             return
         if self._admitted is not None:
             self._path.tenants.end_request(self._admitted, exchange.usage_taken())

@@ -11,6 +11,7 @@ class Journey:
 
     __slots__ = (
         "answered_by",
+        "cache",
         "first_token_s",
         "outcome",
         "over_s",
@@ -21,6 +22,7 @@ class Journey:
 
     def __init__(self) -> None:
         self.places: list[tuple[str, float]] = []  # engines and providers, and when it was sent
+        self.cache = ""  # how the response cache took it
         self.answered_by = ""  # the place of the first token
         self.predicted_ttft_s: float | None = None  # there, from when it was sent there
         self.first_token_s = 0.0
@@ -45,3 +47,10 @@ class Journey:
             if place == self.answered_by and sent_s <= self.first_token_s:
                 return self.first_token_s - sent_s
         return None
+
+    def time_per_token_s(self, num_output_tokens: int, num_sequences: int) -> float | None:
+        """Return the mean seconds per token after the first; None where there is no telling."""
+        num_more = num_output_tokens / num_sequences - 1.0
+        if not self.first_token_s or num_more <= 0.0:
+            return None
+        return (self.over_s - self.first_token_s) / num_more

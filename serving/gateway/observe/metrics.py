@@ -177,10 +177,10 @@ class Metrics(Collector):
         counts.prompt_tokens += usage.num_prompt_tokens
         counts.cached_tokens += usage.num_cached_tokens
         counts.output_tokens += usage.num_output_tokens
-        if journey.first_token_s and exchange.fields.is_stream:
-            num_more = usage.num_output_tokens / request.num_sequences - 1.0
-            if num_more > 0.0:
-                counts.tpot.observe((journey.over_s - journey.first_token_s) / num_more)
+        if exchange.fields.is_stream and (
+            tpot_s := journey.time_per_token_s(usage.num_output_tokens, request.num_sequences)
+        ):
+            counts.tpot.observe(tpot_s)
 
     def observe_reply(self, status: int) -> None:
         """Count a reply to a request for a model by its HTTP status; 0: the client did not wait."""

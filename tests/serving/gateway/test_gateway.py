@@ -204,9 +204,9 @@ async def test_the_small_endpoints():
         assert [model["id"] for model in models] == ["fake-model"]
         metrics = (await system.client.get("/metrics")).text
         ttft = "headway_time_to_first_token_seconds_count"
-        assert ttft + '{gateway="0",model="fake-model"} 1.0' in metrics
-        assert 'headway_outcomes_total{gateway="0",outcome="completed"} 1.0' in metrics
-        assert 'headway_engine_kv_cache_usage{gateway="0",replica="r0"} 0.0' in metrics
+        assert ttft + '{class="standard",gateway="0",model="fake-model"} 1.0' in metrics
+        assert 'headway_engines{gateway="0"} 1.0' in metrics
+        assert 'headway_engine_kv_cache_usage_ratio{engine="r0",gateway="0"} 0.0' in metrics
         reply = await system.client.get("/v1/nothing")
         assert reply.status_code == 404
         assert reply.json()["error"]["type"] == "NotFoundError"

@@ -1,0 +1,126 @@
+"""Who is told of each request when it is over? Metrics, the request log, the tracer."""
+
+import datetime
+import time
+
+from starlette.types import Scope
+
+from router import Outcome
+from serving.config import Config
+from serving.gateway.exchange import Exchange
+from serving.gateway.http.errors import ApiError
+from serving.gateway.http.own_headers import request_id_of
+from serving.gateway.observe.metrics import Metrics
+from serving.gateway.observe.request_log import RequestLine, RequestLog
+
+
+class Observer:
+    """Tells of requests that are over to whoever is configured to hear of it."""
+
+    def __init__(self, config: Config, rank: int, metrics: Metrics) -> None:
+        """Raises `OSError` where the log cannot be opened."""
+        self._rank = rank
+        self._metrics = metrics
+        self._has_bodies = config.log.bodies
+        self._log: RequestLog | None = None
+        if config.log.dir is not None and config.log.requests:
+            self._log = RequestLog(config.log, rank)
+
+    def on_over(
+        self,
+        scope: Scope,
+        exchange: Exchange | None,
+        tenant: str,
+        status: int,
+        error: Exception | None,
+    ) -> None:
+        """Note the end of a request for a model.
+
+        `exchange` is None where it did not get that far, `status` 0 where the client left before
+        it had one, `error` what the client was told in place of an answer.
+        """
+        self._metrics.observe_reply(status)
+        if self._log is not None:
+            self._log.write(self._line(scope, exchange, tenant, status, error))
+
+    def _line(
+        self,
+        scope: Scope,
+        exchange: Exchange | None,
+        tenant: str,
+        status: int,
+        error: Exception | None,
+    ) -> RequestLine:
+        now = datetime.datetime.now(datetime.UTC)
+        if exchange is None:
+            return RequestLine(
+                time=now,
+                gateway=self._rank,
+                id=request_id_of(scope),
+                path=scope["path"],
+                status=status,
+                outcome=_outcome_of_reply(status),
+                reason=reason_of(error),
+                tenant=tenant,
+            )
+        request, journey, usage = exchange.request, exchange.journey, exchange.usage
+        outcome, arrival_s = journey.outcome, request.arrival_s
+        is_stream = exchange.fields.is_stream
+        first_s = journey.first_token_s if is_stream else 0.0
+        took_s = journey.answered_in_s if first_s else None
+        tpot_s = None
+        if first_s and usage is not None:
+            tpot_s = journey.time_per_token_s(usage.num_output_tokens, request.num_sequences)
+        return RequestLine(
+            time=now,
+            gateway=self._rank,
+            id=request_id_of(scope),
+            path=exchange.path,
+            status=status,
+            outcome=outcome._value_ if outcome is not None else _outcome_of_reply(status),
+            reason=_without_details(journey.reason) if journey.reason else reason_of(error),
+            model=request.model,
+            tenant=tenant,
+            request_class=request.priority_class._value_,
+            stream=is_stream,
+            cache=journey.cache,
+            engines=tuple(place for place, _ in journey.places),
+            held_s=round(journey.places[0][1] - arrival_s, 6) if journey.places else None,
+            predicted_ttft_s=_rounded(journey.predicted_ttft_s) if first_s else None,
+            answered_in_s=_rounded(took_s),
+            ttft_s=round(first_s - arrival_s, 6) if first_s else None,
+            tpot_s=_rounded(tpot_s),
+            total_s=round((journey.over_s or time.monotonic()) - arrival_s, 6),
+            prompt_tokens=usage.num_prompt_tokens if usage is not None else None,
+            cached_tokens=usage.num_cached_tokens if usage is not None else None,
+            output_tokens=usage.num_output_tokens if usage is not None else None,
+            body=exchange.body.decode(errors="replace") if self._has_bodies else "",
+        )
+
+    def close(self) -> None:
+        """Write what has not been written yet."""
+        if self._log is not None:
+            self._log.close()
+
+
+def reason_of(error: Exception | None) -> str:
+    """Return why a request was refused, in a word: messages may quote what was asked."""
+    if isinstance(error, ApiError):
+        return error.code if isinstance(error.code, str) else error.kind
+    return type(error).__name__ if error is not None else ""
+
+
+def _without_details(reason: str) -> str:
+    """Return a failure without what an engine or provider said of it, which may quote a prompt."""
+    return reason.partition(":")[0]
+
+
+def _outcome_of_reply(status: int) -> str:
+    """Return how a request ended that never came to the router."""
+    if not status:
+        return Outcome.RENEGED._value_
+    return (Outcome.COMPLETED if status < 400 else Outcome.REJECTED)._value_
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)

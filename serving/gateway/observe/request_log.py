@@ -1,0 +1,128 @@
+"""What is logged of a request? One line, when it is over; its text only if that is asked for.
+
+Lines are collected for a second, or 64 KiB of them, and appended in one write: a gateway that is
+killed loses those of its last second. Writing happens on the event loop; a disk that stalls
+stalls it, which is why nothing is synced.
+"""
+
+import asyncio
+import datetime
+import logging
+from logging.handlers import RotatingFileHandler
+
+import msgspec
+
+from serving.config import LogConfig
+
+logger = logging.getLogger(__name__)
+
+_FLUSH_S = 1.0
+_FLUSH_BYTES = 1 << 16
+
+
+class RequestLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One request, as its line says. What is not known, or never was, is left out.
+
+    Times are in seconds, from the arrival in the gateway unless said otherwise.
+    """
+
+    time: datetime.datetime  # when it was over
+    gateway: int  # its rank
+    id: str  # the client's own `X-Request-Id`, or the one that it was given
+    path: str
+    status: int = 0  # of HTTP, as the client got it; none if it left before
+    outcome: str  # completed, rejected, expired, reneged or failed
+    reason: str = ""  # why it was not completed
+    model: str = ""
+    tenant: str = ""
+    request_class: str = msgspec.field(name="class", default="")
+    stream: bool = False
+    cache: str = ""  # hit, miss, join or bypass
+    engines: tuple[str, ...] = ()  # in the order in which they had it; providers as "provider NAME"
+    held_s: float | None = None  # until it was first sent
+    predicted_ttft_s: float | None = None  # from when the engine that answered was sent it
+    answered_in_s: float | None = None  # from the same to the first token
+    ttft_s: float | None = None
+    tpot_s: float | None = None  # per token after the first
+    total_s: float | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+    trace_id: str = ""
+    body: str = ""  # only with `log.bodies`
+
+
+class RequestLog:
+    """A gateway's lines on their way to its file."""
+
+    def __init__(self, config: LogConfig, rank: int) -> None:
+        """Open `requests-RANK.log` in the folder, which is made. Raises `OSError`."""
+        assert config.dir is not None
+        config.dir.mkdir(parents=True, exist_ok=True)
+        path = config.dir / f"requests-{rank}.log"
+        # Only its file and its way to put one aside: a log record for each line would cost more
+        # than all else here.
+        self._file = RotatingFileHandler(
+            path, maxBytes=config.max_bytes, backupCount=config.num_kept, encoding="utf-8"
+        )
+        self._max_bytes = config.max_bytes
+        self._is_json = config.format == "json"
+        self._encode = msgspec.json.Encoder().encode
+        self._lines: list[bytes] = []
+        self._num_bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_closing = False
+
+    def write(self, line: RequestLine) -> None:
+        """Add a line; it is in the file within a second."""
+        text = self._encode(line) if self._is_json else in_words(line).encode()
+        self._lines.append(text)
+        self._num_bytes += len(text) + 1
+        if self._num_bytes >= _FLUSH_BYTES or self._is_closing:
+            self.flush()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_FLUSH_S, self.flush)
+
+    def flush(self) -> None:
+        """Write what has been collected. What cannot be written is lost, and that is logged."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._lines:
+            return
+        lines, self._lines, self._num_bytes = self._lines, [], 0
+        try:
+            if self._file.stream is not None and self._file.stream.tell() >= self._max_bytes:
+                self._file.doRollover()
+            stream = self._file.stream
+            assert stream is not None  # until it is closed
+            stream.write(b"\n".join((*lines, b"")).decode())
+            stream.flush()
+        except OSError as error:
+            logger.error("%d lines of the request log are lost: %s", len(lines), error)
+
+    def close(self) -> None:
+        """Write what is left. What is open still may be over a little later: no line waits then."""
+        self._is_closing = True
+        self.flush()
+
+
+def in_words(line: RequestLine) -> str:
+    """Return a line for people: when, what came of it, then each field that is known."""
+    when = line.time.isoformat(timespec="milliseconds")
+    said = [when, str(line.status or "-"), line.outcome, line.path]
+    for name, value in msgspec.to_builtins(line).items():
+        if name in ("time", "status", "outcome", "path"):
+            continue
+        if isinstance(value, list | tuple):
+            value = ",".join(value)
+        elif isinstance(value, float):
+            value = f"{value:.4g}"
+        text = str(value)
+        # Whatever clients name stays on its line and within its field.
+        said.append(f"{name}={text if _is_plain(text) else msgspec.json.encode(text).decode()}")
+    return " ".join(said)
+
+
+def _is_plain(text: str) -> bool:
+    return text.isprintable() and not any(each in text for each in ' "=')
