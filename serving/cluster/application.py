@@ -111,9 +111,16 @@ def _make_gateway(
     context = serve.get_replica_context()
     # A single gateway keeps its limits itself; several share them.
     send_update = actor_sender(context.app_name) if config.gateway.num_replicas > 1 else None
-    rank = context.rank.rank if context.rank is not None else 0
+    rank, local_rank = 0, 0
+    if context.rank is not None:
+        rank, local_rank = context.rank.rank, context.rank.local_rank
     gateway = Gateway(
-        config, context.replica_id.unique_id, send_update, rank=rank, served_names=served_names
+        config,
+        context.replica_id.unique_id,
+        send_update,
+        served_names=served_names,
+        rank=rank,
+        local_rank=local_rank,
     )
     loop = asyncio.get_running_loop()
     discovery.subscribe(

@@ -90,7 +90,7 @@ class GatewayConfig(Section):
         ge=0,
         le=65535,
         description="port on which each gateway answers /metrics, /headway/* and /health for "
-        "itself: this one plus the gateway's rank; 0: none",
+        "itself: this one plus the gateway's rank on its node; 0: none",
     )
     tls_cert_file: AbsolutePath | None = Field(
         None, description="PEM file of the certificate and its chain; set, clients have to use TLS"

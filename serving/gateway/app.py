@@ -56,15 +56,17 @@ class Gateway:
         *,
         served_names: Sequence[str] = (),
         rank: int = 0,
+        local_rank: int | None = None,
     ) -> None:
         """`send_update` reaches the keeper of leases where several gateways share limits.
 
         `served_names` are those that engines will serve; empty if only they know. `rank` counts
-        the application's gateways from 0.
+        the application's gateways from 0, `local_rank` those of this node.
         """
         self.config = config
         self.gateway_id = gateway_id
         self.rank = rank
+        self.local_rank = rank if local_rank is None else local_rank
         self.metrics = Metrics(rank)
         self.observer = Observer(config, rank, self.metrics)
         self.router = Router(config.router)
@@ -161,13 +163,14 @@ class Gateway:
     def metrics_port(self) -> int:
         """The port on which this gateway answers for itself; 0: none."""
         base = self.config.gateway.metrics_port
-        return base + self.rank if base else 0
+        return base + self.local_rank if base else 0
 
     def _own_routes(self) -> list[Route]:
         """What each of several gateways answers for itself."""
         return [
             Route("/health", self.get_health),
             Route("/health/ready", self.get_health),
+            Route("/-/healthz", self.get_health),  # where Ray Serve's proxy answers: KubeRay asks
             Route("/health/live", self.get_liveness),
             Route("/metrics", self.get_metrics),
             Route("/headway/state", self.get_state),
