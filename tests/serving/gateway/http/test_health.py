@@ -19,7 +19,7 @@ async def _health(system, path: str = "/health", **kwargs):
 async def test_a_gateway_without_engines_lives_and_is_not_ready():
     async with running(num_engines=0) as system:
         assert await _health(system, "/health/live") == (200, {"status": "ok"})
-        for path in ("/health", "/health/ready"):
+        for path in ("/health", "/health/ready", "/-/healthz"):
             status, health = await _health(system, path)
             assert status == 503
             assert health == {
