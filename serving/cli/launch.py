@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +26,7 @@ from serving.cli.progress import (
     last_error,
     read_app_state,
 )
+from serving.cluster.logs import logs_of, place_for_logs
 from serving.cluster.processes import reap_children, run_processes
 from serving.cluster.ray_session import (
     RaySession,
@@ -80,6 +82,7 @@ def launch(
                     check_port_is_free(file.config.gateway.host, port, "gateway.metrics_port")
                 fetch()
                 folder = stack.enter_context(run_folder())
+                console.print(_where_logs_are(file, folder))
                 variables = private_environment(folder, haproxy=file.haproxy, given=os.environ)
                 os.environ.update(variables)
             else:
@@ -109,6 +112,16 @@ def launch(
         finally:
             interrupts.stop_raising()
             stack.close()
+
+
+def _where_logs_are(file: ConfigFile, folder: Path) -> str:
+    """Return where logs are now and later, which is noted in the run's folder."""
+    place = place_for_logs(file.config.log, folder)
+    now = f"logs of Ray, gateways and engines: {logs_of(folder)}"
+    if place is None:
+        return f"{now}, removed at the end (--log-dir keeps them)"
+    requests = f"log of requests: {place.parent}/requests-*.log\n"
+    return f"{requests if file.config.log.requests else ''}{now}, at the end in {place}"
 
 
 def _import_build() -> Build:

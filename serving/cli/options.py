@@ -101,6 +101,33 @@ Insecure = Annotated[
         "--insecure", help="Let a host that the network reaches be open to whoever reaches it."
     ),
 ]
+LogDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--log-dir",
+        help="Folder (log.dir) for a line per request, and for the logs of Ray and of the engines "
+        "at the end.",
+        file_okay=False,
+    ),
+]
+LogFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--log-format",
+        metavar="json|text",
+        help="Of a request's line (log.format).",
+        autocompletion=complete_from("json", "text"),
+    ),
+]
+LogLevel = Annotated[
+    str | None,
+    typer.Option(
+        "--log-level",
+        metavar="debug|info|warning|error",
+        help="Of gateways and engines (log.level).",
+        autocompletion=complete_from("debug", "info", "warning", "error"),
+    ),
+]
 
 _KEYS = {  # options of the command line and the keys that they set
     "model": "model",
@@ -113,6 +140,9 @@ _KEYS = {  # options of the command line and the keys that they set
     "front": "gateway.front",
     "policy": "router.policy",
     "insecure": "gateway.insecure",
+    "log_dir": "log.dir",
+    "log_format": "log.format",
+    "log_level": "log.level",
 }
 
 
@@ -132,6 +162,8 @@ def load_file(ctx: typer.Context) -> ConfigFile:
     given = {name: params[name] for name in _KEYS if params.get(name) not in (None, ())}
     if "served_model_name" in given:  # repeatable
         given["served_model_name"] = list(given["served_model_name"])
+    if "log_dir" in given:  # of the command line: not beside the config file
+        given["log_dir"] = str(given["log_dir"].absolute())
     options = {_KEYS[name]: value for name, value in given.items()}
     if options.get("replicas", "auto") != "auto":
         options["replicas"] = _parse_yaml("replicas", options["replicas"])

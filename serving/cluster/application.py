@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from serving.cluster import discovery
 from serving.cluster.engine_deployment import EngineReplica
 from serving.cluster.lease_actor import actor_sender
+from serving.cluster.logs import use_log_level
 from serving.cluster.loop_thread import LoopThread
 from serving.cluster.processes import call_when_parent_ends
 from serving.config import Config, parse
@@ -93,6 +94,7 @@ async def _open_own_listeners(gateway: Gateway) -> list[Listener]:
 
 async def _close_gateway(gateway: Gateway, listeners: list[Listener], timeout_s: float) -> None:
     """Let open responses finish for up to `timeout_s`; end the others with an error event."""
+    gateway.feed.close()
     stopping = asyncio.ensure_future(_stop_listeners(listeners))
     await asyncio.wait([stopping], timeout=timeout_s)
     gateway.close()
@@ -108,6 +110,7 @@ def _make_gateway(
     config: Config, engines: DeploymentHandle, served_names: tuple[str, ...]
 ) -> Gateway:
     """Return a gateway on the running loop that hears of every change of the engines."""
+    use_log_level(config.log)
     context = serve.get_replica_context()
     # A single gateway keeps its limits itself; several share them.
     send_update = actor_sender(context.app_name) if config.gateway.num_replicas > 1 else None

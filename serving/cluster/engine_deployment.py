@@ -10,6 +10,7 @@ import ray
 from ray import serve
 
 from serving.cluster.engine_watch import EngineWatch
+from serving.cluster.logs import use_log_level
 from serving.cluster.loop_thread import LoopThread
 from serving.cluster.processes import prefer_for_oom_kill
 from serving.config import Config, parse
@@ -34,6 +35,7 @@ class EngineReplica:
     async def __init__(self, args: dict, plan: Plan) -> None:  # type: ignore[misc]  # Serve awaits it
         prefer_for_oom_kill()  # before gateways: their memory is bounded, and they serve everybody
         self._config = parse(args)
+        use_log_level(self._config.log)
         self._loop = LoopThread("engine")
         rank = serve.get_replica_context().rank
         self._server, address = await self._loop.run(

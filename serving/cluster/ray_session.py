@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar
 
 import psutil
 
+from serving.cluster.logs import logs_of
 from serving.cluster.processes import (
     RAY_HEADS,
     RUN_VARIABLE,
@@ -57,7 +58,7 @@ class RaySession:
     @property
     def logs(self) -> Path | None:
         """The folder of all processes' logs; None if the Ray is not ours."""
-        return self.folder / "ray" / "session_latest" / "logs" if self.folder else None
+        return logs_of(self.folder) if self.folder else None
 
     def check(self) -> None:
         """Raise `StartError` if a private Ray has ended."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +30,7 @@ def run_folder() -> Iterator[Path]:
     for folder in base.glob(f"{_PREFIX}*"):
         if _is_abandoned(folder):
             end_run(folder)
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder(folder)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
     (folder / _OWNER_FILE).write_text(f"{os.getpid()} {psutil.Process().create_time()}")
     for name in ("proxy", "tmp"):

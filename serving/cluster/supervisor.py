@@ -55,7 +55,13 @@ class Supervisor:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove the folder, even if a process that was just killed is still writing to it."""
+    """Remove the folder, even if a process that was just killed is still writing to it.
+
+    What is to be kept of it is copied first.
+    """
+    from serving.cluster.logs import keep_logs  # late, as below
+
+    keep_logs(folder)
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():

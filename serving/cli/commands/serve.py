@@ -19,6 +19,9 @@ from serving.cli.options import (
     Front,
     Host,
     Insecure,
+    LogDir,
+    LogFormat,
+    LogLevel,
     Model,
     Policy,
     Port,
@@ -47,6 +50,9 @@ def serve(
     policy: Policy = None,
     set_: Set = None,
     insecure: Insecure = False,
+    log_dir: LogDir = None,
+    log_format: LogFormat = None,
+    log_level: LogLevel = None,
     address: Annotated[
         str | None,
         typer.Option(
