@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import json
 import re
+import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -193,6 +194,7 @@ class _Connection(asyncio.Protocol):
 class _Target:
     host: str
     port: int
+    tls: ssl.SSLContext | None
     idle: list[_Connection]
 
 
@@ -206,7 +208,12 @@ class Client:
         self.num_pieces = 0  # HTTP chunks that held them: fewer where a path merges events
         self.num_ended = 0
         self._targets = [
-            _Target(parts.hostname or "127.0.0.1", parts.port or 80, [])
+            _Target(
+                parts.hostname or "127.0.0.1",
+                parts.port or (443 if parts.scheme == "https" else 80),
+                ssl.create_default_context() if parts.scheme == "https" else None,
+                [],
+            )
             for parts in map(urlsplit, urls)
         ]
         self._rotation = itertools.cycle(self._targets)
@@ -273,7 +280,7 @@ class Client:
 
     async def _open(self, target: _Target) -> _Connection:
         _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: _Connection(self, target), target.host, target.port
+            lambda: _Connection(self, target), target.host, target.port, ssl=target.tls
         )
         self.connections.add(connection)
         return connection

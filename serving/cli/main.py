@@ -9,6 +9,9 @@ from serving.cli.commands.config import config_app
 from serving.cli.commands.keys import key_app
 from serving.cli.commands.serve import plan, profile, serve
 from serving.cli.commands.whatif import whatif
+from serving.cli.running.explain import explain
+from serving.cli.running.late import bench, top
+from serving.cli.running.status import status
 from serving.cli.vllm_flags import PassingCommand
 from serving.core_form import form
 
@@ -48,7 +51,8 @@ _VLLMS = (
 main.command(cls=PassingCommand, epilog=_VLLMS)(serve)
 main.command(cls=PassingCommand, epilog=_VLLMS)(plan)
 main.command(cls=PassingCommand, epilog=_VLLMS)(profile)
-main.command()(whatif)
+for each in (status, top, explain, bench, whatif):
+    main.command()(each)
 main.add_typer(config_app, name="config")
 main.add_typer(key_app, name="key")
 

@@ -178,6 +178,7 @@ class Gateway:
             Route("/headway/policy", self.set_policy, methods=["POST"]),
             Route("/headway/reload", self.reload_files, methods=["POST"]),
             Route("/headway/usage", self.get_usage),
+            Route("/headway/requests", self.get_requests),
         ]
 
     # --- the small endpoints ----------------------------------------------
@@ -218,6 +219,17 @@ class Gateway:
         if caller is not None and not caller.is_admin:
             usage = {caller.tenant.name: usage[caller.tenant.name]}
         return _json({"gateway_id": self.gateway_id, "tenants": usage})
+
+    async def get_requests(self, request: Request) -> Response:
+        """Answer with the last requests' ways, or with that of the one that `?id=` names."""
+        self.tenants.authorize_admin(request.headers.raw)
+        if (request_id := request.query_params.get("id")) is None:
+            return _json(self.driver.recent.last())
+        way = self.driver.recent.find(request_id)
+        if way is None:
+            message = f"gateway {self.rank} knows no request {request_id!r}, or no longer"
+            raise ApiError(404, message, param="id")
+        return _json(way)
 
     async def reload_files(self, request: Request) -> Response:
         """Read keys and config again now; otherwise this happens within a second of a change."""

@@ -30,6 +30,7 @@ from serving.config import Config
 from serving.gateway.engines import Engines
 from serving.gateway.exchange import Attempt, ClientLeft, EngineFailed, Exchange, Rejected, Turn
 from serving.gateway.observe.metrics import Metrics
+from serving.gateway.observe.recent import Recent
 from serving.gateway.providers.calls import Providers
 from serving.gateway.providers.http_client import ProviderFailed
 from serving.stream.frames import Data, End, Head
@@ -65,6 +66,7 @@ class Driver:
         self.records = Records(max_record_bytes)
         self.engines = Engines(router, self)
         self._providers = providers
+        self.recent = Recent(self.exchanges, router.state)
         self._ack_bytes = window_bytes // 2
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = math.inf  # when it rings
@@ -305,7 +307,8 @@ class Driver:
         self.engines.cancel(self.engines.get(decision.replica_id, decision.booking))
 
     def hold(self, decision: Hold) -> None:
-        """Do nothing: the exchange waits as it is."""
+        """Note why, and do nothing: the exchange waits as it is."""
+        self.recent.on_hold(self.exchanges[decision.request_id], time.monotonic())
 
     def fall_back(self, decision: Fallback) -> None:
         exchange = self.exchanges[decision.request_id]

@@ -365,6 +365,8 @@ class Call:
         self._path.observer.on_over(self._scope, exchange, tenant, self._status, self._error)
         if exchange is None:
             return
+        client_id = request_id_of(self._scope)
+        self._path.driver.recent.on_over(client_id, exchange, tenant, self._status, self._error)
         if self._admitted is not None:
             self._path.tenants.end_request(self._admitted, exchange.usage_taken())
         if exchange.usage is not None:

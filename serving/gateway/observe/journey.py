@@ -1,6 +1,16 @@
 """Which way did one request take: where was it, since when, and how did it end?"""
 
+import msgspec
+
 from router import Outcome
+from router.fleet.replica import ReplicaState
+
+
+class Look(msgspec.Struct, frozen=True):
+    """How a model's engines were at one moment, and how many requests were held then."""
+
+    num_held: int
+    engines: list[ReplicaState]
 
 
 class Journey:
@@ -13,6 +23,7 @@ class Journey:
         "answered_by",
         "cache",
         "first_token_s",
+        "held_by",
         "outcome",
         "over_s",
         "places",
@@ -23,6 +34,7 @@ class Journey:
     def __init__(self) -> None:
         self.places: list[tuple[str, float]] = []  # engines and providers, and when it was sent
         self.cache = ""  # how the response cache took it
+        self.held_by: Look | None = None  # the first time that no engine had room for it
         self.answered_by = ""  # the place of the first token
         self.predicted_ttft_s: float | None = None  # there, from when it was sent there
         self.first_token_s = 0.0

@@ -8,7 +8,7 @@ words only when somebody asks.
 import collections
 import datetime
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
@@ -17,18 +17,12 @@ from router.fleet.admission import kv_need_tokens
 from router.fleet.replica import ReplicaState
 from router.resilience.breaker import BreakerState
 from serving.gateway.exchange import Exchange
-from serving.gateway.observe.journey import Journey
+from serving.gateway.observe.journey import Journey, Look
+from serving.gateway.observe.observer import reason_of
 
 _MAX_KEPT = 1000  # some 2 KB each
 _MAX_LISTED = 100
 _LOOK_EVERY_S = 0.25
-
-
-class Look(msgspec.Struct, frozen=True):
-    """How a model's engines were at one moment, and how many requests were held then."""
-
-    num_held: int
-    engines: list[ReplicaState]
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -96,15 +90,28 @@ class Recent:
         exchange.journey.held_by = self._looks.get(model) or Look(0, [])
 
     def on_over(
-        self, request_id: str, exchange: Exchange, tenant: str, status: int, error: str
+        self, request_id: str, exchange: Exchange, tenant: str, status: int, error: Exception | None
     ) -> None:
-        """Keep a request that is over; `error` says what the client was told for an answer."""
+        """Keep a request that is over; `error` is what the client was told for an answer."""
         request = exchange.request
         if request.prefix_hashes or request.block_hashes:  # up to 10 KB, and of no use here
             request = msgspec.structs.replace(request, prefix_hashes=(), block_hashes=())
         self._over.append(
-            _Over(request_id, request, exchange.journey, exchange.usage, tenant, status, error)
+            _Over(
+                request_id,
+                request,
+                exchange.journey,
+                exchange.usage,
+                tenant,
+                status,
+                reason_of(error),
+            )
         )
+
+    def ended(self) -> Iterator[tuple[Request, Journey, Usage | None]]:
+        """Yield what is known of each request that is over and went to the router."""
+        for each in self._over:
+            yield each.request, each.journey, each.usage
 
     def find(self, request_id: str) -> RequestWay | None:
         """Return the way of a request, by the id in its reply or by the router's own."""
@@ -207,8 +214,8 @@ def why_held(request: Request, look: Look) -> str:
         _obstacle(request, replica) for replica in look.engines
     )
     words = ", ".join(f"{number} {obstacle}" for obstacle, number in counts.most_common())
-    before = f"; {look.num_held:,} requests were held" if look.num_held else ""
-    return f"of {len(look.engines)} engines {words}{before}"
+    others = f"; {look.num_held - 1:,} others were held" if look.num_held > 1 else ""
+    return f"of {len(look.engines)} engines {words}{others}"
 
 
 def _obstacle(request: Request, replica: ReplicaState) -> str:
@@ -226,7 +233,8 @@ def _obstacle(request: Request, replica: ReplicaState) -> str:
         return "had no room in the KV cache"
     if replica.num_pending_prefill_tokens >= info.max_num_batched_tokens:
         return "had a whole step of prompts to compute"
-    if snapshot is not None and snapshot.num_running_reqs >= info.max_num_seqs:
+    num_running = snapshot.num_running_reqs if snapshot is not None else 0
+    if max(num_running, replica.ledger.num_open) >= info.max_num_seqs:
         return "ran as many sequences as it may"
     return "had to take others first, or is kept for one"
 

@@ -1,0 +1,91 @@
+"""Why did this request wait, and where did it go? `headway explain`."""
+
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from serving.cli.errors import errors_in_one_line
+from serving.cli.running.service import DEFAULT_URL, ApiKey, RunningService, Url
+from serving.gateway.observe.recent import Event, RequestWay
+
+_WORDS = {
+    "arrived": "arrived",
+    "held": "held",
+    "sent": "sent to",
+    "first_token": "first token",
+    "over": "over",
+}
+
+
+def explain(
+    request_id: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="REQUEST_ID",
+            help="The reply's x-request-id, or the id that the client gave. Without one: the last.",
+        ),
+    ] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    json: Annotated[bool, typer.Option("--json", help="As /headway/requests/ID has it.")] = False,
+) -> None:
+    """Show which way a request took: held why, sent where, predicted how, answered when.
+
+    A gateway knows its last thousand requests and the open ones. Of several gateways only the one
+    that had it does: ask each by its own port (gateway.metrics_port).
+    """
+    with errors_in_one_line():
+        service = RunningService(url, api_key)
+        if request_id is None:
+            _list(msgspec.convert(service.ask("/headway/requests"), list[RequestWay]))
+            return
+        found = service.request(request_id)
+        if json:
+            print(msgspec.json.encode(found).decode())
+        else:
+            _show(msgspec.convert(found, RequestWay))
+
+
+def _list(ways: list[RequestWay]) -> None:
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    table = Table("request", "arrived", "model", "tokens", "ended", box=None, padding=(0, 2, 0, 0))
+    for way in ways:
+        table.add_row(
+            way.id,
+            way.arrived.astimezone().strftime("%H:%M:%S"),
+            way.model,
+            _tokens(way),
+            way.outcome or way.events[-1].what,
+        )
+    console.print(table)
+
+
+def _show(way: RequestWay) -> None:
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    tenant = f" of {way.tenant}" if way.tenant else ""
+    arrived = way.arrived.astimezone().isoformat(" ", "milliseconds")
+    console.print(f"{way.request_class} request{tenant} for {way.model}, {_tokens(way)}, {arrived}")
+    table = Table.grid(padding=(0, 2))
+    for event in way.events:
+        what = _WORDS.get(event.what, event.what)
+        if event.what == "over":
+            what = f"{way.outcome or 'over'}, {way.status or 'no reply'}"
+        table.add_row(f"{event.after_s:9.3f} s", what, _details(event))
+    if not way.is_over:
+        table.add_row("", "still open", "")
+    console.print(table)
+
+
+def _details(event: Event) -> str:
+    predicted = ""
+    if event.predicted_ttft_s is not None:
+        predicted = f"first token predicted {event.predicted_ttft_s:.3f} s later"
+    return ", ".join(filter(None, (event.where, event.why, predicted)))
+
+
+def _tokens(way: RequestWay) -> str:
+    output = "" if way.num_output_tokens is None else f" + {way.num_output_tokens:,}"
+    return f"{way.num_prompt_tokens:,}{output} tokens"
