@@ -17,6 +17,9 @@ from serving.core_form import form
 from serving.file_watch import FileWatch
 from serving.gateway.cache.response_cache import ResponseCache
 from serving.gateway.driver import Driver
+from serving.gateway.endpoints.answers import EngineEndpoints
+from serving.gateway.endpoints.kept import KeptResponses
+from serving.gateway.endpoints.table import COMPUTED, is_for_anybody
 from serving.gateway.http.body_reader import BodyReader
 from serving.gateway.http.connections import Connections, make_connections
 from serving.gateway.http.endpoint import is_loopback
@@ -25,7 +28,6 @@ from serving.gateway.http.front import Front
 from serving.gateway.http.small.bodies import read_json
 from serving.gateway.http.small.health import make_health
 from serving.gateway.http.small.model_cards import make_cards
-from serving.gateway.intake.json_body import ENDPOINTS
 from serving.gateway.intake.request_parser import RequestParser
 from serving.gateway.intake.served_models import ServedModels
 from serving.gateway.observe.metrics import Metrics
@@ -89,6 +91,7 @@ class Gateway:
         self.cache = ResponseCache(config, self.driver)
         self.tenants = self._make_tenants()
         self.file_watches = self._watch_files()
+        kept = KeptResponses(self.driver.engines)
         self.request_path = RequestPath(
             config,
             self.driver,
@@ -98,6 +101,10 @@ class Gateway:
             self.tenants,
             self.cache,
             self.observer,
+            kept,
+        )
+        self._engine_endpoints = EngineEndpoints(
+            self.driver.engines, self.tenants, self.body_reader, kept
         )
         self.started_s = int(time.time())  # seconds since the epoch
         self.metrics.export_state(self.state)
@@ -150,14 +157,24 @@ class Gateway:
 
     def _make_front(self) -> Front:
         routes = [
-            *(Route(path, self.request_path, methods=["POST"]) for path in ENDPOINTS),
+            *(Route(path, self.request_path, methods=["POST"]) for path in COMPUTED),
             Route("/v1/models", self.get_models),
             Route("/v1/models/{name:path}", self.get_model),
+            Route("/ping", self.get_health, methods=["GET", "POST"]),
+            Route("/load", self.get_load),
+            *self._engine_endpoints.routes(),
             *self._own_routes(),
         ]
-        models = dict.fromkeys(ENDPOINTS, self.request_path)
+        models = dict.fromkeys(COMPUTED, self.request_path)
         behind_serve = self.config.gateway.front == "haproxy"
-        return Front(self.config, routes, self.connections, models, behind_serve=behind_serve)
+        return Front(
+            self.config,
+            routes,
+            self.connections,
+            models,
+            behind_serve=behind_serve,
+            is_for_anybody=is_for_anybody,
+        )
 
     @property
     def metrics_port(self) -> int:
@@ -277,6 +294,11 @@ class Gateway:
         if usable is not None:
             content["models"] = {name: models[name] for name in usable}
         return _json(content, 200 if health.is_ready else 503)
+
+    async def get_load(self, request: Request) -> Response:
+        """Answer with how many requests this gateway has open, in vLLM's words."""
+        self.tenants.authenticate(request.headers.raw)
+        return _json({"server_load": len(self.driver.exchanges)})
 
     async def get_metrics(self, request: Request) -> Response:
         """Answer with the metrics in Prometheus's text format."""

@@ -27,6 +27,7 @@ from router.limits.rate_limit import RateReport
 from router.queueing.deadline import engine_put_off_s
 from router.resilience.resume import Records, Reply
 from serving.config import Config
+from serving.gateway.endpoints.kept import state_lost
 from serving.gateway.engines import Engines
 from serving.gateway.exchange import Attempt, ClientLeft, EngineFailed, Exchange, Rejected, Turn
 from serving.gateway.observe.metrics import Metrics
@@ -175,6 +176,12 @@ class Driver:
         self.engines.end(attempt)
         self._fail_attempt(attempt, None, "it was lost")
 
+    def on_replica_lost(self, replica_id: str) -> None:
+        """End what goes on from what only that engine kept."""
+        for exchange in list(self.exchanges.values()):
+            if exchange.request.only_at == replica_id:
+                self.break_off(exchange, state_lost(exchange.fields))
+
     def _on_answer(self, attempt: Attempt) -> None:
         """Give the exchange to the attempt that answers first, the only one from here on."""
         attempt.has_answered = True
@@ -182,6 +189,7 @@ class Driver:
         if attempt.head is not None:
             exchange.on_head(attempt.head.status, attempt.head.headers)
         request_id, replica_id = exchange.request.id, attempt.replica_id
+        exchange.replica_id = replica_id
         # Unless it was hedged nothing follows: once per request, so worth a look.
         if decisions := self.router.on_answer(request_id, replica_id, time.monotonic()):
             self.execute(decisions)

@@ -13,9 +13,21 @@ from typing import Protocol
 
 from router import BlockUpdate, Decision, Dispatch, EngineInfo, EngineSnapshot, Router
 from router.resilience.resume import Resume
+from serving.gateway.endpoints.questions import Question, Questions
 from serving.gateway.exchange import Attempt, Exchange, Turn
 from serving.stream.client import StreamClient
-from serving.stream.frames import Ack, Alive, Cancel, Data, End, Head, Prompt, Resync, Submit
+from serving.stream.frames import (
+    Ack,
+    Alive,
+    Cancel,
+    Data,
+    End,
+    Head,
+    Headers,
+    Prompt,
+    Resync,
+    Submit,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +45,7 @@ class AttemptEvents(Protocol):
     def on_end(self, attempt: Attempt, frame: End) -> None: ...
     def on_attempt_lost(self, attempt: Attempt) -> None: ...
     def break_off(self, exchange: Exchange, error: Exception) -> None: ...
+    def on_replica_lost(self, replica_id: str) -> None: ...
 
 
 class Engines:
@@ -40,6 +53,8 @@ class Engines:
 
     def __init__(self, router: Router, events: AttemptEvents) -> None:
         self.infos: dict[str, EngineInfo] = {}  # of those that are up, by replica
+        self.questions = Questions()
+        self._snapshots: dict[str, EngineSnapshot] = {}  # the last of each that is up
         self._router = router
         self._events = events
         self._members: dict[str, dict] = {}
@@ -139,6 +154,28 @@ class Engines:
             attempts.pop(attempt.booking, None)
             self._close_if_drained(attempt.replica_id)
 
+    # --- questions -------------------------------------------------------
+
+    def having(self, route: str) -> list[str]:
+        """Return the engines that have this route, the one with the least work first."""
+        found = [replica_id for replica_id, info in self.infos.items() if route in info.routes]
+        return sorted(found, key=self._work)
+
+    def have(self, route: str) -> bool:
+        """Whether any engine has this route."""
+        return any(route in info.routes for info in self.infos.values())
+
+    def _work(self, replica_id: str) -> tuple[int, int]:
+        if (snapshot := self._snapshots.get(replica_id)) is None:
+            return 0, 0
+        return snapshot.num_pending_prefill_tokens, snapshot.num_inflight_reqs
+
+    def ask(
+        self, replica_id: str, method: str, path: str, headers: Headers, body: bytes
+    ) -> Question:
+        """Ask an engine that is up what the router does not have to know of."""
+        return self.questions.ask(self._connections[replica_id], method, path, headers, body)
+
     # --- what engines tell -----------------------------------------------
 
     def on_received(self, client: StreamClient) -> None:
@@ -153,6 +190,7 @@ class Engines:
         self._events.execute(self._router.on_replica_up(client.replica_id, info, time.monotonic()))
 
     def on_snapshot(self, client: StreamClient, snapshot: EngineSnapshot) -> None:
+        self._snapshots[client.replica_id] = snapshot
         now_s = time.monotonic()
         self._events.execute(self._router.on_snapshot(client.replica_id, snapshot, now_s))
 
@@ -178,21 +216,27 @@ class Engines:
             self._router.on_prompt(request_id, replica_id, frame.num_tokens, frame.block_hashes)
 
     def on_head(self, client: StreamClient, frame: Head) -> None:
-        if (attempt := self._attempts[client.replica_id].get(frame.stream)) is not None:
+        if frame.stream < 0:
+            self.questions.on_frame(client, frame)
+        elif (attempt := self._attempts[client.replica_id].get(frame.stream)) is not None:
             try:
                 self._events.on_head(attempt, frame)
             except Exception as error:
                 self._events.break_off(attempt.exchange, error)
 
     def on_data(self, client: StreamClient, frame: Data) -> None:
-        if (attempt := self._attempts[client.replica_id].get(frame.stream)) is not None:
+        if frame.stream < 0:
+            self.questions.on_frame(client, frame)
+        elif (attempt := self._attempts[client.replica_id].get(frame.stream)) is not None:
             try:
                 self._events.on_data(attempt, frame)
             except Exception as error:
                 self._events.break_off(attempt.exchange, error)
 
     def on_end(self, client: StreamClient, frame: End) -> None:
-        if (attempt := self._attempts[client.replica_id].get(frame.stream)) is not None:
+        if frame.stream < 0:
+            self.questions.on_frame(client, frame)
+        elif (attempt := self._attempts[client.replica_id].get(frame.stream)) is not None:
             try:
                 self._events.on_end(attempt, frame)
             except Exception as error:
@@ -203,10 +247,13 @@ class Engines:
         if self._connections.get(replica_id) is client:
             del self._connections[replica_id]
         self.infos.pop(replica_id, None)
+        self._snapshots.pop(replica_id, None)
         lost = self._attempts.pop(replica_id, {})
         # First close the door, then find the requests another place.
         self._events.execute(self._router.on_replica_down(replica_id, time.monotonic()))
         for attempt in lost.values():
             self._events.on_attempt_lost(attempt)
+        self.questions.on_lost(client)
+        self._events.on_replica_lost(replica_id)
         if (metadata := self._members.pop(replica_id, None)) is not None:
             self.set_members({**self._members, replica_id: metadata})

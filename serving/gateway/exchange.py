@@ -9,7 +9,7 @@ import msgspec
 
 from router import RejectReason, Request, Usage
 from router.resilience.resume import Records, Reply
-from serving.gateway.intake.fields import Fields
+from serving.gateway.intake.fields import Fields, ResponseFields
 from serving.gateway.intake.json_body import with_fields
 from serving.gateway.observe.journey import Journey
 from serving.gateway.providers.continuation import Continuation
@@ -20,9 +20,14 @@ from serving.stream.record import count_tokens
 logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"  # after it nothing comes in an event stream, by OpenAI's format
+# Likewise by the formats of streams that name their events; text has no line that begins so.
+_LAST_EVENTS = {
+    "/v1/messages": b"event: message_stop\n",
+    "/v1/responses": b"event: response.completed\n",
+}
 # Where going on in the middle of a reply is understood: see `serving.engine.vllm.resume`.
 # Replies of other endpoints bear ids that another engine would draw anew.
-_RESUMABLE = frozenset(("/v1/chat/completions", "/v1/completions"))
+_RESUMABLE = frozenset(("/v1/chat/completions", "/v1/completions", *_LAST_EVENTS))
 
 
 class Turn:
@@ -118,6 +123,8 @@ class Exchange:
         "_chunks",
         "_ended",
         "_error",
+        "_last_event",
+        "_records",
         "_taken",
         "added",
         "attempts",
@@ -136,6 +143,7 @@ class Exchange:
         "on_ended",
         "on_readable",
         "path",
+        "replica_id",
         "reply",
         "request",
         "response_headers",
@@ -170,7 +178,11 @@ class Exchange:
         self.created_s = int(time.time())
         self.journey = Journey()
         # How it is answered.
-        self.reply = Reply(records, can_resume=path in _RESUMABLE)
+        # What runs in the background is that engine's alone.
+        self._records = records
+        is_bound = isinstance(fields, ResponseFields) and bool(fields.background)
+        self.reply = Reply(records, can_resume=path in _RESUMABLE and not is_bound)
+        self.replica_id = ""  # the engine that answers
         self.attempts: list[Attempt] = []  # at engines: one, or two while it is hedged
         self.was_sent = False  # to an engine or to a provider
         self.num_prompt_tokens = request.num_prompt_tokens  # an estimate, until vLLM has counted
@@ -182,6 +194,7 @@ class Exchange:
         self.response_headers: Headers = []
         self.is_complete = False  # the client has been sent all there is, but for the end
         self.usage: Usage | None = None  # as vLLM counted, once it has ended
+        self._last_event = _LAST_EVENTS.get(path)
         self._ended = False
         self._chunks: list[bytes] = []
         self._error: Exception | None = None
@@ -194,6 +207,22 @@ class Exchange:
         """Return the body for an engine."""
         return with_fields(self.body, self.added)
 
+    def bind_to(self, replica_id: str) -> None:
+        """Have it served by this engine alone, and by no other from the middle on."""
+        self.request = msgspec.structs.replace(self.request, only_at=replica_id, engines_only=True)
+        self.reply.end()
+        self.reply = Reply(self._records, can_resume=False)
+
+    def headers_of_way(self) -> Headers:
+        """Return which engine answers, and how long the request was held before it was sent."""
+        if not self.replica_id:
+            return []
+        held_s = max(0.0, self.journey.sent_s - self.request.arrival_s)
+        return [
+            (b"x-headway-engine", self.replica_id.encode()),
+            (b"x-headway-held-ms", b"%d" % round(held_s * 1000)),
+        ]
+
     def on_head(self, status: int, headers: Headers) -> None:
         """Take status and headers, unless the client has those of a former attempt."""
         # Not passed on before the first byte of the body: until then the
@@ -204,7 +233,10 @@ class Exchange:
     def on_data(self, body: bytes) -> None:
         """Take bytes for the client, which `reply` has counted."""
         self._chunks.append(body)
-        self.is_complete = body.endswith(DONE)
+        if self._last_event is None:
+            self.is_complete = body.endswith(DONE)
+        elif self._last_event in body:
+            self.is_complete = True
         self.on_readable()
 
     def on_end(self, error: Exception | None = None) -> None:

@@ -3,24 +3,30 @@
 import asyncio
 import functools
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from starlette.types import Receive, Scope, Send
 
 from serving.config import Config
 from serving.gateway.cache.response_cache import ResponseCache
 from serving.gateway.driver import Driver
+from serving.gateway.endpoints.asking import make_exchange
+from serving.gateway.endpoints.kept import KeptResponses
 from serving.gateway.exchange import EngineFailed, Exchange, Rejected
 from serving.gateway.http.body_reader import BodyReader, IncomingBody
-from serving.gateway.http.errors import ApiError, internal_error, rejection_error
-from serving.gateway.http.own_headers import new_id, own_headers, request_id_of, set_request_id
+from serving.gateway.http.errors import (
+    ApiError,
+    as_anthropic,
+    internal_error,
+    is_anthropic,
+    rejection_error,
+)
+from serving.gateway.http.own_headers import CONTENT_LENGTH, REQUEST_ID, own_headers, request_id_of
 from serving.gateway.http.reply.asgi_client import AsgiClient
-from serving.gateway.http.reply.client import Client, send_error
+from serving.gateway.http.reply.client import Client, Source, send_error
 from serving.gateway.http.reply.keep_alive import KeepAlive, as_event, as_stream
-from serving.gateway.intake.request_headers import read_headers
+from serving.gateway.intake.fields import ResponseFields
 from serving.gateway.intake.request_parser import RequestParser
 from serving.gateway.observe.observer import Observer
 from serving.gateway.providers.calls import Providers
@@ -28,20 +34,6 @@ from serving.gateway.tenants.tenants import AdmittedRequest, Caller, Tenant, Ten
 from serving.stream.frames import Headers
 
 logger = logging.getLogger(__name__)
-
-
-class Source(Protocol):
-    """What a reply is read from: an exchange, a place in a single flight, a stored response."""
-
-    on_readable: Callable[[], None]
-
-    @property
-    def status(self) -> int: ...
-    @property
-    def response_headers(self) -> Headers: ...
-    @property
-    def is_at_end(self) -> bool: ...
-    def read(self) -> bytes | None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +48,7 @@ class RequestPath:
     tenants: Tenants
     cache: ResponseCache
     observer: Observer
+    kept: KeptResponses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request as an ASGI application does."""
@@ -87,7 +80,7 @@ class Call:
         "_caller",
         "_client",
         "_error",
-        "_error_event",
+        "_error_body",
         "_exchange",
         "_has_started",
         "_headers",
@@ -125,7 +118,7 @@ class Call:
         self._has_started = False
         self._status = 0  # that the client has been sent
         self._error: Exception | None = None  # in place of an answer
-        self._error_event: bytearray | None = None  # a reply that is none, to a promised stream
+        self._error_body: bytearray | None = None  # of a reply that is none
 
     # --- what the client sends ---------------------------------------------------
 
@@ -175,46 +168,28 @@ class Call:
         if tenant is not None:
             self._admitted = path.tenants.admit_request(tenant, exchange.request)
             self._headers += self._admitted.headers
-        if path.cache.enabled:
+        if isinstance(exchange.fields, ResponseFields) and exchange.fields.previous_response_id:
+            previous_id = exchange.fields.previous_response_id
+            self._looking_up = asyncio.ensure_future(self._go_on_from(previous_id, exchange))
+        elif path.cache.enabled:
             self._looking_up = asyncio.ensure_future(self._look_up(exchange))
         else:
             self._ask_engines(exchange)
 
     def _make_exchange(self, body: bytes, tenant: Tenant | None) -> Exchange:
         """Return the exchange. Raise `ApiError` for a request that is wrong or not allowed."""
-        path, scope = self._path, self._scope
-        headers = read_headers(scope["headers"])
-        asked = path.request_parser.parse(
-            scope["path"],
+        path = self._path
+        exchange, self._num_text_bytes = make_exchange(
+            self._scope,
             body,
-            headers,
             tenant,
-            # Never the client's own: another request may bear it at the same time.
-            request_id=new_id(),
-            now_s=time.monotonic(),
+            parser=path.request_parser,
+            engines=path.driver.engines,
+            records=path.driver.records,
             wants_prefix=path.driver.router.discipline.wants_prefix,
             models_elsewhere=path.providers.models,
         )
-        # The body is JSON, whatever the client says (curl -d says that it is a form).
-        forwarded = [*headers.forwarded, (b"content-type", b"application/json")]
-        own_id = asked.fields.request_id
-        if headers.request_id is None and own_id:
-            # To vLLM the header, if there is one, goes before the body.
-            if own_id.isascii() and own_id.isprintable():
-                set_request_id(scope, own_id)
-        else:
-            forwarded.append((b"x-request-id", request_id_of(scope).encode("latin-1")))
-        self._num_text_bytes = asked.num_text_bytes
-        return Exchange(
-            asked.request,
-            "POST",
-            scope["path"],
-            forwarded,
-            asked.body,
-            path.driver.records,
-            fields=asked.fields,
-            added=asked.added,
-        )
+        return exchange
 
     async def _look_up(self, exchange: Exchange) -> None:
         """Have the cache answer, or let it be answered and keep that, or else ask the engines."""
@@ -229,6 +204,20 @@ class Call:
                 self._stop = cached.close
                 self._read_from(cached)
                 self.on_ready()  # it may all be there
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._looking_up = None
+            if self._is_over:
+                self._close()
+
+    async def _go_on_from(self, response_id: str, exchange: Exchange) -> None:
+        """Have the engine answer that keeps the response which this one goes on from."""
+        try:
+            tenant = self._caller.tenant if self._caller is not None else None
+            exchange.bind_to(await self._path.kept.find(response_id, tenant))
+            if not self._is_over:
+                self._ask_engines(exchange)
         except Exception as error:
             self._fail(error)
         finally:
@@ -276,12 +265,12 @@ class Call:
             if (chunk := source.read()) is None:
                 return
             is_last = source.is_at_end
-            if not self._has_started:
+            if not self._has_started and self._error_body is None:
                 self._start(source)
-            if self._error_event is not None:
-                self._error_event += chunk
+            if self._error_body is not None:
+                self._error_body += chunk
                 if is_last:
-                    client.write(as_event(bytes(self._error_event)), is_last=True)
+                    self._finish_error(source, bytes(self._error_body))
             else:
                 client.write(chunk, is_last=is_last)
             if is_last:
@@ -290,15 +279,40 @@ class Call:
                 self._path.driver.acknowledge_bytes(self._exchange, len(chunk))
 
     def _start(self, source: Source) -> None:
-        """Send status and headers, unless a comment has promised a stream."""
+        """Send status and headers, unless a comment has promised a stream.
+
+        An error in its place, or one that is told in another form, is put off until it is whole.
+        """
+        is_error = source.status != 200
+        if is_error and (self._is_promised() or is_anthropic(self._scope["path"])):
+            self._error_body = bytearray()
+            return
         if not self._is_promised():
-            headers = as_stream([*source.response_headers, *self._headers])
-            self._client.start(source.status, headers)
-            self._status = source.status
-        elif source.status != 200:
-            self._error_event = bytearray()
-        self._status = self._status or 200
+            self._client.start(source.status, as_stream(self._reply_headers(source)))
+        self._status = source.status
         self._has_started = True
+
+    def _reply_headers(self, source: Source) -> Headers:
+        """Return an engine's, or whose reply it is, and ours."""
+        headers = [(name, value) for name, value in source.response_headers if name != REQUEST_ID]
+        headers += self._headers
+        if source is self._exchange and self._path.config.gateway.reply_headers:
+            headers += self._exchange.headers_of_way()
+        return headers
+
+    def _finish_error(self, source: Source, body: bytes) -> None:
+        """Send an error that has come whole."""
+        kind, self._status = b"", source.status
+        if is_anthropic(self._scope["path"]):
+            kind, body = b"error", as_anthropic(source.status, body)
+        if self._is_promised():
+            self._status, body = 200, as_event(body, kind)
+        else:
+            headers = [each for each in self._reply_headers(source) if each[0] != CONTENT_LENGTH]
+            headers.append((CONTENT_LENGTH, b"%d" % len(body)))
+            self._client.start(source.status, headers)
+        self._has_started = True
+        self._client.write(body, is_last=True)
 
     def _is_promised(self) -> bool:
         """Whether the client has status and headers of a stream. No comments from here on."""
@@ -332,9 +346,12 @@ class Call:
             if has_begun:
                 # An SSE client reads this as an error; without [DONE] the reply is
                 # visibly incomplete. Other clients see the connection break.
-                self._client.write(as_event(error.body()), is_last=True)
+                path = self._scope["path"]
+                kind = b"error" if is_anthropic(path) else b""
+                self._client.write(as_event(error.body(path), kind), is_last=True)
             else:
-                send_error(self._client, error, own_headers(self._scope))
+                own = own_headers(self._scope)
+                send_error(self._client, error, own, self._scope["path"])
         except RuntimeError as contradiction:
             self._client.break_off(contradiction)
 
@@ -351,7 +368,8 @@ class Call:
         """Leave the source, and have the request charged once it has ended."""
         if self._stop is not None:
             self._stop()
-        exchange = self._exchange
+        if (exchange := self._exchange) is not None:
+            self._path.kept.note_answer(exchange)
         if exchange is not None and exchange.is_open:
             # Others read on, or the engine has yet to tell what it took.
             exchange.on_ended = self._record_usage

@@ -35,7 +35,8 @@ class AsgiCall:
     apology under status 200 must not reach the client. A resumed request sends
     nothing of what the client already has. A stream that begins with an error is
     answered with that error and its status: vLLM sends 200 before it looks at all
-    of a request.
+    of a request. What a stream of the Responses API says before its first token leaves with
+    that: until then another engine may still begin it, and the first byte tells that it began.
 
     `window_bytes` bounds what is on its way to a client that does not read: beyond
     it the response waits here until the gateway acknowledges, and vLLM merges
@@ -72,6 +73,7 @@ class AsgiCall:
         self._credit = asyncio.Event()
         self._cancelled = asyncio.Event()
         self._head: Head | None = None  # until the body begins
+        self._preamble = b""
         self._body_was_read = False
         self._is_complete = False
         self._task: asyncio.Task[None] | None = None
@@ -126,6 +128,7 @@ class AsgiCall:
 
     def _scope(self) -> dict:
         submit = self._submit
+        path, _, query = submit.path.partition("?")
         return {
             "type": "http",
             # With an older version Starlette watches `receive` for a disconnect while it
@@ -135,9 +138,9 @@ class AsgiCall:
             "http_version": "1.1",
             "method": submit.method,
             "scheme": "http",
-            "path": submit.path,
-            "raw_path": submit.path.encode(),
-            "query_string": b"",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": query.encode(),
             "root_path": "",
             "headers": submit.headers,
             "client": None,
@@ -165,6 +168,11 @@ class AsgiCall:
         if self._is_complete:
             return  # it was an error, and vLLM adds that the stream is done
         body = bytes(message.get("body", b""))
+        if body.startswith(_PREAMBLE) and _IN_BACKGROUND not in body:
+            self._preamble += body
+            return
+        if self._preamble and not body.startswith(_ERROR):
+            body, self._preamble = self._preamble + body, b""
         if self._head is not None:
             head, self._head = self._head, None
             if self._splice is None and (refusal := _refusal(head, body)) is not None:
@@ -191,12 +199,15 @@ class _ErrorEvent(msgspec.Struct):
 
 
 _EVENT, _EVENT_END = b"data: ", b"\n\n"
+_ERROR = _EVENT + b'{"error":'
+_PREAMBLE = (b"event: response.created\n", b"event: response.in_progress\n")
+_IN_BACKGROUND = b'"background":true'  # no token comes by this call's own doing
 _decode_error = msgspec.json.Decoder(_ErrorEvent).decode
 
 
 def _refusal(head: Head, body: bytes) -> tuple[Head, bytes] | None:
     """Return the reply with its own status if a stream begins with an error, None if not."""
-    if head.status != 200 or not body.startswith(_EVENT + b'{"error":'):
+    if head.status != 200 or not body.startswith(_ERROR):
         return None
     content, separator, _ = body.removeprefix(_EVENT).partition(_EVENT_END)
     try:

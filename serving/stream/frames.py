@@ -43,7 +43,11 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """A request. `stream` is the router's booking number, which only grows."""
+    """A request. `stream` is the router's booking number, which only grows.
+
+    Below 0: a question that is booked nowhere (`serving.gateway.questions`), as it computes
+    nothing. `path` may have a query.
+    """
 
     stream: int
     request_id: str

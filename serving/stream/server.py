@@ -40,7 +40,7 @@ class StreamServer:
         self.life_port = LifePort(engine.lifeline) if engine.lifeline is not None else None
         self.strangers: set[StrangerConnection] = set()
         self.beat_s = time.monotonic()  # when the event loop last turned, about
-        self.accountings: dict[AsgiCall, RequestAccounting] = {}  # of all calls that run
+        self.accountings: dict[AsgiCall, RequestAccounting] = {}  # of all calls that compute
         self._connections: set[GatewayConnection] = set()
         self._server: asyncio.Server | None = None
         self._seq = 0
@@ -207,7 +207,6 @@ class GatewayConnection(StrangerConnection):
             self._block_position = -1
 
     def _start_call(self, submit: Submit) -> None:
-        self._last_stream = submit.stream
         engine = self._server.engine
         call = AsgiCall(
             submit,
@@ -218,9 +217,12 @@ class GatewayConnection(StrangerConnection):
             self.close,
         )
         self._calls[submit.stream] = call
-        self._server.add_call(call)
+        if submit.stream >= 0:  # others compute nothing, and are in no snapshot
+            self._last_stream = submit.stream
+            self._server.add_call(call)
         call.start(engine.app)
 
     def _end_call(self, call: AsgiCall) -> None:
         del self._calls[call.stream]
-        self._server.remove_call(call)
+        if call.stream >= 0:
+            self._server.remove_call(call)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from starlette.routing import WebSocketRoute
 from starlette.types import ASGIApp
 
 from router import EngineInfo
@@ -137,6 +138,7 @@ class VllmEngine:
         patches.patch_modules()
         patches.watch_requests(outputs, stats, resumer)
         patches.admit_requests(llm, grammars)
+        patches.keep_responses(app.state)
         names = args.served_model_name or [args.model]
         loras = {module.name: module.path for module in args.lora_modules or ()}
         info = EngineInfo(
@@ -144,6 +146,7 @@ class VllmEngine:
             aliases=(*names[1:], *loras),
             root=args.model,
             adapters=loras,
+            routes=routes_of(app),
             tasks=tuple(tasks),
             max_model_len=llm.model_config.max_model_len,
             max_num_seqs=scheduler.max_num_seqs,
@@ -295,6 +298,7 @@ def vllm_arguments(plan: Plan) -> Any:
             raise ConfigError(f"engine.args.{key}: vLLM has no such engine argument")
         setattr(args, key, value)
     _prepare_parsers(args)
+    args.lora_modules = _lora_modules(args.lora_modules)
     args.model = args.model_tag = str(plan.model)
     args.served_model_name = [plan.served_model_name, *plan.aliases]
     return args
@@ -318,6 +322,43 @@ def refuse_unreadable_bodies(app: Any) -> None:
         app.exception_handler(kind)(handle)
     # What vLLM adds for a hosting service has had it built already, with the handlers of then.
     app.middleware_stack = app.build_middleware_stack()
+
+
+def _lora_modules(modules: Any) -> list[Any] | None:
+    """Return adapters as vLLM's parser of arguments would: each NAME=PATH or an object of fields.
+
+    Raises `ConfigError` for anything else.
+    """
+    from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+    if modules is None:
+        return None
+    try:
+        return [
+            LoRAModulePath(*each.split("=", 1)) if isinstance(each, str) else LoRAModulePath(**each)
+            for each in modules
+        ]
+    except TypeError as error:
+        raise ConfigError(
+            f"engine.args.lora_modules: each has to be NAME=PATH or {{name: …, path: …}}: {error}"
+        ) from error
+
+
+def routes_of(app: Any) -> tuple[str, ...]:
+    """Return what an application answers, each as "POST /v1/messages"; sockets as "WS …"."""
+    found = set()
+    left = list(app.routes)
+    while left:
+        route = left.pop()
+        path = getattr(route, "path", None)
+        if path is None:  # a newer FastAPI has routers among its routes
+            left += getattr(route, "routes", None) or route.router.routes
+        else:
+            methods = getattr(route, "methods", None)
+            if methods is None:
+                methods = ("WS",) if isinstance(route, WebSocketRoute) else ("GET",)
+            found |= {f"{method} {path}" for method in methods if method != "HEAD"}
+    return tuple(sorted(found))
 
 
 def _prepare_parsers(args: Any) -> None:

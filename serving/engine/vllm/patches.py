@@ -30,7 +30,14 @@ from serving.config import ConfigError
 from serving.engine.vllm.grammar_sandbox import SandboxEnded
 from serving.engine.vllm.grammars import GrammarRefused, Grammars, apply_verdict, check_length
 from serving.engine.vllm.shape import Patch, Shape, classes, resolve
-from serving.engine.vllm.stable_ids import DATED_MODULES, INTERNAL_IDS, RequestTime, stable_uuid
+from serving.engine.vllm.stable_ids import (
+    DATED_MODULES,
+    INTERNAL_IDS,
+    SIGNING_MODULE,
+    RequestTime,
+    RequestUuids,
+    stable_uuid,
+)
 from serving.stream.accounting import current_accounting
 
 if TYPE_CHECKING:  # both import vLLM, which reads the environment that the engine sets before
@@ -46,6 +53,10 @@ _OUTPUTS = "vllm.v1.engine.output_processor"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _GRAMMARS = "vllm.v1.structured_output"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_RESPONSES = "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
+
+# Responses that an engine keeps: at 16 KB of text and events each, 64 MB.
+_MAX_RESPONSES = 4096
 
 PATCHES = (
     Patch(
@@ -208,6 +219,10 @@ PATCHES = (
             Shape("vllm.utils:random_uuid", "()"),
             Shape("vllm.entrypoints.openai.chat_completion.protocol", has="random_uuid"),
             Shape("vllm.entrypoints.openai.completion.protocol", has="random_uuid"),
+            Shape("vllm.entrypoints.openai.responses.protocol", has="random_uuid"),
+            Shape("vllm.entrypoints.openai.responses.streaming_events", has="random_uuid"),
+            Shape("vllm.entrypoints.openai.responses.utils", has="random_uuid"),
+            Shape(SIGNING_MODULE, has="uuid"),
             Shape(f"{INTERNAL_IDS}:InputProcessor.assign_request_id", uses="random_uuid"),
         ),
         is_fatal=False,
@@ -218,6 +233,24 @@ PATCHES = (
         why="a reply that goes on in another engine keeps its date",
         guards=("test_ids_and_dates_follow_from_the_request",),
         shapes=tuple(Shape(f"{module}:time", has="time") for module in DATED_MODULES),
+        is_fatal=False,
+    ),
+    Patch(
+        how="replaced",
+        ours="serving.engine.vllm.patches:keep_responses",
+        why="vLLM keeps every response with `store` for ever; one that runs in the background "
+        "outlives the call that began it, with which what it computes would be aborted",
+        guards=("test_a_response_in_the_background_is_carried_through",),
+        shapes=(
+            *(
+                Shape(f"{_RESPONSES}.{name}", has="self request args kwargs")
+                for name in ("_run_background_request", "_run_background_request_stream")
+            ),
+            Shape(
+                f"{_RESPONSES}.__init__",
+                uses="enable_store response_store msg_store event_store background_tasks",
+            ),
+        ),
         is_fatal=False,
     ),
     Patch(
@@ -378,6 +411,7 @@ PATCHES = (
                 "propagate_flash_late_interaction",
             ),
             Shape("vllm.entrypoints.launchers.launcher:validate_api_server_args", "(args)"),
+            *classes("vllm.entrypoints.openai.models.protocol", LoRAModulePath="name path"),
             Shape("vllm.tool_parsers:ToolParserManager", has="import_tool_parser"),
             Shape("vllm.reasoning:ReasoningParserManager", has="import_reasoning_parser"),
             Shape("vllm.utils.argparse_utils:FlexibleArgumentParser"),
@@ -643,6 +677,34 @@ def blame_grammars() -> None:
     GenerateBaseServing._raise_if_error = raise_whose_error
 
 
+class BoundedDict(dict[str, Any]):
+    """The newest so many entries; older ones are forgotten."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        if len(self) > _MAX_RESPONSES:
+            del self[next(iter(self))]
+
+
+def keep_responses(state: Any) -> None:
+    """Have one engine keep a bounded number of responses, and carry on those in the background."""
+    if (serving := getattr(state, "openai_serving_responses", None)) is None:
+        return  # a model that generates nothing
+    for name in ("response_store", "msg_store", "event_store"):
+        setattr(serving, name, BoundedDict(getattr(serving, name)))
+
+    def detach(run: Any) -> Any:
+        @functools.wraps(run)
+        async def run_for_nobody(*args: Any, **kwargs: Any) -> None:
+            current_accounting.set(None)  # of this task alone: the call that began it may end
+            await run(*args, **kwargs)
+
+        return run_for_nobody
+
+    for name in ("_run_background_request", "_run_background_request_stream"):
+        setattr(serving, name, detach(getattr(serving, name)))
+
+
 @functools.cache  # once per process
 def patch_modules() -> None:
     """Replace what all engines of this process share: checks, collector, makers of ids and dates.
@@ -660,6 +722,8 @@ def patch_modules() -> None:
     for name in DATED_MODULES:
         with contextlib.suppress(ImportError):  # `check_vllm` has told of it
             resolve(name).time = RequestTime()
+    with contextlib.suppress(ImportError):
+        resolve(SIGNING_MODULE).uuid = RequestUuids()
     random_uuid = vllm.utils.random_uuid
     replacement = stable_uuid(random_uuid)
     for name, module in list(sys.modules.items()):

@@ -5,6 +5,7 @@
 
 import hashlib
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,12 @@ DATED_MODULES = tuple(
         "chat_completion.serving",
         "completion.protocol",
         "completion.serving",
+        "responses.protocol",
+        "responses.serving",
     )
 )
+# Draws the signatures of its thinking blocks from the module `uuid`.
+SIGNING_MODULE = "vllm.entrypoints.anthropic.serving"
 # Names requests inside the engine, where nobody sees it. A request that comes back to an
 # engine needs another name there: vLLM's core may act on the abort of the first one when
 # the second has begun (`EngineCore.aborts_queue` keeps no order with new requests).
@@ -41,7 +46,7 @@ class RequestTime:
 def stable_uuid(random_uuid: Callable[[], str]) -> Callable[[], str]:
     """Return a function that derives ids from the request; outside of one they stay random."""
 
-    def uuid() -> str:
+    def id_of_request() -> str:
         accounting = current_accounting.get()
         if accounting is None or not accounting.request_id:
             return random_uuid()
@@ -49,4 +54,16 @@ def stable_uuid(random_uuid: Callable[[], str]) -> Callable[[], str]:
         text = f"{accounting.request_id} {accounting.created_s} {accounting.num_ids}"
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
-    return uuid
+    return id_of_request
+
+
+class RequestUuids:
+    """The module `uuid` for vLLM's Messages API: what it draws for a request follows from it."""
+
+    def uuid4(self) -> uuid.UUID:
+        """Return an id that follows from the request; a random one outside of one."""
+        halves = [stable_uuid(lambda: uuid.uuid4().hex[:16])() for _ in range(2)]
+        return uuid.UUID("".join(halves))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(uuid, name)

@@ -34,8 +34,10 @@ class ApiError(Exception):
         self.retry_after_s = retry_after_s
         self._headers = headers or []
 
-    def body(self) -> bytes:
-        """Return OpenAI's error object as JSON."""
+    def body(self, path: str = "") -> bytes:
+        """Return the error object as JSON: OpenAI's, or Anthropic's at a path of its API."""
+        if is_anthropic(path):
+            return _anthropic_body(self.status, str(self))
         return msgspec.json.encode(
             {
                 "error": {
@@ -47,9 +49,9 @@ class ApiError(Exception):
             }
         )
 
-    def reply(self, own_headers: Headers) -> tuple[int, Headers, bytes]:
+    def reply(self, own_headers: Headers, path: str = "") -> tuple[int, Headers, bytes]:
         """Return status, headers and body of the reply, with what every reply bears."""
-        body = self.body()
+        body = self.body(path)
         headers = [*self.headers(), *own_headers, (b"content-length", b"%d" % len(body))]
         if self.status == 413:
             headers.append((b"connection", b"close"))
@@ -64,6 +66,48 @@ class ApiError(Exception):
             # Whole seconds, rounded up: a client must not come back too early.
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s))))
         return headers
+
+
+# https://docs.anthropic.com/en/api/errors
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path is of Anthropic's API, where errors have its form."""
+    return path.startswith("/v1/messages")
+
+
+def as_anthropic(status: int, body: bytes) -> bytes:
+    """Return an error reply of vLLM's in Anthropic's form; as it is if it is none of OpenAI's.
+
+    vLLM itself translates what its Messages API says, but not what is refused before that.
+    """
+    try:
+        error = msgspec.json.decode(body, type=_OpenAiError).error
+    except msgspec.MsgspecError:
+        return body
+    return _anthropic_body(status, error.message)
+
+
+class _Message(msgspec.Struct):
+    message: str
+
+
+class _OpenAiError(msgspec.Struct):
+    error: _Message
+    type: msgspec.UnsetType = msgspec.UNSET  # which Anthropic's has
+
+
+def _anthropic_body(status: int, message: str) -> bytes:
+    kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": message}})
 
 
 def internal_error(name: str) -> ApiError:

@@ -5,7 +5,7 @@ nothing here. For all else, and behind Ray Serve's proxy, it is the outermost AS
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from starlette.exceptions import HTTPException
@@ -55,8 +55,11 @@ class Front:
         models: Mapping[str, ModelApp],
         *,
         behind_serve: bool = False,
+        is_for_anybody: Callable[[str], bool] = lambda path: path.startswith(("/v1/", "/health")),
     ) -> None:
         """`routes` has to name the paths of `models`, too, with the methods that they take.
+
+        Where no key is needed, web pages of anybody may call a path that `is_for_anybody`.
 
         `connections` are those of the listener in front. Ray Serve's server, which may be there
         instead, gives every request an id and tells it itself.
@@ -64,6 +67,7 @@ class Front:
         self.connections = connections
         self._router = Router(routes, redirect_slashes=False)
         self._models = models
+        self._is_for_anybody = is_for_anybody
         self._tells_id = not behind_serve
         self._origins = Origins(config, self._router)
 
@@ -118,7 +122,7 @@ class Front:
         if self._origins.is_preflight(scope):
             await self._origins.answer_preflight(scope, receive, send_with_own_headers)
             return
-        if not path.startswith(("/v1/", "/health")):
+        if not self._is_for_anybody(path):
             self._origins.check_is_own(scope["headers"])
         scope["app"] = self  # then Starlette's router raises where it finds nothing
         await self._router(scope, receive, send_with_own_headers)
@@ -155,7 +159,7 @@ def _from_router(scope: Scope, error: HTTPException) -> ApiError:
 
 async def send_error(scope: Scope, send: Send, error: ApiError) -> None:
     """Answer with an error."""
-    status, headers, body = error.reply(own_headers(scope))
+    status, headers, body = error.reply(own_headers(scope), scope["path"])
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

@@ -22,6 +22,8 @@ _EXPOSED = (
     "x-request-id",
     "retry-after",
     "x-headway-cache",
+    "x-headway-engine",
+    "x-headway-held-ms",
     "x-headway-provider",
     *(
         f"x-ratelimit-{what}-{of}"

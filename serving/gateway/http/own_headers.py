@@ -9,6 +9,8 @@ from starlette.types import Scope
 
 from serving.stream.frames import Headers
 
+REQUEST_ID, CONTENT_LENGTH = b"x-request-id", b"content-length"
+
 # Seeded by the system once: to ask it for every id takes a system call. Ids are no secrets.
 _random = random.Random()
 

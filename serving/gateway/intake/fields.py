@@ -176,6 +176,9 @@ class ResponseFields(_GenerationFields):
     """Of `/v1/responses`."""
 
     max_output_tokens: _Int | None = None
+    previous_response_id: str | None = None
+    store: bool | None = True
+    background: bool | None = False
     include: list[Any] | None = None
     top_logprobs: _Int | None = 0
 
@@ -192,3 +195,75 @@ class ResponseFields(_GenerationFields):
 
 class EmbeddingFields(Fields):
     """Of `/v1/embeddings`: nothing is generated."""
+
+
+class RankingFields(Fields):
+    """Of the endpoints that score, rank, classify and pool, which generate nothing either."""
+
+
+class MessageFields(Fields):
+    """Of Anthropic's `/v1/messages`, which has no seed."""
+
+    generates = True
+
+    max_tokens: _Int | None = None
+    stream: bool | None = False
+    temperature: float | None = None
+
+    @property
+    def is_stream(self) -> bool:
+        return bool(self.stream)
+
+    @property
+    def is_deterministic(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def output_limit(self) -> tuple[str, int | None]:
+        return "max_tokens", self.max_tokens
+
+
+class CohereChatFields(MessageFields):
+    """Of Cohere's `/cohere/v2/chat`."""
+
+    seed: _Int | None = None
+
+    @property
+    def is_deterministic(self) -> bool:
+        return self.temperature == 0.0 or self.seed is not None
+
+
+class SpeechFields(_GenerationFields):
+    """Of `/v1/audio/*`: a form."""
+
+    max_completion_tokens: _Int | None = None
+
+    @property
+    def output_limit(self) -> tuple[str, int | None]:
+        return "max_completion_tokens", self.max_completion_tokens
+
+
+class TokenFields(_GenerationFields):
+    """Of `/inference/v1/generate`: how to sample is an object of its own."""
+
+    sampling_params: CompletionFields = CompletionFields()
+
+    @property
+    def is_deterministic(self) -> bool:
+        return self.sampling_params.is_deterministic
+
+    @property
+    def num_choices(self) -> int:
+        return self.sampling_params.num_choices
+
+    @property
+    def output_limit(self) -> tuple[str, int | None]:
+        return self.sampling_params.output_limit
+
+    @property
+    def num_token_logprobs(self) -> int | None:
+        return self.sampling_params.num_token_logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.sampling_params.num_prompt_logprobs

@@ -15,11 +15,17 @@ from pydantic import ValidationError
 from serving.gateway.http.errors import ApiError
 from serving.gateway.intake.fields import (
     ChatFields,
+    CohereChatFields,
     CompletionFields,
     EmbeddingFields,
     Fields,
+    MessageFields,
+    RankingFields,
     ResponseFields,
+    SpeechFields,
+    TokenFields,
 )
+from serving.gateway.intake.multipart import read_form
 
 _ABSENT = msgspec.Raw(b"")
 # Whatever else a field may hold, `json` is asked, and pydantic then.
@@ -35,18 +41,64 @@ class Endpoint(NamedTuple):
 
     fields: type[Fields]
     prompts: tuple[str, ...]  # fields that may hold the prompt
-    task: str  # of vLLM's, which an engine must support
+    task: str  # of vLLM's, which an engine must support; "": its routes say whether it does
     lists: tuple[str, ...] = ("priority_class",)  # fields that may hold more than one value
+    is_one: bool = False  # the fields of the prompt make up one
+    is_form: bool = False  # the body is multipart/form-data, and its prompt is a file
+    for_providers: bool = False  # they may have it, too
 
 
 _LISTS = ("priority_class", "logprob_token_ids")
+_SCORE = Endpoint(
+    RankingFields, ("text_1", "queries", "data_1", "text_2", "documents", "items", "data_2"), ""
+)
+_RERANK = Endpoint(RankingFields, ("query", "documents"), "")
+_SPEECH = Endpoint(SpeechFields, ("file",), "", (), is_form=True)
 ENDPOINTS: dict[str, Endpoint] = {
-    "/v1/chat/completions": Endpoint(ChatFields, ("messages",), "generate", _LISTS),
-    "/v1/completions": Endpoint(CompletionFields, ("prompt", "prompt_embeds"), "generate", _LISTS),
-    "/v1/responses": Endpoint(
-        ResponseFields, ("input",), "generate", ("priority_class", "include")
+    "/v1/chat/completions": Endpoint(
+        ChatFields, ("messages",), "generate", _LISTS, for_providers=True
     ),
-    "/v1/embeddings": Endpoint(EmbeddingFields, ("input", "messages"), "embed"),
+    "/v1/chat/completions/batch": Endpoint(ChatFields, ("messages",), "generate", _LISTS),
+    "/v1/completions": Endpoint(
+        CompletionFields, ("prompt", "prompt_embeds"), "generate", _LISTS, for_providers=True
+    ),
+    "/v1/responses": Endpoint(
+        ResponseFields, ("input",), "generate", ("priority_class", "include"), for_providers=True
+    ),
+    "/v1/messages": Endpoint(
+        MessageFields, ("messages", "system", "tools"), "generate", is_one=True
+    ),
+    "/v1/embeddings": Endpoint(EmbeddingFields, ("input", "messages"), "embed", for_providers=True),
+    "/v2/embed": Endpoint(RankingFields, ("texts", "inputs", "images"), "embed"),
+    "/pooling": Endpoint(RankingFields, ("input", "messages", "data"), ""),
+    "/classify": Endpoint(RankingFields, ("input", "messages"), "classify"),
+    "/score": _SCORE,
+    "/v1/score": _SCORE,
+    "/rerank": _RERANK,
+    "/v1/rerank": _RERANK,
+    "/v2/rerank": _RERANK,
+    "/generative_scoring": Endpoint(RankingFields, ("items", "query"), "generate"),
+    "/v1/systemone": Endpoint(RankingFields, ("state", "questions"), "", is_one=True),
+    "/v1/audio/transcriptions": _SPEECH,
+    "/v1/audio/translations": _SPEECH,
+    "/inference/v1/generate": Endpoint(
+        TokenFields, ("token_ids",), "generate", ("priority_class", "sampling_params")
+    ),
+    "/cohere/v2/chat": Endpoint(
+        CohereChatFields, ("messages", "documents", "tools"), "generate", is_one=True
+    ),
+}
+# Which endpoint a body at vLLM's `/invocations` is for, by its first field of these: in the order
+# in which vLLM tries its endpoints.
+_INVOKED = {
+    "messages": ("/v1/chat/completions", "/v1/embeddings", "/classify", "/pooling"),
+    "prompt": ("/v1/completions",),
+    "input": ("/v1/embeddings", "/classify", "/pooling"),
+    "query": ("/rerank",),
+    "text_1": ("/score",),
+    "queries": ("/score",),
+    "data_1": ("/score",),
+    "data": ("/pooling",),
 }
 
 
@@ -56,6 +108,37 @@ class JsonBody(msgspec.Struct, frozen=True):
     data: bytes  # in UTF-8
     fields: Fields
     prompts: dict[str, bytes]  # JSON by field, of those that are there and not null or empty
+
+
+def read_body(path: str, data: bytes, content_type: bytes) -> JsonBody:
+    """Return a body with what the gateway reads of it. Raise `ApiError` 400 or 415."""
+    endpoint = ENDPOINTS[path]
+    if not endpoint.is_form:
+        return read_json_body(path, data)
+    [file_name] = endpoint.prompts
+    names = frozenset(endpoint.fields.model_fields)
+    values, file = read_form(content_type, data, names, file_name)
+    try:
+        fields = endpoint.fields.model_validate({k: v for k, v in values.items() if v != ""})
+    except ValidationError as error:
+        raise _wrong_fields(error) from None
+    return JsonBody(data, fields, {file_name: file} if file else {})
+
+
+def invoked_path(data: bytes, has_route: Callable[[str], bool]) -> str:
+    """Return which endpoint a body at `/invocations` is for. Raise `ApiError` 400 for none."""
+    found = _read_names(data)
+    for name, paths in _INVOKED.items():
+        if name in found:
+            return next((path for path in paths if has_route(f"POST {path}")), paths[0])
+    raise ApiError(400, "Cannot find suitable handler for request.", param="body")
+
+
+def _read_names(data: bytes) -> set[str]:
+    try:
+        return set(msgspec.json.decode(_in_utf8(data), type=dict[str, msgspec.Raw]))
+    except (msgspec.MsgspecError, RecursionError):
+        return set(_read_slowly(data))
 
 
 def read_json_body(path: str, data: bytes) -> JsonBody:

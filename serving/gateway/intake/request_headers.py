@@ -27,22 +27,25 @@ class RequestHeaders(msgspec.Struct, frozen=True):
     request_id: bytes | None = None  # the client's own; None: it has none
     request_class: RequestClass | None = None
     priority: int | None = None  # goes before the body's; lower is first
+    content_type: bytes = b""
 
 
 def read_headers(headers: Headers) -> RequestHeaders:
     """Return what is in a request's headers. Raise `ApiError` 400 for a class that is none."""
     forwarded: Headers = []
-    request_id, request_class, priority = None, None, None
+    request_id, request_class, priority, content_type = None, None, None, b""
     for name, value in headers:
         if name == b"x-request-id":
             request_id = value
+        elif name == b"content-type":
+            content_type = value
         elif name == b"x-headway-class":
             request_class = _parse_class(value)
         elif name in FORWARDED:
             forwarded.append((name, value))
             if name == b"x-vllm-priority" and _INTEGER.fullmatch(value):
                 priority = int(value)
-    return RequestHeaders(forwarded, request_id, request_class, priority)
+    return RequestHeaders(forwarded, request_id, request_class, priority, content_type)
 
 
 def _parse_class(value: bytes) -> RequestClass:

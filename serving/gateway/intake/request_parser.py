@@ -12,7 +12,7 @@ from serving.config import Config
 from serving.gateway.http.errors import ApiError
 from serving.gateway.intake.bounds import check_logprobs, check_numbers
 from serving.gateway.intake.fields import Fields
-from serving.gateway.intake.json_body import ENDPOINTS, JsonBody, read_json_body
+from serving.gateway.intake.json_body import ENDPOINTS, JsonBody, read_body
 from serving.gateway.intake.prompt_size import PromptSize, measure_prompt
 from serving.gateway.intake.request_headers import RequestHeaders
 from serving.gateway.intake.served_models import ServedModels
@@ -22,6 +22,8 @@ from serving.gateway.tenants.tenants import Tenant
 # vLLM serves lower numbers first, however long higher ones have to wait. Here each is due so much
 # later than the one before: small numbers make a difference, and nobody starves.
 _S_PER_PRIORITY = 1.0
+# Speech at 128 kbit/s, of which a Whisper encoder makes 50 tokens a second.
+_BYTES_PER_SPEECH_TOKEN = 128_000 // 8 // 50
 # Prompts are compared by blocks of this size, and only by their first 64 KB.
 _BLOCK_BYTES = round(PREFIX_BLOCK_TOKENS / PRIOR_TOKENS_PER_BYTE)
 
@@ -61,11 +63,14 @@ class RequestParser:
         Providers answer for `models_elsewhere`, whatever the engines serve. Raise `ApiError` for
         what is wrong, or not allowed to `tenant`.
         """
-        body = read_json_body(path, data)
+        endpoint = ENDPOINTS[path]
+        if not endpoint.for_providers:
+            models_elsewhere = ()
+        body = read_body(path, data, headers.content_type)
         fields = body.fields
         may_use = tenant.may_use if tenant is not None else _may_use_all
         model, capacity = self._served_models.find_model(
-            fields.model, ENDPOINTS[path].task, models_elsewhere, may_use
+            fields.model, endpoint.task, models_elsewhere, may_use, route=f"POST {path}"
         )
         gateway, router = self._config.gateway, self._config.router
         # vLLM refuses longer prompts. Until it has counted them the
@@ -88,6 +93,8 @@ class RequestParser:
             tenant.check_class(request_class)
             if (own := tenant.cache_salt(salt)) is not None:
                 salt = added["cache_salt"] = own
+        if endpoint.is_form:
+            added = {}  # an upload passes as it is; vLLM has no salt there
         prompt = next(iter(body.prompts.values()))
         request = Request(
             id=request_id,
@@ -102,6 +109,7 @@ class RequestParser:
             weight=tenant.config.weight if tenant is not None else 1.0,
             priority_class=request_class,
             put_off_s=self._put_off_s(fields, headers),
+            engines_only=not endpoint.for_providers,
             arrival_s=now_s,
             deadline_s=now_s + router.max_hold_s,
             prefix_hashes=prefix_hashes(model, salt, prompt) if wants_prefix else (),
@@ -120,7 +128,8 @@ class RequestParser:
 
     def _measure_prompts(self, path: str, body: JsonBody, max_tokens: float) -> PromptSize:
         """Return the size of all that is to be read. Raise `ApiError` 400 if that is nothing."""
-        needed = ENDPOINTS[path].prompts[0]
+        endpoint = ENDPOINTS[path]
+        needed = endpoint.prompts[0]
         if path == "/v1/chat/completions":  # `type` and `param` are vLLM's
             wrong = functools.partial(ApiError, 400, kind="Bad Request", param=f"body.{needed}")
             if not body.prompts:
@@ -129,6 +138,9 @@ class RequestParser:
                 raise wrong(f"'{needed}' must be a list of messages")
         if not body.prompts:
             raise ApiError(400, f"'{needed}' is missing or empty", param=needed)
+        if endpoint.is_form:
+            num_tokens = len(body.prompts[needed]) // _BYTES_PER_SPEECH_TOKEN
+            return PromptSize(max(1, int(min(num_tokens, max_tokens))), 1, 0)
         if (kept := body.fields.truncate_prompt_tokens) is not None and kept >= 0:
             max_tokens = min(max_tokens, kept)
         sizes = [
@@ -143,6 +155,13 @@ class RequestParser:
         ]
         if len(sizes) == 1:
             return sizes[0]
+        if endpoint.is_one:
+            num_text_bytes = [size.num_text_bytes for size in sizes]
+            return PromptSize(
+                sum(size.num_tokens for size in sizes),
+                1,
+                sum(num_text_bytes) if all(num_text_bytes) else 0,
+            )
         return PromptSize(
             sum(size.num_tokens for size in sizes), sum(size.num_prompts for size in sizes), 0
         )

@@ -21,6 +21,7 @@ class Capacity(msgspec.Struct, frozen=True):
     longest_context: int  # tokens, prompt and output together, of the engine that takes most
     shortest_context: int
     vocab_size: int  # 0: unknown
+    routes: frozenset[str] = frozenset()  # empty: unknown
 
 
 class ServedModels:
@@ -38,13 +39,19 @@ class ServedModels:
         self._guesses: set[str] = set()
 
     def find_model(
-        self, name: str | None, task: str, models_elsewhere: Sequence[str], may_use: MayUse
+        self,
+        name: str | None,
+        task: str,
+        models_elsewhere: Sequence[str],
+        may_use: MayUse,
+        *,
+        route: str = "",
     ) -> tuple[str, Capacity | None]:
         """Return the model that is meant, and what it can do; None if no engine serves it now.
 
         No name means the first model there is. Providers answer for `models_elsewhere`. Raise
         `ApiError` 404 for one that does not exist, and in the same words for one that the caller
-        may not use; 400 for one that cannot do `task`.
+        may not use; 400 for one that cannot do `task`, or has no such `route`.
         """
         self._follow_engines()
         if not name:  # null, or "", which vLLM takes for its own model
@@ -59,8 +66,11 @@ class ServedModels:
             usable = {each for each in (*self._names, *models_elsewhere) if may_use((each,))}
             raise model_not_found(name, sorted(usable))
         capacity = self._capacities.get(name)
-        if capacity is not None and task not in capacity.tasks and name not in models_elsewhere:
-            raise ApiError(400, f"The model '{name}' does not support this endpoint ({task}).")
+        if capacity is not None and name not in models_elsewhere:
+            if task and task not in capacity.tasks:
+                raise ApiError(400, f"The model '{name}' does not support this endpoint ({task}).")
+            if capacity.routes and route and route not in capacity.routes:
+                raise ApiError(400, f"The engines of '{name}' do not have this endpoint ({route}).")
         return name, capacity
 
     def _is_good_guess(self, name: str) -> bool:
@@ -96,4 +106,5 @@ def _capacity(infos: Sequence[EngineInfo]) -> Capacity:
         max(contexts),
         min(contexts),
         max(info.vocab_size for info in infos),
+        frozenset(route for info in infos for route in info.routes),
     )

@@ -150,8 +150,8 @@ async def test_where_the_other_reply_is_shorter_too():
 
 
 async def test_endpoints_that_cannot_go_on_end_with_an_error():
-    path = "/v1/responses"
-    async with running() as system, begun(system, path, input="hi") as text:
+    path, messages = "/v1/chat/completions/batch", [[{"role": "user", "content": "hi"}]]
+    async with running() as system, begun(system, path, messages=messages) as text:
         system.servers[busy_index(system)].close()
         assert "[DONE]" not in await text
         assert system.outcomes["failed"] == 1

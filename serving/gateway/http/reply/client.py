@@ -4,6 +4,7 @@ Nothing here awaits: a token is written by the callback that brings it. A client
 read is not `is_ready`, and whoever answers waits for `ClientEvents.on_ready`.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from serving.gateway.http.errors import ApiError
@@ -31,6 +32,20 @@ class Client(Protocol):
         ...
 
 
+class Source(Protocol):
+    """What a reply is read from: an exchange, a place in a single flight, a stored response."""
+
+    on_readable: Callable[[], None]
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def response_headers(self) -> Headers: ...
+    @property
+    def is_at_end(self) -> bool: ...
+    def read(self) -> bytes | None: ...
+
+
 class ClientEvents(Protocol):
     """Whoever answers, told of what the client does."""
 
@@ -47,8 +62,8 @@ class ClientEvents(Protocol):
     def on_left(self) -> None: ...
 
 
-def send_error(client: Client, error: ApiError, own_headers: Headers) -> None:
-    """Answer with an error."""
-    status, headers, body = error.reply(own_headers)
+def send_error(client: Client, error: ApiError, own_headers: Headers, path: str = "") -> None:
+    """Answer with an error, in the form that clients of `path` read."""
+    status, headers, body = error.reply(own_headers, path)
     client.start(status, headers)
     client.write(body, is_last=True)

@@ -51,6 +51,7 @@ def as_stream(headers: Headers) -> Headers:
     return headers
 
 
-def as_event(body: bytes) -> bytes:
-    """Return a whole body as one event of a stream."""
-    return b"data: " + body.strip().replace(b"\n", b"\ndata: ") + b"\n\n"
+def as_event(body: bytes, kind: bytes = b"") -> bytes:
+    """Return a whole body as one event of a stream, of that kind if the stream names them."""
+    name = b"event: %b\n" % kind if kind else b""
+    return name + b"data: " + body.strip().replace(b"\n", b"\ndata: ") + b"\n\n"
