@@ -33,6 +33,9 @@ from serving.gateway.intake.served_models import ServedModels
 from serving.gateway.observe.metrics import Metrics
 from serving.gateway.observe.observer import Observer
 from serving.gateway.observe.state import GatewayState
+from serving.gateway.page.assets import Assets
+from serving.gateway.page.feed import Feed
+from serving.gateway.page.latencies import LatencyView, latency_views
 from serving.gateway.providers.calls import Providers
 from serving.gateway.providers.leases import Leases, SendUpdate
 from serving.gateway.request_path import RequestPath
@@ -70,7 +73,7 @@ class Gateway:
         self.rank = rank
         self.local_rank = rank if local_rank is None else local_rank
         self.metrics = Metrics(rank)
-        self.observer = Observer(config, rank, self.metrics)
+        self.observer = Observer(config, gateway_id, rank, self.metrics)
         self.router = Router(config.router)
         leases = None
         if send_update is not None:
@@ -108,6 +111,12 @@ class Gateway:
         )
         self.started_s = int(time.time())  # seconds since the epoch
         self.metrics.export_state(self.state)
+        self.feed = Feed(
+            lambda request: self.tenants.authorize_admin(request.headers.raw),
+            self.state,
+            self._latencies,
+            self.driver.recent.last,
+        )
         self.connections = make_connections(config)
         self.app = self._make_front()
         # For those who ask each gateway for itself: what answers on `metrics_port`.
@@ -195,6 +204,8 @@ class Gateway:
             Route("/headway/policy", self.set_policy, methods=["POST"]),
             Route("/headway/reload", self.reload_files, methods=["POST"]),
             Route("/headway/usage", self.get_usage),
+            *self.feed.routes(),
+            *Assets().routes(),
             Route("/headway/requests", self.get_requests),
         ]
 
@@ -218,6 +229,10 @@ class Gateway:
             files={name: watch.state() for name, watch in self.file_watches.items()},
             **msgspec.structs.asdict(self.router.state(now_s)),
         )
+
+    def _latencies(self, now_s: float) -> list[LatencyView]:
+        """Return how long the requests of the last minute took."""
+        return latency_views(self.driver.recent.ended(), now_s)
 
     async def get_state(self, request: Request) -> Response:
         """Answer with this gateway's state."""

@@ -1,0 +1,72 @@
+"""How long did the requests of the last minute take, by class?"""
+
+from collections.abc import Iterable
+
+import msgspec
+import numpy as np
+
+from router import Request, Usage
+from serving.gateway.observe.journey import Journey
+
+WINDOW_S = 60.0
+
+
+class Quantiles(msgspec.Struct, frozen=True):
+    """Of some times, seconds; the 99th percentile of fewer than a hundred is the largest."""
+
+    p50: float
+    p99: float
+
+
+class LatencyView(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the streams of one class that ended within the window; None: there were none."""
+
+    request_class: str
+    num_requests: int  # ended, streams or not
+    output_tokens_per_s: float
+    ttft_s: Quantiles | None
+    tpot_s: Quantiles | None
+    predicted_ttft_s: Quantiles | None  # from when they were sent to an engine
+    answered_in_s: Quantiles | None  # as it was, from the same moment
+
+
+def latency_views(
+    over: Iterable[tuple[Request, Journey, Usage | None]], now_s: float
+) -> list[LatencyView]:
+    """Return the view of each class that ended requests in the window before `now_s`."""
+    classes: dict[str, list[tuple[Request, Journey, Usage | None]]] = {}
+    for each in over:
+        if each[1].over_s >= now_s - WINDOW_S:
+            classes.setdefault(each[0].priority_class.value, []).append(each)
+    return [_view(name, classes[name]) for name in sorted(classes)]
+
+
+def _view(name: str, ended: list[tuple[Request, Journey, Usage | None]]) -> LatencyView:
+    ttfts, tpots, predicted, actual, num_tokens = [], [], [], [], 0
+    for request, journey, usage in ended:
+        num_output = usage.num_output_tokens if usage is not None else 0
+        num_tokens += num_output
+        if not journey.first_token_s:
+            continue
+        ttfts.append(journey.first_token_s - request.arrival_s)
+        if (tpot_s := journey.time_per_token_s(num_output, request.num_sequences)) is not None:
+            tpots.append(tpot_s)
+        if journey.predicted_ttft_s and (took_s := journey.answered_in_s) is not None:
+            predicted.append(journey.predicted_ttft_s)
+            actual.append(took_s)
+    return LatencyView(
+        request_class=name,
+        num_requests=len(ended),
+        output_tokens_per_s=num_tokens / WINDOW_S,
+        ttft_s=_quantiles(ttfts),
+        tpot_s=_quantiles(tpots),
+        predicted_ttft_s=_quantiles(predicted),
+        answered_in_s=_quantiles(actual),
+    )
+
+
+def _quantiles(times_s: list[float]) -> Quantiles | None:
+    if not times_s:
+        return None
+    p50, p99 = np.quantile(times_s, (0.5, 0.99), method="higher")
+    return Quantiles(float(p50), float(p99))
