@@ -149,7 +149,9 @@ class Tenants:
             return None
         text = next((value for name, value in headers if name == b"authorization"), b"")
         scheme, _, credentials = text.partition(b" ")
-        if scheme.lower() != b"bearer":
+        if not text:  # as Anthropic's clients send it
+            credentials = next((value for name, value in headers if name == b"x-api-key"), b"")
+        if (scheme.lower() != b"bearer") if text else not credentials:
             raise _unauthorized("You didn't provide an API key: Authorization: Bearer YOUR_KEY")
         now = datetime.datetime.now(datetime.UTC)
         key = self._keys.find(credentials.strip().decode("latin-1"), now)
