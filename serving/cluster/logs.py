@@ -56,3 +56,4 @@ def keep_logs(run: Path) -> None:
         place = Path(note.read_text())
         note.unlink()
         shutil.copytree(logs_of(run), place, ignore_dangling_symlinks=True, dirs_exist_ok=True)
+        place.chmod(0o700)  # Ray's are open to all

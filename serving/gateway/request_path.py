@@ -164,6 +164,7 @@ class Call:
         path = self._path
         tenant = self._caller.tenant if self._caller is not None else None
         self._exchange = exchange = self._make_exchange(body, tenant)
+        path.observer.on_asked(exchange, self._scope["headers"])
         self._headers = own_headers(self._scope)
         if tenant is not None:
             self._admitted = path.tenants.admit_request(tenant, exchange.request)

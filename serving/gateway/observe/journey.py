@@ -1,8 +1,13 @@
 """Which way did one request take: where was it, since when, and how did it end?"""
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from router import Outcome
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 from router.fleet.replica import ReplicaState
 
 
@@ -29,6 +34,7 @@ class Journey:
         "places",
         "predicted_ttft_s",
         "reason",
+        "span",
     )
 
     def __init__(self) -> None:
@@ -41,6 +47,7 @@ class Journey:
         self.over_s = 0.0
         self.outcome: Outcome | None = None  # None while it is open, and where it never was
         self.reason = ""  # why it was refused or failed
+        self.span: Span | None = None  # of its trace, where there is one
 
     @property
     def sent_s(self) -> float:

@@ -23,7 +23,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from router import Outcome, Request
+from router import Outcome, RejectReason, Request
 from serving.core_form import form
 from serving.gateway.exchange import Exchange
 from serving.gateway.observe.renamed import with_old_names
@@ -123,7 +123,8 @@ class Metrics(Collector):
     def __init__(self, rank: int) -> None:
         """`rank` tells this gateway from others: a restarted one has that of its predecessor."""
         self._counts: dict[tuple[str, str], RequestCounts] = {}
-        self._refusals: dict[str, int] = {}
+        # From zero on, so that a rate shows the first of each.
+        self._refusals = {reason.value: 0 for reason in RejectReason}
         self._statuses: dict[int, int] = {}
         self._own = CollectorRegistry()
         self._own.register(self)
@@ -169,7 +170,7 @@ class Metrics(Collector):
             counts.held.observe(journey.places[0][1] - request.arrival_s)
         if outcome is not Outcome.COMPLETED:
             if outcome is Outcome.REJECTED or outcome is Outcome.EXPIRED:
-                self._refusals[journey.reason] = self._refusals.get(journey.reason, 0) + 1
+                self._refusals[journey.reason] += 1
             return
         counts.e2e.observe(journey.over_s - request.arrival_s)
         if usage is None:

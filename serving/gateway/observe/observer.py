@@ -2,29 +2,40 @@
 
 import datetime
 import time
+from typing import TYPE_CHECKING
 
 from starlette.types import Scope
 
 from router import Outcome
-from serving.config import Config
+from serving.config import Config, ConfigError, TracingConfig
 from serving.gateway.exchange import Exchange
 from serving.gateway.http.errors import ApiError
 from serving.gateway.http.own_headers import request_id_of
 from serving.gateway.observe.metrics import Metrics
 from serving.gateway.observe.request_log import RequestLine, RequestLog
+from serving.stream.frames import Headers
+
+if TYPE_CHECKING:
+    from serving.gateway.observe.tracing import Tracing
 
 
 class Observer:
     """Tells of requests that are over to whoever is configured to hear of it."""
 
-    def __init__(self, config: Config, rank: int, metrics: Metrics) -> None:
-        """Raises `OSError` where the log cannot be opened."""
+    def __init__(self, config: Config, gateway_id: str, rank: int, metrics: Metrics) -> None:
+        """Raises `OSError` where the log cannot be opened, `ConfigError` without OpenTelemetry."""
         self._rank = rank
         self._metrics = metrics
         self._has_bodies = config.log.bodies
         self._log: RequestLog | None = None
         if config.log.dir is not None and config.log.requests:
             self._log = RequestLog(config.log, rank)
+        self._tracing = _make_tracing(config.tracing, gateway_id, rank)
+
+    def on_asked(self, exchange: Exchange, headers: Headers) -> None:
+        """Note the beginning of a request that can be placed, by its client's headers."""
+        if self._tracing is not None:
+            exchange.journey.span = self._tracing.begin(exchange, headers)
 
     def on_over(
         self,
@@ -42,6 +53,9 @@ class Observer:
         self._metrics.observe_reply(status)
         if self._log is not None:
             self._log.write(self._line(scope, exchange, tenant, status, error))
+        if self._tracing is not None and exchange is not None and exchange.journey.span is not None:
+            outcome, reason = _end_of(exchange, status, error)
+            self._tracing.end(exchange.journey.span, exchange, status, outcome, reason)
 
     def _line(
         self,
@@ -64,7 +78,8 @@ class Observer:
                 tenant=tenant,
             )
         request, journey, usage = exchange.request, exchange.journey, exchange.usage
-        outcome, arrival_s = journey.outcome, request.arrival_s
+        arrival_s = request.arrival_s
+        outcome, reason = _end_of(exchange, status, error)
         is_stream = exchange.fields.is_stream
         first_s = journey.first_token_s if is_stream else 0.0
         took_s = journey.answered_in_s if first_s else None
@@ -77,8 +92,8 @@ class Observer:
             id=request_id_of(scope),
             path=exchange.path,
             status=status,
-            outcome=outcome._value_ if outcome is not None else _outcome_of_reply(status),
-            reason=_without_details(journey.reason) if journey.reason else reason_of(error),
+            outcome=outcome,
+            reason=reason,
             model=request.model,
             tenant=tenant,
             request_class=request.priority_class._value_,
@@ -94,6 +109,7 @@ class Observer:
             prompt_tokens=usage.num_prompt_tokens if usage is not None else None,
             cached_tokens=usage.num_cached_tokens if usage is not None else None,
             output_tokens=usage.num_output_tokens if usage is not None else None,
+            trace_id=f"{journey.span.get_span_context().trace_id:032x}" if journey.span else "",
             body=exchange.body.decode(errors="replace") if self._has_bodies else "",
         )
 
@@ -101,6 +117,28 @@ class Observer:
         """Write what has not been written yet."""
         if self._log is not None:
             self._log.close()
+        if self._tracing is not None:
+            self._tracing.close()
+
+
+def _make_tracing(config: TracingConfig, gateway_id: str, rank: int) -> "Tracing | None":
+    if config.endpoint is None:
+        return None
+    try:
+        from serving.gateway.observe.tracing import Tracing  # late: only who traces needs it
+    except ImportError as error:
+        raise ConfigError(
+            f"tracing.endpoint needs OpenTelemetry ({error}): pip install headway[tracing]"
+        ) from None
+    return Tracing(config, gateway_id, rank)
+
+
+def _end_of(exchange: Exchange, status: int, error: Exception | None) -> tuple[str, str]:
+    """Return how a request ended, and why if that was not well."""
+    journey = exchange.journey
+    outcome = journey.outcome
+    said = outcome._value_ if outcome is not None else _outcome_of_reply(status)
+    return said, _without_details(journey.reason) if journey.reason else reason_of(error)
 
 
 def reason_of(error: Exception | None) -> str:

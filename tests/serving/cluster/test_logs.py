@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import stat
 
 import pytest
 
@@ -31,6 +32,7 @@ def test_they_are_kept_when_the_run_is_over(tmp_path):
     assert place.parent == tmp_path / "new" / "logs"
     assert re.fullmatch(rf"run-\d{{8}}-\d{{6}}-{os.getpid()}", place.name)
     assert (place / "worker-1.err").read_text() == "alas"
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
     assert (place / "serve" / "replica.log").read_text() == "hello"
 
 

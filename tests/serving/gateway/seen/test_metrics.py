@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from router import Outcome, RequestClass, Usage
+from router import Outcome, RejectReason, RequestClass, Usage
 from serving.gateway.exchange import Exchange
 from serving.gateway.intake.fields import ChatFields
 from serving.gateway.observe import metrics as module
@@ -103,9 +103,9 @@ async def test_tokens_and_ends_are_counted_per_model_and_class():
     assert ends["headway_requests_total", "standard", "a", "completed"] == 2
     assert ends["headway_requests_total", "standard", "a", "rejected"] == 1
     assert sum(ends.values()) == 5
-    assert values(metrics, "headway_refusals_total") == {
-        ("headway_refusals_total", "queue_full"): 1
-    }
+    refusals = values(metrics, "headway_refusals_total")
+    assert refusals.keys() == {("headway_refusals_total", each.value) for each in RejectReason}
+    assert refusals["headway_refusals_total", "queue_full"] == sum(refusals.values()) == 1
     # As it was called before, and without what it did not tell then.
     before = values(metrics, "headway_outcomes_total")
     assert before["headway_outcomes_total", "completed"] == 4
@@ -236,8 +236,9 @@ def test_the_library_s_counters_are_as_ours():
     registry = CollectorRegistry()
     words, labels = "Requests rejected or expired, by the reason", ("gateway", "reason")
     theirs = Counter("headway_refusals", words, labels, registry=registry)
-    theirs.labels("0", "late").inc()
+    for reason in RejectReason:
+        theirs.labels("0", reason.value).inc(float(reason is RejectReason.HOPELESS))
     metrics = Metrics(rank=0)
-    metrics.observe_end(ended(Outcome.REJECTED, 11.0, reason="late"))
+    metrics.observe_end(ended(Outcome.REJECTED, 11.0, reason="hopeless"))
     ours = re.findall(".*headway_refusals_total.*", metrics.render()[0].decode())
     assert ours == re.findall(".*headway_refusals_total.*", generate_latest(registry).decode())
