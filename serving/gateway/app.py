@@ -30,6 +30,7 @@ from serving.gateway.http.small.health import make_health
 from serving.gateway.http.small.model_cards import make_cards
 from serving.gateway.intake.request_parser import RequestParser
 from serving.gateway.intake.served_models import ServedModels
+from serving.gateway.observe.engine_metrics import CONTENT_TYPE, engine_metrics
 from serving.gateway.observe.metrics import Metrics
 from serving.gateway.observe.observer import Observer
 from serving.gateway.observe.state import GatewayState
@@ -199,6 +200,7 @@ class Gateway:
             Route("/-/healthz", self.get_health),  # where Ray Serve's proxy answers: KubeRay asks
             Route("/health/live", self.get_liveness),
             Route("/metrics", self.get_metrics),
+            Route("/metrics/engines", self.get_engine_metrics),
             Route("/headway/state", self.get_state),
             Route("/headway/state/schema", self.get_state_schema),
             Route("/headway/policy", self.set_policy, methods=["POST"]),
@@ -321,6 +323,13 @@ class Gateway:
             self.tenants.authorize_admin(request.headers.raw)
         text, content_type = self.metrics.render(request.headers.get("accept", ""))
         return Response(text, headers={"content-type": content_type})
+
+    async def get_engine_metrics(self, request: Request) -> Response:
+        """Answer with all engines' own metrics in Prometheus's text format."""
+        if not self.config.auth.open_metrics:
+            self.tenants.authorize_admin(request.headers.raw)
+        text = await engine_metrics(self.driver.engines)
+        return Response(text, headers={"content-type": CONTENT_TYPE})
 
     async def set_policy(self, request: Request) -> Response:
         """Switch the policy without a restart: `{"policy": "headway", "ablate": ["order"]}`."""

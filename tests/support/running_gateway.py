@@ -75,14 +75,16 @@ def free_port() -> int:
 
 
 @contextlib.asynccontextmanager
-async def running(num_engines: int = 2, served_names: tuple[str, ...] = (), **settings):
+async def running(
+    num_engines: int = 2, served_names: tuple[str, ...] = (), rank: int = 0, **settings
+):
     """A system with these sections of the configuration, up on a free port.
 
     `served_names`: what the gateway knows that engines will serve.
     """
     port = free_port()
     config = parse({**settings, "gateway": {"port": port, **settings.get("gateway", {})}})
-    gateway = Gateway(config, "gateway", served_names=served_names)
+    gateway = Gateway(config, "gateway", served_names=served_names, rank=rank)
     listener = Listener(gateway.app, config.gateway)
     await listener.start()
     limits = httpx.Limits(max_connections=None)
