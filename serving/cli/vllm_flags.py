@@ -120,6 +120,8 @@ def read_flags(flags: Sequence[str]) -> dict[str, Any]:
 
     Takes as long as importing vLLM. Raise `ConfigError` with its message if it refuses them.
     """
+    if sys.stderr.isatty():
+        print("asking vLLM's own parser, which takes some seconds to import …", file=sys.stderr)
     environment = os.environ | {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "PYTHONPATH": os.pathsep.join(

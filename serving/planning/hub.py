@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.config import ConfigError
-from serving.planning.model_size import ModelSize, read_folder
+from serving.planning.model_size import ModelSize, cached_folder, read_folder
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are there, and those that are to be there."""
@@ -155,18 +155,10 @@ def hub_size(found: HubModel) -> ModelSize:
 
 def is_cached(model: str, engine_args: Mapping[str, Any]) -> bool:
     """Whether the cache has weights of `model`, by which an engine can start without the hub."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(
-            model,
-            revision=engine_args.get("revision"),
-            cache_dir=engine_args.get("download_dir"),
-            local_files_only=True,
-        )
-    except (OSError, ValueError):
+    folder = cached_folder(model, engine_args.get("revision"), engine_args.get("download_dir"))
+    if folder is None:
         return False
-    return any(path.name.endswith(_suffixes()) for path in Path(folder).rglob("*"))
+    return any(path.name.endswith(_suffixes()) for path in folder.rglob("*"))
 
 
 def cached_models() -> list[str]:

@@ -47,21 +47,28 @@ def find_model_size(model: str) -> ModelSize | None:
     path = Path(model)
     if path.is_file():
         return ModelSize(path.stat().st_size)
-    folder = path if path.is_dir() else _cached_folder(model)
+    folder = path if path.is_dir() else cached_folder(model)
     size = read_folder(folder) if folder else ModelSize(0)
     if not size.num_weight_bytes:
         size = replace(size, num_weight_bytes=_guess_weight_bytes(path.name), is_guess=True)
     return size if size.num_weight_bytes or folder else None
 
 
-def _cached_folder(model: str) -> Path | None:
-    """Return the folder with what has been downloaded of a model of the hub; None if nothing."""
+def cached_folder(model: str, revision: str | None = None, cache: str | None = None) -> Path | None:
+    """Return the folder with what has been downloaded of a model of the hub; None if nothing.
+
+    `cache` is the cache's folder if it is not the usual one.
+    """
     try:
         from huggingface_hub import snapshot_download  # late, and only vLLM brings it
 
-        return Path(snapshot_download(model, local_files_only=True))
-    except (ImportError, OSError, ValueError):
-        return None
+        return Path(
+            snapshot_download(model, revision=revision, cache_dir=cache, local_files_only=True)
+        )
+    except (ImportError, OSError, ValueError) as error:
+        # Who downloads for vLLM leaves out what it does not load, and so the folder is not whole.
+        folder = getattr(error, "snapshot_path", None)
+        return Path(folder) if folder is not None else None
 
 
 def read_folder(folder: Path) -> ModelSize:
