@@ -72,6 +72,8 @@ _KEPT = {
 _EVERYWHERE = {
     "POST /v1/load_lora_adapter": _LORA,
     "POST /v1/unload_lora_adapter": _LORA,
+    "POST /adapters": _LORA,
+    "DELETE /adapters/{adapter_name}": _LORA,
     "POST /reset_prefix_cache": _DEV,
     "POST /reset_mm_cache": _DEV,
     "POST /reset_encoder_cache": _DEV,

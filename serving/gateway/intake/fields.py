@@ -209,6 +209,7 @@ class MessageFields(Fields):
     max_tokens: _Int | None = None
     stream: bool | None = False
     temperature: float | None = None
+    top_k: _Int | None = None
 
     @property
     def is_stream(self) -> bool:
