@@ -3,13 +3,15 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import anthropic
 import openai
 import pytest
 
-from serving.engine.vllm.engine import routes_of
+from serving.config import ConfigError
+from serving.engine.vllm.engine import routes_of, vllm_arguments
 from serving.gateway.endpoints.table import RULES
 from tests.serving.engine.conftest import Served
 
@@ -204,6 +206,38 @@ class TestKeptResponses:
         for number in range(5):
             store[str(number)] = number
         assert list(store) == ["2", "3", "4"]
+
+
+def lora_modules(modules: Any) -> list[Any]:
+    plan: Any = SimpleNamespace(
+        device="cpu",
+        engine_args={"lora_modules": modules},
+        model="m",
+        served_model_name="m",
+        aliases=(),
+    )
+    return vllm_arguments(plan).lora_modules
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        [{"name": "sql", "path": "/loras/sql"}, {"name": "law", "path": "/loras/law"}],
+        ["sql=/loras/sql", "law=/loras/law"],
+    ],
+)
+def test_adapters_are_taken_however_they_are_written(modules: list) -> None:
+    found = lora_modules(modules)
+    assert [(each.name, each.path) for each in found] == [
+        ("sql", "/loras/sql"),
+        ("law", "/loras/law"),
+    ]
+
+
+@pytest.mark.parametrize("modules", [["sql"], [{"nam": "sql"}], [7], 7])
+def test_adapters_that_are_none_are_refused(modules: Any) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.args\.lora_modules"):
+        lora_modules(modules)
 
 
 def test_what_a_reply_is_told_beside_vllms_own_headers(served: Served) -> None:
