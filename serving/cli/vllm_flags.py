@@ -7,6 +7,7 @@ are checked here first, against vLLM's source, and the parser runs in a process 
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import subprocess
@@ -165,7 +166,18 @@ def _parse(flags: list[str]) -> dict[str, Any]:
     parser = make_arg_parser(Parser(argument_default=argparse.SUPPRESS))
     for action in parser._actions:
         action.default = argparse.SUPPRESS
+        if action.type is not None:
+            action.type = functools.partial(_plain, action.type)
     return vars(parser.parse_args(flags))
+
+
+def _plain(kind: Any, text: str) -> Any:
+    """Return what an option's type makes of a value; where that is an object, as it was given.
+
+    vLLM makes it of that once more, in the engine; its fields are more than it takes.
+    """
+    value = kind(text)
+    return json.loads(text) if dataclasses.is_dataclass(value) else value
 
 
 def _as_json(value: Any) -> Any:
