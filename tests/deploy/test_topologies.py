@@ -55,3 +55,18 @@ def test_only_the_front_that_listens_has_the_port(path: Path) -> None:
     front = content["applications"][0]["args"]["gateway"].get("front", "own")
     assert (content["proxy_location"] == "Disabled") == (front == "own")
     assert load_config_file(path, {}).port == 8000
+
+
+def test_no_sample_is_open_to_a_network_without_keys() -> None:
+    """Whatever else is in the folder: manifests, images, units."""
+    listening = []
+    for path in sorted(FOLDER.rglob("*")):
+        if not path.is_file() or path.suffix in (".py", ".pyc", ".json"):
+            continue
+        lines = [line.partition("#")[0] for line in path.read_text().splitlines()]
+        text = "\n".join(lines)
+        if "0.0.0.0" in text or "insecure" in text:
+            listening.append(path.name)
+            assert "keys_file" in text, path
+            assert "insecure" not in text, path
+    assert listening  # containers do
