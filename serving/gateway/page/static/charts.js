@@ -58,6 +58,7 @@ function draw({ box, lines, data }) {
     series: [{}, ...lines.map(([label], index) => ({ label, stroke: COLOURS[index], width: 1.5, points: { show: false } }))],
     scales: { y: { range: (_, low, high) => [0, high || 1] } },
     axes: [axis, { ...axis, size: 52 }],
+    legend: { live: false },
     cursor: { drag: { x: false, y: false } },
   }, data, box);
 }
