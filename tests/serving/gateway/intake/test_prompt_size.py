@@ -92,6 +92,7 @@ class TestText:
     def test_several_conversations_are_read_whole_each(self):
         chats = [[{"role": "user", "content": "word " * 400}]] * 30
         assert size(chats, max_tokens=1000)[0] > 15_000
+        assert size(chats)[1] == 30
 
     def test_broken_lists_are_vllms_to_refuse(self):
         assert size(b'["a", "\\ud800"]')[1] == 1
