@@ -90,6 +90,18 @@ chaos-gateway: compile  ## two gateways, of which one hangs or dies, beside new 
 chaos-real: compile  ## two vLLM engines on CPU cores killed and hung under load, every reply checked
 	$(BIN)/python -m benchmarks.chaos.real $(ARGS)
 
+.PHONY: train-predictor
+train-predictor: install  ## what is known of answers' lengths from the start, trained anew; HEADWAY_TRACES=DIR
+	$(BIN)/python -m benchmarks.policies.predictor.train $(ARGS)
+
+.PHONY: eval-predictor
+eval-predictor: compile  ## how well are answers' lengths predicted? HEADWAY_TRACES=DIR
+	$(BIN)/python -m benchmarks.policies.predictor $(ARGS)
+
+.PHONY: bench-length-value
+bench-length-value: compile  ## what is it worth to know the length of answers? simulated
+	$(BIN)/python -m benchmarks.policies.length_value $(ARGS)
+
 clean:  ## remove .venv and caches, not the model
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -92,6 +92,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     # Chained hashes of the prompt's successive blocks as the gateway cuts it: each
     # covers all before it. Whole blocks only; none unless the policy reads them.
     prefix_hashes: tuple[int, ...] = ()
+    # What its instruction says, as numbers (`router.estimators.lengths.text_model`), and the same
+    # number for the same system prompt; 0: none, or unknown.
+    wording: tuple[int, ...] = ()
+    system_prompt: int = 0
     prefix_block_share: float = 0.0  # share of the prompt that each of them covers
     # The leading KV blocks of the prompt by the engines' own hashes, as far as known.
     block_hashes: tuple[int, ...] = ()

@@ -11,6 +11,7 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     num_expected_tokens: int  # the mean
     num_booked_tokens: int  # what KV room is kept for
     quantiles: tuple[int, ...] = ()  # at `LEVELS`; none of a source that knows no more
+    cut_share: float = 0.0  # probability that it ends at the client's own limit
 
 
 # Of `Forecast.quantiles`. Two each bound the intervals of 95, 80 and 50 %.
