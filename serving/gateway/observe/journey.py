@@ -62,6 +62,11 @@ class Journey:
     @property
     def answered_in_s(self) -> float | None:
         """Seconds to the first token from when its place was sent the request; None without one."""
+        if not self.first_token_s:
+            return None
+        place, sent_s = self.places[-1]
+        if place == self.answered_by and sent_s <= self.first_token_s:
+            return self.first_token_s - sent_s  # the usual case
         for place, sent_s in reversed(self.places):
             if place == self.answered_by and sent_s <= self.first_token_s:
                 return self.first_token_s - sent_s

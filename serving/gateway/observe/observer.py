@@ -1,6 +1,5 @@
 """Who is told of each request when it is over? Metrics, the request log, the tracer."""
 
-import datetime
 import time
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from serving.gateway.exchange import Exchange
 from serving.gateway.http.errors import ApiError
 from serving.gateway.http.own_headers import request_id_of
 from serving.gateway.observe.metrics import Metrics
-from serving.gateway.observe.request_log import RequestLine, RequestLog
+from serving.gateway.observe.request_log import Clock, RequestLine, RequestLog
 from serving.stream.frames import Headers
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ class Observer:
         """Raises `OSError` where the log cannot be opened, `ConfigError` without OpenTelemetry."""
         self._rank = rank
         self._metrics = metrics
+        self._clock = Clock()
         self._has_bodies = config.log.bodies
         self._log: RequestLog | None = None
         if config.log.dir is not None and config.log.requests:
@@ -65,7 +65,7 @@ class Observer:
         status: int,
         error: Exception | None,
     ) -> RequestLine:
-        now = datetime.datetime.now(datetime.UTC)
+        now = self._clock.text(time.time())
         if exchange is None:
             return RequestLine(
                 time=now,
@@ -100,12 +100,12 @@ class Observer:
             stream=is_stream,
             cache=journey.cache,
             engines=tuple(place for place, _ in journey.places),
-            held_s=round(journey.places[0][1] - arrival_s, 6) if journey.places else None,
+            held_s=_rounded(journey.places[0][1] - arrival_s) if journey.places else None,
             predicted_ttft_s=_rounded(journey.predicted_ttft_s) if first_s else None,
             answered_in_s=_rounded(took_s),
-            ttft_s=round(first_s - arrival_s, 6) if first_s else None,
+            ttft_s=_rounded(first_s - arrival_s) if first_s else None,
             tpot_s=_rounded(tpot_s),
-            total_s=round((journey.over_s or time.monotonic()) - arrival_s, 6),
+            total_s=_rounded((journey.over_s or time.monotonic()) - arrival_s),
             prompt_tokens=usage.num_prompt_tokens if usage is not None else None,
             cached_tokens=usage.num_cached_tokens if usage is not None else None,
             output_tokens=usage.num_output_tokens if usage is not None else None,
@@ -161,4 +161,5 @@ def _outcome_of_reply(status: int) -> str:
 
 
 def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 6)
+    """Return microseconds' worth of a time: `round` takes ten times as long."""
+    return None if seconds is None else int(seconds * 1e6 + 0.5) / 1e6

@@ -6,8 +6,8 @@ stalls it, which is why nothing is synced.
 """
 
 import asyncio
-import datetime
 import logging
+import time
 from logging.handlers import RotatingFileHandler
 
 import msgspec
@@ -26,7 +26,7 @@ class RequestLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     Times are in seconds, from the arrival in the gateway unless said otherwise.
     """
 
-    time: datetime.datetime  # when it was over
+    time: str  # when it was over, in UTC by RFC 3339
     gateway: int  # its rank
     id: str  # the client's own `X-Request-Id`, or the one that it was given
     path: str
@@ -107,22 +107,40 @@ class RequestLog:
         self.flush()
 
 
+_NAMES = tuple((field.encode_name, field.default) for field in msgspec.structs.fields(RequestLine))
+_SAID_FIRST = frozenset(("time", "status", "outcome", "path"))
+_QUOTED = frozenset(' "=')
+
+
 def in_words(line: RequestLine) -> str:
     """Return a line for people: when, what came of it, then each field that is known."""
-    when = line.time.isoformat(timespec="milliseconds")
-    said = [when, str(line.status or "-"), line.outcome, line.path]
-    for name, value in msgspec.to_builtins(line).items():
-        if name in ("time", "status", "outcome", "path"):
+    said = [line.time, str(line.status or "-"), line.outcome, line.path]
+    for (name, default), value in zip(_NAMES, msgspec.structs.astuple(line), strict=True):
+        if value == default or name in _SAID_FIRST:
             continue
-        if isinstance(value, list | tuple):
-            value = ",".join(value)
-        elif isinstance(value, float):
-            value = f"{value:.4g}"
-        text = str(value)
-        # Whatever clients name stays on its line and within its field.
-        said.append(f"{name}={text if _is_plain(text) else msgspec.json.encode(text).decode()}")
+        if isinstance(value, float):
+            said.append(f"{name}={value:.4g}")
+        elif isinstance(value, int):
+            said.append(f"{name}={value}")
+        else:
+            text = value if isinstance(value, str) else ",".join(value)
+            # Whatever clients name stays on its line and within its field.
+            plain = text.isprintable() and not _QUOTED.intersection(text)
+            said.append(f"{name}={text if plain else msgspec.json.encode(text).decode()}")
     return " ".join(said)
 
 
-def _is_plain(text: str) -> bool:
-    return text.isprintable() and not any(each in text for each in ' "=')
+class Clock:
+    """Writes times as logs have them. What they have in common is written once per second."""
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._text = ""
+
+    def text(self, now_s: float) -> str:
+        """Return a time, in seconds since the epoch, in UTC by RFC 3339, to the microsecond."""
+        second = int(now_s)
+        if second != self._second:
+            self._second = second
+            self._text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self._text}.{int((now_s - second) * 1e6):06d}Z"

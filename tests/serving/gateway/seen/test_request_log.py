@@ -11,7 +11,7 @@ import pytest
 from serving.config import LogConfig
 from serving.gateway.http.errors import ApiError
 from serving.gateway.observe.observer import reason_of
-from serving.gateway.observe.request_log import RequestLine, RequestLog, in_words
+from serving.gateway.observe.request_log import Clock, RequestLine, RequestLog, in_words
 from serving.gateway.tenants.keys import KeysFile, make_key
 from tests.support.running_gateway import CHAT, running
 
@@ -151,7 +151,7 @@ def test_reasons_do_not_quote_what_was_asked():
 
 
 LINE = RequestLine(
-    time=datetime(2026, 1, 2, 3, 4, 5, 678901, UTC),
+    time="2026-01-02T03:04:05.678901Z",
     gateway=1,
     id='a b"c=\n',
     path=CHAT,
@@ -166,7 +166,7 @@ LINE = RequestLine(
 
 def test_a_line_in_words():
     assert in_words(LINE) == (
-        "2026-01-02T03:04:05.678+00:00 200 completed /v1/chat/completions gateway=1 "
+        "2026-01-02T03:04:05.678901Z 200 completed /v1/chat/completions gateway=1 "
         'id="a b\\"c=\\n" model=m stream=True engines="r0,provider p" held_s=0.1235'
     )
 
@@ -207,3 +207,12 @@ async def test_a_disk_that_is_full_stops_nobody(tmp_path, caplog, monkeypatch):
     log.write(LINE)
     log.flush()
     assert "1 lines of the request log are lost: [Errno 28]" in caplog.text
+
+
+def test_times_are_written_as_the_library_writes_them():
+    clock = Clock()
+    for now_s in (1.5, 1.999999, 1767323045.678901, 1767323045.0, 1767323046.000001, 1e9):
+        expected = datetime.fromtimestamp(int(now_s), UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        text = clock.text(now_s)
+        assert text.startswith(expected)
+        assert abs(datetime.fromisoformat(text).timestamp() - now_s) < 2e-6
