@@ -12,6 +12,7 @@ import httpx
 import msgspec
 import psutil
 import pytest
+from anthropic import Anthropic
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
 from benchmarks.systems.processes import engine_core
@@ -85,6 +86,16 @@ def test_the_openai_client_gets_paris_every_way(server):
             return reply.choices[0].message.content
 
     assert asyncio.run(ask_async()) == text
+
+
+def test_anthropics_client_gets_paris_whole_and_streamed(server):
+    with Anthropic(base_url=server.url, api_key="none") as client:
+        asked = {"model": MODEL, "messages": QUESTION, "max_tokens": 20}
+        asked["extra_body"] = {"temperature": 0}
+        [block] = client.messages.create(**asked).content
+        assert "Paris" in block.text
+        with client.messages.stream(**asked) as stream:
+            assert "".join(stream.text_stream) == block.text
 
 
 @pytest.mark.timeout(600)  # starts two engines more

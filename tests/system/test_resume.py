@@ -26,6 +26,7 @@ from serving.planning.plan import make_plan
 from serving.stream.server import StreamServer
 from tests.support.running_gateway import free_port
 from tests.support.tiny_model import tiny_model
+from tests.system.named_events import all_said, named_events
 
 pytestmark = [
     pytest.mark.engine,
@@ -245,6 +246,34 @@ async def test_nothing_shows(pair, name):
             num_made = pair.state().retries.num_made - before
             assert num_made <= pair.num_cuts - num_cuts <= len(cut_at)
         assert pair.state().num_open_requests == pair.state().num_record_bytes == 0
+
+
+NAMED = {
+    "messages": ("/v1/messages", {"messages": QUESTION, "max_tokens": 40, "system": "Tell."}),
+    "responses": ("/v1/responses", {"input": PROMPT, "max_output_tokens": 40, "ignore_eos": True}),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+async def test_nothing_shows_in_streams_of_named_events(pair, name):
+    """Ids, dates and numbers of events are of one reply, which says what it would have said."""
+    path, fields = NAMED[name]
+    body = {"model": "tiny", "temperature": 0, "stream": True, **fields}
+    undisturbed = all_said(named_events(await pair.ask(path, body)))
+    num_made = 0
+    while not num_made:
+        before = pair.state().retries.num_made
+        resumed = named_events(await pair.ask(path, body, cut_at=(14, 60)))
+        assert all_said(resumed) == undisturbed
+        num_made = pair.state().retries.num_made - before
+    if path == "/v1/responses":
+        assert [event["sequence_number"] for event in resumed] == list(range(len(resumed)))
+        replies = [event["response"] for event in resumed if "response" in event]
+        assert len({(reply["id"], reply["created_at"]) for reply in replies}) == 1
+        (item,) = replies[-1]["output"]
+        assert {event["item_id"] for event in resumed if "item_id" in event} == {item["id"]}
+        assert item["content"][0]["text"] == undisturbed[0]
+    assert pair.state().num_open_requests == pair.state().num_record_bytes == 0
 
 
 async def test_a_stop_string_across_the_seam(pair):

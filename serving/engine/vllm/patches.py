@@ -177,7 +177,11 @@ PATCHES = (
                 FinishReason="STOP LENGTH ABORT",
             ),
             *classes(_OUTPUTS, RequestState="request_id prompt_len is_prefilling stats"),
-            *classes("vllm.v1.metrics.stats", RequestStateStats="num_generation_tokens"),
+            *classes(
+                "vllm.v1.metrics.stats",
+                RequestStateStats="num_generation_tokens",
+                PrefillStats="num_cached_tokens",
+            ),
         ),
     ),
     Patch(

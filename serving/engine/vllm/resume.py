@@ -104,9 +104,20 @@ class Resumer:
         for output in outputs:
             if (known := self._recorders.get(output.request_id)) is None:
                 continue
+            if output.prefill_stats is not None:
+                self._cap_cached_tokens(output)
             recorder, index, is_streamed = known
             recorder.add_entry(_entry_of(index, output), is_streamed=is_streamed)
         return outputs
+
+    def _cap_cached_tokens(self, output: EngineCoreOutput) -> None:
+        """Count of a prompt that recorded tokens were added to no more as cached than the prompt.
+
+        A client is told of it as a part of its prompt.
+        """
+        if (state := self._live.get(output.request_id)) is not None:
+            stats = output.prefill_stats
+            stats.num_cached_tokens = min(stats.num_cached_tokens, state.prompt_len)
 
     def register_request(
         self,
