@@ -9,8 +9,7 @@ from serving.cli.commands.config import config_app
 from serving.cli.commands.keys import key_app
 from serving.cli.commands.serve import plan, profile, serve
 from serving.cli.commands.whatif import whatif
-from serving.cli.running.explain import explain
-from serving.cli.running.late import bench, top
+from serving.cli.running.late import bench, explain, top
 from serving.cli.running.status import status
 from serving.cli.vllm_flags import PassingCommand
 from serving.core_form import form

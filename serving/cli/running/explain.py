@@ -1,14 +1,10 @@
 """Why did this request wait, and where did it go? `headway explain`."""
 
-from typing import Annotated
-
 import msgspec
-import typer
 from rich.console import Console
 from rich.table import Table
 
-from serving.cli.errors import errors_in_one_line
-from serving.cli.running.service import DEFAULT_URL, ApiKey, RunningService, Url
+from serving.cli.running.service import RunningService
 from serving.gateway.observe.recent import Event, RequestWay
 
 _WORDS = {
@@ -20,33 +16,16 @@ _WORDS = {
 }
 
 
-def explain(
-    request_id: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="REQUEST_ID",
-            help="The reply's x-request-id, or the id that the client gave. Without one: the last.",
-        ),
-    ] = None,
-    url: Url = DEFAULT_URL,
-    api_key: ApiKey = None,
-    json: Annotated[bool, typer.Option("--json", help="As /headway/requests/ID has it.")] = False,
-) -> None:
-    """Show which way a request took: held why, sent where, predicted how, answered when.
-
-    A gateway knows its last thousand requests and the open ones. Of several gateways only the one
-    that had it does: ask each by its own port (gateway.metrics_port).
-    """
-    with errors_in_one_line():
-        service = RunningService(url, api_key)
-        if request_id is None:
-            _list(msgspec.convert(service.ask("/headway/requests"), list[RequestWay]))
-            return
-        found = service.request(request_id)
-        if json:
-            print(msgspec.json.encode(found).decode())
-        else:
-            _show(msgspec.convert(found, RequestWay))
+def run(service: RunningService, request_id: str | None, *, as_json: bool) -> None:
+    """Print the way of a request, or the last requests. Raise `StartError` if nobody tells."""
+    if request_id is None:
+        _list(msgspec.convert(service.ask("/headway/requests"), list[RequestWay]))
+        return
+    found = service.request(request_id)
+    if as_json:
+        print(msgspec.json.encode(found).decode())
+    else:
+        _show(msgspec.convert(found, RequestWay))
 
 
 def _list(ways: list[RequestWay]) -> None:

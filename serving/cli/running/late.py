@@ -1,4 +1,4 @@
-"""`top` and `bench`, whose libraries take long to import, are imported when they are called."""
+"""`top`, `explain` and `bench` need much that takes long to import: only when they are called."""
 
 from typing import Annotated
 
@@ -19,6 +19,31 @@ def top(
         from serving.cli.running.top import run
 
         run(url, api_key, every)
+
+
+def explain(
+    request_id: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="REQUEST_ID",
+            help="The reply's x-request-id, or the id that the client gave. Without one: the last.",
+        ),
+    ] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="As /headway/requests?id=ID has it.")
+    ] = False,
+) -> None:
+    """Show which way a request took: held why, sent where, predicted how, answered when.
+
+    A gateway knows its last thousand requests and the open ones. Of several gateways only the one
+    that had it does: ask each by its own port (gateway.metrics_port).
+    """
+    with errors_in_one_line():
+        from serving.cli.running.explain import run
+
+        run(RunningService(url, api_key), request_id, as_json=json)
 
 
 def bench(
