@@ -27,8 +27,8 @@ serve: compile  ## serve a model at http://127.0.0.1:8000/v1; ARGS="--help" list
 serve-emulated: compile  ## eight emulated H100s behind the real gateway, in real time
 	@PYTHONPATH=. $(BIN)/headway serve deploy/emulated8.yaml $(ARGS)
 
-test: install  ## all tests, the fast ones first
-	$(BIN)/python -m pytest --durations=10 $(ARGS)
+test: install  ## all tests, the fast ones first, two files at a time; ARGS="tests/router -n 0" some of them
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=20 $(ARGS)
 
 .PHONY: mutants
 mutants: install  ## do tests notice wrong lines? what limits and resumes, mutated (an hour); ARGS="lease"
@@ -64,6 +64,10 @@ bench-fidelity: compile  ## the simulator against two real engines on CPU cores
 
 bench-cache: compile  ## what a reply from the response cache costs
 	$(BIN)/python -m benchmarks.overhead.response_cache $(ARGS)
+
+.PHONY: bench-scaling
+bench-scaling: compile  ## autoscalers compared in simulation (an hour); HEADWAY_TRACES=DIR
+	$(BIN)/python -m benchmarks.scaling $(ARGS)
 
 bench-spill: compile  ## goodput and cost of a provider in a spike, simulated
 	$(BIN)/python -m benchmarks.policies.spillover $(ARGS)

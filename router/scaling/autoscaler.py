@@ -1,7 +1,7 @@
 """How many engines should there be? Enough, when they are ready, for what will have come by then.
 
     demand in tokens --forecast, as far ahead as a start takes--> expected load
-    expected load * what exceeded forecasts of late             --> engines, by measured rates
+    expected load + what exceeded forecasts of late             --> engines, by measured rates
     held work that the engines there are will not get done      --> more of them
 
 Up at once, for an engine that is asked for late is late by as much. Down when none was needed for
@@ -24,9 +24,10 @@ from router.scaling.start_time import StartTimes
 BIN_S = 5.0  # shorter would count single requests
 _WINDOW_BINS = 2  # a promise of a first token outlasts no longer excess of work than this
 _MEMORY_WINDOWS = 720  # of excesses: an hour of windows that overlap by half
-_JUMP_WINDOWS = 2  # in a row beyond all usual excess: it is not a burst
-_JUMP = 1.5  # times the usual excess
-_CATCH_UP_S = 60.0  # in which what is late shall be done, once engines are there
+_JUMP_BINS = 2  # in a row beyond all usual excess: it is not a burst
+_JUMP_SHARE = 0.99  # of the work is usually below that
+_JUMP = 1.5  # times that
+_CATCH_UP_S = 120.0  # in which what is late shall be done, once engines are there
 _MAX_LATE_S = 30.0  # later requests are refused: `RouterSettings.max_late_s`
 _MIN_KEEP_S = 60.0
 _SLACK = 0.05  # of an engine: so much is not worth another one
@@ -40,7 +41,7 @@ class ScalingState(msgspec.Struct, frozen=True, kw_only=True):
     num_needed: float = 0.0  # by forecast and excess, before bounds and rounding
     expected_load: float = 0.0  # in engines, when one that is asked for now is ready
     recent_load: float = 0.0
-    burst_factor: float = 1.0  # by which more than expected is provided for
+    room_load: float = 0.0  # for which there is to be room: with what may exceed it
     backlog_s: float = 0.0  # of held work, seconds of one engine
     start_s: float = 0.0  # that an engine takes to start
     forecast: str = NAMES[0]  # the one that is followed
@@ -75,7 +76,7 @@ class Autoscaler:
         self.state = ScalingState()
         self._prefill = Forecast(BIN_S, settings.season_s)
         self._decode = Forecast(BIN_S, settings.season_s)
-        self._bursts = Bursts(_MEMORY_WINDOWS, _WINDOW_BINS * _JUMP_WINDOWS)
+        self._bursts = Bursts(_MEMORY_WINDOWS, _WINDOW_BINS + _JUMP_BINS)
         self._rates: EngineRates | None = None
         self._context_tokens = 0.0
         self._last: Demand | None = None  # at the start of the bin
@@ -83,7 +84,7 @@ class Autoscaler:
         self._last_request_s = -math.inf
         self._num_ready = 0
         # Rates of the last bins, and those that were expected: due at which bin, and what.
-        self._recent: deque[tuple[float, float]] = deque(maxlen=_WINDOW_BINS * _JUMP_WINDOWS)
+        self._recent: deque[tuple[float, float]] = deque(maxlen=max(_WINDOW_BINS, _JUMP_BINS))
         self._expected: deque[tuple[int, float, float]] = deque()
         self._wanted: deque[tuple[float, int]] = deque()  # when, and how many were needed
 
@@ -99,6 +100,11 @@ class Autoscaler:
         self._num_ready = num_ready
         if demand.rates is not None:
             self._rates = demand.rates
+        if self._last is None:
+            # Somebody has chosen how many there are at first; that nothing is known yet is no
+            # reason for fewer.
+            self._wanted.append((now_s, num_ready + num_starting))
+            self._last_request_s = now_s
         self._follow(demand, now_s)
         num_wanted, state = self._wanted_now(demand, num_ready, num_starting, now_s)
         self.state = msgspec.structs.replace(state, num_wanted=num_wanted)
@@ -141,23 +147,18 @@ class Autoscaler:
             self._bursts.record(came, load_of(self._rates, expected[1], expected[2]))
             self._look_for_jump(self._rates, load_of(self._rates, expected[1], expected[2]))
         due = number + max(1, math.ceil(horizon_s / BIN_S))
-        self._expected.append(
-            (due, self._prefill.ahead(horizon_s), self._decode.ahead(horizon_s))
-        )
+        self._expected.append((due, self._prefill.ahead(horizon_s), self._decode.ahead(horizon_s)))
 
     def _look_for_jump(self, rates: EngineRates, expected_load: float) -> None:
         """See whether so much more has come for so long that it is a new level, and no burst."""
-        recent = list(self._recent)
-        if len(recent) < _WINDOW_BINS * _JUMP_WINDOWS:
+        recent = list(self._recent)[-_JUMP_BINS:]
+        if len(recent) < _JUMP_BINS:
             return
-        limit = _JUMP * self._bursts.factor(self.settings.goodput) * expected_load
-        for first in range(0, len(recent), _WINDOW_BINS):
-            window = recent[first : first + _WINDOW_BINS]
-            load = sum([load_of(rates, prefill, decode) for prefill, decode in window])
-            if load / len(window) <= limit:
+        limit = _JUMP * self._bursts.room(expected_load, _JUMP_SHARE)
+        for prefill, decode in recent:
+            if load_of(rates, prefill, decode) <= limit:
                 return
-        prefill = sum([each for each, _ in recent]) / len(recent)
-        decode = sum([each for _, each in recent]) / len(recent)
+        prefill, decode = recent[-1]
         self._prefill.jump_to(prefill)
         self._decode.jump_to(decode)
         self._bursts.forget_pending()
@@ -193,12 +194,12 @@ class Autoscaler:
         prefill = max(self._prefill.ahead(horizon_s), self._prefill.ahead(0.0))
         decode = max(self._decode.ahead(horizon_s), self._decode.ahead(0.0))
         load = load_of(rates, prefill, decode)
-        factor = self._bursts.factor(settings.goodput)
-        needed = engines_for(
-            rates, load * factor, decode * factor, self._context_tokens, settings.max_load
-        )
-        backlog_s, more = self._for_backlog(demand, rates, num_ready, num_starting)
-        needed += more
+        room = self._bursts.room(load, settings.goodput)
+        most_decode = decode * room / load if load > 0.0 else decode
+        needed = engines_for(rates, room, most_decode, self._context_tokens, settings.max_load)
+        backlog_s, left_s = self._backlog(demand, rates, num_ready, num_starting)
+        # What is late is done by what is not needed for the rest, within a while.
+        needed = max(needed, load + left_s / _CATCH_UP_S)
         wanted = max(0, math.ceil(needed - _SLACK))
         if rates.num_steps < _WARM_STEPS:  # by a guess that may be ten times too slow
             wanted = min(wanted, num_ready + num_starting)
@@ -206,7 +207,7 @@ class Autoscaler:
             num_needed=needed,
             expected_load=load,
             recent_load=self._recent_load(rates, _WINDOW_BINS),
-            burst_factor=factor,
+            room_load=room,
             backlog_s=backlog_s,
             start_s=self.start_times.usual_s,
             forecast=NAMES[self._prefill.best],
@@ -215,12 +216,12 @@ class Autoscaler:
         )
         return self._bounded(wanted, now_s), state
 
-    def _for_backlog(
+    def _backlog(
         self, demand: Demand, rates: EngineRates, num_ready: int, num_starting: int
     ) -> tuple[float, float]:
-        """Return the held work, seconds of an engine, and how many engines more it asks for.
+        """Return the held work, seconds of an engine, and what will be left of it.
 
-        None if those that are there will have done it before another one could be ready.
+        When an engine that is asked for now is ready, by those that there are.
         """
         mean_output = 0.0
         if demand.num_requests_total:
@@ -229,12 +230,11 @@ class Autoscaler:
         backlog_s += demand.num_held_requests * mean_output * rates.decode_s
         if not backlog_s:
             return 0.0, 0.0
-        start_s = self.start_times.usual_s
-        load = self._recent_load(rates, _WINDOW_BINS * _JUMP_WINDOWS)
+        load = self._recent_load(rates, _WINDOW_BINS)
         # Those that are starting are there for half of that time, on average.
         spare = num_ready + num_starting / 2.0 - load
-        left_s = min(backlog_s - spare * start_s, max(backlog_s, num_ready * _MAX_LATE_S))
-        return backlog_s, max(0.0, left_s) / _CATCH_UP_S
+        left_s = backlog_s - spare * self.start_times.usual_s
+        return backlog_s, max(0.0, min(left_s, max(backlog_s, num_ready * _MAX_LATE_S)))
 
     def _bounded(self, wanted: int, now_s: float) -> int:
         """Return the most that was wanted for as long as engines are kept, within the bounds."""

@@ -142,9 +142,7 @@ def total(reports: Iterable[Demand]) -> Demand:
         num_held += report.num_held_requests
         num_held_tokens += report.num_held_tokens
         num_open += report.num_open_requests
-        if report.rates is not None and (
-            rates is None or report.rates.num_steps > rates.num_steps
-        ):
+        if report.rates is not None and (rates is None or report.rates.num_steps > rates.num_steps):
             rates = report.rates
         for engine, num_tokens in report.left_tokens.items():
             left[engine] = max(num_tokens, left.get(engine, 0))

@@ -103,8 +103,7 @@ class Forecast:
         self._short = self._long = rate
         self._slope = 0.0
         for _, rates in self._made:
-            for number in (SHORT, LONG, TREND):
-                rates[number] = rate
+            rates[:] = [rate] * len(rates)
 
     def _smoothed(self, mean: float, value: float, memory_s: float) -> float:
         """Return an exponentially weighted mean; over few values the plain mean of all."""

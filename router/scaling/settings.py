@@ -14,14 +14,14 @@ class ScalingSettings(BaseModel):
     max: int = Field(ge=1, description="engines at most")
     initial: int | None = Field(None, ge=0, description="engines at the start; unset: min, or 1")
     goodput: float = Field(
-        0.98,
+        0.9,
         gt=0.5,
         lt=1.0,
         description="share of the work that shall find room at once, by how far forecasts were "
         "off: higher takes more engines",
     )
     max_load: float = Field(
-        0.7,
+        0.6,
         gt=0.0,
         lt=1.0,
         description="load of an engine up to which it keeps promises; time per token is 1 / (1 - "

@@ -1,0 +1,4 @@
+"""How many engines, and when? Autoscalers compared in simulation.
+
+Called by `make bench-scaling`.
+"""
