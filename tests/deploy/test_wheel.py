@@ -12,6 +12,28 @@ import pytest
 from serving.core_form import FOLDER
 from tests.deploy.compiled_core import ROOT, compile_core, needs_compiler
 
+# An emulated engine is started, by the samples in the wheel and by modules of it alone.
+EMULATE = """
+import asyncio, importlib.abc, importlib.util, sys
+class Blocked(importlib.abc.MetaPathFinder):
+    names = {"vllm", "torch", "transformers", "tokenizers", "huggingface_hub"}
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked())
+import serving.cluster.application, serving.cluster.engine_deployment
+from serving.cli.config_file import load_config_file
+from serving.cli.samples import sample_path
+from serving.engine.emulated.engine import EmulatedEngine
+from serving.planning.hardware import detect_hardware
+from serving.planning.plan import make_plan
+config = load_config_file(sample_path("emulated8"), {}).config
+plan = make_plan(config, detect_hardware())
+engine = asyncio.run(EmulatedEngine.start(config, plan, 0))
+assert not Blocked.names & set(sys.modules)
+print(serving.__file__, plan.device_name, engine.info.model, sep="|")
+"""
+
 SHOW = "import serving.cli.main as cli; print(cli.__file__); cli.main()"
 
 
@@ -20,7 +42,7 @@ def checkout(tmp_path: Path) -> Path:
     """Return a copy of what a wheel is made from."""
     root = tmp_path / "checkout"
     unwanted = ignore_patterns("__pycache__", "locks")
-    for name in ("router", "serving", "benchmarks", "deploy"):
+    for name in ("router", "serving", "benchmarks", "deploy"):  # the third is not for a wheel
         copytree(ROOT / name, root / name, ignore=unwanted)
     for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         copy(ROOT / name, root)
@@ -46,17 +68,22 @@ def wheel(checkout: Path, **variables: str) -> tuple[Path, str]:
 
 def installed(wheel: Path, tmp_path: Path) -> str:
     """Install a wheel, without what it needs; return what it says of itself."""
-    target = tmp_path / "installed"
     subprocess.run(
         [
             *(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"),
-            *("--target", str(target), str(wheel)),
+            *("--target", str(tmp_path / "installed"), str(wheel)),
         ],
         check=True,
     )
+    return ran(tmp_path, SHOW, "--version")
+
+
+def ran(tmp_path: Path, script: str, *arguments: str) -> str:
+    """Run a script elsewhere with what was installed; return what it says."""
+    target = tmp_path / "installed"
     env = {name: value for name, value in os.environ.items() if name != "HEADWAY_CORE"}
     shown = subprocess.run(
-        [sys.executable, "-c", SHOW, "--version"],
+        [sys.executable, "-c", script, *arguments],
         cwd=tmp_path,
         env=env | {"PYTHONPATH": str(target)},
         capture_output=True,
@@ -73,8 +100,19 @@ def test_without_a_compiler_it_is_plain(checkout: Path, tmp_path: Path) -> None:
     made, said = wheel(checkout, CC="no-such-compiler")
     assert "headway: no C compiler: the wheel has the core as plain Python\n" in said
     assert made.name.endswith("-py3-none-any.whl")
-    assert not [name for name in ZipFile(made).namelist() if name.endswith(".so")]
+    names = ZipFile(made).namelist()
+    assert not [name for name in names if name.endswith(".so")]
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {
+        "router",
+        "serving",
+    }
+    samples = {name for name in names if name.startswith("serving/samples/")}
+    assert {f"serving/samples/{path.name}" for path in (ROOT / "deploy").glob("*.yaml")} <= samples
+    assert not [name for name in samples if name.endswith(".py") or "/locks/" in name]
     assert "\ncore plain\n" in installed(made, tmp_path)
+    # What `[emulate]` promises: neither vLLM nor PyTorch.
+    said = ran(tmp_path, EMULATE)
+    assert said.endswith("|emulated NVIDIA H100 80GB SXM|emulated\n")
 
 
 @needs_compiler
