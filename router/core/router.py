@@ -373,6 +373,7 @@ class Router:
             outcomes={outcome.value: self.outcomes[outcome] for outcome in Outcome},
             is_by_arrival=self._queue.by_arrival,
             accuracy=self._predictions.state(),
+            lengths=self._predictions.lengths_state(),
             fallback=self._spillover.state(now_s),
             hedges=self._hedging.state(),
             suspects=self._suspects.state(),

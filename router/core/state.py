@@ -9,7 +9,7 @@ from router.resilience.breaker import BreakerEvent
 from router.resilience.retry_budget import RetryBudgetState
 from router.resilience.suspects import SuspectsState
 from router.scheduling.hedging import HedgingState
-from router.scheduling.predictions import PredictionsState
+from router.scheduling.predictions import LengthsState, PredictionsState
 
 
 class RetriesState(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +35,7 @@ class RouterState(msgspec.Struct, frozen=True, kw_only=True):
     outcomes: dict[str, int]  # by `router.types.Outcome`, since the start
     is_by_arrival: bool  # whether the queue is in order of arrival
     accuracy: PredictionsState
+    lengths: LengthsState
     fallback: SpilloverState
     hedges: HedgingState
     suspects: SuspectsState

@@ -1,12 +1,34 @@
 """What is predicted of a request before an engine is chosen, and how far off is any prediction?"""
 
+from collections import deque
+
 import msgspec
 
 from router.estimators.accuracy import Accuracy, AccuracyState
-from router.estimators.lengths.forecast import Lengths
+from router.estimators.lengths.forecast import Forecast, Lengths
 from router.estimators.output_length import OutputLengths
 from router.scheduling.attempt import Attempt
 from router.types import Request, Usage
+
+_NUM_RECENT = 32
+
+
+class ForecastState(msgspec.Struct, frozen=True, kw_only=True):
+    """How long one request's answer was expected to be when the request came."""
+
+    id: str
+    model: str
+    num_expected_tokens: int  # of one sequence, the mean
+    num_booked_tokens: int  # what KV room is kept for
+    quantiles: tuple[int, ...]  # at `router.estimators.lengths.forecast.LEVELS`
+    cut_share: float  # probability that it ends at the client's own limit
+
+
+class LengthsState(msgspec.Struct, frozen=True, kw_only=True):
+    """What is expected of answers' lengths."""
+
+    coverage: dict[str, float]  # by model: late answers within their 80 % interval, 0-1
+    recent: list[ForecastState]  # of the last requests, the oldest first
 
 
 class PredictionsState(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +49,7 @@ class Predictions:
         """
         self._max_error = max_error
         self.lengths: Lengths = OutputLengths()
+        self._recent: deque[tuple[Request, Forecast]] = deque(maxlen=_NUM_RECENT)
         self.restart()
 
     def restart(self) -> None:
@@ -53,6 +76,7 @@ class Predictions:
         if not has_length:
             return msgspec.structs.replace(request, prefill_s_per_token=prefill_s_per_token)
         forecast = self.lengths.forecast(request)
+        self._recent.append((request, forecast))
         return msgspec.structs.replace(
             request,
             num_expected_output_tokens=forecast.num_expected_tokens,
@@ -77,6 +101,23 @@ class Predictions:
         num_more = usage.num_output_tokens / request.num_sequences - 1.0
         if first_s is not None and first_s < now_s and num_more > 0.0:
             self._accuracy["tpot"].add(attempt.predicted_tpot_s * num_more, now_s - first_s)
+
+    def lengths_state(self) -> LengthsState:
+        """Return what was expected of the last requests, and how good that is."""
+        return LengthsState(
+            coverage=self.lengths.coverage(),
+            recent=[
+                ForecastState(
+                    id=request.id,
+                    model=request.model,
+                    num_expected_tokens=forecast.num_expected_tokens,
+                    num_booked_tokens=forecast.num_booked_tokens,
+                    quantiles=forecast.quantiles,
+                    cut_share=forecast.cut_share,
+                )
+                for request, forecast in self._recent
+            ],
+        )
 
     def state(self) -> PredictionsState:
         """Return the errors of each predicted time."""

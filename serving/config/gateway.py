@@ -72,6 +72,11 @@ class GatewayConfig(Section):
         "seconds have passed, for proxies that cut silent connections; the first one commits the "
         "reply to status 200; unset: none is sent",
     )
+    lengths_file: AbsolutePath | None = Field(
+        None,
+        description="where each gateway keeps over restarts what it has learned of answers' "
+        "lengths; its rank is added to the name; unset: it learns anew",
+    )
     reply_headers: bool = Field(
         True,
         description="whether replies say which engine answered (x-headway-engine) and for how "

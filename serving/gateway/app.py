@@ -28,6 +28,8 @@ from serving.gateway.http.front import Front
 from serving.gateway.http.small.bodies import read_json
 from serving.gateway.http.small.health import make_health
 from serving.gateway.http.small.model_cards import make_cards
+from serving.gateway.intake.length.memory import LengthMemory
+from serving.gateway.intake.length.weights import shipped_lengths
 from serving.gateway.intake.request_parser import RequestParser
 from serving.gateway.intake.served_models import ServedModels
 from serving.gateway.observe.engine_metrics import CONTENT_TYPE, engine_metrics
@@ -76,6 +78,9 @@ class Gateway:
         self.metrics = Metrics(rank)
         self.observer = Observer(config, gateway_id, rank, self.metrics)
         self.router = Router(config.router)
+        lengths = shipped_lengths()
+        self.router.use_lengths(lengths)
+        self._length_memory = LengthMemory(lengths, config.gateway.lengths_file, rank)
         leases = None
         if send_update is not None:
             leases = Leases(gateway_id, send_update, self._on_grant)
@@ -164,6 +169,7 @@ class Gateway:
         self.cache.close()
         self.driver.close()
         self.observer.close()
+        self._length_memory.close()
 
     def _make_front(self) -> Front:
         routes = [

@@ -30,7 +30,7 @@ _MIN_SPREAD = 0.03
 _MAX_LOG_TOKENS = 12.0  # 160,000
 
 
-class LengthsState(msgspec.Struct, frozen=True):
+class LearnedLengths(msgspec.Struct, frozen=True):
     """What is kept over a restart."""
 
     num_features: int  # of the weights that it belongs to
@@ -88,16 +88,16 @@ class PredictedLengths(Lengths):
         """Return the share of late answers within their 80 % interval, by model."""
         return {model: shape.coverage for model, shape in self._shapes.items()}
 
-    def state(self) -> LengthsState:
+    def state(self) -> LearnedLengths:
         """Return what is to be kept over a restart."""
-        return LengthsState(
+        return LearnedLengths(
             num_features=len(self._text),
             groups=list(self._groups.groups.items()),
             weights=self._text.changed,
             shapes={model: shape.state() for model, shape in self._shapes.items()},
         )
 
-    def restore(self, state: LengthsState) -> None:
+    def restore(self, state: LearnedLengths) -> None:
         """Go on from what was kept, unless it belongs to other weights."""
         if state.num_features != len(self._text):
             return

@@ -13,6 +13,7 @@ from serving.gateway.http.errors import ApiError
 from serving.gateway.intake.bounds import check_logprobs, check_numbers
 from serving.gateway.intake.fields import Fields
 from serving.gateway.intake.json_body import ENDPOINTS, JsonBody, read_body
+from serving.gateway.intake.length.wording import NO_WORDING, read_wording
 from serving.gateway.intake.prompt_size import PromptSize, measure_prompt
 from serving.gateway.intake.request_headers import RequestHeaders
 from serving.gateway.intake.served_models import ServedModels
@@ -96,6 +97,7 @@ class RequestParser:
         if endpoint.is_form:
             added = {}  # an upload passes as it is; vLLM has no salt there
         prompt = next(iter(body.prompts.values()))
+        wording = read_wording(body.data, prompt) if fields.generates else NO_WORDING
         request = Request(
             id=request_id,
             model=model,
@@ -114,6 +116,8 @@ class RequestParser:
             deadline_s=now_s + router.max_hold_s,
             prefix_hashes=prefix_hashes(model, salt, prompt) if wants_prefix else (),
             prefix_block_share=_BLOCK_BYTES / len(prompt),
+            wording=wording.features,
+            system_prompt=wording.system_prompt,
         )
         return Asked(request, body.data, fields, added, size.num_text_bytes)
 

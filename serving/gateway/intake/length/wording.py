@@ -51,7 +51,7 @@ class _Part(msgspec.Struct):
 _decode_messages = msgspec.json.Decoder(list[_Message]).decode
 _decode_parts = msgspec.json.Decoder(list[_Part]).decode
 _decode_text = msgspec.json.Decoder(str).decode
-_NOTHING = Wording(())
+NO_WORDING = Wording(())
 
 
 def read_wording(data: bytes, prompt: bytes) -> Wording:
@@ -62,7 +62,7 @@ def read_wording(data: bytes, prompt: bytes) -> Wording:
     try:
         turns, system, text = _parts(prompt)
     except (msgspec.MsgspecError, RecursionError):
-        return _NOTHING
+        return NO_WORDING
     features = instruction_features(text)
     _add_options(features, data, prompt)
     if system:
