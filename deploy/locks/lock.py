@@ -23,12 +23,19 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         stand_ins = Path(name)
         make_torch_stand_ins(stand_ins)
-        compile_lock(
-            "cpu",
+        torch = (
             *("--override", str(LOCKS / "cpu-overrides.txt")),
-            *("--find-links", str(stand_ins), *arguments),
+            *("--find-links", str(stand_ins)),
         )
-    compile_lock("gpu", *arguments)
+        compile_locks("cpu", *torch, *arguments)
+    compile_locks("gpu", *arguments)
+
+
+def compile_locks(device: str, *arguments: str) -> None:
+    """Write the lock of a checkout, and of it what deploy/docker puts into an image."""
+    compile_lock(device, "--extra", device, "--extra", "dev", *arguments)
+    checkout = ("--constraint", str(LOCKS / f"{device}.txt"))
+    compile_lock(f"{device}-image", "--extra", device, *checkout, *arguments)
 
 
 def make_torch_stand_ins(folder: Path) -> None:
@@ -45,13 +52,13 @@ def make_torch_stand_ins(folder: Path) -> None:
         (folder / f"torch-{version}-{tag}-{tag}-manylinux_2_28_{machine}.whl").touch()
 
 
-def compile_lock(device: str, *arguments: str) -> None:
-    lock = LOCKS / f"{device}.txt"
+def compile_lock(name: str, *arguments: str) -> None:
+    lock = LOCKS / f"{name}.txt"
     uv = Path(sys.executable).with_name("uv")
     subprocess.run(
         [
             *(uv, "pip", "compile", "--quiet", "pyproject.toml", "--output-file", lock),
-            *("--extra", device, "--extra", "dev", "--universal", "--python-version", PYTHONS[0]),
+            *("--universal", "--python-version", PYTHONS[0]),
             *("--no-header", "--no-emit-find-links", "--no-emit-index-url", *arguments),
         ],
         cwd=ROOT,

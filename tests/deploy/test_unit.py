@@ -9,7 +9,7 @@ from pathlib import Path
 from serving.cli import errors
 from serving.config import EngineConfig
 
-UNIT = Path(__file__).parents[2] / "deploy/headway.service"
+UNIT = Path(__file__).parents[2] / "deploy/service/headway.service"
 
 
 def service() -> configparser.SectionProxy:
