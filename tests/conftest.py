@@ -3,12 +3,12 @@
 A hundred each, or what they say, new ones in every run. `make test
 ARGS=--hypothesis-profile=long` goes through 2,500, for changes to the router.
 
-The core runs as plain Python unless `HEADWAY_CORE` says otherwise; `test_compiled_core.py` does,
-in a process beside this one, which starts first and is asked later.
+The core runs as plain Python unless `HEADWAY_CORE` says otherwise; `test_compiled_core.py` does.
+`make test` runs files in two processes at a time, so no test may depend on being alone.
 """
 
 import os
-from shutil import which
+from typing import Any
 
 os.environ.setdefault("HEADWAY_CORE", "plain")  # for processes that tests start, too
 
@@ -19,7 +19,6 @@ import pytest
 from hypothesis import settings
 
 import serving  # noqa: F401  before any test imports `router`
-from tests.deploy.compiled_core import compiled_run
 
 settings.register_profile("long", max_examples=2500)
 
@@ -29,11 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_cost)  # stable: within a kind the order stays
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the core's tests in its compiled form beside all others, if they are to run."""
-    runs = any(item.name == "test_the_tests_of_the_core" for item in session.items)
-    if runs and which("cc") and not session.config.option.collectonly:
-        session.config.add_cleanup(compiled_run().stop)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Show what tests have measured (`record_property("figures", …)`), from all processes."""
+    for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):
+        for name, value in report.user_properties:
+            if name == "figures" and report.when == "call":
+                terminalreporter.section(report.nodeid.partition("::")[2])
+                terminalreporter.write_line(value)
 
 
 def _cost(item: pytest.Item) -> int:
