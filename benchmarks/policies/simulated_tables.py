@@ -47,6 +47,23 @@ _JUDGED = {  # figure: less is better
     "goodput": False,
     "refused": True,
 }
+# What is asked of ours, over the best rival on engines as vLLM comes: at most, or at least.
+_WANTED = {
+    "ttft_p50_s": 1.02,
+    "ttft_p99_s": 1.0,
+    "short_ttft_p50_s": 1.02,
+    "short_ttft_p99_s": 0.8,
+    "long_ttft_p99_s": 1.05,
+    "itl_p99_s": 1.0,
+    "tpot_p99_s": 1.0,
+    "e2e_mean_s": 1.02,
+    "e2e_p99_s": 1.02,
+    "slowdown_p50": 1.02,
+    "slowdown_p99": 1.0,
+    "goodput": 1.0,
+    "prefix_hit_share": 1.0,
+}
+_MORE_IS_BETTER = ("goodput", "prefix_hit_share")
 # Headway loses where another policy is better by more than this share.
 _NOISE = 0.05
 
@@ -78,6 +95,8 @@ class Tables:
             self._add_details(report, title, num_engines, loads)
             if len(loads) > 1:
                 self._add_loads(report, title, num_engines, loads)
+        for row in self.ratios():
+            report.add_row("Ours over the best rival on engines as vLLM comes (simulated)", **row)
         for row in self.losses():
             report.add_row("Where headway loses (simulated), by more than 5 %", **row)
         report.add_note(
@@ -93,6 +112,36 @@ class Tables:
             "whole step); else over engines as Headway sets them. Traces are copies laid over one "
             "another at their own speed, or, squeezed, one copy made faster."
         )
+
+    def ratios(self) -> Iterator[dict[str, Figure]]:
+        """Yield a row for each workload, fleet and load: ours over the best rival's, by figure.
+
+        The best is another one for each figure, so that no rival may be all of them at once.
+        `missed` counts the figures in which ours is not what is wanted (`_WANTED`).
+        """
+        rivals = [name for name in self._variants if _is_rival(name) and on_stock(name)[1]]
+        for (title, num_engines), loads in self._groups.items():
+            for load in loads:
+                row: dict[str, Figure] = {
+                    "workload": title,
+                    "engines": str(num_engines),
+                    "load": f"{load:.0%}",
+                }
+                num_missed = 0
+                for figure, wanted in _WANTED.items():
+                    ours = self._mean((title, num_engines, load, OURS), figure)
+                    theirs = [
+                        self._mean((title, num_engines, load, each), figure) for each in rivals
+                    ]
+                    theirs = [value for value in theirs if value > 0.0]
+                    if not theirs or math.isnan(ours):
+                        continue
+                    is_more = figure in _MORE_IS_BETTER
+                    ratio = ours / (max if is_more else min)(theirs)
+                    row[figure.removesuffix("_s")] = ratio
+                    num_missed += ratio < wanted if is_more else ratio > wanted
+                if len(row) > 3:
+                    yield {**row, "missed": num_missed}
 
     def losses(self) -> Iterator[dict[str, Figure]]:
         """Yield a row for each workload, fleet and figure in which another policy is better.

@@ -52,7 +52,7 @@ def test_who_is_looked_at_at_one_load_only_is_in_the_details_only():
     missing = dict.fromkeys(names.split(), 0.0)
     report = Report("sim", "simulated", 0, {"promises": "none"})
     Tables({case: figures | missing for case, figures in found.items()}).fill(report)
-    details, curves = report.tables.values()
+    details, curves, _ = report.tables.values()
     assert "headway:hold" in [row["policy"] for row in details]
     assert "headway:hold" not in [row["policy"] for row in curves]
 
@@ -94,6 +94,22 @@ def test_losses_at_their_worst():
     assert (goodput["figure"], goodput["at_loads"], goodput["factor"]) == ("goodput", "90%", 2.0)
 
 
+def test_ours_over_the_best_rival_on_stock_engines():
+    """The best is another one for each figure; rivals on our engines do not count."""
+    more = dict.fromkeys(["short_ttft_p50_s", "e2e_p99_s", "slowdown_p50", "prefix_hit_share"], 0.0)
+    changed = {
+        "headway_50%": {"short_ttft_p99_s": 0.3, "goodput": 0.9},
+        "headway_90%": {"ttft_p99_s": 1.5, "short_ttft_p99_s": 0.3, "itl_p99_s": 0.01},
+        "clairvoyant_90%": {"ttft_p99_s": 0.1},
+    }
+    found = results(**changed)
+    rows = list(Tables({case: more | figures for case, figures in found.items()}).ratios())
+    assert [(row["load"], row["missed"]) for row in rows] == [("50%", 0), ("90%", 1)]
+    assert rows[1]["ttft_p99"] == 1.5
+    assert rows[1]["itl_p99"] == 0.5
+    assert "prefix_hit_share" not in rows[0]  # nobody has any
+
+
 def test_the_report_has_details_curves_and_losses():
     report = Report("sim", "simulated", 0, {"promises": "none"})
     names = "short_ttft_p50_s long_ttft_p50_s hold_mean_s e2e_p99_s slowdown_p50"
@@ -101,8 +117,9 @@ def test_the_report_has_details_curves_and_losses():
     missing = dict.fromkeys(names.split(), 0.0)
     changed = results(**{"headway_90%": {"ttft_p99_s": 3.0}})
     Tables({case: figures | missing for case, figures in changed.items()}).fill(report)
-    details, curves, losses = report.tables.values()
+    details, curves, ratios, losses = report.tables.values()
     assert [row["policy"] for row in details] == [row["policy"] for row in curves]
     assert curves[0]["knee"] == 0.5
     assert curves[1]["knee"] is None
     assert len(losses) == 1
+    assert [row["ttft_p99"] for row in ratios] == [1.0, 3.0]
