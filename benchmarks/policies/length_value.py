@@ -27,6 +27,8 @@ from scipy.stats import kendalltau
 from benchmarks.report.report import Report
 from router.estimators.lengths.forecast import Lengths
 from router.estimators.lengths.given import GivenLengths
+from router.estimators.lengths.predicted import PredictedLengths
+from router.estimators.lengths.text_model import TextModel
 from router.estimators.output_length import PRIOR_TOKENS, OutputLengths
 from router.simulation.engine.profile import Profile
 from router.simulation.engine.unloaded import UnloadedTimes
@@ -125,6 +127,7 @@ def _learned(workload: Workload) -> np.ndarray:
 
 Told = tuple[str, Callable[[Known], np.ndarray | None], Callable[[Known], np.ndarray | None]]
 # What is expected (the congestion cost goes by it), and what KV room is kept for.
+_LEARNED = "both: what a service learns, without text"
 VARIANTS: tuple[Told, ...] = (
     ("today's mean for all", lambda _: None, lambda _: None),
     ("cost: nothing", lambda known: known.none, lambda _: None),
@@ -135,6 +138,7 @@ VARIANTS: tuple[Told, ...] = (
     ("KV: predictor's mean", lambda _: None, lambda known: known.predicted),
     ("KV: predictor's 80 %", lambda _: None, lambda known: known.high),
     ("KV: truth", lambda _: None, lambda known: known.truth),
+    (_LEARNED, lambda _: None, lambda _: None),
     ("both: predictor", lambda known: known.predicted, lambda known: known.predicted),
     ("both: truth", lambda known: known.truth, lambda known: known.truth),
 )
@@ -173,6 +177,10 @@ def main() -> int:
     return 0
 
 
+def _learned_distribution() -> Lengths:
+    return PredictedLengths(TextModel([], 0))
+
+
 def _given(expected: list[int] | None, booked: list[int] | None) -> Lengths:
     return GivenLengths(OutputLengths(), expected, booked)
 
@@ -194,12 +202,13 @@ def _simulated(
             told = [
                 None if each is None else each.tolist() for each in (expected(known), booked(known))
             ]
+            make = _learned_distribution if name == _LEARNED else partial(_given, *told)
             run = simulate(
                 workload,
                 fleet,
                 "headway",
                 seed=seed,
-                make_lengths=partial(_given, *told),
+                make_lengths=make,
             )
             if unloaded is None:
                 unloaded = UnloadedTimes.of(run.num_prompt_tokens, run.num_output_tokens, profile)
