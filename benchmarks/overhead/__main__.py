@@ -14,8 +14,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from benchmarks.overhead import gateways, phases, short
+from benchmarks.overhead import gateways, phases, seen, short
 from benchmarks.overhead.figures import ROLES, Figures
 from benchmarks.overhead.phases import Durations, PhaseRunner, Window, send_paired
 from benchmarks.report.report import Report, percentile
@@ -151,6 +152,12 @@ def main() -> int:
     parser.add_argument(
         "--gateways", nargs="+", type=int, metavar="N", help="so many that share the port, beside"
     )
+    parser.add_argument(
+        "--seen", action="store_true", help="what the request log and traces add, only"
+    )
+    parser.add_argument(
+        "--checkout", type=Path, metavar="FOLDER", help="with --seen: another to compare with"
+    )
     parser.add_argument("--repeats", type=int, help="of all phases: 3, with --quick 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--front", nargs="+", choices=FRONTS, default=list(FRONTS))
@@ -162,7 +169,11 @@ def main() -> int:
     durations = _QUICK if options.quick else Durations()
     if options.repeats:
         durations = replace(durations, num_repeats=options.repeats)
-    if options.gateways:
+    if options.seen:
+        checkout = options.checkout.resolve() if options.checkout else None
+        span_s, num_repeats = (1.0, 1) if options.quick else (4.0, options.repeats or 7)
+        report = run_to_the_end(lambda: seen.run(span_s, num_repeats, options.seed, checkout))
+    elif options.gateways:
         report = run_to_the_end(lambda: gateways.run(options.gateways, durations, options.seed))
     else:
         report = run_to_the_end(lambda: run(options.front, durations, options.seed))

@@ -7,7 +7,7 @@ import msgspec
 from router import Outcome
 
 if TYPE_CHECKING:
-    from opentelemetry.trace import Span
+    from serving.gateway.observe.tracing import RequestSpan
 from router.fleet.replica import ReplicaState
 
 
@@ -47,7 +47,7 @@ class Journey:
         self.over_s = 0.0
         self.outcome: Outcome | None = None  # None while it is open, and where it never was
         self.reason = ""  # why it was refused or failed
-        self.span: Span | None = None  # of its trace, where there is one
+        self.span: RequestSpan | None = None  # of its trace, where there is one
 
     @property
     def sent_s(self) -> float:

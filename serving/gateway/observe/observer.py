@@ -109,7 +109,7 @@ class Observer:
             prompt_tokens=usage.num_prompt_tokens if usage is not None else None,
             cached_tokens=usage.num_cached_tokens if usage is not None else None,
             output_tokens=usage.num_output_tokens if usage is not None else None,
-            trace_id=f"{journey.span.get_span_context().trace_id:032x}" if journey.span else "",
+            trace_id=journey.span.trace_id if journey.span is not None else "",
             body=exchange.body.decode(errors="replace") if self._has_bodies else "",
         )
 

@@ -5,6 +5,7 @@ import contextlib
 import gzip
 import re
 import sys
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -14,9 +15,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 
-from serving.config import ConfigError, parse
+from serving.config import ConfigError, TracingConfig, parse
 from serving.gateway.observe.observer import Observer
+from serving.gateway.observe.tracing import Tracing
 from tests.support.running_gateway import CHAT, free_port, running
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -67,11 +70,12 @@ async def receiving():
 
 async def sent(system) -> None:
     """Return when all spans that are over have been sent."""
-    provider = system.gateway.observer._tracing._provider
-    assert await asyncio.to_thread(provider.force_flush)
+    processor = system.gateway.observer._tracing._processor
+    assert await asyncio.to_thread(processor.force_flush)
 
 
 async def test_the_spans_of_a_request(monkeypatch):
+    monkeypatch.setattr("serving.gateway.observe.tracing._HELD_S", 0.0)
     async with receiving() as (receiver, config), running(num_engines=1, tracing=config) as system:
         forwarded = []
         app = system.engines[0].app
@@ -123,7 +127,6 @@ async def test_the_spans_of_a_request(monkeypatch):
         "gen_ai.request.model": "fake-model",
         "gen_ai.request.max_tokens": 3,
         "gen_ai.request.stream": True,
-        "http.request.method": "POST",
         "http.response.status_code": 200,
         "url.path": CHAT,
         "headway.class": "interactive",
@@ -169,6 +172,43 @@ async def test_one_that_its_client_does_not_sample_is_passed_on_and_not_sent(mon
         await sent(system)
     assert receiver.spans == []
     assert [each[:36] + each[-3:] for each in forwarded] == [f"00-{TRACE}--00"]
+
+
+@pytest.mark.parametrize(
+    "traceparent",
+    [
+        "",
+        "nonsense",
+        f"00-{'0' * 32}-{PARENT}-01",
+        f"00-{TRACE}-{'0' * 16}-01",
+        f"ff-{TRACE}-{PARENT}-01",
+        f"00-{TRACE}-{PARENT}",
+    ],
+)
+async def test_a_parent_that_is_none_begins_a_trace(traceparent):
+    async with receiving() as (receiver, config), running(num_engines=1, tracing=config) as system:
+        headers = {"traceparent": traceparent, "tracestate": "a=b"}
+        reply = await system.client.post(CHAT, json=system.chat(), headers=headers)
+        assert reply.status_code == 200
+        await sent(system)
+    [span] = receiver.named("chat")
+    assert span.trace_id.hex() != TRACE
+    assert (span.parent_span_id, span.trace_state) == (b"", "")
+
+
+async def test_a_share_is_sampled_by_the_trace_s_id():
+    config = TracingConfig(endpoint="http://127.0.0.1:1", sample_ratio=0.25)
+    tracing = Tracing(config, "g", 0)
+    sampled = 0
+    for _ in range(2000):
+        exchange = SimpleNamespace(headers=[])
+        span = tracing.begin(exchange, [])
+        by_library = TraceIdRatioBased(0.25).should_sample(None, span.context.trace_id, "")
+        assert span.context.trace_flags.sampled == by_library.decision.is_sampled()
+        assert exchange.headers[0][1].endswith(b"1" if span.context.trace_flags.sampled else b"0")
+        sampled += span.context.trace_flags.sampled
+    assert 400 < sampled < 600
+    tracing.close()
 
 
 async def test_nothing_is_sampled_at_a_ratio_of_nothing():
