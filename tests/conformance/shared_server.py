@@ -3,6 +3,7 @@
 Loaded by name from this folder, as `tests` is vLLM's own package there.
 """
 
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -12,16 +13,20 @@ from typing import Any
 import pytest
 
 
+def _stand_in_for_tblib() -> None:
+    """Let vLLM's `conftest.py` load where `tblib` is missing: it shows tracebacks of children."""
+    package, module = ModuleType("tblib"), ModuleType("tblib.pickling_support")
+    module.install = lambda *_: None  # type: ignore[attr-defined]
+    package.pickling_support = module  # type: ignore[attr-defined]
+    sys.modules.update({"tblib": package, "tblib.pickling_support": module})
+
+
+if importlib.util.find_spec("tblib") is None:
+    _stand_in_for_tblib()  # that file is loaded before any hook is called
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Have the class that starts servers start none."""
-    if "tblib" not in sys.modules:
-        try:
-            import tblib  # noqa: F401
-        except ImportError:  # it only shows tracebacks of child processes
-            tblib_stub, pickling = ModuleType("tblib"), ModuleType("tblib.pickling_support")
-            pickling.install = lambda *_: None  # type: ignore[attr-defined]
-            tblib_stub.pickling_support = pickling  # type: ignore[attr-defined]
-            sys.modules.update({"tblib": tblib_stub, "tblib.pickling_support": pickling})
     import tests.utils as utils
 
     class SharedServer(utils.RemoteOpenAIServer):  # type: ignore[misc, name-defined]
