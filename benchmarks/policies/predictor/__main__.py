@@ -56,7 +56,7 @@ def main() -> int:
         console.print(
             "No traces (docs/predictor.md): a made-up set, which says nothing of real ones."
         )
-        known = made_up(1500, options.seed)
+        known = made_up(500, options.seed)
     config = {"folds": options.folds, "examples": len(known), "online": NUM_ONLINE}
     report = Report("predictor", "measured", options.seed, config)
     if is_made_up:

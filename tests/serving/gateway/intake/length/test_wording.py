@@ -89,7 +89,7 @@ def test_what_is_asked_for_beside_the_prompt_counts():
         b'[{"role": "user"',
         b'"\\ud800"',
         b'[{"role": "user", "content": "' + b"x" * 100_000,
-        "[{\"role\": \"user\", \"content\": \"数えて\"}]".encode(),
+        '[{"role": "user", "content": "数えて"}]'.encode(),
     ],
 )
 def test_nothing_stops_it(prompt):
