@@ -27,7 +27,7 @@ _TIMEOUT_S = 60.0
 _EVERYWHERE_TIMEOUT_S = 600.0  # to load weights
 _MAX_QUESTIONS = 256  # at a time; each may hold a body
 # Between an engine and us, or told anew by our own listener.
-_NOT_PASSED_ON = (b"content-length", b"transfer-encoding", b"connection", b"x-request-id")
+_NOT_PASSED_ON = (b"transfer-encoding", b"connection", b"x-request-id")
 
 Answer = Callable[[Rule, Request], Awaitable[Response]]
 

@@ -8,6 +8,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 
+from serving.gateway.http.own_headers import new_id
 from serving.stream.client import StreamClient
 from serving.stream.frames import Ack, Cancel, Data, End, Head, Headers, Submit
 
@@ -95,7 +96,7 @@ class Questions:
         """Ask the engine at the other end. `path` may have a query."""
         question = Question(self, client, number := next(self._numbers))
         self._open.setdefault(client, {})[number] = question
-        client.post(Submit(number, f"question{number}", 0, 0, 0, method, path, headers, body))
+        client.post(Submit(number, new_id(), 0, 0, 0, method, path, headers, body))
         return question
 
     def on_frame(self, client: StreamClient, frame: Head | Data | End) -> None:
