@@ -14,6 +14,7 @@ from serving.cluster.logs import use_log_level
 from serving.cluster.loop_thread import LoopThread
 from serving.cluster.processes import prefer_for_oom_kill
 from serving.config import Config, parse
+from serving.engine.hardware_watch import watch_hardware
 from serving.engine.step_log import StepLog
 from serving.gateway.http.endpoint import is_loopback
 from serving.planning.hardware import detect_hardware
@@ -57,6 +58,8 @@ class EngineReplica:
             self._config.engine, self._loop, self._server, max_growth_bytes, _exit_process
         )
         self._watch = asyncio.create_task(watch.run())
+        telling = watch_hardware(self._server.tell_hardware, has_gpus=plan.device == "cuda")
+        self._hardware = asyncio.ensure_future(self._loop.run(telling))
 
     async def record_replica_metadata(self) -> dict:
         """Return the server's address, secret and certificate; Ray tells the gateways."""
@@ -71,6 +74,7 @@ class EngineReplica:
         # Serve drains only requests that came through it; the streams here are ours to drain.
         if hasattr(self, "_watch"):  # absent where `__init__` failed
             self._watch.cancel()
+            self._hardware.cancel()
             await self._loop.run(_stop_server(self._server, self._config.engine.drain_timeout_s))
 
 

@@ -234,6 +234,7 @@ class Gateway:
             tokens_per_byte=self.request_parser.tokens_per_byte.ratio,
             tenants=self.tenants.state(now_s),
             cache=self.cache.state(),
+            hardware=dict(self.driver.engines.hardware),
             files={name: watch.state() for name, watch in self.file_watches.items()},
             **msgspec.structs.asdict(self.router.state(now_s)),
         )

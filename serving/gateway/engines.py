@@ -13,6 +13,7 @@ from typing import Protocol
 
 from router import BlockUpdate, Decision, Dispatch, EngineInfo, EngineSnapshot, Router
 from router.resilience.resume import Resume
+from serving.engine.hardware_watch import HardwareState
 from serving.gateway.endpoints.questions import Question, Questions
 from serving.gateway.exchange import Attempt, Exchange, Turn
 from serving.stream.client import StreamClient
@@ -53,7 +54,9 @@ class Engines:
 
     def __init__(self, router: Router, events: AttemptEvents) -> None:
         self.infos: dict[str, EngineInfo] = {}  # of those that are up, by replica
+        self.hardware: dict[str, HardwareState] = {}  # of those that are up and have told
         self.questions = Questions()
+        self._unfit: set[str] = set()  # of those, the ones that get no new work for it
         self._snapshots: dict[str, EngineSnapshot] = {}  # the last of each that is up
         self._router = router
         self._events = events
@@ -199,6 +202,30 @@ class Engines:
             client.replica_id, frame.num_steps_total, frame.num_requests, time.monotonic()
         )
 
+    def on_hardware(self, client: StreamClient, state: HardwareState) -> None:
+        """Send no new work to hardware with a fault, nor to slow one if its model has better."""
+        self.hardware[client.replica_id] = state
+        unfit = {each for each in self.hardware if self._is_unfit(each)}
+        for replica_id in unfit ^ self._unfit:
+            if replica_id in unfit:
+                hardware = self.hardware[replica_id]
+                reason = hardware.fault or hardware.slow
+                logger.warning("engine %s gets no new requests: %s", replica_id, reason)
+            self._events.execute(
+                self._router.on_replica_draining(
+                    replica_id, time.monotonic(), is_draining=replica_id in unfit
+                )
+            )
+        self._unfit = unfit
+
+    def _is_unfit(self, replica_id: str) -> bool:
+        hardware, model = self.hardware[replica_id], self.infos[replica_id].model
+        if hardware.fault or not hardware.slow:
+            return bool(hardware.fault)
+        others = [each for each, info in self.infos.items() if info.model == model]
+        told = [self.hardware[each] for each in others if each in self.hardware]
+        return any(not each.fault and not each.slow for each in told)
+
     def on_blocks(self, client: StreamClient, update: BlockUpdate) -> None:
         if not self._router.on_blocks(client.replica_id, update):
             client.post(Resync())
@@ -247,6 +274,8 @@ class Engines:
         if self._connections.get(replica_id) is client:
             del self._connections[replica_id]
         self.infos.pop(replica_id, None)
+        self.hardware.pop(replica_id, None)
+        self._unfit.discard(replica_id)
         self._snapshots.pop(replica_id, None)
         lost = self._attempts.pop(replica_id, {})
         # First close the door, then find the requests another place.

@@ -133,10 +133,10 @@ def _gpus(nvml: Any) -> tuple[tuple[Gpu, ...], str, str, str]:
         return (), "", "", "" if missing else str(error)
     try:
         number = nvml.nvmlSystemGetCudaDriverVersion()  # e.g. 13010 is 13.1
-        handles = _visible(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        handles = visible_gpus(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
         return (
             tuple(_gpu(nvml, handle) for handle in handles),
-            _string(nvml.nvmlSystemGetDriverVersion()),
+            read_text(nvml.nvmlSystemGetDriverVersion()),
             f"{number // 1000}.{number % 1000 // 10}",
             "",
         )
@@ -146,7 +146,7 @@ def _gpus(nvml: Any) -> tuple[tuple[Gpu, ...], str, str, str]:
         nvml.nvmlShutdown()
 
 
-def _visible(nvml: Any, wanted: str | None) -> list[Any]:
+def visible_gpus(nvml: Any, wanted: str | None) -> list[Any]:
     """Return the handles of the devices that CUDA would show, in its order.
 
     As in CUDA, the first entry of `wanted` that names no device ends the list, so
@@ -157,7 +157,7 @@ def _visible(nvml: Any, wanted: str | None) -> list[Any]:
     handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
     if wanted is None:
         return handles
-    uuids = [_string(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+    uuids = [read_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
     chosen = []
     for entry in (entry.strip() for entry in wanted.split(",")):
         if entry.isdecimal() and int(entry) < len(handles):
@@ -185,7 +185,7 @@ def _gpu(nvml: Any, handle: Any) -> Gpu:
     major_minor = ask_nvml(lambda: nvml.nvmlDeviceGetCudaComputeCapability(handle), ())
     return Gpu(
         index=ask_nvml(lambda: nvml.nvmlDeviceGetIndex(handle), -1),
-        name=_string(nvml.nvmlDeviceGetName(handle)),
+        name=read_text(nvml.nvmlDeviceGetName(handle)),
         num_bytes=memory.total,
         num_free_bytes=memory.free,
         compute_capability=".".join(map(str, major_minor)),
@@ -197,5 +197,5 @@ def _gpu(nvml: Any, handle: Any) -> Gpu:
     )
 
 
-def _string(value: str | bytes) -> str:
+def read_text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value  # bytes in old bindings

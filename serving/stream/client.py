@@ -5,12 +5,14 @@ import contextlib
 from typing import Protocol
 
 from router import BlockUpdate, EngineInfo, EngineSnapshot
+from serving.engine.hardware_watch import HardwareState
 from serving.stream.connection import FrameConnection
 from serving.stream.frames import (
     Alive,
     Blocks,
     Data,
     End,
+    Hardware,
     Head,
     Hello,
     Prompt,
@@ -38,6 +40,7 @@ class StreamEvents(Protocol):
     def on_data(self, client: "StreamClient", frame: Data) -> None: ...
     def on_end(self, client: "StreamClient", frame: End) -> None: ...
     def on_alive(self, client: "StreamClient", frame: Alive) -> None: ...
+    def on_hardware(self, client: "StreamClient", state: HardwareState) -> None: ...
     def on_lost(self, client: "StreamClient") -> None: ...
 
 
@@ -100,6 +103,8 @@ class StreamClient(FrameConnection):
                 events.on_blocks(self, frame.update)
             elif isinstance(frame, Prompt):
                 events.on_prompt(self, frame)
+            elif isinstance(frame, Hardware):
+                events.on_hardware(self, frame.state)
             elif isinstance(frame, Welcome):
                 events.on_welcome(self, frame.info)
                 if frame.life_port:

@@ -14,7 +14,7 @@ as head, data and end.
 | `Cancel`                   | `End`, if it had not sent that yet                          |
 | `Resync`                   | `Blocks` with all cached blocks                             |
 | (nothing)                  | `Snapshot` after steps and as a heartbeat, `Blocks` before  |
-|                            | it if the prefix cache has changed                          |
+|                            | it if the prefix cache has changed; `Hardware`              |
 
 A `Welcome` may come with a second port and a token. On a connection to that port, which begins
 with a `Hello` of the token, whatever computes says for itself that it lives, however busy the
@@ -27,6 +27,7 @@ import msgspec
 
 from router import BlockUpdate, EngineInfo, EngineSnapshot, Usage
 from router.resilience.resume import Resume
+from serving.engine.hardware_watch import HardwareState
 
 MAX_MESSAGE_BYTES = 256 * 2**20  # a length beyond this is not from a peer of ours
 
@@ -139,8 +140,14 @@ class Alive(msgspec.Struct, frozen=True, array_like=True, tag=23):
     num_requests: int
 
 
+class Hardware(msgspec.Struct, frozen=True, array_like=True, tag=24):
+    """How the engine's hardware is; once a second, from when it is known."""
+
+    state: HardwareState
+
+
 ToEngine = Hello | Submit | Cancel | Ack | Resync
-ToGateway = Welcome | Head | Data | End | Snapshot | Blocks | Prompt | Alive
+ToGateway = Welcome | Head | Data | End | Snapshot | Blocks | Prompt | Alive | Hardware
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_engine = msgspec.msgpack.Decoder(list[ToEngine]).decode

@@ -8,6 +8,7 @@ import time
 import msgspec
 
 from router.types import HEARTBEAT_S, SNAPSHOT_INTERVAL_S
+from serving.engine.hardware_watch import HardwareState
 from serving.stream.accounting import RequestAccounting
 from serving.stream.call import AsgiCall
 from serving.stream.engine import Engine
@@ -15,6 +16,7 @@ from serving.stream.frames import (
     Ack,
     Blocks,
     Cancel,
+    Hardware,
     Hello,
     Resync,
     Snapshot,
@@ -88,6 +90,11 @@ class StreamServer:
         self._last_push_s = asyncio.get_running_loop().time()
         for connection in self._connections:
             connection.push_snapshot()
+
+    def tell_hardware(self, state: HardwareState) -> None:
+        """Tell all gateways how the hardware is."""
+        for connection in self._connections:
+            connection.post(Hardware(state))
 
     def next_snapshot_seq(self) -> int:
         """Return the next snapshot's number; numbers only grow."""

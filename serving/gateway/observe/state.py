@@ -2,6 +2,7 @@
 
 from router import RouterState
 from serving.core_form import Form
+from serving.engine.hardware_watch import HardwareState
 from serving.file_watch import FileWatchState
 from serving.gateway.cache.response_store import ResponseCacheState
 from serving.gateway.tenants.tenants import TenantsState
@@ -21,4 +22,5 @@ class GatewayState(RouterState, frozen=True, kw_only=True):
     tokens_per_byte: float  # by which the sizes of prompts are estimated
     tenants: TenantsState
     cache: ResponseCacheState
+    hardware: dict[str, HardwareState]  # by engine; one that has not told yet is not there
     files: dict[str, FileWatchState]  # by the setting that names them

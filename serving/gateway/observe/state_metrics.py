@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from router.limits.sliding_window import WindowState
 from router.providers.spillover import SpilloverState
 from router.resilience.breaker import BreakerState
+from serving.gateway.observe.hardware_metrics import hardware_metrics
 from serving.gateway.observe.state import GatewayState
 
 
@@ -57,6 +58,7 @@ class StateCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         state = self._state()
         yield from self._engine_metrics(state)
+        yield from hardware_metrics(state.hardware)
         yield from _gateway_metrics(state)
         for name, (field, words) in self._TENANT_COUNTERS.items():
             usage = CounterMetricFamily(f"headway_tenant_{name}", words, labels=["tenant"])
