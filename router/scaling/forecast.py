@@ -99,11 +99,13 @@ class Forecast:
         return [self._short, self._long, trend, self._seasonal(horizon_s)]
 
     def jump_to(self, rate: float) -> None:
-        """Take it that the level has changed for good: what was before says nothing any more."""
+        """Take it that the level has changed for good: what was before says nothing any more.
+
+        What was expected for the time to come stays and will be found wrong, but for a season that
+        knew of it.
+        """
         self._short = self._long = rate
         self._slope = 0.0
-        for _, rates in self._made:
-            rates[:] = [rate] * len(rates)
 
     def _smoothed(self, mean: float, value: float, memory_s: float) -> float:
         """Return an exponentially weighted mean; over few values the plain mean of all."""

@@ -9,12 +9,13 @@ import time
 from typing import Any, NoReturn
 
 from ray import serve
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from serving.cluster import discovery
+from serving.cluster.actors.lease_actor import actor_sender
+from serving.cluster.actors.scaling_actor import follow_orders
 from serving.cluster.engine_deployment import EngineReplica
-from serving.cluster.lease_actor import actor_sender
 from serving.cluster.logs import use_log_level
 from serving.cluster.loop_thread import LoopThread
 from serving.cluster.processes import call_when_parent_ends
@@ -129,6 +130,10 @@ def _make_gateway(
     discovery.subscribe(
         lambda members: loop.call_soon_threadsafe(gateway.driver.engines.set_members, members)
     )
+    if config.scaling is not None:
+        settings = config.scaling.model_dump()
+        orders = loop.create_task(follow_orders(gateway, context.app_name, settings))
+        gateway.background.append(orders)
     engines._init()  # else Serve would report the replicas only at the first call
     return gateway
 
@@ -188,7 +193,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         plan = dataclasses.replace(plan, model=str(prepare_bundled_model()))
     engines = serve.deployment(
         name="Engine",
-        num_replicas=plan.num_replicas,
+        **_number_of_engines(config, plan),
         ray_actor_options=plan.engine_actor_options,
         max_ongoing_requests=_NO_LIMIT,
         graceful_shutdown_timeout_s=config.engine.drain_timeout_s + 10,
@@ -212,6 +217,28 @@ def build(args: dict[str, Any]) -> serve.Application:
     # Gateways share limits by their number, which auto does not tell.
     args["gateway"] = {**args.get("gateway", {}), "replicas": plan.num_gateways}
     return gateway.bind(args, engines.bind(args, plan), _served_names(config, plan))
+
+
+def _number_of_engines(config: Config, plan: Plan) -> dict[str, Any]:
+    """Return Serve's options of the number of engines: fixed, or by our policy."""
+    if config.scaling is None:
+        return {"num_replicas": plan.num_replicas}
+    settings = config.scaling.model_dump()
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=config.scaling.min,
+            max_replicas=config.scaling.max,
+            initial_replicas=config.scaling.num_initial,
+            # The policy has delays of its own.
+            upscale_delay_s=0.0,
+            downscale_delay_s=0.0,
+            downscale_to_zero_delay_s=0.0,
+            policy=AutoscalingPolicy(
+                policy_function="serving.cluster.actors.scaling_actor:AutoscalingPolicy",
+                policy_kwargs={"settings": settings},
+            ),
+        )
+    }
 
 
 def _served_names(config: Config, plan: Plan) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from router import RouterSettings
 from router.providers.settings import FallbackSettings
+from router.scaling.settings import ScalingSettings
 from serving.config.access import AuthConfig, TenantConfig
 from serving.config.cache import CacheConfig
 from serving.config.engine import EngineConfig
@@ -29,7 +30,10 @@ class Config(Section):
         None, description="the name clients ask for, or a list: further names mean the same model"
     )
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    replicas: int | Literal["auto"] = Field("auto", description="engine replicas")
+    replicas: int | Literal["auto"] | ScalingSettings = Field(
+        "auto",
+        description="engine replicas: a number, auto, or {min, max, ...}: as many as are needed",
+    )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs per replica")
     engine: EngineConfig = EngineConfig()
     gateway: GatewayConfig = GatewayConfig()
@@ -52,6 +56,16 @@ class Config(Section):
         "read again when it changes; "
         "`headway serve CONFIG.yaml` sets it to that file",
     )
+
+    @property
+    def scaling(self) -> ScalingSettings | None:
+        """How many engines there may be; None where their number is fixed."""
+        return self.replicas if isinstance(self.replicas, ScalingSettings) else None
+
+    @property
+    def max_replicas(self) -> int | Literal["auto"]:
+        """Engines at most, all of which have to fit."""
+        return self.replicas.max if isinstance(self.replicas, ScalingSettings) else self.replicas
 
     @property
     def served_names(self) -> tuple[str, ...]:

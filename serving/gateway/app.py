@@ -1,5 +1,6 @@
 """What does a gateway consist of, and what do its small endpoints answer?"""
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
@@ -115,6 +116,7 @@ class Gateway:
         self._engine_endpoints = EngineEndpoints(
             self.driver.engines, self.tenants, self.body_reader, kept
         )
+        self.background: list[asyncio.Task[None]] = []  # that end with the gateway
         self.started_s = int(time.time())  # seconds since the epoch
         self.metrics.export_state(self.state)
         self.feed = Feed(
@@ -164,6 +166,8 @@ class Gateway:
 
     def close(self) -> None:
         """Stop watching files and close the connections to engines."""
+        for task in self.background:
+            task.cancel()
         for watch in self.file_watches.values():
             watch.close()
         self.cache.close()
@@ -311,7 +315,11 @@ class Gateway:
         It needs no key. Names of models are for those whose keys may use them, where there are
         keys.
         """
-        health = make_health(self.router.state(time.monotonic()), self.providers.models)
+        health = make_health(
+            self.router.state(time.monotonic()),
+            self.providers.models,
+            starts_engines=self.config.scaling is not None,
+        )
         content = msgspec.to_builtins(health)
         models = content.pop("models")
         usable = self.tenants.usable_models(request.headers.raw, models)

@@ -8,7 +8,7 @@ named by Ray --connect--> up --not named any more--> draining --last attempt ove
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from router import BlockUpdate, Decision, Dispatch, EngineInfo, EngineSnapshot, Router
@@ -64,6 +64,9 @@ class Engines:
         self._connecting: set[asyncio.Task[None]] = set()
         self._connections: dict[str, StreamClient] = {}
         self._attempts: dict[str, dict[int, Attempt]] = {}  # by replica and booking
+        self._emptied: set[str] = set()  # of the members, those that get no new work
+        self._scales = False  # somebody starts engines as they are needed
+        self._ready_s: float | None = None  # when the next engine should be; None: none starts
 
     # --- membership ------------------------------------------------------
 
@@ -84,6 +87,31 @@ class Engines:
         for replica_id in gone:
             self._events.execute(self._router.on_replica_draining(replica_id, time.monotonic()))
             self._close_if_drained(replica_id)
+
+    def follow(self, emptying: Collection[str], ready_in_s: float | None) -> None:
+        """Send these replicas no new work, for they are to be stopped, and all others some.
+
+        `ready_in_s`: until the next engine should be ready; None if none is starting.
+        """
+        self._scales = True
+        self._ready_s = None if ready_in_s is None else time.monotonic() + ready_in_s
+        for replica_id in self._members.keys() & self.infos.keys():
+            drains = replica_id in emptying
+            if drains != (replica_id in self._emptied):
+                (self._emptied.add if drains else self._emptied.discard)(replica_id)
+                now_s = time.monotonic()
+                self._events.execute(
+                    self._router.on_replica_draining(replica_id, now_s, is_draining=drains)
+                )
+
+    def waits_for(self) -> str:
+        """Return what a request waits for until an engine starts, in words; "" if one is there."""
+        if self.infos or not self._scales:
+            return ""
+        if self._ready_s is None:
+            return "waiting for an engine to start"
+        left_s = max(1.0, self._ready_s - time.monotonic())
+        return f"waiting for an engine to start, about {left_s:.0f} s"
 
     async def _connect(self, replica_id: str, metadata: dict) -> None:
         """Connect, and again while Ray still names the replica."""
@@ -189,6 +217,7 @@ class Engines:
 
     def on_welcome(self, client: StreamClient, info: EngineInfo) -> None:
         self.infos[client.replica_id] = info
+        self._emptied.discard(client.replica_id)  # a new connection begins anew
         self._attempts[client.replica_id] = {}
         self._events.execute(self._router.on_replica_up(client.replica_id, info, time.monotonic()))
 

@@ -35,6 +35,8 @@ from serving.stream.frames import Headers
 
 logger = logging.getLogger(__name__)
 
+_START_COMMENT_S = 5.0  # between two comments that say that an engine is starting
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RequestPath:
@@ -236,8 +238,11 @@ class Call:
         self._source, source.on_readable = source, self.on_ready
         assert self._exchange is not None
         period_s = self._path.config.gateway.keepalive_s
+        if period_s is None and self._path.config.scaling and not self._path.driver.engines.infos:
+            period_s = _START_COMMENT_S
         if period_s is not None and self._exchange.fields.is_stream and not self._is_over:
-            self._keep_alive = KeepAlive(period_s, self._client, self._headers)
+            waits_for = self._path.driver.engines.waits_for
+            self._keep_alive = KeepAlive(period_s, self._client, self._headers, waits_for)
 
     # --- answering -----------------------------------------------------------------------
 

@@ -57,7 +57,7 @@ def plan_cpu_memory(
         raise ConfigError(f"engine.args.kv_cache_memory_bytes: {wanted!r} is not a count of bytes")
     smallest = wanted or _smallest_kv(engine_args["max_model_len"], size)
     room = num_free_bytes - _CONTROL_BYTES
-    counts = [replicas, 1] if config.replicas == "auto" else [replicas]
+    counts = [replicas, 1] if config.max_replicas == "auto" else [replicas]
     weights = _WEIGHT_COPIES * size.num_weight_bytes if size else 0
     tries = [(count, weights) for count in counts]
     if size and size.is_guess:

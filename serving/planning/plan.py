@@ -70,9 +70,9 @@ def make_plan(config: Config, hardware: Hardware, size: ModelSize | None = None)
             raise ConfigError(f"engine.args.{key}: set `{ours}` instead")
     if config.engine.is_vllm:
         check_engine_arguments(config.engine.args)
-    if config.replicas != "auto" and config.replicas < 1:
+    if config.max_replicas != "auto" and config.max_replicas < 1:
         raise ConfigError(
-            f"replicas: {config.replicas} engines cannot serve; set 1 or more, or auto"
+            f"replicas: {config.max_replicas} engines cannot serve; set 1 or more, or auto"
         )
     if size is None:
         if config.model:
@@ -125,11 +125,11 @@ def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Pl
             f"tensor_parallel_size: one engine with {sizes} needs {_counted(per_replica, 'GPU')}, "
             f"this node has {num_gpus}: lower tensor_parallel_size"
         )
-    if config.replicas == "auto":
+    if config.max_replicas == "auto":
         replicas = num_gpus // per_replica
         because = f"{_counted(num_gpus, 'GPU')} here, {per_replica} per engine"
     else:
-        replicas = config.replicas
+        replicas = config.max_replicas
         because = "replicas is set"
     if replicas * per_replica > num_gpus:
         raise ConfigError(
@@ -196,7 +196,7 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
             "leave it at 1 on a CPU, where each engine has one core"
         )
     num_cores = len(hardware.cores)
-    replicas = min(2, num_cores) if config.replicas == "auto" else config.replicas
+    replicas = min(2, num_cores) if config.max_replicas == "auto" else config.max_replicas
     dtype = "bfloat16" if hardware.has_bfloat16 else "float32"
     engine_args: dict[str, Any] = {"dtype": dtype, "block_size": 32}
     # A long prompt gets half of these (`max_prefill_chunk`): steps of about 0.25 s at 1.7 ms per
@@ -238,7 +238,7 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
         f"{_counted(replicas, 'engine')} {what}: "
         + (
             f"{_counted(num_cores, 'core')} here, and two engines suffice to show routing."
-            if config.replicas == "auto"
+            if config.max_replicas == "auto"
             else "replicas is set."
         ),
     )

@@ -12,7 +12,7 @@ SCRIPT = """
     import ray
     from router.limits.rate_limit import Amount
     from router.limits.settings import RateLimits
-    from serving.cluster.lease_actor import actor_sender
+    from serving.cluster.actors.lease_actor import actor_sender
     from serving.gateway.providers.leases import Leases
 
     ray.init(

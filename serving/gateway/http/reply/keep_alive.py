@@ -1,11 +1,12 @@
 """How does an event stream that has not begun yet stay open behind a proxy?"""
 
 import asyncio
+from collections.abc import Callable
 
 from serving.gateway.http.reply.client import Client
 from serving.stream.frames import Headers
 
-_COMMENT = b": keep-alive\n\n"
+_COMMENT = ": keep-alive{}\n\n"
 
 
 class KeepAlive:
@@ -14,11 +15,19 @@ class KeepAlive:
     The first one commits the reply to status 200: what fails after it is an event of the stream.
     """
 
-    def __init__(self, period_s: float, client: Client, headers: Headers) -> None:
+    def __init__(
+        self,
+        period_s: float,
+        client: Client,
+        headers: Headers,
+        waits_for: Callable[[], str] = str,
+    ) -> None:
+        """`waits_for` returns what the reply waits for, in words for people, "" if nothing."""
         self._has_begun = False  # the client has status and headers
         self._period_s = period_s
         self._client = client
         self._headers = headers
+        self._waits_for = waits_for
         self._call_later = asyncio.get_running_loop().call_later
         self._timer = self._call_later(period_s, self._send)
 
@@ -29,7 +38,8 @@ class KeepAlive:
             headers = [*self._headers, (b"content-type", b"text/event-stream; charset=utf-8")]
             self._client.start(200, as_stream(headers))
         if self._client.is_ready:
-            self._client.write(_COMMENT)
+            reason = self._waits_for()
+            self._client.write(_COMMENT.format(reason and f", {reason}").encode())
 
     def stop(self) -> bool:
         """Send no more. Return whether the client has status and headers."""

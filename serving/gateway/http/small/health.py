@@ -27,8 +27,12 @@ class Health(msgspec.Struct, kw_only=True):
     models: dict[str, ModelHealth]
 
 
-def make_health(state: RouterState, provider_models: Iterable[str]) -> Health:
+def make_health(
+    state: RouterState, provider_models: Iterable[str], *, starts_engines: bool = False
+) -> Health:
     """Return what the engines' breakers admit, and what providers stand in for.
+
+    `starts_engines`: where there is no engine, a request has one started, and is answered then.
 
     A half-open breaker counts as ready: only a request shows whether its engine works again, so
     requests have to come. An engine that waits for a suspect's answer counts, too.
@@ -45,9 +49,12 @@ def make_health(state: RouterState, provider_models: Iterable[str]) -> Health:
         health.has_provider = health.is_ready = True
     num_engines = sum(health.num_engines for health in models.values())
     num_ready = sum(health.num_ready for health in models.values())
-    is_ready = any(health.is_ready for health in models.values())
+    sleeps = starts_engines and not num_engines
+    is_ready = sleeps or any(health.is_ready for health in models.values())
     if num_ready:
         status = "ok"
+    elif sleeps:
+        status = "no engine: a request has one started"
     elif is_ready:
         status = "providers only"
     else:
