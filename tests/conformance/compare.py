@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import urllib.error
 import urllib.request
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from serving.planning.bundled_model import prepare_bundled_model
@@ -115,7 +116,12 @@ def _running(command: list[str], port: int) -> Iterator[None]:
     """Keep a server running, from when it answers."""
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
         process = subprocess.Popen(
-            command, cwd=_ROOT, env={**os.environ, **_ENVIRONMENT}, stdout=log, stderr=log
+            command,
+            cwd=_ROOT,
+            env={**os.environ, **_ENVIRONMENT},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
         try:
             deadline_s = time.monotonic() + _START_TIMEOUT_S
@@ -127,6 +133,8 @@ def _running(command: list[str], port: int) -> Iterator[None]:
         finally:
             process.terminate()
             process.wait(120)
+            with suppress(ProcessLookupError):  # vLLM's engine core may outlive its parent
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _answers(port: int) -> bool:
