@@ -15,6 +15,7 @@ The power cap alone is none of these: a busy GPU is often at it.
 
 import asyncio
 import importlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ import psutil
 from serving.planning.hardware import read_text, visible_gpus
 
 INTERVAL_S = 1.0
+LOOK_S = 60.0  # between two looks for children: it reads all processes of the node
 SLOW_S = 10.0  # shorter slowdowns are not worth moving work for
 
 # Of NVIDIA's "XID Errors" guide those that the hardware has, not the program on it: 48, 94 and 95
@@ -81,6 +83,8 @@ class HardwareWatch:
         self._xids: dict[str, int] = {}  # the last one, by GPU
         self._slow_since_s: dict[str, float] = {}
         self._fault = ""  # for good
+        self._processes: list[psutil.Process] = []  # ours, as they were when last looked for
+        self._looked_s = -math.inf
         if has_gpus:
             self._open(nvml)
 
@@ -116,7 +120,7 @@ class HardwareWatch:
         return HardwareState(
             gpus=tuple(gpus),
             num_cores=len(os.sched_getaffinity(0)),
-            num_rss_bytes=_rss_bytes(),
+            num_rss_bytes=self._rss_bytes(now_s),
             fault=self._fault or next(iter(lost), ""),
             slow="; ".join(slow),
         )
@@ -191,6 +195,20 @@ class HardwareWatch:
             return ""
         return f"{gpu.name} is slowed down by {' and '.join(slowing)}"
 
+    def _rss_bytes(self, now_s: float) -> int:
+        """Return the resident memory of this process and its children, vLLM's among them."""
+        if now_s - self._looked_s >= LOOK_S:
+            me = psutil.Process()
+            self._processes = [me, *me.children(recursive=True)]
+            self._looked_s = now_s
+        total = 0
+        for process in self._processes:
+            try:
+                total += process.memory_info().rss
+            except psutil.Error:  # it has ended
+                continue
+        return total
+
 
 async def watch_hardware(tell: Callable[[HardwareState], object], *, has_gpus: bool) -> None:
     """Call `tell` with every state, once a second, until cancelled."""
@@ -198,15 +216,3 @@ async def watch_hardware(tell: Callable[[HardwareState], object], *, has_gpus: b
     while True:
         tell(await asyncio.to_thread(watch.read, time.monotonic()))
         await asyncio.sleep(INTERVAL_S)
-
-
-def _rss_bytes() -> int:
-    """Return the resident memory of this process and its children, vLLM's among them."""
-    total = 0
-    me = psutil.Process()
-    for process in (me, *me.children(recursive=True)):
-        try:
-            total += process.memory_info().rss
-        except psutil.Error:  # it has ended
-            continue
-    return total

@@ -4,13 +4,18 @@
 
 import asyncio
 import os
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from serving.engine.hardware_watch import (
+    LOOK_S,
     SLOW_S,
     HardwareState,
     HardwareWatch,
@@ -148,6 +153,21 @@ def test_cores_and_memory_are_told_without_gpus() -> None:
     assert state.gpus == ()
     assert state.num_cores == len(os.sched_getaffinity(0))
     assert state.num_rss_bytes > 10_000_000
+
+
+def test_children_count_once_they_are_found_and_are_missed_without_harm() -> None:
+    watch = HardwareWatch(has_gpus=False)
+    alone = watch.read(0.0).num_rss_bytes
+    with subprocess.Popen(
+        [sys.executable, "-c", "x = 60_000_000 * b'x'; input()"], stdin=subprocess.PIPE
+    ) as it:
+        child = psutil.Process(it.pid)
+        while child.memory_info().rss < 60_000_000:
+            time.sleep(0.01)
+        assert watch.read(LOOK_S / 2).num_rss_bytes < alone + 50_000_000
+        assert watch.read(LOOK_S).num_rss_bytes > alone + 50_000_000
+        it.kill()
+    assert watch.read(LOOK_S + 1).num_rss_bytes < alone + 50_000_000
 
 
 def test_new_memory_errors_are_a_fault_for_good() -> None:
