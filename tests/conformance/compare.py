@@ -5,8 +5,11 @@
 Runs the tests below `tests/entrypoints` of a checkout (of the version that is installed) that talk
 to a server, first against plain vLLM and then against `headway serve`. Both serve the bundled model
 with the same arguments, under all names that the tests ask for: what needs another model, another
-argument or the network fails on both, and says nothing. Prints how many passed on both, and each
-test that passed on one alone. Ends with 1 if any passed on plain vLLM alone, with 2 if none did.
+argument or the network fails on both, and says nothing. With `--model` a small random one
+(`tests.support.tiny_model`) is much faster, and as good for all but what asks for sense.
+
+Prints how many passed on both, and each test that passed on one alone. Ends with 1 if any passed on
+plain vLLM alone, with 2 if none did.
 
 It is no test itself: it needs vLLM's tests, and takes an hour on two cores.
 """
@@ -61,7 +64,7 @@ def main() -> int:
     checkout = options.checkout.resolve()
     files = sorted(_files(checkout, options.files))
     names = sorted({name for file in files for name in _names(file.read_text())})
-    model = str(prepare_bundled_model())
+    model = str(options.model or prepare_bundled_model())
     print(f"{len(files)} files, {len(names)} names of models", flush=True)
     results = []
     for start in (_plain_command, _headway_command):
@@ -75,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkout", type=Path, help="a folder with vLLM's tests/")
     parser.add_argument("files", nargs="*", help="below tests/entrypoints; default: all")
+    parser.add_argument("--model", type=Path, help="a folder; default: the bundled model")
     parser.add_argument("--replicas", type=int, default=1, help="engines of Headway")
     parser.add_argument("--timeout-s", type=float, default=60.0, help="of each test")
     return parser
