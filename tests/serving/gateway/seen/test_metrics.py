@@ -1,6 +1,7 @@
 """Is what `/metrics` says right, and as Prometheus's own linter wants it?"""
 
 import re
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -242,3 +243,18 @@ def test_the_library_s_counters_are_as_ours():
     metrics.observe_end(ended(Outcome.REJECTED, 11.0, reason="hopeless"))
     ours = re.findall(".*headway_refusals_total.*", metrics.render()[0].decode())
     assert ours == re.findall(".*headway_refusals_total.*", generate_latest(registry).decode())
+
+
+async def test_the_reference_names_all_that_is_exported():
+    async with serving() as server, running(**configured(server)) as system:
+        text = await asked_metrics(system)
+    old = {name.name for name in _OLD_NAMES.values()}
+    exported = {
+        (name, kind)
+        for name, kind in re.findall(r"^# TYPE (headway_\S+) (\S+)$", text, re.MULTILINE)
+        if name.removesuffix("_total") not in old
+    }
+    page = (Path(__file__).parents[4] / "docs" / "metrics.md").read_text()
+    assert set(re.findall(r"^\| `(headway_\w+)` \| (\w+) \|", page, re.MULTILINE)) == exported
+    renamed = dict(re.findall(r"^\| `(headway_\w+)` \| `(headway_\w+)` \|$", page, re.MULTILINE))
+    assert renamed == {old.name: new for new, old in _OLD_NAMES.items()}
