@@ -47,6 +47,7 @@ from serving.gateway.tenants.keys import read_keys
 from serving.gateway.tenants.tenants import Tenants
 
 logger = logging.getLogger(__name__)
+audit = logging.getLogger("serving.audit")  # what admins change
 
 _MAX_OWN_CONNECTIONS = 64
 
@@ -280,6 +281,7 @@ class Gateway:
         """Read keys and config again now; otherwise this happens within a second of a change."""
         self.tenants.authorize_admin(request.headers.raw)
         await read_json(request)  # there is nothing to say, but not just any page may say it
+        self._note_admin(request, "reloaded keys and config")
         for watch in self.file_watches.values():
             await watch.reload()
         return _json({name: watch.state() for name, watch in self.file_watches.items()})
@@ -355,7 +357,17 @@ class Gateway:
             self.driver.set_policy(name, parts)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ApiError(400, f"'policy': {error}", param="policy") from None
+        self._note_admin(
+            request, f"set the policy to {name} without {', '.join(parts) or 'nothing'}"
+        )
         return _json({"policy": name, "ablate": parts})
+
+    def _note_admin(self, request: Request, what: str) -> None:
+        """Log who has changed something, and from where."""
+        caller = self.tenants.authenticate(request.headers.raw)
+        who = caller.tenant.name if caller is not None else "somebody, as no keys are set,"
+        where = request.client.host if request.client is not None else "an unknown address"
+        audit.info("%s at %s %s", who, where, what)
 
 
 def _json(content: Any, status: int = 200) -> Response:
