@@ -99,10 +99,15 @@ class Engines:
             drains = replica_id in emptying
             if drains != (replica_id in self._emptied):
                 (self._emptied.add if drains else self._emptied.discard)(replica_id)
-                now_s = time.monotonic()
-                self._events.execute(
-                    self._router.on_replica_draining(replica_id, now_s, is_draining=drains)
-                )
+                self._drain_or_not(replica_id)
+
+    def _drain_or_not(self, replica_id: str) -> None:
+        """Send a replica no new work if it is to be stopped or its hardware is bad, else some."""
+        drains = replica_id in self._emptied or replica_id in self._unfit
+        now_s = time.monotonic()
+        self._events.execute(
+            self._router.on_replica_draining(replica_id, now_s, is_draining=drains)
+        )
 
     def waits_for(self) -> str:
         """Return what a request waits for until an engine starts, in words; "" if one is there."""
@@ -240,12 +245,8 @@ class Engines:
                 hardware = self.hardware[replica_id]
                 reason = hardware.fault or hardware.slow
                 logger.warning("engine %s gets no new requests: %s", replica_id, reason)
-            self._events.execute(
-                self._router.on_replica_draining(
-                    replica_id, time.monotonic(), is_draining=replica_id in unfit
-                )
-            )
-        self._unfit = unfit
+            (self._unfit.add if replica_id in unfit else self._unfit.discard)(replica_id)
+            self._drain_or_not(replica_id)
 
     def _is_unfit(self, replica_id: str) -> bool:
         hardware, model = self.hardware[replica_id], self.infos[replica_id].model

@@ -43,6 +43,7 @@ class StreamServer:
         self.strangers: set[StrangerConnection] = set()
         self.beat_s = time.monotonic()  # when the event loop last turned, about
         self.accountings: dict[AsgiCall, RequestAccounting] = {}  # of all calls that compute
+        self.hardware: HardwareState | None = None  # None until it is known
         self._connections: set[GatewayConnection] = set()
         self._server: asyncio.Server | None = None
         self._seq = 0
@@ -92,7 +93,8 @@ class StreamServer:
             connection.push_snapshot()
 
     def tell_hardware(self, state: HardwareState) -> None:
-        """Tell all gateways how the hardware is."""
+        """Tell all gateways how the hardware is, and those that come."""
+        self.hardware = state
         for connection in self._connections:
             connection.post(Hardware(state))
 
@@ -200,6 +202,8 @@ class GatewayConnection(StrangerConnection):
         else:
             self._token = server.life_port.issue_token()
             self.post(Welcome(info, server.life_port.port, self._token))
+        if server.hardware is not None:
+            self.post(Hardware(server.hardware))
         self.push_snapshot()
 
     def on_frame(self, frame: ToEngine) -> None:

@@ -76,6 +76,31 @@ async def test_the_hardware_of_an_engine_that_is_gone_is_forgotten() -> None:
         await system.until(lambda: draining(system) == set())
 
 
+async def test_whoever_connects_is_told_at_once() -> None:
+    async with running(num_engines=2) as system:
+        await tell(system, r1=FAULTY)
+        engines = system.gateway.driver.engines
+        before = engines._connections["r1"]
+        before.close()
+        await system.until(lambda: engines._connections.get("r1") not in (before, None))
+        system.servers[1].tell_hardware = None  # type: ignore[assignment]  # nobody tells again
+        await system.until(lambda: draining(system) == {"r1"})
+
+
+async def test_neither_a_fault_nor_a_stop_ends_the_other_ones_drain() -> None:
+    async with running(num_engines=3) as system:
+        engines = system.gateway.driver.engines
+        await tell(system, r0=FAULTY, r1=FAULTY)
+        engines.follow({"r1", "r2"}, None)
+        assert draining(system) == {"r0", "r1", "r2"}
+        engines.follow({"r0"}, None)
+        assert draining(system) == {"r0", "r1"}
+        await tell(system, r0=GOOD, r1=GOOD)
+        assert draining(system) == {"r0"}
+        engines.follow(set(), None)
+        assert draining(system) == set()
+
+
 async def test_state_and_metrics_show_it() -> None:
     async with running(num_engines=1) as system:
         await tell(system, r0=GOOD)
