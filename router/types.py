@@ -21,8 +21,6 @@ PREFILL_RATE_FORGETTING = 0.05
 # About the tokens of one block of `Request.prefix_hashes`. vLLM's own blocks of 16 would
 # find a few more tokens for four times the work and memory.
 PREFIX_BLOCK_TOKENS = 64
-# Of a prompt, its first ones; llm-d, too, looks at 256.
-MAX_PREFIX_BLOCKS = 256
 
 
 class Outcome(enum.Enum):
@@ -97,8 +95,17 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     wording: tuple[int, ...] = ()
     system_prompt: int = 0
     prefix_block_share: float = 0.0  # share of the prompt that each of them covers
-    # The leading KV blocks of the prompt by the engines' own hashes, as far as known.
+    # Likewise of all its text, by which its answer will be known; 0: no text that can be continued.
+    end_hash: int = 0
+    # Of the text before the last answer in it: the `end_hash` of the turn before. And up to the
+    # end of that answer, its share of the prompt.
+    answered_hash: int = 0
+    answered_share: float = 0.0
+    session: int = 0  # equal for requests that their client says belong together; 0: it does not
+    # Leading KV blocks of the prompt by the engines' own hashes, as far as known, and the prompt's
+    # tokens up to the end of each. Not all of a long prompt's: see `router.fleet.prompt_blocks`.
     block_hashes: tuple[int, ...] = ()
+    block_ends: tuple[int, ...] = ()
     # Engines and provider keys that did not complete it, and when the last one gave up.
     tried: tuple[str, ...] = ()
     num_stuck: int = 0  # of these the last ones in a row that got its reply no further
@@ -191,6 +198,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
+    # The last whole KV block of prompt and answer, by its engine's hash; 0: not known.
+    last_block: int = 0
 
 
 class Dispatch(msgspec.Struct, frozen=True):

@@ -343,9 +343,10 @@ def continued(request: Request, num_output_tokens: int) -> Request:
 
 def _grown(request: Request, num_output_tokens: int) -> Request:
     num_prompt_tokens = request.num_prompt_tokens + num_output_tokens
-    prefix_tokens_each = request.prefix_block_share * request.num_prompt_tokens
+    share = request.num_prompt_tokens / max(1, num_prompt_tokens)  # of what it was before
     return msgspec.structs.replace(
         request,
         num_prompt_tokens=num_prompt_tokens,
-        prefix_block_share=prefix_tokens_each / max(1, num_prompt_tokens),
+        prefix_block_share=request.prefix_block_share * share,
+        answered_share=request.answered_share * share,
     )

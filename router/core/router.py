@@ -206,6 +206,7 @@ class Router:
             if usage is not None:
                 self._predictions.on_finish(attempt, usage, now_s)
                 self._demand.record_usage(usage)
+                self._placer.learn_answer(attempt, usage)
         if self._suspects and self._suspects.acquit(attempt.request):
             self._requests.mark_alike(attempt.request, are_suspects=False)
         return [*withdrawn, *self._requests.end(request_id, Outcome.COMPLETED, now_s, usage)]
@@ -258,6 +259,7 @@ class Router:
             self._health.record_loss(lost, now_s)
         breaker = self._health.breaker(replica_id, info, self._fleet, now_s)
         self._fleet.add(Replica(replica_id, info, now_s, breaker))
+        self._placer.fit_fleet()
         return self._requests.place_held(now_s)
 
     def on_snapshot(
@@ -370,6 +372,7 @@ class Router:
             held=self._queue.state(),
             is_overloaded=self._load_shedder.is_overloaded_by_model(now_s),
             num_placed=len(self._attempts),
+            prefix_memory=self._placer.prompts.state(),
             outcomes={outcome.value: self.outcomes[outcome] for outcome in Outcome},
             is_by_arrival=self._queue.by_arrival,
             accuracy=self._predictions.state(),

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from router.fleet.prompt_blocks import PrefixMemoryState
 from router.fleet.replica import ReplicaState
 from router.providers.spillover import SpilloverState
 from router.queueing.hold_queue import HoldQueueState
@@ -32,6 +33,7 @@ class RouterState(msgspec.Struct, frozen=True, kw_only=True):
     held: HoldQueueState
     is_overloaded: dict[str, bool]  # by model: whether whoever would be late is refused
     num_placed: int  # requests at engines
+    prefix_memory: PrefixMemoryState  # which text became which KV blocks
     outcomes: dict[str, int]  # by `router.types.Outcome`, since the start
     is_by_arrival: bool  # whether the queue is in order of arrival
     accuracy: PredictionsState

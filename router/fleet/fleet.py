@@ -160,6 +160,17 @@ class Fleet:
         filed.pool.file(filed, UNAVAILABLE)
         return filed.replica
 
+    def sizes(self) -> tuple[int, int, int]:
+        """Return the KV tokens of all, the longest context of any, and the smallest step."""
+        num_kv_tokens = longest = smallest = 0
+        for filed in self._filed.values():
+            info = filed.replica.info
+            num_kv_tokens += info.num_kv_tokens
+            longest = max(longest, info.max_model_len)
+            step_tokens = info.max_num_batched_tokens
+            smallest = min(smallest, step_tokens) if smallest else step_tokens
+        return num_kv_tokens, longest, smallest
+
     def share_step_model(self, replica: Replica) -> None:
         """Let those of its kind that have run few steps yet predict by what a replica has learned.
 

@@ -6,6 +6,9 @@ from router.types import BlockUpdate, Request
 
 # No update continues from here, so only a whole one is accepted.
 _LOST = -2
+# Of a long prompt's text blocks every sixteenth counts as in use: about 1,000 tokens.
+_USED_STEP = 16
+_FIRST_USED = _USED_STEP - 1
 
 
 class PrefixCache:
@@ -16,14 +19,15 @@ class PrefixCache:
     reports count.
     """
 
-    __slots__ = ("_block_tokens", "_blocks", "_position", "coming")
+    __slots__ = ("_blocks", "_position", "_used", "coming")
 
-    def __init__(self, block_tokens: int) -> None:
-        self._block_tokens = block_tokens
+    def __init__(self) -> None:
         self._blocks: set[int] = set()  # by hash
         self._position = 0  # changes to them that we know of
         # Text blocks of prompts sent there that the engine has not reported yet, counted.
         self.coming: dict[int, int] = {}
+        # Every so manieth text block of long prompts that run there, or are sent there, counted.
+        self._used: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -39,6 +43,7 @@ class PrefixCache:
         """
         return self.num_tokens_of(
             request.block_hashes,
+            request.block_ends,
             request.prefix_hashes,
             request.prefix_block_share,
             request.num_prompt_tokens,
@@ -47,17 +52,45 @@ class PrefixCache:
     def num_tokens_of(
         self,
         block_hashes: tuple[int, ...],
+        block_ends: tuple[int, ...],
         prefix_hashes: tuple[int, ...],
         prefix_block_share: float,
         num_prompt_tokens: int,
     ) -> int:
         """Return the same, given what it depends on: for who asks many caches at once."""
-        num_tokens = _num_leading(block_hashes, self._blocks) * self._block_tokens
+        num_held = _num_leading(block_hashes, self._blocks)
+        num_tokens = block_ends[num_held - 1] if num_held else 0
         if self.coming and prefix_hashes:
             share = _num_leading(prefix_hashes, self.coming) * prefix_block_share
             num_tokens = max(num_tokens, round(share * num_prompt_tokens))
         # The prompt's own size may be an estimate still, and its last token is always computed.
         return min(num_tokens, max(0, num_prompt_tokens - 1))
+
+    def num_used_tokens(self, request: Request) -> int:
+        """Return the prompt tokens that it shares with long prompts that run there, about.
+
+        Their blocks are in use, so they are no part of the free room, and need none.
+        """
+        if not self._used:
+            return 0
+        num_used = _num_leading(request.prefix_hashes[_FIRST_USED::_USED_STEP], self._used)
+        share = num_used * _USED_STEP * request.prefix_block_share
+        return int(share * request.num_prompt_tokens)
+
+    def use_prompt(self, request: Request) -> None:
+        """Count a long prompt until `release_prompt` as one that holds its blocks there."""
+        used = self._used
+        for text in request.prefix_hashes[_FIRST_USED::_USED_STEP]:
+            used[text] = used.get(text, 0) + 1
+
+    def release_prompt(self, request: Request) -> None:
+        """Stop counting a long prompt."""
+        used = self._used
+        for text in request.prefix_hashes[_FIRST_USED::_USED_STEP]:
+            if used[text] > 1:
+                used[text] -= 1
+            else:
+                del used[text]
 
     def expect_prompt(self, request: Request) -> None:
         """Count a prompt that is on its way there."""

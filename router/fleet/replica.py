@@ -111,7 +111,7 @@ class Replica:
         self.predictor = StepModel()
         self._prefill_rate = PrefillRate()
         self.request_overhead = RequestOverhead()  # `Fleet` shares it by kind
-        self.prefix_cache = PrefixCache(info.block_size)
+        self.prefix_cache = PrefixCache()
         # EDF keys of the prompts sent here that one step cannot take and that are not prefilled
         # yet, by request id.
         self.long_edf_keys_s: dict[str, float] = {}
@@ -171,8 +171,8 @@ class Replica:
         (formula: `router.estimators.step_time`). Before it comes all that is pending, or, before
         a short prompt, the other short ones, as the engine lets these pass (see
         `serving.engine.vllm.scheduler`), and one chunk of a long prompt if one there has a
-        lower EDF key. A wait for KV blocks is not included: no request is sent to an engine
-        that lacks them.
+        lower EDF key. Before a long one no more than goes into the steps that its own chunks
+        take: long prompts share steps. A wait for KV blocks is not included.
         """
         # Read for every engine at every decision, hence no calls in here.
         chunk = self.max_prefill_chunk
@@ -186,9 +186,16 @@ class Replica:
             num_tokens += num_new_tokens
             num_steps = -(-num_tokens // self.chunk_tokens)
         else:
+            num_chunks = 0
+            if chunk:
+                # Those before it take a chunk of each step, too, and go on behind it.
+                num_chunks = -(-num_new_tokens // chunk)
+                num_ahead = num_chunks * self.num_step_demand_tokens
+                if num_ahead < num_tokens:
+                    num_tokens = num_ahead
             num_tokens += num_new_tokens
             num_steps = -(-num_tokens // self.chunk_tokens)
-            if chunk and (num_chunks := -(-num_new_tokens // chunk)) > num_steps:
+            if num_chunks > num_steps:
                 num_steps = num_chunks
         ttft_s = num_steps * self.chunk_overhead_s + num_tokens * self.token_s
         rest_s = self._step_end_s - now_s

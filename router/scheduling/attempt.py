@@ -33,6 +33,7 @@ class Attempt(msgspec.Struct, eq=False):
     permit: int  # of the engine's breaker
     overhead_s: float = 0.0  # of the predicted time to first token, what is spent outside of steps
     expects_prompt: bool = False  # the engine has yet to tell of its prompt
+    uses_prefix: bool = False  # what it holds of long prompts there is counted
     has_answered: bool = False  # the engine generates; a response may come all at once for all that
     num_steps_at_answer: int = 0  # that the engine had made by then
     is_error: bool = False  # what it answers is an error, of which nothing is learned
@@ -144,6 +145,8 @@ class Attempts:
         replica.release(request.id)
         if attempt.expects_prompt:
             replica.prefix_cache.confirm_prompt(request)
+        if attempt.uses_prefix:
+            replica.prefix_cache.release_prompt(request)
         self._fleet.refresh(replica)
         if usage is not None:
             self._queue.record_usage(request, usage)

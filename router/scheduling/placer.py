@@ -21,12 +21,15 @@ from router.scheduling.attempt import Attempt, Attempts
 from router.scheduling.backfill import Reservations
 from router.scheduling.policies import Load, Policy
 from router.scheduling.quarantine import Quarantine
-from router.types import Dispatch, Request
+from router.types import Dispatch, Request, Usage
 
 # Followers of a blocked head that are tried elsewhere: bounds the work per event
 # (about 1 µs each). Engines are fed in the order of deadlines in any case; an engine
 # that none of the first 32 fits has little room to fill.
 _BACKFILL_DEPTH = 32
+
+# A prefix that is worth waiting for takes an engine so many whole steps.
+_STEPS_WORTH = 2
 
 _HALF_OPEN: Final = BreakerState.HALF_OPEN  # looked up once: that costs 0.1 µs (Python 3.11)
 
@@ -53,15 +56,22 @@ class Placer:
     ) -> None:
         self.policy = policy
         self.holds = True
-        self._prompts = PromptBlocks()
+        self.prompts = PromptBlocks()
         self._fleet = fleet
         self._queue = queue
         self._attempts = attempts
         self._tpot_targets_s = tpot_targets_s
         self._quarantine = quarantine
+        self._worth_tokens: float = math.inf  # of a prefix that is worth waiting for
         self._reservations = Reservations(fleet, queue)
         # By model: the front of its queue, and the least KV room that a follower there needs.
         self._least_needs: dict[str, tuple[list[Request], float]] = {}
+
+    def fit_fleet(self) -> None:
+        """Remember, and take for long, what suits the engines that there are now."""
+        num_kv_tokens, max_model_len, step_tokens = self._fleet.sizes()
+        self.prompts.fit(num_kv_tokens, max_model_len)
+        self._worth_tokens = float(_STEPS_WORTH * step_tokens)
 
     def use_order(self, *, holds: bool, by_arrival: bool) -> bool:
         """Hold or not, and order by arrival or not, from now on; return whether that is news."""
@@ -78,11 +88,14 @@ class Placer:
         if request.is_suspect:
             alone_at = self._quarantine.engine_for(request, now_s)
             return None if alone_at is None else self._book(request, [alone_at], need_tokens, now_s)
-        if self.holds and self._most_room(request.model) < need_tokens:
+        is_long = request.num_prompt_tokens >= self._worth_tokens and self.policy.wants_blocks
+        if self.holds and not is_long and self._most_room(request.model) < need_tokens:
             return None  # the usual case while many are held, so checked first
         request = self._with_blocks(request)
         if self.holds:
             replicas = self._with_room(request, need_tokens)
+            if is_long and request.block_ends and request.block_ends[-1] >= self._worth_tokens:
+                replicas = self._beside_holders(request, replicas, need_tokens, now_s)
         else:
             replicas = self._fleet.working(request.model)
         if request.only_at:
@@ -116,9 +129,14 @@ class Placer:
         overhead_s = replica.request_overhead.usual_s
         predicted_ttft_s = replica.ttft_s(num_new_tokens, now_s, request.edf_key_s) + overhead_s
         predicted_tpot_s = replica.tpot_s(request.num_sequences)
-        booking = replica.book(request, need_tokens, now_s, num_cached_tokens)
+        uses_prefix = False
         if self.policy.wants_blocks:
+            uses_prefix = request.num_prompt_tokens >= self._worth_tokens
+            if uses_prefix:
+                need_tokens -= min(need_tokens, replica.prefix_cache.num_used_tokens(request))
+                replica.prefix_cache.use_prompt(request)
             replica.prefix_cache.expect_prompt(request)
+        booking = replica.book(request, need_tokens, now_s, num_cached_tokens)
         is_probe = replica.breaker.status is _HALF_OPEN
         permit = replica.breaker.begin_call(now_s)
         self._fleet.refresh(replica)
@@ -134,6 +152,7 @@ class Placer:
                 permit,
                 overhead_s,
                 expects_prompt=self.policy.wants_blocks,
+                uses_prefix=uses_prefix,
                 is_alone=request.is_suspect,
                 is_probe=is_probe,
             )
@@ -150,7 +169,19 @@ class Placer:
         attempt.expects_prompt = False
         request, replica = attempt.request, attempt.replica
         replica.prefix_cache.confirm_prompt(request)
-        self._prompts.learn(request, num_prompt_tokens, block_hashes, replica.info.block_size)
+        self.prompts.learn(request, num_prompt_tokens, block_hashes, replica.info.block_size)
+
+    def learn_answer(self, attempt: Attempt, usage: Usage) -> None:
+        """Take in that an engine has answered, and holds prompt and answer.
+
+        If that is all that it has computed, and for one prompt.
+        """
+        request = attempt.request
+        is_whole = request.num_sequences == 1 and not request.has_begun
+        if usage.last_block and is_whole and self.policy.wants_blocks:
+            num_tokens = usage.num_prompt_tokens + usage.num_output_tokens
+            block_size = attempt.replica.info.block_size
+            self.prompts.learn_answer(request, num_tokens, usage.last_block, block_size)
 
     @property
     def has_lapsing(self) -> bool:
@@ -262,6 +293,42 @@ class Placer:
             return replicas
         return self._reservations.available_to(request, replicas)
 
+    def _beside_holders(
+        self, request: Request, replicas: list[Replica], need_tokens: int, now_s: float
+    ) -> list[Replica]:
+        """Return these engines, and those that hold so much of the prompt that it may wait there.
+
+        An engine that has enough to prefill gets no more, because others may be sooner free. But
+        where a prefix is worth steps, that engine is the sooner one, whatever it has to do first:
+        to prefill a long context once more takes longer, and takes the room of others' contexts,
+        which are then prefilled once more in turn. The policy compares the waits.
+
+        What running requests hold of the prompt takes no more room. Where it is not enough yet,
+        the request waits inside the engine, if that is sooner than to begin anew elsewhere.
+        """
+        elsewhere_s = math.inf
+        holders: list[Replica] = []
+        for replica in self._fleet.working(request.model):
+            cache = replica.prefix_cache
+            if request.block_hashes[0] not in cache or replica in replicas:
+                continue
+            num_cached = cache.num_tokens(request)
+            if num_cached < self._worth_tokens:
+                continue
+            num_missing = need_tokens - cache.num_used_tokens(request) - replica.room_tokens
+            if num_missing > 0.0:
+                if not replicas:
+                    continue
+                if elsewhere_s == math.inf:
+                    elsewhere_s = min([_ttft_s(request, each, now_s) for each in replicas])
+                wait_s = _kv_wait_s(request, replica, num_missing)
+                if _ttft_s(request, replica, now_s) + wait_s >= elsewhere_s:
+                    continue
+            holders.append(replica)
+        if holders and self._reservations:
+            holders = self._reservations.available_to(request, holders)
+        return [*replicas, *holders] if holders else replicas
+
     def _meeting_tpot_target(self, request: Request, replicas: list[Replica]) -> list[Replica]:
         """Return those that can take the request at its model's TPOT target; all if none can."""
         target_s = self._tpot_targets_s.get(request.model, self._tpot_targets_s.get("*", math.inf))
@@ -271,7 +338,22 @@ class Placer:
         """Return the request with the KV blocks of its prompt, as far as they are known."""
         if not request.prefix_hashes or not self.policy.wants_blocks:
             return request
-        block_hashes = self._prompts.find(request)
-        if block_hashes == request.block_hashes:
+        blocks, ends = self.prompts.find(request)
+        if blocks == request.block_hashes:
             return request
-        return msgspec.structs.replace(request, block_hashes=block_hashes)
+        return msgspec.structs.replace(request, block_hashes=blocks, block_ends=ends)
+
+
+def _ttft_s(request: Request, replica: Replica, now_s: float) -> float:
+    """Return the predicted time to the request's first token there, KV room aside, seconds."""
+    return replica.ttft_s(replica.num_new_tokens(request), now_s, request.edf_key_s)
+
+
+def _kv_wait_s(request: Request, replica: Replica, num_missing: float) -> float:
+    """Return about how long it takes until so many KV tokens more are free there, seconds.
+
+    What requests there hold is held for as long as an answer like this one's takes (Little).
+    """
+    num_used = max(1, replica.info.num_kv_tokens - replica.snapshot.num_free_kv_tokens)
+    answer_s = request.num_expected_output_tokens * replica.tpot_s(0)
+    return num_missing * answer_s / num_used

@@ -3,6 +3,7 @@
 The counterpart in virtual time of `serving.gateway.driver`.
 """
 
+import zlib
 from operator import itemgetter
 
 import msgspec
@@ -27,7 +28,7 @@ from router.limits.rate_limit import RateReport
 from router.simulation.engine.sequence import Job, Progress
 from router.simulation.events import NeedsSnapshots, Receiver, World
 from router.simulation.node import Node, SnapshotMessage
-from router.types import HEARTBEAT_S, MAX_PREFIX_BLOCKS, PREFIX_BLOCK_TOKENS
+from router.types import HEARTBEAT_S, PREFIX_BLOCK_TOKENS
 
 _BYTES_PER_TOKEN = 4
 
@@ -68,8 +69,11 @@ class Gateway(Receiver[Node]):
         arrival = simulation.workload.arrivals[number]
         self.deliver_snapshots()
         hashes: tuple[int, ...] = ()
+        end_hash = answered_hash = 0
         if self._wants_prefix:
-            hashes = arrival.block_hashes(PREFIX_BLOCK_TOKENS)[:MAX_PREFIX_BLOCKS]
+            hashes = arrival.block_hashes(PREFIX_BLOCK_TOKENS)
+            end_hash = arrival.text_hash(arrival.num_prompt_tokens)
+            answered_hash = arrival.text_hash(arrival.num_said_tokens)
         request = Request(
             id=str(number),
             model=self._model,
@@ -82,6 +86,10 @@ class Gateway(Receiver[Node]):
             deadline_s=now_s + self._max_hold_s,
             prefix_hashes=hashes,
             prefix_block_share=PREFIX_BLOCK_TOKENS / arrival.num_prompt_tokens,
+            session=zlib.crc32(arrival.session.encode()) if arrival.session else 0,
+            end_hash=end_hash,
+            answered_hash=answered_hash,
+            answered_share=arrival.num_heard_tokens / arrival.num_prompt_tokens,
         )
         self._exchanges[request.id] = Exchange(number, request)
         self._execute(self.router.on_arrival(request, now_s))
@@ -178,6 +186,7 @@ class Gateway(Receiver[Node]):
                     num_prompt_tokens=arrival.num_prompt_tokens,
                     num_cached_tokens=progress.num_cached_tokens,
                     num_output_tokens=arrival.num_output_tokens,
+                    last_block=arrival.last_block(simulation.segment_tokens),
                 )
                 journal.num_cached_tokens[exchange.number] = progress.num_cached_tokens
                 journal.num_preemptions_each[exchange.number] += progress.num_preemptions

@@ -22,6 +22,7 @@ class RequestAccounting:
         "has_diverged",
         "has_grammar",
         "is_parked",
+        "last_block",
         "num_cached_tokens",
         "num_expected_cached_tokens",
         "num_ids",
@@ -55,6 +56,7 @@ class RequestAccounting:
         self.on_prompt = on_prompt
         self.num_cached_tokens = 0
         self.num_output_tokens = 0
+        self.last_block = 0  # hash of the last whole KV block of prompt and answer; 0: not known
         self.entered = False
         self.has_grammar = False  # its reply has to follow one
         self.is_parked = False  # it waits for something else than to be computed
@@ -73,6 +75,7 @@ class RequestAccounting:
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=self.num_output_tokens,
+            last_block=self.last_block,
         )
 
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+import zlib
 from collections.abc import Collection, Sequence
 from typing import ClassVar
 
@@ -76,6 +77,11 @@ class Headway(Policy):
         # Replicas come in the order in which they began to accept work. A simulation that skips
         # snapshots nobody asks for sees another one, so ids decide.
         ids = [replica.id for replica in equals]
+        if request.session and not request.block_hashes:
+            # What its last turn left in a cache, another gateway may know that placed it: all
+            # gateways draw alike for a session (rendezvous hashing, Thaler and Ravishankar 1998).
+            ranks = [zlib.crc32(each.encode(), request.session) for each in ids]
+            return equals[ranks.index(max(ranks))]
         drawn_id = sorted(ids)[int(self.rng.random() * len(ids))]
         return equals[ids.index(drawn_id)]
 
@@ -120,14 +126,14 @@ def num_new_tokens(request: Request, replicas: list[Replica]) -> list[int]:
 
     For all at once, so that the request is read once.
     """
-    blocks, texts = request.block_hashes, request.prefix_hashes
+    blocks, ends, texts = request.block_hashes, request.block_ends, request.prefix_hashes
     text_share, num_tokens = request.prefix_block_share, request.num_prompt_tokens
     num_new = []
     for replica in replicas:
         cache = replica.prefix_cache
         num_cached = 0  # the usual case
         if blocks or cache.coming:
-            num_cached = cache.num_tokens_of(blocks, texts, text_share, num_tokens)
+            num_cached = cache.num_tokens_of(blocks, ends, texts, text_share, num_tokens)
         num_new.append(max(1, num_tokens - num_cached))
     return num_new
 

@@ -13,6 +13,11 @@ def chained_hashes(
     hashes: list[int] = []
     end = block_tokens
     while end <= num_tokens:
-        hashes.append((ids[(end - 1) // id_tokens] << 24) | end)
+        hashes.append(chained_hash(ids[(end - 1) // id_tokens], end))
         end += block_tokens
     return tuple(hashes)
+
+
+def chained_hash(block_id: int, end: int) -> int:
+    """Return the hash of the first `end` tokens, which end in the block of this id."""
+    return (block_id << 24) | end

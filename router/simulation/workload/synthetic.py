@@ -6,7 +6,7 @@ import numpy as np
 
 from router.simulation.workload import arrivals
 from router.simulation.workload.lengths import LogNormal, Mixture, TokenCounts
-from router.simulation.workload.sessions import Conversations
+from router.simulation.workload.sessions import CodingAgents, Conversations
 from router.simulation.workload.workload import Arrival, Workload
 
 # Four prompts of five are questions, one is a document.
@@ -18,6 +18,8 @@ _RATE = 10.0  # arbitrary: the wanted rate comes by scaling
 _CV = 4.0
 _SPIKE = 4.0
 _TURNS_PER_SESSION = Conversations().mean_num_turns
+_AGENTS_RATE = 0.02  # of sessions: here the speed counts, for a session lasts minutes
+_TURNS_PER_AGENT = 30  # fewer than asked for: contexts come to their ends
 
 
 def of(
@@ -77,10 +79,17 @@ def conversations(num_requests: int, seed: int) -> Workload:
     return Workload.of("conversations", Conversations().arrivals(_RATE, num_sessions, seed))
 
 
+def agents(num_requests: int, seed: int) -> Workload:
+    """Return sessions of coding agents, with contexts of 10,000 to 120,000 tokens."""
+    num_sessions = max(1, round(num_requests / _TURNS_PER_AGENT))
+    return Workload.of("agents", CodingAgents().arrivals(_AGENTS_RATE, num_sessions, seed))
+
+
 SYNTHETIC: Mapping[str, Callable[[int, int], Workload]] = {
     "poisson": poisson,
     "bursty": bursty,
     "ramp": ramp,
     "spike": spike,
     "conversations": conversations,
+    "agents": agents,
 }

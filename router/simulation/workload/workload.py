@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from router import RequestClass
-from router.simulation.workload.prefixes import chained_hashes
+from router.simulation.workload.prefixes import chained_hash, chained_hashes
 
 _COPY_BITS = 16  # of an id of a prefix, what tells copies apart
 
@@ -38,6 +38,9 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     priority_class: RequestClass = RequestClass.STANDARD
     prefix_ids: tuple[int, ...] = ()
     prefix_block_tokens: int = 0
+    # What its prompt begins with: the prompt of the turn before, and with the answer to that.
+    num_said_tokens: int = 0
+    num_heard_tokens: int = 0
 
     def block_hashes(self, block_tokens: int, *, with_reply: bool = False) -> tuple[int, ...]:
         """Return the chained hashes of successive whole blocks of so many tokens.
@@ -49,6 +52,28 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             return ()
         num_tokens = self.num_prompt_tokens + (self.num_output_tokens if with_reply else 0)
         return chained_hashes(self.prefix_ids, self.prefix_block_tokens, num_tokens, block_tokens)
+
+    def last_block(self, block_tokens: int) -> int:
+        """Return the hash of the last whole block of prompt and reply; 0 if nobody shares it.
+
+        The reply's last token is not computed.
+        """
+        num_tokens = self.num_prompt_tokens + self.num_output_tokens - 1
+        end = num_tokens // block_tokens * block_tokens
+        index = (end - 1) // self.prefix_block_tokens if self.prefix_block_tokens else 0
+        if not end or index >= len(self.prefix_ids):
+            return 0
+        return chained_hash(self.prefix_ids[index], end)
+
+    def text_hash(self, num_tokens: int) -> int:
+        """Return the hash of its first so many tokens, of which others may have the same.
+
+        0 where no other request shares them.
+        """
+        index = (num_tokens - 1) // self.prefix_block_tokens if self.prefix_block_tokens else 0
+        if num_tokens < 1 or index >= len(self.prefix_ids):
+            return 0
+        return -chained_hash(self.prefix_ids[index], num_tokens)  # never that of a whole block
 
 
 @dataclass(frozen=True)
@@ -146,9 +171,10 @@ class Workload:
                 late_s = span_s * lap - start_s
                 first = bisect_left(offsets_s, -late_s)
                 last = bisect_left(offsets_s, taken_s - late_s)
+                names: dict[int, int] = {}  # the turns of a session share them
                 for arrival in self.arrivals[first:last]:
                     offset_s = arrival.offset_s + late_s
-                    arrivals.append(_copied(arrival, offset_s, copy * num_laps + lap))
+                    arrivals.append(_copied(arrival, offset_s, copy * num_laps + lap, names))
         return arrivals
 
     def part(self, number: int, num_requests: int) -> "Workload":
@@ -226,13 +252,18 @@ class Workload:
         }
 
 
-def _copied(arrival: Arrival, offset_s: float, copy: int) -> Arrival:
-    """Return a copy that shares a prefix only with others of the same copy."""
-    return msgspec.structs.replace(
-        arrival,
-        offset_s=offset_s,
-        prefix_ids=tuple([number << _COPY_BITS | copy for number in arrival.prefix_ids]),
-    )
+def _copied(arrival: Arrival, offset_s: float, copy: int, names: dict[int, int]) -> Arrival:
+    """Return a copy that shares a prefix only with others of the same copy.
+
+    `names`: of its blocks, by those of the original; what is missing is added.
+    """
+    ids: list[int] = []
+    for number in arrival.prefix_ids:
+        name = names.get(number)
+        if name is None:
+            name = names[number] = number << _COPY_BITS | copy
+        ids.append(name)
+    return msgspec.structs.replace(arrival, offset_s=offset_s, prefix_ids=tuple(ids))
 
 
 def _at(arrival: Arrival, offset_s: float) -> Arrival:
@@ -245,4 +276,6 @@ def _capped(arrival: Arrival, max_model_len: int) -> Arrival:
         arrival,
         num_output_tokens=num_output_tokens,
         num_prompt_tokens=min(arrival.num_prompt_tokens, max_model_len - num_output_tokens),
+        num_said_tokens=0,
+        num_heard_tokens=0,
     )

@@ -296,6 +296,8 @@ PATCHES = (
         shapes=(
             Shape(f"{_SCHEDULER}.make_stats", has="kv_connector_stats"),
             Shape(f"{_SCHEDULER}.add_request", "(self, request)"),
+            Shape(f"{_SCHEDULER}._free_request", "(self, request, delay_free_blocks=False)"),
+            Shape(f"{_SCHEDULER}.__init__", has="hash_block_size"),
             Shape(f"{_SCHEDULER}._update_after_schedule", "(self, scheduler_output)"),
             Shape(
                 f"{_SCHEDULER}.update_from_output",

@@ -23,6 +23,7 @@ from serving.engine.vllm.lifeline import AliveMixin
 
 PENDING = "headway_pending_prefill"  # {request id: tokens to compute}
 PROMPTS = "headway_prompts"  # {request id: hashes of its prompt's whole blocks}
+ANSWERS = "headway_answers"  # {request id: hash of the last whole block of prompt and answer}
 ENDED = "headway_step_ended"  # by the clock of the engine core, seconds
 PAIRS = "headway_prefill_pairs"  # of the step: each prefilled token times those before it
 NEXT = "headway_next_step"  # launched before this one ended: tokens prefilled, sequences decoding
@@ -33,6 +34,7 @@ class StatsMixin:
     """Attaches to each step's statistics what the gateway routes by."""
 
     running: list[Request]
+    hash_block_size: int
     overlaps = False  # whether a step is launched before the one before has ended
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -41,6 +43,7 @@ class StatsMixin:
         self._in_flight: list[SchedulerOutput] = []  # steps that have not ended
         self._last_ended: SchedulerOutput | None = None
         self._new_requests: list[Request] = []
+        self._last_blocks: dict[str, int] = {}  # of requests that this step ends
         self._events = _KvEventTap(self.kv_event_publisher)  # type: ignore[has-type]
         self.kv_event_publisher = self._events
 
@@ -51,6 +54,13 @@ class StatsMixin:
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
         self._preempted[request.request_id] = request
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        # The last token was generated and not computed, so a block that it fills is not cached.
+        num_blocks = (request.num_tokens - 1) // self.hash_block_size
+        if hashes := request.block_hashes[:num_blocks]:
+            self._last_blocks[request.request_id] = maybe_convert_block_hash(hashes[-1])
+        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
@@ -98,6 +108,9 @@ class StatsMixin:
                 for request in self._new_requests
             }
             self._new_requests = []
+        if self._last_blocks:
+            reports[ANSWERS] = self._last_blocks
+            self._last_blocks = {}
         if self._events.changes:
             reports[BLOCKS] = self._events.changes
             self._events.changes = []

@@ -12,7 +12,15 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 from router import EngineSnapshot
 from router.fleet.block_log import BlockLog
 from router.types import PREFILL_RATE_FORGETTING
-from serving.engine.vllm.scheduler import BLOCKS, ENDED, NEXT, PAIRS, PENDING, PROMPTS
+from serving.engine.vllm.scheduler import (
+    ANSWERS,
+    BLOCKS,
+    ENDED,
+    NEXT,
+    PAIRS,
+    PENDING,
+    PROMPTS,
+)
 from serving.stream.accounting import RequestAccounting, current_accounting
 
 # Two ends further apart than this are not of one step: the engine slept between.
@@ -127,6 +135,9 @@ class EngineStats(StatLoggerBase):
                 self.blocks.remove(removed)
         for request_id, hashes in reports.get(PROMPTS, {}).items():
             self._report_prompt(request_id, hashes)
+        for request_id, last_block in reports.get(ANSWERS, {}).items():
+            if (accounting := self._accountings.get(request_id)) is not None:
+                accounting.last_block = last_block
         self.num_prefix_queries_total += stats.prefix_cache_stats.queries
         self.num_prefix_hits_total += stats.prefix_cache_stats.hits
         if (details := stats.iteration_details) is None:

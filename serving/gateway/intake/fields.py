@@ -34,11 +34,23 @@ class Fields(BaseModel):
     request_id: str | None = None
     cache_salt: _Salt | None = None
     priority_class: Any = None  # ours; to vLLM a field that it does not know
+    # Names of a conversation, vLLM's own and OpenAI's hint for its cache. Not OpenAI's `user`: that
+    # may be one for all of an application, whose conversations should not crowd one engine.
+    session_id: Any = None
+    prompt_cache_key: Any = None
 
     @property
     def request_class(self) -> RequestClass | None:
         """The class that the body names; None if it names none that we know."""
         return _CLASSES.get(self.priority_class) if isinstance(self.priority_class, str) else None
+
+    @property
+    def session(self) -> str:
+        """What the body says that it belongs to; empty if it says nothing."""
+        for name in (self.session_id, self.prompt_cache_key):
+            if isinstance(name, str) and name:
+                return name
+        return ""
 
     @property
     def least_tokens(self) -> int:
@@ -210,6 +222,12 @@ class MessageFields(Fields):
     stream: bool | None = False
     temperature: float | None = None
     top_k: _Int | None = None
+    metadata: Any = None  # its `user_id` names the session, where Claude Code asks
+
+    @property
+    def session(self) -> str:
+        user = self.metadata.get("user_id") if isinstance(self.metadata, dict) else None
+        return super().session or (user if isinstance(user, str) else "")
 
     @property
     def is_stream(self) -> bool:

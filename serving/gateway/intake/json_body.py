@@ -66,7 +66,11 @@ ENDPOINTS: dict[str, Endpoint] = {
         ResponseFields, ("input",), "generate", ("priority_class", "include"), for_providers=True
     ),
     "/v1/messages": Endpoint(
-        MessageFields, ("messages", "system", "tools"), "generate", is_one=True
+        MessageFields,
+        ("messages", "system", "tools"),
+        "generate",
+        ("priority_class", "metadata"),
+        is_one=True,
     ),
     "/v1/embeddings": Endpoint(EmbeddingFields, ("input", "messages"), "embed", for_providers=True),
     "/v2/embed": Endpoint(RankingFields, ("texts", "inputs", "images"), "embed"),
@@ -206,8 +210,8 @@ def _decode_list(name: str, text: bytes) -> Any:
         return UNSET
     if len(text) <= _MAX_LIST_BYTES:
         return msgspec.json.decode(text)
-    if name == "priority_class":
-        return UNSET  # to vLLM a field that it does not know
+    if name in ("priority_class", "metadata"):
+        return UNSET  # to vLLM a field that it does not know, or only passes by
     raise ApiError(400, f"'{name}' is too long", kind="Bad Request", param=f"body.{name}")
 
 

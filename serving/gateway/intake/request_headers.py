@@ -28,12 +28,13 @@ class RequestHeaders(msgspec.Struct, frozen=True):
     request_class: RequestClass | None = None
     priority: int | None = None  # goes before the body's; lower is first
     content_type: bytes = b""
+    session: str = ""  # requests of one conversation; the body's goes before it, as in vLLM
 
 
 def read_headers(headers: Headers) -> RequestHeaders:
     """Return what is in a request's headers. Raise `ApiError` 400 for a class that is none."""
     forwarded: Headers = []
-    request_id, request_class, priority, content_type = None, None, None, b""
+    request_id, request_class, priority, content_type, session = None, None, None, b"", ""
     for name, value in headers:
         if name == b"x-request-id":
             request_id = value
@@ -45,7 +46,9 @@ def read_headers(headers: Headers) -> RequestHeaders:
             forwarded.append((name, value))
             if name == b"x-vllm-priority" and _INTEGER.fullmatch(value):
                 priority = int(value)
-    return RequestHeaders(forwarded, request_id, request_class, priority, content_type)
+            elif name == b"x-session-id":
+                session = value.decode("latin-1")
+    return RequestHeaders(forwarded, request_id, request_class, priority, content_type, session)
 
 
 def _parse_class(value: bytes) -> RequestClass:

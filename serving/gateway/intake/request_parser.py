@@ -2,22 +2,23 @@
 
 import functools
 import math
+import zlib
 from collections.abc import Sequence
 
 import msgspec
 
 from router import Request
-from router.types import MAX_PREFIX_BLOCKS, PREFIX_BLOCK_TOKENS
 from serving.config import Config
 from serving.gateway.http.errors import ApiError
 from serving.gateway.intake.bounds import check_logprobs, check_numbers
 from serving.gateway.intake.fields import Fields
 from serving.gateway.intake.json_body import ENDPOINTS, JsonBody, read_body
 from serving.gateway.intake.length.wording import NO_WORDING, read_wording
+from serving.gateway.intake.prompt_prefix import PromptPrefix, prompt_prefix
 from serving.gateway.intake.prompt_size import PromptSize, measure_prompt
 from serving.gateway.intake.request_headers import RequestHeaders
 from serving.gateway.intake.served_models import ServedModels
-from serving.gateway.intake.tokens_per_byte import PRIOR_TOKENS_PER_BYTE, TokensPerByte
+from serving.gateway.intake.tokens_per_byte import TokensPerByte
 from serving.gateway.tenants.tenants import Tenant
 
 # vLLM serves lower numbers first, however long higher ones have to wait. Here each is due so much
@@ -25,8 +26,7 @@ from serving.gateway.tenants.tenants import Tenant
 _S_PER_PRIORITY = 1.0
 # Speech at 128 kbit/s, of which a Whisper encoder makes 50 tokens a second.
 _BYTES_PER_SPEECH_TOKEN = 128_000 // 8 // 50
-# Prompts are compared by blocks of this size, and only by their first 64 KB.
-_BLOCK_BYTES = round(PREFIX_BLOCK_TOKENS / PRIOR_TOKENS_PER_BYTE)
+_NO_PREFIX = PromptPrefix()
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -90,7 +90,9 @@ class RequestParser:
             if tenant is not None:
                 request_class = tenant.default_class(request_class)
         salt = fields.cache_salt or ""
+        tenant_name = ""
         if tenant is not None:
+            tenant_name = tenant.name
             tenant.check_class(request_class)
             if (own := tenant.cache_salt(salt)) is not None:
                 salt = added["cache_salt"] = own
@@ -98,6 +100,10 @@ class RequestParser:
             added = {}  # an upload passes as it is; vLLM has no salt there
         prompt = next(iter(body.prompts.values()))
         wording = read_wording(body.data, prompt) if fields.generates else NO_WORDING
+        prefix = _NO_PREFIX
+        if wants_prefix:
+            prefix = prompt_prefix(model, salt, _text_of(body, is_one=endpoint.is_one), context)
+        session = fields.session or headers.session
         request = Request(
             id=request_id,
             model=model,
@@ -107,15 +113,19 @@ class RequestParser:
             num_sequences=size.num_prompts * fields.num_choices,
             num_bytes=len(body.data),
             fingerprint=hash(body.data),
-            tenant=tenant.name if tenant is not None else "",
+            tenant=tenant_name,
             weight=tenant.config.weight if tenant is not None else 1.0,
             priority_class=request_class,
             put_off_s=self._put_off_s(fields, headers),
             engines_only=not endpoint.for_providers,
             arrival_s=now_s,
             deadline_s=now_s + router.max_hold_s,
-            prefix_hashes=prefix_hashes(model, salt, prompt) if wants_prefix else (),
-            prefix_block_share=_BLOCK_BYTES / len(prompt),
+            prefix_hashes=prefix.hashes,
+            prefix_block_share=prefix.block_share,
+            end_hash=prefix.end_hash,
+            answered_hash=prefix.answered_hash,
+            answered_share=prefix.answered_share,
+            session=_session_hash(tenant_name, session) if session else 0,
             wording=wording.features,
             system_prompt=wording.system_prompt,
         )
@@ -171,22 +181,20 @@ class RequestParser:
         )
 
 
-def prefix_hashes(model: str, salt: str, prompt: bytes) -> tuple[int, ...]:
-    """Return chained hashes of the prompt's whole blocks, of the first 256 at most.
+def _text_of(body: JsonBody, *, is_one: bool) -> bytes:
+    """Return the text, in JSON, by which a prompt is known.
 
-    The JSON text is hashed as it is. Equal prompts that are written differently do not match, but
-    the hashes only serve a guess. Python's own hash is the cheapest (64 bits of SipHash: 0.8 µs
-    per KB; blake2b takes four times as long). Each process has another key for it, so hashes
-    can be compared within one gateway only. Prompts of different salts share nothing in an engine.
+    Where several fields make up one, in the order in which templates put them: what all share of
+    tools and instructions comes before the messages.
     """
-    chained = hash((model, salt))
-    hashes = []
-    for end in range(
-        _BLOCK_BYTES, min(len(prompt), _BLOCK_BYTES * MAX_PREFIX_BLOCKS) + 1, _BLOCK_BYTES
-    ):
-        chained = hash((chained, prompt[end - _BLOCK_BYTES : end]))
-        hashes.append(chained)
-    return tuple(hashes)
+    if is_one and len(body.prompts) > 1:
+        return b"".join(reversed(body.prompts.values()))
+    return next(iter(body.prompts.values()))
+
+
+def _session_hash(tenant: str, session: str) -> int:
+    """Return the same number in every gateway, another one for each tenant's sessions."""
+    return zlib.crc32(f"{tenant}\0{session}".encode(errors="surrogatepass"))
 
 
 def _may_use_all(names: object) -> bool:

@@ -244,7 +244,7 @@ def test_candidates_of_a_large_fleet_are_those_drawn_and_the_first_that_hold_the
     replicas = [make_replica(f"r{number}") for number in range(150)]
     for replica in random.Random(seed).sample(replicas, num_holders):
         replica.prefix_cache.receive(BlockUpdate(since=-1, until=1, stored=[7, 8]))
-    request = req("a", 64, block_hashes=(7, 8, 9))
+    request = req("a", 64, block_hashes=(7, 8, 9), block_ends=(16, 32, 48))
     candidates = make_policy("headway", random.Random(seed), ())._draw_candidates(request, replicas)
     start = int(random.Random(seed).random() * len(replicas))
     rotated = [*replicas[start:], *replicas[:start]]
@@ -266,6 +266,7 @@ def test_new_tokens_at_many_engines_are_those_at_each():
                 "a",
                 num_tokens,
                 block_hashes=blocks,
+                block_ends=tuple(16 * (block + 1) for block in blocks),
                 prefix_hashes=rng.choice([(), (0, 1, 2)]),
                 prefix_block_share=0.3,
             )

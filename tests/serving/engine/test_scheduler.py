@@ -111,3 +111,23 @@ def test_with_async_scheduling_a_step_that_runs_is_pending_as_well() -> None:
     assert pairs == of_a_prompt * 2
     assert following[:4] == [None] * 4
     assert following[4:] == [(3 * BLOCK, 0), (3 * BLOCK, 0), (BLOCK, 0), (0, 1)]
+
+
+def test_an_ended_request_tells_its_last_block_that_was_computed() -> None:
+    """Of prompt and answer: the next turn begins with them. The last token was only generated."""
+    from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+    from serving.engine.vllm.scheduler import ANSWERS, HeadwayScheduler
+
+    size = 20 * BLOCK
+    profile = make_profile(num_kv_tokens=size, max_model_len=size, max_prefill_chunk=0)
+    engine = VllmScheduler(prepare_bundled_model(), profile, priority=True, kind=HeadwayScheduler)
+    for number, num_output_tokens in enumerate((BLOCK, BLOCK + 1)):
+        engine.add(Job(str(number), 2 * BLOCK, num_output_tokens), [number] * 2 * BLOCK)
+        request = engine.scheduler.requests[f"{number}/0"]
+        told: dict[str, int] = {}
+        while engine.scheduler.has_unfinished_requests():
+            stats = engine.update(engine.schedule())
+            told |= stats.kv_connector_stats.get(ANSWERS, {})
+        last = maybe_convert_block_hash(request.block_hashes[1 + number])
+        assert told == {f"{number}/0": last}

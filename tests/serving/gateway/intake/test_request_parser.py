@@ -6,8 +6,7 @@ import pytest
 from router import RequestClass
 from serving.config import TenantConfig
 from serving.gateway.http.errors import ApiError
-from serving.gateway.intake.request_headers import RequestHeaders
-from serving.gateway.intake.request_parser import prefix_hashes
+from serving.gateway.intake.request_headers import RequestHeaders, read_headers
 from tests.serving.gateway.intake.asking import (
     CHAT,
     COMPLETIONS,
@@ -188,39 +187,40 @@ class TestTenant:
         assert caught.value.status == 403
 
 
-class TestPrefixHashes:
-    """Blocks of 256 bytes."""
-
-    def test_equal_as_far_as_the_prompts_are(self):
-        shared = b"x" * 512
-        one = prefix_hashes("m", "", shared + b"a" * 300)
-        other = prefix_hashes("m", "", shared + b"b" * 300)
-        assert len(one) == len(other) == 3
-        assert one[:2] == other[:2]
-        assert one[2] != other[2]
-
-    def test_a_block_is_known_by_all_before_it(self):
-        repeated = prefix_hashes("m", "", b"x" * 2560)
-        assert len(set(repeated)) == 10
-        assert repeated[1] != prefix_hashes("m", "", b"y" * 256 + b"x" * 256)[1]
-        assert repeated[0] != prefix_hashes("n", "", b"x" * 256)[0]  # another model's cache
-        assert repeated[0] != prefix_hashes("m", "s", b"x" * 256)[0]  # another tenant's
-
-    @pytest.mark.parametrize(
-        ("num_bytes", "num_blocks"), [(0, 0), (255, 0), (256, 1), (10**6, 256)]
-    )
-    def test_whole_blocks_and_not_too_many(self, num_bytes, num_blocks):
-        assert len(prefix_hashes("m", "", b"x" * num_bytes)) == num_blocks
-
+class TestPrefix:
     def test_only_where_wanted(self):
         body = chat(messages=[{"role": "user", "content": "word " * 400}])
         assert ask(CHAT, body).request.prefix_hashes == ()
         assert len(ask(CHAT, body, wants_prefix=True).request.prefix_hashes) == 7
 
-    def test_the_next_turn_of_a_conversation_matches_the_last(self):
-        turn = [{"role": "user", "content": "word " * 400}]
+    def test_what_a_chat_continues(self):
+        turn = [{"role": "user", "content": "hi"}]
         more = [*turn, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "go"}]
         first, second = (
-            prefix_hashes("m", "", msgspec.json.encode(messages)) for messages in (turn, more)
+            ask(CHAT, chat(messages=each), wants_prefix=True).request for each in (turn, more)
         )
-        assert second[: len(first)] == first
+        assert second.answered_hash == first.end_hash != 0
+        assert 0.0 < second.answered_share < 1.0
+
+    def test_sessions_by_what_clients_call_them(self):
+        def session(header=b"", **fields):
+            headers = read_headers([(b"x-session-id", header)] if header else [])
+            return ask(CHAT, chat(**fields), headers=headers).request.session
+
+        assert session() == session(user="everybody") == 0
+        assert session(b"one") == session(session_id="one") == session(prompt_cache_key="one") != 0
+        assert session(b"one", session_id="two") == session(session_id="two") != session(b"one")
+        assert session(session_id=7) == 0  # vLLM refuses it
+
+    def test_a_message_of_anthropics_is_known_by_its_tools_and_its_session(self):
+        def request(question, **fields):
+            body = {"max_tokens": 1, "messages": [{"role": "user", "content": question}]}
+            tools = [{"name": "read", "description": "word " * 200}]
+            body |= {"model": SMALL.model, "system": "be brief", "tools": tools, **fields}
+            return ask("/v1/messages", body, wants_prefix=True).request
+
+        one, other = request("a" * 300), request("b" * 300)
+        assert one.prefix_hashes[:4] == other.prefix_hashes[:4]
+        assert one.prefix_hashes[-1] != other.prefix_hashes[-1]
+        assert request("a", metadata={"user_id": "u_session_1"}).session != 0
+        assert request("a", metadata={"user_id": 7}).session == request("a").session == 0
