@@ -49,6 +49,7 @@ TRACES = {
     "mooncake": ("*mooncake*conv*", "conversation_trace*"),
     "servegen": ("*servegen*m-large*", "*m-large*"),
     "servegen-reasoning": ("*servegen*deepseek-r1*", "*deepseek-r1*"),
+    "agents": ("*agentic*", "*claude*code*"),
 }
 _SMALL_FLEET = 8
 
@@ -126,7 +127,7 @@ def _bases(options: argparse.Namespace) -> Iterator[tuple[str, Workload]]:
         console.print("No --traces: synthetic workloads instead of the public traces.")
     synthetic = options.synthetic
     if synthetic is None:
-        synthetic = [] if found else ["poisson", "bursty", "conversations"]
+        synthetic = [] if found else ["poisson", "bursty", "conversations", "agents"]
     for title, path in found:
         yield title, read_trace(path, options.seed)
     for name in synthetic:
