@@ -202,7 +202,7 @@ class Autoscaler:
         needed = max(needed, load + left_s / _CATCH_UP_S)
         wanted = max(0, math.ceil(needed - _SLACK))
         if rates.num_steps < _WARM_STEPS:  # by a guess that may be ten times too slow
-            wanted = min(wanted, num_ready + num_starting)
+            wanted = min(wanted, max(num_ready + num_starting, 1) + (backlog_s > 0.0))
         state = ScalingState(
             num_needed=needed,
             expected_load=load,
