@@ -212,3 +212,6 @@ async def test_each_of_several_gateways_answers_for_itself_on_its_port():
         for listener in (own, others):
             await listener.stop()
         other.close()
+        elsewhere = Gateway(config, "elsewhere", rank=5, local_rank=0)  # the first of its node
+        assert elsewhere.metrics_port == config.gateway.metrics_port
+        elsewhere.close()
