@@ -12,15 +12,45 @@ import pytest
 from serving.core_form import FOLDER
 from tests.deploy.compiled_core import ROOT, compile_core, needs_compiler
 
-# An emulated engine is started, by the samples in the wheel and by modules of it alone.
+# An emulated engine is started, by the samples in the wheel and by what the wheel requires alone:
+# of other packages, vLLM and PyTorch and what comes with them among these, there is none.
 EMULATE = """
-import asyncio, importlib.abc, importlib.util, sys
+import asyncio, importlib.abc, sys
+from importlib.machinery import PathFinder
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+def required(left):
+    found = {}
+    while left:
+        name, extras = left.pop()
+        if extras <= found.get(name, {None}):
+            continue
+        found[name] = found.get(name, set()) | extras
+        try:
+            lines = requires(name) or ()
+        except PackageNotFoundError:  # another platform's
+            continue
+        for each in map(Requirement, lines):
+            if not each.marker or any(each.marker.evaluate({"extra": e}) for e in extras | {""}):
+                left.append((canonicalize_name(each.name), frozenset(each.extras) | {""}))
+    return set(found)
+
+there = required([("headway", frozenset(("", "emulate")))])
+blocked = {module for module, packages in packages_distributions().items()
+           if not there & set(map(canonicalize_name, packages))}
 class Blocked(importlib.abc.MetaPathFinder):
-    names = {"vllm", "torch", "transformers", "tokenizers", "huggingface_hub"}
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.names:
-            raise ModuleNotFoundError(name)
+        if path is None and name in blocked:  # but Ray brings some of its own
+            elsewhere = [each for each in sys.path if not each.endswith("site-packages")]
+            if (spec := PathFinder.find_spec(name, elsewhere)) is None:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            return spec
+for name in blocked & set(sys.modules):
+    del sys.modules[name]
 sys.meta_path.insert(0, Blocked())
+assert {"vllm", "torch", "transformers", "zmq"} <= blocked, blocked
 import serving.cluster.application, serving.cluster.engine_deployment
 from serving.cli.config_file import load_config_file
 from serving.cli.samples import sample_path
@@ -30,7 +60,7 @@ from serving.planning.plan import make_plan
 config = load_config_file(sample_path("emulated8"), {}).config
 plan = make_plan(config, detect_hardware())
 engine = asyncio.run(EmulatedEngine.start(config, plan, 0))
-assert not Blocked.names & set(sys.modules)
+assert not {"vllm", "torch", "transformers", "zmq"} & set(sys.modules)
 print(serving.__file__, plan.device_name, engine.info.model, sep="|")
 """
 

@@ -29,13 +29,13 @@ from serving.engine.emulated.asgi import (
     wait_for_disconnect,
 )
 from serving.engine.emulated.clock import EngineClock
-from serving.engine.emulated.kv_events import KvEvents
 from serving.engine.emulated.metrics import render
 from serving.engine.emulated.request import Body, parse
 from serving.engine.emulated.response import EmulatedResponse
 from serving.stream.accounting import RequestAccounting, current_accounting
 
 if TYPE_CHECKING:
+    from serving.engine.emulated.kv_events import KvEvents  # needs pyzmq, which comes with vLLM
     from serving.planning.plan import Plan
 
 
