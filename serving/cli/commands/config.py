@@ -13,7 +13,7 @@ from rich.table import Table
 from serving.cli.config_file import IMPORT_PATH
 from serving.cli.errors import errors_in_one_line
 from serving.cli.options import Model, Set, What, load_file
-from serving.cli.samples import sample_names, sample_path, sample_title
+from serving.cli.samples import FOLDER, sample_names, sample_path, sample_title
 from serving.cli.vllm_flags import PassingCommand
 from serving.config import Config
 
@@ -104,8 +104,9 @@ def sample(
             return
     table = Table.grid(padding=(0, 2))
     for each in sample_names():
-        table.add_row(each.removesuffix(".yaml"), sample_title(each), str(sample_path(each)))
-    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+        table.add_row(each.removesuffix(".yaml"), sample_title(each))
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(table, f"\nin {FOLDER}", sep="")
 
 
 def _print_yaml(text: str) -> None:

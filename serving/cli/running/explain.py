@@ -1,9 +1,9 @@
 """Why did this request wait, and where did it go? `headway explain`."""
 
 import msgspec
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from serving.cli.running.rows import make_console
 from serving.cli.running.service import RunningService
 from serving.gateway.observe.recent import Event, RequestWay
 
@@ -29,8 +29,11 @@ def run(service: RunningService, request_id: str | None, *, as_json: bool) -> No
 
 
 def _list(ways: list[RequestWay]) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    table = Table("request", "arrived", "model", "tokens", "ended", box=None, padding=(0, 2, 0, 0))
+    console = make_console()
+    request = Column(
+        "request", no_wrap=True, min_width=max((len(way.id) for way in ways), default=0)
+    )
+    table = Table(request, "arrived", "model", "tokens", "ended", box=None, padding=(0, 2, 0, 0))
     for way in ways:
         table.add_row(
             way.id,
@@ -43,7 +46,7 @@ def _list(ways: list[RequestWay]) -> None:
 
 
 def _show(way: RequestWay) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = make_console()
     tenant = f" of {way.tenant}" if way.tenant else ""
     arrived = way.arrived.astimezone().isoformat(" ", "milliseconds")
     console.print(f"{way.request_class} request{tenant} for {way.model}, {_tokens(way)}, {arrived}")

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rich.console import Console
+
 from router import EngineSnapshot
 from router.fleet.replica import ReplicaState
 from router.resilience.breaker import BreakerState
@@ -11,6 +13,17 @@ from serving.gateway.observe.state import GatewayState
 ENGINE_COLUMNS = (
     *("engine", "state", "running", "waiting", "KV use", "to prefill", "TTFT", "tokens/s", "on"),
 )
+
+
+_PIPE_WIDTH = 200  # columns, where there is no terminal to say
+
+
+def make_console() -> Console:
+    """Return a console on which tables are cut for no pipe."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    return console
 
 
 @dataclass(frozen=True, slots=True)

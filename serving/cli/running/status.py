@@ -4,11 +4,10 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from serving.cli.errors import errors_in_one_line
-from serving.cli.running.rows import ENGINE_COLUMNS, engine_rows, summary
+from serving.cli.running.rows import ENGINE_COLUMNS, engine_rows, make_console, summary
 from serving.cli.running.service import DEFAULT_URL, ApiKey, RunningService, Url
 
 _NOT_READY = 3
@@ -32,7 +31,7 @@ def status(
             print(msgspec.json.encode(service.state_json()).decode())
         rows = engine_rows(state, {})
     if not json:
-        console = Console(highlight=False, markup=False, soft_wrap=True)
+        console = make_console()
         table = Table.grid(padding=(0, 2))
         for name, value in summary(state):
             table.add_row(name, value)

@@ -83,7 +83,11 @@ class TestExplain:
             ["completed,", "200"],
         ]
         assert "predicted" in shown
-        assert "mine" in (await run("explain", "--url", url_of(system)))[1]
+        long = "x" * 100  # is not cut: it may be asked for
+        headers = {"x-request-id": long}
+        await system.client.post(CHAT, json=system.chat(max_tokens=2), headers=headers)
+        listed = (await run("explain", "--url", url_of(system)))[1].splitlines()[1:]
+        assert [line.split()[0] for line in listed] == [long, "mine"]
         as_json = (await run("explain", "mine", "--json", "--url", url_of(system)))[1]
         assert json.loads(as_json)["outcome"] == "completed"
 
