@@ -67,7 +67,7 @@ bench-cache: compile  ## what a reply from the response cache costs
 
 .PHONY: bench-scaling
 bench-scaling: compile  ## autoscalers compared in simulation (an hour); HEADWAY_TRACES=DIR
-	$(BIN)/python -m benchmarks.scaling $(ARGS)
+	$(BIN)/python -m benchmarks.policies.scaling $(ARGS)
 
 bench-spill: compile  ## goodput and cost of a provider in a spike, simulated
 	$(BIN)/python -m benchmarks.policies.spillover $(ARGS)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.scaling import rivals, workloads
+from benchmarks.policies.scaling import rivals, workloads
 from router import RouterSettings
 from router.scaling.autoscaler import Autoscaler
 from router.scaling.capacity import load_of

@@ -1,6 +1,6 @@
 """Which autoscaler misses fewest promises, for how many GPU-hours? Simulated.
 
-    python -m benchmarks.scaling
+    python -m benchmarks.policies.scaling
 
 The deployed router, and the deployed autoscaler, over simulated engines that take 30, 120 or 300 s
 to start. Rivals run at two settings each, so that what they miss can be compared at what ours
@@ -16,8 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.report.report import Report
-from benchmarks.scaling.runs import (
+from benchmarks.policies.scaling.runs import (
     CLAIRVOYANT,
     MAX_ENGINES,
     OURS,
@@ -30,7 +29,8 @@ from benchmarks.scaling.runs import (
     scalers,
     simulate,
 )
-from benchmarks.scaling.workloads import DAY_S
+from benchmarks.policies.scaling.workloads import DAY_S
+from benchmarks.report.report import Report
 from router.simulation.engine.profile import StepTimeFactors
 from serving.capacity.profiles import ProfileError, load_profile
 
