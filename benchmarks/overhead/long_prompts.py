@@ -163,12 +163,19 @@ def converse(num_tokens: int, seed: int) -> dict[str, dict[str, float]]:
 
 
 def in_form(core: str, num_tokens: int, seed: int) -> dict[str, dict[str, float]] | None:
-    """Return what `converse` gives in a process with this form of the core; None without it."""
-    command = [sys.executable, "-m", __spec__.name, "--child", str(num_tokens), "--seed", str(seed)]
-    found = subprocess.run(
-        command, env={**os.environ, VARIABLE: core}, stdout=subprocess.PIPE, check=False
-    )
-    return json.loads(found.stdout) if found.returncode == 0 else None
+    """Return what `converse` gives in a process with this form of the core; None: there is none.
+
+    Raises `CalledProcessError` if it fails for another reason.
+    """
+    environment = os.environ | {VARIABLE: core}
+    is_there = [sys.executable, "-c", "import serving"]
+    if subprocess.run(is_there, env=environment, stderr=subprocess.DEVNULL).returncode:
+        return None
+    command = [sys.executable, "-m", "benchmarks.overhead.long_prompts"]
+    command += ["--child", str(num_tokens), "--seed", str(seed)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    found: dict[str, dict[str, float]] = json.loads(done.stdout)
+    return found
 
 
 def run(num_repeats: int, seed: int) -> Report:
