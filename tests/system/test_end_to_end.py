@@ -14,7 +14,6 @@ import psutil
 import pytest
 from anthropic import Anthropic
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
-from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.systems.processes import engine_core
 from router.fleet.ledger import Ledger
@@ -395,19 +394,3 @@ def test_the_openai_client_understands_our_errors(server):
         client.chat.completions.create(model="gpt-9", messages=QUESTION)
     with pytest.raises(BadRequestError):
         client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=-1)
-
-
-def test_vllms_own_metrics_are_passed_on_per_engine(server):
-    """Under the id of each engine, in place of vLLM's own number; promtool's format holds."""
-    url = f"http://127.0.0.1:{server.port}"
-    text = httpx.get(f"{url}/metrics/engines", timeout=30).raise_for_status().text
-    samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
-    engines = set(server.state().replicas)
-    for name in (
-        "vllm:num_requests_running",
-        "vllm:generation_tokens_total",
-        "vllm:inter_token_latency_seconds_count",  # as the boards in deploy/grafana ask
-        "vllm:request_queue_time_seconds_count",
-        "headway_engine_metrics_up",
-    ):
-        assert {each.labels["engine"] for each in samples if each.name == name} == engines

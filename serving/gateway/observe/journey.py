@@ -1,14 +1,14 @@
 """Which way did one request take: where was it, since when, and how did it end?"""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from router import Outcome
-
-if TYPE_CHECKING:
-    from serving.gateway.observe.tracing import RequestSpan
 from router.fleet.replica import ReplicaState
+
+if TYPE_CHECKING:  # who does not trace does not need it
+    from opentelemetry.trace import SpanContext
 
 
 class Look(msgspec.Struct, frozen=True):
@@ -16,6 +16,18 @@ class Look(msgspec.Struct, frozen=True):
 
     num_held: int
     engines: list[ReplicaState]
+
+
+class RequestSpan(NamedTuple):
+    """A request's own span while it is open: `serving.gateway.observe.tracing`."""
+
+    context: "SpanContext"
+    parent: "SpanContext | None"
+
+    @property
+    def trace_id(self) -> str:
+        """The id of its trace, as `traceparent` has it."""
+        return f"{self.context.trace_id:032x}"
 
 
 class Journey:

@@ -8,7 +8,6 @@ is told of costs three times as much. Of requests that are not sampled the ids a
 
 import threading
 import time
-from typing import NamedTuple
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
@@ -32,6 +31,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from router import Outcome
 from serving.config import TracingConfig
 from serving.gateway.exchange import Exchange
+from serving.gateway.observe.journey import RequestSpan
 from serving.stream.frames import Headers
 
 Attributes = dict[str, str | int | float | bool]
@@ -50,18 +50,6 @@ _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _NOT_SAMPLED = TraceFlags(TraceFlags.DEFAULT)
 _SCOPE = InstrumentationScope("headway")
 _propagator = TraceContextTextMapPropagator()
-
-
-class RequestSpan(NamedTuple):
-    """A request's own span while it is open."""
-
-    context: SpanContext
-    parent: SpanContext | None
-
-    @property
-    def trace_id(self) -> str:
-        """The id of its trace, as `traceparent` has it."""
-        return f"{self.context.trace_id:032x}"
 
 
 class Tracing:

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -48,3 +49,17 @@ def test_a_step_that_overlaps_the_next_has_half_of_eithers_tokens() -> None:
         engine_stats.record(stats, None)
         found.append((engine_stats.step_num_prefill_tokens, engine_stats.step_num_decode_reqs))
     assert found[1:] == [(128, 2), (128, 3), (0, 2)]
+
+
+def test_vllms_own_metrics_are_passed_on_under_the_engines_id(served):
+    """What the boards in deploy/grafana ask for, in place of vLLM's own number of an engine."""
+    assert served.ask({"prompt": "Once", "ignore_eos": True}).status_code == 200
+    text = served.http.get("/metrics/engines").raise_for_status().text
+    samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
+    values = {each.name: each.value for each in samples}
+    assert {each.labels["engine"] for each in samples} == {"r0"}
+    assert values["vllm:generation_tokens_total"] >= 8
+    assert values["vllm:num_requests_running"] == 0
+    assert values["vllm:inter_token_latency_seconds_count"] >= 7
+    assert values["vllm:request_queue_time_seconds_count"] >= 1
+    assert values["headway_engine_metrics_up"] == 1

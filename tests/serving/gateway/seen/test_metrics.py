@@ -13,8 +13,8 @@ from serving.gateway.intake.fields import ChatFields
 from serving.gateway.observe import metrics as module
 from serving.gateway.observe.metrics import Metrics
 from serving.gateway.observe.renamed import _OLD_NAMES
+from tests.serving.gateway.seen.promlint import check_openmetrics, complaints, promtool_says
 from tests.support.builders import req
-from tests.support.promlint import check_openmetrics, complaints, promtool_says
 from tests.support.provider_server import configured, serving
 from tests.support.running_gateway import CHAT, System, running
 
