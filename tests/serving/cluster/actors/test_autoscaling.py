@@ -92,12 +92,13 @@ def test_from_none_to_two_and_back(server):
     replies: list[list[str]] = []
     clients = []
     most = 0
-    deadline_s = time.monotonic() + 60.0
+    deadline_s = time.monotonic() + 120.0
     while most < 2:
         assert time.monotonic() < deadline_s, "no second engine"
-        client = threading.Thread(target=lambda: replies.append(stream(server, 200, 100)))
-        client.start()
-        clients.append(client)
+        if sum(client.is_alive() for client in clients) < 10:  # as many keep an engine busy
+            client = threading.Thread(target=lambda: replies.append(stream(server, 200, 100)))
+            client.start()
+            clients.append(client)
         time.sleep(0.2)
         most = max(most, num_engines(server))
     # These are under way while the engine that they are in is emptied.
