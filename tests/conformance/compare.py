@@ -104,8 +104,7 @@ def _plain_command(model: str, names: list[str], port: int, replicas: int) -> li
 def _headway_command(model: str, names: list[str], port: int, replicas: int) -> list[str]:
     settings = {
         "model": json.dumps(model),
-        "served_model_name": json.dumps(names[0]),
-        "aliases": json.dumps(names[1:]),
+        "served_model_name": json.dumps(names),
         "engine.args": json.dumps(ENGINE_ARGS),
     }
     return [
