@@ -131,6 +131,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int  # sequences in one scheduler step
     max_num_batched_tokens: int  # token budget of one scheduler step
     max_prefill_chunk: int = 0  # of that, what one prompt may take, tokens; 0 = all
+    # The longest gap between tokens that prefill should cause: `router.fleet.step_budget`; 0 = any.
+    itl_target_s: float = 0.0
     async_scheduling: bool = False  # a step is launched before the one before it has ended
     num_kv_tokens: int  # capacity of the KV cache, tokens
     block_size: int  # tokens per KV block

@@ -18,6 +18,7 @@ import typer
 import uvicorn
 import zmq
 
+from router.fleet.step_budget import ITL_TARGET_S
 from serving.capacity.profiles import ProfileError
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
 from serving.engine.emulated.kv_events import KvEventPublisher, KvEvents, KvEventsConfig
@@ -35,13 +36,10 @@ def serve(
     tokens: Annotated[int, typer.Option(help="Tokens of a reply whose request sets no limit.")] = (
         200
     ),
-    prefill_chunk: Annotated[
-        int | None,
-        typer.Option(
-            help="What one prompt may take of a step while others wait; 0: all, vLLM's default. "
-            "Unset: as the profile says."
-        ),
-    ] = None,
+    itl_target_s: Annotated[
+        float,
+        typer.Option(help="Steps prefill what fits into it, as Headway's; 0: as vLLM's."),
+    ] = ITL_TARGET_S,
     scheduling_policy: Annotated[
         str, typer.Option(metavar="fcfs|priority", help="Order of the waiting queue, as vLLM's.")
     ] = "fcfs",
@@ -61,9 +59,8 @@ def serve(
         profile=profile,
         tokens=tokens,
         seed=seed,
-        prefill_chunk=prefill_chunk,
         priority=scheduling_policy == "priority",
-        paces=False,
+        itl_target_s=itl_target_s or None,
     )
     try:
         engine = EmulatedEngine(args, model, rank=port)

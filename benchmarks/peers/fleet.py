@@ -32,7 +32,7 @@ class EmulatedFleet(SystemUnderTest):
                 *("--profile", self._profile, "--model", self._model),
             ]
             if self._settings == "stock":
-                command += ["--prefill-chunk", "0"]
+                command += ["--itl-target-s", "0"]
             self.launches.append(Launch(command, folder / f"engine-{number}.log"))
 
     def _is_ready(self) -> bool:

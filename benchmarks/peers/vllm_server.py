@@ -17,7 +17,6 @@ from typing import Any
 import uvicorn
 import uvloop
 
-from router.fleet.prefill_chunk import prefill_chunk_tokens
 from serving.config import parse
 from serving.engine.vllm.engine import on_core, vllm_arguments
 from serving.planning.bundled_model import SERVED_MODEL_NAME, prepare_bundled_model
@@ -26,7 +25,7 @@ from serving.planning.plan import make_plan
 
 # What Headway sets of how an engine schedules. The rest (data type, length of contexts, memory of
 # the KV cache, no compilation) is needed to run at all, or to give right answers.
-_OURS = ("max_num_batched_tokens", "block_size")
+_OURS = ("max_num_batched_tokens", "long_prefill_token_threshold", "block_size")
 
 
 async def serve(options: argparse.Namespace) -> None:
@@ -83,8 +82,6 @@ def _arguments(options: argparse.Namespace) -> Any:
     args = vllm_arguments(plan)
     args.scheduling_policy = "fcfs"
     args.enable_logging_iteration_details = False
-    if options.settings == "ours":
-        args.long_prefill_token_threshold = prefill_chunk_tokens(args.max_num_batched_tokens)
     return args
 
 

@@ -124,29 +124,34 @@ class StepModel:
         if not self.num_steps and snapshot.prefill_tokens_per_s > 0.0:
             # An engine that ran before we met it knows its own rate better than we can guess.
             self.token_s = 1.0 / snapshot.prefill_tokens_per_s
-            base, token, decode = self._start
+            base, _, decode = self._start
             self._start = (base, self.token_s / _GUESS[1], decode)
-        num_tokens, num_decodes = snapshot.step_num_prefill_tokens, snapshot.step_num_decode_reqs
         is_new = snapshot.num_steps_total != self._last_step
         self._last_step = snapshot.num_steps_total
-        if not is_new or snapshot.step_s <= 0.0 or num_tokens + num_decodes <= 0:
-            return
+        if is_new:
+            self.learn_step(
+                snapshot.step_s, snapshot.step_num_prefill_tokens, snapshot.step_num_decode_reqs
+            )
 
+    def learn_step(self, step_s: float, num_tokens: int, num_decodes: int) -> None:
+        """Learn from a step that took so long with so many tokens to prefill and sequences."""
+        if step_s <= 0.0 or num_tokens + num_decodes <= 0:
+            return
         sums = self._sums_prefill if num_tokens else self._sums_decode
         if sums.num_steps < _WARM_UP_STEPS:
-            reference_s = snapshot.step_s
+            reference_s = step_s
             weight = 1.0
         else:
             # Relative to the prediction: to the noisy step itself it would favour fast ones.
             reference_s = max(1e-9, self.step_s(num_tokens, num_decodes))
-            weight = sums.weight(snapshot.step_s / reference_s - 1.0)
+            weight = sums.weight(step_s / reference_s - 1.0)
         base, token, decode = _GUESS
         share = math.sqrt(weight) / reference_s
         sums.add(
             base * share,
             token * num_tokens * share,
             decode * num_decodes * share,
-            snapshot.step_s * share,
+            step_s * share,
         )
         self._solve()
 

@@ -22,15 +22,15 @@ _ROUNDING_TOKENS = 32
 def window_tokens(replica: Replica) -> int:
     """Return the pending prefill tokens below which an engine gets more work.
 
-    Pending tokens count until the step that computes them has ended, so up to
-    one step's budget of them is already being worked on. To begin the next
-    step without waiting for us, the engine needs what it can prefill in the
+    Pending tokens count until the step that computes them has ended, so what
+    one step prefills is already being worked on. To begin the next step
+    without waiting for us, the engine needs what it can prefill in the
     time we take to react on top, though no more than one further step: hence
-    between one and two budgets. More would only make a later, shorter request
+    between one and two steps. More would only make a later, shorter request
     wait inside the engine, where the router cannot change the order any more.
     """
-    budget = replica.info.max_num_batched_tokens
-    return budget + min(budget, int(replica.prefill_tokens_per_s * _REACTION_S))
+    num_tokens = replica.chunk_tokens
+    return num_tokens + min(num_tokens, int(replica.prefill_tokens_per_s * _REACTION_S))
 
 
 def accepts_work(replica: Replica) -> bool:

@@ -293,9 +293,9 @@ class Fleet:
         """
         for pool in self._pools_by_name.get(model, ()):
             for replica in pool.working.replicas.values():
-                if not replica.max_prefill_chunk:
+                if not replica.info.max_prefill_chunk:
                     return 0.0
-                num_steps = -(-num_tokens // replica.max_prefill_chunk)
+                num_steps = -(-num_tokens // replica.info.max_prefill_chunk)
                 return num_steps * replica.chunk_tokens / replica.prefill_tokens_per_s
         return 0.0
 

@@ -10,6 +10,7 @@ from router.estimators.request_overhead import RequestOverhead
 from router.estimators.step_time import StepModel, StepModelState
 from router.fleet.ledger import Ledger, LedgerState
 from router.fleet.prefix_cache import PrefixCache
+from router.fleet.step_budget import step_prefill_tokens
 from router.fleet.vital_signs import VitalSigns
 from router.resilience.breaker import Breaker, BreakerView
 from router.resilience.settings import BreakerSettings
@@ -56,6 +57,7 @@ class Replica:
     __slots__ = (
         "_first_long_edf_key_s",
         "_is_at_work",
+        "_is_backlogged",
         "_prefill_rate",
         "_rest_tokens",
         "_short_ahead_tokens",
@@ -134,6 +136,7 @@ class Replica:
         self.prefill_tokens_per_s = 0.0  # in full steps
         self._rest_tokens = 0  # pending after the current step
         self._short_ahead_tokens = 0  # of these, those before a short prompt
+        self._is_backlogged = False  # pending after the current step is more than the next one's
         self._is_at_work = False  # has something to run, as of the snapshot
         self._step_start_s = now_s  # when the current step began, if it is at work
         self._step_end_s = 0.0  # when the current step should end
@@ -158,8 +161,10 @@ class Replica:
     def is_short(self, num_new_tokens: float) -> bool:
         """Whether a prompt passes the long ones that the engine is prefilling.
 
-        It does where the engine gives no prompt more than `max_prefill_chunk`
-        tokens of a step and this one needs no more: the next step has room for it.
+        It does where the engine gives no prompt more than `max_prefill_chunk` tokens of a step and
+        this one needs no more: the next step has room for it. Where steps are limited as a whole
+        (`EngineInfo.itl_target_s`) none is: what is pending there is soon prefilled, and short
+        prompts that were sent beside long ones made both wait (docs/routing.md).
         """
         return num_new_tokens <= self.max_prefill_chunk
 
@@ -168,35 +173,32 @@ class Replica:
 
         The rest of the current step, which a newcomer cannot join, then whole
         steps until what comes before it and its own tokens are prefilled
-        (formula: `router.estimators.step_time`). Before it comes all that is pending, or, before
-        a short prompt, the other short ones, as the engine lets these pass (see
-        `serving.engine.vllm.scheduler`), and one chunk of a long prompt if one there has a
-        lower EDF key. Before a long one no more than goes into the steps that its own chunks
-        take: long prompts share steps. A wait for KV blocks is not included.
+        (formula: `router.estimators.step_time`). Before it comes all that is pending. Where engines
+        give a prompt a chunk of each step, and more than a step is pending, a short one passes the
+        long ones (see `serving.engine.vllm.scheduler`): before it come the other short ones, and
+        one chunk of a long one there that has a lower EDF key. Before a long one no more than
+        goes into the steps that its own chunks take: long prompts share steps. A wait for KV
+        blocks is not included.
         """
         # Read for every engine at every decision, hence no calls in here.
-        chunk = self.max_prefill_chunk
-        num_tokens = self._rest_tokens
+        chunk, num_tokens, num_chunks = self.max_prefill_chunk, self._rest_tokens, 0
         if num_new_tokens <= chunk:
-            num_ahead = self._short_ahead_tokens
-            if edf_key_s >= self._first_long_edf_key_s:
-                num_ahead += chunk
-            if num_ahead < num_tokens:
-                num_tokens = num_ahead
-            num_tokens += num_new_tokens
-            num_steps = -(-num_tokens // self.chunk_tokens)
-        else:
-            num_chunks = 0
-            if chunk:
-                # Those before it take a chunk of each step, too, and go on behind it.
-                num_chunks = -(-num_new_tokens // chunk)
-                num_ahead = num_chunks * self.num_step_demand_tokens
+            if self._is_backlogged:
+                num_ahead = self._short_ahead_tokens
+                if edf_key_s >= self._first_long_edf_key_s:
+                    num_ahead += chunk
                 if num_ahead < num_tokens:
                     num_tokens = num_ahead
-            num_tokens += num_new_tokens
-            num_steps = -(-num_tokens // self.chunk_tokens)
-            if num_chunks > num_steps:
-                num_steps = num_chunks
+        elif chunk:
+            # Those before it take a chunk of each step, too, and go on behind it.
+            num_chunks = -(-num_new_tokens // chunk)
+            num_ahead = num_chunks * self.num_step_demand_tokens
+            if num_ahead < num_tokens:
+                num_tokens = num_ahead
+        num_tokens += num_new_tokens
+        num_steps = -(-num_tokens // self.chunk_tokens)
+        if num_chunks > num_steps:
+            num_steps = num_chunks
         ttft_s = num_steps * self.chunk_overhead_s + num_tokens * self.token_s
         rest_s = self._step_end_s - now_s
         return ttft_s + rest_s if rest_s > 0.0 else ttft_s
@@ -204,18 +206,15 @@ class Replica:
     def passing_s(self, num_new_tokens: int, edf_key_s: float) -> float:
         """Return the predicted seconds that long prompts here wait for this one, summed over them.
 
-        Those of a higher EDF key. A short prompt has the next step for itself and the sequences
-        that decode (see `serving.engine.vllm.scheduler`), unless it joins other short ones there.
+        Those of a higher EDF key, where more is pending than a step: else it is as good as
+        prefilled when this one comes.
         """
+        if not self._is_backlogged:
+            return 0.0
         num_passed = sum(
             long_edf_key_s > edf_key_s for long_edf_key_s in self.long_edf_keys_s.values()
         )
-        if not num_passed:
-            return 0.0
-        step_s = num_new_tokens * self.token_s
-        if num_new_tokens <= self.max_prefill_chunk and not self._short_ahead_tokens:
-            step_s += self.chunk_overhead_s
-        return num_passed * step_s
+        return num_passed * num_new_tokens * self.token_s
 
     def tpot_s(self, num_more: int) -> float:
         """Return the predicted seconds per output token with so many more sequences decoding here.
@@ -331,12 +330,19 @@ class Replica:
         """Compute anew what follows from the snapshot and from what is learned of steps."""
         predictor, num_decoding = self.predictor, self.snapshot.num_decoding_reqs
         self.num_decoding = num_decoding
-        self.chunk_tokens = max(1, self.info.max_num_batched_tokens - num_decoding)
+        info = self.info
         self.chunk_overhead_s = predictor.step_s(0, num_decoding)
         self.token_s = predictor.token_s
+        self.chunk_tokens = step_prefill_tokens(
+            self.chunk_overhead_s,
+            self.token_s,
+            info.itl_target_s,
+            info.max_num_batched_tokens - num_decoding,
+        )
         self.decode_s = predictor.decode_s
         self.step_base_s = predictor.step_base_s
-        self.prefill_tokens_per_s = predictor.prefill_tokens_per_s(self.info, num_decoding)
+        full_step_s = self.chunk_overhead_s + self.chunk_tokens * self.token_s
+        self.prefill_tokens_per_s = self.chunk_tokens / max(1e-9, full_step_s)
         self._derive_load()
 
     def _derive_load(self) -> None:
@@ -373,6 +379,7 @@ class Replica:
         else:
             step_tokens, step_start_s = 0, -math.inf
         self._rest_tokens = self.num_pending_prefill_tokens - step_tokens
+        self._is_backlogged = self._rest_tokens > chunk_tokens
         # The demand in the snapshot is what the current step computes, up to its budget.
         num_left_over = max(0, num_demand - chunk_tokens)
         self._short_ahead_tokens = num_left_over + ledger.num_step_tokens

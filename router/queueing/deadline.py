@@ -5,12 +5,10 @@ from typing import Final
 from router.settings import RouterSettings
 from router.types import Request, RequestClass
 
-# How far a prompt may be put behind shorter ones, in terms of the time that its prefill takes:
-# eight times leaves the p99 of all first tokens within 11 % of that of first come, first
-# served, the median at half, and the p99 of the shorter half of the prompts at three quarters
-# (simulated, Azure code on eight H100s at 80 % load). Where the TTFT target is less than that,
-# as on CPUs, the target counts.
-_MAX_SLOWDOWN = 8.0
+# How far a prompt may be put behind shorter ones, in terms of the time that its prefill takes.
+# First come, first served (0) is best for long prompts, shortest first (infinite) for short ones;
+# docs/routing.md has figures. Where the TTFT target is less than that, as on CPUs, it counts.
+_MAX_SLOWDOWN = 2.0
 
 # Looked up once: a member of an enumeration costs 0.1 µs each time (Python 3.11).
 _INTERACTIVE: Final = RequestClass.INTERACTIVE

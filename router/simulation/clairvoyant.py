@@ -11,6 +11,7 @@ What it relaxes makes it a lower bound, its order does not (`run_clairvoyant`).
 import numpy as np
 
 from router import RouterSettings
+from router.fleet.step_budget import ITL_TARGET_S
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
 from router.simulation.engine.unloaded import prefill_s
@@ -32,7 +33,7 @@ def pooled(profile: Profile, num_engines: int) -> Profile:
             "name": f"{profile.name} ×{num_engines} pooled",
             "max_num_seqs": profile.max_num_seqs * num_engines,
             "max_num_batched_tokens": profile.max_num_batched_tokens * num_engines,
-            "max_prefill_chunk": profile.prefill_chunk * num_engines,
+            "max_prefill_chunk": profile.max_prefill_chunk * num_engines,
             "num_kv_tokens": profile.num_kv_tokens * num_engines,
             "s_per_token": profile.s_per_token / num_engines,
             "s_per_decode_req": profile.s_per_decode_req / num_engines,
@@ -54,7 +55,9 @@ def run_clairvoyant(
     simulation = Simulation(
         workload,
         RouterSettings(policy="round_robin"),  # there is only one engine
-        lambda rng: EngineModel(pool, rng, caps_prefill=True, segment_tokens=segment_tokens),
+        lambda rng: EngineModel(
+            pool, rng, itl_target_s=ITL_TARGET_S, segment_tokens=segment_tokens
+        ),
         1,
         network=Network(submit_s=0.0, reply_s=0.0),
         segment_tokens=segment_tokens,

@@ -17,6 +17,7 @@ import numpy as np
 
 from router import RouterSettings
 from router.estimators.lengths.forecast import Lengths
+from router.fleet.step_budget import ITL_TARGET_S
 from router.simulation import clairvoyant
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile
@@ -91,9 +92,11 @@ def simulate(
     policy, parts = split(variant)
     options = (settings or RouterSettings()).model_dump()
     of_run = RouterSettings(**options | {"policy": policy, "ablate": parts, "seed": seed})
-    profile = fleet.profile
+    profile, itl_target_s = fleet.profile, None
     if is_stock:
         profile = profile.model_copy(update={"max_prefill_chunk": 0})
+    else:  # a CPU's steps take longer than any target: there a fixed chunk stands for it
+        itl_target_s = 0.0 if profile.max_prefill_chunk else ITL_TARGET_S
     make = partial(
         Simulation,
         workload,
@@ -102,7 +105,7 @@ def simulate(
             profile,
             rng,
             priority=not is_stock,
-            caps_prefill=not is_stock,
+            itl_target_s=itl_target_s,
             segment_tokens=segment_tokens,
         ),
         fleet.num_engines,

@@ -22,6 +22,13 @@ class EngineConfig(Section):
         description="vLLM engine arguments by their Python names, e.g. max_model_len; "
         "they override what Headway would set",
     )
+    itl_target_s: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        "auto",
+        description="longest time between two tokens of a reply that the prompts of others should "
+        "cause, seconds: a step prefills no more than fits into it; shorter is smoother and makes "
+        "long prompts wait; auto: 0.075 on GPUs, null on CPUs, where a step takes longer; null: "
+        "as much as max_num_batched_tokens lets it",
+    )
     start_timeout_s: float = Field(900.0, gt=0, description="time for engines to start, seconds")
     hang_timeout_s: float = Field(
         30.0,

@@ -199,10 +199,11 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
     replicas = min(2, num_cores) if config.max_replicas == "auto" else config.max_replicas
     dtype = "bfloat16" if hardware.has_bfloat16 else "float32"
     engine_args: dict[str, Any] = {"dtype": dtype, "block_size": 32}
-    # A long prompt gets half of these (`max_prefill_chunk`): steps of about 0.25 s at 1.7 ms per
+    # A long prompt gets half of these: steps of about 0.25 s at 1.7 ms per
     # token, of which the fixed 40 ms of a step are a small part. With more tokens prefill would
     # hardly be faster, and requests that arrive during a step would wait longer.
     engine_args["max_num_batched_tokens"] = 256
+    engine_args["long_prefill_token_threshold"] = 128
     # Inductor's CPU code gave wrong text for SmolLM2 (vLLM 0.32, AVX-512 BF16:
     # "L'Étoile, la Marseillaise" for the capital of France) and takes a minute to build.
     engine_args["enforce_eager"] = True

@@ -1,11 +1,13 @@
 """One of vLLM's schedulers by itself, with a model runner that makes up tokens."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from router.simulation.engine.profile import Profile
 from router.simulation.engine.sequence import Job
+from serving.engine.vllm.patches import set_itl_target
 
 BLOCK = 16
 
@@ -32,7 +34,12 @@ class VllmScheduler:
     """vLLM's scheduler, and a model runner that makes up tokens."""
 
     def __init__(
-        self, model: Path, profile: Profile, priority: bool, kind: type | None = None
+        self,
+        model: Path,
+        profile: Profile,
+        priority: bool,
+        kind: type | None = None,
+        itl_target_s: float | None = None,
     ) -> None:
         import torch
         from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
@@ -51,7 +58,7 @@ class VllmScheduler:
             max_num_seqs=profile.max_num_seqs,
             max_num_batched_tokens=profile.max_num_batched_tokens,
             max_model_len=profile.max_model_len,
-            long_prefill_token_threshold=profile.prefill_chunk,
+            long_prefill_token_threshold=profile.max_prefill_chunk,
             enable_chunked_prefill=True,
             async_scheduling=False,
             policy="priority" if priority else "fcfs",
@@ -61,6 +68,7 @@ class VllmScheduler:
         config = VllmConfig(
             model_config=model_config, scheduler_config=scheduler_config, cache_config=cache_config
         )
+        set_itl_target(config, itl_target_s)
         num_blocks = profile.num_kv_blocks + 1  # one is vLLM's own
         config.cache_config.num_gpu_blocks = num_blocks
         spec = FullAttentionSpec(
@@ -108,10 +116,14 @@ class VllmScheduler:
 
         self.scheduler.finish_requests([f"{job_id}/0"], RequestStatus.FINISHED_ABORTED)
 
-    def step(self) -> tuple[dict[str, int], int]:
-        """Tokens per request in this step, and the free blocks after scheduling it."""
+    def step(self, compute: Callable[[], None] = lambda: None) -> tuple[dict[str, int], int]:
+        """Tokens per request in this step, and the free blocks after scheduling it.
+
+        `compute()` is called while the step runs.
+        """
         output = self.schedule()
         num_free = self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        compute()
         self.update(output)
         return dict(output.num_scheduled_tokens), num_free
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.policies.scaling import rivals, workloads
 from router import RouterSettings
+from router.fleet.step_budget import ITL_TARGET_S
 from router.scaling.autoscaler import Autoscaler
 from router.scaling.capacity import load_of
 from router.scaling.demand import EngineRates
@@ -81,7 +82,7 @@ def simulate(
     simulation = Simulation(
         workload,
         RouterSettings(),
-        lambda rng: EngineModel(profile, rng, caps_prefill=True),
+        lambda rng: EngineModel(profile, rng, itl_target_s=ITL_TARGET_S),
         num_initial(workload, rates),
         scaler=scaler,
         start_s=start_s,
@@ -116,7 +117,7 @@ def measured_rates(workload: Workload, profile: Profile) -> EngineRates:
     simulation = Simulation(
         part,
         RouterSettings(),
-        lambda rng: EngineModel(profile, rng, caps_prefill=True),
+        lambda rng: EngineModel(profile, rng, itl_target_s=ITL_TARGET_S),
         8,
     )
     simulation.run()

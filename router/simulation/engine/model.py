@@ -14,6 +14,7 @@ from collections.abc import Sequence as Row
 
 from router import EngineInfo, EngineSnapshot
 from router.fleet.block_log import BlockLog
+from router.fleet.step_budget import StepBudget
 from router.simulation.engine.profile import Profile
 from router.simulation.engine.sequence import DECODE, DONE, Job, Progress, Sequence
 from router.simulation.engine.step_noise import StepNoise
@@ -28,7 +29,8 @@ class EngineModel:
     returned. Jobs are added and aborted at any time and count from the next step on.
 
     `segment_tokens`: tokens that one hash of a job covers; a multiple of the profile's block size,
-    which is the default. `caps_prefill`: as in `StepScheduler`.
+    which is the default. `itl_target_s`: steps prefill as Headway's engines do, by `StepBudget`;
+    None: as vLLM alone.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class EngineModel:
         rng: random.Random,
         *,
         priority: bool = True,
-        caps_prefill: bool = False,
+        itl_target_s: float | None = None,
         segment_tokens: int | None = None,
     ) -> None:
         segment_tokens = segment_tokens or profile.block_size
@@ -50,17 +52,21 @@ class EngineModel:
             max_model_len=profile.max_model_len,
             max_num_seqs=profile.max_num_seqs,
             max_num_batched_tokens=profile.max_num_batched_tokens,
-            max_prefill_chunk=profile.prefill_chunk,
+            max_prefill_chunk=profile.max_prefill_chunk,
+            itl_target_s=itl_target_s or 0.0,
             num_kv_tokens=profile.num_kv_blocks * profile.block_size,
             block_size=segment_tokens,
             device=profile.device,
             engine=f"simulated vLLM 0.32 scheduler, profile {profile.name}",
         )
+        self._budget: StepBudget | None = None
+        if itl_target_s is not None:
+            self._budget = StepBudget(itl_target_s, profile.max_num_batched_tokens)
         self.scheduler = StepScheduler(
             profile,
             segment_tokens // profile.block_size,
             priority=priority,
-            caps_prefill=caps_prefill,
+            budget=self._budget,
         )
         self.num_prefill_tokens_total = 0
         self.num_output_tokens_total = 0
@@ -311,6 +317,8 @@ class EngineModel:
             keep = 1.0 - PREFILL_RATE_FORGETTING
             self._prefill_rate_tokens = keep * self._prefill_rate_tokens + num_prefill_tokens
             self._prefill_rate_s = keep * self._prefill_rate_s + self.step_s
+            if self._budget is not None:
+                self._budget.learn(self.step_s, num_prefill_tokens, self.step_num_decode_reqs)
         self.num_steps_total += num_steps
         decoding.advance(num_steps)
         self.num_output_tokens_total += num_steps * decoding.num_sequences

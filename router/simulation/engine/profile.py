@@ -5,7 +5,6 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from router.fleet.prefill_chunk import prefill_chunk_tokens
 from router.simulation.engine.step_cost import StepCost
 
 _MEMORY_TERMS = ("base_s", "floor_s", "s_per_decode_req", "s_per_context_token")
@@ -42,11 +41,11 @@ class Profile(BaseModel):
     max_model_len: int = Field(ge=1, description="tokens, prompt and output together")
     max_num_seqs: int = Field(ge=1, description="sequences in one step")
     max_num_batched_tokens: int = Field(ge=1, description="token budget of one step")
-    max_prefill_chunk: int | None = Field(
-        None,
+    max_prefill_chunk: int = Field(
+        0,
         ge=0,
-        description="of that, what one prompt may take while others wait; 0: all; "
-        "unset: as Headway sets its engines",
+        description="of that, what one prompt may take while others wait, if the engine is told "
+        "so (`long_prefill_token_threshold`); 0: all",
     )
     num_kv_tokens: int = Field(ge=1, description="capacity of the KV cache")
     block_size: int = Field(16, ge=1, description="tokens per KV block")
@@ -87,13 +86,6 @@ class Profile(BaseModel):
     @property
     def num_kv_blocks(self) -> int:
         return self.num_kv_tokens // self.block_size
-
-    @property
-    def prefill_chunk(self) -> int:
-        """The most tokens of one prompt in a step while others wait; 0: all of the step."""
-        if self.max_prefill_chunk is None:
-            return prefill_chunk_tokens(self.max_num_batched_tokens)
-        return self.max_prefill_chunk
 
     @property
     def step_cost(self) -> StepCost:

@@ -7,6 +7,7 @@ block preempts the last one, or the least urgent, which is recomputed later. Not
 asynchronous scheduling, under which a new sequence can wait one step more.
 """
 
+from router.fleet.step_budget import StepBudget, gives_way, long_part_tokens
 from router.simulation.engine.decode_batch import DecodeBatch
 from router.simulation.engine.kv_cache import KvCache
 from router.simulation.engine.profile import Profile
@@ -20,17 +21,22 @@ class StepScheduler:
     The caller alternates `schedule` and `complete`; in between, `decoding.advance` stands for steps
     in which all sequences decode.
 
-    `caps_prefill`: schedule as `serving.engine.vllm.scheduler` does, not as vLLM alone: no prompt
-    takes more than its chunk of a step, and every second step leaves out long prompts that are less
-    urgent than the first that waits.
+    `budget`: schedule as `serving.engine.vllm.scheduler` does, not as vLLM alone: a step prefills
+    no more than it says, and prompts that run give way to others (`gives_way`), never in two steps
+    in a row.
     """
 
     def __init__(
-        self, profile: Profile, segment_blocks: int, *, priority: bool, caps_prefill: bool
+        self,
+        profile: Profile,
+        segment_blocks: int,
+        *,
+        priority: bool,
+        budget: StepBudget | None = None,
     ) -> None:
         self.kv = KvCache(profile.num_kv_blocks, segment_blocks)
         self.decoding = DecodeBatch(self.kv, profile.block_size)
-        self.waiting = WaitingSequences(profile.prefill_chunk or profile.max_num_batched_tokens)
+        self.waiting = WaitingSequences(profile.max_prefill_chunk or profile.max_num_batched_tokens)
         self.running: dict[Sequence, None] = {}
         self.prefills: dict[Sequence, int] = {}  # tokens in this step
         self.num_prefix_queries_total = 0
@@ -38,14 +44,14 @@ class StepScheduler:
         self.num_preemptions_total = 0
         self._profile = profile
         self._priority = priority
-        self._caps_prefill = caps_prefill
+        self._budget = budget
         self._block_size = profile.block_size
-        self._chunk = profile.prefill_chunk or profile.max_num_batched_tokens
+        self._chunk = profile.max_prefill_chunk or profile.max_num_batched_tokens
+        self._deferred: list[Sequence] = []  # left out of the current step
         self._num_prepended = 0
         self._num_admissions = 0
         self._prefilling: dict[Sequence, None] = {}
         self._stalled: list[Sequence] = []  # decoding, yet not in the current step
-        self._deferred: list[Sequence] = []  # left out of the current step
         # The head that did not fit, and the cache's epoch at that time.
         self._blocked: Sequence | None = None
         self._blocked_epoch = 0
@@ -97,12 +103,17 @@ class StepScheduler:
 
     def pending_tokens(self) -> tuple[int, int]:
         """Return the tokens yet to prefill, and how many of them the next step would compute."""
-        pending = self.waiting.num_tokens
-        demand = self.waiting.num_demand_tokens
+        pending, chunk = self.waiting.num_tokens, self._chunk
+        if self._budget is None:
+            demand = self.waiting.num_demand_tokens
+        else:
+            part = long_part_tokens(self._budget.prefill_tokens(self.decoding.num_sequences))
+            chunk = min(chunk, part)
+            demand = self.waiting.demand_tokens(chunk)
         for sequence in self._prefilling:
             num_left = sequence.num_tokens - sequence.num_computed
             pending += num_left
-            demand += min(num_left, self._chunk)
+            demand += min(num_left, chunk)
         return pending, demand
 
     # Steps
@@ -136,30 +147,46 @@ class StepScheduler:
 
     def schedule(self) -> None:
         """Choose what the step computes; allocate its blocks."""
-        budget = self._profile.max_num_batched_tokens
+        num_tokens = self._profile.max_num_batched_tokens
         alone = len(self.running) + len(self.waiting) <= 1
-        chunk = budget if alone and not self._caps_prefill else self._chunk
-        self._deferred = self._to_defer() if self._caps_prefill else []
+        if self._budget is None:
+            self._fill(num_tokens, num_tokens if alone else self._chunk)
+            return
+        self._put_prompts_last()
+        num_decoding = self.decoding.num_sequences
+        num_prefill = self._budget.prefill_tokens(num_decoding)
+        self._deferred = self._to_defer(num_prefill)
         for sequence in self._deferred:
             del self._prefilling[sequence], self.running[sequence]
-        self._fill(budget, chunk)
+        self._fill(min(num_tokens, num_prefill + num_decoding), min(num_prefill, self._chunk))
         if self._deferred:
-            # First again among those that run, as vLLM has them.
+            # First again among those that run, as in `serving.engine.vllm.scheduler`.
             self.running = dict.fromkeys(self._deferred) | self.running
             self._prefilling = dict.fromkeys(self._deferred) | self._prefilling
 
-    def _to_defer(self) -> list[Sequence]:
-        """Return the long prompts to leave out of this step; none if the last one left any out."""
+    def _put_prompts_last(self) -> None:
+        """Order what runs: those that decode, which always get their token, then by urgency."""
+        for sequence in sorted(self._prefilling, key=_urgency):
+            del self.running[sequence], self._prefilling[sequence]
+            self.running[sequence] = self._prefilling[sequence] = None
+
+    def _to_defer(self, num_prefill: int) -> list[Sequence]:
+        """Return the prompts to leave out of this step; none if the last one left any out."""
         num_here = len(self.running) + len(self.waiting)
-        if self._deferred or not self.waiting or num_here > self._profile.max_num_seqs:
+        if (
+            self._deferred
+            or not (self.waiting and self._prefilling)
+            or num_here > self._profile.max_num_seqs
+        ):
             return []
-        urgent = self.waiting.head().job.priority
+        head = self.waiting.head()
+        num_left = sum(each.num_tokens - each.num_computed for each in self._prefilling)
         return [
-            sequence
-            for sequence in self._prefilling
-            if sequence.job.priority > urgent
-            and not sequence.num_emitted
-            and sequence.num_tokens - sequence.num_computed > self._chunk
+            each
+            for each in self._prefilling
+            if gives_way(
+                num_left, head.num_tokens, each.job.priority, head.job.priority, num_prefill
+            )
         ]
 
     def _fill(self, budget: int, chunk: int) -> None:
@@ -291,3 +318,7 @@ class StepScheduler:
         sequence.state = DONE
         del self.running[sequence]
         self.kv.release(sequence.block_table, sequence.num_computed // self._block_size)
+
+
+def _urgency(sequence: Sequence) -> int:
+    return sequence.job.priority

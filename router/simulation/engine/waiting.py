@@ -20,6 +20,13 @@ class WaitingSequences:
     def __len__(self) -> int:
         return len(self._sequences)
 
+    def demand_tokens(self, chunk: int) -> int:
+        """Return what the next step would compute of them if each had so many tokens at most."""
+        demand = 0
+        for sequence in self._sequences.values():
+            demand += min(_num_expected(sequence), chunk)
+        return demand
+
     def head(self) -> Sequence:
         """Return the sequence to admit next. There must be one."""
         return self._sequences[self._order.head()[1]]

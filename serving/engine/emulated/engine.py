@@ -18,6 +18,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from router import EngineSnapshot
+from router.fleet.step_budget import ITL_TARGET_S
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.sequence import Progress
 from serving.capacity.profiles import DEFAULT_PROFILE, ProfileError, load_profile
@@ -48,9 +49,9 @@ class EmulatedArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefill_chunk: int | None = None  # the profile's `max_prefill_chunk`
     max_num_batched_tokens: int | None = None  # likewise
     priority: bool = True  # a waiting queue by priority, as Headway configures its engines
-    # Steps are scheduled as by `serving.engine.vllm.scheduler`, which caps a prompt's part of
-    # them; false: as by vLLM alone.
-    paces: bool = True
+    # Steps prefill as by `serving.engine.vllm.scheduler`, which keeps them short; None: as by
+    # vLLM alone.
+    itl_target_s: float | None = ITL_TARGET_S
 
 
 class EmulatedEngine:
@@ -75,7 +76,7 @@ class EmulatedEngine:
             profile,
             random.Random(f"{args.seed} {rank}"),
             priority=args.priority,
-            caps_prefill=args.paces,
+            itl_target_s=args.itl_target_s,
         )
         self.info = msgspec.structs.replace(
             self.model.info,

@@ -20,7 +20,7 @@ from starlette.routing import WebSocketRoute
 from starlette.types import ASGIApp
 
 from router import EngineInfo
-from router.fleet.prefill_chunk import prefill_chunk_tokens
+from router.fleet.step_budget import ITL_TARGET_S
 from serving.config import Config, ConfigError
 from serving.engine.vllm import patches
 from serving.engine.vllm.lifeline import Lifeline
@@ -101,11 +101,10 @@ class VllmEngine:
         vllm_config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         scheduler = vllm_config.scheduler_config
         patches.set_scheduler(scheduler)
-        if "long_prefill_token_threshold" not in plan.engine_args:
-            # Most of each step stays free of any one long prompt: short ones get in.
-            scheduler.long_prefill_token_threshold = prefill_chunk_tokens(
-                scheduler.max_num_batched_tokens
-            )
+        itl_target_s = config.engine.itl_target_s
+        if itl_target_s == "auto":
+            itl_target_s = None if plan.device == "cpu" else ITL_TARGET_S
+        itl_target_s = patches.set_itl_target(vllm_config, itl_target_s)
         stats = EngineStats(vllm_config)
         lifeline = Lifeline()
         with lifeline.offered():
@@ -152,6 +151,7 @@ class VllmEngine:
             max_num_seqs=scheduler.max_num_seqs,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
             max_prefill_chunk=scheduler.long_prefill_token_threshold,
+            itl_target_s=itl_target_s,
             async_scheduling=bool(scheduler.async_scheduling),
             num_kv_tokens=stats.num_kv_tokens,
             block_size=vllm_config.cache_config.block_size,

@@ -350,16 +350,24 @@ PATCHES = (
     ),
     Patch(
         how="subclassed",
-        ours="serving.engine.vllm.scheduler:PrefillCapMixin",
-        why="a long prompt never fills a step, even alone, and leaves every second to sooner ones",
-        guards=("test_a_long_prompt_shares_with_sooner_ones",),
+        ours="serving.engine.vllm.scheduler:StepBudgetMixin",
+        why="a step prefills no more than fits into the ITL target, and a prompt leaves room in it "
+        "for sooner ones; vLLM's limits are fixed numbers of tokens",
+        guards=("test_a_long_prompt_shares_with_sooner_ones", "test_the_very_same_steps"),
         shapes=(
             Shape(
                 f"{_SCHEDULER}.schedule",
                 uses="max_num_scheduled_tokens running long_prefill_token_threshold waiting",
             ),
-            Shape(_SCHEDULER, has="max_num_running_reqs scheduler_config running waiting"),
-            *classes("vllm.v1.request", Request="priority num_output_tokens"),
+            Shape(
+                _SCHEDULER,
+                has="scheduler_config vllm_config num_spec_tokens running waiting",
+            ),
+            *classes("vllm.config", VllmConfig="additional_config"),
+            *classes(
+                "vllm.v1.request",
+                Request="priority num_output_tokens num_tokens num_computed_tokens",
+            ),
             *classes("vllm.v1.core.sched.request_queue", PriorityRequestQueue="peek_request"),
         ),
     ),
@@ -543,6 +551,16 @@ def set_scheduler(config: Any) -> None:
     """Have the engine core run our subclass of the scheduler that vLLM would choose."""
     name = "HeadwayAsyncScheduler" if config.async_scheduling else "HeadwayScheduler"
     config.scheduler_cls = f"serving.engine.vllm.scheduler.{name}"
+
+
+def set_itl_target(config: Any, itl_target_s: float | None) -> float:
+    """Have the engine core's scheduler keep to a target; return what holds, 0 for none."""
+    if not itl_target_s or not isinstance(config.additional_config, dict):
+        return 0.0
+    from serving.engine.vllm.scheduler import ITL_TARGET
+
+    config.additional_config[ITL_TARGET] = itl_target_s
+    return itl_target_s
 
 
 def avoid_amx_attention() -> None:

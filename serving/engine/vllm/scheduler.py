@@ -8,6 +8,8 @@ mixin.
 """
 
 import time
+from collections import deque
+from operator import attrgetter
 from typing import Any
 
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
@@ -19,6 +21,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.utils import compute_iteration_details
 
+from router.fleet.step_budget import StepBudget, gives_way, long_part_tokens
 from serving.engine.vllm.lifeline import AliveMixin
 
 PENDING = "headway_pending_prefill"  # {request id: tokens to compute}
@@ -27,6 +30,8 @@ ANSWERS = "headway_answers"  # {request id: hash of the last whole block of prom
 ENDED = "headway_step_ended"  # by the clock of the engine core, seconds
 PAIRS = "headway_prefill_pairs"  # of the step: each prefilled token times those before it
 NEXT = "headway_next_step"  # launched before this one ended: tokens prefilled, sequences decoding
+ITL_TARGET = "headway_itl_target_s"  # in vLLM's `additional_config`, seconds
+PART = "headway_part"  # tokens of the next step that a prompt takes from others if it needs several
 BLOCKS = "headway_blocks"  # [(hashes stored, hashes removed) | None = all cleared]
 
 
@@ -163,58 +168,105 @@ class _KvEventTap:
         return getattr(self._publisher, name)
 
 
-class PrefillCapMixin:
-    """Keeps a long prompt from filling a step.
+class StepBudgetMixin:
+    """Keeps prefill from making a step longer than whoever is being answered should wait.
 
-    vLLM caps what one long prompt takes of a step (`long_prefill_token_threshold`),
-    but lifts the cap from a prompt that is alone, and serves prompts that run before
-    those that wait. A request that arrives in the middle of such a step waits for all
-    of it, and then for the next chunk of the long prompt. Here the cap stays. A step
-    for which prompts with an earlier deadline wait goes to them and to the decoding
-    requests alone, but never two in a row: the long prompt gets at least every second
-    step.
+    vLLM fills each step up to `max_num_batched_tokens`, which is its throughput's best and makes
+    gaps between tokens as long as a full step takes. Here a step prefills what fits into the ITL
+    target (`router.fleet.step_budget`), by the times of the steps so far. Of what runs, those that
+    are being answered come first, which then always get their token, then prompts by their
+    deadlines. They give way to who waits and needs that step (`gives_way`), but never in two steps
+    in a row.
+    `max_num_batched_tokens` and `long_prefill_token_threshold` hold beside that.
     """
 
     running: list[Request]
     waiting: Any
     max_num_scheduled_tokens: int
     max_num_running_reqs: int
+    num_spec_tokens: int
     scheduler_config: Any
+    vllm_config: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._step_budget = self.max_num_scheduled_tokens
-        self._has_deferred = False
+        self._most_tokens = self.max_num_scheduled_tokens
+        self._most_each = self.scheduler_config.long_prefill_token_threshold
+        config = self.vllm_config.additional_config
+        itl_target_s = config.get(ITL_TARGET, 0.0) if isinstance(config, dict) else 0.0
+        self._budget = StepBudget(itl_target_s, self._most_tokens)
+        self._part = self._most_tokens
+        self._deferred: list[Request] = []  # left out of the last step
+        # Of each step that has not ended: when made up, tokens prefilled, sequences decoding.
+        self._steps: deque[tuple[float, int, int]] = deque()
+        self._last_ended_s = 0.0
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        cap = self.scheduler_config.long_prefill_token_threshold
-        num_here = len(self.running) + len(self.waiting)
-        self.max_num_scheduled_tokens = cap if cap and num_here == 1 else self._step_budget
-        deferred = self._prompts_to_defer(cap)
-        self._has_deferred = bool(deferred)
-        if not deferred:
-            return super().schedule(*args, **kwargs)  # type: ignore[misc]
-        self.running = [request for request in self.running if request not in deferred]
+        prompts = sorted(filter(_is_prompt, self.running), key=attrgetter("priority"))
+        decoding = [request for request in self.running if not _is_prompt(request)]
+        num_decoding = len(decoding)
+        num_prefill = self._budget.prefill_tokens(num_decoding)
+        self._part = long_part_tokens(num_prefill)
+        self._deferred = deferred = self._prompts_to_defer(prompts, num_prefill)
+        if self._most_each and len(self.running) - len(deferred) + len(self.waiting) == 1:
+            # vLLM lifts that cap from a prompt that is alone: who comes meanwhile waits for it.
+            num_prefill = min(num_prefill, self._most_each)
+        num_decode = num_decoding * (1 + self.num_spec_tokens)
+        self.max_num_scheduled_tokens = min(self._most_tokens, num_prefill + num_decode)
+        self.scheduler_config.long_prefill_token_threshold = min(
+            num_prefill, self._most_each or num_prefill
+        )
+        self.running = decoding + [each for each in prompts if each not in deferred]
         try:
-            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+            step = super().schedule(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.running = deferred + self.running
+        if num_tokens := step.total_num_scheduled_tokens:
+            num_scheduled = step.num_scheduled_tokens
+            computed = [num_scheduled.get(request.request_id, 0) for request in decoding]
+            num_computing = sum(num > 0 for num in computed)
+            self._steps.append((time.monotonic(), num_tokens - sum(computed), num_computing))
+        return step
 
-    def _prompts_to_defer(self, cap: int) -> list[Request]:
-        """Return the long prompts that this step leaves out."""
-        if self._has_deferred or not self.waiting:
-            return []
+    def _prompts_to_defer(self, prompts: list[Request], num_prefill: int) -> list[Request]:
+        """Return the running prompts that this step leaves out."""
         # Those left out come back: the batch must have room for all.
-        if len(self.running) + len(self.waiting) > self.max_num_running_reqs:
+        num_here = len(self.running) + len(self.waiting)
+        if self._deferred or not (self.waiting and prompts) or num_here > self.max_num_running_reqs:
             return []
-        priority = self.waiting.peek_request().priority
+        head = self.waiting.peek_request()
+        num_left = sum(each.num_tokens - each.num_computed_tokens for each in prompts)
         return [
-            request
-            for request in self.running
-            if not request.num_output_tokens
-            and request.priority > priority
-            and request.num_tokens - request.num_computed_tokens > cap > 0
+            each
+            for each in prompts
+            if gives_way(num_left, head.num_tokens, each.priority, head.priority, num_prefill)
         ]
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any) -> Any:
+        outputs = super().update_from_output(scheduler_output, *args)  # type: ignore[misc]
+        if scheduler_output.total_num_scheduled_tokens and self._steps:
+            now_s = time.monotonic()
+            made_s, num_prefill, num_decoding = self._steps.popleft()
+            # A step that was launched before the one before it ended began at that end.
+            began_s = max(made_s, self._last_ended_s)
+            self._last_ended_s = now_s
+            self._budget.learn(now_s - began_s, num_prefill, num_decoding)
+        return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats: SchedulerStats | None = super().make_stats(*args, **kwargs)  # type: ignore[misc]
+        if stats is not None:
+            stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), PART: self._part}
+        return stats
+
+
+def _is_prompt(request: Request) -> bool:
+    """Whether a running request is still to be prefilled, wholly or in part.
+
+    Who is being answered has its newest token left to compute, or by async scheduling none.
+    """
+    num_left = request.num_tokens - request.num_computed_tokens
+    return num_left > 1 or (num_left == 1 and not request.num_output_tokens)
 
 
 class PreemptionFixMixin:
@@ -242,12 +294,12 @@ class PreemptionFixMixin:
         self.kv_cache_manager.evict_blocks(void)
 
 
-class HeadwayScheduler(AliveMixin, PrefillCapMixin, StatsMixin, PreemptionFixMixin, Scheduler):
+class HeadwayScheduler(AliveMixin, StepBudgetMixin, StatsMixin, PreemptionFixMixin, Scheduler):
     """For engines without async scheduling (CPU)."""
 
 
 class HeadwayAsyncScheduler(
-    AliveMixin, PrefillCapMixin, StatsMixin, PreemptionFixMixin, AsyncScheduler
+    AliveMixin, StepBudgetMixin, StatsMixin, PreemptionFixMixin, AsyncScheduler
 ):
     """For engines with async scheduling (CUDA)."""
 

@@ -18,6 +18,7 @@ from serving.engine.vllm.scheduler import (
     ENDED,
     NEXT,
     PAIRS,
+    PART,
     PENDING,
     PROMPTS,
 )
@@ -126,6 +127,7 @@ class EngineStats(StatLoggerBase):
         self._last = stats
         reports = stats.kv_connector_stats or {}
         self._pending = reports.get(PENDING, {})
+        self._max_chunk = reports.get(PART, self._max_chunk)
         for change in reports.get(BLOCKS, ()):
             if change is None:
                 self.blocks.clear()

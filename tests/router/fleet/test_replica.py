@@ -182,16 +182,18 @@ class TestLongPromptsAhead:
         replica.release("sooner")
         assert replica.ttft_s(20, 0.0, 6.0) == replica.ttft_s(20, 0.0, 4.0)
 
-    def test_a_short_one_that_passes_takes_a_whole_step_of_it(self, replica):
+    def test_a_short_one_that_passes_delays_it_by_its_own_prefill(self, replica):
         pending = {"num_pending_prefill_tokens": 500, "num_step_demand_tokens": 50}
         replica.receive(busy(last_booking=1, **pending), 0.0)
-        step_s = replica.chunk_overhead_s + 20 * replica.token_s
-        assert replica.passing_s(20, 9.0) == pytest.approx(step_s)
+        assert replica.passing_s(20, 9.0) == pytest.approx(20 * replica.token_s)
         assert replica.passing_s(20, 11.0) == 0.0
 
-    def test_less_if_other_short_ones_have_that_step_already(self, replica):
-        replica.book(req("short", 20, edf_key_s=5.0), num_kv_tokens=20, now_s=0.0)
-        assert replica.passing_s(20, 9.0) == pytest.approx(20 * replica.token_s)
+    def test_nobody_passes_what_the_next_step_ends(self, replica):
+        """It is as good as prefilled, and who comes now waits for it."""
+        pending = {"num_pending_prefill_tokens": 120, "num_step_demand_tokens": 50}
+        replica.receive(busy(last_booking=1, **pending), 0.0)
+        assert replica.passing_s(20, 9.0) == 0.0
+        assert replica.ttft_s(20, 0.0, 9.0) == replica.ttft_s(20, 0.0, 11.0)
 
     def test_a_long_one_that_passes_delays_each_by_its_own_prefill(self, replica):
         replica.book(req("other", 500, edf_key_s=12.0), num_kv_tokens=500, now_s=0.0)

@@ -1,6 +1,7 @@
 """The engine model beside vLLM's own scheduler: the same requests, step by step the same tokens."""
 
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,18 +34,47 @@ def model() -> Path:
     return prepare_bundled_model()
 
 
+class Clock:
+    """Stands for the `time` of Headway's scheduler."""
+
+    now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
 @pytest.mark.parametrize("priority", [False, True])
-@pytest.mark.parametrize("chunk", [0, 24])
 @pytest.mark.parametrize("num_blocks", [18, 40, 200])
-def test_the_very_same_steps(model: Path, priority: bool, chunk: int, num_blocks: int) -> None:
-    """Shared prefixes, preemptions, aborts, evictions: 10 random workloads of 60 requests each."""
-    num_preemptions = num_hits = 0
-    for seed in range(10):
+@pytest.mark.parametrize(("chunk", "itl_target_s"), [(0, None), (24, None), (0, 0.0377)])
+def test_the_very_same_steps(
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    priority: bool,
+    chunk: int,
+    num_blocks: int,
+    itl_target_s: float | None,
+) -> None:
+    """Shared prefixes, preemptions, aborts, evictions: 10 random workloads of 60 requests each.
+
+    Of vLLM's own scheduler, or of Headway's, which by the times of steps gives each a budget.
+    """
+    from serving.engine.vllm import scheduler
+
+    clock = Clock()
+    monkeypatch.setattr(scheduler, "time", clock)
+    num_preemptions = num_hits = num_limited = 0
+    for seed in range(10 if itl_target_s is None else 5):
         rng = random.Random(f"{seed} {priority} {chunk} {num_blocks}")
-        profile = make_profile(max_prefill_chunk=chunk, num_kv_tokens=num_blocks * BLOCK)
-        theirs = VllmScheduler(model, profile, priority)
-        ours = EngineModel(profile, random.Random(0), priority=priority)
+        profile = make_profile(
+            max_prefill_chunk=chunk,
+            num_kv_tokens=num_blocks * BLOCK,
+            base_s=0.0063,  # five times that, and what it leaves of the target, are no whole tokens
+        )
+        kind = None if itl_target_s is None else scheduler.HeadwayScheduler
+        theirs = VllmScheduler(model, profile, priority, kind, itl_target_s)
+        ours = EngineModel(profile, random.Random(0), priority=priority, itl_target_s=itl_target_s)
         now_s, number = 0.0, 0
+        clock.now_s = 0.0
         while number < 60 or job_ids(ours):
             while number < 60 and rng.random() < 0.3:
                 prefix = [rng.choice((1, 2)) for _ in range(rng.randrange(0, 4))]
@@ -65,11 +95,14 @@ def test_the_very_same_steps(model: Path, priority: bool, chunk: int, num_blocks
                 gone = rng.choice(ids)
                 theirs.abort(gone)
                 ours.abort(gone)
-            expected = theirs.step()
             *found, now_s = step(ours, now_s)
+            expected = theirs.step(partial(setattr, clock, "now_s", now_s))
             assert tuple(found) == expected, f"seed {seed} at {now_s}"
+            num_limited += sum(num for num in expected[0].values() if num > 1) in (30, 31)
         num_preemptions += ours.num_preemptions_total
         num_hits += ours.scheduler.num_prefix_hits_total
     assert num_hits > 0
+    if itl_target_s is not None:
+        assert num_limited > 0  # 31.4 ms are left for prefill
     if num_blocks == 18:
         assert num_preemptions > 0

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from router.fleet.step_budget import ITL_TARGET_S
 from router.scheduling.ablation import PARTS
 from router.scheduling.policies import POLICIES
 from router.settings import RouterSettings
@@ -43,7 +44,7 @@ def simulation(workload=WORKLOAD, num_engines=3, policy="headway", **options):
     return Simulation(
         workload,
         settings,
-        lambda rng: EngineModel(PROFILE, rng, caps_prefill=True),
+        lambda rng: EngineModel(PROFILE, rng, itl_target_s=ITL_TARGET_S),
         num_engines,
         **options,
     )

@@ -14,13 +14,18 @@ def withdraw_a_chunk(kind: type) -> VllmScheduler:
 
     The chunk was in the same step already; the long request is still to be computed again.
     """
-    size = 7 * BLOCK
-    profile = make_profile(num_kv_tokens=size, max_model_len=size, max_prefill_chunk=3 * BLOCK)
+    size = 8 * BLOCK
+    profile = make_profile(
+        num_kv_tokens=size,
+        max_model_len=size,
+        max_num_batched_tokens=3 * BLOCK,
+        max_prefill_chunk=2 * BLOCK,
+    )
     engine = VllmScheduler(prepare_bundled_model(), profile, priority=True, kind=kind)
     engine.add(Job("long", 7 * BLOCK - 1, 1, priority=1), list(range(7 * BLOCK - 1)))
     assert engine.step()[0] == {"long/0": 3 * BLOCK}
     engine.add(Job("urgent", BLOCK, 3, priority=0), [10_000] * BLOCK)
-    assert engine.step()[0] == {"urgent/0": BLOCK}
+    assert engine.step()[0] == {"long/0": 2 * BLOCK, "urgent/0": BLOCK}
     assert engine.step()[0] == {"urgent/0": 1}
     assert engine.num_preemptions == 1
     return engine
@@ -28,13 +33,18 @@ def withdraw_a_chunk(kind: type) -> VllmScheduler:
 
 def test_a_chunk_that_is_withdrawn_leaves_the_prefix_cache() -> None:
     """What is computed of the long request once it goes on is all that is not in the cache."""
-    from serving.engine.vllm.scheduler import HeadwayScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
 
-    engine = withdraw_a_chunk(HeadwayScheduler)
+    from serving.engine.vllm.scheduler import PreemptionFixMixin
+
+    class Mended(PreemptionFixMixin, Scheduler):
+        pass
+
+    engine = withdraw_a_chunk(Mended)
     computed = []
     while engine.scheduler.has_unfinished_requests():
         computed.append(engine.step()[0].get("long/0", 0))
-    assert sum(computed) == 4 * BLOCK - 1  # three blocks were computed the first time
+    assert sum(computed) == 2 * BLOCK - 1  # five blocks were computed the first time
     assert engine.num_wrong_tokens == 0
 
 
@@ -45,33 +55,69 @@ def test_vllm_still_caches_what_nobody_computed() -> None:
     """
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from serving.engine.vllm.scheduler import PrefillCapMixin
-
-    class Unmended(PrefillCapMixin, Scheduler):
-        pass
-
-    engine = withdraw_a_chunk(Unmended)
+    engine = withdraw_a_chunk(Scheduler)
     while engine.scheduler.has_unfinished_requests():
         engine.step()
     assert engine.num_wrong_tokens > 0
 
 
+class FixedBudget:
+    """Lets every step prefill so many tokens."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+
+    def prefill_tokens(self, num_decode_reqs: int) -> int:
+        return self._num_tokens
+
+    def learn(self, *step: float) -> None:
+        pass
+
+
 def test_a_long_prompt_shares_with_sooner_ones() -> None:
-    """Alone it takes its cap; of every two steps one is left to the sooner deadline."""
+    """It takes all that a step may prefill, but of every two one is left to the sooner deadline."""
     from serving.engine.vllm.scheduler import HeadwayScheduler
 
     size = 40 * BLOCK
-    profile = make_profile(num_kv_tokens=size, max_model_len=size, max_prefill_chunk=BLOCK)
+    profile = make_profile(
+        num_kv_tokens=size, max_model_len=size, max_num_batched_tokens=10 * BLOCK
+    )
     engine = VllmScheduler(prepare_bundled_model(), profile, priority=True, kind=HeadwayScheduler)
+    engine.scheduler._budget = FixedBudget(4 * BLOCK)
     engine.add(Job("long", 10 * BLOCK, 1, priority=1), list(range(10 * BLOCK)))
-    assert engine.step()[0] == {"long/0": BLOCK}
-    for name in ("a", "b"):
-        engine.add(Job(name, BLOCK, 1, priority=0), [ord(name)] * BLOCK)
-        assert engine.step()[0] == {f"{name}/0": BLOCK}
-        engine.add(Job(f"{name}2", BLOCK, 1, priority=0), [2 * ord(name)] * BLOCK)
-        assert engine.step()[0] == {f"{name}2/0": BLOCK, "long/0": BLOCK}
-    engine.add(Job("later", BLOCK, 1, priority=2), [7] * BLOCK)
-    assert engine.step()[0] == {"long/0": BLOCK, "later/0": BLOCK}
+    assert engine.step()[0] == {"long/0": 4 * BLOCK}
+    engine.add(Job("sooner", BLOCK, 3, priority=0), [7] * BLOCK)
+    assert engine.step()[0] == {"sooner/0": BLOCK}
+    engine.add(Job("next", BLOCK, 1, priority=0), [9] * BLOCK)
+    engine.add(Job("later", BLOCK, 1, priority=2), [8] * BLOCK)
+    assert engine.step()[0] == {"sooner/0": 1, "long/0": 4 * BLOCK}
+    assert engine.step()[0] == {
+        "sooner/0": 1,
+        "long/0": 2 * BLOCK,
+        "next/0": BLOCK,
+        "later/0": BLOCK,
+    }
+
+
+def test_who_is_being_answered_always_gets_a_token() -> None:
+    """Though two long prompts that came before want all that a step may prefill, and more."""
+    from serving.engine.vllm.scheduler import HeadwayScheduler
+
+    size = 40 * BLOCK
+    profile = make_profile(
+        num_kv_tokens=size, max_model_len=size, max_num_batched_tokens=10 * BLOCK
+    )
+    engine = VllmScheduler(prepare_bundled_model(), profile, priority=True, kind=HeadwayScheduler)
+    engine.scheduler._budget = FixedBudget(4 * BLOCK)
+    engine.add(Job("long", 10 * BLOCK, 1, priority=3), list(range(10 * BLOCK)))
+    assert engine.step()[0] == {"long/0": 4 * BLOCK}
+    engine.add(Job("second", 10 * BLOCK, 1, priority=2), list(range(1000, 1000 + 10 * BLOCK)))
+    engine.add(Job("short", BLOCK, 3, priority=2), [7] * BLOCK)
+    assert engine.step()[0] == {"second/0": 4 * BLOCK}  # it is due sooner
+    assert engine.step()[0] == {"second/0": 4 * BLOCK}
+    assert engine.step()[0] == {"second/0": 2 * BLOCK, "short/0": BLOCK}  # long gives way again
+    assert engine.step()[0] == {"short/0": 1, "long/0": 4 * BLOCK}
+    assert engine.step()[0] == {"short/0": 1, "long/0": 2 * BLOCK}
 
 
 def test_with_async_scheduling_a_step_that_runs_is_pending_as_well() -> None:
@@ -85,13 +131,14 @@ def test_with_async_scheduling_a_step_that_runs_is_pending_as_well() -> None:
     )
 
     size = 20 * BLOCK
-    profile = make_profile(num_kv_tokens=size, max_model_len=size, max_prefill_chunk=3 * BLOCK)
+    profile = make_profile(num_kv_tokens=size, max_model_len=size)
 
     following: list[tuple[int, int] | None] = []
     pairs: list[float] = []
 
     def told(kind: type, num_ahead: int) -> list[dict[str, int]]:
         engine = VllmScheduler(prepare_bundled_model(), profile, priority=True, kind=kind)
+        engine.scheduler._budget = FixedBudget(3 * BLOCK)
         engine.add(Job("long", 10 * BLOCK, 3), list(range(10 * BLOCK)))
         steps = [engine.schedule() for _ in range(num_ahead)]
         pending = []

@@ -61,6 +61,7 @@ class TestOnCpu:
             "dtype": "bfloat16",
             "block_size": 32,
             "max_num_batched_tokens": 256,
+            "long_prefill_token_threshold": 128,
             "max_model_len": 4096,
             "enforce_eager": True,
             "kv_cache_memory_bytes": GIB,

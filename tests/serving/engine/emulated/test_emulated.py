@@ -205,7 +205,7 @@ async def test_a_client_that_leaves_frees_everything(profile: str) -> None:
 
 async def test_time_is_the_models(profile: str) -> None:
     """150 prompt tokens are three steps, 50 output tokens 49 more, of 2 ms each."""
-    engine = make_engine(profile, paces=False)
+    engine = make_engine(profile, itl_target_s=None)
     loop = asyncio.get_running_loop()
     start_s = loop.time()
     await ask(engine, prompt="a " * 150, max_tokens=50)
