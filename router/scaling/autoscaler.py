@@ -30,6 +30,7 @@ _JUMP = 1.5  # times that
 _CATCH_UP_S = 120.0  # in which what is late shall be done, once engines are there
 _MAX_LATE_S = 30.0  # later requests are refused: `RouterSettings.max_late_s`
 _MIN_KEEP_S = 60.0
+_SILENCE_S = 60.0  # without a request: what came before has ended, whatever its mean says
 _SLACK = 0.05  # of an engine: so much is not worth another one
 _WARM_STEPS = 16  # rates learned from fewer are a guess
 
@@ -132,6 +133,9 @@ class Autoscaler:
             self._context_tokens += share * (context - self._context_tokens)
         self._last, self._bin_start_s = demand, now_s
         self._observe(num_prefill / bin_s, num_decode / bin_s)
+        if now_s - self._last_request_s >= min(_SILENCE_S, self.settings.zero_after_s):
+            self._prefill.jump_to(0.0)
+            self._decode.jump_to(0.0)
 
     def _observe(self, prefill: float, decode: float) -> None:
         horizon_s = self._horizon_s
