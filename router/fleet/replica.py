@@ -161,10 +161,8 @@ class Replica:
     def is_short(self, num_new_tokens: float) -> bool:
         """Whether a prompt passes the long ones that the engine is prefilling.
 
-        It does where the engine gives no prompt more than `max_prefill_chunk` tokens of a step and
-        this one needs no more: the next step has room for it. Where steps are limited as a whole
-        (`EngineInfo.itl_target_s`) none is: what is pending there is soon prefilled, and short
-        prompts that were sent beside long ones made both wait (docs/routing.md).
+        Where the engine gives no prompt more than `max_prefill_chunk` tokens of a step and this one
+        needs no more. Where steps are limited as a whole none is (docs/routing.md).
         """
         return num_new_tokens <= self.max_prefill_chunk
 
@@ -175,10 +173,8 @@ class Replica:
         steps until what comes before it and its own tokens are prefilled
         (formula: `router.estimators.step_time`). Before it comes all that is pending. Where engines
         give a prompt a chunk of each step, and more than a step is pending, a short one passes the
-        long ones (see `serving.engine.vllm.scheduler`): before it come the other short ones, and
-        one chunk of a long one there that has a lower EDF key. Before a long one no more than
-        goes into the steps that its own chunks take: long prompts share steps. A wait for KV
-        blocks is not included.
+        long ones but for one chunk of lower EDF key, and a long one shares the steps of its chunks
+        with those before it. A wait for KV blocks is not included.
         """
         # Read for every engine at every decision, hence no calls in here.
         chunk, num_tokens, num_chunks = self.max_prefill_chunk, self._rest_tokens, 0
@@ -206,8 +202,7 @@ class Replica:
     def passing_s(self, num_new_tokens: int, edf_key_s: float) -> float:
         """Return the predicted seconds that long prompts here wait for this one, summed over them.
 
-        Those of a higher EDF key, where more is pending than a step: else it is as good as
-        prefilled when this one comes.
+        Those of a higher EDF key, where more is pending than a step.
         """
         if not self._is_backlogged:
             return 0.0
