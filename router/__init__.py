@@ -6,9 +6,9 @@ Synchronous Python without clocks, input or output. Shells carry the decisions o
 
 from router.core.carry_out import Shell, carry_out
 from router.core.router import Router
+from router.core.settings import RouterSettings
 from router.core.state import RouterState
 from router.resilience.breaker import Failure
-from router.settings import RouterSettings
 from router.types import (
     BlockUpdate,
     Decision,

@@ -25,6 +25,7 @@ from rich.console import Console
 from scipy.stats import kendalltau
 
 from benchmarks.report.report import Report
+from router import Request
 from router.estimators.lengths.forecast import Lengths
 from router.estimators.lengths.given import GivenLengths
 from router.estimators.lengths.predicted import PredictedLengths
@@ -35,7 +36,6 @@ from router.simulation.engine.unloaded import UnloadedTimes
 from router.simulation.figures import STEADY, Figures, Promises, figures_of, interval
 from router.simulation.workload.synthetic import SYNTHETIC
 from router.simulation.workload.workload import Workload
-from router.types import Request
 from serving.capacity.profiles import load_profile
 from serving.capacity.sweep import Fleet, simulate, simulated_capacity
 from serving.capacity.traces import read_trace

@@ -13,6 +13,7 @@ from collections.abc import Collection
 
 import msgspec
 
+from router.core.settings import RouterSettings
 from router.fleet.fleet import Fleet
 from router.queueing.deadline import edf_key_s, engine_put_off_s, unshifted_edf_key_s
 from router.queueing.hold_queue import HoldQueue
@@ -20,7 +21,6 @@ from router.scheduling.attempt import Attempts
 from router.scheduling.placer import Placer
 from router.scheduling.policies import make_policy
 from router.scheduling.predictions import Predictions
-from router.settings import RouterSettings
 from router.types import Request
 
 

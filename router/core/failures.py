@@ -13,6 +13,7 @@ Providers are judged alike for what may be the request's fault, a 500: see `blam
 import msgspec
 
 from router.core.lifecycle import OpenRequests
+from router.core.settings import RouterSettings
 from router.fleet.fleet import Fleet
 from router.fleet.replica import Replica
 from router.providers.calls import ProviderAttempt
@@ -21,7 +22,6 @@ from router.resilience.breaker import Failure, TripReason
 from router.resilience.suspects import PROVEN_TOKENS, Suspects
 from router.scheduling.attempt import Attempt, Attempts
 from router.scheduling.hedging import Hedging
-from router.settings import RouterSettings
 from router.types import Decision, Fail, FailedCall, Outcome, Withdraw
 
 # HTTP status of replies that may tell of the engine's trouble rather than of the request's.

@@ -17,6 +17,7 @@ from collections import Counter
 
 import msgspec
 
+from router.core.settings import RouterSettings
 from router.fleet.fleet import Fleet
 from router.providers.spillover import Spillover
 from router.queueing.hold_queue import HoldQueue
@@ -27,7 +28,6 @@ from router.scheduling.attempt import Attempt, Attempts
 from router.scheduling.load_shedding import LoadShedder
 from router.scheduling.placer import Placer
 from router.scheduling.wait_time import WaitEstimator
-from router.settings import RouterSettings
 from router.types import Decision, Fail, Hold, Outcome, Reject, RejectReason, Request, Usage
 
 # Times `max_attempts` that engines may fail under a reply that gets on between: a bound on

@@ -30,6 +30,7 @@ from router.core.discipline import Discipline
 from router.core.failures import Failures
 from router.core.lifecycle import OpenRequests
 from router.core.provider_events import ProviderEvents
+from router.core.settings import RouterSettings
 from router.core.state import RetriesState, RouterState
 from router.estimators.lengths.forecast import Lengths
 from router.fleet.fleet import Fleet
@@ -49,7 +50,6 @@ from router.scheduling.policies import make_policy
 from router.scheduling.predictions import Predictions
 from router.scheduling.quarantine import Quarantine
 from router.scheduling.wait_time import WaitEstimator
-from router.settings import RouterSettings
 from router.types import (
     BlockUpdate,
     Decision,

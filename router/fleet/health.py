@@ -10,11 +10,11 @@ tokens reach the breaker by the calls themselves (`router.core.router`).
 import random
 from collections.abc import Iterable, Sequence
 
+from router.core.settings import RouterSettings
 from router.fleet.admission import accepts_work
 from router.fleet.fleet import Fleet
 from router.fleet.replica import Replica
 from router.resilience.breaker import Breaker, BreakerLog, BreakerState, TripReason
-from router.settings import RouterSettings
 from router.types import EngineInfo, Evacuate
 
 # Between two checks of all engines: finer than any setting that they are checked against.

@@ -22,6 +22,7 @@ from itertools import islice
 
 import msgspec
 
+from router.core.settings import RouterSettings
 from router.limits.rate_limit import Amount, RateLimiter
 from router.limits.settings import RateLimits
 from router.providers.calls import ProviderCalls
@@ -33,7 +34,6 @@ from router.queueing.deadline import ttft_deadline_s
 from router.queueing.hold_queue import HoldQueue
 from router.resilience.breaker import BreakerLog
 from router.scheduling.wait_time import WaitEstimator
-from router.settings import RouterSettings
 from router.types import Fallback, Request
 
 # How often waits are checked when nothing else happens: a tenth of the shortest TTFT targets.

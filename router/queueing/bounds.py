@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from router.settings import RouterSettings
+from router.core.settings import RouterSettings
 from router.types import Request
 
 # Requests evicted for one other, at most: bounds the work of one arrival. A request

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from router.settings import RouterSettings
+from router.core.settings import RouterSettings
 from router.types import Request, RequestClass
 
 # How far a prompt may be put behind shorter ones, in terms of the time that its prefill takes.

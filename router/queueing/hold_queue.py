@@ -13,12 +13,12 @@ from typing import Final
 
 import msgspec
 
+from router.core.settings import RouterSettings
 from router.queueing.bounds import QueueBounds
 from router.queueing.deadline import edf_key_s, ttft_deadline_s
 from router.queueing.fair_share import FairShare, charged_tokens, owed_tokens
 from router.queueing.lazy_heap import Key, LazyHeap
 from router.queueing.model_queue import ModelQueue, queue_name
-from router.settings import RouterSettings
 from router.types import Request, RequestClass, Usage
 
 _BATCH: Final = RequestClass.BATCH  # looked up once: that costs 0.1 µs each time (Python 3.11)

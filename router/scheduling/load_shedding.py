@@ -16,11 +16,11 @@ anything while no engine of the model works, because then nothing is known.
 
 import math
 
+from router.core.settings import RouterSettings
 from router.fleet.fleet import Fleet
 from router.queueing.deadline import unshifted_edf_key_s
 from router.queueing.hold_queue import HoldQueue
 from router.scheduling.wait_time import WaitEstimator
-from router.settings import RouterSettings
 from router.types import Request
 
 # How much longer than predicted a wait in the queue is taken to be. Predictions are off by

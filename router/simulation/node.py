@@ -364,7 +364,9 @@ class Node:
 
     def _remove_if_empty(self, _: object) -> None:
         # Jobs under way when the draining began may have arrived since.
-        if self.is_up and self.is_draining and not any(
-            gateway.has_streams(self) for gateway in self._simulation.gateways
+        if (
+            self.is_up
+            and self.is_draining
+            and not any(gateway.has_streams(self) for gateway in self._simulation.gateways)
         ):
             self._simulation.remove_node(self)

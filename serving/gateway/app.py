@@ -18,28 +18,28 @@ from serving.core_form import form
 from serving.file_watch import FileWatch
 from serving.gateway.cache.response_cache import ResponseCache
 from serving.gateway.driver import Driver
-from serving.gateway.endpoints.answers import EngineEndpoints
-from serving.gateway.endpoints.kept import KeptResponses
-from serving.gateway.endpoints.table import COMPUTED, is_for_anybody
 from serving.gateway.http.body_reader import BodyReader
 from serving.gateway.http.connections import Connections, make_connections
 from serving.gateway.http.endpoint import is_loopback
+from serving.gateway.http.endpoints.answers import EngineEndpoints
+from serving.gateway.http.endpoints.bodies import read_json
+from serving.gateway.http.endpoints.health import make_health
+from serving.gateway.http.endpoints.kept import KeptResponses
+from serving.gateway.http.endpoints.model_cards import make_cards
+from serving.gateway.http.endpoints.table import COMPUTED, is_for_anybody
 from serving.gateway.http.errors import ApiError, model_not_found
 from serving.gateway.http.front import Front
-from serving.gateway.http.small.bodies import read_json
-from serving.gateway.http.small.health import make_health
-from serving.gateway.http.small.model_cards import make_cards
 from serving.gateway.intake.length.memory import LengthMemory
 from serving.gateway.intake.length.weights import shipped_lengths
 from serving.gateway.intake.request_parser import RequestParser
 from serving.gateway.intake.served_models import ServedModels
-from serving.gateway.observe.engine_metrics import CONTENT_TYPE, engine_metrics
-from serving.gateway.observe.metrics import Metrics
+from serving.gateway.observe.metrics.engines import CONTENT_TYPE, engine_metrics
+from serving.gateway.observe.metrics.requests import Metrics
 from serving.gateway.observe.observer import Observer
+from serving.gateway.observe.page.assets import Assets
+from serving.gateway.observe.page.feed import Feed
+from serving.gateway.observe.page.latencies import LatencyView, latency_views
 from serving.gateway.observe.state import GatewayState
-from serving.gateway.page.assets import Assets
-from serving.gateway.page.feed import Feed
-from serving.gateway.page.latencies import LatencyView, latency_views
 from serving.gateway.providers.calls import Providers
 from serving.gateway.providers.leases import Leases, SendUpdate
 from serving.gateway.request_path import RequestPath

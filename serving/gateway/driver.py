@@ -27,10 +27,10 @@ from router.limits.rate_limit import RateReport
 from router.queueing.deadline import engine_put_off_s
 from router.resilience.resume import Records, Reply
 from serving.config import Config
-from serving.gateway.endpoints.kept import state_lost
 from serving.gateway.engines import Engines
 from serving.gateway.exchange import Attempt, ClientLeft, EngineFailed, Exchange, Rejected, Turn
-from serving.gateway.observe.metrics import Metrics
+from serving.gateway.http.endpoints.kept import state_lost
+from serving.gateway.observe.metrics.requests import Metrics
 from serving.gateway.observe.recent import Recent
 from serving.gateway.providers.calls import Providers
 from serving.gateway.providers.http_client import ProviderFailed

@@ -14,8 +14,8 @@ from typing import Protocol
 from router import BlockUpdate, Decision, Dispatch, EngineInfo, EngineSnapshot, Router
 from router.resilience.resume import Resume
 from serving.engine.hardware_watch import HardwareState
-from serving.gateway.endpoints.questions import Question, Questions
 from serving.gateway.exchange import Attempt, Exchange, Turn
+from serving.gateway.http.endpoints.questions import Question, Questions
 from serving.stream.client import StreamClient
 from serving.stream.frames import (
     Ack,

@@ -11,10 +11,10 @@ from starlette.types import Receive, Scope, Send
 from serving.config import Config
 from serving.gateway.cache.response_cache import ResponseCache
 from serving.gateway.driver import Driver
-from serving.gateway.endpoints.asking import make_exchange
-from serving.gateway.endpoints.kept import KeptResponses
 from serving.gateway.exchange import EngineFailed, Exchange, Rejected
 from serving.gateway.http.body_reader import BodyReader, IncomingBody
+from serving.gateway.http.endpoints.asking import make_exchange
+from serving.gateway.http.endpoints.kept import KeptResponses
 from serving.gateway.http.errors import (
     ApiError,
     as_anthropic,

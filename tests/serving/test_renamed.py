@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from router.core.settings import RouterSettings
 from router.scheduling.ablation import PARTS, RENAMED_PARTS
-from router.settings import RouterSettings
 from serving.cli.config_file import IMPORT_PATH, load_config_file
 from serving.config import ConfigError, EngineConfig, parse, read, renamed
 from serving.config.renamed import FACTORIES, IMPORT_PATHS, KEYS, current_args, current_parts

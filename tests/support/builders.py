@@ -5,9 +5,9 @@ from typing import Any
 import msgspec
 
 from router.core.router import Router
+from router.core.settings import RouterSettings
 from router.fleet.replica import Replica
 from router.resilience.breaker import Failure
-from router.settings import RouterSettings
 from router.simulation.engine.profile import Profile
 from router.types import Decision, EngineInfo, EngineSnapshot, Request
 

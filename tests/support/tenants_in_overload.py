@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from router.core.carry_out import carry_out
 from router.core.router import Router
-from router.settings import RouterSettings
+from router.core.settings import RouterSettings
 from router.types import Dispatch, EngineSnapshot, Reject, Request, Usage
 from tests.support.builders import info, req
 from tests.support.shell import IdleShell

@@ -1,5 +1,7 @@
 """A running `headway serve` with real engines."""
 
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,8 +13,10 @@ import msgspec
 from router.types import EngineSnapshot
 from serving.gateway.observe.state import GatewayState
 from tests.support.running_gateway import free_port
+from tests.system.documents import ROOT
 
 START_TIMEOUT_S = 240
+DOCUMENTED_PORT = 8000
 
 
 def start_headway(log: Path, *options: str) -> "Server":
@@ -30,6 +34,34 @@ def start_headway(log: Path, *options: str) -> "Server":
             start_new_session=True,
         )
     return Server(process, port)
+
+
+def make_serve(log: Path) -> "Server":
+    """Start `make serve`, on another port only if that of the documents is taken."""
+    port = DOCUMENTED_PORT if is_free(DOCUMENTED_PORT) else free_port()
+    more = [] if port == DOCUMENTED_PORT else [f"ARGS=--port {port}"]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            ["make", "serve", *more],
+            cwd=ROOT,
+            # On a GPU node, too, these tests are about the CPU build.
+            env=os.environ | {"HEADWAY_DEVICE": "cpu"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    return Server(process, port)
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 class Server:

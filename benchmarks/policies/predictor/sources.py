@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from router.types import Request
+from router import Request
 from serving.gateway.intake.length.wording import instruction_features
 
 INSTRUCTIONS = "instruction_prompts_output_lengths*"  # those that the shipped weights come from

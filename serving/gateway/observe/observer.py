@@ -10,7 +10,7 @@ from serving.config import Config, ConfigError, TracingConfig
 from serving.gateway.exchange import Exchange
 from serving.gateway.http.errors import ApiError
 from serving.gateway.http.own_headers import request_id_of
-from serving.gateway.observe.metrics import Metrics
+from serving.gateway.observe.metrics.requests import Metrics
 from serving.gateway.observe.request_log import Clock, RequestLine, RequestLog
 from serving.stream.frames import Headers
 

@@ -15,7 +15,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.grafana import boards
-from serving.gateway.observe.state_metrics import StateCollector
+from serving.gateway.observe.metrics.state import StateCollector
 from serving.gateway.tenants.keys import KeysFile, make_key
 from tests.support.provider_server import configured, serving
 from tests.support.running_gateway import CHAT, running

@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine
 
 from router.core.carry_out import carry_out
 from router.core.router import Router
+from router.core.settings import RouterSettings
 from router.resilience.breaker import BreakerState, Failure
-from router.settings import RouterSettings
 from router.types import (
     Decision,
     Dispatch,

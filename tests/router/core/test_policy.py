@@ -5,7 +5,7 @@ import random
 import pytest
 
 from router.core.router import Router
-from router.settings import RouterSettings
+from router.core.settings import RouterSettings
 from router.types import Dispatch
 from tests.router.core.short_ways import FULL, occupy
 from tests.support.builders import busy, info, make_router, req, snapshot, stepped

@@ -3,7 +3,7 @@
 import pytest
 
 from router.core.router import Router
-from router.settings import RouterSettings
+from router.core.settings import RouterSettings
 from router.types import Dispatch, Hold, Outcome, Reject, RejectReason, Usage
 from tests.router.core.short_ways import FULL, ends, given_up, occupy
 from tests.support.builders import (

@@ -8,10 +8,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from router.core.carry_out import carry_out
 from router.core.router import Router
+from router.core.settings import RouterSettings
 from router.limits.rate_limit import RateReport
 from router.providers.settings import FallbackSettings, ProviderSettings
 from router.resilience.breaker import Failure
-from router.settings import RouterSettings
 from router.types import (
     Dispatch,
     Evacuate,

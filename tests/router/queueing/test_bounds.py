@@ -1,8 +1,8 @@
 """Who has to make room in a full hold queue."""
 
 from router.core.router import Router
+from router.core.settings import RouterSettings
 from router.queueing.hold_queue import HoldQueue
-from router.settings import RouterSettings
 from router.types import Hold, Outcome, Reject, RejectReason
 from tests.support.builders import make_router, req, snapshot
 

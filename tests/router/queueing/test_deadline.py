@@ -3,8 +3,8 @@
 import msgspec
 import pytest
 
+from router.core.settings import RouterSettings
 from router.queueing.deadline import edf_key_s, ttft_deadline_s, unshifted_edf_key_s
-from router.settings import RouterSettings
 from router.types import Dispatch, Hold, RequestClass
 from tests.router.core.short_ways import FULL
 from tests.support.builders import busy, make_router, req

@@ -6,9 +6,9 @@ import tracemalloc
 
 import pytest
 
+from router.core.settings import RouterSettings
 from router.queueing.fair_share import FairShare
 from router.queueing.hold_queue import HoldQueue
-from router.settings import RouterSettings
 from router.types import Request, RequestClass, Usage
 from tests.router.core.short_ways import FULL
 from tests.support.builders import make_router, req

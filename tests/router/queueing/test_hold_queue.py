@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.core.settings import RouterSettings
 from router.queueing.hold_queue import HoldQueue
-from router.settings import RouterSettings
 from router.types import RequestClass
 from tests.support.builders import req
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from router.core.carry_out import carry_out
 from router.core.router import Router
+from router.core.settings import RouterSettings
 from router.queueing.deadline import ttft_deadline_s
-from router.settings import RouterSettings
 from router.types import Dispatch, EngineSnapshot, Request, RequestClass, Usage
 from tests.support.builders import info, req
 from tests.support.shell import IdleShell

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from router.core.settings import RouterSettings
 from router.fleet.admission import Admission, accepts_work, admission, kv_need_tokens
 from router.fleet.fleet import Fleet
 from router.fleet.replica import Replica
@@ -12,7 +13,6 @@ from router.queueing.hold_queue import HoldQueue
 from router.scheduling.backfill import Reservations
 from router.scheduling.policies import make_policy
 from router.scheduling.policies.headway import num_new_tokens
-from router.settings import RouterSettings
 from router.types import BlockUpdate, Request, RequestClass
 from tests.support.builders import make_replica, req, snapshot
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.core.settings import RouterSettings
 from router.queueing.deadline import ttft_deadline_s
 from router.scheduling.load_shedding import AdmissionShare, OverloadState
-from router.settings import RouterSettings
 from router.types import Hold, Outcome, Reject, RejectReason
 from tests.support.builders import busy, make_router, req
 from tests.support.tenants_in_overload import SHORT, World, flood

@@ -8,9 +8,9 @@ from typing import ClassVar, get_args
 import pytest
 from pydantic import ValidationError
 
+from router.core.settings import RouterSettings
 from router.scheduling.ablation import PARTS, current_parts, renamed_parts
 from router.scheduling.policies import POLICIES, Load, Policy, make_policy
-from router.settings import RouterSettings
 from router.simulation.variant import policies, split
 from router.types import Dispatch, Hold
 from tests.support.builders import busy, make_router, req

@@ -1,7 +1,7 @@
+from router.core.settings import RouterSettings
 from router.fleet.fleet import Fleet
 from router.queueing.hold_queue import HoldQueue
 from router.scheduling.wait_time import WaitEstimator
-from router.settings import RouterSettings
 from tests.support.builders import make_replica, req
 
 

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 
-from router.settings import RouterSettings
+from router.core.settings import RouterSettings
 from router.simulation.events import Network
 from router.simulation.journal import Run
 from router.simulation.node import Engine

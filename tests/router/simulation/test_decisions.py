@@ -6,8 +6,8 @@ from typing import get_args
 import numpy as np
 
 from router import RouterState
+from router.core.settings import RouterSettings
 from router.providers.settings import ProviderSettings
-from router.settings import RouterSettings
 from router.simulation.engine.model import EngineModel
 from router.simulation.provider import ProviderModel
 from router.simulation.simulator import Failure, Simulation

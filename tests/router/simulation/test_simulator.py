@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from router.core.settings import RouterSettings
 from router.fleet.step_budget import ITL_TARGET_S
 from router.scheduling.ablation import PARTS
 from router.scheduling.policies import POLICIES
-from router.settings import RouterSettings
 from router.simulation.engine.model import EngineModel
 from router.simulation.engine.profile import Profile, StepTimeFactors
 from router.simulation.events import NeedsSnapshots, Network

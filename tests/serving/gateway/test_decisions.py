@@ -8,7 +8,7 @@ import pytest
 
 import router.simulation.gateway as simulated
 import serving.gateway.driver as driver
-from router.settings import RouterSettings
+from router.core.settings import RouterSettings
 from router.simulation.engine.model import EngineModel
 from router.simulation.simulator import Simulation
 from router.simulation.workload.synthetic import SYNTHETIC

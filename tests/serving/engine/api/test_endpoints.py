@@ -12,7 +12,7 @@ import pytest
 
 from serving.config import ConfigError
 from serving.engine.vllm.engine import routes_of, vllm_arguments
-from serving.gateway.endpoints.table import RULES
+from serving.gateway.http.endpoints.table import RULES
 from tests.serving.engine.conftest import Served
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]

@@ -17,8 +17,8 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from router.core.settings import RouterSettings
 from router.resilience.breaker import BreakerState
-from router.settings import RouterSettings
 from serving.config import parse
 from serving.gateway.app import Gateway
 from serving.gateway.http.listener import Listener

@@ -134,9 +134,19 @@ async def test_behind_serve_an_id_is_not_told_twice():
         assert "x-request-id" not in reply.headers
 
 
+async def test_the_root_leads_to_the_page():
+    async with running(num_engines=0) as system:
+        for path, there in (("/", "/headway/"), ("/headway", "/headway/")):
+            reply = await system.client.get(path)
+            assert (reply.status_code, reply.next_request.url.path) == (307, there)
+        page = await system.client.get("/headway/")
+        assert "default-src 'self'" in page.headers["content-security-policy"]
+        assert page.text.startswith("<!doctype html>")
+
+
 async def test_where_nothing_is_served_an_error_says_so():
     async with running(num_engines=1) as system:
-        for path in ("/", "/v1", "/v1/nothing", "/headway", "/docs", "/openapi.json"):
+        for path in ("/v1", "/v1/nothing", "/headway/page/nothing", "/docs", "/openapi.json"):
             reply = await system.client.get(path)
             assert reply.status_code == 404
             error = reply.json()["error"]

@@ -10,9 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from router import Outcome, RejectReason, RequestClass, Usage
 from serving.gateway.exchange import Exchange
 from serving.gateway.intake.fields import ChatFields
-from serving.gateway.observe import metrics as module
-from serving.gateway.observe.metrics import Metrics
-from serving.gateway.observe.renamed import _OLD_NAMES
+from serving.gateway.observe.metrics import requests as module
+from serving.gateway.observe.metrics.renamed import _OLD_NAMES
+from serving.gateway.observe.metrics.requests import Metrics
 from tests.serving.gateway.seen.promlint import check_openmetrics, complaints, promtool_says
 from tests.support.builders import req
 from tests.support.provider_server import configured, serving

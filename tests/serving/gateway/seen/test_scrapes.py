@@ -15,8 +15,8 @@ from prometheus_client import Counter as TheirCounter
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.engine.emulated.engine import EmulatedArgs, EmulatedEngine
-from serving.gateway.observe.engine_metrics import merge
-from serving.gateway.observe.metrics import LATENCY_BUCKETS_S
+from serving.gateway.observe.metrics.engines import merge
+from serving.gateway.observe.metrics.requests import LATENCY_BUCKETS_S
 from serving.stream.server import StreamServer
 from tests.support.running_gateway import CHAT, System, running
 
@@ -165,7 +165,7 @@ async def test_engines_own_metrics_are_passed_on_under_their_ids(systems):
 
 
 async def test_an_engine_that_does_not_answer_is_said_to_be_down(systems, monkeypatch):
-    monkeypatch.setattr("serving.gateway.observe.engine_metrics._TIMEOUT_S", 0.05)
+    monkeypatch.setattr("serving.gateway.observe.metrics.engines._TIMEOUT_S", 0.05)
     engines = systems[0].gateway.driver.engines
     asked = engines.ask
 

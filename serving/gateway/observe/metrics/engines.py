@@ -10,8 +10,8 @@ import asyncio
 import re
 from collections.abc import Mapping
 
-from serving.gateway.endpoints.questions import NotAnswered
 from serving.gateway.engines import Engines
+from serving.gateway.http.endpoints.questions import NotAnswered
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TIMEOUT_S = 5.0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 _HERE = Path(__file__).parent
-_FOLDER = Path(__file__).resolve().parents[3] / ".venv" / "browser"
+_FOLDER = Path(__file__).resolve().parents[6] / ".venv" / "browser"
 MODULES = _FOLDER / "node_modules"
 # Those of Chromium's sandbox and processes that a container does without.
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]

@@ -6,6 +6,7 @@ They hold no secret, so they need no key: what the page shows it has to ask for,
 import mimetypes
 from pathlib import Path
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
@@ -56,6 +57,6 @@ class Assets:
     def _reply(self, name: str) -> Response:
         content = self._files.get(name)
         if content is None:
-            return Response(status_code=404)
+            raise HTTPException(404)
         kind = mimetypes.guess_type(name)[0] or "text/plain"
         return Response(content, media_type=kind, headers=_SECURITY)

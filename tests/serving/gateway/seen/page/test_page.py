@@ -15,28 +15,26 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.support.browser import ARGUMENTS, MODULES, install_browser
+from tests.serving.gateway.seen.page.browser import ARGUMENTS, MODULES, install_browser
 from tests.support.running_gateway import CHAT, free_port
 
-ROOT = Path(__file__).resolve().parents[4]
-STATIC = ROOT / "serving" / "gateway" / "page" / "static"
-NUM_ENGINES = 3
+ROOT = Path(__file__).resolve().parents[5]
+STATIC = ROOT / "serving" / "gateway" / "observe" / "page" / "static"
+NUM_ENGINES = 8
 
 pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Serve emulated engines, a few of those of `make serve-emulated`."""
+    """Run `make serve-emulated`."""
     install_browser()
     port = free_port()
     log = tmp_path_factory.mktemp("page") / "log"
-    headway = [sys.executable, "-m", "serving.cli.main", "serve", "deploy/emulated8.yaml"]
     with log.open("w") as output:
         served = subprocess.Popen(
-            [*headway, "--replicas", str(NUM_ENGINES), "--port", str(port)],
+            ["make", "serve-emulated", f"ARGS=--port {port}"],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -47,8 +45,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
     finally:
-        served.send_signal(signal.SIGINT)
-        assert served.wait(60) == 0
+        os.killpg(served.pid, signal.SIGINT)
+        served.wait(60)
+    assert "] Error" not in log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +140,7 @@ async def main():
     async with httpx.AsyncClient(timeout=60) as client:
         replies = await asyncio.gather(*(
             client.post(sys.argv[1], content=body, headers={"content-type": "application/json"})
-            for _ in range(16)
+            for _ in range(40)
         ))
     assert {reply.status_code for reply in replies} <= {200, 429}, replies
 asyncio.run(main())

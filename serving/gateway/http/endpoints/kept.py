@@ -9,9 +9,9 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 
-from serving.gateway.endpoints.questions import NotAnswered
 from serving.gateway.engines import Engines
 from serving.gateway.exchange import Exchange
+from serving.gateway.http.endpoints.questions import NotAnswered
 from serving.gateway.http.errors import ApiError
 from serving.gateway.http.own_headers import new_id
 from serving.gateway.intake.fields import Fields, ResponseFields

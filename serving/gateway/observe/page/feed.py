@@ -14,9 +14,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from serving.gateway.http.errors import ApiError
+from serving.gateway.observe.page.latencies import LatencyView
 from serving.gateway.observe.recent import RequestWay
 from serving.gateway.observe.state import GatewayState
-from serving.gateway.page.latencies import LatencyView
 
 PERIOD_S = 0.5
 # Of a fleet of hundreds a state takes tens of milliseconds: then frames come less often.

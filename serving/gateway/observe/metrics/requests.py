@@ -26,9 +26,9 @@ from prometheus_client.utils import floatToGoString
 from router import Outcome, RejectReason, Request
 from serving.core_form import form
 from serving.gateway.exchange import Exchange
-from serving.gateway.observe.renamed import with_old_names
+from serving.gateway.observe.metrics.renamed import with_old_names
+from serving.gateway.observe.metrics.state import StateCollector
 from serving.gateway.observe.state import GatewayState
-from serving.gateway.observe.state_metrics import StateCollector
 
 # From the first token of an idle GPU to a long wait behind long prompts, seconds.
 LATENCY_BUCKETS_S = (

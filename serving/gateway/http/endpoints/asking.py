@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from starlette.types import Scope
 
 from router.resilience.resume import Records
-from serving.gateway.endpoints.kept import PATH as RESPONSES
-from serving.gateway.endpoints.kept import new_response_id
-from serving.gateway.endpoints.table import INVOCATIONS
 from serving.gateway.engines import Engines
 from serving.gateway.exchange import Exchange
+from serving.gateway.http.endpoints.kept import PATH as RESPONSES
+from serving.gateway.http.endpoints.kept import new_response_id
+from serving.gateway.http.endpoints.table import INVOCATIONS
 from serving.gateway.http.own_headers import new_id, request_id_of, set_request_id
 from serving.gateway.intake.json_body import ENDPOINTS, invoked_path
 from serving.gateway.intake.request_headers import read_headers

@@ -11,11 +11,11 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from serving.gateway.endpoints.kept import KeptResponses
-from serving.gateway.endpoints.questions import NotAnswered, Question
-from serving.gateway.endpoints.table import RULES, Kind, Rule
 from serving.gateway.engines import Engines
 from serving.gateway.http.body_reader import BodyReader
+from serving.gateway.http.endpoints.kept import KeptResponses
+from serving.gateway.http.endpoints.questions import NotAnswered, Question
+from serving.gateway.http.endpoints.table import RULES, Kind, Rule
 from serving.gateway.http.errors import ApiError, model_not_found
 from serving.gateway.http.own_headers import request_id_of
 from serving.gateway.intake.request_headers import read_headers

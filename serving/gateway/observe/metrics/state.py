@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from router.limits.sliding_window import WindowState
 from router.providers.spillover import SpilloverState
 from router.resilience.breaker import BreakerState
-from serving.gateway.observe.hardware_metrics import hardware_metrics
+from serving.gateway.observe.metrics.hardware import hardware_metrics
 from serving.gateway.observe.state import GatewayState
 
 

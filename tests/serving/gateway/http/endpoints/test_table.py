@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving.gateway.endpoints.table import RULES, Kind, as_markdown, is_for_anybody
+from serving.gateway.http.endpoints.table import RULES, Kind, as_markdown, is_for_anybody
 from serving.gateway.intake.json_body import ENDPOINTS
 
-DOCS = Path(__file__).parents[4] / "docs" / "endpoints.md"
+DOCS = Path(__file__).parents[5] / "docs" / "endpoints.md"
 # What vLLM makes of a model by its task; each has endpoints of its own.
 POOLING = ("embed", "classify", "token_embed", "token_classify")
 # Only with a package that is not installed here: Cohere's client library.
@@ -18,7 +18,7 @@ WITH_COHERE = {"POST /cohere/v2/chat", "POST /cohere/v2/chat/render"}
 
 
 def test_the_documents_have_the_table() -> None:
-    assert as_markdown() in DOCS.read_text(), "python -m serving.gateway.endpoints.table"
+    assert as_markdown() in DOCS.read_text(), "python -m serving.gateway.http.endpoints.table"
 
 
 def test_each_route_has_one_rule() -> None:
