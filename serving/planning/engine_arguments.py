@@ -22,14 +22,7 @@ _SERVER = ("entrypoints/launchers/cli_args.py", ("FrontendArgs",))  # of the HTT
 # What of the server's takes effect in an engine all the same.
 _ALLOWED = frozenset(("enable_flash_late_interaction",))
 # What of the OpenAI layer's does not, for the gateway stands before it, or would spoil replies.
-_REFUSED = frozenset(
-    (
-        "enable_scale_out",
-        "enable_tokenizer_info_endpoint",
-        "sse_keep_alive_interval",
-        "tokens_only",
-    )
-)
+_REFUSED = frozenset(("sse_keep_alive_interval", "tokens_only"))
 _LIST = re.compile(r"(list|tuple|set|Sequence)\b")
 OUR_KEYS = {  # by what vLLM's server calls them
     "host": "gateway.host",
