@@ -8,6 +8,7 @@ The core runs as plain Python unless `HEADWAY_CORE` says otherwise; `test_compil
 """
 
 import os
+from collections.abc import Generator
 from typing import Any
 
 os.environ.setdefault("HEADWAY_CORE", "plain")  # for processes that tests start, too
@@ -26,6 +27,19 @@ settings.register_profile("long", max_examples=2500)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the core's tests first and real engines last."""
     items.sort(key=_cost)  # stable: within a kind the order stays
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Have what tests print as text that can go from one process to another.
+
+    Some are about text that cannot: half a pair of surrogates.
+    """
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -56,8 +56,8 @@ def test_followers_join_the_head_where_there_is_room_for_both():
 
 def test_a_more_urgent_request_is_not_bound_by_a_reservation():
     router = kv_router(800)
-    router.on_arrival(req("large", 1000, arrival_s=0.0), 0.0)  # due at 2.5 s
-    assert router.on_arrival(req("urgent", 10, arrival_s=1.0), 1.0) == [Dispatch("urgent", "r0", 1)]
+    router.on_arrival(req("large", 1000, arrival_s=0.0), 0.0)  # its turn is after twice its prefill
+    assert router.on_arrival(req("urgent", 10, arrival_s=0.1), 0.1) == [Dispatch("urgent", "r0", 1)]
 
 
 def test_the_reserved_engine_does_not_change_while_the_head_waits():

@@ -18,9 +18,9 @@ from serving.gateway.observe.page.latencies import LatencyView
 from serving.gateway.observe.recent import RequestWay
 from serving.gateway.observe.state import GatewayState
 
-PERIOD_S = 0.5
 # Of a fleet of hundreds a state takes tens of milliseconds: then frames come less often.
-_MAX_SHARE = 0.01  # of the gateway's time
+PERIOD_S, MAX_PERIOD_S = 0.5, 5.0
+_MAX_SHARE = 0.01  # of a core
 _MAX_VIEWERS = 100
 
 
@@ -95,7 +95,7 @@ class Feed:
         """Return the frame of this moment: the last one, if that is not older."""
         now_s = time.monotonic()
         if now_s - self._made_s > self._period_s / 2:
-            self._made_s = now_s
+            self._made_s, began_s = now_s, time.thread_time()
             frame = Frame(
                 time_s=time.time(),
                 state=self._state(),
@@ -104,6 +104,6 @@ class Feed:
                 num_viewers=self._num_viewers,
             )
             self._event = b"data: " + msgspec.json.encode(frame) + b"\n\n"
-            took_s = time.monotonic() - now_s
-            self._period_s = max(PERIOD_S, took_s / _MAX_SHARE)
+            took_s = time.thread_time() - began_s
+            self._period_s = min(MAX_PERIOD_S, max(PERIOD_S, took_s / _MAX_SHARE))
         return self._event

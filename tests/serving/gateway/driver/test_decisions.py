@@ -145,6 +145,7 @@ class TestDecisions:
 
     async def test_withdraw_and_hold(self, world):
         world.replies["engines.get"] = "the attempt"
+        world.opened("a")
         world.driver.execute([Withdraw("a", "r1", 7), Hold("a")])
         assert world.told == [("engines.get", "r1", 7), ("engines.cancel", "the attempt")]
 

@@ -22,6 +22,7 @@ _UNTOLD = (
     "metrics.observe_end",
     "providers.rearm_timer",
     "router.next_wake_s",
+    "router.state",
 )
 
 
@@ -52,6 +53,7 @@ class World:
         self.told: list[tuple] = []
         self.replies: dict[str, Any] = {
             "router.next_wake_s": None,
+            "router.state": SimpleNamespace(replicas={}, held=SimpleNamespace(num_requests=0)),
             "discipline.engine_priority_s": None,
             "discipline.predicted_ttft_s": 0.25,
         }

@@ -152,7 +152,10 @@ FIELDS = {
     "/v2/embed": "model priority",
 }
 # What is another thing there: a bound of the input.
-OTHERS = {"/v2/embed": {"max_tokens"}}
+OTHERS = {
+    "/v2/embed": {"max_tokens"},
+    "/v1/responses": {"metadata"},  # only Anthropic's tells a session
+}
 
 
 def test_each_endpoint_is_compared_with_vllms():
