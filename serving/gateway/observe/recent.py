@@ -1,8 +1,8 @@
 """Which way did the last requests take, and why did they wait? For `/headway/requests/ID`.
 
 What is kept is bounded: the last requests that are over, as references to what was noted of them
-anyhow, and how the engines looked when requests were held, at most four times a second. It becomes
-words only when somebody asks.
+anyhow, and how the engines looked when requests were held, a few times a second. It becomes words
+only when somebody asks.
 """
 
 import collections
@@ -22,7 +22,10 @@ from serving.gateway.observe.observer import reason_of
 
 _MAX_KEPT = 1000  # some 2 KB each
 _MAX_LISTED = 100
+# How the engines look is asked no more often, and not for more than this share of a core: of a
+# fleet of hundreds it takes tens of milliseconds.
 _LOOK_EVERY_S = 0.25
+_MAX_SHARE = 0.01
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -76,16 +79,18 @@ class Recent:
         self._open = open_requests
         self._router_state = router_state
         self._over: collections.deque[_Over] = collections.deque(maxlen=max_kept)
-        self._looked_s = float("-inf")
+        self._next_look_s = float("-inf")
         self._looks: dict[str, Look] = {}  # of the last time, by model
 
     def on_hold(self, exchange: Exchange, now_s: float) -> None:
         """Note why a request is held, the first time that it is."""
         if exchange.journey.held_by is not None:
             return
-        if now_s - self._looked_s >= _LOOK_EVERY_S:
-            self._looked_s = now_s
+        if now_s >= self._next_look_s:
+            began_s = time.thread_time()
             self._looks = _looks(self._router_state(now_s))
+            took_s = time.thread_time() - began_s
+            self._next_look_s = now_s + max(_LOOK_EVERY_S, took_s / _MAX_SHARE)
         model = exchange.request.model
         exchange.journey.held_by = self._looks.get(model) or Look(0, [])
 
