@@ -28,7 +28,7 @@ serve-emulated: compile  ## eight emulated H100s behind the real gateway, in rea
 	@PYTHONPATH=. $(BIN)/headway serve deploy/emulated8.yaml $(ARGS)
 
 test: install  ## all tests, the fast ones first, two files at a time; ARGS="tests/router -n 0" some of them
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=20 $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder --durations=20 $(ARGS)
 
 .PHONY: mutants
 mutants: install  ## do tests notice wrong lines? what limits and resumes, mutated (an hour); ARGS="lease"

@@ -25,8 +25,18 @@ settings.register_profile("long", max_examples=2500)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the core's tests first and real engines last."""
+    """Run the core's tests first and real engines last.
+
+    In two processes whole services and real engines are one's, who begins with them: beside each
+    other they would have half of a core each. Of all others a file at a time is anybody's.
+    """
     items.sort(key=_cost)  # stable: within a kind the order stays
+    if os.environ.get("PYTEST_XDIST_WORKER") is None:
+        return
+    items.sort(key=_is_large, reverse=True)
+    for item in items:
+        group = "services" if _is_large(item) else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -49,6 +59,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             if name == "figures" and report.when == "call":
                 terminalreporter.section(report.nodeid.partition("::")[2])
                 terminalreporter.write_line(value)
+
+
+def _is_large(item: pytest.Item) -> bool:
+    """Whether it starts whole services, or real engines."""
+    return item.get_closest_marker("engine") is not None or "system" in item.path.parts
 
 
 def _cost(item: pytest.Item) -> int:

@@ -450,7 +450,7 @@ PATCHES = (
         how="subclassed",
         ours="serving.engine.vllm.cpu_executor:CpuExecutor",
         why="on a CPU the worker of the default executor spins on a core even when idle",
-        guards=("test_curl_gets_paris",),
+        guards=("test_what_the_documents_ask_gets_paris",),
         shapes=(
             Shape("vllm.v1.executor.uniproc_executor:UniProcExecutor._init_executor", "(self)"),
         ),
@@ -460,7 +460,7 @@ PATCHES = (
         ours="serving.engine.vllm.patches:avoid_amx_attention",
         why="on a CPU with AMX, attention in bfloat16 gives wrong text (SmolLM2: a list of French "
         "words for the capital of France, where float32 and AVX-512 give Paris)",
-        guards=("test_amx_attention_is_avoided", "test_curl_gets_paris"),
+        guards=("test_amx_attention_is_avoided", "test_what_the_documents_ask_gets_paris"),
         shapes=(
             Shape(
                 "vllm.v1.attention.backends.cpu_attn:_get_attn_isa",
@@ -493,7 +493,7 @@ PATCHES = (
         how="set",
         ours="serving.planning.plan:make_plan",
         why="torch.compile's CPU code gave a wrong text for SmolLM2 (AVX-512 BF16): it is off",
-        guards=("test_curl_gets_paris",),
+        guards=("test_what_the_documents_ask_gets_paris",),
         shapes=(Shape("vllm.engine.arg_utils:AsyncEngineArgs", has="enforce_eager"),),
         versions=("0.32.0",),
         is_fatal=False,

@@ -290,7 +290,8 @@ class Shell(RuleBasedStateMachine):
         if request is not None:
             # There is budget enough in these sequences: it is the attempts that run out.
             may_retry = options.get("can_retry", True)
-            is_last = self.num_stuck[request_id] == MAX_ATTEMPTS
+            # Who loses whole engines is for `suspects` to say; here no body comes twice.
+            is_last = failure is not None and self.num_stuck[request_id] >= MAX_ATTEMPTS
             is_last = is_last or self.num_attempts[request_id] == 3 * MAX_ATTEMPTS
             assert (Fail(request_id) in decisions) == (is_last or not may_retry)
         self.follow(decisions, entering=request)

@@ -61,7 +61,7 @@ def read_wording(data: bytes, prompt: bytes) -> Wording:
     """
     try:
         turns, system, text = _parts(prompt)
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return NO_WORDING
     features = instruction_features(text)
     _add_options(features, data, prompt)

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.parser import text_string_to_metric_families
 
 from router import Outcome, RejectReason, RequestClass, Usage
+from router.resilience.resume import Records
 from serving.gateway.exchange import Exchange
 from serving.gateway.intake.fields import ChatFields
 from serving.gateway.observe.metrics import requests as module
@@ -23,10 +24,8 @@ OPENMETRICS = {"accept": "application/openmetrics-text; version=1.0.0"}
 
 def exchange(is_stream: bool = True, usage: Usage | None = None, **fields) -> Exchange:
     fields = {"arrival_s": 9.0, **fields}
-    made = Exchange(
-        req("x", **fields), "POST", CHAT, [], b"{}", None, fields=ChatFields(stream=is_stream),
-        added={},
-    )  # fmt: skip
+    args = (req("x", **fields), "POST", CHAT, [], b"{}", Records(0))
+    made = Exchange(*args, fields=ChatFields(stream=is_stream), added={})
     made.usage = usage
     return made
 

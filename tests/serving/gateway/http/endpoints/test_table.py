@@ -50,7 +50,7 @@ def test_vllm_has_these_routes_and_no_others(monkeypatch: pytest.MonkeyPatch) ->
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from serving.engine.vllm.engine import routes_of
+    from serving.engine.vllm.engine import _keeping_log_level, routes_of
 
     args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     args.enable_tokenizer_info_endpoint = args.enable_scale_out = True
@@ -64,7 +64,8 @@ def test_vllm_has_these_routes_and_no_others(monkeypatch: pytest.MonkeyPatch) ->
             hf_config=SimpleNamespace(num_labels=1), score_type="cross-encoder",
         )  # fmt: skip
         tasks = ("generate", "transcription", "realtime") if task == "generate" else (task,)
-        found |= set(routes_of(build_app(args, tasks, model)))
+        with _keeping_log_level():
+            found |= set(routes_of(build_app(args, tasks, model)))
     known = {f"{rule.method} {rule.path}" for rule in RULES}
     assert found - known == set()
     assert known - found - WITH_COHERE == set()
