@@ -114,3 +114,9 @@ def test_the_shipped_weights_tell_a_sentence_from_a_report():
             for text in ("Write a one-sentence summary of", "Write a comprehensive report on")
         )
         assert 2 * one.num_booked_tokens < other.num_booked_tokens
+
+
+def test_what_is_no_text_says_nothing():
+    """As Python reads it, half a pair of surrogates may stand in a body: vLLM has the last word."""
+    prompt = b'"\xed\xa0\x80"'
+    assert read_wording(b'{"input": ' + prompt + b"}", prompt) == NO_WORDING
