@@ -24,6 +24,7 @@ import serving  # noqa: F401  before any test imports `router`
 settings.register_profile("long", max_examples=2500)
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the core's tests first and real engines last.
 
