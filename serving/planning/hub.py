@@ -10,16 +10,15 @@ import dataclasses
 import fnmatch
 import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from serving.config import ConfigError
 from serving.planning.model_size import ModelSize, cached_folder, read_folder
+from serving.planning.running_process import running_process
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are there, and those that are to be there."""
@@ -185,7 +184,7 @@ def download(found: HubModel, engine_args: Mapping[str, Any], report: Progress) 
     )
     if isinstance(token := engine_args.get("hf_token"), str):
         environment["HF_TOKEN"] = token
-    with _process(answer_to, environment) as process:
+    with running_process(answer_to, environment) as process:
         while process.poll() is None:
             report(min(total, _num_bytes(folder)), total)
             time.sleep(_POLL_S)
@@ -231,24 +230,6 @@ def _num_bytes(folder: Path) -> int:
         except OSError:
             continue
     return total
-
-
-@contextmanager
-def _process(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as process:
-        try:
-            yield process
-        except BaseException:
-            process.kill()
-            raise
 
 
 def _order(found: HubModel) -> str:

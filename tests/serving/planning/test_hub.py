@@ -1,5 +1,6 @@
 """A model is looked up, and downloaded, before anything starts; mistakes take one line."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def test_an_interrupted_download_is_ended(cache: Path, monkeypatch: pytest.Monke
     class Stopped(KeyboardInterrupt):
         pass
 
-    popen = hub.subprocess.Popen
+    popen = subprocess.Popen
 
     def start(*args, **options):
         started.append(popen(*args, **options))
@@ -137,7 +138,7 @@ def test_an_interrupted_download_is_ended(cache: Path, monkeypatch: pytest.Monke
         assert (done <= total, total > 300_000) == (True, True)
         raise Stopped
 
-    monkeypatch.setattr(hub.subprocess, "Popen", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
     with pytest.raises(Stopped):
         hub.download(found, {}, stop)
     assert started[0].poll() is not None
