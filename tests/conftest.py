@@ -24,20 +24,29 @@ import serving  # noqa: F401  before any test imports `router`
 settings.register_profile("long", max_examples=2500)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own reads the groups
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Say which tests have to share a process: whole services and real engines, and each file.
+
+    Two services beside each other would have half of a core each, and want the same port.
+    """
+    group = "services" if _is_large(item) else item.nodeid.partition("::")[0]
+    item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the core's tests first and real engines last.
 
-    In two processes whole services and real engines are one's, who begins with them: beside each
-    other they would have half of a core each. Of all others a file at a time is anybody's.
+    In two processes one begins with the real engines, and the other takes a file at a time.
     """
     items.sort(key=_cost)  # stable: within a kind the order stays
-    if os.environ.get("PYTEST_XDIST_WORKER") is None:
-        return
-    items.sort(key=_is_large, reverse=True)
-    for item in items:
-        group = "services" if _is_large(item) else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+    if os.environ.get("PYTEST_XDIST_WORKER") is not None:
+        items.sort(key=_is_large, reverse=True)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fail unless xdist, which has added a test's group to its name, keeps to the groups."""
+    if os.environ.get("PYTEST_XDIST_WORKER") and not all("@" in i.nodeid for i in session.items):
+        raise pytest.UsageError("tests of a group run apart: pytest-xdist does not fit this pytest")
 
 
 @pytest.hookimpl(wrapper=True)

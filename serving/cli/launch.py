@@ -39,6 +39,7 @@ from serving.gateway.http.endpoint import (
     StartError,
     check_port_is_free,
     is_loopback,
+    port_reserved,
     wait_for_answer,
 )
 from serving.planning.hardware import Hardware
@@ -78,6 +79,8 @@ def launch(
         try:
             if address is None:
                 check_port_is_free(file.host, file.port)
+                if not file.haproxy:
+                    stack.enter_context(port_reserved(file.host, file.port))
                 for port in file.metrics_ports(plan.num_gateways):
                     check_port_is_free(file.config.gateway.host, port, "gateway.metrics_port")
                 fetch()

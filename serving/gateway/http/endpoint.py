@@ -6,6 +6,7 @@ import socket
 import ssl
 import time
 import urllib.request
+from collections.abc import Iterator
 
 import psutil
 
@@ -48,6 +49,24 @@ def check_port_is_free(host: str, port: int, setting: str = "--port or --host") 
             f"cannot listen on {host}:{port}: {error.strerror}{_port_holder(port)}; "
             f"choose another with {setting}"
         ) from None
+
+
+@contextlib.contextmanager
+def port_reserved(host: str, port: int) -> Iterator[None]:
+    """Keep a port that is free for our gateways, which share it; all others find it taken.
+
+    Else a second service, checked while the engines of the first load, would share it, too: the
+    kernel deals connections to whoever listens with SO_REUSEPORT and belongs to the same user.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # connections of a former holder linger: nothing is lost
+            family, kind, proto, _, target = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM
+            )[0]
+            kept = stack.enter_context(socket.socket(family, kind, proto))
+            kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            kept.bind(target)  # and never listens: no connection is dealt to it
+        yield
 
 
 def _port_holder(port: int) -> str:

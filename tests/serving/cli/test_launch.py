@@ -41,6 +41,7 @@ def build(args):
                 def do_GET(self):
                     self.send_response(200)
                     self.end_headers()
+            http.server.HTTPServer.allow_reuse_port = True  # the launcher reserves the port
             server = http.server.HTTPServer(("127.0.0.1", port), Handler)
             threading.Thread(target=server.serve_forever, daemon=True).start()
             subprocess.Popen(["sleep", "1000"], start_new_session=True)  # will not leave by itself
