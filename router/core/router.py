@@ -249,16 +249,20 @@ class Router:
 
     # Replicas
 
-    def on_replica_up(self, replica_id: str, info: EngineInfo, now_s: float) -> list[Decision]:
+    def on_replica_up(
+        self, replica_id: str, info: EngineInfo, now_s: float, *, is_draining: bool = False
+    ) -> list[Decision]:
         """Take in an engine to which there is a connection now.
 
         A known id means a new connection: the old one, and all that was booked
-        on it, is lost.
+        on it, is lost. One that `is_draining` gets no work from the first moment on.
         """
         if (lost := self._fleet.remove(replica_id)) is not None:
             self._health.record_loss(lost, now_s)
         breaker = self._health.breaker(replica_id, info, self._fleet, now_s)
-        self._fleet.add(Replica(replica_id, info, now_s, breaker))
+        replica = Replica(replica_id, info, now_s, breaker)
+        replica.is_draining = is_draining
+        self._fleet.add(replica)
         self._placer.fit_fleet()
         return self._requests.place_held(now_s)
 

@@ -65,6 +65,7 @@ class Engines:
         self._connections: dict[str, StreamClient] = {}
         self._attempts: dict[str, dict[int, Attempt]] = {}  # by replica and booking
         self._emptied: set[str] = set()  # of the members, those that get no new work
+        self.drained: set[str] = set()  # that an admin wants to get none, here or not
         self._scales = False  # somebody starts engines as they are needed
         self._ready_s: float | None = None  # when the next engine should be; None: none starts
 
@@ -101,9 +102,23 @@ class Engines:
                 (self._emptied.add if drains else self._emptied.discard)(replica_id)
                 self._drain_or_not(replica_id)
 
+    @property
+    def known(self) -> set[str]:
+        """The ids of all engines that are here, or should be."""
+        return self._members.keys() | self.infos.keys()
+
+    def drain(self, replica_id: str, *, drains: bool) -> None:
+        """Send a replica no new work, or some again; what it has goes on. It may come later."""
+        (self.drained.add if drains else self.drained.discard)(replica_id)
+        if replica_id in self._members:  # else it drains anyhow, or is not there yet
+            self._drain_or_not(replica_id)
+
     def _drain_or_not(self, replica_id: str) -> None:
-        """Send a replica no new work if it is to be stopped or its hardware is bad, else some."""
-        drains = replica_id in self._emptied or replica_id in self._unfit
+        """Send a replica no new work if anybody has a reason for that, else some.
+
+        It is to be stopped, its hardware is bad, or an admin wants it.
+        """
+        drains = any(replica_id in each for each in (self._emptied, self._unfit, self.drained))
         now_s = time.monotonic()
         self._events.execute(
             self._router.on_replica_draining(replica_id, now_s, is_draining=drains)
@@ -224,7 +239,12 @@ class Engines:
         self.infos[client.replica_id] = info
         self._emptied.discard(client.replica_id)  # a new connection begins anew
         self._attempts[client.replica_id] = {}
-        self._events.execute(self._router.on_replica_up(client.replica_id, info, time.monotonic()))
+        drains = client.replica_id in self.drained
+        self._events.execute(
+            self._router.on_replica_up(
+                client.replica_id, info, time.monotonic(), is_draining=drains
+            )
+        )
 
     def on_snapshot(self, client: StreamClient, snapshot: EngineSnapshot) -> None:
         self._snapshots[client.replica_id] = snapshot
