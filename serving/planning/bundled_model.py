@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serving.planning.running_process import running_process
+from serving.planning.machine.running_process import running_process
 
 SERVED_MODEL_NAME = "SmolLM2-135M-Instruct"
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import psutil
 
-from serving.planning.cgroup import read_limits
+from serving.planning.machine.cgroup import read_limits
 
 # As Linux names them: x86's AVX-512 and AMX, Arm's.
 _BFLOAT16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving.planning.cgroup import CgroupLimits, read_limits
+from serving.planning.machine.cgroup import CgroupLimits, read_limits
 from serving.planning.hardware import detect_hardware
 
 GIB = 1 << 30
