@@ -126,9 +126,9 @@ class Call:
 
     def begin(self) -> bool:
         """Look at the head of the request. Return whether its body is wanted."""
-        headers = self._scope["headers"]
+        headers, known = self._scope["headers"], self._scope["state"].get("caller")
         try:
-            self._caller = self._path.tenants.authenticate(headers)
+            self._caller = known or self._path.tenants.authenticate(headers)
             self._body = self._path.body_reader.begin(headers)
         except Exception as error:
             self._call_soon(self._fail, error)

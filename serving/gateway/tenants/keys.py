@@ -67,6 +67,13 @@ class KeyRing:
             return None
         return key
 
+    def has_tenant(self, tenant: str, now: datetime.datetime) -> bool:
+        """Whether a tenant has a key that is valid."""
+        return any(
+            key.tenant == tenant and (key.expires is None or key.expires > now)
+            for key in self._keys.values()
+        )
+
 
 def make_key(
     tenant: str, *, admin: bool = False, expires: datetime.datetime | None = None

@@ -159,6 +159,17 @@ class Tenants:
             raise _unauthorized("Incorrect API key provided.")
         return Caller(self._tenant(key.tenant), key.admin)
 
+    def acting_for(self, name: str) -> Caller | None:
+        """Return who asks for what a tenant has left here to do; None where nobody needs a key.
+
+        Raise `ApiError` 401 if the tenant has no key any more.
+        """
+        if self._keys is None:
+            return None
+        if not self._keys.has_tenant(name, datetime.datetime.now(datetime.UTC)):
+            raise _unauthorized("The tenant has no key that is valid.")
+        return Caller(self._tenant(name), is_admin=False)
+
     def usable_models(self, headers: Headers, names: Iterable[str]) -> list[str] | None:
         """Return which of these models are for who sends these headers.
 
