@@ -95,7 +95,7 @@ async def _open_own_listeners(gateway: Gateway) -> list[Listener]:
 
 async def _close_gateway(gateway: Gateway, listeners: list[Listener], timeout_s: float) -> None:
     """Let open responses finish for up to `timeout_s`; end the others with an error event."""
-    gateway.feed.close()
+    gateway.close_feeds()
     stopping = asyncio.ensure_future(_stop_listeners(listeners))
     await asyncio.wait([stopping], timeout=timeout_s)
     gateway.close()

@@ -13,21 +13,20 @@ from starlette.routing import Route
 
 from router import Router
 from serving.config import Config, read
-from serving.config.renamed import current_parts
 from serving.core_form import form
-from serving.file_watch import FileWatch
+from serving.file_watch import FileWatch, FileWatchState
 from serving.gateway.cache.response_cache import ResponseCache
 from serving.gateway.driver import Driver
 from serving.gateway.http.body_reader import BodyReader
 from serving.gateway.http.connections import Connections, make_connections
 from serving.gateway.http.endpoint import is_loopback
+from serving.gateway.http.endpoints.admin import AdminEndpoints
 from serving.gateway.http.endpoints.answers import EngineEndpoints
-from serving.gateway.http.endpoints.bodies import read_json
 from serving.gateway.http.endpoints.health import make_health
 from serving.gateway.http.endpoints.kept import KeptResponses
 from serving.gateway.http.endpoints.model_cards import make_cards
 from serving.gateway.http.endpoints.table import COMPUTED, is_for_anybody
-from serving.gateway.http.errors import ApiError, model_not_found
+from serving.gateway.http.errors import model_not_found
 from serving.gateway.http.front import Front
 from serving.gateway.intake.length.memory import LengthMemory
 from serving.gateway.intake.length.weights import shipped_lengths
@@ -38,8 +37,9 @@ from serving.gateway.observe.metrics.requests import Metrics
 from serving.gateway.observe.observer import Observer
 from serving.gateway.observe.page.assets import Assets
 from serving.gateway.observe.page.feed import Feed
-from serving.gateway.observe.page.latencies import LatencyView, latency_views
 from serving.gateway.observe.state import GatewayState
+from serving.gateway.peers.orders import OrderBook
+from serving.gateway.peers.together import Together
 from serving.gateway.providers.calls import Providers
 from serving.gateway.providers.leases import Leases, SendUpdate
 from serving.gateway.request_path import RequestPath
@@ -47,7 +47,6 @@ from serving.gateway.tenants.keys import read_keys
 from serving.gateway.tenants.tenants import Tenants
 
 logger = logging.getLogger(__name__)
-audit = logging.getLogger("serving.audit")  # what admins change
 
 _MAX_OWN_CONNECTIONS = 64
 
@@ -120,17 +119,54 @@ class Gateway:
         self.background: list[asyncio.Task[None]] = []  # that end with the gateway
         self.started_s = int(time.time())  # seconds since the epoch
         self.metrics.export_state(self.state)
-        self.feed = Feed(
-            lambda request: self.tenants.authorize_admin(request.headers.raw),
-            self.state,
-            self._latencies,
-            self.driver.recent.last,
-        )
+        self.together = self._make_together()
+        self._feeds: list[Feed] = []
+        self._assets = Assets()
         self.connections = make_connections(config)
         self.app = self._make_front()
         # For those who ask each gateway for itself: what answers on `metrics_port`.
         own_connections = Connections(_MAX_OWN_CONNECTIONS, max_per_client=None)
-        self.own_app = Front(config, self._own_routes(), own_connections, {})
+        self.own_app = Front(config, self._own_routes(alone=True), own_connections, {})
+
+    def _make_together(self) -> Together:
+        router = self.config.router
+        orders = OrderBook(
+            self.gateway_id,
+            (router.policy, router.ablate),
+            self.driver.set_policy,
+            lambda engine, drains: self.driver.engines.drain(engine, drains=drains),
+        )
+        return Together(
+            self.gateway_id,
+            self.rank,
+            self.config.gateway.num_replicas,
+            state=self.state,
+            recent=self.driver.recent,
+            tenants=self.tenants,
+            reload=self._reload_files,
+            orders=orders,
+        )
+
+    def _make_feed(self, *, alone: bool) -> Feed:
+        """Return a feed of frames, which ends with the others."""
+        together = self.together
+        feed = Feed(
+            lambda request: self.tenants.authorize_admin(request.headers.raw),
+            together.own_parts if alone else together.parts,
+            1 if alone else together.num_gateways,
+        )
+        self._feeds.append(feed)
+        return feed
+
+    def close_feeds(self) -> None:
+        """End what would go on for as long as somebody looks at the page."""
+        for feed in self._feeds:
+            feed.close()
+
+    async def _reload_files(self) -> dict[str, FileWatchState]:
+        for watch in self.file_watches.values():
+            await watch.reload()
+        return {name: watch.state() for name, watch in self.file_watches.items()}
 
     def _make_tenants(self) -> Tenants:
         config = self.config
@@ -166,11 +202,13 @@ class Gateway:
         self.driver.execute(self.router.on_tick(time.monotonic()))
 
     def close(self) -> None:
-        """Stop watching files and close the connections to engines."""
+        """Stop watching files and close the connections to engines and other gateways."""
         for task in self.background:
             task.cancel()
         for watch in self.file_watches.values():
             watch.close()
+        if self.together.peers is not None:
+            self.together.peers.close()
         self.cache.close()
         self.driver.close()
         self.observer.close()
@@ -184,7 +222,7 @@ class Gateway:
             Route("/ping", self.get_health, methods=["GET", "POST"]),
             Route("/load", self.get_load),
             *self._engine_endpoints.routes(),
-            *self._own_routes(),
+            *self._own_routes(alone=False),
         ]
         models = dict.fromkeys(COMPUTED, self.request_path)
         behind_serve = self.config.gateway.front == "haproxy"
@@ -203,8 +241,10 @@ class Gateway:
         base = self.config.gateway.metrics_port
         return base + self.local_rank if base else 0
 
-    def _own_routes(self) -> list[Route]:
-        """What each of several gateways answers for itself."""
+    def _own_routes(self, *, alone: bool) -> list[Route]:
+        """What tells of this gateway, and of the others unless it is asked `alone`."""
+        admin = AdminEndpoints(self.tenants, self.together, self.driver.engines, alone=alone)
+        feed = self._make_feed(alone=alone)
         return [
             Route("/health", self.get_health),
             Route("/health/ready", self.get_health),
@@ -212,14 +252,9 @@ class Gateway:
             Route("/health/live", self.get_liveness),
             Route("/metrics", self.get_metrics),
             Route("/metrics/engines", self.get_engine_metrics),
-            Route("/headway/state", self.get_state),
-            Route("/headway/state/schema", self.get_state_schema),
-            Route("/headway/policy", self.set_policy, methods=["POST"]),
-            Route("/headway/reload", self.reload_files, methods=["POST"]),
-            Route("/headway/usage", self.get_usage),
-            *self.feed.routes(),
-            *Assets().routes(),
-            Route("/headway/requests", self.get_requests),
+            *admin.routes(),
+            *feed.routes(),
+            *self._assets.routes(),
         ]
 
     # --- the small endpoints ----------------------------------------------
@@ -241,50 +276,9 @@ class Gateway:
             cache=self.cache.state(),
             hardware=dict(self.driver.engines.hardware),
             files={name: watch.state() for name, watch in self.file_watches.items()},
+            drained=sorted(self.driver.engines.drained),
             **msgspec.structs.asdict(self.router.state(now_s)),
         )
-
-    def _latencies(self, now_s: float) -> list[LatencyView]:
-        """Return how long the requests of the last minute took."""
-        return latency_views(self.driver.recent.ended(), now_s)
-
-    async def get_state(self, request: Request) -> Response:
-        """Answer with this gateway's state."""
-        self.tenants.authorize_admin(request.headers.raw)
-        return _json(self.state())
-
-    async def get_state_schema(self, request: Request) -> Response:
-        """Answer with the JSON schema of `/headway/state`."""
-        self.tenants.authorize_admin(request.headers.raw)
-        return _json(msgspec.json.schema(GatewayState))
-
-    async def get_usage(self, request: Request) -> Response:
-        """Answer with what each tenant has used; with the caller's own unless it is an admin."""
-        caller = self.tenants.authenticate(request.headers.raw)
-        usage = self.tenants.usage()
-        if caller is not None and not caller.is_admin:
-            usage = {caller.tenant.name: usage[caller.tenant.name]}
-        return _json({"gateway_id": self.gateway_id, "tenants": usage})
-
-    async def get_requests(self, request: Request) -> Response:
-        """Answer with the last requests' ways, or with that of the one that `?id=` names."""
-        self.tenants.authorize_admin(request.headers.raw)
-        if (request_id := request.query_params.get("id")) is None:
-            return _json(self.driver.recent.last())
-        way = self.driver.recent.find(request_id)
-        if way is None:
-            message = f"gateway {self.rank} knows no request {request_id!r}, or no longer"
-            raise ApiError(404, message, param="id")
-        return _json(way)
-
-    async def reload_files(self, request: Request) -> Response:
-        """Read keys and config again now; otherwise this happens within a second of a change."""
-        self.tenants.authorize_admin(request.headers.raw)
-        await read_json(request)  # there is nothing to say, but not just any page may say it
-        self._note_admin(request, "reloaded keys and config")
-        for watch in self.file_watches.values():
-            await watch.reload()
-        return _json({name: watch.state() for name, watch in self.file_watches.items()})
 
     async def get_models(self, request: Request) -> Response:
         """Answer with the models that the caller may use, as vLLM lists them."""
@@ -347,27 +341,6 @@ class Gateway:
             self.tenants.authorize_admin(request.headers.raw)
         text = await engine_metrics(self.driver.engines)
         return Response(text, headers={"content-type": CONTENT_TYPE})
-
-    async def set_policy(self, request: Request) -> Response:
-        """Switch the policy without a restart: `{"policy": "headway", "ablate": ["order"]}`."""
-        self.tenants.authorize_admin(request.headers.raw)
-        body = await read_json(request)
-        try:
-            name, parts = body["policy"], current_parts(body.get("ablate", []))
-            self.driver.set_policy(name, parts)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ApiError(400, f"'policy': {error}", param="policy") from None
-        self._note_admin(
-            request, f"set the policy to {name} without {', '.join(parts) or 'nothing'}"
-        )
-        return _json({"policy": name, "ablate": parts})
-
-    def _note_admin(self, request: Request, what: str) -> None:
-        """Log who has changed something, and from where."""
-        caller = self.tenants.authenticate(request.headers.raw)
-        who = caller.tenant.name if caller is not None else "somebody, as no keys are set,"
-        where = request.client.host if request.client is not None else "an unknown address"
-        audit.info("%s at %s %s", who, where, what)
 
 
 def _json(content: Any, status: int = 200) -> Response:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from serving.stream.frames import MAX_MESSAGE_BYTES, MessageBuffer, ToEngine, ToGateway, encode
+from serving.stream.frames import MAX_MESSAGE_BYTES, MessageBuffer, encode
 
 
 class FrameConnection(asyncio.Protocol):
@@ -46,7 +46,7 @@ class FrameConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
 
-    def post(self, frame: ToEngine | ToGateway) -> None:
+    def post(self, frame: msgspec.Struct) -> None:
         """Send `frame` together with all others of this iteration."""
         self._frames.append(frame)
         self.schedule_flush()

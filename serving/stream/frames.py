@@ -154,7 +154,7 @@ decode_to_engine = msgspec.msgpack.Decoder(list[ToEngine]).decode
 decode_to_gateway = msgspec.msgpack.Decoder(list[ToGateway]).decode
 
 
-def encode(frames: Sequence[ToEngine | ToGateway]) -> bytes:
+def encode(frames: Sequence[msgspec.Struct]) -> bytes:
     """Return one message, with its length prefix."""
     message = bytearray(4)
     _encoder.encode_into(frames, message, 4)

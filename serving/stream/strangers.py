@@ -5,9 +5,11 @@ with a secret that only a gateway knows, or it is closed.
 """
 
 import asyncio
+from collections.abc import Sequence
+from typing import Any
 
 from serving.stream.connection import FrameConnection
-from serving.stream.frames import MAX_MESSAGE_BYTES, Hello, ToEngine, decode_to_engine
+from serving.stream.frames import MAX_MESSAGE_BYTES, Hello, decode_to_engine
 
 HELLO_TIMEOUT_S = 5.0
 MAX_HELLO_BYTES = 4096
@@ -30,8 +32,12 @@ class StrangerConnection(FrameConnection):
     def on_hello(self, hello: Hello) -> None:
         raise NotImplementedError
 
-    def on_frame(self, frame: ToEngine) -> None:
+    def on_frame(self, frame: Any) -> None:
         raise NotImplementedError
+
+    def decode(self, message: bytes) -> Sequence[Any]:
+        """Return a message's frames. Raise `ValueError` or `MsgspecError` for what is none."""
+        return decode_to_engine(message)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -46,7 +52,7 @@ class StrangerConnection(FrameConnection):
         self._forget()
 
     def on_message(self, message: bytes) -> None:
-        for frame in decode_to_engine(message):
+        for frame in self.decode(message):
             if self._said_hello:
                 self.on_frame(frame)
             elif isinstance(frame, Hello):

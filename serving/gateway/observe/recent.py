@@ -8,7 +8,7 @@ only when somebody asks.
 import collections
 import datetime
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -52,6 +52,7 @@ class RequestWay(msgspec.Struct, frozen=True):
     outcome: str  # empty while it is open
     status: int  # of the reply; 0 while it is open, and where the client left before it had one
     events: list[Event]
+    gateway: int = 0  # that had it, by rank
 
 
 class _Over(msgspec.Struct, frozen=True):
@@ -137,6 +138,15 @@ class Recent:
                 break
             ways.append(_way_of(each, is_over=True))
         return ways
+
+
+def newest(ways: Sequence[list[RequestWay]]) -> list[RequestWay]:
+    """Return what gateways list as one list in the same order, and no longer."""
+    if len(ways) == 1:
+        return ways[0]
+    together = [way for each in ways for way in each]
+    together.sort(key=lambda way: (way.is_over, -way.arrived.timestamp()))
+    return together[:_MAX_LISTED]
 
 
 def _looks(state: RouterState) -> dict[str, Look]:

@@ -1,4 +1,6 @@
-"""What is a gateway's state at one moment?"""
+"""What is a gateway's state at one moment, and that of all together?"""
+
+import msgspec
 
 from router import RouterState
 from serving.core_form import Form
@@ -24,3 +26,16 @@ class GatewayState(RouterState, frozen=True, kw_only=True):
     cache: ResponseCacheState
     hardware: dict[str, HardwareState]  # by engine; one that has not told yet is not there
     files: dict[str, FileWatchState]  # by the setting that names them
+    drained: list[str]  # engines that an admin wants to get no new work
+
+
+class ServiceState(GatewayState, frozen=True, kw_only=True, omit_defaults=True):
+    """All gateways at one moment: what each says, and all together in the fields of one.
+
+    The answer of a gateway that is alone has the fields of one, and nothing else.
+    """
+
+    num_gateways: int = 1  # as configured
+    # By id: what each has answered, and why others have not.
+    gateways: dict[str, GatewayState] = msgspec.field(default_factory=dict)
+    missing: dict[str, str] = msgspec.field(default_factory=dict)

@@ -6,7 +6,7 @@ does.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 from starlette.requests import Request
@@ -14,9 +14,10 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from serving.gateway.http.errors import ApiError
-from serving.gateway.observe.page.latencies import LatencyView
-from serving.gateway.observe.recent import RequestWay
+from serving.gateway.observe.page.latencies import LatencySamples, LatencyView, latency_views
+from serving.gateway.observe.recent import RequestWay, newest
 from serving.gateway.observe.state import GatewayState
+from serving.gateway.peers.merge import merge
 
 # Of a fleet of hundreds a state takes tens of milliseconds: then frames come less often.
 PERIOD_S, MAX_PERIOD_S = 0.5, 5.0
@@ -24,11 +25,34 @@ _MAX_SHARE = 0.01  # of a core
 _MAX_VIEWERS = 100
 
 
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """What one gateway puts into a frame."""
+
+    state: GatewayState
+    latencies: list[LatencySamples]
+    requests: list[RequestWay]
+    took_s: float  # of its core, to make it
+
+
+class GatewayRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One gateway, beside the others."""
+
+    id: str
+    rank: int
+    num_connections: int
+    num_open_requests: int
+    num_placed: int
+    num_held: int
+
+
 class Frame(msgspec.Struct, frozen=True, kw_only=True):
-    """The gateway at one moment."""
+    """All gateways at one moment, or one of them where it is asked for itself."""
 
     time_s: float  # since the epoch
     state: GatewayState  # as `/headway/state` shows it
+    gateways: list[GatewayRow]  # that have answered, by rank
+    missing: dict[str, str]  # why others have not, by id
+    num_gateways: int  # as configured, or 1
     latencies: list[LatencyView]  # of the last minute, by class
     requests: list[RequestWay]  # the last ones, the newest first
     num_viewers: int
@@ -40,18 +64,20 @@ class Feed:
     def __init__(
         self,
         authorize: Callable[[Request], None],
-        state: Callable[[], GatewayState],
-        latencies: Callable[[float], list[LatencyView]],
-        requests: Callable[[], list[RequestWay]],
+        parts: Callable[[], Awaitable[tuple[list[Part], dict[str, str]]]],
+        num_gateways: int = 1,
     ) -> None:
-        """`authorize` raises `ApiError` for whoever may not look."""
+        """`authorize` raises `ApiError` for whoever may not look.
+
+        `parts` returns the gateway's own part, then those of others, and why some have none.
+        """
         self._authorize = authorize
-        self._state = state
-        self._latencies = latencies
-        self._requests = requests
+        self._parts = parts
+        self._num_gateways = num_gateways
         self._num_viewers = 0
         self._event = b""  # the last one
         self._made_s = float("-inf")
+        self._making: asyncio.Task[None] | None = None
         self._period_s = PERIOD_S
         self._is_closed = asyncio.Event()
 
@@ -80,7 +106,7 @@ class Feed:
         self._num_viewers += 1
         try:
             while not self._is_closed.is_set():
-                yield self._current()
+                yield await self._current()
                 now_s = time.monotonic()
                 next_s = (now_s // self._period_s + 1.0) * self._period_s
                 try:
@@ -91,19 +117,44 @@ class Feed:
         finally:
             self._num_viewers -= 1
 
-    def _current(self) -> bytes:
+    async def _current(self) -> bytes:
         """Return the frame of this moment: the last one, if that is not older."""
-        now_s = time.monotonic()
-        if now_s - self._made_s > self._period_s / 2:
-            self._made_s, began_s = now_s, time.thread_time()
+        if time.monotonic() - self._made_s > self._period_s / 2:
+            if self._making is None:
+                self._making = asyncio.get_running_loop().create_task(self._make())
+            await asyncio.shield(self._making)  # others wait for it, too
+        return self._event
+
+    async def _make(self) -> None:
+        """Make a frame, and find out how often that may be done."""
+        try:
+            parts, missing = await self._parts()
+            began_s = time.thread_time()
             frame = Frame(
                 time_s=time.time(),
-                state=self._state(),
-                latencies=self._latencies(now_s),
-                requests=self._requests(),
+                state=merge([part.state for part in parts]),
+                gateways=sorted((_row(part.state) for part in parts), key=lambda row: row.rank),
+                missing=missing,
+                num_gateways=self._num_gateways,
+                latencies=latency_views(each for part in parts for each in part.latencies),
+                requests=newest([part.requests for part in parts]),
                 num_viewers=self._num_viewers,
             )
             self._event = b"data: " + msgspec.json.encode(frame) + b"\n\n"
-            took_s = time.thread_time() - began_s
-            self._period_s = min(MAX_PERIOD_S, max(PERIOD_S, took_s / _MAX_SHARE))
-        return self._event
+            self._made_s = time.monotonic()
+            took_s = parts[0].took_s + time.thread_time() - began_s
+            most_s = max(took_s, *(part.took_s for part in parts))
+            self._period_s = min(MAX_PERIOD_S, max(PERIOD_S, most_s / _MAX_SHARE))
+        finally:
+            self._making = None
+
+
+def _row(state: GatewayState) -> GatewayRow:
+    return GatewayRow(
+        id=state.gateway_id,
+        rank=state.rank,
+        num_connections=state.num_connections,
+        num_open_requests=state.num_open_requests,
+        num_placed=state.num_placed,
+        num_held=state.held.num_requests,
+    )

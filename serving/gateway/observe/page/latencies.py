@@ -30,18 +30,38 @@ class LatencyView(msgspec.Struct, frozen=True, kw_only=True):
     answered_in_s: Quantiles | None  # as it was, from the same moment
 
 
-def latency_views(
+class LatencySamples(msgspec.Struct, frozen=True, kw_only=True):
+    """The same of one gateway before it is summed up: times in seconds, as many as there were."""
+
+    request_class: str
+    num_requests: int
+    num_output_tokens: int
+    ttft_s: list[float]
+    tpot_s: list[float]
+    predicted_ttft_s: list[float]
+    answered_in_s: list[float]
+
+
+def latency_samples(
     over: Iterable[tuple[Request, Journey, Usage | None]], now_s: float
-) -> list[LatencyView]:
-    """Return the view of each class that ended requests in the window before `now_s`."""
+) -> list[LatencySamples]:
+    """Return the samples of each class that ended requests in the window before `now_s`."""
     classes: dict[str, list[tuple[Request, Journey, Usage | None]]] = {}
     for each in over:
         if each[1].over_s >= now_s - WINDOW_S:
             classes.setdefault(each[0].priority_class.value, []).append(each)
+    return [_samples(name, ended) for name, ended in classes.items()]
+
+
+def latency_views(samples: Iterable[LatencySamples]) -> list[LatencyView]:
+    """Return the view of each class, of the samples of all gateways."""
+    classes: dict[str, list[LatencySamples]] = {}
+    for each in samples:
+        classes.setdefault(each.request_class, []).append(each)
     return [_view(name, classes[name]) for name in sorted(classes)]
 
 
-def _view(name: str, ended: list[tuple[Request, Journey, Usage | None]]) -> LatencyView:
+def _samples(name: str, ended: list[tuple[Request, Journey, Usage | None]]) -> LatencySamples:
     ttfts, tpots, predicted, actual, num_tokens = [], [], [], [], 0
     for request, journey, usage in ended:
         num_output = usage.num_output_tokens if usage is not None else 0
@@ -54,14 +74,26 @@ def _view(name: str, ended: list[tuple[Request, Journey, Usage | None]]) -> Late
         if journey.predicted_ttft_s and (took_s := journey.answered_in_s) is not None:
             predicted.append(journey.predicted_ttft_s)
             actual.append(took_s)
-    return LatencyView(
+    return LatencySamples(
         request_class=name,
         num_requests=len(ended),
-        output_tokens_per_s=num_tokens / WINDOW_S,
-        ttft_s=_quantiles(ttfts),
-        tpot_s=_quantiles(tpots),
-        predicted_ttft_s=_quantiles(predicted),
-        answered_in_s=_quantiles(actual),
+        num_output_tokens=num_tokens,
+        ttft_s=ttfts,
+        tpot_s=tpots,
+        predicted_ttft_s=predicted,
+        answered_in_s=actual,
+    )
+
+
+def _view(name: str, samples: list[LatencySamples]) -> LatencyView:
+    return LatencyView(
+        request_class=name,
+        num_requests=sum(each.num_requests for each in samples),
+        output_tokens_per_s=sum(each.num_output_tokens for each in samples) / WINDOW_S,
+        ttft_s=_quantiles([value for each in samples for value in each.ttft_s]),
+        tpot_s=_quantiles([value for each in samples for value in each.tpot_s]),
+        predicted_ttft_s=_quantiles([value for each in samples for value in each.predicted_ttft_s]),
+        answered_in_s=_quantiles([value for each in samples for value in each.answered_in_s]),
     )
 
 
