@@ -4,7 +4,66 @@ import math
 
 import msgspec
 
+from router.estimators.lengths.error_shape import NUM_PARTS, Quantiles
 from router.types import Request
+
+# Of `Forecast.quantiles`. Two each bound the intervals of 95, 80 and 50 %.
+LEVELS = (0.025, 0.1, 0.25, 0.5, 0.75, 0.9, 0.975)
+_MAX_LOG_TOKENS = 12.0  # 160,000
+
+
+class Distribution:
+    """How log(tokens) of an answer are distributed that ends at `highest` tokens at the latest."""
+
+    __slots__ = ("_errors", "_highest", "_mean", "_spread")
+
+    def __init__(self, mean: float, spread: float, errors: Quantiles, highest: float) -> None:
+        self._mean = mean
+        self._spread = spread
+        self._errors = errors  # in units of `spread`
+        self._highest = highest
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Distribution):
+            return NotImplemented
+        return self.quantiles() == other.quantiles() and self.cut_share() == other.cut_share()
+
+    def __hash__(self) -> int:
+        return hash(self.quantiles())
+
+    def forecast(self) -> "Forecast":
+        """Return what is expected, and booked."""
+        highest = self._highest
+        if self._tokens(self._errors.shortest()) >= highest:  # whatever it says, it is cut
+            most = max(1, round(highest))
+            return Forecast(num_expected_tokens=most, num_booked_tokens=most, distribution=self)
+        # As `_tokens`, in one go.
+        top = min(_MAX_LOG_TOKENS, math.log(highest))
+        mean, spread = self._mean, self._spread
+        logs = [mean + spread * error for error in self._errors.parts()]
+        if logs[NUM_PARTS - 1] > top:
+            logs = [log if log < top else top for log in logs]
+        expected = sum(map(math.exp, logs))
+        return Forecast(
+            num_expected_tokens=max(1, round(expected / NUM_PARTS)),
+            num_booked_tokens=self._shown(self._errors.booked()),
+            distribution=self,
+        )
+
+    def quantiles(self) -> tuple[int, ...]:
+        """Return the tokens at `LEVELS`."""
+        return tuple([self._shown(self._errors.at(level)) for level in LEVELS])
+
+    def cut_share(self) -> float:
+        """Return the probability that it ends at the limit."""
+        lengths = [self._tokens(error) for error in self._errors.parts()]
+        return sum([length >= self._highest for length in lengths]) / NUM_PARTS
+
+    def _tokens(self, error: float) -> float:
+        return math.exp(min(_MAX_LOG_TOKENS, self._mean + self._spread * error))
+
+    def _shown(self, error: float) -> int:
+        return max(1, round(min(self._highest, self._tokens(error))))
 
 
 class Forecast(msgspec.Struct, frozen=True, kw_only=True):
@@ -12,12 +71,17 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
 
     num_expected_tokens: int  # the mean
     num_booked_tokens: int  # what KV room is kept for
-    quantiles: tuple[int, ...] = ()  # at `LEVELS`; none of a source that knows no more
-    cut_share: float = 0.0  # probability that it ends at the client's own limit
+    distribution: Distribution | None = None  # None of a source that knows no more
 
+    @property
+    def quantiles(self) -> tuple[int, ...]:
+        """At `LEVELS`; none of a source that knows no more."""
+        return self.distribution.quantiles() if self.distribution is not None else ()
 
-# Of `Forecast.quantiles`. Two each bound the intervals of 95, 80 and 50 %.
-LEVELS = (0.025, 0.1, 0.25, 0.5, 0.75, 0.9, 0.975)
+    @property
+    def cut_share(self) -> float:
+        """The probability that it ends at the client's own limit."""
+        return self.distribution.cut_share() if self.distribution is not None else 0.0
 
 
 class Lengths:
@@ -36,15 +100,15 @@ class Lengths:
         return {}
 
 
-def num_more_tokens(forecast: Forecast, num_come: int) -> int:
+def num_more_tokens(num_expected: int, quantiles: tuple[int, ...], num_come: int) -> int:
     """Return the median of the tokens that are still to come when so many have; 0 at its end.
 
-    What is left of the distribution is above what has come (Bayes). Between its quantiles
-    log(tokens) is taken to be even; beyond the last, to go on as before it.
+    By what a `Forecast` says. What is left of the distribution is above what has come (Bayes).
+    Between its quantiles log(tokens) is taken to be even; beyond the last, to go on as before it.
     """
-    if not forecast.quantiles:
-        return max(0, forecast.num_expected_tokens - num_come)
-    lengths = [math.log(each) for each in forecast.quantiles]
+    if not quantiles:
+        return max(0, num_expected - num_come)
+    lengths = [math.log(each) for each in quantiles]
     passed = _level_of(math.log(max(1, num_come)), lengths)
     middle = math.exp(_length_at(passed + (1.0 - passed) / 2.0, lengths))
     return max(0, round(middle) - num_come)

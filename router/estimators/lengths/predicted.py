@@ -4,14 +4,8 @@ import math
 
 import msgspec
 
-from router.estimators.lengths.error_shape import (
-    ALL_LEVELS,
-    BOOKED_LEVEL,
-    NUM_PARTS,
-    ErrorShape,
-    ErrorShapeState,
-)
-from router.estimators.lengths.forecast import LEVELS, Forecast, Lengths
+from router.estimators.lengths.error_shape import ErrorShape, ErrorShapeState
+from router.estimators.lengths.forecast import Distribution, Forecast, Lengths
 from router.estimators.lengths.group_means import Group, GroupMean, GroupMeans
 from router.estimators.lengths.text_model import TextModel
 from router.estimators.output_length import PRIOR_TOKENS
@@ -19,15 +13,11 @@ from router.types import Request
 
 # Mean absolute error of log(tokens) before anything is learned: another source's.
 _PRIOR_SPREAD = 0.7
-_PARTS = [ALL_LEVELS.index((part + 0.5) / NUM_PARTS) for part in range(NUM_PARTS)]
-_QUANTILES = [ALL_LEVELS.index(level) for level in LEVELS]
-_BOOKED = ALL_LEVELS.index(BOOKED_LEVEL)
 # The 80 % interval may hold so much less or more before the wording counts for less, and so much
 # less before it counts for nothing.
 _BAND, _LOST = 0.05, 0.2
 # Of a system prompt that asks for a class's name; shorter answers are all alike.
 _MIN_SPREAD = 0.03
-_MAX_LOG_TOKENS = 12.0  # 160,000
 
 
 class LearnedLengths(msgspec.Struct, frozen=True):
@@ -55,19 +45,11 @@ class PredictedLengths(Lengths):
     def forecast(self, request: Request) -> Forecast:
         score = self._text.score(request.wording)
         mean, spread = self._predict(request, score)
-        shape = self._shape(request.model)
         most = request.max_output_tokens
-        highest = math.inf if most is None else most
-        lengths = [
-            math.exp(min(_MAX_LOG_TOKENS, mean + spread * error)) for error in shape.quantiles()
-        ]
-        expected = sum([min(highest, lengths[index]) for index in _PARTS]) / NUM_PARTS
-        return Forecast(
-            num_expected_tokens=max(1, round(expected)),
-            num_booked_tokens=_tokens(lengths[_BOOKED], highest),
-            quantiles=tuple([_tokens(lengths[index], highest) for index in _QUANTILES]),
-            cut_share=sum([lengths[index] >= highest for index in _PARTS]) / NUM_PARTS,
-        )
+        highest = math.inf if most is None else float(most)
+        return Distribution(
+            mean, spread, self._shape(request.model).quantiles(), highest
+        ).forecast()
 
     def learn(self, request: Request, num_output_tokens: int) -> None:
         num_each = max(1.0, num_output_tokens / request.num_sequences)
@@ -121,10 +103,6 @@ class PredictedLengths(Lengths):
         if shape is None:
             shape = self._shapes[model] = ErrorShape()
         return shape
-
-
-def _tokens(length: float, highest: float) -> int:
-    return max(1, round(min(highest, length)))
 
 
 def _groups(request: Request) -> tuple[Group, ...]:

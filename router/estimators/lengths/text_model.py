@@ -5,6 +5,7 @@ A linear model of log(tokens) over what the shell has found in the instruction
 their own, such as "asks for one sentence". It comes trained, and goes on learning from each answer.
 """
 
+import bisect
 import math
 from collections.abc import Sequence
 
@@ -20,7 +21,8 @@ _WORD_VARIANCE = 0.2
 class TextModel:
     """Weights by feature; the first `num_meanings` features count one each, words share one.
 
-    Of an instruction of n words each counts 1/√n: long ones do not outweigh what they ask for.
+    Features ascend. Of an instruction of n words each counts 1/√n: long ones do not outweigh what
+    they ask for.
     Learning is a Kalman filter with a diagonal covariance that does not shrink, so old answers are
     forgotten as new ones with the same words come (normalised LMS; Haykin 2002).
     """
@@ -35,31 +37,33 @@ class TextModel:
 
     def score(self, features: tuple[int, ...]) -> float:
         """Return what is to be expected of log(tokens) more than usual; 0 without features."""
-        weights, num_meanings, num_weights = self._weights, self._num_meanings, len(self._weights)
-        meaning, words, num_words = 0.0, 0.0, 0
-        for feature in features:
-            if feature >= num_weights:
-                continue
-            if feature < num_meanings:
-                meaning += weights[feature]
-            else:
-                words += weights[feature]
-                num_words += 1
-        return meaning + words / math.sqrt(num_words) if num_words else meaning
+        weigh = self._weights.__getitem__
+        first, end = self._bounds(features)
+        meaning = sum(map(weigh, features[:first]))
+        if first == end:
+            return meaning
+        return meaning + sum(map(weigh, features[first:end])) / math.sqrt(end - first)
 
     def learn(self, features: tuple[int, ...], error: float) -> None:
         """Move the weights towards an answer whose log(tokens) was so much higher than expected."""
-        known = [each for each in features if each < len(self._weights)]
-        num_words = sum([each >= self._num_meanings for each in known])
-        variance = _MEANING_VARIANCE * (len(known) - num_words)
-        if num_words:
-            variance += _WORD_VARIANCE
+        weights, changed = self._weights, self.changed
+        first, end = self._bounds(features)
+        num_words = end - first
+        variance = _MEANING_VARIANCE * first + (_WORD_VARIANCE if num_words else 0.0)
         step = error / (_NOISE + variance)
-        word_step = _WORD_VARIANCE * step / math.sqrt(max(1, num_words))
-        for feature in known:
-            moved = word_step if feature >= self._num_meanings else _MEANING_VARIANCE * step
-            self._weights[feature] += moved
-            self.changed[feature] = self._weights[feature]
+        for feature in features[:first]:
+            weights[feature] += _MEANING_VARIANCE * step
+            changed[feature] = weights[feature]
+        if num_words:
+            word_step = _WORD_VARIANCE * step / math.sqrt(num_words)
+            for feature in features[first:end]:
+                weights[feature] += word_step
+                changed[feature] = weights[feature]
+
+    def _bounds(self, features: tuple[int, ...]) -> tuple[int, int]:
+        """Return where words begin among the features, and where those that are known end."""
+        first = bisect.bisect_left(features, self._num_meanings)
+        return first, bisect.bisect_left(features, len(self._weights), first)
 
     def restore(self, changed: dict[int, float]) -> None:
         """Take in weights that were learned before."""

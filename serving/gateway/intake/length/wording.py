@@ -1,10 +1,9 @@
-"""From a body to numbers for what its instruction says: some 25 µs for a usual one.
+"""From a body to numbers for what its instruction says.
 
 The instruction is the last message of the user. Of a long one its beginning and its end are read:
 what is to be done stands there, and what lies between is what it is to be done with.
 """
 
-import itertools
 import re
 import zlib
 
@@ -30,6 +29,25 @@ _MAX_WORDS = 96
 _MAX_BYTES = 1 << 16
 _OPTION = {name: FIRST_OPTION + number for number, name in enumerate(OPTIONS)}
 _WORDS = re.compile(r"[a-z]+|\d+|[_?]+|[^\x00-\x7f]").findall
+_SPAN = NUM_FEATURES - FIRST_WORD
+_CUE_OF = {zlib.crc32(phrase.encode()): number for phrase, number in LEXICON.items()}
+# Words whose checksums are kept: those of a language, and no more of what clients make up.
+_MAX_KEPT_WORDS, _MAX_KEPT_CHARS = 1 << 15, 24
+
+
+class _Checksums(dict[str, int]):
+    """CRC-32 of words, most of which come again and again."""
+
+    def __missing__(self, word: str) -> int:
+        checksum = zlib.crc32(word.encode())
+        if len(word) <= _MAX_KEPT_CHARS:
+            if len(self) >= _MAX_KEPT_WORDS:
+                self.clear()
+            self[word] = checksum
+        return checksum
+
+
+_checksum_of = _Checksums().__getitem__
 
 
 class Wording(msgspec.Struct, frozen=True):
@@ -84,12 +102,16 @@ def instruction_features(text: str) -> set[int]:
         FIRST_SIZE + min(num_chars.bit_length(), 15),
         FIRST_LINES + min(text.count("\n"), 7),
     }
-    phrases = words + [f"{one} {other}" for one, other in itertools.pairwise(words)]
-    features.update([LEXICON[phrase] for phrase in LEXICON.keys() & phrases])
+    crc32 = zlib.crc32
+    singles = list(map(_checksum_of, words))
+    # Of "one other" it is that of " other", begun with that of "one".
+    checksums = [*singles, *map(crc32, [f" {word}".encode() for word in words[1:]], singles)]
+    features.update([_CUE_OF[found] for found in _CUE_OF.keys() & checksums])
     if words:
-        phrases += [f"^{words[0]}", f"^{' '.join(words[:2])}", f"${words[-1]}"]
-    crc32, span = zlib.crc32, NUM_FEATURES - FIRST_WORD
-    features.update([FIRST_WORD + crc32(phrase.encode()) % span for phrase in phrases])
+        first = f"^{words[0]}"
+        for place in (first, " ".join([first, *words[1:2]]), f"${words[-1]}"):
+            checksums.append(crc32(place.encode()))
+    features.update([FIRST_WORD + checksum % _SPAN for checksum in checksums])
     if "?" in words:
         features.add(_OPTION["question"])
     if "```" in text:
@@ -103,6 +125,8 @@ def instruction_features(text: str) -> set[int]:
 
 def _num_asked_tokens(words: list[str]) -> float | None:
     """Return the tokens of what is asked for by number; None if nothing is."""
+    if UNITS.keys().isdisjoint(words):
+        return None
     for index, word in enumerate(words):
         unit = UNITS.get(word)
         if unit is None or not index:

@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from router.estimators.lengths.error_shape import ALL_LEVELS, ErrorShape
+from router.estimators.lengths.error_shape import NUM_PARTS, ErrorShape
 
 
 def at(shape, level):
-    return shape.quantiles()[ALL_LEVELS.index(level)]
+    return shape.quantiles().at(level)
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 2.5])
@@ -52,5 +52,7 @@ def test_quantiles_ascend():
     shape = ErrorShape()
     for error in (5.0, 5.0, -7.0, 9.0):
         shape.learn(error, is_cut=False)
-    assert shape.quantiles() == sorted(shape.quantiles())
-    assert len(shape.quantiles()) == len(ALL_LEVELS)
+    parts = shape.quantiles().parts()
+    assert parts == sorted(parts)
+    assert len(parts) == NUM_PARTS
+    assert parts[15] < shape.quantiles().booked() < parts[16]

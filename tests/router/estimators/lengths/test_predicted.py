@@ -6,7 +6,7 @@ import random
 import msgspec
 import pytest
 
-from router.estimators.lengths.forecast import LEVELS, Forecast, num_more_tokens
+from router.estimators.lengths.forecast import LEVELS, num_more_tokens
 from router.estimators.lengths.predicted import LearnedLengths, PredictedLengths
 from router.estimators.lengths.text_model import TextModel
 from router.types import Request
@@ -111,10 +111,8 @@ def test_the_80_percent_interval_holds_what_it_says_from_the_first_answers_on():
 
 def test_what_is_to_come_is_refined_while_it_decodes():
     quantiles = (10, 30, 60, 100, 170, 330, 900)
-    found = Forecast(num_expected_tokens=150, num_booked_tokens=200, quantiles=quantiles)
-    more = [num_more_tokens(found, come) for come in (0, 60, 170, 330)]
+    more = [num_more_tokens(150, quantiles, come) for come in (0, 60, 170, 330)]
     assert more[0] == pytest.approx(100, abs=2)  # the median
     assert more[1] < more[0]
     assert more[3] > more[2] > more[1]  # who has come so far, has a long way to go
-    plain = Forecast(num_expected_tokens=150, num_booked_tokens=150)
-    assert [num_more_tokens(plain, come) for come in (0, 100, 500)] == [150, 50, 0]
+    assert [num_more_tokens(150, (), come) for come in (0, 100, 500)] == [150, 50, 0]

@@ -1,10 +1,21 @@
 """What is read of an instruction, and that nothing a client sends can stop it."""
 
+import itertools
 import json
+import random
+import zlib
 
 import pytest
 
-from serving.gateway.intake.length.cues import CUES, FIRST_ASKED, FIRST_OPTION, OPTIONS
+from serving.gateway.intake.length import wording
+from serving.gateway.intake.length.cues import (
+    CUES,
+    FIRST_ASKED,
+    FIRST_OPTION,
+    FIRST_WORD,
+    LEXICON,
+    OPTIONS,
+)
 from serving.gateway.intake.length.weights import shipped_lengths
 from serving.gateway.intake.length.wording import (
     NO_WORDING,
@@ -120,3 +131,28 @@ def test_what_is_no_text_says_nothing():
     """As Python reads it, half a pair of surrogates may stand in a body: vLLM has the last word."""
     prompt = b'"\xed\xa0\x80"'
     assert read_wording(b'{"input": ' + prompt + b"}", prompt) == NO_WORDING
+
+
+def test_words_and_pairs_have_the_numbers_that_weights_were_trained_for(monkeypatch):
+    """Whatever is kept of earlier ones."""
+    monkeypatch.setattr(wording, "_MAX_KEPT_WORDS", 8)
+    rng = random.Random(6)
+    known = ["write", "a", "one", "sentence", "essay", "über", "数", "42", "x" * 60, "yes", "or"]
+    for _ in range(50):
+        text = " ".join(rng.choices(known, k=rng.randint(1, 30)))
+        words = wording._WORDS(text)
+        pairs = [f"{one} {other}" for one, other in itertools.pairwise(words)]
+        phrases = [*words, *pairs, f"^{words[0]}", f"^{' '.join(words[:2])}", f"${words[-1]}"]
+        span = NUM_FEATURES - FIRST_WORD
+        found = instruction_features(text)
+        assert {each for each in found if each >= FIRST_WORD} == {
+            FIRST_WORD + zlib.crc32(phrase.encode()) % span for phrase in phrases
+        }
+        assert {each for each in found if each < len(CUES)} == {
+            LEXICON[phrase] for phrase in (*words, *pairs) if phrase in LEXICON
+        }
+        assert len(wording._checksum_of.__self__) <= 8
+
+
+def test_no_two_cues_are_taken_for_each_other():
+    assert len({zlib.crc32(phrase.encode()) for phrase in LEXICON}) == len(LEXICON)
