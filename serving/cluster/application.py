@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from serving.cluster import discovery
 from serving.cluster.actors.lease_actor import actor_sender
 from serving.cluster.actors.scaling_actor import follow_orders
-from serving.cluster.engine_deployment import EngineReplica
+from serving.cluster.engine_deployment import EngineReplica, private_listener
 from serving.cluster.logs import use_log_level
 from serving.cluster.loop_thread import LoopThread
 from serving.cluster.processes import call_when_parent_ends
@@ -39,6 +39,7 @@ _HEALTH_PERIOD_S = 1.0
 _HEALTH_TIMEOUT_S = 2.0
 _LOOP_TIMEOUT_S = 1.8  # for an event loop to take its turn
 _LAST_WORDS_S = 1.0  # for error events to be written
+_MEET_S = 1.0  # for other gateways to tell what is in force
 
 
 class OwnFrontGateway:
@@ -57,6 +58,10 @@ class OwnFrontGateway:
         gc.collect()
         gc.freeze()
         call_when_parent_ends(self._exit)
+
+    async def record_replica_metadata(self) -> dict:
+        """Return how other gateways reach this one; Ray tells them. Empty if it is alone."""
+        return _peer_metadata(self._gateway)
 
     async def check_health(self) -> None:
         """Raise `TimeoutError` if the gateway's event loop hangs, which Serve's does not show."""
@@ -78,10 +83,15 @@ class OwnFrontGateway:
 async def _open_gateway(
     config: Config, engines: DeploymentHandle, served_names: tuple[str, ...]
 ) -> tuple[Gateway, list[Listener]]:
-    gateway = _make_gateway(config, engines, served_names)
+    gateway = await _make_gateway(config, engines, served_names)
     listener = Listener(gateway.app, config.gateway)
     await listener.start()
     return gateway, [listener, *await _open_own_listeners(gateway)]
+
+
+def _peer_metadata(gateway: Gateway) -> dict:
+    peers = gateway.together.peers
+    return {} if peers is None else peers.metadata
 
 
 async def _open_own_listeners(gateway: Gateway) -> list[Listener]:
@@ -107,10 +117,10 @@ async def _stop_listeners(listeners: list[Listener]) -> None:
         await listener.stop()
 
 
-def _make_gateway(
+async def _make_gateway(
     config: Config, engines: DeploymentHandle, served_names: tuple[str, ...]
 ) -> Gateway:
-    """Return a gateway on the running loop that hears of every change of the engines."""
+    """Return a gateway on the running loop that hears of every change of engines and gateways."""
     use_log_level(config.log)
     context = serve.get_replica_context()
     # A single gateway keeps its limits itself; several share them.
@@ -127,7 +137,16 @@ def _make_gateway(
         local_rank=local_rank,
     )
     loop = asyncio.get_running_loop()
-    discovery.subscribe(
+    if (peers := gateway.together.peers) is not None:
+        host, use_tls = private_listener(config)
+        await peers.listen(host, tls=use_tls)
+        discovery.gateways.subscribe(
+            lambda members: loop.call_soon_threadsafe(peers.set_members, members)
+        )
+        serve.get_deployment_handle(context.deployment, context.app_name, False)._init()
+        # Before there are engines, for one of them may be drained.
+        await peers.met(_MEET_S)
+    discovery.engines.subscribe(
         lambda members: loop.call_soon_threadsafe(gateway.driver.engines.set_members, members)
     )
     if config.scaling is not None:
@@ -144,12 +163,16 @@ class ServedGateway:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, args: dict, engines: DeploymentHandle, served_names: tuple[str, ...]
     ) -> None:
-        self._gateway = _make_gateway(parse(args), engines, served_names)
+        self._gateway = await _make_gateway(parse(args), engines, served_names)
         self._listeners = await _open_own_listeners(self._gateway)
         self._loop = asyncio.get_running_loop()
         gc.collect()
         gc.freeze()
         call_when_parent_ends(self._exit)
+
+    async def record_replica_metadata(self) -> dict:
+        """As `OwnFrontGateway.record_replica_metadata`."""
+        return _peer_metadata(self._gateway)
 
     async def check_health(self) -> None:
         """Return at once: Serve calls this on the gateway's event loop."""
@@ -213,10 +236,19 @@ def build(args: dict[str, Any]) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        **_knowing_each_other(plan.num_gateways),
     )(OwnFrontGateway if config.gateway.front == "own" else serve.ingress(None)(ServedGateway))
     # Gateways share limits by their number, which auto does not tell.
     args["gateway"] = {**args.get("gateway", {}), "replicas": plan.num_gateways}
     return gateway.bind(args, engines.bind(args, plan), _served_names(config, plan))
+
+
+def _knowing_each_other(num_gateways: int) -> dict[str, Any]:
+    """Return Serve's options of gateways that are to hear of each other."""
+    if num_gateways == 1:
+        return {}
+    directory = "serving.cluster.discovery:GatewayDirectory"
+    return {"request_router_config": RequestRouterConfig(request_router_class=directory)}
 
 
 def _number_of_engines(config: Config, plan: Plan) -> dict[str, Any]:

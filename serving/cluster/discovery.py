@@ -1,31 +1,40 @@
-"""Which engine replicas are there? Ray Serve tells when they come and go."""
+"""Which engines and gateways are there? Ray Serve tells when replicas come and go."""
 
+import contextlib
 from collections.abc import Callable
 
+from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.request_router import RequestRouter
 
-Members = dict[str, dict]  # metadata by replica id, as `EngineReplica` reports it
-
-_members: Members = {}
-_subscribers: list[Callable[[Members], object]] = []
+Members = dict[str, dict]  # by replica id: the metadata that it has recorded
 
 
-def subscribe(on_change: Callable[[Members], object]) -> None:
-    """Call `on_change` with all replicas' metadata now, and again whenever they change.
+class Directory:
+    """The replicas of one kind that Serve routes to, in this process."""
 
-    The calls come from Serve's router thread.
-    """
-    _subscribers.append(on_change)
-    on_change(dict(_members))
+    def __init__(self) -> None:
+        self._members: Members | None = None  # None until Serve has told
+        self._subscribers: list[Callable[[Members], object]] = []
+
+    def subscribe(self, on_change: Callable[[Members], object]) -> None:
+        """Call `on_change` with all replicas' metadata whenever they change, and now if known.
+
+        The calls come from Serve's router thread.
+        """
+        self._subscribers.append(on_change)
+        if self._members is not None:
+            on_change(dict(self._members))
+
+    def publish(self, members: Members) -> None:
+        """Store the replicas and tell every subscriber."""
+        self._members = members
+        for on_change in self._subscribers:
+            on_change(dict(members))
 
 
-def publish(members: Members) -> None:
-    """Store the replicas that Serve routes to and tell every subscriber."""
-    _members.clear()
-    _members.update(members)
-    for on_change in _subscribers:
-        on_change(dict(members))
+engines = Directory()
+gateways = Directory()
 
 
 class EngineDirectory(RequestRouter):
@@ -41,7 +50,19 @@ class EngineDirectory(RequestRouter):
         # names; the import finds the module that the gateway subscribed to.
         from serving.cluster import discovery
 
-        discovery.publish({r.replica_id.unique_id: r.replica_metadata for r in replicas})
+        discovery.engines.publish({r.replica_id.unique_id: r.replica_metadata for r in replicas})
 
     async def choose_replicas(self, candidate_replicas, pending_request=None):
         return [list(candidate_replicas)]
+
+
+class GatewayDirectory(PowerOfTwoChoicesRequestRouter):
+    """The same of the gateways, in each of them; in Serve's proxy it routes as Serve does."""
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        with contextlib.suppress(ImportError):  # a proxy needs nothing of ours
+            from serving.cluster import discovery
+
+            members = {r.replica_id.unique_id: r.replica_metadata for r in replicas}
+            discovery.gateways.publish(members)

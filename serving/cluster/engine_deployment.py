@@ -86,14 +86,19 @@ async def _start_server(
     factory: EngineFactory = getattr(importlib.import_module(module), name)
     engine = await factory.start(config, plan, local_rank)
     server = StreamServer(engine, config.gateway.stream_window_bytes)
-    host = ray.util.get_node_ip_address()
-    leaves_machine = not is_loopback(host)
-    use_tls = {"auto": leaves_machine, "on": True, "off": False}[config.engine.tls]
+    host, use_tls = private_listener(config)
     address = await server.listen(host, tls=use_tls)
     if (folder := config.engine.step_log) is not None:
         log = StepLog(engine, folder / f"{os.getpid()}.jsonl", server.on_step)
         engine.subscribe(log.on_step)
     return server, address
+
+
+def private_listener(config: Config) -> tuple[str, bool]:
+    """Return on which address of this node our own listen to each other, and whether by TLS."""
+    host = ray.util.get_node_ip_address()
+    leaves_machine = not is_loopback(host)
+    return host, {"auto": leaves_machine, "on": True, "off": False}[config.engine.tls]
 
 
 async def _stop_server(server: StreamServer, timeout_s: float) -> None:
