@@ -9,6 +9,7 @@ from serving.config.cache import CacheConfig
 from serving.config.config import Config, parse, read, resolved
 from serving.config.engine import EngineConfig
 from serving.config.gateway import GatewayConfig
+from serving.config.models import ModelConfig
 from serving.config.providers import ProviderConfig
 from serving.config.section import ConfigError
 from serving.config.seen import LogConfig, TracingConfig
@@ -20,6 +21,7 @@ __all__ = [
     "EngineConfig",
     "GatewayConfig",
     "LogConfig",
+    "ModelConfig",
     "ProviderConfig",
     "TenantConfig",
     "TracingConfig",

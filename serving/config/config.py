@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from router import RouterSettings
 from router.providers.settings import FallbackSettings
@@ -14,6 +14,7 @@ from serving.config.access import AuthConfig, TenantConfig
 from serving.config.cache import CacheConfig
 from serving.config.engine import EngineConfig
 from serving.config.gateway import GatewayConfig
+from serving.config.models import ModelConfig
 from serving.config.providers import ProviderConfig
 from serving.config.renamed import current_args
 from serving.config.section import AbsolutePath, ConfigError, Section
@@ -35,6 +36,11 @@ class Config(Section):
         description="engine replicas: a number, auto, or {min, max, ...}: as many as are needed",
     )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs per replica")
+    models: tuple[ModelConfig, ...] = Field(
+        (),
+        description="several models in one service, each with engines of its own; the keys "
+        "outside say what one leaves out. In place of `model` and `served_model_name`",
+    )
     engine: EngineConfig = EngineConfig()
     gateway: GatewayConfig = GatewayConfig()
     router: RouterSettings = RouterSettings()
@@ -54,7 +60,7 @@ class Config(Section):
         None,
         description="config file whose `tenants`, `cache`, `providers` and `fallback` gateways "
         "read again when it changes; "
-        "`headway serve CONFIG.yaml` sets it to that file",
+        "`headway serve CONFIG.yaml` sets it to that file, and starts and stops `models` by it",
     )
 
     @property
@@ -72,6 +78,57 @@ class Config(Section):
         """The names clients ask for, as far as they are configured."""
         names = self.served_model_name or ()
         return (names,) if isinstance(names, str) else names
+
+    def by_model(self) -> tuple["Config", ...]:
+        """Return a configuration per model, as if there were no other; without `models`, this."""
+        return tuple(map(self._of_model, self.models)) or (self,)
+
+    def _of_model(self, model: ModelConfig) -> "Config":
+        of_router = ("ttft_target_base_s", "ttft_target_s_per_token")
+        targets: dict[str, Any] = {
+            key: value for key in of_router if (value := getattr(model, key)) is not None
+        }
+        if model.tpot_target_s is not None:
+            targets["tpot_target_s"] = {"*": model.tpot_target_s}
+        return self.model_copy(
+            update={
+                "models": (),
+                "model": model.model,
+                "served_model_name": model.served_names or None,
+                "replicas": self.replicas if model.replicas is None else model.replicas,
+                "tensor_parallel_size": model.tensor_parallel_size or self.tensor_parallel_size,
+                "engine": model.engine_beside(self.engine),
+                "router": self.router.model_copy(update=targets),
+            }
+        )
+
+    @model_validator(mode="after")
+    def _check_models(self) -> "Config":
+        if not self.models:
+            return self
+        for key in ("model", "served_model_name"):
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"{key}: is the short form for one model, and `models` lists several: "
+                    f"remove {key}, or put it into an entry of the list"
+                )
+        seen: dict[str, int] = {}
+        for index, model in enumerate(self.models):
+            if model.aliases and not (model.served_model_name or model.model):
+                raise ValueError(f"models.{index}.aliases: set served_model_name beside them")
+            if isinstance(model.replicas or self.replicas, ScalingSettings):
+                raise ValueError(
+                    f"models.{index}.replicas: {{min, max}} is for a single model yet: "
+                    "set a number, or auto"
+                )
+            for name in model.served_names or (model.model or "",):
+                if name in seen:
+                    raise ValueError(
+                        f"models.{index}: the name {name or 'of the bundled model'!r} is that of "
+                        f"models.{seen[name]} already: set another served_model_name or alias"
+                    )
+                seen[name] = index
+        return self
 
     @field_validator("served_model_name")
     @classmethod
@@ -107,9 +164,19 @@ def resolved(args: dict[str, Any], folder: Path) -> dict[str, Any]:
         values = args.get(section)
         if isinstance(values, dict) and isinstance(values.get(key), str):
             args[section] = {**values, key: _absolute(values[key], folder)}
+    if isinstance(args.get("models"), list):
+        args["models"] = [_model_resolved(each, folder) for each in args["models"]]
     if isinstance(args.get("providers"), list):
         args["providers"] = [_provider_resolved(each, folder) for each in args["providers"]]
     return args
+
+
+def _model_resolved(model: Any, folder: Path) -> Any:
+    """Return a model with the path of its steps' log resolved."""
+    engine = model.get("engine") if isinstance(model, dict) else None
+    if not isinstance(engine, dict) or not isinstance(engine.get("step_log"), str):
+        return model
+    return {**model, "engine": {**engine, "step_log": _absolute(engine["step_log"], folder)}}
 
 
 def _provider_resolved(provider: Any, folder: Path) -> Any:
@@ -159,8 +226,15 @@ def parse(args: dict[str, Any]) -> Config:
     except ValidationError as error:
         raise ConfigError(
             "; ".join(
-                f"{'.'.join(map(str, problem['loc'])) or 'config'}: {problem['msg']}"
+                f"{_with_key(problem['loc'], problem['msg'])}"
                 + (" (unknown key)" if problem["type"] == "extra_forbidden" else "")
                 for problem in error.errors()
             )
         ) from None
+
+
+def _with_key(path: tuple[int | str, ...], message: str) -> str:
+    """Return the message behind the key that it is about; it names that itself where none is."""
+    if path:
+        return f"{'.'.join(map(str, path))}: {message}"
+    return message.removeprefix("Value error, ")

@@ -44,15 +44,24 @@ def current_args(args: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{old} is the old name of {new}: only one of them can be given")
         args[section] = {new_key if key == old_key else key: values[key] for key in values}
         warn_renamed({old: new})
-    engine, router = args.get("engine"), args.get("router")
-    if isinstance(engine, dict) and "factory" in engine:
-        args["engine"] = {**engine, "factory": _current(engine["factory"], FACTORIES)}
+    router = args.get("router")
+    args = _with_current_factory(args)
+    if isinstance(args.get("models"), list):
+        args["models"] = [_with_current_factory(model) for model in args["models"]]
     if isinstance(router, dict) and _is_list_of_words(router.get("ablate")):
         try:
             args["router"] = {**router, "ablate": list(current_parts(router["ablate"]))}
         except ValueError as error:
             raise ValueError(f"router.ablate: {error}") from None
     return args
+
+
+def _with_current_factory(keys: Any) -> Any:
+    """Return a copy with the present name of the engine's factory; else what is given."""
+    engine = keys.get("engine") if isinstance(keys, dict) else None
+    if not isinstance(engine, dict) or "factory" not in engine:
+        return keys
+    return {**keys, "engine": {**engine, "factory": _current(engine["factory"], FACTORIES)}}
 
 
 def current_parts(parts: Collection[str]) -> tuple[str, ...]:

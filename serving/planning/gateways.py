@@ -20,7 +20,12 @@ CORE_ENGINES_PER_GATEWAY = 64
 
 
 def plan_gateways(
-    config: Config, num_engines: int, num_cores: int, *, cores_per_engine: int, per_gateway: int
+    config: Config,
+    num_engines: int,
+    num_cores: int,
+    *,
+    cores_per_engine: float,
+    per_gateway: float,
 ) -> tuple[int, list[str]]:
     """Return the number of gateways, and why, in sentences.
 
@@ -28,14 +33,14 @@ def plan_gateways(
     cores busy.
     """
     wanted = math.ceil(num_engines / per_gateway)
-    num_free_cores = max(0, num_cores - num_engines * cores_per_engine)
+    num_free_cores = max(0, num_cores - round(num_engines * cores_per_engine))
     num_gateways = max(1, min(wanted, num_free_cores))
     if config.gateway.replicas != "auto":
         why = []
         if num_gateways > config.gateway.num_replicas:
             why = [f"gateway.replicas: auto would start {num_gateways} gateways."]
         return config.gateway.num_replicas, why
-    because = f"one per {per_gateway} engines, whose tokens keep 0.7 of a core busy"
+    because = f"one per {per_gateway:g} engines, whose tokens keep 0.7 of a core busy"
     if num_gateways < wanted:
         because = (
             f"the engines leave {num_free_cores} of {num_cores} cores; {wanted} would be {because}"

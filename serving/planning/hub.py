@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from serving.config import ConfigError
-from serving.planning.model_size import ModelSize, cached_folder, read_folder
 from serving.planning.machine.running_process import running_process
+from serving.planning.model_size import ModelSize, cached_folder, read_folder
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are there, and those that are to be there."""

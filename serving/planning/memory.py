@@ -46,17 +46,16 @@ def plan_cpu_memory(
     num_free_bytes: int,
     replicas: int,
     size: ModelSize | None,
+    num_other_bytes: int = 0,
 ) -> CpuMemory:
     """Return what fits into `num_free_bytes` of RAM; raise `ConfigError` if nothing does.
 
     If memory is short the KV cache shrinks first, down to one request of full length; then,
-    with `replicas` on auto, the number of engines.
+    with `replicas` on auto, the number of engines. Other models take `num_other_bytes` of it.
     """
-    wanted = engine_args.get("kv_cache_memory_bytes")
-    if wanted is not None and (not isinstance(wanted, int) or wanted <= 0):
-        raise ConfigError(f"engine.args.kv_cache_memory_bytes: {wanted!r} is not a count of bytes")
+    wanted = _wanted_kv(engine_args)
     smallest = wanted or _smallest_kv(engine_args["max_model_len"], size)
-    room = num_free_bytes - _CONTROL_BYTES
+    room = num_free_bytes - _CONTROL_BYTES - num_other_bytes
     counts = [replicas, 1] if config.max_replicas == "auto" else [replicas]
     weights = _WEIGHT_COPIES * size.num_weight_bytes if size else 0
     tries = [(count, weights) for count in counts]
@@ -68,25 +67,27 @@ def plan_cpu_memory(
         if kv >= smallest and count * (base + kv) <= room:
             break
     else:
-        raise _memory_error(config, count, base, smallest, num_free_bytes, bool(wanted))
+        free = num_free_bytes - num_other_bytes
+        raise _memory_error(config, count, base, smallest, free, bool(wanted))
     if not wanted:
         kv = max(smallest, kv // _KV_STEP_BYTES * _KV_STEP_BYTES)
     num_engine_bytes = _CPU_ENGINE_BYTES + weights + kv
     why = [
-        f"Each engine takes about {_gib(num_engine_bytes)}, {_gib(kv)} of it KV cache"
+        f"Each engine takes about {gib(num_engine_bytes)}, {gib(kv)} of it KV cache"
         + _weights_text(size)
-        + f"; {_gib(num_free_bytes)} of RAM are free."
+        + f"; {gib(num_free_bytes)} of RAM are free"
+        + (f", of which other models take {gib(num_other_bytes)}." if num_other_bytes else ".")
     ]
     if count < replicas:
         why.append(f"Memory holds {count} of {replicas} engines.")
     if not wanted and kv < _KV_BYTES:
-        why.append(f"The KV cache is below {_gib(_KV_BYTES)} because memory is short.")
+        why.append(f"The KV cache is below {gib(_KV_BYTES)} because memory is short.")
     warnings = []
     if need < weights:
         warnings.append(
             f"If the model is as large as its name says, it does not fit: {count} × "
-            f"{_gib(num_engine_bytes)} and {_gib(_CONTROL_BYTES)} for Ray are more than the "
-            f"{_gib(num_free_bytes)} that are free."
+            f"{gib(num_engine_bytes)} and {gib(_CONTROL_BYTES)} for Ray are more than the "
+            f"{gib(num_free_bytes - num_other_bytes)} that are free."
         )
     elif size is None or not size.num_weight_bytes:
         warnings.append(
@@ -96,11 +97,62 @@ def plan_cpu_memory(
     return CpuMemory(count, kv, num_engine_bytes, tuple(why), tuple(warnings))
 
 
+@dataclass(frozen=True, slots=True)
+class EngineNeed:
+    """What an engine on a CPU takes of RAM, bytes."""
+
+    num_base_bytes: int  # without its KV cache
+    num_smallest_kv_bytes: int  # without which it does not start
+    num_wanted_kv_bytes: int
+
+    @property
+    def num_smallest_bytes(self) -> int:
+        """The least that it starts with."""
+        return self.num_base_bytes + self.num_smallest_kv_bytes
+
+
+def engine_need(engine_args: dict[str, Any], size: ModelSize | None) -> EngineNeed:
+    """Return what an engine takes. Nothing is kept for weights whose size is only guessed."""
+    wanted = _wanted_kv(engine_args)
+    smallest = wanted or _smallest_kv(engine_args["max_model_len"], size)
+    weights = size.num_weight_bytes if size is not None and not size.is_guess else 0
+    return EngineNeed(
+        _CPU_ENGINE_BYTES + _WEIGHT_COPIES * weights, smallest, wanted or max(_KV_BYTES, smallest)
+    )
+
+
+def share_memory(
+    needs: Sequence[tuple[int, EngineNeed]], num_free_bytes: int
+) -> tuple[list[int], int]:
+    """Return the RAM of each model's engines together, and the bytes that are lacking.
+
+    `needs`: each model's engines, and what one of them takes. If memory is short all KV caches
+    shrink, by the same share of what they could do without.
+    """
+    room = num_free_bytes - _CONTROL_BYTES
+    smallest = sum(number * need.num_smallest_bytes for number, need in needs)
+    more = [need.num_wanted_kv_bytes - need.num_smallest_kv_bytes for _, need in needs]
+    most = sum(number * each for (number, _), each in zip(needs, more, strict=True))
+    share = min(1.0, max(0.0, (room - smallest) / most)) if most else 1.0
+    taken = [
+        number * (need.num_smallest_bytes + int(share * each))
+        for (number, need), each in zip(needs, more, strict=True)
+    ]
+    return taken, max(0, smallest - room)
+
+
+def _wanted_kv(engine_args: dict[str, Any]) -> int | None:
+    wanted = engine_args.get("kv_cache_memory_bytes")
+    if wanted is not None and (not isinstance(wanted, int) or wanted <= 0):
+        raise ConfigError(f"engine.args.kv_cache_memory_bytes: {wanted!r} is not a count of bytes")
+    return wanted
+
+
 def _weights_text(size: ModelSize | None) -> str:
     if size is None or not size.num_weight_bytes:
         return ", and the model's weights, whose size is not known yet"
     if size.is_guess:
-        return f", with {_gib(size.num_weight_bytes)} of weights, guessed by the model's name"
+        return f", with {gib(size.num_weight_bytes)} of weights, guessed by the model's name"
     return ""
 
 
@@ -129,9 +181,9 @@ def _memory_error(
     else:
         key, advice = "model", "choose a smaller one" if config.model else "this is the smallest"
     return ConfigError(
-        f"{key}: not enough memory: {replicas} × {_gib(base + kv)} "
-        f"(KV cache {_gib(kv)} of it) and {_gib(_CONTROL_BYTES)} for Ray are "
-        f"{_gib(needed)}, {_gib(num_free_bytes)} are free: {advice}, or free memory"
+        f"{key}: not enough memory: {replicas} × {gib(base + kv)} "
+        f"(KV cache {gib(kv)} of it) and {gib(_CONTROL_BYTES)} for Ray are "
+        f"{gib(needed)}, {gib(num_free_bytes)} are free: {advice}, or free memory"
     )
 
 
@@ -150,7 +202,7 @@ def check_gpu_memory(
         if not explicit_kv and gpu.num_free_bytes < share * gpu.num_bytes:
             raise ConfigError(
                 f"engine.args.gpu_memory_utilization: GPU {gpu.index} has "
-                f"{_gib(gpu.num_free_bytes)} of {_gib(gpu.num_bytes)} free, {share} of it are "
+                f"{gib(gpu.num_free_bytes)} of {gib(gpu.num_bytes)} free, {share} of it are "
                 "asked for: lower it, or end what else runs on that GPU"
             )
     budget = min(gpu.num_bytes for gpu in gpus) * (1 if explicit_kv else share)
@@ -158,14 +210,14 @@ def check_gpu_memory(
         return [f"vLLM fills {share:.0%} of each GPU; the model's size is not known yet."], []
     weights = size.num_weight_bytes / per_replica
     too_large = (
-        f"tensor_parallel_size: the weights are {_gib(size.num_weight_bytes)}, "
-        f"{_gib(weights)} on each of {per_replica} GPU{'s' if per_replica > 1 else ''}, of "
-        f"which vLLM may use {_gib(budget)}: raise tensor_parallel_size"
+        f"tensor_parallel_size: the weights are {gib(size.num_weight_bytes)}, "
+        f"{gib(weights)} on each of {per_replica} GPU{'s' if per_replica > 1 else ''}, of "
+        f"which vLLM may use {gib(budget)}: raise tensor_parallel_size"
     )
     if weights <= _MAX_WEIGHTS_SHARE * budget:
         guess = " (guessed by the model's name)" if size.is_guess else ""
         return [
-            f"Weights take {_gib(weights)} of each GPU{guess}, and of the {_gib(budget)} that "
+            f"Weights take {gib(weights)} of each GPU{guess}, and of the {gib(budget)} that "
             "vLLM may use the rest goes to activations and KV cache."
         ], []
     if not size.is_guess:
@@ -173,7 +225,7 @@ def check_gpu_memory(
     return [], [f"If the model is as large as its name says: {too_large}."]
 
 
-def _gib(num_bytes: float) -> str:
+def gib(num_bytes: float) -> str:
     if num_bytes < _GIB:
         return f"{num_bytes / _MIB:.0f} MiB"
     return f"{num_bytes / _GIB:.1f} GiB"

@@ -58,13 +58,39 @@ class Plan:
     uses_bundled_model: bool
     why: tuple[str, ...]  # sentences
     warnings: tuple[str, ...] = ()  # sentences
+    deployment: str = "Engine"  # the engines', by the name that Ray Serve has for them
+    first_core: int = 0  # of those that the engines count off, on a CPU
 
 
-def make_plan(config: Config, hardware: Hardware, size: ModelSize | None = None) -> Plan:
-    """Return where the engines run; raise `ConfigError`, naming the key, if they cannot.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one of several models has of the machine: `serving.planning.service_plan`."""
 
-    `size` is that of the model if it is not given.
+    num_gateways: int  # of the service
+    engine_cpus: float  # logical ones, of each engine
+    gateway_cpus: float
+    because: str = ""  # its number of engines
+    num_other_bytes: int = 0  # of RAM, that the other models' engines take
+
+
+def make_plan(
+    config: Config, hardware: Hardware, size: ModelSize | None = None, share: Share | None = None
+) -> Plan:
+    """Return where the engines of one model run; raise `ConfigError` if they cannot.
+
+    The error names the key. `size` is that of the model if it is not given. With a `share`, which
+    is one of several models', its number of engines is decided, and `hardware` has the GPUs that
+    are its own.
     """
+    check_keys(config)
+    if size is None:
+        size = size_of(config)
+    on_gpu = find_device(config, hardware) == "cuda"
+    return (_plan_gpus if on_gpu else _plan_cores)(config, hardware, size, share)
+
+
+def check_keys(config: Config) -> None:
+    """Raise `ConfigError` for what no engine can be started with, anywhere."""
     for key, ours in _HEADWAY_KEYS.items():
         if key in config.engine.args:
             raise ConfigError(f"engine.args.{key}: set `{ours}` instead")
@@ -74,16 +100,18 @@ def make_plan(config: Config, hardware: Hardware, size: ModelSize | None = None)
         raise ConfigError(
             f"replicas: {config.max_replicas} engines cannot serve; set 1 or more, or auto"
         )
-    if size is None:
-        if config.model:
-            size = find_model_size(config.model)
-        elif config.engine.is_vllm:
-            size = BUNDLED_MODEL_SIZE
-    on_gpu = _device(config, hardware) == "cuda"
-    return (_plan_gpus if on_gpu else _plan_cores)(config, hardware, size)
 
 
-def _device(config: Config, hardware: Hardware) -> str:
+def size_of(config: Config) -> ModelSize | None:
+    """Return the size of the configuration's model, as far as it is known."""
+    if config.model:
+        return find_model_size(config.model)
+    return BUNDLED_MODEL_SIZE if config.engine.is_vllm else None
+
+
+def find_device(config: Config, hardware: Hardware) -> Literal["cuda", "cpu"]:
+    """Return where a model's engines run. Raise `ConfigError` if they cannot run there."""
+    device: Literal["cuda", "cpu"]
     if config.device == "cpu" or (config.device == "auto" and not config.engine.is_vllm):
         device = "cpu"
     elif hardware.gpu_error:
@@ -108,7 +136,23 @@ def _device(config: Config, hardware: Hardware) -> str:
     return device
 
 
-def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Plan:
+def gpus_per_engine(config: Config) -> int:
+    """Return how many GPUs an engine takes. Raise `ConfigError` for a size that is none."""
+    return config.tensor_parallel_size * _pipeline(config)
+
+
+def cores_per_gpu_engine(num_gpus: int) -> int:
+    """Return how many cores an engine on so many GPUs keeps busy.
+
+    One for the replica's process, one for vLLM's engine core, and a worker for each GPU if there
+    are several.
+    """
+    return 2 + (num_gpus if num_gpus > 1 else 0)
+
+
+def _plan_gpus(
+    config: Config, hardware: Hardware, size: ModelSize | None, share: Share | None
+) -> Plan:
     if config.model is None and config.engine.is_vllm:
         raise ConfigError(
             f"model: name the model to serve, as there are GPUs here ({_gpu_names(hardware)}); "
@@ -116,7 +160,7 @@ def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Pl
         )
     num_gpus = len(hardware.gpus)
     tensor, pipeline = config.tensor_parallel_size, _pipeline(config)
-    per_replica = tensor * pipeline
+    per_replica = gpus_per_engine(config)
     sizes = f"tensor_parallel_size {tensor}" + (
         f" × pipeline_parallel_size {pipeline}" if pipeline > 1 else ""
     )
@@ -130,7 +174,7 @@ def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Pl
         because = f"{_counted(num_gpus, 'GPU')} here, {per_replica} per engine"
     else:
         replicas = config.max_replicas
-        because = "replicas is set"
+        because = share.because if share is not None else "replicas is set"
     if replicas * per_replica > num_gpus:
         raise ConfigError(
             f"replicas: {replicas} × {sizes} need {_counted(replicas * per_replica, 'GPU')}, "
@@ -158,16 +202,10 @@ def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Pl
         warnings.append("The GPUs differ; set CUDA_DEVICE_ORDER=PCI_BUS_ID for a stable order.")
     if any(gpu.mig for gpu in used):
         warnings.append("A GPU is split by MIG: name the instance in CUDA_VISIBLE_DEVICES.")
-    # The replica's process and vLLM's engine core, and a worker for each GPU if there are several.
-    num_gateways, sentences = plan_gateways(
-        config,
-        replicas,
-        len(hardware.cores),
-        cores_per_engine=2 + (per_replica if per_replica > 1 else 0),
-        per_gateway=ENGINES_PER_GATEWAY,
-    )
-    why += sentences
-    engine_cpus, gateway_cpus = _logical_cpus(len(hardware.cores), replicas, num_gateways)
+    if share is None:
+        cores_per_engine = cores_per_gpu_engine(per_replica)
+        share, sentences = _whole(config, replicas, hardware, cores_per_engine, ENGINES_PER_GATEWAY)
+        why += sentences
     return Plan(
         device="cuda",
         device_name=(f"{per_replica} × " if per_replica > 1 else "") + used[0].name,
@@ -176,9 +214,9 @@ def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Pl
         aliases=config.served_names[1:],
         num_replicas=replicas,
         num_gpus_per_replica=per_replica,
-        num_gateways=num_gateways,
-        engine_actor_options={"num_cpus": engine_cpus, "num_gpus": per_replica},
-        gateway_actor_options={"num_cpus": gateway_cpus},
+        num_gateways=share.num_gateways,
+        engine_actor_options={"num_cpus": share.engine_cpus, "num_gpus": per_replica},
+        gateway_actor_options={"num_cpus": share.gateway_cpus},
         engine_args=engine_args,
         num_kv_bytes=config.engine.args.get("kv_cache_memory_bytes"),
         num_engine_bytes=None,
@@ -189,14 +227,10 @@ def _plan_gpus(config: Config, hardware: Hardware, size: ModelSize | None) -> Pl
     )
 
 
-def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> Plan:
-    if config.tensor_parallel_size > 1:
-        raise ConfigError(
-            f"tensor_parallel_size: {config.tensor_parallel_size} needs GPUs; "
-            "leave it at 1 on a CPU, where each engine has one core"
-        )
-    num_cores = len(hardware.cores)
-    replicas = min(2, num_cores) if config.max_replicas == "auto" else config.max_replicas
+def core_engine_arguments(
+    config: Config, hardware: Hardware, size: ModelSize | None
+) -> tuple[dict[str, Any], ModelSize | None]:
+    """Return vLLM's arguments of an engine on one core, and the model's size by their dtype."""
     dtype = "bfloat16" if hardware.has_bfloat16 else "float32"
     engine_args: dict[str, Any] = {"dtype": dtype, "block_size": 32}
     # A long prompt gets half of these: steps of about 0.25 s at 1.7 ms per
@@ -214,6 +248,21 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
     engine_args |= config.engine.args
     if size is not None and engine_args["dtype"] in ("float32", "float"):
         size = size.in_float32()
+    return engine_args, size
+
+
+def _plan_cores(
+    config: Config, hardware: Hardware, size: ModelSize | None, share: Share | None
+) -> Plan:
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"tensor_parallel_size: {config.tensor_parallel_size} needs GPUs; "
+            "leave it at 1 on a CPU, where each engine has one core"
+        )
+    num_cores = len(hardware.cores)
+    replicas = min(2, num_cores) if config.max_replicas == "auto" else config.max_replicas
+    trained_len = size.max_model_len if size else None
+    engine_args, size = core_engine_arguments(config, hardware, size)
     num_engine_bytes = num_kv_bytes = None
     why: list[str] = []
     warnings: list[str] = []
@@ -226,7 +275,8 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
                 "with it as with float32 (engine.args.dtype)."
             )
         free_bytes = hardware.num_free_ram_bytes
-        memory = plan_cpu_memory(config, engine_args, free_bytes, replicas, size)
+        num_other_bytes = share.num_other_bytes if share is not None else 0
+        memory = plan_cpu_memory(config, engine_args, free_bytes, replicas, size, num_other_bytes)
         replicas = memory.num_replicas
         num_kv_bytes, num_engine_bytes = memory.num_kv_bytes, memory.num_engine_bytes
         engine_args["kv_cache_memory_bytes"] = num_kv_bytes
@@ -240,7 +290,7 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
         + (
             f"{_counted(num_cores, 'core')} here, and two engines suffice to show routing."
             if config.max_replicas == "auto"
-            else "replicas is set."
+            else f"{share.because if share is not None else 'replicas is set'}."
         ),
     )
     if (
@@ -257,15 +307,10 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
             f"{_counted(replicas, 'engine')} share {_counted(num_cores, 'core')}: steps will "
             "stretch many times over; lower replicas."
         )
-    num_gateways, sentences = plan_gateways(
-        config,
-        replicas,
-        num_cores,
-        cores_per_engine=1,
-        per_gateway=CORE_ENGINES_PER_GATEWAY if config.engine.is_vllm else ENGINES_PER_GATEWAY,
-    )
-    why += sentences
-    engine_cpus, gateway_cpus = _logical_cpus(num_cores, replicas, num_gateways)
+    if share is None:
+        per_gateway = CORE_ENGINES_PER_GATEWAY if config.engine.is_vllm else ENGINES_PER_GATEWAY
+        share, sentences = _whole(config, replicas, hardware, 1, per_gateway)
+        why += sentences
     uses_bundled_model = config.model is None and config.engine.is_vllm
     return Plan(
         device="cpu",
@@ -283,9 +328,9 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
         aliases=config.served_names[1:],
         num_replicas=replicas,
         num_gpus_per_replica=0,
-        num_gateways=num_gateways,
-        engine_actor_options={"num_cpus": engine_cpus, "num_gpus": 0},
-        gateway_actor_options={"num_cpus": gateway_cpus},
+        num_gateways=share.num_gateways,
+        engine_actor_options={"num_cpus": share.engine_cpus, "num_gpus": 0},
+        gateway_actor_options={"num_cpus": share.gateway_cpus},
         engine_args=dict(config.engine.args) if emulated else engine_args,
         num_kv_bytes=num_kv_bytes,
         num_engine_bytes=num_engine_bytes,
@@ -294,6 +339,18 @@ def _plan_cores(config: Config, hardware: Hardware, size: ModelSize | None) -> P
         why=tuple(why),
         warnings=tuple(warnings),
     )
+
+
+def _whole(
+    config: Config, replicas: int, hardware: Hardware, cores_per_engine: int, per_gateway: int
+) -> tuple[Share, list[str]]:
+    """Return the share of a model that is the only one, and sentences about its gateways."""
+    num_cores = len(hardware.cores)
+    num_gateways, why = plan_gateways(
+        config, replicas, num_cores, cores_per_engine=cores_per_engine, per_gateway=per_gateway
+    )
+    engine_cpus, gateway_cpus = logical_cpus(num_cores, replicas, num_gateways)
+    return Share(num_gateways=num_gateways, engine_cpus=engine_cpus, gateway_cpus=gateway_cpus), why
 
 
 def _emulated(config: Config) -> Profile | None:
@@ -319,7 +376,7 @@ def _pipeline(config: Config) -> int:
     return value
 
 
-def _logical_cpus(num_cores: int, replicas: int, num_gateways: int) -> tuple[float, float]:
+def logical_cpus(num_cores: int, replicas: int, num_gateways: int) -> tuple[float, float]:
     """Return the logical CPUs of an engine and of a gateway, for Ray's placement.
 
     They are chosen so that all actors fit into a Ray that counts just the real cores, as plain

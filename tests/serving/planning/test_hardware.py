@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving.planning.machine.cgroup import CgroupLimits, read_limits
 from serving.planning.hardware import detect_hardware
+from serving.planning.machine.cgroup import CgroupLimits, read_limits
 
 GIB = 1 << 30
 
