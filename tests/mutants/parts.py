@@ -83,7 +83,7 @@ PARTS = (
         ("serving/gateway/driver.py",),
         (
             "tests/serving/gateway/driver",
-            "tests/serving/gateway/test_driver_faults.py",
+            "tests/serving/gateway/driver/test_driver_faults.py",
         ),
     ),
 )
