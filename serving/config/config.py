@@ -11,11 +11,12 @@ from router import RouterSettings
 from router.providers.settings import FallbackSettings
 from router.scaling.settings import ScalingSettings
 from serving.config.access import AuthConfig, TenantConfig
+from serving.config.batch import BatchConfig
 from serving.config.cache import CacheConfig
 from serving.config.engine import EngineConfig
 from serving.config.gateway import GatewayConfig
 from serving.config.models import ModelConfig
-from serving.config.providers import ProviderConfig
+from serving.config.providers import ExternalConfig, ProviderConfig
 from serving.config.renamed import current_args
 from serving.config.section import AbsolutePath, ConfigError, Section
 from serving.config.seen import LogConfig, TracingConfig
@@ -53,13 +54,19 @@ class Config(Section):
         (), description="services that answer what the engines cannot, in order of preference"
     )
     fallback: FallbackSettings = FallbackSettings()
+    external: tuple[ExternalConfig, ...] = Field(
+        (),
+        description="servers that run already (`vllm serve`, or any OpenAI-compatible one): engines "
+        "beside our own, or alone with `headway attach`",
+    )
     cache: CacheConfig = CacheConfig()
+    batch: BatchConfig = BatchConfig()
     log: LogConfig = LogConfig()
     tracing: TracingConfig = TracingConfig()
     watch_file: AbsolutePath | None = Field(
         None,
-        description="config file whose `tenants`, `cache`, `providers` and `fallback` gateways "
-        "read again when it changes; "
+        description="config file whose `tenants`, `cache`, `providers`, `external` and `fallback` "
+        "gateways read again when it changes; "
         "`headway serve CONFIG.yaml` sets it to that file, and starts and stops `models` by it",
     )
 
@@ -138,6 +145,14 @@ class Config(Section):
             raise ValueError("has to be a name, or a list of at least one name, each once")
         return names
 
+    @field_validator("external")
+    @classmethod
+    def _check_urls(cls, servers: tuple[ExternalConfig, ...]) -> tuple[ExternalConfig, ...]:
+        names = [server.name for server in servers]
+        if len(set(names)) < len(names):
+            raise ValueError("each server's url may be there once")
+        return servers
+
     @field_validator("providers")
     @classmethod
     def _check_names(cls, providers: tuple[ProviderConfig, ...]) -> tuple[ProviderConfig, ...]:
@@ -150,6 +165,7 @@ class Config(Section):
 # Keys with a path that may be relative to the config file.
 _PATHS = (
     ("auth", "keys_file"),
+    ("batch", "dir"),
     ("engine", "step_log"),
     ("gateway", "tls_cert_file"),
     ("gateway", "tls_key_file"),

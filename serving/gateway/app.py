@@ -15,6 +15,9 @@ from router import Router
 from serving.config import Config, read
 from serving.core_form import form
 from serving.file_watch import FileWatch, FileWatchState
+from serving.gateway.batch.batches import Batches
+from serving.gateway.batch.endpoints import BatchEndpoints
+from serving.gateway.batch.objects import BatchesState
 from serving.gateway.cache.response_cache import ResponseCache
 from serving.gateway.driver import Driver
 from serving.gateway.http.body_reader import BodyReader
@@ -94,6 +97,7 @@ class Gateway:
             max_record_bytes=config.gateway.max_record_bytes,
         )
         self.driver.use_providers(config)
+        self._use_external(config)
         self.request_parser = RequestParser(
             config, ServedModels(served_names, self.driver.engines.infos)
         )
@@ -116,6 +120,9 @@ class Gateway:
         self._engine_endpoints = EngineEndpoints(
             self.driver.engines, self.tenants, self.body_reader, kept
         )
+        self.batches: Batches | None = None
+        if config.batch.dir is not None:
+            self.batches = Batches(config, gateway_id, self.request_path, served_names)
         self.background: list[asyncio.Task[None]] = []  # that end with the gateway
         self.started_s = int(time.time())  # seconds since the epoch
         self.metrics.export_state(self.state)
@@ -195,7 +202,13 @@ class Gateway:
         """
         self.cache.use_config(config.cache)
         self.driver.use_providers(config)
+        self._use_external(config)
         self.tenants.use_configs(config.tenants)
+
+    def _use_external(self, config: Config) -> None:
+        """Have these servers that run already among the engines. Raise `ConfigError` for a key."""
+        window_bytes = self.config.gateway.stream_window_bytes
+        self.driver.engines.use_external(config.external, window_bytes)
 
     def _on_grant(self) -> None:
         """Let the router decide again: requests may wait for what was just leased."""
@@ -209,6 +222,8 @@ class Gateway:
             watch.close()
         if self.together.peers is not None:
             self.together.peers.close()
+        if self.batches is not None:
+            self.batches.close()
         self.cache.close()
         self.driver.close()
         self.observer.close()
@@ -222,6 +237,7 @@ class Gateway:
             Route("/ping", self.get_health, methods=["GET", "POST"]),
             Route("/load", self.get_load),
             *self._engine_endpoints.routes(),
+            *BatchEndpoints(self.config, self.tenants, self.batches).routes(),
             *self._own_routes(alone=False),
         ]
         models = dict.fromkeys(COMPUTED, self.request_path)
@@ -274,6 +290,7 @@ class Gateway:
             tokens_per_byte=self.request_parser.tokens_per_byte.ratio,
             tenants=self.tenants.state(now_s),
             cache=self.cache.state(),
+            batches=self.batches.state() if self.batches is not None else BatchesState(),
             hardware=dict(self.driver.engines.hardware),
             files={name: watch.state() for name, watch in self.file_watches.items()},
             drained=sorted(self.driver.engines.drained),

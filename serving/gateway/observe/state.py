@@ -6,6 +6,7 @@ from router import RouterState
 from serving.core_form import Form
 from serving.engine.hardware_watch import HardwareState
 from serving.file_watch import FileWatchState
+from serving.gateway.batch.objects import BatchesState
 from serving.gateway.cache.response_store import ResponseCacheState
 from serving.gateway.tenants.tenants import TenantsState
 
@@ -24,6 +25,7 @@ class GatewayState(RouterState, frozen=True, kw_only=True):
     tokens_per_byte: float  # by which the sizes of prompts are estimated
     tenants: TenantsState
     cache: ResponseCacheState
+    batches: BatchesState
     hardware: dict[str, HardwareState]  # by engine; one that has not told yet is not there
     files: dict[str, FileWatchState]  # by the setting that names them
     drained: list[str]  # engines that an admin wants to get no new work

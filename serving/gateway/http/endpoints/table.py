@@ -148,6 +148,7 @@ COMPUTED = tuple(rule.path for rule in RULES if rule.kind is Kind.COMPUTES)
 # Pages of anybody may call these, beside all below /v1/ that is not for admins.
 _HARMLESS = {rule.path for rule in RULES if rule.kind is Kind.TELLS} | {"/ping", "/load"}
 _FOR_ADMINS = {rule.path for rule in RULES if rule.kind is Kind.EVERYWHERE}
+_KEEP_FILES = ("/v1/files", "/v1/batches")  # on our disk: not for just any page
 
 _WHO = {
     Kind.COMPUTES: "the engine that the router chooses",
@@ -161,7 +162,7 @@ _WHO = {
 
 def is_for_anybody(path: str) -> bool:
     """Whether web pages of anybody may call a path where no key is needed."""
-    if path in _FOR_ADMINS:
+    if path in _FOR_ADMINS or path.startswith(_KEEP_FILES):
         return False
     return path.startswith(("/v1/", "/health")) or path in _HARMLESS
 
