@@ -87,6 +87,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     put_off_s: float = 0.0
     arrival_s: float = 0.0
     deadline_s: float = float("inf")  # held past this, it expires
+    # Its model's own targets, seconds; None: those of the settings, which are of all models.
+    ttft_target_base_s: float | None = None
+    ttft_target_s_per_token: float | None = None
+    tpot_target_s: float | None = None
     # Chained hashes of the prompt's successive blocks as the gateway cuts it: each
     # covers all before it. Whole blocks only; none unless the policy reads them.
     prefix_hashes: tuple[int, ...] = ()
@@ -120,6 +124,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     # Part of its reply was sent: by an engine, then only engines can continue it; or by a
     # provider, then only providers that say they can.
     has_begun: bool = False
+    begun_externally: bool = False  # by an engine that `is_external`: others of them continue it
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,6 +150,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     engine: str = ""  # engine and version; says "simulated" where it is
     heartbeat_s: float = 0.0  # longest time between snapshots while it lives; 0 = unknown
     pid: int = 0  # of the replica's process, on its node; for people
+    # Somebody else's server: its state is looked at now and then, not pushed after each step, and
+    # only others like it can go on with a reply that it has begun.
+    is_external: bool = False
 
 
 class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,7 +22,7 @@ def ttft_deadline_s(request: Request, settings: RouterSettings) -> float:
     expects to wait. Interactive requests have half of it. Batch work is due so much
     later that it only fills gaps.
     """
-    return _ttft_deadline_s(request, settings, settings.ttft_target_s_per_token)
+    return _ttft_deadline_s(request, settings, _target_s_per_token(request, settings))
 
 
 def edf_key_s(request: Request, settings: RouterSettings) -> float:
@@ -39,7 +39,8 @@ def edf_key_s(request: Request, settings: RouterSettings) -> float:
 
 def unshifted_edf_key_s(request: Request, settings: RouterSettings) -> float:
     """Return the place that a request would have without its client's own priority."""
-    s_per_token = min(settings.ttft_target_s_per_token, _MAX_SLOWDOWN * request.prefill_s_per_token)
+    target_s_per_token = _target_s_per_token(request, settings)
+    s_per_token = min(target_s_per_token, _MAX_SLOWDOWN * request.prefill_s_per_token)
     return _ttft_deadline_s(request, settings, s_per_token)
 
 
@@ -51,8 +52,15 @@ def engine_put_off_s(request: Request) -> float:
     return max(0.0, request.put_off_s) if request.tenant else request.put_off_s
 
 
+def _target_s_per_token(request: Request, settings: RouterSettings) -> float:
+    own = request.ttft_target_s_per_token
+    return settings.ttft_target_s_per_token if own is None else own
+
+
 def _ttft_deadline_s(request: Request, settings: RouterSettings, s_per_token: float) -> float:
-    ttft_target_s = settings.ttft_target_base_s + s_per_token * request.num_prompt_tokens
+    own = request.ttft_target_base_s
+    base_s = settings.ttft_target_base_s if own is None else own
+    ttft_target_s = base_s + s_per_token * request.num_prompt_tokens
     if request.priority_class is _INTERACTIVE:
         ttft_target_s *= settings.ttft_target_interactive_factor
     elif request.priority_class is _BATCH:

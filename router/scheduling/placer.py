@@ -100,11 +100,14 @@ class Placer:
             replicas = self._fleet.working(request.model)
         if request.only_at:
             replicas = [replica for replica in replicas if replica.id == request.only_at]
+        elif request.has_begun:  # each kind keeps its own record of a reply
+            external = request.begun_externally
+            replicas = [each for each in replicas if each.info.is_external == external]
         if not replicas:
             return None
         if request.tried:  # elsewhere, if there is an elsewhere
             replicas = [r for r in replicas if r.id not in request.tried] or replicas
-        if self._tpot_targets_s and self.policy.holds:
+        if (self._tpot_targets_s or request.tpot_target_s is not None) and self.policy.holds:
             replicas = self._meeting_tpot_target(request, replicas)
         return self._book(request, replicas, need_tokens, now_s)
 
@@ -331,7 +334,10 @@ class Placer:
 
     def _meeting_tpot_target(self, request: Request, replicas: list[Replica]) -> list[Replica]:
         """Return those that can take the request at its model's TPOT target; all if none can."""
-        target_s = self._tpot_targets_s.get(request.model, self._tpot_targets_s.get("*", math.inf))
+        target_s = request.tpot_target_s
+        if target_s is None:
+            targets_s = self._tpot_targets_s
+            target_s = targets_s.get(request.model, targets_s.get("*", math.inf))
         return [each for each in replicas if meets_tpot_target(request, each, target_s)] or replicas
 
     def _with_blocks(self, request: Request) -> Request:

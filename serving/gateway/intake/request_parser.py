@@ -104,6 +104,7 @@ class RequestParser:
         if wants_prefix:
             prefix = prompt_prefix(model, salt, _text_of(body, is_one=endpoint.is_one), context)
         session = fields.session or headers.session
+        entry = self._served_models.entry(model)
         request = Request(
             id=request_id,
             model=model,
@@ -120,6 +121,9 @@ class RequestParser:
             engines_only=not endpoint.for_providers,
             arrival_s=now_s,
             deadline_s=now_s + router.max_hold_s,
+            ttft_target_base_s=None if entry is None else entry.ttft_target_base_s,
+            ttft_target_s_per_token=None if entry is None else entry.ttft_target_s_per_token,
+            tpot_target_s=None if entry is None else entry.tpot_target_s,
             prefix_hashes=prefix.hashes,
             prefix_block_share=prefix.block_share,
             end_hash=prefix.end_hash,

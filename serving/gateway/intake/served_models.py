@@ -24,6 +24,17 @@ class Capacity(msgspec.Struct, frozen=True):
     routes: frozenset[str] = frozenset()  # empty: unknown
 
 
+class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One model of the configuration, as gateways are told of it."""
+
+    deployment: str  # of its engines, by the name that Ray Serve has for it
+    names: tuple[str, ...]  # its own first; empty if only the engines know
+    # Its own targets, seconds; None: those of all models.
+    ttft_target_base_s: float | None = None
+    ttft_target_s_per_token: float | None = None
+    tpot_target_s: float | None = None
+
+
 class ServedModels:
     """The names of models: as configured, as engines serve them, as providers answer for them."""
 
@@ -34,9 +45,45 @@ class ServedModels:
         """
         self._names = tuple(names)
         self._engines = engines
-        self._infos: list[EngineInfo] = []  # as they were when `_capacities` was made
+        # As they were when `_capacities` was made; None: it has to be made.
+        self._infos: list[EngineInfo] | None = None
         self._capacities: dict[str, Capacity] = {}
         self._guesses: set[str] = set()
+        self._entries: dict[str, ModelEntry] = {}  # by name, as `use_entries` was told last
+        self._removed: frozenset[str] = frozenset()  # names
+        self._failed: dict[str, str] = {}  # deployments that cannot start, and why
+
+    @property
+    def removed(self) -> frozenset[str]:
+        """The names of models that were served, and are to be no more."""
+        return self._removed
+
+    def use_entries(self, entries: Sequence[ModelEntry]) -> None:
+        """Go by these models from now on. Names of others are not served any more."""
+        before = self._entries.keys()
+        self._entries = {name: entry for entry in entries for name in entry.names}
+        self._removed = (self._removed | before) - self._entries.keys()
+        self._names = (*self._names, *self._entries)
+        self._infos = None
+        self._follow_engines()
+
+    def use_failures(self, failed: Mapping[str, str]) -> None:
+        """Go by these deployments as those that cannot start, with the reason of each."""
+        self._failed = dict(failed)
+
+    def entry(self, name: str) -> ModelEntry | None:
+        """Return the model of this name; None if it is not in the configuration."""
+        return self._entries.get(name)
+
+    def served_by_nobody(self) -> dict[str, str]:
+        """Return the models without an engine, by their own names; why, as far as is known."""
+        self._follow_engines()
+        names = {entry.names[0]: entry for entry in self._entries.values()}
+        return {
+            name: self._failed.get(entry.deployment, "")
+            for name, entry in names.items()
+            if not any(each in self._capacities for each in entry.names)
+        }
 
     def find_model(
         self,
@@ -55,9 +102,9 @@ class ServedModels:
         """
         self._follow_engines()
         if not name:  # null, or "", which vLLM takes for its own model
-            name = next(
-                (each for each in (*self._names, *models_elsewhere) if may_use((each,))), ""
-            )
+            names = [each for each in (*self._names, *models_elsewhere) if may_use((each,))]
+            able = (each for each in names if not self._why_failed(each, models_elsewhere))
+            name = next(able, names[0] if names else "")
         exists = name in self._names or name in models_elsewhere
         if may_use((name,)) and not (exists or self._names):
             # Before the first engine has told its names any may be right.
@@ -65,6 +112,14 @@ class ServedModels:
         if not exists or not may_use((name,)):
             usable = {each for each in (*self._names, *models_elsewhere) if may_use((each,))}
             raise model_not_found(name, sorted(usable))
+        if why := self._why_failed(name, models_elsewhere):
+            raise ApiError(
+                503,
+                f"The model '{name}' could not be started: {why}",
+                kind="ServiceUnavailableError",
+                param="model",
+                retry_after_s=_RETRY_AFTER_S,
+            )
         capacity = self._capacities.get(name)
         if capacity is not None and name not in models_elsewhere:
             if task and task not in capacity.tasks:
@@ -72,6 +127,13 @@ class ServedModels:
             if capacity.routes and route and route not in capacity.routes:
                 raise ApiError(400, f"The engines of '{name}' do not have this endpoint ({route}).")
         return name, capacity
+
+    def _why_failed(self, name: str, models_elsewhere: Sequence[str]) -> str:
+        """Return why nobody answers for a model; "" if somebody does, or may soon."""
+        entry = self._entries.get(name)
+        if not self._failed or entry is None or name in models_elsewhere:
+            return ""
+        return "" if name in self._capacities else self._failed.get(entry.deployment, "")
 
     def _is_good_guess(self, name: str) -> bool:
         """Take a name for that of a model to come. Raise `ApiError` 503 for none, or too many."""
@@ -91,12 +153,23 @@ class ServedModels:
             return
         self._infos = infos
         by_name: dict[str, list[EngineInfo]] = {}
+        adapters: set[str] = set()  # and all else that engines serve which only finish
         for info in infos:
             for name in (info.model, *info.aliases):
-                by_name.setdefault(name, []).append(info)
+                if info.model in self._removed:
+                    adapters.add(name)
+                else:
+                    by_name.setdefault(name, []).append(info)
+        self._removed |= adapters - by_name.keys()
         self._capacities = {name: _capacity(of_model) for name, of_model in by_name.items()}
         # All may be gone later, and then these are known to come back.
-        self._names = tuple(dict.fromkeys((*by_name, *self._names)))
+        names = dict.fromkeys((*self._configured(), *by_name, *self._names))
+        self._names = tuple(name for name in names if name not in self._removed)
+
+    def _configured(self) -> Sequence[str]:
+        """Return the models of the configuration in its order, if there are several."""
+        names = dict.fromkeys(entry.names[0] for entry in self._entries.values())
+        return tuple(names) if len(names) > 1 else ()
 
 
 def _capacity(infos: Sequence[EngineInfo]) -> Capacity:

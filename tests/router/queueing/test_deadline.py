@@ -158,3 +158,12 @@ class TestOwnPriority:
         settings = RouterSettings()
         request = req("a", 100, put_off_s=-60.0)
         assert unshifted_edf_key_s(request, settings) == edf_key_s(req("a", 100), settings)
+
+
+def test_a_models_own_targets_go_before_those_of_all():
+    settings = RouterSettings(ttft_target_base_s=1.0, ttft_target_s_per_token=0.01)
+    request = of("a", 200, RequestClass.STANDARD, 7.0)
+    own = msgspec.structs.replace(request, ttft_target_base_s=0.0)
+    assert ttft_deadline_s(own, settings) == pytest.approx(9.0)
+    own = msgspec.structs.replace(own, ttft_target_s_per_token=0.05)
+    assert ttft_deadline_s(own, settings) == edf_key_s(own, settings) == pytest.approx(17.0)

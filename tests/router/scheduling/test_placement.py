@@ -112,6 +112,15 @@ def test_an_engine_past_the_tpot_target_gets_nothing_while_another_is_below_it(t
     assert router.on_arrival(req("b", 10), 0.1) == [Dispatch("b", "r0", 1)]  # none held for it
 
 
+@pytest.mark.parametrize(("own_s", "engine"), [(0.0203, "r1"), (9.0, "r0"), (None, "r0")])
+def test_a_models_own_tpot_target_goes_before_that_of_all(own_s, engine):
+    router = make_router(2, engine={"max_num_seqs": 64}, tpot_target_s={"m": 9.0})
+    router.on_snapshot("r0", busy(1, num_running_reqs=2, num_decoding_reqs=2), 0.0)
+    router.on_snapshot("r1", busy(1, num_pending_prefill_tokens=90), 0.0)
+    request = req("a", 10, tpot_target_s=own_s)
+    assert router.on_arrival(request, 0.0)[0].replica_id == engine
+
+
 def test_what_one_engine_keeps_goes_there_alone():
     router = kv_router(5000, 5000)
     for number in range(4):

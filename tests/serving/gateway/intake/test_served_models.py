@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from serving.gateway.http.errors import ApiError
-from serving.gateway.intake.served_models import ServedModels
+from serving.gateway.intake.served_models import ModelEntry, ServedModels
 from tests.serving.gateway.intake.asking import CHAT, SMALL
 from tests.support.running_gateway import running
 
@@ -82,6 +82,56 @@ def test_what_engines_of_one_model_can_do_together():
     assert capacity.tasks == {"generate", "embed"}
     with pytest.raises(ApiError, match="does not support"):
         models.find_model("fake-model", "transcription", (), may_use_all)
+
+
+def entry(*names: str, **targets: float) -> ModelEntry:
+    return ModelEntry(deployment=f"Engine-{names[0]}", names=names, **targets)
+
+
+class TestSeveralModels:
+    def test_each_has_its_names_its_engines_and_its_targets(self):
+        engines = {"r0": msgspec.structs.replace(SMALL, model="b", aliases=("bee",))}
+        models = ServedModels(("a", "b", "bee"), engines)
+        models.use_entries([entry("a", tpot_target_s=0.1), entry("b", "bee")])
+        assert [find(models, name) for name in ("a", "b", "bee")] == ["a", "b", "bee"]
+        assert find(models, None) == "a"  # the first of the configuration, not of the engines
+        assert models.entry("a").tpot_target_s == 0.1
+        assert models.entry("bee").deployment == "Engine-b"
+        assert models.entry("adapter") is None
+        assert models.served_by_nobody() == {"a": ""}
+
+    def test_one_that_cannot_start_is_refused_by_name_and_the_others_serve(self):
+        engines = {}
+        models = ServedModels(("a", "b"), engines)
+        models.use_entries([entry("a", "alias"), entry("b")])
+        models.use_failures({"Engine-a": "ValueError: no memory"})
+        for name in ("a", "alias"):
+            with pytest.raises(ApiError, match=f"'{name}' could not be started: .*no mem") as error:
+                find(models, name)
+            assert error.value.status == 503
+        assert find(models, "b") == find(models, None) == "b"
+        assert find(models, "a", elsewhere=("a",)) == "a"  # a provider has it
+        assert models.served_by_nobody()["a"] == "ValueError: no memory"
+        engines["r0"] = msgspec.structs.replace(SMALL, model="a", aliases=("alias",))
+        assert find(models, "alias") == "alias"  # it started after all
+
+    def test_one_that_is_removed_is_unknown_while_its_engines_finish(self):
+        engines = {
+            "r0": msgspec.structs.replace(SMALL, model="a", aliases=("alias", "adapter")),
+            "r1": msgspec.structs.replace(SMALL, model="b"),
+        }
+        models = ServedModels(("a", "alias", "b"), engines)
+        models.use_entries([entry("a", "alias"), entry("b")])
+        models.use_entries([entry("b"), entry("c")])
+        for name in ("a", "alias", "adapter"):
+            with pytest.raises(ApiError) as error:
+                find(models, name)
+            assert error.value.status == 404
+        assert models.removed == {"a", "alias", "adapter"}
+        assert [find(models, name) for name in (None, "b", "c")] == ["b", "b", "c"]
+        models.use_entries([entry("b"), entry("a")])
+        assert find(models, "a") == "a"
+        assert "a" not in models.removed
 
 
 async def test_unknown_models_are_refused_at_once_and_leave_nothing():
