@@ -181,9 +181,13 @@ class Failures:
         if num_output_tokens >= PROVEN_TOKENS or attempt.is_probe or self._is_late(attempt, now_s):
             return
         reason = attempt.replica.breaker.reason
-        # One that falls silent may have lost its network. Two under one request are too many.
-        is_silent_again = reason is TripReason.STALE and attempt.request.num_stuck > 0
-        if reason not in (TripReason.LOST, TripReason.HUNG) and not is_silent_again:
+        # One that falls silent may have lost its network, and a server that somebody else runs
+        # is stopped and started without our knowing. Two under one request are too many.
+        is_theirs = reason is TripReason.LOST and attempt.replica.info.is_external
+        if is_theirs or reason is TripReason.STALE:
+            if not attempt.request.num_stuck:
+                return
+        elif reason not in (TripReason.LOST, TripReason.HUNG):
             return
         if attempt.is_alone and was_only_one:
             self._suspects.refuse(attempt.request, now_s)

@@ -136,6 +136,8 @@ class OpenRequests:
         again = retried(
             attempt.request, attempt.replica.id, num_output_tokens, now_s, has_begun=has_begun
         )
+        if has_begun and attempt.replica.info.is_external:
+            again = msgspec.structs.replace(again, begun_externally=True)
         if self._suspects and self._suspects.is_suspect(again, now_s):
             again = msgspec.structs.replace(again, is_suspect=True)
             if self._suspects.is_refused(again, now_s):

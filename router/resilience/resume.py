@@ -61,6 +61,10 @@ class Reply:
         self._checksum = 0
         self._num_counted_tokens = 0
 
+    def only_count(self) -> None:
+        """Let no other engine go on once it has begun: whoever has it now says that none can."""
+        self._can_resume = False
+
     @property
     def has_begun(self) -> bool:
         """Whether the client has any of it."""

@@ -16,7 +16,7 @@ from serving.config.cache import CacheConfig
 from serving.config.engine import EngineConfig
 from serving.config.gateway import GatewayConfig
 from serving.config.models import ModelConfig
-from serving.config.providers import ProviderConfig
+from serving.config.providers import ExternalConfig, ProviderConfig
 from serving.config.renamed import current_args
 from serving.config.section import AbsolutePath, ConfigError, Section
 from serving.config.seen import LogConfig, TracingConfig
@@ -54,14 +54,19 @@ class Config(Section):
         (), description="services that answer what the engines cannot, in order of preference"
     )
     fallback: FallbackSettings = FallbackSettings()
+    external: tuple[ExternalConfig, ...] = Field(
+        (),
+        description="servers that run already, `vllm serve` or any OpenAI-compatible one: engines "
+        "beside our own, or alone with `headway attach`",
+    )
     cache: CacheConfig = CacheConfig()
     batch: BatchConfig = BatchConfig()
     log: LogConfig = LogConfig()
     tracing: TracingConfig = TracingConfig()
     watch_file: AbsolutePath | None = Field(
         None,
-        description="config file whose `tenants`, `cache`, `providers` and `fallback` gateways "
-        "read again when it changes; "
+        description="config file whose `tenants`, `cache`, `providers`, `external` and `fallback` "
+        "gateways read again when it changes; "
         "`headway serve CONFIG.yaml` sets it to that file, and starts and stops `models` by it",
     )
 
@@ -139,6 +144,14 @@ class Config(Section):
         if listed is not None and (not listed or "" in listed or len(set(listed)) < len(listed)):
             raise ValueError("has to be a name, or a list of at least one name, each once")
         return names
+
+    @field_validator("external")
+    @classmethod
+    def _check_urls(cls, servers: tuple[ExternalConfig, ...]) -> tuple[ExternalConfig, ...]:
+        names = [server.name for server in servers]
+        if len(set(names)) < len(names):
+            raise ValueError("each server's url may be there once")
+        return servers
 
     @field_validator("providers")
     @classmethod

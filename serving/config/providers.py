@@ -2,10 +2,10 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from router.providers.settings import KeySettings, ProviderSettings
-from serving.config.section import AbsolutePath
+from serving.config.section import AbsolutePath, Section
 
 
 class ProviderKeyConfig(KeySettings):
@@ -74,3 +74,56 @@ class ProviderConfig(ProviderSettings):
     @classmethod
     def _strip_url(cls, url: str | None) -> str | None:
         return url.rstrip("/") if url is not None else None
+
+
+class ExternalConfig(Section):
+    """A server that runs already, `vllm serve` or alike: one engine more, which we do not start."""
+
+    url: str = Field(
+        pattern=r"^https?://[^\s@]+$", description="where it listens, e.g. http://a:8000"
+    )
+    model: str | None = Field(
+        None,
+        description="the name that clients ask for; unset: the names that the server has. One of "
+        "another name means its only model",
+    )
+    key: SecretStr | None = Field(None, description="API key that the server wants")
+    key_env: str | None = Field(None, description="environment variable that holds the key")
+    ca_file: AbsolutePath | None = Field(
+        None, description="PEM file of who has signed its certificate; unset: the system's"
+    )
+    max_num_seqs: int = Field(
+        256, ge=1, description="sequences in one step of its scheduler, which it does not tell"
+    )
+    max_num_batched_tokens: int = Field(
+        2048, ge=1, description="tokens in one step of its scheduler, which it does not tell"
+    )
+    poll_s: float = Field(
+        0.1,
+        gt=0,
+        le=0.5,
+        description="time between two looks at its metrics while it has work, seconds",
+    )
+    connect_timeout_s: float = Field(5.0, gt=0, description="time to connect, seconds")
+    resume: Literal["auto", "greedy", "off"] = Field(
+        "auto",
+        description="which replies go on at another server when this one breaks off in their "
+        "middle; auto: all that can go on from their very tokens, and those that would come again "
+        "the same; greedy: only those of temperature 0; off: none",
+    )
+
+    @model_validator(mode="after")
+    def _check_key(self) -> Self:
+        if self.key is not None and self.key_env is not None:
+            raise ValueError("key and key_env: only one of them says the key")
+        return self
+
+    @field_validator("url")
+    @classmethod
+    def _strip_url(cls, url: str) -> str:
+        return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+    @property
+    def name(self) -> str:
+        """What the engine is called: its address, without the scheme."""
+        return self.url.partition("://")[2]

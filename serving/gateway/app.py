@@ -97,6 +97,7 @@ class Gateway:
             max_record_bytes=config.gateway.max_record_bytes,
         )
         self.driver.use_providers(config)
+        self._use_external(config)
         self.request_parser = RequestParser(
             config, ServedModels(served_names, self.driver.engines.infos)
         )
@@ -201,7 +202,13 @@ class Gateway:
         """
         self.cache.use_config(config.cache)
         self.driver.use_providers(config)
+        self._use_external(config)
         self.tenants.use_configs(config.tenants)
+
+    def _use_external(self, config: Config) -> None:
+        """Have these servers that run already among the engines. Raise `ConfigError` for a key."""
+        window_bytes = self.config.gateway.stream_window_bytes
+        self.driver.engines.use_external(config.external, window_bytes)
 
     def _on_grant(self) -> None:
         """Let the router decide again: requests may wait for what was just leased."""

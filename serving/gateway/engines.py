@@ -8,15 +8,18 @@ named by Ray --connect--> up --not named any more--> draining --last attempt ove
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from router import BlockUpdate, Decision, Dispatch, EngineInfo, EngineSnapshot, Router
 from router.resilience.resume import Resume
+from serving.config.providers import ExternalConfig
+from serving.engine.external.continuation import Continuation
+from serving.engine.external.server import ExternalServer
 from serving.engine.hardware_watch import HardwareState
 from serving.gateway.exchange import Attempt, Exchange, Turn
 from serving.gateway.http.endpoints.questions import Question, Questions
-from serving.stream.client import StreamClient
+from serving.stream.client import Connection, StreamClient
 from serving.stream.frames import (
     Ack,
     Alive,
@@ -61,8 +64,9 @@ class Engines:
         self._router = router
         self._events = events
         self._members: dict[str, dict] = {}
+        self._external: dict[str, dict] = {}  # likewise, servers that are not ours
         self._connecting: set[asyncio.Task[None]] = set()
-        self._connections: dict[str, StreamClient] = {}
+        self._connections: dict[str, Connection] = {}
         self._attempts: dict[str, dict[int, Attempt]] = {}  # by replica and booking
         self._emptied: set[str] = set()  # of the members, those that get no new work
         self.drained: set[str] = set()  # that an admin wants to get none, here or not
@@ -77,17 +81,35 @@ class Engines:
         A replica that is not named any more drains: it gets no new work, its
         streams end in peace, then its connection is closed.
         """
+        members = {**members, **self._external}
         for replica_id in members.keys() - self._members.keys():
             task = asyncio.get_running_loop().create_task(
-                self._connect(replica_id, members[replica_id])
+                self._connect(replica_id, members[replica_id]), name=replica_id
             )
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
         gone = self._members.keys() - members.keys()
         self._members = dict(members)
+        for task in self._connecting:
+            if task.get_name() in gone:
+                task.cancel()
         for replica_id in gone:
             self._events.execute(self._router.on_replica_draining(replica_id, time.monotonic()))
             self._close_if_drained(replica_id)
+
+    def use_external(self, servers: Sequence[ExternalConfig], window_bytes: int) -> None:
+        """Have these servers among the engines, beside those that Ray names; drain others.
+
+        `window_bytes` of one reply may be on their way. Raise `ConfigError`, and change nothing,
+        for a key or a certificate that cannot be read.
+        """
+        for server in servers:
+            ExternalServer.check(server)
+        ours = {name: each for name, each in self._members.items() if name not in self._external}
+        self._external = {
+            server.name: {"external": server, "window_bytes": window_bytes} for server in servers
+        }
+        self.set_members(ours)
 
     def follow(self, emptying: Collection[str], ready_in_s: float | None) -> None:
         """Send these replicas no new work, for they are to be stopped, and all others some.
@@ -137,6 +159,12 @@ class Engines:
         """Connect, and again while Ray still names the replica."""
         while replica_id in self._members and replica_id not in self._connections:
             try:
+                if (external := metadata.get("external")) is not None:
+                    window_bytes = metadata["window_bytes"]
+                    server = await ExternalServer.connect(replica_id, external, self, window_bytes)
+                    self._connections[replica_id] = server
+                    server.start()
+                    return
                 self._connections[replica_id] = await StreamClient.connect(
                     replica_id, metadata, self
                 )
@@ -151,7 +179,9 @@ class Engines:
 
     def close(self) -> None:
         """Close every connection. Engines abort what was open."""
-        self._members = {}
+        self._members = self._external = {}
+        for task in self._connecting:
+            task.cancel()
         for connection in list(self._connections.values()):
             connection.close()
 
@@ -165,21 +195,27 @@ class Engines:
         exchange.attempts.append(attempt)
         exchange.was_sent = True
         self._attempts[decision.replica_id][decision.booking] = attempt
-        attempt.connection.post(
-            Submit(
-                decision.booking,
-                exchange.request.id,
-                exchange.request.num_prompt_tokens,
-                decision.num_cached_tokens,
-                priority,
-                exchange.method,
-                exchange.path,
-                exchange.headers,
-                exchange.engine_body(),
-                exchange.created_s,
-                resume,
-            )
+        submit = Submit(
+            decision.booking,
+            exchange.request.id,
+            exchange.request.num_prompt_tokens,
+            decision.num_cached_tokens,
+            priority,
+            exchange.method,
+            exchange.path,
+            exchange.headers,
+            exchange.engine_body(),
+            exchange.created_s,
+            resume,
         )
+        if isinstance(attempt.connection, ExternalServer):
+            is_new = resume is None and len(exchange.attempts) == 1  # a hedge shares it
+            if exchange.external_reply is None or is_new:
+                exchange.external_reply = Continuation()
+            if not attempt.connection.submit(submit, exchange.external_reply):
+                exchange.reply.only_count()
+        else:
+            attempt.connection.post(submit)
 
     def get(self, replica_id: str, booking: int) -> Attempt:
         """Return the attempt of this booking, which is open."""
@@ -229,13 +265,13 @@ class Engines:
 
     # --- what engines tell -----------------------------------------------
 
-    def on_received(self, client: StreamClient) -> None:
+    def on_received(self, client: Connection) -> None:
         self._events.turn.hold()
 
-    def on_all_told(self, client: StreamClient) -> None:
+    def on_all_told(self, client: Connection) -> None:
         self._events.turn.release()
 
-    def on_welcome(self, client: StreamClient, info: EngineInfo) -> None:
+    def on_welcome(self, client: Connection, info: EngineInfo) -> None:
         self.infos[client.replica_id] = info
         self._emptied.discard(client.replica_id)  # a new connection begins anew
         self._attempts[client.replica_id] = {}
@@ -246,17 +282,22 @@ class Engines:
             )
         )
 
-    def on_snapshot(self, client: StreamClient, snapshot: EngineSnapshot) -> None:
+    def on_leaving(self, client: Connection, *, is_leaving: bool) -> None:
+        """Send a server that takes no connections no new work, until it does."""
+        (self._emptied.add if is_leaving else self._emptied.discard)(client.replica_id)
+        self._drain_or_not(client.replica_id)
+
+    def on_snapshot(self, client: Connection, snapshot: EngineSnapshot) -> None:
         self._snapshots[client.replica_id] = snapshot
         now_s = time.monotonic()
         self._events.execute(self._router.on_snapshot(client.replica_id, snapshot, now_s))
 
-    def on_alive(self, client: StreamClient, frame: Alive) -> None:
+    def on_alive(self, client: Connection, frame: Alive) -> None:
         self._router.on_alive(
             client.replica_id, frame.num_steps_total, frame.num_requests, time.monotonic()
         )
 
-    def on_hardware(self, client: StreamClient, state: HardwareState) -> None:
+    def on_hardware(self, client: Connection, state: HardwareState) -> None:
         """Send no new work to hardware with a fault, nor to slow one if its model has better."""
         self.hardware[client.replica_id] = state
         unfit = {each for each in self.hardware if self._is_unfit(each)}
@@ -276,14 +317,14 @@ class Engines:
         told = [self.hardware[each] for each in others if each in self.hardware]
         return any(not each.fault and not each.slow for each in told)
 
-    def on_blocks(self, client: StreamClient, update: BlockUpdate) -> None:
+    def on_blocks(self, client: Connection, update: BlockUpdate) -> None:
         if not self._router.on_blocks(client.replica_id, update):
             client.post(Resync())
 
     # Frames of attempts that were cancelled may still be under way: they have none here. What
     # fails in our own code under one of them ends that exchange, not the connection of all.
 
-    def on_prompt(self, client: StreamClient, frame: Prompt) -> None:
+    def on_prompt(self, client: Connection, frame: Prompt) -> None:
         replica_id = client.replica_id
         if (attempt := self._attempts[replica_id].get(frame.stream)) is not None:
             exchange = attempt.exchange
@@ -292,7 +333,7 @@ class Engines:
             request_id = exchange.request.id
             self._router.on_prompt(request_id, replica_id, frame.num_tokens, frame.block_hashes)
 
-    def on_head(self, client: StreamClient, frame: Head) -> None:
+    def on_head(self, client: Connection, frame: Head) -> None:
         if frame.stream < 0:
             self.questions.on_frame(client, frame)
         elif (attempt := self._attempts[client.replica_id].get(frame.stream)) is not None:
@@ -301,7 +342,7 @@ class Engines:
             except Exception as error:
                 self._events.break_off(attempt.exchange, error)
 
-    def on_data(self, client: StreamClient, frame: Data) -> None:
+    def on_data(self, client: Connection, frame: Data) -> None:
         if frame.stream < 0:
             self.questions.on_frame(client, frame)
         elif (attempt := self._attempts[client.replica_id].get(frame.stream)) is not None:
@@ -310,7 +351,7 @@ class Engines:
             except Exception as error:
                 self._events.break_off(attempt.exchange, error)
 
-    def on_end(self, client: StreamClient, frame: End) -> None:
+    def on_end(self, client: Connection, frame: End) -> None:
         if frame.stream < 0:
             self.questions.on_frame(client, frame)
         elif (attempt := self._attempts[client.replica_id].get(frame.stream)) is not None:
@@ -319,7 +360,7 @@ class Engines:
             except Exception as error:
                 self._events.break_off(attempt.exchange, error)
 
-    def on_lost(self, client: StreamClient) -> None:
+    def on_lost(self, client: Connection) -> None:
         replica_id = client.replica_id
         if self._connections.get(replica_id) is client:
             del self._connections[replica_id]

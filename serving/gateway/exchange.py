@@ -9,11 +9,12 @@ import msgspec
 
 from router import RejectReason, Request, Usage
 from router.resilience.resume import Records, Reply
+from serving.engine.external.continuation import Continuation as ExternalReply
 from serving.gateway.intake.fields import Fields, ResponseFields
 from serving.gateway.intake.json_body import with_fields
 from serving.gateway.observe.journey import Journey
 from serving.gateway.providers.continuation import Continuation
-from serving.stream.client import StreamClient
+from serving.stream.client import Connection
 from serving.stream.frames import Head, Headers
 from serving.stream.record import count_tokens
 
@@ -99,7 +100,7 @@ class Attempt:
         "num_taken_bytes",
     )
 
-    def __init__(self, exchange: "Exchange", connection: StreamClient, booking: int) -> None:
+    def __init__(self, exchange: "Exchange", connection: Connection, booking: int) -> None:
         self.exchange = exchange
         self.connection = connection
         self.booking = booking  # names the stream on its connection
@@ -131,6 +132,7 @@ class Exchange:
         "body",
         "continuation",
         "created_s",
+        "external_reply",
         "failed_s",
         "failure",
         "fields",
@@ -189,6 +191,8 @@ class Exchange:
         self.failure = ""  # of the last attempt, in words
         self.failed_s = 0.0  # when that was
         self.continuation: Continuation | None = None  # of what a provider has begun
+        # What servers that are not ours have sent of it.
+        self.external_reply: ExternalReply | None = None
         # What the client gets.
         self.status = 0
         self.response_headers: Headers = []

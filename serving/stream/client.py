@@ -17,11 +17,21 @@ from serving.stream.frames import (
     Hello,
     Prompt,
     Snapshot,
+    ToEngine,
     Welcome,
     decode_to_gateway,
 )
 from serving.stream.life import LifeClient
 from serving.stream.tls import HANDSHAKE_TIMEOUT_S, trust_only
+
+
+class Connection(Protocol):
+    """What the gateway has of an engine: a connection to a replica, or a server of others."""
+
+    @property
+    def replica_id(self) -> str: ...
+    def post(self, frame: ToEngine) -> None: ...
+    def close(self) -> None: ...
 
 
 class StreamEvents(Protocol):

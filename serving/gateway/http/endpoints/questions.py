@@ -9,7 +9,7 @@ import itertools
 from collections.abc import AsyncIterator
 
 from serving.gateway.http.own_headers import new_id
-from serving.stream.client import StreamClient
+from serving.stream.client import Connection
 from serving.stream.frames import Ack, Cancel, Data, End, Head, Headers, Submit
 
 MAX_ANSWER_BYTES = 64 * 2**20  # of an answer that is taken whole
@@ -22,7 +22,7 @@ class NotAnswered(Exception):
 class Question:
     """One question to one engine, and its answer while it comes."""
 
-    def __init__(self, questions: "Questions", client: StreamClient, number: int) -> None:
+    def __init__(self, questions: "Questions", client: Connection, number: int) -> None:
         self._questions = questions
         self._client = client
         self._number = number
@@ -84,14 +84,14 @@ class Questions:
     """All questions that are open, to whichever engine."""
 
     def __init__(self) -> None:
-        self._open: dict[StreamClient, dict[int, Question]] = {}
+        self._open: dict[Connection, dict[int, Question]] = {}
         self._numbers = itertools.count(-1, -1)
 
     def __len__(self) -> int:
         return sum(map(len, self._open.values()))
 
     def ask(
-        self, client: StreamClient, method: str, path: str, headers: Headers, body: bytes
+        self, client: Connection, method: str, path: str, headers: Headers, body: bytes
     ) -> Question:
         """Ask the engine at the other end. `path` may have a query."""
         question = Question(self, client, number := next(self._numbers))
@@ -99,19 +99,19 @@ class Questions:
         client.post(Submit(number, new_id(), 0, 0, 0, method, path, headers, body))
         return question
 
-    def on_frame(self, client: StreamClient, frame: Head | Data | End) -> None:
+    def on_frame(self, client: Connection, frame: Head | Data | End) -> None:
         """Take a frame of one of them; that of one which is over is under way still."""
         if (question := self._open.get(client, {}).get(frame.stream)) is not None:
             question.put(frame)
             if isinstance(frame, End):
                 del self._open[client][frame.stream]
 
-    def on_lost(self, client: StreamClient) -> None:
+    def on_lost(self, client: Connection) -> None:
         """Tell whoever has asked that there is nobody to answer."""
         for question in self._open.pop(client, {}).values():
             question.put(None)
 
-    def forget(self, client: StreamClient, number: int) -> None:
+    def forget(self, client: Connection, number: int) -> None:
         """End a question, unless it is over."""
         if self._open.get(client, {}).pop(number, None) is not None:
             client.post(Cancel(number))
