@@ -1,7 +1,5 @@
 """OpenAI's own client uses files and batches of a gateway, unchanged."""
 
-import asyncio
-
 import openai
 import pytest
 
@@ -11,12 +9,14 @@ from tests.serving.gateway.batch.jobs import (
     answer_with,
     batches_running,
     begin,
+    client_of,
     content,
     ended,
     jsonl,
     line,
     upload,
 )
+from tests.support.running_gateway import running
 
 
 async def test_a_batch_is_answered_line_by_line(tmp_path):
@@ -187,11 +187,8 @@ async def test_a_file_in_use_is_not_deleted(tmp_path):
 
 
 async def test_without_a_folder_the_setting_is_named():
-    from tests.serving.gateway.batch.jobs import client_of
-    from tests.support.running_gateway import running
-
     async with running(0) as system:
-        with pytest.raises(openai.NotFoundError, match="batch.dir"):
+        with pytest.raises(openai.NotFoundError, match=r"batch\.dir"):
             await upload(client_of(system), [line(1)])
 
 
@@ -206,4 +203,3 @@ async def test_a_window_that_is_over_expires_the_batch(tmp_path):
         assert batch.status == "expired"
         errors = await content(client, batch.error_file_id)
         assert [each["error"]["code"] for each in errors] == ["batch_expired"] * 2
-        await asyncio.sleep(0)
