@@ -76,7 +76,11 @@ def free_port() -> int:
 
 @contextlib.asynccontextmanager
 async def running(
-    num_engines: int = 2, served_names: tuple[str, ...] = (), rank: int = 0, **settings
+    num_engines: int = 2,
+    served_names: tuple[str, ...] = (),
+    rank: int = 0,
+    gateway_id: str = "gateway",
+    **settings,
 ):
     """A system with these sections of the configuration, up on a free port.
 
@@ -84,7 +88,7 @@ async def running(
     """
     port = free_port()
     config = parse({**settings, "gateway": {"port": port, **settings.get("gateway", {})}})
-    gateway = Gateway(config, "gateway", served_names=served_names, rank=rank)
+    gateway = Gateway(config, gateway_id, served_names=served_names, rank=rank)
     listener = Listener(gateway.app, config.gateway)
     await listener.start()
     limits = httpx.Limits(max_connections=None)
@@ -103,3 +107,39 @@ async def running(
             for server in system.servers:
                 server.close()
             await listener.stop()
+
+
+@contextlib.asynccontextmanager
+async def running_together(num_gateways: int = 2, num_engines: int = 2, **settings):
+    """Systems whose gateways, g0, g1 and so on, know each other; the first one has the engines."""
+    settings["gateway"] = {"replicas": num_gateways, **settings.get("gateway", {})}
+    async with contextlib.AsyncExitStack() as stack:
+        systems = [
+            await stack.enter_async_context(
+                running(0, rank=rank, gateway_id=f"g{rank}", **settings)
+            )
+            for rank in range(num_gateways)
+        ]
+        for _ in range(num_engines):
+            await systems[0].add_engine()
+        for system in systems[1:]:
+            system.gateway.driver.engines.set_members(systems[0].members)
+        await introduce(systems)
+        for system in systems:
+            infos = system.gateway.driver.engines.infos
+            await system.until(lambda infos=infos: len(infos) == num_engines)
+        yield systems
+
+
+async def introduce(systems: list[System]) -> None:
+    """Have gateways know each other."""
+    members = {}
+    for system in systems:
+        peers = system.gateway.together.peers
+        if not peers.metadata:
+            await peers.listen("127.0.0.1")
+        members[system.gateway.gateway_id] = peers.metadata
+    for system in systems:
+        peers = system.gateway.together.peers
+        peers.set_members(members)
+        await peers.met(5.0)
