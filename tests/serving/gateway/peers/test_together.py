@@ -23,7 +23,6 @@ from tests.support.running_gateway import (
     running_together,
 )
 
-
 BOTH = ("g0", "g1")
 
 
@@ -210,7 +209,7 @@ class TestWhatIsOrdered:
                 "error": "another policy is configured there, which holds"
             }
             order = {"policy": "round_robin", "ablate": []}
-            assert gateways == {name: order for name in ("g0", "g1", "g2")}
+            assert gateways == dict.fromkeys(("g0", "g1", "g2"), order)
             assert [each.gateway.state().policy for each in systems] == ["round_robin"] * 2
 
     async def test_a_bad_policy_changes_nothing(self, systems):
