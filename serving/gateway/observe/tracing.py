@@ -2,39 +2,31 @@
 
 By OpenTelemetry, in its conventions for generative AI. A request's ids are drawn when it arrives,
 so that engines and their spans know it for their parent; its spans are made when it is over, of
-what was noted of its way. They are plain `ReadableSpan`s: a `Tracer` that times and guards what it
-is told of costs three times as much. Of requests that are not sampled the ids are passed on.
+what was noted of its way. They are plain tuples, which `serving.gateway.observe.otlp` encodes: a
+`Tracer` times and guards what it is told of, for three times as much. Of requests that are not
+sampled the ids are passed on.
 """
 
 import threading
 import time
+from collections.abc import Callable
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import Event, ReadableSpan
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
-from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as gen_ai
 from opentelemetry.semconv.attributes import error_attributes, http_attributes, url_attributes
-from opentelemetry.trace import (
-    SpanContext,
-    SpanKind,
-    Status,
-    StatusCode,
-    TraceFlags,
-    get_current_span,
-)
+from opentelemetry.trace import SpanContext, SpanKind, TraceFlags, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from router import Outcome
 from serving.config import TracingConfig
 from serving.gateway.exchange import Exchange
 from serving.gateway.observe.journey import RequestSpan
+from serving.gateway.observe.otlp import Attributes, Exporter, SpanData
 from serving.stream.frames import Headers
-
-Attributes = dict[str, str | int | float | bool]
 
 _OPERATIONS = {  # by path; others are called by theirs
     "/v1/chat/completions": gen_ai.GenAiOperationNameValues.CHAT.value,
@@ -48,29 +40,24 @@ _HELD_S = 0.001  # a shorter time is that of deciding
 _END_S = 1.0  # for the last spans to be sent
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _NOT_SAMPLED = TraceFlags(TraceFlags.DEFAULT)
-_SCOPE = InstrumentationScope("headway")
+_COMPLETED = Outcome.COMPLETED.value
 _propagator = TraceContextTextMapPropagator()
 
 
 class Tracing:
     """Makes the spans of a gateway's requests and sends them from a thread of its own."""
 
-    def __init__(
-        self,
-        config: TracingConfig,
-        gateway_id: str,
-        rank: int,
-        exporter: SpanExporter | None = None,
-    ) -> None:
-        """Without an `exporter`: OTLP over HTTP to the endpoint."""
-        self._resource = Resource.create(
+    def __init__(self, config: TracingConfig, gateway_id: str, rank: int) -> None:
+        resource = Resource.create(
             {
                 "service.name": config.service_name,
                 "service.instance.id": gateway_id,
                 "headway.gateway": rank,
             }
         )
-        self._processor = BatchSpanProcessor(exporter or OTLPSpanExporter(config.endpoint))
+        self._processor = BatchSpanProcessor(Exporter(OTLPSpanExporter(config.endpoint), resource))
+        # It asks no more of a span than whether it is sampled.
+        self._send: Callable[[SpanData], None] = self._processor.on_end  # type: ignore[assignment]
         self._sampled_below = TraceIdRatioBased.get_bound_for_rate(config.sample_ratio)
         self._ids = RandomIdGenerator()
 
@@ -119,23 +106,21 @@ class Tracing:
             attributes[gen_ai.GEN_AI_USAGE_OUTPUT_TOKENS] = usage.num_output_tokens
             if usage.num_cached_tokens:
                 attributes[gen_ai.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS] = usage.num_cached_tokens
-        code = StatusCode.UNSET
-        if outcome != Outcome.COMPLETED.value or status >= 500:
+        error: str | None = None
+        if outcome != _COMPLETED or status >= 500:
             attributes[error_attributes.ERROR_TYPE] = reason or str(status)
             if status == 0 or status >= 500:  # a client's own fault is no error of a server's span
-                code = StatusCode.ERROR
-        self._processor.on_end(
-            ReadableSpan(
-                f"{attributes[gen_ai.GEN_AI_OPERATION_NAME]} {exchange.request.model}",
+                error = reason
+        self._send(
+            SpanData(
                 span.context,
                 span.parent,
-                self._resource,
+                f"{attributes[gen_ai.GEN_AI_OPERATION_NAME]} {exchange.request.model}",
+                SpanKind.SERVER,
+                epoch_ns + round(arrival_s * 1e9),
+                epoch_ns + round(over_s * 1e9),
                 attributes,
-                kind=SpanKind.SERVER,
-                status=Status(code, reason if code is StatusCode.ERROR else None),
-                start_time=epoch_ns + round(arrival_s * 1e9),
-                end_time=epoch_ns + round(over_s * 1e9),
-                instrumentation_scope=_SCOPE,
+                error=error,
             )
         )
 
@@ -151,7 +136,7 @@ class Tracing:
             attributes: Attributes = {"headway.engine": place}
             if place == journey.answered_by and sent_s <= journey.first_token_s <= end_s:
                 first_ns = epoch_ns + round(journey.first_token_s * 1e9)
-                event = Event("gen_ai.first_token", {}, first_ns)
+                event = ("gen_ai.first_token", first_ns)
                 if journey.predicted_ttft_s is not None:
                     attributes["headway.predicted_time_to_first_token"] = journey.predicted_ttft_s
             name = f"run {place}"
@@ -168,21 +153,19 @@ class Tracing:
         end_s: float,
         epoch_ns: int,
         attributes: Attributes,
-        event: Event | None = None,
+        event: tuple[str, int] | None = None,
     ) -> None:
         of = span.context
-        self._processor.on_end(
-            ReadableSpan(
-                name,
+        self._send(
+            SpanData(
                 SpanContext(of.trace_id, self._ids.generate_span_id(), False, of.trace_flags),
                 of,
-                self._resource,
+                name,
+                kind,
+                epoch_ns + round(start_s * 1e9),
+                epoch_ns + round(end_s * 1e9),
                 attributes,
-                (event,) if event is not None else (),
-                kind=kind,
-                start_time=epoch_ns + round(start_s * 1e9),
-                end_time=epoch_ns + round(end_s * 1e9),
-                instrumentation_scope=_SCOPE,
+                event,
             )
         )
 
@@ -195,13 +178,16 @@ class Tracing:
 
 def _parent_in(headers: Headers) -> SpanContext | None:
     """Return the span that a client names as its own; None if it names none, or not rightly."""
+    for name, _ in headers:
+        if name == b"traceparent":
+            break
+    else:
+        return None
     carrier = {
         name.decode(): value.decode("latin-1")
         for name, value in headers
         if name in _CONTEXT_HEADERS
     }
-    if "traceparent" not in carrier:
-        return None
     context = get_current_span(_propagator.extract(carrier)).get_span_context()
     return context if context.is_valid else None
 
@@ -218,7 +204,7 @@ def _asked(exchange: Exchange) -> Attributes:
         gen_ai.GEN_AI_REQUEST_MODEL: request.model,
         gen_ai.GEN_AI_REQUEST_STREAM: exchange.fields.is_stream,
         url_attributes.URL_PATH: exchange.path,
-        "headway.class": request.priority_class.value,
+        "headway.class": request.priority_class._value_,
     }
     if request.max_output_tokens is not None:
         attributes[gen_ai.GEN_AI_REQUEST_MAX_TOKENS] = request.max_output_tokens

@@ -260,7 +260,8 @@ async def test_a_receiver_that_is_not_there_stops_nobody():
 
 async def test_it_is_off_unless_asked_for_and_then_nothing_of_it_is_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    monkeypatch.delitem(sys.modules, "serving.gateway.observe.tracing", raising=False)
+    for name in ("otlp", "tracing"):
+        monkeypatch.delitem(sys.modules, f"serving.gateway.observe.{name}", raising=False)
     async with running(num_engines=1) as system:
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
         reply = await system.client.post(CHAT, json=system.chat(), headers=headers)
