@@ -40,7 +40,6 @@ class NullHeadway(Service):
         name = front if num_gateways == 1 else f"{front}, {num_gateways} gateways"
         super().__init__(num_engines, args, front=front, name=name)
         self._num_gateways = num_gateways
-        self._ranks_ready: set[int] = set()  # of gateways that have heard of all engines
 
     def config(self, port: int, gateway_port: int) -> dict[str, Any]:
         config = super().config(port, gateway_port)
@@ -48,11 +47,12 @@ class NullHeadway(Service):
         return config
 
     def _is_ready(self) -> bool:
-        # Each connection reaches any of them.
-        state = self.find_state()
-        if state is not None and len(state.replicas) == self.num_engines:
-            self._ranks_ready.add(state.rank)
-        return len(self._ranks_ready) == self._num_gateways and super()._is_ready()
+        # Whichever gateway answers tells of all; of one that is alone, of itself.
+        if (state := self.find_state()) is None:
+            return False
+        gateways = state.gateways.values() or (state,)
+        know_all = [len(each.replicas) == self.num_engines for each in gateways]
+        return know_all == [True] * self._num_gateways and super()._is_ready()
 
 
 class EmulatedHeadway(Service):

@@ -22,7 +22,7 @@ import yaml
 from router import EngineSnapshot
 from router.simulation.variant import split
 from serving.capacity.launch import Launch, MeasureError
-from serving.gateway.observe.state import GatewayState
+from serving.gateway.observe.state import ServiceState
 
 _STATE_PATH = "/headway/state"
 _READY_POLL_S = 0.25
@@ -118,17 +118,17 @@ class Service(SystemUnderTest):
             ],
         }
 
-    async def state(self) -> GatewayState:
-        """Return the gateway's present state. Raises `MeasureError` if it does not answer."""
-        return msgspec.json.decode(await self.ask(_STATE_PATH), type=GatewayState)
+    async def state(self) -> ServiceState:
+        """Return the gateways' present state. Raises `MeasureError` if none answers."""
+        return msgspec.json.decode(await self.ask(_STATE_PATH), type=ServiceState)
 
-    def find_state(self) -> GatewayState | None:
-        """Return the gateway's present state, None if it does not answer in time."""
+    def find_state(self) -> ServiceState | None:
+        """Return the gateways' present state, None if none answers in time."""
         found = get_json(self.urls[0] + _STATE_PATH)
-        return None if found is None else msgspec.convert(found, GatewayState)
+        return None if found is None else msgspec.convert(found, ServiceState)
 
     async def switch(self, policy: str) -> None:
-        """Make the gateway use `policy`; `headway:hold,order` is headway without these two."""
+        """Make all gateways use `policy`; `headway:hold,order` is headway without these two."""
         name, parts = split(policy)
         await self.ask("/headway/policy", {"policy": name, "ablate": parts})
 
