@@ -9,6 +9,7 @@ from serving.cli.commands.config import config_app
 from serving.cli.commands.keys import key_app
 from serving.cli.commands.serve import plan, profile, serve
 from serving.cli.commands.whatif import whatif
+from serving.cli.running.drain import drain, undrain
 from serving.cli.running.late import bench, explain, top
 from serving.cli.running.status import status
 from serving.cli.vllm_flags import PassingCommand
@@ -50,7 +51,7 @@ _VLLMS = (
 main.command(cls=PassingCommand, epilog=_VLLMS)(serve)
 main.command(cls=PassingCommand, epilog=_VLLMS)(plan)
 main.command(cls=PassingCommand, epilog=_VLLMS)(profile)
-for each in (status, top, explain, bench, whatif):
+for each in (status, top, explain, bench, drain, undrain, whatif):
     main.command()(each)
 main.add_typer(config_app, name="config")
 main.add_typer(key_app, name="key")

@@ -49,7 +49,10 @@ def _show(way: RequestWay) -> None:
     console = make_console()
     tenant = f" of {way.tenant}" if way.tenant else ""
     arrived = way.arrived.astimezone().isoformat(" ", "milliseconds")
-    console.print(f"{way.request_class} request{tenant} for {way.model}, {_tokens(way)}, {arrived}")
+    gateway = f", gateway {way.gateway}" if way.gateway else ""
+    console.print(
+        f"{way.request_class} request{tenant} for {way.model}, {_tokens(way)}, {arrived}{gateway}"
+    )
     table = Table.grid(padding=(0, 2))
     for event in way.events:
         what = _WORDS.get(event.what, event.what)

@@ -37,8 +37,8 @@ def explain(
 ) -> None:
     """Show which way a request took: held why, sent where, predicted how, answered when.
 
-    A gateway knows its last thousand requests and the open ones. Of several gateways only the one
-    that had it does: ask each by its own port (gateway.metrics_port).
+    A gateway knows its last thousand requests and the open ones. Of several gateways any may be
+    asked: it asks the others.
     """
     with errors_in_one_line():
         from serving.cli.running.explain import run

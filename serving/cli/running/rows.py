@@ -8,7 +8,7 @@ from rich.console import Console
 from router import EngineSnapshot
 from router.fleet.replica import ReplicaState
 from router.resilience.breaker import BreakerState
-from serving.gateway.observe.state import GatewayState
+from serving.gateway.observe.state import GatewayState, ServiceState
 
 ENGINE_COLUMNS = (
     *("engine", "state", "running", "waiting", "KV use", "to prefill", "TTFT", "tokens/s", "on"),
@@ -80,11 +80,11 @@ def condition_of(replica: ReplicaState) -> str:
     return "ready"
 
 
-def summary(state: GatewayState) -> list[tuple[str, str]]:
-    """Return what is true of a gateway as a whole: names and values."""
+def summary(state: ServiceState) -> list[tuple[str, str]]:
+    """Return what is true of a service as a whole: names and values."""
     held = state.held
     lines = [
-        ("gateway", f"{state.gateway_id}, rank {state.rank}, core {state.core}"),
+        *_gateway_lines(state),
         ("policy", state.policy + (f" without {', '.join(state.ablate)}" if state.ablate else "")),
         ("open", f"{state.num_open_requests:,} requests on {state.num_connections:,} connections"),
         ("held", f"{held.num_requests:,} requests, {held.num_tokens:,} tokens"),
@@ -101,8 +101,18 @@ def summary(state: GatewayState) -> list[tuple[str, str]]:
     return [(name, value or "none") for name, value in lines]
 
 
+def _gateway_lines(state: ServiceState) -> list[tuple[str, str]]:
+    """Return who has answered, and who has not."""
+    if not state.gateways:
+        return [("gateway", f"{state.gateway_id}, rank {state.rank}, core {state.core}")]
+    ranks = ", ".join(str(rank) for rank in sorted(each.rank for each in state.gateways.values()))
+    answered = f"{len(state.gateways)} of {state.num_gateways} answer, ranks {ranks}"
+    missing = [(f"gateway {name}", reason) for name, reason in sorted(state.missing.items())]
+    return [("gateways", f"{answered}, core {state.core}"), *missing]
+
+
 class TokenRates:
-    """Output tokens/s of engines between two states of the same gateway."""
+    """Output tokens/s of engines between two states."""
 
     def __init__(self) -> None:
         self._before: dict[str, tuple[int, float]] = {}

@@ -11,7 +11,7 @@ import msgspec
 import typer
 
 from serving.gateway.http.endpoint import StartError
-from serving.gateway.observe.state import GatewayState
+from serving.gateway.observe.state import ServiceState
 
 _TIMEOUT_S = 10.0
 
@@ -20,7 +20,7 @@ Url = Annotated[
     typer.Option(
         "--url",
         envvar="HEADWAY_URL",
-        help="Of the service, or of one gateway's own port (gateway.metrics_port).",
+        help="Of the service, or of one gateway's own port (gateway.metrics_port): it alone.",
     ),
 ]
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -31,7 +31,7 @@ ApiKey = Annotated[
 
 
 class RunningService:
-    """A service that somebody has started; a request of ours goes to any of its gateways."""
+    """A service that somebody has started; any of its gateways answers for all."""
 
     def __init__(self, url: str, api_key: str | None) -> None:
         """`url` may end in `/v1`, as clients have it."""
@@ -41,13 +41,13 @@ class RunningService:
         self.headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
     def state_json(self) -> Any:
-        """Return what one gateway says of itself. Raise `StartError` if it does not."""
+        """Return what all gateways say together. Raise `StartError` if none answers."""
         return self.ask("/headway/state")
 
-    def state(self) -> GatewayState:
-        """Return what one gateway says of itself, typed. Raise `StartError` if it does not."""
+    def state(self) -> ServiceState:
+        """Return what all gateways say together, typed. Raise `StartError` if none answers."""
         try:
-            return msgspec.convert(self.state_json(), GatewayState)
+            return msgspec.convert(self.state_json(), ServiceState)
         except msgspec.ValidationError as error:
             raise StartError(f"{self.url} is of another version: {error}") from None
 
@@ -59,16 +59,16 @@ class RunningService:
             raise StartError(f"{self.url}/v1/models lists no models") from None
 
     def request(self, request_id: str) -> Mapping[str, Any]:
-        """Return the way of a request. Raise `StartError` if this gateway does not know it."""
+        """Return the way of a request. Raise `StartError` if no gateway knows it."""
         return self.ask(f"/headway/requests?id={quote(request_id, safe='')}")
 
-    def ask(self, path: str) -> Any:
+    def ask(self, path: str, *, method: str = "GET") -> Any:
         """Return the JSON at a path. Raise `StartError`, which names the mend, if there is none."""
         opener = urllib.request.build_opener()
         if self.url.startswith(("http://127.", "http://localhost", "http://[::1]")):
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            request = urllib.request.Request(self.url + path, headers=self.headers)
+            request = urllib.request.Request(self.url + path, headers=self.headers, method=method)
             with opener.open(request, timeout=_TIMEOUT_S) as reply:
                 return json.load(reply)
         except urllib.error.HTTPError as error:

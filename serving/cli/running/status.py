@@ -20,7 +20,7 @@ def status(
         bool, typer.Option("--json", help="All that is known, as /headway/state has it.")
     ] = False,
 ) -> None:
-    """Show engines, queue and outcomes of a running service, as one of its gateways sees them.
+    """Show engines, queue and outcomes of a running service, all its gateways together.
 
     Exits with 3 if no engine takes requests, with 1 if nobody answers.
     """

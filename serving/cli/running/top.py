@@ -11,11 +11,11 @@ from textual.widgets import DataTable, Footer, Static
 from serving.cli.running.rows import ENGINE_COLUMNS, TokenRates, engine_rows, summary
 from serving.cli.running.service import RunningService
 from serving.gateway.http.endpoint import StartError
-from serving.gateway.observe.state import GatewayState
+from serving.gateway.observe.state import ServiceState
 
 
 class Top(App[None]):
-    """A table of engines over what the gateway says of itself, asked every so often."""
+    """A table of engines over what gateways say of themselves, asked every so often."""
 
     CSS = """
     #summary { height: auto; padding: 0 1 1 1; }
@@ -79,7 +79,7 @@ class Top(App[None]):
         problem.update(words)
         problem.display = True
 
-    def _show(self, state: GatewayState) -> None:
+    def _show(self, state: ServiceState) -> None:
         self.query_one("#problem", Static).display = False
         width = max(len(name) for name, _ in summary(state))
         lines = (f"{name:{width}}  {value}" for name, value in summary(state))

@@ -15,7 +15,7 @@ from serving.cli.running.service import RunningService
 from serving.cli.running.top import Top
 from serving.gateway.tenants.keys import KeysFile, make_key
 from tests.support.fakes import INFO
-from tests.support.running_gateway import CHAT, System, running
+from tests.support.running_gateway import CHAT, System, running, running_together
 
 NOBODY = "http://127.0.0.1:9"
 
@@ -95,6 +95,60 @@ class TestExplain:
         code, _, said = await run("explain", "no", "--url", url_of(system))
         assert (code, len(said.splitlines())) == (1, 1)
         assert "knows no request 'no'" in said
+
+
+class TestDrain:
+    async def test_drains_waits_and_takes_back(self, system: System) -> None:
+        for engine in system.engines:
+            engine.gate.clear()
+        asking = [
+            asyncio.create_task(system.client.post(CHAT, json=system.chat(max_tokens=2)))
+            for _ in range(4)
+        ]
+        await system.until(lambda: system.num_engine_streams == 4)
+        url = ("--url", url_of(system))
+        assert (await run("drain", "r0", *url))[:2] == (0, "r0 gets no new work\n")
+        waiting = asyncio.create_task(run("drain", "r0", "--wait", *url))
+        await asyncio.sleep(0.3)
+        assert not waiting.done()
+        assert "draining" in (await run("status", *url))[1]
+        for engine in system.engines:
+            engine.gate.set()
+        code, shown, _ = await waiting
+        assert (code, shown.splitlines()[-1]) == (0, "r0 has nothing left to do")
+        assert [reply.status_code for reply in await asyncio.gather(*asking)] == [200] * 4
+        assert (await run("undrain", "r0", *url))[:2] == (0, "r0 gets work again\n")
+        assert not system.gateway.state().replicas["r0"].is_draining
+
+    async def test_says_which_engines_there_are(self, system: System) -> None:
+        code, _, said = await run("drain", "r7", "--url", url_of(system))
+        assert (code, len(said.splitlines())) == (1, 1)
+        assert "There is no engine 'r7'; known: r0, r1" in said
+
+
+class TestSeveralGateways:
+    async def test_are_shown_and_told_together(self) -> None:
+        async with running_together() as systems:
+            headers = {"x-request-id": "mine"}
+            await systems[1].client.post(CHAT, json=systems[1].chat(max_tokens=2), headers=headers)
+            url = ("--url", url_of(systems[0]))
+            shown = (await run("status", *url))[1]
+            assert "2 of 2 answer, ranks 0, 1, core " in shown
+            assert "1 completed" in shown
+            shown = (await run("explain", "mine", *url))[1]
+            assert shown.splitlines()[0].endswith(", gateway 1")
+            assert (await run("drain", "r0", *url))[:2] == (
+                0,
+                "r0 gets no new work from 2 of 2 gateways\n",
+            )
+            systems[1].gateway.together.peers.close()
+            await systems[0].until(lambda: not systems[0].gateway.together.peers._links)
+            shown = (await run("status", *url))[1]
+            assert "1 of 2 answer, ranks 0, core " in shown
+            assert "gateway g1  there is no connection to it" in shown
+            code, shown, said = await run("undrain", "r0", *url)
+            assert (code, shown) == (1, "r0 gets work again from 1 of 2 gateways\n")
+            assert said == "gateway g1: there is no connection to it\n"
 
 
 class TestBench:
