@@ -348,6 +348,10 @@ class Router:
         """Ask this source from now on how long answers will be."""
         self._predictions.lengths = lengths
 
+    def expect_models(self, names: Collection[str]) -> None:
+        """Hold what asks for one of these models, too, before an engine of it is up."""
+        self._fleet.expected = frozenset(names)
+
     def set_policy(self, name: str, now_s: float, ablate: Collection[str] = ()) -> list[Decision]:
         """Choose by another policy from now on, without the parts named in `ablate`.
 

@@ -112,9 +112,11 @@ class Fleet:
         "_pools",
         "_pools_by_name",
         "_shared_models",
+        "expected",
     )
 
     def __init__(self) -> None:
+        self.expected: frozenset[str] = frozenset()  # models that replicas will serve
         self._filed: dict[str, _Filed] = {}  # by id
         self._pools: dict[frozenset[str], _Pool] = {}
         self._pools_by_name: dict[str, list[_Pool]] = {}
@@ -197,8 +199,8 @@ class Fleet:
             filed.pool.file(filed, admission(replica))
 
     def knows(self, model: str) -> bool:
-        """Whether any replica serves this name, or did: it may be starting again."""
-        return model in self._pools_by_name
+        """Whether any replica serves this name, or did, or is to: it may be starting."""
+        return model in self._pools_by_name or model in self.expected
 
     def any_works(self, model: str) -> bool:
         """Whether `working` would find any."""

@@ -3,11 +3,15 @@
 import asyncio
 import dataclasses
 import gc
+import hashlib
 import json
+import logging
 import os
 import time
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import msgspec
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
@@ -25,11 +29,13 @@ from serving.gateway.app import Gateway
 from serving.gateway.http.endpoint import check_is_guarded
 from serving.gateway.http.front import Front
 from serving.gateway.http.listener import Listener, make_tls_context
+from serving.gateway.intake.served_models import ModelEntry
 from serving.gateway.providers.credentials import read_api_keys
 from serving.gateway.tenants.keys import read_keys
 from serving.planning.bundled_model import prepare_bundled_model
 from serving.planning.hardware import detect_hardware
-from serving.planning.plan import Plan, make_plan
+from serving.planning.plan import Plan
+from serving.planning.service.service_plan import ServicePlan, plan_service, served_names
 
 # The router decides on admission; Serve's own limit must never apply.
 _NO_LIMIT = 1_000_000
@@ -40,24 +46,66 @@ _HEALTH_TIMEOUT_S = 2.0
 _LOOP_TIMEOUT_S = 1.8  # for an event loop to take its turn
 _LAST_WORDS_S = 1.0  # for error events to be written
 _MEET_S = 1.0  # for other gateways to tell what is in force
+_FAILURES_S = 3.0  # between two looks at what has become of models without an engine
+
+logger = logging.getLogger(__name__)
+
+
+class _Models:
+    """Which models a gateway serves, as the application says, and which of them cannot start."""
+
+    def __init__(self, gateway: Gateway, application: str) -> None:
+        self._gateway = gateway
+        self._application = application
+        self._handles: dict[str, DeploymentHandle] = {}  # by deployment
+
+    def follow(self, handle: DeploymentHandle) -> None:
+        """Have Serve tell this process of a deployment's replicas."""
+        self._handles[handle.deployment_name] = handle
+        handle._init()  # else Serve would report the replicas only at the first call
+
+    async def use(self, content: dict[str, Any]) -> None:
+        """Go by the models that `_told` has made known."""
+        entries = msgspec.convert(content["models"], list[ModelEntry])
+        self._gateway.use_models(entries)
+        for entry in entries:
+            if entry.deployment not in self._handles:
+                self.follow(serve.get_deployment_handle(entry.deployment, self._application, False))
+
+    async def watch_failures(self) -> None:
+        """Tell the gateway which models cannot start, while there are any without an engine."""
+        models = self._gateway.served_models
+        while True:
+            await asyncio.sleep(_FAILURES_S)
+            try:
+                # A single one's requests wait: there is nothing else to serve.
+                if len(models.configured) > 1 and models.without_engine():
+                    failed = await asyncio.to_thread(discovery.start_failures, self._application)
+                    models.use_failures(failed)
+            except Exception:  # they are only held, as those of a model that starts are
+                logger.exception("Ray Serve does not say which models could not be started")
 
 
 class OwnFrontGateway:
     """A gateway with its own HTTP listener; Serve only places it and checks its health."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, args: dict, engines: DeploymentHandle, served_names: tuple[str, ...]
+        self, args: dict, engines: Sequence[DeploymentHandle], served_names: tuple[str, ...]
     ) -> None:
         config = parse(args)
-        self._drain_timeout_s = config.engine.drain_timeout_s
+        self._drain_timeout_s = max(each.engine.drain_timeout_s for each in config.by_model())
         self._loop = LoopThread("gateway")
-        self._gateway, self._listeners = await self._loop.run(
+        self._gateway, self._models, self._listeners = await self._loop.run(
             _open_gateway(config, engines, served_names)
         )
         # What exists by now stays: the garbage collector need not look at it while tokens wait.
         gc.collect()
         gc.freeze()
         call_when_parent_ends(self._exit)
+
+    async def reconfigure(self, content: dict[str, Any]) -> None:
+        """Go by other models. Serve calls it at the start, and when they have changed."""
+        await self._loop.run(self._models.use(content))
 
     async def record_replica_metadata(self) -> dict:
         """Return how other gateways reach this one; Ray tells them. Empty if it is alone."""
@@ -81,12 +129,12 @@ class OwnFrontGateway:
 
 
 async def _open_gateway(
-    config: Config, engines: DeploymentHandle, served_names: tuple[str, ...]
-) -> tuple[Gateway, list[Listener]]:
-    gateway = await _make_gateway(config, engines, served_names)
+    config: Config, engines: Sequence[DeploymentHandle], served_names: tuple[str, ...]
+) -> tuple[Gateway, _Models, list[Listener]]:
+    gateway, models = await _make_gateway(config, engines, served_names)
     listener = Listener(gateway.app, config.gateway)
     await listener.start()
-    return gateway, [listener, *await _open_own_listeners(gateway)]
+    return gateway, models, [listener, *await _open_own_listeners(gateway)]
 
 
 def _peer_metadata(gateway: Gateway) -> dict:
@@ -118,8 +166,8 @@ async def _stop_listeners(listeners: list[Listener]) -> None:
 
 
 async def _make_gateway(
-    config: Config, engines: DeploymentHandle, served_names: tuple[str, ...]
-) -> Gateway:
+    config: Config, engines: Sequence[DeploymentHandle], served_names: tuple[str, ...]
+) -> tuple[Gateway, _Models]:
     """Return a gateway on the running loop that hears of every change of engines and gateways."""
     use_log_level(config.log)
     context = serve.get_replica_context()
@@ -153,22 +201,29 @@ async def _make_gateway(
         settings = config.scaling.model_dump()
         orders = loop.create_task(follow_orders(gateway, context.app_name, settings))
         gateway.background.append(orders)
-    engines._init()  # else Serve would report the replicas only at the first call
-    return gateway
+    models = _Models(gateway, context.app_name)
+    for handle in engines:
+        models.follow(handle)
+    gateway.background.append(loop.create_task(models.watch_failures()))
+    return gateway, models
 
 
 class ServedGateway:
     """A gateway behind Serve's HTTP front end: HAProxy, or Serve's own proxy."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, args: dict, engines: DeploymentHandle, served_names: tuple[str, ...]
+        self, args: dict, engines: Sequence[DeploymentHandle], served_names: tuple[str, ...]
     ) -> None:
-        self._gateway = await _make_gateway(parse(args), engines, served_names)
+        self._gateway, self._models = await _make_gateway(parse(args), engines, served_names)
         self._listeners = await _open_own_listeners(self._gateway)
         self._loop = asyncio.get_running_loop()
         gc.collect()
         gc.freeze()
         call_when_parent_ends(self._exit)
+
+    async def reconfigure(self, content: dict[str, Any]) -> None:
+        """As `OwnFrontGateway.reconfigure`."""
+        await self._models.use(content)
 
     async def record_replica_metadata(self) -> dict:
         """As `OwnFrontGateway.record_replica_metadata`."""
@@ -211,36 +266,96 @@ def build(args: dict[str, Any]) -> serve.Application:
         read_keys(config.auth.keys_file)
     for provider in config.providers:
         read_api_keys(provider)
-    plan = make_plan(config, detect_hardware())
-    if plan.uses_bundled_model:
-        plan = dataclasses.replace(plan, model=str(prepare_bundled_model()))
-    engines = serve.deployment(
-        name="Engine",
+    return make_application(args, plan_service(config, detect_hardware()))
+
+
+def make_application(
+    args: dict[str, Any], plan: ServicePlan, leaving: Sequence[tuple[Config, Plan]] = ()
+) -> serve.Application:
+    """Return the application by a plan that was made for `args`.
+
+    Deployed in the place of another, it restarts only what differs. Engines of the models that
+    are `leaving` stay, though gateways know their models no more, so that what they have been
+    asked can be answered; once gateways have heard it, they can be left out.
+    """
+    config = parse(args)
+    gateway = _deployment(
+        "Gateway",
+        OwnFrontGateway if config.gateway.front == "own" else serve.ingress(None)(ServedGateway),
+        # What models there are it is told while it runs.
+        {key: value for key, value in args.items() if key != "models"},
+        drain_timeout_s=plan.drain_timeout_s,
+        num_replicas=plan.num_gateways,
+        ray_actor_options=plan.plans[0].gateway_actor_options,
+        user_config={"models": [msgspec.to_builtins(_entry(*each)) for each in plan.models]},
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        **_knowing_each_other(plan.num_gateways),
+    )
+    # Gateways share limits by their number, which auto does not tell.
+    args = {**args, "gateway": {**args.get("gateway", {}), "replicas": plan.num_gateways}}
+    engines = tuple(_engines(*each) for each in (*plan.models, *leaving))
+    names = tuple(name for each in plan.models for name in served_names(*each))
+    if not all(served_names(*each) for each in plan.models):
+        names = ()  # some engines will tell
+    return gateway.bind(args, engines, names)
+
+
+def _engines(config: Config, plan: Plan) -> serve.Application:
+    """Return the engines of one model."""
+    deployment = _deployment(
+        plan.deployment,
+        EngineReplica,
+        # All that an engine is started by. Numbers may change while it runs.
+        [
+            config.engine.model_dump(mode="json"),
+            config.log.model_dump(mode="json"),
+            [plan.model, plan.served_model_name, plan.aliases, plan.engine_args, plan.device],
+            [plan.num_gpus_per_replica, plan.first_core],
+        ],
+        drain_timeout_s=config.engine.drain_timeout_s,
         **_number_of_engines(config, plan),
         ray_actor_options=plan.engine_actor_options,
-        max_ongoing_requests=_NO_LIMIT,
-        graceful_shutdown_timeout_s=config.engine.drain_timeout_s + 10,
-        graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=2,
         health_check_timeout_s=15,  # then a stopped process is killed and started again
         request_router_config=RequestRouterConfig(
             request_router_class="serving.cluster.discovery:EngineDirectory"
         ),
-    )(EngineReplica)
-    gateway = serve.deployment(
-        name="Gateway",
-        num_replicas=plan.num_gateways,
-        ray_actor_options=plan.gateway_actor_options,
+    )
+    if plan.uses_bundled_model:
+        plan = dataclasses.replace(plan, model=str(prepare_bundled_model()))
+    return deployment.bind(config, plan)
+
+
+def _deployment(
+    name: str, what: type, made_of: Any, *, drain_timeout_s: float, **options: Any
+) -> serve.Deployment:
+    """Return a deployment whose replicas Serve replaces only if what they are `made_of` changes."""
+    deployment = serve.deployment(
+        name=name,
         max_ongoing_requests=_NO_LIMIT,
-        graceful_shutdown_timeout_s=config.engine.drain_timeout_s + 10,
+        graceful_shutdown_timeout_s=drain_timeout_s + 10,
         graceful_shutdown_wait_loop_s=0.1,
-        health_check_period_s=_HEALTH_PERIOD_S,
-        health_check_timeout_s=_HEALTH_TIMEOUT_S,
-        **_knowing_each_other(plan.num_gateways),
-    )(OwnFrontGateway if config.gateway.front == "own" else serve.ingress(None)(ServedGateway))
-    # Gateways share limits by their number, which auto does not tell.
-    args["gateway"] = {**args.get("gateway", {}), "replicas": plan.num_gateways}
-    return gateway.bind(args, engines.bind(args, plan), _served_names(config, plan))
+        **options,
+    )(what)
+    content = json.dumps(made_of, sort_keys=True, default=str)
+    # Serve's own would be another one each time.
+    deployment._version = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+    return deployment
+
+
+def _entry(config: Config, plan: Plan) -> ModelEntry:
+    """Return what gateways are told of a model."""
+    router = config.router
+    tpot_targets_s = router.tpot_target_s
+    return ModelEntry(
+        deployment=plan.deployment,
+        names=served_names(config, plan),
+        ttft_target_base_s=router.ttft_target_base_s,
+        ttft_target_s_per_token=router.ttft_target_s_per_token,
+        # Targets by name are the router's to look up.
+        tpot_target_s=tpot_targets_s["*"] if list(tpot_targets_s) == ["*"] else None,
+    )
 
 
 def _knowing_each_other(num_gateways: int) -> dict[str, Any]:
@@ -271,18 +386,3 @@ def _number_of_engines(config: Config, plan: Plan) -> dict[str, Any]:
             ),
         )
     }
-
-
-def _served_names(config: Config, plan: Plan) -> tuple[str, ...]:
-    """Return the names that engines will serve; empty if only they know, being somebody else's."""
-    if not config.engine.is_ours:
-        return ()
-    adapters = [_adapter_name(each) for each in plan.engine_args.get("lora_modules") or ()]
-    return (plan.served_model_name, *plan.aliases, *adapters)
-
-
-def _adapter_name(module: Any) -> str:
-    """Return the name of a LoRA adapter in any of the forms that vLLM takes it in."""
-    if isinstance(module, str):  # NAME=PATH, or JSON
-        return module.partition("=")[0] if module[:1] != "{" else json.loads(module)["name"]
-    return module["name"] if isinstance(module, dict) else module.name

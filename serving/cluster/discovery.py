@@ -1,20 +1,23 @@
-"""Which engines and gateways are there? Ray Serve tells when replicas come and go."""
+"""Which engines and gateways are there, and what could not start? Ray Serve tells."""
 
 import contextlib
 from collections.abc import Callable
 
+from ray import serve
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.request_router import RequestRouter
+
+from serving.cluster.logs import start_failure
 
 Members = dict[str, dict]  # by replica id: the metadata that it has recorded
 
 
 class Directory:
-    """The replicas of one kind that Serve routes to, in this process."""
+    """The replicas of one kind that Serve routes to, in this process, of all their deployments."""
 
     def __init__(self) -> None:
-        self._members: Members | None = None  # None until Serve has told
+        self._members: dict[str, Members] = {}  # by deployment, of which Serve has told
         self._subscribers: list[Callable[[Members], object]] = []
 
     def subscribe(self, on_change: Callable[[Members], object]) -> None:
@@ -23,14 +26,18 @@ class Directory:
         The calls come from Serve's router thread.
         """
         self._subscribers.append(on_change)
-        if self._members is not None:
-            on_change(dict(self._members))
+        if self._members:
+            on_change(self._all())
 
-    def publish(self, members: Members) -> None:
-        """Store the replicas and tell every subscriber."""
-        self._members = members
+    def publish(self, deployment: str, members: Members) -> None:
+        """Store the replicas of a deployment and tell every subscriber of all there are."""
+        self._members[deployment] = members
+        everything = self._all()
         for on_change in self._subscribers:
-            on_change(dict(members))
+            on_change(everything)
+
+    def _all(self) -> Members:
+        return {name: each for of in self._members.values() for name, each in of.items()}
 
 
 engines = Directory()
@@ -50,7 +57,8 @@ class EngineDirectory(RequestRouter):
         # names; the import finds the module that the gateway subscribed to.
         from serving.cluster import discovery
 
-        discovery.engines.publish({r.replica_id.unique_id: r.replica_metadata for r in replicas})
+        members = {r.replica_id.unique_id: r.replica_metadata for r in replicas}
+        discovery.engines.publish(self._deployment_id.name, members)
 
     async def choose_replicas(self, candidate_replicas, pending_request=None):
         return [list(candidate_replicas)]
@@ -65,4 +73,15 @@ class GatewayDirectory(PowerOfTwoChoicesRequestRouter):
             from serving.cluster import discovery
 
             members = {r.replica_id.unique_id: r.replica_metadata for r in replicas}
-            discovery.gateways.publish(members)
+            discovery.gateways.publish(self._deployment_id.name, members)
+
+
+def start_failures(application: str) -> dict[str, str]:
+    """Return the deployments of which no replica runs as none could start, and why. It blocks."""
+    overview = serve.status().applications.get(application)
+    failures = {}
+    for name, deployment in overview.deployments.items() if overview is not None else ():
+        why = start_failure(str(deployment.status.value), deployment.message)
+        if why and not deployment.replica_states.get("RUNNING"):
+            failures[name] = why
+    return failures

@@ -13,7 +13,7 @@ from serving.cluster.engine_watch import EngineWatch
 from serving.cluster.logs import use_log_level
 from serving.cluster.loop_thread import LoopThread
 from serving.cluster.processes import prefer_for_oom_kill
-from serving.config import Config, parse
+from serving.config import Config
 from serving.engine.hardware_watch import watch_hardware
 from serving.engine.step_log import StepLog
 from serving.gateway.http.endpoint import is_loopback
@@ -33,14 +33,14 @@ class EngineReplica:
     `record_replica_metadata` and connect. Ray places, checks, restarts and drains.
     """
 
-    async def __init__(self, args: dict, plan: Plan) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, config: Config, plan: Plan) -> None:  # type: ignore[misc]  # Serve awaits it
         prefer_for_oom_kill()  # before gateways: their memory is bounded, and they serve everybody
-        self._config = parse(args)
+        self._config = config
         use_log_level(self._config.log)
         self._loop = LoopThread("engine")
         rank = serve.get_replica_context().rank
         self._server, address = await self._loop.run(
-            _start_server(self._config, plan, rank.local_rank)
+            _start_server(self._config, plan, plan.first_core + rank.local_rank)
         )
         self._metadata = {
             "host": address[0],

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from serving.config import ConfigError, LogConfig
 
 _PLACE_FILE = "keep-logs-at"  # in the run's folder: whoever removes that has to know
+_ERROR = re.compile(r"^\S*?(?:\w\.)*(\w*(?:Error|Exception|Interrupt|Exit)\b.*)$")
+_PREFIX = re.compile(r"^\(\w+ pid=\d+\)\s*(?:[A-Z]+ [\d-]+ [\d:]+ (?:\[[^\]]+\] )?)?")
 _FORMAT = "%(levelname)s %(asctime)s %(name)s: %(message)s"
 
 
@@ -24,6 +27,33 @@ def use_log_level(config: LogConfig) -> None:
         handler.setFormatter(logging.Formatter(_FORMAT))
         logger.addHandler(handler)
         logger.propagate = False
+
+
+def last_error(text: str) -> str:
+    """Return the last exception in `text`, else its last line."""
+    lines = [line for each in text.splitlines() if (line := without_prefix(each))]
+    errors = [match[1] for line in lines if (match := _ERROR.match(line))]
+    return (errors or lines or [""])[-1]
+
+
+def start_failure(status: str, message: str) -> str:
+    """Return why a replica could not start, by what Ray Serve says; "" if none has failed to.
+
+    Serve would try again several times for each replica. But the same engine on the same machine
+    fails again, minutes later.
+    """
+    failed = status == "DEPLOY_FAILED" or "failed to start" in message
+    return last_error(message) or "no reason given" if failed else ""
+
+
+def is_error(line: str) -> bool:
+    """Whether a line of a log names an exception."""
+    return _ERROR.match(without_prefix(line)) is not None
+
+
+def without_prefix(line: str) -> str:
+    """Return a line without what Ray or vLLM put in front of it."""
+    return _PREFIX.sub("", line).strip()
 
 
 def place_for_logs(config: LogConfig, run: Path) -> Path | None:

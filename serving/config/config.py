@@ -73,6 +73,8 @@ class Config(Section):
     @property
     def scaling(self) -> ScalingSettings | None:
         """How many engines there may be; None where their number is fixed."""
+        if self.models:
+            return None
         return self.replicas if isinstance(self.replicas, ScalingSettings) else None
 
     @property

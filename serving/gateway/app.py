@@ -34,7 +34,7 @@ from serving.gateway.http.front import Front
 from serving.gateway.intake.length.memory import LengthMemory
 from serving.gateway.intake.length.weights import shipped_lengths
 from serving.gateway.intake.request_parser import RequestParser
-from serving.gateway.intake.served_models import ServedModels
+from serving.gateway.intake.served_models import ModelEntry, ServedModels
 from serving.gateway.observe.metrics.engines import CONTENT_TYPE, engine_metrics
 from serving.gateway.observe.metrics.requests import Metrics
 from serving.gateway.observe.observer import Observer
@@ -98,9 +98,8 @@ class Gateway:
         )
         self.driver.use_providers(config)
         self._use_external(config)
-        self.request_parser = RequestParser(
-            config, ServedModels(served_names, self.driver.engines.infos)
-        )
+        self.served_models = ServedModels(served_names, self.driver.engines.infos)
+        self.request_parser = RequestParser(config, self.served_models)
         self.body_reader = BodyReader(config.gateway)
         self.cache = ResponseCache(config, self.driver)
         self.tenants = self._make_tenants()
@@ -210,6 +209,16 @@ class Gateway:
         window_bytes = self.config.gateway.stream_window_bytes
         self.driver.engines.use_external(config.external, window_bytes)
 
+    def use_models(self, entries: Sequence[ModelEntry]) -> None:
+        """Go by these models of the configuration from now on.
+
+        What was asked of others before may be answered; who asks for them now is told that there
+        are none.
+        """
+        self.served_models.use_entries(entries)
+        self.router.expect_models([name for entry in entries for name in entry.names])
+        self.driver.engines.remove_models(self.served_models.removed)
+
     def _on_grant(self) -> None:
         """Let the router decide again: requests may wait for what was just leased."""
         self.driver.execute(self.router.on_tick(time.monotonic()))
@@ -312,8 +321,11 @@ class Gateway:
 
     def _cards_for(self, request: Request) -> dict[str, dict[str, Any]]:
         caller = self.tenants.authenticate(request.headers.raw)
-        infos = self.driver.engines.infos.values()
-        cards = make_cards(infos, self.providers.models, self.started_s)
+        models = self.served_models
+        infos = [
+            info for info in self.driver.engines.infos.values() if info.model not in models.removed
+        ]
+        cards = make_cards(infos, self.providers.models, self.started_s, models.configured)
         if caller is None:
             return cards
         return {name: card for name, card in cards.items() if caller.tenant.may_use((name,))}
@@ -332,6 +344,7 @@ class Gateway:
             self.router.state(time.monotonic()),
             self.providers.models,
             starts_engines=self.config.scaling is not None,
+            without_engine=self.served_models.without_engine(),
         )
         content = msgspec.to_builtins(health)
         models = content.pop("models")

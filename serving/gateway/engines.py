@@ -50,6 +50,7 @@ class AttemptEvents(Protocol):
     def on_attempt_lost(self, attempt: Attempt) -> None: ...
     def break_off(self, exchange: Exchange, error: Exception) -> None: ...
     def on_replica_lost(self, replica_id: str) -> None: ...
+    def on_model_gone(self, names: Collection[str]) -> None: ...
 
 
 class Engines:
@@ -70,6 +71,7 @@ class Engines:
         self._attempts: dict[str, dict[int, Attempt]] = {}  # by replica and booking
         self._emptied: set[str] = set()  # of the members, those that get no new work
         self.drained: set[str] = set()  # that an admin wants to get none, here or not
+        self._removed: Collection[str] = ()  # names of models that are served no more
         self._scales = False  # somebody starts engines as they are needed
         self._ready_s: float | None = None  # when the next engine should be; None: none starts
 
@@ -94,8 +96,21 @@ class Engines:
             if task.get_name() in gone:
                 task.cancel()
         for replica_id in gone:
-            self._events.execute(self._router.on_replica_draining(replica_id, time.monotonic()))
-            self._close_if_drained(replica_id)
+            if not self._only_finishes(replica_id):
+                self._events.execute(self._router.on_replica_draining(replica_id, time.monotonic()))
+                self._close_if_drained(replica_id)
+
+    def remove_models(self, names: Collection[str]) -> None:
+        """Go by these models as removed: until their engines end they get what is held for them."""
+        self._removed = names
+        for replica_id in self.infos.keys() - self._members.keys():
+            if self._only_finishes(replica_id):
+                self._drain_or_not(replica_id)
+
+    def _only_finishes(self, replica_id: str) -> bool:
+        """Whether an engine is there only for what came before its model was removed."""
+        info = self.infos.get(replica_id)
+        return info is not None and info.model in self._removed
 
     def use_external(self, servers: Sequence[ExternalConfig], window_bytes: int) -> None:
         """Have these servers among the engines, beside those that Ray names; drain others.
@@ -174,7 +189,9 @@ class Engines:
 
     def _close_if_drained(self, replica_id: str) -> None:
         connection = self._connections.get(replica_id)
-        if connection and replica_id not in self._members and not self._attempts.get(replica_id):
+        if replica_id in self._members or self._only_finishes(replica_id):
+            return
+        if connection and not self._attempts.get(replica_id):
             connection.close()
 
     def close(self) -> None:
@@ -362,6 +379,7 @@ class Engines:
 
     def on_lost(self, client: Connection) -> None:
         replica_id = client.replica_id
+        finished = self.infos.get(replica_id) if self._only_finishes(replica_id) else None
         if self._connections.get(replica_id) is client:
             del self._connections[replica_id]
         self.infos.pop(replica_id, None)
@@ -375,5 +393,7 @@ class Engines:
             self._events.on_attempt_lost(attempt)
         self.questions.on_lost(client)
         self._events.on_replica_lost(replica_id)
+        if finished and not any(each.model == finished.model for each in self.infos.values()):
+            self._events.on_model_gone((finished.model, *finished.aliases))
         if (metadata := self._members.pop(replica_id, None)) is not None:
             self.set_members({**self._members, replica_id: metadata})

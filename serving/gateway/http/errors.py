@@ -123,6 +123,12 @@ def model_not_found(name: str, usable: Sequence[str] = ()) -> ApiError:
     return ApiError(404, message, kind="NotFoundError", param="model")
 
 
+def model_removed(name: str) -> ApiError:
+    """Return the reply to a request that came before its model was removed, and was in no time."""
+    message = f"The model `{name}` was removed from the configuration, and its engines have ended."
+    return ApiError(503, message, kind="ServiceUnavailableError", param="model")
+
+
 # Used when no engine runs to predict a time from: about as long as one takes to start.
 _RETRY_AFTER_S = 30.0
 

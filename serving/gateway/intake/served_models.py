@@ -71,18 +71,22 @@ class ServedModels:
         """Go by these deployments as those that cannot start, with the reason of each."""
         self._failed = dict(failed)
 
+    @property
+    def configured(self) -> tuple[str, ...]:
+        """The models of the configuration in its order, each by its own name."""
+        return tuple(dict.fromkeys(entry.names[0] for entry in self._entries.values()))
+
     def entry(self, name: str) -> ModelEntry | None:
         """Return the model of this name; None if it is not in the configuration."""
         return self._entries.get(name)
 
-    def served_by_nobody(self) -> dict[str, str]:
-        """Return the models without an engine, by their own names; why, as far as is known."""
+    def without_engine(self) -> dict[str, str]:
+        """Return the models that have no engine, and why they cannot start; "" if they may."""
         self._follow_engines()
-        names = {entry.names[0]: entry for entry in self._entries.values()}
         return {
-            name: self._failed.get(entry.deployment, "")
-            for name, entry in names.items()
-            if not any(each in self._capacities for each in entry.names)
+            name: self._failed.get(self._entries[name].deployment, "")
+            for name in self.configured
+            if not any(each in self._capacities for each in self._entries[name].names)
         }
 
     def find_model(
@@ -163,13 +167,10 @@ class ServedModels:
         self._removed |= adapters - by_name.keys()
         self._capacities = {name: _capacity(of_model) for name, of_model in by_name.items()}
         # All may be gone later, and then these are known to come back.
-        names = dict.fromkeys((*self._configured(), *by_name, *self._names))
+        names = dict.fromkeys(
+            (*(self.configured if len(self.configured) > 1 else ()), *by_name, *self._names)
+        )
         self._names = tuple(name for name in names if name not in self._removed)
-
-    def _configured(self) -> Sequence[str]:
-        """Return the models of the configuration in its order, if there are several."""
-        names = dict.fromkeys(entry.names[0] for entry in self._entries.values())
-        return tuple(names) if len(names) > 1 else ()
 
 
 def _capacity(infos: Sequence[EngineInfo]) -> Capacity:

@@ -1,6 +1,7 @@
 """Can a request be answered now? What `/health` says, per model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import msgspec
 
@@ -15,6 +16,7 @@ class ModelHealth(msgspec.Struct):
     num_ready: int = 0  # of these, sent work
     has_provider: bool = False
     is_ready: bool = False
+    error: str | msgspec.UnsetType = msgspec.UNSET  # why its engines could not be started
 
 
 class Health(msgspec.Struct, kw_only=True):
@@ -28,11 +30,16 @@ class Health(msgspec.Struct, kw_only=True):
 
 
 def make_health(
-    state: RouterState, provider_models: Iterable[str], *, starts_engines: bool = False
+    state: RouterState,
+    provider_models: Iterable[str],
+    *,
+    starts_engines: bool = False,
+    without_engine: Mapping[str, str] = MappingProxyType({}),
 ) -> Health:
     """Return what the engines' breakers admit, and what providers stand in for.
 
     `starts_engines`: where there is no engine, a request has one started, and is answered then.
+    `without_engine`: models beside those that have one, with why they cannot start, if so.
 
     A half-open breaker counts as ready: only a request shows whether its engine works again, so
     requests have to come. An engine that waits for a suspect's answer counts, too.
@@ -47,6 +54,10 @@ def make_health(
     for name in provider_models:
         health = models.setdefault(name, ModelHealth())
         health.has_provider = health.is_ready = True
+    for name, error in without_engine.items():
+        health = models.setdefault(name, ModelHealth())
+        if error:
+            health.error = error
     num_engines = sum(health.num_engines for health in models.values())
     num_ready = sum(health.num_ready for health in models.values())
     sleeps = starts_engines and not num_engines

@@ -1,21 +1,26 @@
 """What does `/v1/models` say? vLLM's cards, for the models of engines and of providers."""
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from router import EngineInfo
 
 
 def make_cards(
-    infos: Iterable[EngineInfo], models_elsewhere: Iterable[str], created_s: int
+    infos: Iterable[EngineInfo],
+    models_elsewhere: Iterable[str],
+    created_s: int,
+    order: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Return cards by id: each engine's model, its further names and adapters; then providers'.
 
-    In vLLM's order: there are clients that take the first one.
+    In vLLM's order: there are clients that take the first one. Models in the given `order`, others
+    after them by name.
     """
     cards: dict[str, dict[str, Any]] = {}
-    for info in sorted(infos, key=lambda info: info.model):
+    places = {name: place for place, name in enumerate(order)}
+    for info in sorted(infos, key=lambda each: (places.get(each.model, len(places)), each.model)):
         for name in (info.model, *info.aliases):
             is_adapter = name in info.adapters
             cards[name] = _card(

@@ -98,7 +98,7 @@ class TestSeveralModels:
         assert models.entry("a").tpot_target_s == 0.1
         assert models.entry("bee").deployment == "Engine-b"
         assert models.entry("adapter") is None
-        assert models.served_by_nobody() == {"a": ""}
+        assert models.without_engine() == {"a": ""}
 
     def test_one_that_cannot_start_is_refused_by_name_and_the_others_serve(self):
         engines = {}
@@ -111,7 +111,7 @@ class TestSeveralModels:
             assert error.value.status == 503
         assert find(models, "b") == find(models, None) == "b"
         assert find(models, "a", elsewhere=("a",)) == "a"  # a provider has it
-        assert models.served_by_nobody()["a"] == "ValueError: no memory"
+        assert models.without_engine()["a"] == "ValueError: no memory"
         engines["r0"] = msgspec.structs.replace(SMALL, model="a", aliases=("alias",))
         assert find(models, "alias") == "alias"  # it started after all
 
