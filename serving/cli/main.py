@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from serving.cli.commands.attach import attach
 from serving.cli.commands.config import config_app
 from serving.cli.commands.keys import key_app
 from serving.cli.commands.serve import plan, profile, serve
@@ -51,7 +52,7 @@ _VLLMS = (
 main.command(cls=PassingCommand, epilog=_VLLMS)(serve)
 main.command(cls=PassingCommand, epilog=_VLLMS)(plan)
 main.command(cls=PassingCommand, epilog=_VLLMS)(profile)
-for each in (status, top, explain, bench, drain, undrain, whatif):
+for each in (attach, status, top, explain, bench, drain, undrain, whatif):
     main.command()(each)
 main.add_typer(config_app, name="config")
 main.add_typer(key_app, name="key")

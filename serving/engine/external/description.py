@@ -18,6 +18,7 @@ from serving.engine.external.metrics import (
 
 _TIMEOUT_S = 10.0  # per question
 HEARTBEAT_S = 0.5  # between two looks at a server that is idle
+DEAD = (500, 502, 503, 504)  # of /health: vLLM answers so when its engine has died
 _ANY_LENGTH = 2**20  # tokens, of a server that does not say how long contexts may be
 # Of vLLM's tasks, those that show by a route. Where no routes are told, it generates.
 _ROUTES_OF_TASKS = {
@@ -75,6 +76,8 @@ def read_key(config: ExternalConfig) -> str | None:
 
 async def describe(client: HttpClient, config: ExternalConfig) -> Described:
     """Return what the server says of itself. Raise `Unusable`."""
+    if (status := await _health(client)) in DEAD:
+        raise Unusable(f"GET /health answers {status}: its engine is not up")
     cards = await _cards(client)
     is_vllm = any(card.owned_by == "vllm" for card in cards)
     model, their_names = _choose_model(cards, config)
@@ -151,6 +154,15 @@ async def _optional(client: HttpClient, path: str) -> Answer | None:
     except ConnectionError as error:
         raise Unusable(str(error)) from None
     return answer if answer.status == 200 else None
+
+
+async def _health(client: HttpClient) -> int:
+    try:
+        return (await ask(client, "/health", _TIMEOUT_S)).status
+    except TimeoutError:
+        raise Unusable(f"GET /health is not answered within {_TIMEOUT_S:g} s") from None
+    except ConnectionError as error:
+        raise Unusable(str(error)) from None
 
 
 async def _version(client: HttpClient) -> str:

@@ -22,6 +22,7 @@ from serving.config.providers import ExternalConfig
 from serving.engine.external.call import ExternalCall
 from serving.engine.external.continuation import Continuation
 from serving.engine.external.description import (
+    DEAD,
     HEARTBEAT_S,
     Described,
     Unusable,
@@ -45,7 +46,6 @@ _RETRY_S = (0.5, 1.0, 2.0, 5.0)  # between tries to connect; the last one for ev
 _SAY_AGAIN_S = 60.0  # that a server is still away
 _HEALTH_TIMEOUT_S = 1.0  # for a server to show that it lives
 _POLL_TIMEOUT_S = 10.0  # by then the router has long found it silent
-_DEAD = (500, 502, 503, 504)  # of /health: vLLM answers so when its engine has died
 
 
 class ExternalEvents(Protocol):
@@ -244,7 +244,7 @@ class ExternalServer:
             return str(error)
         except TimeoutError:
             return f"/health is not answered within {_HEALTH_TIMEOUT_S:g} s"
-        return f"/health answers {answer.status}" if answer.status in _DEAD else ""
+        return f"/health answers {answer.status}" if answer.status in DEAD else ""
 
     def _lose(self, why: str) -> None:
         """Give the server up; whoever has the members connects again when it is back."""
@@ -342,7 +342,7 @@ class ExternalServer:
             self._is_leaving = False
             self._events.on_leaving(self, is_leaving=False)
         if not self._tells_metrics:
-            if answer.status in _DEAD:
+            if answer.status in DEAD:
                 self._lose(f"/health answers {answer.status}")
                 return
             self._num_steps += 1  # nothing tells whether it gets on: that it answers has to do
