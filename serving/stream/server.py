@@ -29,6 +29,9 @@ from serving.stream.strangers import StrangerConnection
 from serving.stream.tls import HANDSHAKE_TIMEOUT_S, make_certificate
 
 BEAT_S = HEARTBEAT_S / 2  # between two signs that the event loop turns
+# A drain is over when nothing has come for so long, by so frequent looks.
+_QUIET_S = 0.2
+_LOOK_S = 0.05
 
 
 class StreamServer:
@@ -118,10 +121,16 @@ class StreamServer:
         self._beat_timer = asyncio.get_running_loop().call_later(BEAT_S, self._beat)
 
     async def drain(self, timeout_s: float) -> None:
-        """Return when no request runs any more, or after `timeout_s`."""
-        deadline_s = asyncio.get_running_loop().time() + timeout_s
-        while self.num_streams and asyncio.get_running_loop().time() < deadline_s:
-            await asyncio.sleep(0.05)
+        """Return when no request runs any more, or after `timeout_s`.
+
+        One that a gateway holds for this engine comes when another has ended: so not at once.
+        """
+        loop = asyncio.get_running_loop()
+        deadline_s, busy_s = loop.time() + timeout_s, loop.time()
+        while loop.time() < min(deadline_s, busy_s + _QUIET_S):
+            await asyncio.sleep(_LOOK_S)
+            if self.num_streams:
+                busy_s = loop.time()
 
     def close(self) -> None:
         """Stop listening and disconnect every gateway; requests that still run are aborted."""
