@@ -69,6 +69,10 @@ bench-cache: compile  ## what a reply from the response cache costs
 bench-scaling: compile  ## autoscalers compared in simulation (an hour); HEADWAY_TRACES=DIR
 	$(BIN)/python -m benchmarks.policies.scaling $(ARGS)
 
+.PHONY: bench-batch
+bench-batch: compile  ## what a batch does to interactive p99, and how many tokens it adds, simulated
+	$(BIN)/python -m benchmarks.batch $(ARGS)
+
 bench-spill: compile  ## goodput and cost of a provider in a spike, simulated
 	$(BIN)/python -m benchmarks.policies.spillover $(ARGS)
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_RUNNING = 32  # batches of this gateway; more wait for one of them
 _LOOK_S = 1.0  # for batches that nobody runs
-_PACE_S = 0.25
+PACE_S = 0.25
 _REMOVE_S = 600.0
 _LINES_AT_ONCE = 8  # sent in one turn of the event loop: to read one takes 0.1 ms
 
@@ -177,13 +177,13 @@ class Batches:
             self._has_more.clear()
             now_s = time.monotonic()
             if self._runs and now_s >= look_s:
-                look_s = now_s + _PACE_S
+                look_s = now_s + PACE_S
                 self._look(now_s)
             if not self._is_full and self._send_some(now_s):
                 await asyncio.sleep(0)
                 continue
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_PACE_S if self._runs else _LOOK_S):
+                async with asyncio.timeout(PACE_S if self._runs else _LOOK_S):
                     await self._has_more.wait()
 
     def _look(self, now_s: float) -> None:
