@@ -9,67 +9,17 @@ has more lines; the same requests both times. How many lines are open is the dep
 
 import argparse
 import sys
-from dataclasses import replace
 from multiprocessing import get_context
 
-import msgspec
-import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.batch.beside import BesideBatch, Scenario
+from benchmarks.batch.runs import FIGURES, PROMPTS, REPLIES, Figures, simulate
 from benchmarks.report.report import Report, Spread
-from router import RequestClass
-from router.simulation.workload.lengths import LogNormal
-from router.simulation.workload.synthetic import poisson
-from router.simulation.workload.workload import Workload
 from serving.capacity.profiles import ProfileError, load_profile
-from serving.capacity.sweep import Fleet, simulated_capacity
 from serving.config.batch import BatchConfig
 
-_PROMPTS = LogNormal(500.0, 0.8, high=8_000)  # of a line
-_REPLIES = LogNormal(200.0, 0.8, high=2_000)
-_WARM = 0.1  # of a run, which fills empty engines, is left out
-_FIGURES = ("ttft_s", "tpot_s", "e2e_s")
 _MAX_CHANGE = 5.0  # percent, of interactive p99
-
-Figures = dict[str, float]
-
-
-def interactive(name: str, load: float, num_requests: int, num_engines: int, seed: int) -> Workload:
-    """Return questions and documents of class interactive at a share of what engines carry."""
-    profile = load_profile(name)
-    workload = poisson(num_requests, seed).fitted(profile.max_model_len)
-    rate = load * simulated_capacity(workload, Fleet(profile, num_engines), seed)
-    arrivals = (
-        msgspec.structs.replace(each, priority_class=RequestClass.INTERACTIVE)
-        for each in workload.at_rate(rate).arrivals
-    )
-    return replace(workload.at_rate(rate), arrivals=tuple(arrivals))
-
-
-def simulate(job: tuple[argparse.Namespace, float, float | None, int]) -> Figures:
-    """Return the figures of one run. `job`: options, load, max_slowdown (None: no batch), seed."""
-    options, load, max_slowdown, seed = job
-    workload = interactive(options.profile, load, options.requests, options.engines, seed)
-    scenario = Scenario(
-        load_profile(options.profile), options.engines, max_slowdown, None, _PROMPTS, _REPLIES
-    )
-    beside = BesideBatch(workload, scenario, seed)
-    run = beside.run()
-    is_interactive = run.priority_class == RequestClass.INTERACTIVE.value
-    counted = run.completed & is_interactive & (run.arrival_s >= _WARM * workload.duration_s)
-    late = run.completed & (run.end_s >= _WARM * workload.duration_s)
-    figures = {
-        f"{name}_p{percent}": float(np.nanpercentile(getattr(run, name)[counted], percent))
-        for name in _FIGURES
-        for percent in (50, 99)
-    }
-    tokens_per_s = run.num_output_tokens[late].sum() / ((1.0 - _WARM) * workload.duration_s)
-    figures["output_tokens_per_s"] = float(tokens_per_s)
-    figures["lines"] = float((run.completed & ~is_interactive).sum())
-    figures["lines_open_p50"] = float(np.median(beside.limits)) if beside.limits else 0.0
-    return figures
 
 
 def main() -> int:
@@ -90,7 +40,7 @@ def main() -> int:
         "num_repeats": options.repeats,
         "loads": options.loads,
         "slowdowns": options.slowdowns,
-        "lines": {"prompts": str(_PROMPTS), "replies": str(_REPLIES)},
+        "lines": {"prompts": str(PROMPTS), "replies": str(REPLIES)},
     }
     report = Report(options.name, "simulated", options.seed, config)
     seeds = range(options.seed, options.seed + options.repeats)
@@ -133,12 +83,12 @@ def _add_rows(
         key: Spread.of(
             [100.0 * (run[key] / base[key] - 1.0) for run, base in zip(runs, without, strict=True)]
         )
-        for key in (*(f"{each}_p99" for each in _FIGURES), "output_tokens_per_s")
+        for key in (*(f"{each}_p99" for each in FIGURES), "output_tokens_per_s")
     }
     report.add_row(f"changes, percent: {title}", batch=name, **changes)
     if slowdown != BatchConfig().max_slowdown:
         return
-    for each in _FIGURES:
+    for each in FIGURES:
         target = f"interactive {each} p99, change in percent, load {load:.0%}"
         report.add_target(target, changes[f"{each}_p99"], f"<= {_MAX_CHANGE:g}")
     target = f"output tokens/s, change in percent, load {load:.0%}"
