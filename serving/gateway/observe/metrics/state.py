@@ -132,11 +132,15 @@ def _gateway_metrics(state: GatewayState) -> Iterable[Metric]:
         ("cache_stored_responses", "In the response cache", state.cache.num_stored or 0),
         ("cache_stored_bytes", "Size of the response cache", state.cache.num_stored_bytes or 0),
         ("cache_flight_bytes", "Kept of replies being generated", state.cache.num_flight_bytes),
+        ("batches_running", "Batches that this gateway runs", state.batches.num_running),
+        ("batch_open_lines", "Lines of batches at work", state.batches.num_open_lines),
     ):
         yield GaugeMetricFamily(f"headway_{name}", words, value=value)
     for name, words, value in (
         ("retries", "Attempts beyond the first", state.retries.num_made),
         ("fallbacks", "Requests sent to providers", state.fallback.num_spilled),
+        ("batch_lines", "Lines of batches answered well", state.batches.num_completed_lines),
+        ("batch_lines_failed", "Lines answered by an error", state.batches.num_failed_lines),
     ):
         yield CounterMetricFamily(f"headway_{name}", words, value=value)
     overloaded = GaugeMetricFamily(
