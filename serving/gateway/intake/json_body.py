@@ -6,10 +6,9 @@ long as looking for a few fields, so it is asked only where those cannot be foun
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import msgspec
-from msgspec import UNSET, UnsetType
 from pydantic import ValidationError
 
 from serving.gateway.http.errors import ApiError
@@ -27,9 +26,9 @@ from serving.gateway.intake.fields import (
 )
 from serving.gateway.intake.multipart import read_form
 
-_ABSENT = msgspec.Raw(b"")
 # Whatever else a field may hold, `json` is asked, and pydantic then.
-_Scalar = bool | int | float | str | UnsetType | None
+_Scalar = bool | int | float | str | None
+_NOTHING = (b"", b"null", b"[]")  # as a prompt
 _MAX_LIST_BYTES = 2**16
 # `json` takes at most 50 ms for so much. Larger bodies that only it can read (NaN, half of a
 # surrogate pair) are refused: nothing else would be answered meanwhile.
@@ -152,11 +151,11 @@ def read_json_body(path: str, data: bytes) -> JsonBody:
         raise _not_json("it is empty")
     data = _in_utf8(data)
     try:
-        found = msgspec.structs.asdict(_DECODERS[path](data))
-        prompts = {name: bytes(found.pop(name)) for name in endpoint.prompts}
+        values = _DECODERS[path](data)
+        prompts = {name: bytes(values.pop(name)) for name in endpoint.prompts if name in values}
         for name in endpoint.lists:
-            found[name] = _decode_list(name, bytes(found[name]))
-        values = {name: value for name, value in found.items() if value is not UNSET}
+            if name in values:
+                _decode_list(name, values)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         everything = _read_slowly(data)
         values = {
@@ -167,7 +166,8 @@ def read_json_body(path: str, data: bytes) -> JsonBody:
         fields = endpoint.fields.model_validate(values)
     except ValidationError as error:
         raise _wrong_fields(error) from None
-    prompts = {name: text for name, text in prompts.items() if text not in (b"", b"null", b"[]")}
+    for name in [name for name, text in prompts.items() if text in _NOTHING]:
+        del prompts[name]
     return JsonBody(data, fields, prompts)
 
 
@@ -204,15 +204,14 @@ def _in_utf8(data: bytes) -> bytes:
         raise _not_json("it is not in UTF-8, UTF-16 or UTF-32") from None
 
 
-def _decode_list(name: str, text: bytes) -> Any:
-    """Return what a field holds that may be long; UNSET if absent, or if it is no class of ours."""
-    if not text:
-        return UNSET
+def _decode_list(name: str, values: dict[str, Any]) -> None:
+    """Decode what a field holds that may be long, unless it is none of ours."""
+    text = bytes(values.pop(name))
     if len(text) <= _MAX_LIST_BYTES:
-        return msgspec.json.decode(text)
-    if name in ("priority_class", "metadata"):
-        return UNSET  # to vLLM a field that it does not know, or only passes by
-    raise ApiError(400, f"'{name}' is too long", kind="Bad Request", param=f"body.{name}")
+        values[name] = msgspec.json.decode(text)
+    elif name not in ("priority_class", "metadata"):
+        raise ApiError(400, f"'{name}' is too long", kind="Bad Request", param=f"body.{name}")
+    # Else it is a field that vLLM does not know, or only passes by.
 
 
 def _read_slowly(data: bytes) -> dict[str, Any]:
@@ -253,15 +252,17 @@ def _wrong_fields(error: ValidationError) -> ApiError:
     return ApiError(400, "; ".join(lines), kind="Bad Request", param=param)
 
 
-def _decoder(endpoint: Endpoint) -> Callable[[bytes], Any]:
+_make_dict: Any = TypedDict  # by names that are known at run time
+
+
+def _decoder(endpoint: Endpoint) -> Callable[[bytes], dict[str, Any]]:
     """Return what finds the fields of an endpoint in a body and makes no object of the rest."""
-    found: list[tuple[str, Any, Any]] = [
-        (name, _Scalar, UNSET)
-        for name in endpoint.fields.model_fields
-        if name not in endpoint.lists
-    ]
-    unread = [(name, msgspec.Raw, _ABSENT) for name in (*endpoint.lists, *endpoint.prompts)]
-    return msgspec.json.Decoder(msgspec.defstruct("_Body", [*found, *unread])).decode
+    kinds: dict[str, Any] = dict.fromkeys(endpoint.fields.model_fields, _Scalar)
+    kinds |= dict.fromkeys((*endpoint.lists, *endpoint.prompts), msgspec.Raw)
+    # What is not there is not in what is returned.
+    body: Any = _make_dict("body", kinds, total=False)
+    decode: Callable[[bytes], dict[str, Any]] = msgspec.json.Decoder(body).decode
+    return decode
 
 
 _DECODERS = {path: _decoder(endpoint) for path, endpoint in ENDPOINTS.items()}

@@ -47,6 +47,12 @@ def measure_prompt(
     Raise `ApiError` 400 for more than `max_prompts` prompts.
     """
     num_text_bytes = len(prompt)
+    if prompt.startswith(b"[{") and field != "prompt_embeds" and not _may_have_media(prompt):
+        # Messages of text, as most prompts are: nothing has to be searched for.
+        num_tokens = round(num_text_bytes * tokens_per_byte)
+        if num_tokens > max_tokens:
+            return PromptSize(max(1, int(max_tokens)), 1, 0)
+        return PromptSize(max(1, num_tokens), 1, num_text_bytes)
     if _IDS.match(prompt):
         tokens = _count_ids(field, prompt, max_prompts)
         num_text_bytes = 0
@@ -58,13 +64,12 @@ def measure_prompt(
         texts = _split_texts(field, prompt, max_prompts)
         tokens = [round(len(text) * tokens_per_byte) for text in texts]
     else:
-        has_url = b'url"' in prompt
-        # Every name in `_MEDIUM` ends in one of these: most prompts need not be searched for it.
-        has_media = has_url or b'data"' in prompt
-        media = [len(found[0]) for found in _MEDIUM.finditer(prompt)] if has_media else []
+        media = []
+        if _may_have_media(prompt):
+            media = [len(found[0]) for found in _MEDIUM.finditer(prompt)]
         num_tokens = round((len(prompt) - sum(media)) * tokens_per_byte)
         tokens = [num_tokens + len(media) * _TOKENS_PER_MEDIUM]
-        if media or (has_url and b'_url"' in prompt):
+        if media or b'_url"' in prompt:
             num_text_bytes = 0  # an image elsewhere: few bytes, many tokens
         if _CHATS.match(prompt):
             # Several conversations, each with its own bound: taken to be of the same length.
@@ -74,6 +79,11 @@ def measure_prompt(
         num_text_bytes = 0  # not all of it is read
     num_read = sum(min(each, max_tokens) for each in tokens)
     return PromptSize(max(1, int(num_read)), len(tokens), num_text_bytes)
+
+
+def _may_have_media(prompt: bytes) -> bool:
+    """Whether there are the ends of the names in `_MEDIUM`: most prompts have none of them."""
+    return b'url"' in prompt or b'data"' in prompt
 
 
 def _count_chats(field: str, prompt: bytes, max_prompts: int) -> int:
