@@ -5,15 +5,15 @@ import { element, show, count, seconds, share } from "./words.js";
 const KEPT_S = 60;
 const seen = new Map(); // by id: the last that was known, and when
 
-export function showEngines(rows, replicas, nowS) {
+export function showEngines(rows, { replicas, drained }, nowS) {
   for (const [id, replica] of Object.entries(replicas)) seen.set(id, { replica, atS: nowS });
   for (const [id, { atS }] of seen) if (nowS - atS > KEPT_S) seen.delete(id);
   const sorted = [...seen].sort(([a], [b]) => a.localeCompare(b, "en", { numeric: true }));
-  show(rows, sorted.map(([id, { replica, atS }]) => row(id, replica, id in replicas, nowS - atS)));
+  show(rows, sorted.map(([id, { replica, atS }]) => row(id, replica, id in replicas, nowS - atS, drained.includes(id))));
 }
 
-function row(id, replica, isThere, goneS) {
-  const [words, look] = isThere ? condition(replica) : [`gone for ${seconds(goneS)}`, "bad"];
+function row(id, replica, isThere, goneS, isDrained) {
+  const [words, look] = isThere ? condition(replica, isDrained) : [`gone for ${seconds(goneS)}`, "bad"];
   const { info, snapshot } = replica;
   const kv = snapshot ? snapshot.kv_cache_usage : 0;
   const pending = replica.num_pending_prefill_tokens;
@@ -35,12 +35,12 @@ function bar(value, max, name) {
 }
 
 /** Return in words how an engine is, and how that looks. */
-export function condition(replica) {
+export function condition(replica, isDrained) {
   const { state, reason } = replica.breaker;
   if (state === "open") return [`failed: ${reason}`, "bad"];
   if (replica.is_mute) return ["sends no news", "bad"];
   if (state === "half_open") return ["on probe", "warn"];
-  if (replica.is_draining) return ["draining", "warn"];
+  if (replica.is_draining) return [isDrained ? "drained by an admin" : "draining", "warn"];
   if (replica.is_quarantined) return ["tries a suspect", "warn"];
   return ["ready", "good"];
 }

@@ -3,6 +3,7 @@
 import { Charts } from "./charts.js";
 import { showEngines } from "./engines.js";
 import { readFrames, Refused } from "./feed.js";
+import { showGateways } from "./gateways.js";
 import { Playground } from "./playground.js";
 import { Requests } from "./requests.js";
 import { showOthers } from "./others.js";
@@ -23,7 +24,7 @@ function headers() {
 function showFrame(frame) {
   const { state } = frame;
   document.getElementById("about").textContent =
-    `gateway ${state.rank} · policy ${[state.policy, ...state.ablate.map((part) => `without ${part}`)].join(" ")} · core ${state.core}`;
+    `${frame.num_gateways > 1 ? `${frame.gateways.length} of ${frame.num_gateways} gateways` : `gateway ${state.rank}`} · policy ${[state.policy, ...state.ablate.map((part) => `without ${part}`)].join(" ")} · core ${state.core}`;
   const streams = frame.latencies.filter((each) => each.ttft_s);
   const worst = (pick) => (streams.length ? seconds(Math.max(...streams.map(pick))) : "–");
   show(document.getElementById("now"), [
@@ -36,7 +37,8 @@ function showFrame(frame) {
     ["TTFT p99", worst((each) => each.ttft_s.p99)],
     ["connections", count(state.num_connections)],
   ].map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));
-  showEngines(document.getElementById("engine-rows"), state.replicas, frame.time_s);
+  showGateways(document.getElementById("gateways"), frame);
+  showEngines(document.getElementById("engine-rows"), state, frame.time_s);
   charts.add(frame);
   requests.show(frame.requests);
   playground.useModels(state.replicas);

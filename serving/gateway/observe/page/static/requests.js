@@ -15,7 +15,7 @@ export class Requests {
     show(rows, requests.slice(0, SHOWN).map((each) => this.#row(each)));
     if (focused) rows.querySelector(`[data-request="${CSS.escape(focused)}"]`)?.focus();
     const chosen = requests.find((each) => each.id === this.#chosen);
-    if (chosen) show(document.getElementById("way"), [element("h3", {}, chosen.id), way(chosen)]);
+    if (chosen) show(document.getElementById("way"), [element("h3", {}, chosen.id), element("p", {}, `By gateway ${chosen.gateway}.`), way(chosen)]);
   }
 
   #row(request) {

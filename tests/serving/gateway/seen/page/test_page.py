@@ -27,13 +27,13 @@ pytestmark = pytest.mark.timeout(300)
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Run `make serve-emulated`."""
+    """Run `make serve-emulated`, with two gateways."""
     install_browser()
     port = free_port()
     log = tmp_path_factory.mktemp("page") / "log"
     with log.open("w") as output:
         served = subprocess.Popen(
-            ["make", "serve-emulated", f"ARGS=--port {port}"],
+            ["make", "serve-emulated", f"ARGS=--port {port} --set gateway.replicas=2"],
             cwd=ROOT,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -95,6 +95,28 @@ def test_values_are_those_of_the_state(page: Page, url: str) -> None:
         rate = round(replica["prefill_tokens_per_s"])
         expect(row).to_contain_text(f"{rate:,} tokens/s")
     expect(page.locator("#about")).to_contain_text("policy headway")
+
+
+def test_all_gateways_are_shown_together(page: Page, url: str) -> None:
+    expect(page.locator("#about")).to_contain_text("2 of 2 gateways")
+    rows = page.locator("#gateway-rows tr")
+    expect(rows).to_have_count(2)
+    for rank, gateway in enumerate(sorted(state(url)["gateways"].values(), key=_rank)):
+        expect(rows.nth(rank).locator("th")).to_have_text(f"{rank} ({gateway['gateway_id']})")
+        expect(rows.nth(rank).locator(".state")).to_have_text("answers")
+
+
+def _rank(gateway: Any) -> int:
+    return gateway["rank"]
+
+
+def test_an_engine_that_an_admin_drains_says_so(page: Page, url: str) -> None:
+    engine = next(iter(state(url)["replicas"]))
+    shown = page.locator(f'[data-engine="{engine}"] .state')
+    httpx.post(f"{url}/headway/engines/{engine}/drain").raise_for_status()
+    expect(shown).to_have_text("drained by an admin")
+    httpx.post(f"{url}/headway/engines/{engine}/undrain").raise_for_status()
+    expect(shown).to_have_text("ready")
 
 
 def test_a_request_is_sent_and_its_way_shown(page: Page) -> None:
