@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 _MAX_RUNNING = 32  # batches of this gateway; more wait for one of them
 _LOOK_S = 1.0  # for batches that nobody runs
 PACE_S = 0.25
+_AGAIN_S = 5.0  # until a batch that our own code, or the disk, has failed is tried again
 _REMOVE_S = 600.0
 _LINES_AT_ONCE = 8  # sent in one turn of the event loop: to read one takes 0.1 ms
 
@@ -143,8 +144,11 @@ class Batches:
             await run.run()
             if run.batch.status not in OPEN:
                 logger.info("batch %s is %s", batch_id, run.batch.status)
-        except Exception:  # its lease lapses, and it is tried again
-            logger.exception("batch %s is interrupted", batch_id)
+        except Exception:
+            logger.exception("batch %s is interrupted, and goes on soon", batch_id)
+            await asyncio.sleep(_AGAIN_S)
+            with contextlib.suppress(sqlite3.Error):
+                await self._database.run(self.keeping.store.release, run.batch.seq)
         finally:
             del self._runs[batch_id], self._tasks[batch_id]
             self._is_new.set()

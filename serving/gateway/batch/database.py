@@ -69,7 +69,8 @@ class Database:
         self.clock = clock
         self.path = folder / "batches.sqlite"
         try:
-            (folder / "files").mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what is asked is private
+            (folder / "files").mkdir(exist_ok=True, mode=0o700)
             self._connection = connect(self.path)
             self._make_tables()
         except (OSError, sqlite3.Error) as error:

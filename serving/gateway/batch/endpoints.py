@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,8 @@ from serving.gateway.batch.upload import Upload
 from serving.gateway.http.endpoints.bodies import read_json
 from serving.gateway.http.errors import ApiError
 from serving.gateway.tenants.tenants import Tenants
+
+logger = logging.getLogger(__name__)
 
 _MAX_FILES_PAGE, _MAX_BATCHES_PAGE, _USUAL_BATCHES_PAGE = 10_000, 100, 20
 _MAX_UPLOADS = 8  # at a time
@@ -85,6 +88,10 @@ class BatchEndpoints:
             await upload.write_to(path)
             keep_s = _check_form(upload.fields)
             file = await run(files.add, tenant, upload.filename or "", "batch", path, keep_s)
+        except OSError as error:
+            logger.exception("an upload cannot be written")
+            message = f"The file cannot be kept: {error.strerror} (batch.dir)."
+            raise ApiError(507, message, kind="InternalServerError") from None
         finally:
             self._num_uploads -= 1
             self._num_reserved_bytes -= num_reserved

@@ -6,6 +6,7 @@ again, what was under way is.
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -169,6 +170,8 @@ class BatchRun:
             await asyncio.sleep(LEASE_S / 4)
             try:
                 await self._ask(self._keeping.store.renew, self.batch.seq)
+            except sqlite3.Error:
+                logger.exception("the lease of batch %s is not renewed", self.batch.id)
             except Lost:
                 logger.warning("batch %s is another gateway's now", self.batch.id)
                 main.cancel()
@@ -222,6 +225,8 @@ class BatchRun:
                 self._wake()
             await self._keep_results()
             if self._is_read and not (self._ready or self._sending or self._results):
+                if self.batch.completed + self.batch.failed != self.batch.total:
+                    raise RuntimeError("lines have no answer")  # it is begun anew, and asks them
                 await self._ask(store.begin_finalizing, self.batch.seq)
                 return
             self._changed.clear()

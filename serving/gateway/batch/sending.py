@@ -113,6 +113,9 @@ async def send_line(path: RequestPath, caller: Caller | None, url: str, body: by
         if call.begin() and call.on_body(body):
             call.on_body_end()
         return await client.answer
+    except Exception as error:
+        client.break_off(error)
+        return client.answer.result()
     finally:
         if not client.answer.done() or client.answer.cancelled():
             call.on_left()

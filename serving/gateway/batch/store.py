@@ -125,7 +125,9 @@ class BatchStore:
             # A lease that is longer than any was given before the clock was set back.
             rows = self._database.rows(
                 f"SELECT seq, tenant, MIN(seq) FROM batches WHERE status IN {OPEN_STATUSES} "
-                "AND (owner IS NULL OR lease_until < ? OR lease_until > ?) GROUP BY tenant",
+                "AND (owner IS NULL OR owner != ? AND (lease_until < ? OR lease_until > ?)) "
+                "GROUP BY tenant",
+                self._owner,
                 now,
                 now + 2 * LEASE_S,
             )
@@ -232,11 +234,15 @@ class BatchStore:
                 )
             )
 
-    def release(self) -> None:
-        """Let others run all that this gateway runs."""
+    def release(self, seq: int | None = None) -> None:
+        """Let others run a batch that this gateway runs, or all of them."""
         with self._database.write():
             self._database.execute(
-                "UPDATE batches SET owner = NULL, lease_until = 0 WHERE owner = ?", self._owner
+                "UPDATE batches SET owner = NULL, lease_until = 0 "
+                "WHERE owner = ? AND (? IS NULL OR seq = ?)",
+                self._owner,
+                seq,
+                seq,
             )
 
     def num_owners(self) -> int:

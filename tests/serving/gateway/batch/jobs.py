@@ -67,9 +67,9 @@ async def begin(client: AsyncOpenAI, lines: Iterable[dict] | bytes, endpoint: st
     )
 
 
-async def ended(client: AsyncOpenAI, batch):
+async def ended(client: AsyncOpenAI, batch, timeout_s: float = 20.0):
     """The batch once it has ended."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(timeout_s):
         while (found := await client.batches.retrieve(batch.id)).status not in FINAL:
             await asyncio.sleep(0.02)
     return found
