@@ -49,10 +49,14 @@ class KeepAlive:
 
 def as_stream(headers: Headers) -> Headers:
     """Return a reply's headers, an event stream's with those that keep proxies from buffering."""
-    names = {name for name, _ in headers}
-    content_type = next((value for name, value in headers if name == b"content-type"), b"")
-    if not content_type.startswith(b"text/event-stream"):
+    for name, value in headers:
+        if name == b"content-type":
+            if value.startswith(b"text/event-stream"):
+                break
+            return headers
+    else:
         return headers
+    names = {name for name, _ in headers}
     headers = list(headers)
     if b"cache-control" not in names:
         headers.append((b"cache-control", b"no-cache"))

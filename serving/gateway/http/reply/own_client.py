@@ -10,6 +10,7 @@ from serving.stream.frames import Headers
 logger = logging.getLogger(__name__)
 
 _NO_BODY = (204, 304)
+_FRAMING = frozenset((b"content-length", b"transfer-encoding", b"connection"))
 
 
 class OwnClient:
@@ -39,13 +40,14 @@ class OwnClient:
         lines = [STATUS_LINE[status]]
         for name, value in (*cycle.default_headers, *headers):
             lower = name.lower()
-            if lower == b"content-length":
-                self._num_left = int(value)
-            elif lower == b"connection" and b"close" in value.lower():
-                cycle.keep_alive = False
-                continue
-            elif lower == b"transfer-encoding":
-                continue  # between the engine and us
+            if lower in _FRAMING:
+                if lower == b"content-length":
+                    self._num_left = int(value)
+                elif lower == b"transfer-encoding":
+                    continue  # between the engine and us
+                elif b"close" in value.lower():
+                    cycle.keep_alive = False
+                    continue
             lines.append(b"%b: %b\r\n" % (lower, value))
         if not cycle.keep_alive:
             lines.append(b"connection: close\r\n")
