@@ -15,8 +15,10 @@ from serving.planning.hardware import detect_hardware
 _KV_CACHE_BYTES = 512 * 2**20
 
 
-async def serve(model: str, names: list[str], port: int, args: dict[str, Any]) -> None:
-    """Serve until a signal ends it."""
+async def serve(
+    model: str, names: list[str], port: int, args: dict[str, Any], core: int = 0
+) -> None:
+    """Serve until a signal ends it; on a CPU its engine is pinned to this core."""
     plan: Any = SimpleNamespace(
         device="cpu" if not detect_hardware().gpus else "cuda",
         engine_args={"dtype": "bfloat16", "kv_cache_memory_bytes": _KV_CACHE_BYTES, **args},
@@ -24,7 +26,7 @@ async def serve(model: str, names: list[str], port: int, args: dict[str, Any]) -
         served_model_name=names[0],
         aliases=tuple(names[1:]),
     )
-    with on_core(0):
+    with on_core(core):
         # vLLM is imported late: it reads the environment set here.
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
