@@ -5,11 +5,12 @@ waited for and watched. At the end streams are drained, and no process and no fi
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,10 @@ from rich.console import Console
 
 from serving.cli.config_file import ConfigFile, check_with_ray
 from serving.cli.interrupts import Interrupts, StopSignal
-from serving.cli.progress import (
-    ProgressDisplay,
-    engine_core_error,
-    engine_phases,
-    failure_cause,
-    last_error,
-    read_app_state,
-)
-from serving.cluster.logs import logs_of, place_for_logs
-from serving.cluster.processes import reap_children, run_processes
+from serving.cli.launching.model_edits import ModelEdits
+from serving.cli.launching.progress import ProgressDisplay, read_app_state
+from serving.cli.launching.service_watch import ServiceWatch
+from serving.cluster.logs import last_error, logs_of, place_for_logs
 from serving.cluster.ray_session import (
     RaySession,
     joined_session,
@@ -35,6 +30,7 @@ from serving.cluster.ray_session import (
     private_session,
 )
 from serving.cluster.run_folder import run_folder
+from serving.config import Config
 from serving.gateway.http.endpoint import (
     StartError,
     check_port_is_free,
@@ -44,10 +40,8 @@ from serving.gateway.http.endpoint import (
 )
 from serving.planning.hardware import Hardware
 from serving.planning.plan import Plan
+from serving.planning.service.service_plan import ServicePlan
 
-_ENGINE = "Engine"  # the deployment in `serving.cluster.application`
-_POLL_S = 0.5
-_WATCH_S = 5.0  # between two checks of running engines
 # For Serve's own steps before and after the drain. A gateway behind HAProxy cannot know when its
 # time is over: it ends its streams when Ray ends, before Serve would cut them (`build`).
 _DRAIN_MARGIN_S = 5.0
@@ -57,7 +51,7 @@ Build = Callable[[dict[str, Any]], Any]  # makes the Serve application from its 
 
 def launch(
     file: ConfigFile,
-    plan: Plan,
+    plan: ServicePlan,
     hardware: Hardware,
     console: Console,
     *,
@@ -65,14 +59,16 @@ def launch(
     verbose: bool = False,
     build: Build | None = None,
     fetch: Callable[[], None] = lambda: None,
+    reload: Callable[[], ConfigFile] | None = None,
 ) -> int:
     """Serve until a signal comes; return the exit code.
 
     It is 0 after a drain, and 128 + signal if that came before anything was ready. Raise
     `ConfigError`, `BundledModelError` or `StartError` if the start fails; then nothing is left
     running. With `address` join the Ray that runs there. `fetch` downloads the weights, and is
-    called where this machine's engines will load them. Tests replace
-    `serving.cluster.application.build` by `build`.
+    called where this machine's engines will load them. `reload` reads a file again whose `models`
+    may be edited while they are served. Tests replace what `serving.cluster.application` builds by
+    what `build` does.
     """
     start_s = time.monotonic()
     with Interrupts() as interrupts, contextlib.ExitStack() as stack:
@@ -95,17 +91,34 @@ def launch(
             # Built before Ray starts: errors show at once, the plan that it makes
             # sees the same free memory as ours, and the bundled model is
             # fetched if it is needed.
-            application = (build or _import_build())(file.application["args"])
+            if build is None:
+                plan, application = _plan_and_build(file)
+            else:
+                application = build(file.application["args"])
             runtime_env = file.application.get("runtime_env") or {}
             if address is None:
                 console.print("starting Ray …")
-                num_gpus = len(hardware.gpus) if plan.device == "cuda" else 0
+                on_gpus = any(each.device == "cuda" for each in plan.plans)
+                num_gpus = len(hardware.gpus) if on_gpus else 0
                 ray = private_session(folder, len(hardware.cores), num_gpus, runtime_env, verbose)
             else:
                 ray = joined_session(address, runtime_env, verbose)
             session = stack.enter_context(ray)
             interrupts.install_handlers()
-            return _serve(file, plan, application, session, console, interrupts, start_s)
+            edits = None
+            if reload is not None and file.config.models and file.config.watch_file is not None:
+                edits = ModelEdits(
+                    file,
+                    plan,
+                    hardware,
+                    console,
+                    reload=reload,
+                    deploy=functools.partial(_redeploy, file, session),
+                )
+            watch = ServiceWatch(file.name, plan, session, console)
+            return _serve(
+                file, plan, application, session, console, interrupts, start_s, watch, edits
+            )
         except StopSignal as stop:
             console.print("stopped before anything was ready")
             return 128 + stop.signum
@@ -127,31 +140,50 @@ def _where_logs_are(file: ConfigFile, folder: Path) -> str:
     return f"{requests if file.config.log.requests else ''}{now}, at the end in {place}"
 
 
-def _import_build() -> Build:
+def _plan_and_build(file: ConfigFile) -> tuple[ServicePlan, Any]:
+    """Return the plan by what is free now, and the application by it."""
     # Late: Ray Serve reads the environment when imported.
-    from serving.cluster.application import build
+    from serving.cluster.application import make_application, plan_application
 
-    return build
+    args = file.application["args"]
+    plan = plan_application(args)
+    return plan, make_application(args, plan)
+
+
+def _redeploy(
+    file: ConfigFile,
+    session: RaySession,
+    args: dict[str, Any],
+    plan: ServicePlan,
+    leaving: Sequence[tuple[Config, Plan]],
+) -> None:
+    """Have Ray Serve start and stop what differs from what runs."""
+    from serving.cluster.application import make_application
+
+    application = make_application(args, plan, leaving)
+    session.call(lambda: _run_application(file, application))
 
 
 def _serve(
     file: ConfigFile,
-    plan: Plan,
+    plan: ServicePlan,
     application: Any,
     session: RaySession,
     console: Console,
     interrupts: Interrupts,
     start_s: float,
+    watch: ServiceWatch,
+    edits: ModelEdits | None,
 ) -> int:
-    with _removed_at_end(file, session, console, interrupts) as removal:
+    with _removed_at_end(file, plan, session, console, interrupts) as removal:
         session.call(lambda: _deploy_application(file, application))
         display = ProgressDisplay(console)
         with display.shown():
-            _wait_for_engines(file, plan, session, display)
+            watch.wait_until_ready(display)
         wait_for_answer(file.url)
         try:
-            console.print(_ready_text(file, plan, time.monotonic() - start_s))
-            _watch_engines(file, plan, session, console)
+            console.print(_ready_text(file, plan, time.monotonic() - start_s, watch.num_failed))
+            watch.watch(edits)
         except StopSignal:
             removal.drains = True
     return 0
@@ -166,7 +198,11 @@ class _Removal:
 
 @contextlib.contextmanager
 def _removed_at_end(
-    file: ConfigFile, session: RaySession, console: Console, interrupts: Interrupts
+    file: ConfigFile,
+    plan: ServicePlan,
+    session: RaySession,
+    console: Console,
+    interrupts: Interrupts,
 ) -> Iterator[_Removal]:
     """Remove the application at the end, in the way that the block chooses.
 
@@ -178,7 +214,7 @@ def _removed_at_end(
     finally:
         interrupts.stop_raising()
         if removal.drains:
-            timeout_s = file.config.engine.drain_timeout_s
+            timeout_s = plan.drain_timeout_s
             console.print(
                 f"draining: running streams may finish, for up to {timeout_s:.0f} s "
                 "(Ctrl-C again to stop at once)"
@@ -202,7 +238,7 @@ def _delete_application(
     deadline_s = time.monotonic() + timeout_s
     with contextlib.suppress(Exception):  # Ray itself may have failed; the launch ends anyhow
         session.call(lambda: serve.delete(file.name, _blocking=False))
-        while session.call(lambda: read_app_state(file.name, _ENGINE)) is not None:
+        while session.call(lambda: read_app_state(file.name)) is not None:
             if interrupts.must_hurry or time.monotonic() > deadline_s:
                 return
             time.sleep(0.1)
@@ -212,104 +248,52 @@ def _deploy_application(file: ConfigFile, application: Any) -> None:
     """Pass the application to Ray Serve without waiting for it. Raise `StartError` if refused."""
     from ray import serve
 
-    target = serve.RunTarget(
-        target=application,
-        name=file.name,
-        route_prefix=file.application.get("route_prefix", "/"),
-        logging_config=file.application.get("logging_config"),
-    )
     try:
         serve.start(
             proxy_location=file.proxy_location,
             http_options=file.serve["http_options"] if file.haproxy else None,
             logging_config=file.serve.get("logging_config"),
         )
-        serve.run_many(
-            [target],
-            wait_for_ingress_deployment_creation=False,
-            wait_for_applications_running=False,
-        )
+        _run_application(file, application)
     except Exception as error:  # Ray makes a class up for what a remote actor raised
         raise StartError(f"Ray Serve cannot start: {last_error(str(error))}") from error
 
 
-def _wait_for_engines(
-    file: ConfigFile, plan: Plan, session: RaySession, display: ProgressDisplay
-) -> None:
-    """Return once all engines and gateways run; raise `StartError` if one cannot."""
-    timeout_s = file.config.engine.start_timeout_s
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        state = session.call(lambda: read_app_state(file.name, _ENGINE))
-        if state is None:
-            raise StartError("the application was deleted while it started")
-        if (cause := failure_cause(state)) is not None:
-            raise StartError(f"cannot start: {engine_core_error(session.logs) or cause}")
-        processes = run_processes(session.folder) if session.folder else []
-        display.show_phases(
-            engine_phases(processes, file.name, _ENGINE, plan.num_replicas, state.num_ready)
-        )
-        if state.status == "RUNNING":
-            return
-        if time.monotonic() > deadline_s:
-            raise StartError(
-                f"{state.num_ready} of {plan.num_replicas} engines are ready after "
-                f"{timeout_s:.0f} s; raise engine.start_timeout_s"
-                + (f" (Ray Serve says: {state.message})" if state.message else "")
-            )
-        _pause(session, _POLL_S)
+def _run_application(file: ConfigFile, application: Any) -> None:
+    """Pass the application to Ray Serve, which may have one of its name already."""
+    from ray import serve
+
+    target = serve.RunTarget(
+        target=application,
+        name=file.name,
+        route_prefix=file.application.get("route_prefix", "/"),
+        logging_config=file.application.get("logging_config"),
+    )
+    serve.run_many(
+        [target],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
 
 
-def _pause(session: RaySession, duration_s: float) -> None:
-    """Wait. Raise `StopSignal` if Ray is asked to stop meanwhile, `StartError` if it ends.
-
-    The signal was meant for the launch: Ray, which is deaf to it, stays for the drain.
-    """
-    end_s = time.monotonic() + duration_s
-    while (left_s := end_s - time.monotonic()) > 0:
-        session.check()
-        if (signum := session.stop_signal()) is not None:
-            raise StopSignal(signum)
-        time.sleep(min(left_s, _POLL_S))
-
-
-def _watch_engines(file: ConfigFile, plan: Plan, session: RaySession, console: Console) -> None:
-    """Report engines that stop and come back, until `StopSignal`.
-
-    Raise `StartError` if Ray or the application is gone.
-    """
-    num_ready = plan.num_replicas
-    while True:
-        _pause(session, _WATCH_S)
-        reap_children()
-        try:
-            state = session.call(lambda: read_app_state(file.name, _ENGINE))
-        except StartError:
-            raise
-        except Exception as error:  # Ray's client raises anything when Ray is gone
-            raise StartError(f"Ray is gone: {error}") from error
-        if state is None:
-            raise StartError("the application was deleted by somebody else")
-        if state.num_ready != num_ready:
-            num_ready = state.num_ready
-            cause = failure_cause(state)
-            console.print(
-                f"{num_ready} of {plan.num_replicas} engines ready"
-                + (f": {cause}" if cause else ""),
-            )
-
-
-def _ready_text(file: ConfigFile, plan: Plan, start_s: float) -> str:
-    engines = f"{plan.num_replicas} engine" + ("s" if plan.num_replicas > 1 else "")
+def _ready_text(file: ConfigFile, plan: ServicePlan, start_s: float, num_failed: int) -> str:
+    first = plan.plans[0]
     question = json.dumps(
         {
-            "model": plan.served_model_name,
+            "model": first.served_model_name,
             "messages": [{"role": "user", "content": "What is the capital of France?"}],
         }
     )
+    failed = f", but for {num_failed} of {len(plan.plans)} models" if num_failed else ""
+    models = "\n".join(
+        f"model {each.served_model_name}, {each.num_replicas} engine"
+        + ("s" if each.num_replicas > 1 else "")
+        + f" on {each.device_name}"
+        for each in plan.plans
+    )
     text = (
-        f"\nready after {start_s:.0f} s: {file.url}/v1\n"
-        f"model {plan.served_model_name}, {engines} on {plan.device_name}\n\n"
+        f"\nready after {start_s:.0f} s{failed}: {file.url}/v1\n"
+        f"{models}\n\n"
         f"  curl {file.url}/v1/chat/completions -H 'Content-Type: application/json' "
         f"-d '{question}'\n\n"
     )

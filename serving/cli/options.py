@@ -17,7 +17,7 @@ from serving.config import ConfigError
 from serving.gateway.http.endpoint import check_is_guarded
 from serving.planning.hardware import Hardware, detect_hardware
 from serving.planning.hub import cached_models
-from serving.planning.plan import Plan, make_plan
+from serving.planning.service.service_plan import ServicePlan, plan_service
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -187,8 +187,8 @@ class Start:
 
     file: ConfigFile
     hardware: Hardware
-    plan: Plan
-    weights: Weights
+    plan: ServicePlan
+    weights: tuple[Weights, ...]  # of each model
     notes: tuple[str, ...]  # sentences
 
 
@@ -207,14 +207,15 @@ def load_and_plan(ctx: typer.Context, *, must_start: bool = False) -> Start:
             insecure=config.gateway.insecure,
         )
         check_vllm_is_installed(file, hardware)
-    weights = look_up(config, must_be_there=must_start)
-    plan = make_plan(config, hardware, weights.size)
-    return Start(file, hardware, plan, weights, (weights.note,) if weights.note else ())
+    weights = tuple(look_up(each, must_be_there=must_start) for each in config.by_model())
+    plan = plan_service(config, hardware, [each.size for each in weights])
+    notes = tuple(each.note for each in weights if each.note)
+    return Start(file, hardware, plan, weights, notes)
 
 
 def check_vllm_is_installed(file: ConfigFile, hardware: Hardware) -> None:
     """Raise `ConfigError` where engines would look for vLLM and not find it."""
-    if not file.config.engine.is_vllm or hardware.vllm_build:
+    if hardware.vllm_build or not any(each.engine.is_vllm for each in file.config.by_model()):
         return
     if importlib.util.find_spec("vllm") is not None:  # built here, under a name of its own
         return

@@ -48,6 +48,9 @@ _LAST_WORDS_S = 1.0  # for error events to be written
 _MEET_S = 1.0  # for other gateways to tell what is in force
 _FAILURES_S = 3.0  # between two looks at what has become of models without an engine
 
+# Keys that gateways need not start anew for where there are several models.
+OF_MODELS = ("models", "engine", "replicas", "tensor_parallel_size")
+
 logger = logging.getLogger(__name__)
 
 
@@ -81,7 +84,7 @@ class _Models:
                 # A single one's requests wait: there is nothing else to serve.
                 if len(models.configured) > 1 and models.without_engine():
                     failed = await asyncio.to_thread(discovery.start_failures, self._application)
-                    models.use_failures(failed)
+                    self._gateway.use_failures(failed)
             except Exception:  # they are only held, as those of a model that starts are
                 logger.exception("Ray Serve does not say which models could not be started")
 
@@ -253,8 +256,12 @@ def build(args: dict[str, Any]) -> serve.Application:
     Ray Serve calls this for `import_path: serving.cluster.application:build`. Raises
     `ConfigError` for a configuration that cannot work on this machine.
     """
+    return make_application(args, plan_application(args))
+
+
+def plan_application(args: dict[str, Any]) -> ServicePlan:
+    """Return which engines would run where. Raise `ConfigError` if they, or gateways, cannot."""
     config = parse(args)
-    args = current_args(args)  # what is deployed need not warn again
     if config.gateway.front == "own":  # who else listens is not told here
         check_is_guarded(
             config.gateway.host,
@@ -266,7 +273,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         read_keys(config.auth.keys_file)
     for provider in config.providers:
         read_api_keys(provider)
-    return make_application(args, plan_service(config, detect_hardware()))
+    return plan_service(config, detect_hardware())
 
 
 def make_application(
@@ -279,11 +286,12 @@ def make_application(
     asked can be answered; once gateways have heard it, they can be left out.
     """
     config = parse(args)
+    args = current_args(args)  # what is deployed need not warn again
     gateway = _deployment(
         "Gateway",
         OwnFrontGateway if config.gateway.front == "own" else serve.ingress(None)(ServedGateway),
         # What models there are it is told while it runs.
-        {key: value for key, value in args.items() if key != "models"},
+        {key: value for key, value in args.items() if not config.models or key not in OF_MODELS},
         drain_timeout_s=plan.drain_timeout_s,
         num_replicas=plan.num_gateways,
         ray_actor_options=plan.plans[0].gateway_actor_options,

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -218,6 +218,11 @@ class Gateway:
         self.served_models.use_entries(entries)
         self.router.expect_models([name for entry in entries for name in entry.names])
         self.driver.engines.remove_models(self.served_models.removed)
+
+    def use_failures(self, failed: Mapping[str, str]) -> None:
+        """Refuse what asks, or waits, for models whose deployments could not start, saying why."""
+        for name, why in self.served_models.use_failures(failed).items():
+            self.driver.on_model_gone((name,), f"could not be started: {why}")
 
     def _on_grant(self) -> None:
         """Let the router decide again: requests may wait for what was just leased."""

@@ -30,7 +30,7 @@ from serving.config import Config
 from serving.gateway.engines import Engines
 from serving.gateway.exchange import Attempt, ClientLeft, EngineFailed, Exchange, Rejected, Turn
 from serving.gateway.http.endpoints.kept import state_lost
-from serving.gateway.http.errors import model_removed
+from serving.gateway.http.errors import REMOVED, model_gone
 from serving.gateway.observe.metrics.requests import Metrics
 from serving.gateway.observe.recent import Recent
 from serving.gateway.providers.calls import Providers
@@ -183,12 +183,12 @@ class Driver:
             if exchange.request.only_at == replica_id:
                 self.break_off(exchange, state_lost(exchange.fields))
 
-    def on_model_gone(self, names: Collection[str]) -> None:
-        """End what waits for a model that was removed, and whose last engine has ended."""
+    def on_model_gone(self, names: Collection[str], why: str = REMOVED) -> None:
+        """End what waits for models that nobody is going to serve."""
         for exchange in list(self.exchanges.values()):
             model = exchange.request.model
-            if model in names and model not in self._providers.models:
-                self.break_off(exchange, model_removed(model))
+            if model in names and model not in self._providers.models and not exchange.attempts:
+                self.break_off(exchange, model_gone(model, why))
 
     def _on_answer(self, attempt: Attempt) -> None:
         """Give the exchange to the attempt that answers first, the only one from here on."""

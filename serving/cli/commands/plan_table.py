@@ -1,20 +1,37 @@
 """How does a plan look to a person?"""
 
+from collections.abc import Iterable
+
 from rich.console import Console
 from rich.table import Table
 
 from serving.cli.config_file import ConfigFile
+from serving.config import Config
 from serving.planning.hardware import Hardware
 from serving.planning.plan import Plan
+from serving.planning.service.service_plan import ServicePlan
 
 _GIB = 1 << 30
 
 
-def print_plan(console: Console, file: ConfigFile, hardware: Hardware, plan: Plan) -> None:
-    """Print what the machine has, what would start on it, and why."""
+def print_plan(console: Console, file: ConfigFile, hardware: Hardware, plan: ServicePlan) -> None:
+    """Print what the machine has, what would start on it, and why; of several models one by one."""
     table = Table.grid(padding=(0, 2))
     _add_hardware(table, hardware)
-    table.add_row()
+    gateways = "" if plan.num_gateways == 1 else f", {plan.num_gateways} gateways"
+    front = ("front", f"{file.config.gateway.front}, {file.url}/v1{gateways}")
+    if len(plan.plans) > 1:
+        table.add_row()
+        table.add_row(*front)
+        _add_sentences(table, plan.why, plan.warnings)
+    for config, each in plan.models:
+        table.add_row()
+        _add_model(table, config, each, None if len(plan.plans) > 1 else front)
+        _add_sentences(table, each.why, each.warnings)
+    console.print(table)
+
+
+def _add_model(table: Table, config: Config, plan: Plan, front: tuple[str, str] | None) -> None:
     names = ", ".join((plan.served_model_name, *plan.aliases))
     model = plan.model or ("bundled" if plan.uses_bundled_model else "none")
     table.add_row("model", f"{model}, served as {names}")
@@ -24,19 +41,22 @@ def print_plan(console: Console, file: ConfigFile, hardware: Hardware, plan: Pla
     if plan.num_kv_bytes:
         table.add_row("KV cache", f"{plan.num_kv_bytes / _GIB:.2f} GiB each")
     table.add_row("Ray asks", f"{plan.engine_actor_options} per engine")
-    gateways = "" if plan.num_gateways == 1 else f", {plan.num_gateways} gateways"
-    table.add_row("front", f"{file.config.gateway.front}, {file.url}/v1{gateways}")
+    if front is not None:
+        table.add_row(*front)
     for key, value in plan.engine_args.items():
         if key == "max_model_len" and value in (-1, "auto"):
             value = "the longest that the KV cache holds, up to the model's own"
-        mine = "  (yours)" if key in file.config.engine.args else ""
+        mine = "  (yours)" if key in config.engine.args else ""
         table.add_row("engine arg", f"{key} = {value}{mine}")
-    table.add_row()
-    for sentence in plan.why:
+    if front is not None:
+        table.add_row()
+
+
+def _add_sentences(table: Table, why: Iterable[str], warnings: Iterable[str]) -> None:
+    for sentence in why:
         table.add_row("why", sentence)
-    for sentence in plan.warnings:
+    for sentence in warnings:
         table.add_row("careful", sentence)
-    console.print(table)
 
 
 def _add_hardware(table: Table, hardware: Hardware) -> None:

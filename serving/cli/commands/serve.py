@@ -1,6 +1,6 @@
 """How do `headway serve`, `plan` and `profile` begin? With one configuration and one plan."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -28,12 +28,15 @@ from serving.cli.options import (
     Replicas,
     ServedModelName,
     Set,
+    Start,
     TensorParallelSize,
     What,
     load_and_plan,
+    load_file,
 )
 from serving.config import ConfigError
 from serving.core_form import form
+from serving.planning.plan import Plan
 
 
 def serve(
@@ -67,7 +70,14 @@ def serve(
     console = Console(highlight=False, markup=False, soft_wrap=True)
     with errors_in_one_line(verbose=verbose):
         start = load_and_plan(ctx, must_start=True)
-        for sentence in (*start.plan.why[:1], *start.notes, *start.plan.warnings):
+        plans = start.plan.plans
+        for sentence in (
+            *start.plan.why[:1],
+            *(_of_model(each, plans, each.why[0]) for each in plans if each.why),
+            *start.notes,
+            *start.plan.warnings,
+            *(_of_model(each, plans, sentence) for each in plans for sentence in each.warnings),
+        ):
             console.print(sentence)
         if form() == "plain":
             console.print("the router runs as plain Python, not compiled (docs/compiled.md)")
@@ -78,7 +88,8 @@ def serve(
             console,
             address=address,
             verbose=verbose,
-            fetch=lambda: weights.fetch(start.weights, start.file.config, console),
+            fetch=lambda: _fetch(start, console),
+            reload=lambda: load_file(ctx),
         )
         raise typer.Exit(code)
 
@@ -125,9 +136,22 @@ def profile(
         console = Console(highlight=False, markup=False, soft_wrap=True)
         with _missing_package_named():
             from serving.capacity import profile
-        weights.fetch(start.weights, start.file.config, console)
+        if len(start.plan.plans) > 1:
+            raise ConfigError("models: a profile is of one model; name it as MODEL")
+        _fetch(start, console)
         args = start.file.application["args"]
-        run_until_stopped(lambda: profile.run(args, start.plan, output, console))
+        run_until_stopped(lambda: profile.run(args, start.plan.plans[0], output, console))
+
+
+def _fetch(start: Start, console: Console) -> None:
+    """Download what is missing of any model."""
+    for each, config in zip(start.weights, start.file.config.by_model(), strict=True):
+        weights.fetch(each, config, console)
+
+
+def _of_model(plan: Plan, plans: Sequence[Plan], sentence: str) -> str:
+    """Return a sentence about a model, with its name if there are others."""
+    return sentence if len(plans) == 1 else f"{plan.served_model_name}: {sentence}"
 
 
 @contextmanager

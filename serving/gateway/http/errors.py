@@ -123,10 +123,18 @@ def model_not_found(name: str, usable: Sequence[str] = ()) -> ApiError:
     return ApiError(404, message, kind="NotFoundError", param="model")
 
 
-def model_removed(name: str) -> ApiError:
-    """Return the reply to a request that came before its model was removed, and was in no time."""
-    message = f"The model `{name}` was removed from the configuration, and its engines have ended."
-    return ApiError(503, message, kind="ServiceUnavailableError", param="model")
+REMOVED = "was removed from the configuration, and its engines have ended"
+
+
+def model_gone(name: str, why: str, retry_after_s: float | None = None) -> ApiError:
+    """Return the reply to a request for a model that is in the configuration, and serves nobody."""
+    return ApiError(
+        503,
+        f"The model `{name}` {why}.",
+        kind="ServiceUnavailableError",
+        param="model",
+        retry_after_s=retry_after_s,
+    )
 
 
 # Used when no engine runs to predict a time from: about as long as one takes to start.

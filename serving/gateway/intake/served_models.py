@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import msgspec
 
 from router import EngineInfo
-from serving.gateway.http.errors import ApiError, model_not_found
+from serving.gateway.http.errors import ApiError, model_gone, model_not_found
 
 MayUse = Callable[[Iterable[str]], bool]
 
@@ -67,9 +67,15 @@ class ServedModels:
         self._infos = None
         self._follow_engines()
 
-    def use_failures(self, failed: Mapping[str, str]) -> None:
-        """Go by these deployments as those that cannot start, with the reason of each."""
+    def use_failures(self, failed: Mapping[str, str]) -> dict[str, str]:
+        """Go by these deployments as those that cannot start, with the reason of each.
+
+        Return the reason by name of each model that nobody serves for it.
+        """
         self._failed = dict(failed)
+        self._follow_engines()
+        whys = {name: self._why_failed(name, ()) for name in self._entries}
+        return {name: why for name, why in whys.items() if why}
 
     @property
     def configured(self) -> tuple[str, ...]:
@@ -117,13 +123,7 @@ class ServedModels:
             usable = {each for each in (*self._names, *models_elsewhere) if may_use((each,))}
             raise model_not_found(name, sorted(usable))
         if why := self._why_failed(name, models_elsewhere):
-            raise ApiError(
-                503,
-                f"The model '{name}' could not be started: {why}",
-                kind="ServiceUnavailableError",
-                param="model",
-                retry_after_s=_RETRY_AFTER_S,
-            )
+            raise model_gone(name, f"could not be started: {why}", _RETRY_AFTER_S)
         capacity = self._capacities.get(name)
         if capacity is not None and name not in models_elsewhere:
             if task and task not in capacity.tasks:

@@ -39,6 +39,7 @@ from serving.planning.service.counts import (
     named,
 )
 
+ONLY = "Engine"  # the engines of a model that is the only one
 # Beside the engines of several models Ray has CPUs left for those that are added or grow later.
 _GROWTH = 4
 
@@ -133,17 +134,18 @@ def deployment_name(served_name: str) -> str:
     """Return what Ray Serve calls the engines of a model, another one for each served name."""
     plain = re.sub(r"[^A-Za-z0-9_-]+", "-", served_name)[:40]
     if plain == served_name:
-        return f"Engine-{plain}"
-    return f"Engine-{plain}-{zlib.crc32(served_name.encode()):08x}"
+        return f"{ONLY}-{plain}"
+    return f"{ONLY}-{plain}-{zlib.crc32(served_name.encode()):08x}"
 
 
 def served_names(config: Config, plan: Plan) -> tuple[str, ...]:
     """Return the names that a model's engines will serve, adapters' included.
 
-    Empty if only they know, being somebody else's.
+    Engines that are somebody else's may have others. Empty if only they know: where there are no
+    other models, from which theirs has to be told.
     """
     if not config.engine.is_ours:
-        return ()
+        return (plan.served_model_name,) if plan.deployment != ONLY else ()
     adapters = [_adapter_name(each) for each in plan.engine_args.get("lora_modules") or ()]
     return (plan.served_model_name, *plan.aliases, *adapters)
 
@@ -288,7 +290,7 @@ def _check_names(planned: Sequence[tuple[Config, Plan]]) -> None:
     """Raise `ConfigError` if two models would answer to one name, by default or by an adapter."""
     seen: dict[str, int] = {}
     for index, (config, plan) in enumerate(planned):
-        for name in served_names(config, plan) or (plan.served_model_name,):
+        for name in served_names(config, plan):
             if seen.setdefault(name, index) != index:
                 raise ConfigError(
                     f"models.{index}: the name {name!r} is that of models.{seen[name]} already: "

@@ -23,7 +23,7 @@ from serving.gateway.http.endpoint import StartError
 from serving.planning.hardware import detect_hardware
 from serving.cli.launch import launch
 from serving.cli.config_file import load_config_file
-from serving.planning.plan import make_plan
+from serving.planning.service.service_plan import plan_service
 
 port, fails = int(sys.argv[1]), sys.argv[2] == "fails"
 
@@ -54,7 +54,7 @@ def build(args):
 file = load_config_file(None, {"port": port, "engine.factory": "none:NullEngine", "device": "cpu"})
 hardware = detect_hardware()
 try:
-    plan = make_plan(file.config, hardware)
+    plan = plan_service(file.config, hardware)
     sys.exit(launch(file, plan, hardware, Console(width=200), build=build))
 except StartError as error:
     sys.exit(f"headway: {error}")

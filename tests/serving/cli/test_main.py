@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 
 from serving.cli import main, options
 from serving.cli.config_file import load_config_file
-from serving.cli.progress import (
+from serving.cli.launching.progress import (
     AppState,
+    DeploymentState,
     ProgressDisplay,
     engine_core_error,
     engine_phases,
-    failure_cause,
-    last_error,
 )
+from serving.cluster.logs import last_error, start_failure
 from serving.cluster.processes import RUN_VARIABLE
 from serving.cluster.ray_session import private_environment
 from serving.config import ConfigError
@@ -277,18 +277,26 @@ class TestProgress:
         assert last_error("only words\n") == "only words"
 
     @pytest.mark.parametrize(
-        ("state", "cause"),
+        ("status", "message", "cause"),
         [
-            (AppState("DEPLOYING", 0, ""), None),
-            (AppState("DEPLOYING", 1, "2 replicas take more than 30 s to be scheduled"), None),
-            (AppState("DEPLOYING", 1, "A replica failed to start\nValueError: x"), "ValueError: x"),
-            (AppState("DEPLOY_FAILED", 0, ""), "no reason given"),
+            ("DEPLOYING", "", ""),
+            ("DEPLOYING", "2 replicas take more than 30 s to be scheduled", ""),
+            ("DEPLOYING", "A replica failed to start\nValueError: x", "ValueError: x"),
+            ("DEPLOY_FAILED", "", "no reason given"),
         ],
     )
     def test_a_failed_replica_is_told_from_a_slow_one(
-        self, state: AppState, cause: str | None
+        self, status: str, message: str, cause: str
     ) -> None:
-        assert failure_cause(state) == cause
+        assert start_failure(status, message) == cause
+        assert AppState(status, message, {}).failure == cause
+
+    def test_an_applications_failure_is_that_of_any_deployment(self) -> None:
+        failed = DeploymentState(0, "ValueError: x")
+        state = AppState("DEPLOYING", "", {"Engine": DeploymentState(2), "Engine-b": failed})
+        assert state.failure == "ValueError: x"
+        assert state.of("Engine-b") is failed
+        assert state.of("Gateway") == DeploymentState()
 
     def test_the_engine_core_knows_better_than_its_parent(self, tmp_path: Path) -> None:
         prefix = "(EngineCore pid=7) ERROR 11-22 19:58:03 [core.py:1006] "
@@ -309,6 +317,7 @@ class TestProgress:
             process(2, 0, "ray::ServeReplica:app:Engine.__init__"),
             process(3, 2, "VLLM::EngineCore"),
             process(4, 0, "ray::ServeReplica:app:Gateway"),
+            process(5, 0, "ray::ServeReplica:app:Engine-b.__init__"),
         ]
         assert engine_phases(processes, "app", "Engine", 3, 0) == [
             "loading the model",
@@ -323,5 +332,5 @@ class TestProgress:
         display = ProgressDisplay(console, clock=lambda: now_s)
         with console.capture() as capture, display.shown():
             for now_s, phase in ((1.0, "starting"), (2.0, "starting"), (9.0, "ready")):  # noqa: B007
-                display.show_phases([phase])
+                display.show_phases({"engine 1": phase})
         assert capture.get() == "   1 s  engine 1 starting\n   9 s  engine 1 ready\n"

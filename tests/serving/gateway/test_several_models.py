@@ -118,11 +118,16 @@ async def test_a_model_that_cannot_start_is_told_by_name_and_in_health():
     async with running(num_engines=0, served_names=("a", "alias", "b")) as system:
         system.gateway.use_models([A, B])
         await system.add_engine(info=msgspec.structs.replace(SMALL, model="b"))
-        system.gateway.served_models.use_failures({"Engine-a": "ValueError: no memory"})
+        early = asyncio.create_task(system.client.post(CHAT, json=system.chat(model="a")))
+        await system.until(lambda: system.gateway.state().held.num_requests == 1)
+        system.gateway.use_failures({"Engine-a": "ValueError: no memory"})
+        assert (await early).status_code == 503
         reply = await system.client.post(CHAT, json=system.chat(model="alias"))
         assert reply.status_code == 503
         error = reply.json()["error"]
-        assert error["message"] == ("The model 'alias' could not be started: ValueError: no memory")
+        assert error["message"] == (
+            "The model `alias` could not be started: ValueError: no memory."
+        )
         assert (error["type"], error["param"]) == ("ServiceUnavailableError", "model")
         assert await ask(system, "b") == 200
         health = (await system.client.get("/health")).json()

@@ -106,7 +106,7 @@ class TestSeveralModels:
         models.use_entries([entry("a", "alias"), entry("b")])
         models.use_failures({"Engine-a": "ValueError: no memory"})
         for name in ("a", "alias"):
-            with pytest.raises(ApiError, match=f"'{name}' could not be started: .*no mem") as error:
+            with pytest.raises(ApiError, match=f"`{name}` could not be started: .*no mem") as error:
                 find(models, name)
             assert error.value.status == 503
         assert find(models, "b") == find(models, None) == "b"

@@ -6,7 +6,7 @@ processes show how far the others are.
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,54 +16,64 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from serving.cluster.logs import is_error, last_error, start_failure
+
+FAILED = "cannot start"  # in place of a phase
 _PHASES = ("waiting for a process", "starting", "loading the model", "ready")
 _HEARTBEAT_S = 15.0  # between lines that say nothing new, where there is no terminal
-_ERROR = re.compile(r"^\S*?(?:\w\.)*(\w*(?:Error|Exception|Interrupt|Exit)\b.*)$")
-_LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\)\s*(?:[A-Z]+ [\d-]+ [\d:]+ (?:\[[^\]]+\] )?)?")
 _MAX_LOG_BYTES = 1 << 20  # at each log's end, where the cause of a failure is
 
 
 @dataclass(frozen=True, slots=True)
+class DeploymentState:
+    """What Ray Serve says of one deployment."""
+
+    num_ready: int = 0  # replicas that run
+    failure: str = ""  # why one could not start
+    is_settled: bool = False  # Serve has nothing left to do there
+
+
+@dataclass(frozen=True, slots=True)
 class AppState:
-    """What `serve.status()` says of the application."""
+    """What Ray Serve says of the application."""
 
     status: str  # NOT_STARTED, DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY, DELETING
-    num_ready: int  # engines that run
-    message: str  # what Serve says about unhealthy deployments
+    message: str  # about what is unhealthy
+    deployments: Mapping[str, DeploymentState]
+
+    def of(self, deployment: str) -> DeploymentState:
+        """Return the state of a deployment, which Serve may not know of yet."""
+        return self.deployments.get(deployment, DeploymentState())
+
+    @property
+    def failure(self) -> str:
+        """Why anything could not start; "" if nothing has failed to."""
+        failures = (each.failure for each in self.deployments.values())
+        return next(filter(None, failures), "") or start_failure(self.status, self.message)
 
 
-def read_app_state(app: str, engine: str) -> AppState | None:
+def read_app_state(app: str) -> AppState | None:
     """Return what Ray Serve knows of application `app`; None once it is deleted."""
     from ray import serve
 
     overview = serve.status().applications.get(app)
     if overview is None:
         return None
-    engines = overview.deployments.get(engine)
     messages = [deployment.message for deployment in overview.deployments.values()]
     return AppState(
         str(getattr(overview.status, "value", overview.status)),
-        int(engines.replica_states.get("RUNNING", 0)) if engines else 0,
         "\n".join(filter(None, [*messages, overview.message])),
+        {
+            name: DeploymentState(
+                int(each.replica_states.get("RUNNING", 0)),
+                start_failure(
+                    status := str(getattr(each.status, "value", each.status)), each.message
+                ),
+                status == "HEALTHY",
+            )
+            for name, each in overview.deployments.items()
+        },
     )
-
-
-def failure_cause(state: AppState) -> str | None:
-    """Return the error of a replica that could not start; None if none has failed.
-
-    Serve would try again several times for each replica. But the same engine on the same machine
-    fails again, minutes later.
-    """
-    failed = state.status == "DEPLOY_FAILED" or "failed to start" in state.message
-    return last_error(state.message) or "no reason given" if failed else None
-
-
-def last_error(text: str) -> str:
-    """Return the last exception in `text`, else its last line."""
-    lines = [_LOG_PREFIX.sub("", line).strip() for line in text.splitlines()]
-    lines = [line for line in lines if line]
-    errors = [match[1] for line in lines if (match := _ERROR.match(line))]
-    return (errors or lines or [""])[-1]
 
 
 def engine_core_error(logs: Path | None) -> str | None:
@@ -77,7 +87,7 @@ def engine_core_error(logs: Path | None) -> str | None:
             file.seek(max(0, log.stat().st_size - _MAX_LOG_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
         core = [line for line in lines if line.startswith("(EngineCore")]
-        errors = [line for line in core if _ERROR.match(_LOG_PREFIX.sub("", line).strip())]
+        errors = [line for line in core if is_error(line)]
         if errors:
             return last_error(errors[-1])
     return None
@@ -91,12 +101,12 @@ def engine_phases(
     Serve names a replica's process after application and deployment; vLLM names
     the child process that loads the model.
     """
-    title = f"ray::ServeReplica:{app}:{engine}"
+    title = re.compile(rf"ray::ServeReplica:{re.escape(app)}:{re.escape(engine)}(?![\w-])")
     replicas, cores = set(), set()
     for process in processes:
         try:
             line = " ".join(process.cmdline())
-            if line.startswith(title):
+            if title.match(line):
                 replicas.add(process.pid)
             elif line.startswith("VLLM::"):
                 cores.add(process.ppid())
@@ -115,7 +125,7 @@ class ProgressDisplay:
         self._console = console
         self._clock = clock
         self._start_s = clock()
-        self._phases: list[tuple[str, float]] = []  # of each engine, and when it began
+        self._phases: dict[str, tuple[str, float]] = {}  # of each engine, and when it began
         self._live: Live | None = None
         self._last_line_s = self._start_s
 
@@ -128,24 +138,24 @@ class ProgressDisplay:
         with Live(console=self._console, refresh_per_second=4, transient=False) as self._live:
             yield
 
-    def show_phases(self, phases: list[str]) -> None:
-        """Show the current phase of every engine."""
+    def show_phases(self, phases: Mapping[str, str]) -> None:
+        """Show the current phase of every engine, by what people call it."""
         now_s = self._clock()
-        before = [phase for phase, _ in self._phases]
-        self._phases += [("", now_s)] * (len(phases) - len(self._phases))
-        for i, phase in enumerate(phases):
-            if self._phases[i][0] != phase:
-                self._phases[i] = (phase, now_s)
+        has_news = False
+        for engine, phase in phases.items():
+            if engine not in self._phases or self._phases[engine][0] != phase:
+                self._phases[engine] = (phase, now_s)
+                has_news = True
         if self._live:
             self._live.update(self._table(now_s))
-        elif before != phases or now_s - self._last_line_s >= _HEARTBEAT_S:
+        elif has_news or now_s - self._last_line_s >= _HEARTBEAT_S:
             self._last_line_s = now_s
-            engines = ", ".join(f"engine {i} {phase}" for i, phase in enumerate(phases, 1))
+            engines = ", ".join(f"{engine} {phase}" for engine, phase in phases.items())
             self._console.print(f"{now_s - self._start_s:4.0f} s  {engines}")
 
     def _table(self, now_s: float) -> Table:
         table = Table.grid(padding=(0, 2))
-        for i, (phase, since_s) in enumerate(self._phases, 1):
-            end_s = since_s if phase == _PHASES[-1] else now_s
-            table.add_row(f"engine {i}", phase, f"{end_s - self._start_s:.0f} s")
+        for engine, (phase, since_s) in self._phases.items():
+            end_s = since_s if phase in (_PHASES[-1], FAILED) else now_s
+            table.add_row(engine, phase, f"{end_s - self._start_s:.0f} s")
         return table
