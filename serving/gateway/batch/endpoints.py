@@ -17,7 +17,7 @@ from serving.config import Config
 from serving.gateway.batch.batches import Batches
 from serving.gateway.batch.lines import BATCH_ENDPOINTS
 from serving.gateway.batch.objects import Batch, StoredFile, read_metadata, window_s
-from serving.gateway.batch.upload import Upload
+from serving.gateway.batch.upload import Upload, discard_rest
 from serving.gateway.http.endpoints.bodies import read_json
 from serving.gateway.http.errors import ApiError
 from serving.gateway.tenants.tenants import Tenants
@@ -88,6 +88,9 @@ class BatchEndpoints:
             await upload.write_to(path)
             keep_s = _check_form(upload.fields)
             file = await run(files.add, tenant, upload.filename or "", "batch", path, keep_s)
+        except ApiError:
+            await discard_rest(request, self._config.max_file_bytes)
+            raise
         except OSError as error:
             logger.exception("an upload cannot be written")
             message = f"The file cannot be kept: {error.strerror} (batch.dir)."

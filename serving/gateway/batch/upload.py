@@ -1,6 +1,7 @@
 """How does an upload become a file? Written as it comes: it is never in memory as a whole."""
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -8,7 +9,7 @@ from typing import Any, BinaryIO
 import python_multipart
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from serving.gateway.http.errors import ApiError
 
@@ -16,7 +17,8 @@ _MAX_FIELD_BYTES = 1024
 _MAX_PARTS = 20
 _MAX_FORM_BYTES = 64 * 2**10  # of an upload beside its file
 _WRITE_BYTES = 2**20  # at a time, in a thread
-# A client reads the refusal only once all is sent. Beyond this many times the limit it is cut off.
+# Many clients read a refusal only once all is sent, and would see a reset connection. Beyond this
+# many times the limit they are cut off.
 _DISCARD_FACTOR = 2
 
 
@@ -139,6 +141,16 @@ class Upload:
 
     def _end(self) -> None:
         self._is_over = True
+
+
+async def discard_rest(request: Request, max_bytes: int) -> None:
+    """Read what still comes of an upload that is refused."""
+    num_bytes = 0
+    with contextlib.suppress(ClientDisconnect, RuntimeError):  # Starlette's, if all has been read
+        async for chunk in request.stream():
+            num_bytes += len(chunk)
+            if num_bytes > _DISCARD_FACTOR * max_bytes:
+                return
 
 
 def _sync(file: BinaryIO) -> None:

@@ -17,6 +17,7 @@ ANSWER = {
     "choices": [{"index": 0, "message": {"role": "assistant", "content": "hello"}}],
     "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
 }
+_clients: list[AsyncOpenAI] = []  # to be closed with what they ask
 FINAL = ("completed", "failed", "expired", "cancelled")
 
 
@@ -41,7 +42,11 @@ async def batches_running(folder: Path, num_engines: int = 1, **settings):
     async with running(num_engines, batch=batch, **settings) as system:
         for engine in system.engines:
             answer_with(engine)
-        yield system, client_of(system)
+        try:
+            yield system, client_of(system)
+        finally:
+            while _clients:
+                await _clients.pop().close()
 
 
 def answer_with(engine, answer: dict | None = None, status: int = 200) -> None:
@@ -51,7 +56,9 @@ def answer_with(engine, answer: dict | None = None, status: int = 200) -> None:
 
 
 def client_of(system: System, key: str = "none") -> AsyncOpenAI:
-    return AsyncOpenAI(base_url=f"{system.client.base_url}/v1", api_key=key, max_retries=0)
+    client = AsyncOpenAI(base_url=f"{system.client.base_url}/v1", api_key=key, max_retries=0)
+    _clients.append(client)
+    return client
 
 
 async def upload(client: AsyncOpenAI, lines: Iterable[dict] | bytes):

@@ -187,9 +187,9 @@ async def test_a_file_in_use_is_not_deleted(tmp_path):
 
 
 async def test_without_a_folder_the_setting_is_named():
-    async with running(0) as system:
+    async with running(0) as system, client_of(system) as client:
         with pytest.raises(openai.NotFoundError, match=r"batch\.dir"):
-            await upload(client_of(system), [line(1)])
+            await upload(client, [line(1)])
 
 
 async def test_a_window_that_is_over_expires_the_batch(tmp_path):
