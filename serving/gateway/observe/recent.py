@@ -100,8 +100,11 @@ class Recent:
     ) -> None:
         """Keep a request that is over; `error` is what the client was told for an answer."""
         request = exchange.request
-        if request.prefix_hashes or request.block_hashes:  # up to 10 KB, and of no use here
-            request = msgspec.structs.replace(request, prefix_hashes=(), block_hashes=())
+        if request.prefix_hashes or request.block_hashes or request.wording:
+            # Up to 10 KB, and of no use here.
+            request = msgspec.structs.replace(
+                request, prefix_hashes=(), block_hashes=(), wording=()
+            )
         self._over.append(
             _Over(
                 request_id,

@@ -1,5 +1,6 @@
 """The weights that come with the package: trained by `make train-predictor`."""
 
+import array
 import functools
 from pathlib import Path
 
@@ -20,9 +21,10 @@ def save_weights(weights: np.ndarray, prior_log_tokens: float, file: Path = FILE
 
 
 @functools.cache
-def _read() -> tuple[list[float], float]:
+def _read() -> "tuple[array.array[float], float]":
     with np.load(FILE) as found:
-        return found["weights"].astype(np.float64).tolist(), float(found["prior_log_tokens"])
+        weights = array.array("d", found["weights"].astype(np.float64).tobytes())
+        return weights, float(found["prior_log_tokens"])
 
 
 def shipped_lengths() -> PredictedLengths:
