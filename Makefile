@@ -80,6 +80,10 @@ bench-spill: compile  ## goodput and cost of a provider in a spike, simulated
 bench-peers: compile  ## other routers and ours, before 8 emulated and 2 real engines (half an hour)
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
+.PHONY: bench-attach
+bench-attach: compile  ## headway attach, nginx and vllm-router before the same two vLLM servers
+	$(BIN)/python -m benchmarks.peers.attach $(ARGS)
+
 .PHONY: bench-overload
 bench-overload: compile  ## five times the capacity of emulated engines for ten minutes
 	$(BIN)/python -m benchmarks.overload $(ARGS)
