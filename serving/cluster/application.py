@@ -25,6 +25,7 @@ from serving.cluster.loop_thread import LoopThread
 from serving.cluster.processes import call_when_parent_ends
 from serving.config import Config, parse
 from serving.config.renamed import current_args
+from serving.engine.external.server import ExternalServer
 from serving.gateway.app import Gateway
 from serving.gateway.http.endpoint import check_is_guarded
 from serving.gateway.http.front import Front
@@ -273,6 +274,8 @@ def plan_application(args: dict[str, Any]) -> ServicePlan:
         read_keys(config.auth.keys_file)
     for provider in config.providers:
         read_api_keys(provider)
+    for server in config.external:
+        ExternalServer.check(server)
     return plan_service(config, detect_hardware())
 
 
