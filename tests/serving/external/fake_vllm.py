@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from serving.engine.external.metrics import PATH
-
 
 def next_id(token_id: int) -> int:
     return (token_id * 31 + 7) % 997 + 3
@@ -218,6 +216,3 @@ async def listening(server: FakeVllm, port: int = 0, **site_fields) -> AsyncIter
     finally:
         server.cut()
         await runner.cleanup()
-
-
-assert PATH.startswith("/metrics/?name[]=")
