@@ -26,6 +26,7 @@ class Booking(msgspec.Struct, frozen=True, gc=False):
     num_kv_tokens: int
     num_own_kv_tokens: int  # of these, not shared with what is cached already
     num_sequences: int
+    edf_key_s: float  # its place in the order of service
     booked_s: float
 
 
@@ -44,6 +45,7 @@ class Ledger:
     __slots__ = (
         "_last_number",
         "_open",
+        "_prompts",
         "_unacknowledged",
         "num_acknowledged_own_kv_tokens",
         "num_acknowledged_sequences",
@@ -64,6 +66,7 @@ class Ledger:
         self._last_number = 0
         self._open: dict[str, Booking] = {}  # by request id
         self._unacknowledged: dict[int, Booking] = {}  # by number, and so in its order
+        self._prompts: dict[str, Booking] = {}  # of the open ones, those not prefilled yet
 
     @property
     def num_open(self) -> int:
@@ -91,6 +94,7 @@ class Ledger:
         num_kv_tokens: int,
         num_own_kv_tokens: int,
         num_sequences: int,
+        edf_key_s: float,
         now_s: float,
     ) -> int:
         """Add a booking and return its number: 1 for the first, then one more each.
@@ -109,9 +113,10 @@ class Ledger:
             num_kv_tokens,
             num_own_kv_tokens,
             num_sequences,
+            edf_key_s,
             now_s,
         )
-        self._open[request_id] = booking
+        self._open[request_id] = self._prompts[request_id] = booking
         self._unacknowledged[booking.number] = booking
         self.num_prefill_tokens += num_prefill_tokens
         self.num_step_tokens += num_step_tokens
@@ -130,6 +135,25 @@ class Ledger:
             self.num_acknowledged_own_kv_tokens += booking.num_own_kv_tokens
             self.num_acknowledged_sequences += booking.num_sequences
 
+    def end_prefill(self, request_id: str) -> None:
+        """Note that a request's prompt is prefilled; ignore unknown ids."""
+        self._prompts.pop(request_id, None)
+
+    def waiting_keys_s(self, num_tokens: int) -> list[float]:
+        """Return the EDF keys of the prompts that have the last so many tokens to prefill.
+
+        Engines prefill in the order of keys, so these are what is left after the rest.
+        """
+        keys_s: list[float] = []
+        if num_tokens > 0 and self._prompts:
+            last_first = sorted(self._prompts.values(), key=_edf_key_s, reverse=True)
+            for booking in last_first:
+                keys_s.append(booking.edf_key_s)
+                num_tokens -= booking.num_prefill_tokens
+                if num_tokens <= 0:
+                    break
+        return keys_s
+
     def release(self, request_id: str) -> None:
         """End a request's booking; an unknown id changes nothing.
 
@@ -139,6 +163,7 @@ class Ledger:
         booking = self._open.pop(request_id, None)
         if booking is None:
             return
+        self._prompts.pop(request_id, None)
         if booking.number in self._unacknowledged:
             self._forget(booking.number)
         else:
@@ -161,3 +186,26 @@ class Ledger:
         self.num_kv_tokens -= booking.num_kv_tokens
         self.num_sequences -= booking.num_sequences
         return booking
+
+
+def _edf_key_s(booking: Booking) -> float:
+    return booking.edf_key_s
+
+
+def peak_growth_tokens(num_sequences: int, num_tokens: int, num_to_come: int) -> float:
+    """Return the KV tokens by which running sequences will exceed what they take now, ≥ 0.
+
+    Of `num_sequences` sequences that take `num_tokens` now, with `num_to_come` to be generated.
+
+    Each grows by a token a step and frees all of it at its end. With n sequences
+    of mean size S now, whose remaining lengths are spread evenly around a mean
+    of m (0 to 2m), they take n (S + t) (1 - t / 2m) after t steps: most at
+    t = m - S/2, n (m - S/2)² / 2m above now, or now if that is past. So long
+    answers to short prompts need room to grow, and documents hardly any.
+    """
+    if num_sequences <= 0 or num_to_come <= 0:
+        return 0.0
+    ahead = (num_to_come - num_tokens / 2.0) / num_sequences
+    if ahead <= 0.0:
+        return 0.0
+    return ahead * ahead * num_sequences * num_sequences / (2.0 * num_to_come)

@@ -8,7 +8,7 @@ import msgspec
 from router.estimators.prefill_rate import PrefillRate
 from router.estimators.request_overhead import RequestOverhead
 from router.estimators.step_time import StepModel, StepModelState
-from router.fleet.ledger import Ledger, LedgerState
+from router.fleet.ledger import Ledger, LedgerState, peak_growth_tokens
 from router.fleet.prefix_cache import PrefixCache
 from router.fleet.step_budget import step_prefill_tokens
 from router.fleet.vital_signs import VitalSigns
@@ -63,6 +63,7 @@ class Replica:
         "_short_ahead_tokens",
         "_step_end_s",
         "_step_start_s",
+        "_waiting_keys_s",
         "breaker",
         "chunk_overhead_s",
         "chunk_tokens",
@@ -118,6 +119,7 @@ class Replica:
         # yet, by request id.
         self.long_edf_keys_s: dict[str, float] = {}
         self._first_long_edf_key_s = math.inf
+        self._waiting_keys_s: list[float] | None = None  # computed when it is asked for
         self.is_draining = False  # finishes what it has, takes nothing new
         self.is_quarantined = False  # a suspect has it: `router.scheduling.quarantine`
 
@@ -200,15 +202,23 @@ class Replica:
         return ttft_s + rest_s if rest_s > 0.0 else ttft_s
 
     def passing_s(self, num_new_tokens: int, edf_key_s: float) -> float:
-        """Return the predicted seconds that long prompts here wait for this one, summed over them.
+        """Return the predicted seconds that prompts here wait for this one, summed over them.
 
-        Those of a higher EDF key, where more is pending than a step.
+        Those of a higher EDF key that the current step does not end. Where engines give a prompt
+        a chunk of each step, the long ones, where more is pending than a step.
         """
-        if not self._is_backlogged:
+        if self._rest_tokens <= 0 or (self.max_prefill_chunk and not self._is_backlogged):
             return 0.0
-        num_passed = sum(
-            long_edf_key_s > edf_key_s for long_edf_key_s in self.long_edf_keys_s.values()
-        )
+        keys_s = self._waiting_keys_s
+        if keys_s is None:
+            if self.max_prefill_chunk:
+                keys_s = list(self.long_edf_keys_s.values())
+            else:
+                keys_s = self.ledger.waiting_keys_s(self._rest_tokens)
+            self._waiting_keys_s = keys_s
+        num_passed = 0
+        for key_s in keys_s:
+            num_passed += key_s > edf_key_s
         return num_passed * num_new_tokens * self.token_s
 
     def tpot_s(self, num_more: int) -> float:
@@ -282,6 +292,7 @@ class Replica:
             num_kv_tokens=num_kv_tokens,
             num_own_kv_tokens=num_kv_tokens - num_cached_tokens,
             num_sequences=request.num_sequences,
+            edf_key_s=request.edf_key_s,
             now_s=now_s,
         )
         if 0 < self.max_prefill_chunk < num_new_tokens:
@@ -291,7 +302,9 @@ class Replica:
         return number
 
     def end_prefill(self, request_id: str) -> None:
-        """Stop counting a long prompt that is prefilled, or never will be; ignore unknown ids."""
+        """Stop counting a prompt that is prefilled, or never will be; ignore unknown ids."""
+        self.ledger.end_prefill(request_id)
+        self._waiting_keys_s = None
         if self.long_edf_keys_s.pop(request_id, None) is not None:
             self._first_long_edf_key_s = min(self.long_edf_keys_s.values(), default=math.inf)
 
@@ -368,33 +381,18 @@ class Replica:
         self._is_at_work = bool(num_pending or num_scheduled)
         first = ledger.oldest_unacknowledged
         if self._is_at_work:
-            step_tokens, step_start_s = min(num_demand, chunk_tokens), self._step_start_s
+            # What a prompt takes from others is its part of a step; limited as a whole, a step
+            # computes all that is pending, as far as it goes.
+            num_in_step = num_demand if self.max_prefill_chunk else num_pending
+            step_tokens, step_start_s = min(num_in_step, chunk_tokens), self._step_start_s
         elif first is not None:
             step_tokens, step_start_s = min(first.num_step_tokens, chunk_tokens), first.booked_s
         else:
             step_tokens, step_start_s = 0, -math.inf
         self._rest_tokens = self.num_pending_prefill_tokens - step_tokens
+        self._waiting_keys_s = None
         self._is_backlogged = self._rest_tokens > chunk_tokens
         # The demand in the snapshot is what the current step computes, up to its budget.
         num_left_over = max(0, num_demand - chunk_tokens)
         self._short_ahead_tokens = num_left_over + ledger.num_step_tokens
         self._step_end_s = step_start_s + self.chunk_overhead_s + step_tokens * self.token_s
-
-
-def peak_growth_tokens(num_sequences: int, num_tokens: int, num_to_come: int) -> float:
-    """Return the KV tokens by which running sequences will exceed what they take now, ≥ 0.
-
-    Of `num_sequences` sequences that take `num_tokens` now, with `num_to_come` to be generated.
-
-    Each grows by a token a step and frees all of it at its end. With n sequences
-    of mean size S now, whose remaining lengths are spread evenly around a mean
-    of m (0 to 2m), they take n (S + t) (1 - t / 2m) after t steps: most at
-    t = m - S/2, n (m - S/2)² / 2m above now, or now if that is past. So long
-    answers to short prompts need room to grow, and documents hardly any.
-    """
-    if num_sequences <= 0 or num_to_come <= 0:
-        return 0.0
-    ahead = (num_to_come - num_tokens / 2.0) / num_sequences
-    if ahead <= 0.0:
-        return 0.0
-    return ahead * ahead * num_sequences * num_sequences / (2.0 * num_to_come)

@@ -8,7 +8,7 @@ from router.types import Request, RequestClass
 # How far a prompt may be put behind shorter ones, in terms of the time that its prefill takes.
 # First come, first served (0) is best for long prompts, shortest first (infinite) for short ones;
 # docs/routing.md has figures. Where the TTFT target is less than that, as on CPUs, it counts.
-_MAX_SLOWDOWN = 2.0
+_MAX_SLOWDOWN = 1.5
 
 # Looked up once: a member of an enumeration costs 0.1 µs each time (Python 3.11).
 _INTERACTIVE: Final = RequestClass.INTERACTIVE

@@ -26,7 +26,7 @@ class EngineConfig(Section):
         "auto",
         description="longest time between two tokens of a reply that the prompts of others should "
         "cause, seconds: a step prefills no more than fits into it; shorter is smoother and makes "
-        "long prompts wait; auto: 0.075 on GPUs, null on CPUs, where a step takes longer; null: "
+        "long prompts wait; auto: 0.15 on GPUs, null on CPUs, where a step takes longer; null: "
         "as much as max_num_batched_tokens lets it",
     )
     start_timeout_s: float = Field(900.0, gt=0, description="time for engines to start, seconds")

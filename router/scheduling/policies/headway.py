@@ -158,7 +158,7 @@ def costs_s(
       mostly by noise, which would send everybody to the same engine. Hence one share of a step
       is computed for all engines together; how long a step takes is each engine's own.
     - Held requests that would have gone there wait for its prefill: `load.num_held_per_engine`.
-    - So do the long prompts there that it passes.
+    - So do the prompts there that it passes.
 
     That its prefill also delays what decodes there is left out: it delays as many wherever and
     whenever it is done. Counting it would send a burst to the engine that decodes least, where
@@ -179,8 +179,7 @@ def costs_s(
         slowness = replica.chunk_overhead_s / (base_s + decode_s * replica.num_decoding)
         others_s = factor_s * slowness * replica.num_sequences
         others_s += num_tokens * replica.token_s * num_held
-        if replica.long_edf_keys_s:
-            others_s += replica.passing_s(num_tokens, edf_key_s)
+        others_s += replica.passing_s(num_tokens, edf_key_s)
         costs.append(replica.ttft_s(num_tokens, now_s, edf_key_s) + others_s)
     return costs
 

@@ -7,7 +7,7 @@ block preempts the last one, or the least urgent, which is recomputed later. Not
 asynchronous scheduling, under which a new sequence can wait one step more.
 """
 
-from router.fleet.step_budget import StepBudget, gives_way, long_part_tokens
+from router.fleet.step_budget import MAX_AHEAD, StepBudget, gives_way, long_part_tokens
 from router.simulation.engine.decode_batch import DecodeBatch
 from router.simulation.engine.kv_cache import KvCache
 from router.simulation.engine.profile import Profile
@@ -22,8 +22,8 @@ class StepScheduler:
     in which all sequences decode.
 
     `budget`: schedule as `serving.engine.vllm.scheduler` does, not as vLLM alone: a step prefills
-    no more than it says, and prompts that run give way to others (`gives_way`), never in two steps
-    in a row.
+    no more than it says, ends with the prompts after which that is best (`cut_after`), and
+    prompts that run give way to others (`gives_way`), never in two steps in a row.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class StepScheduler:
         self._put_prompts_last()
         num_decoding = self.decoding.num_sequences
         num_prefill = self._budget.prefill_tokens(num_decoding)
-        self._deferred = self._to_defer(num_prefill)
+        self._deferred, num_prefill = self._planned(num_prefill)
         for sequence in self._deferred:
             del self._prefilling[sequence], self.running[sequence]
         self._fill(min(num_tokens, num_prefill + num_decoding), min(num_prefill, self._chunk))
@@ -169,6 +169,21 @@ class StepScheduler:
         for sequence in sorted(self._prefilling, key=_urgency):
             del self.running[sequence], self._prefilling[sequence]
             self.running[sequence] = self._prefilling[sequence] = None
+
+    def _planned(self, num_prefill: int) -> tuple[list[Sequence], int]:
+        """Return the prompts to leave out of this step, and the tokens that it prefills."""
+        assert self._budget is not None
+        has_room = len(self.running) + len(self.waiting) <= self._profile.max_num_seqs
+        if self._priority and self.waiting:
+            prompts = [(each, each.num_tokens - each.num_computed) for each in self._prefilling]
+            prompts += [(each, each.num_tokens) for each in self.waiting.first(MAX_AHEAD)]
+            prompts.sort(key=_urgency_of_first)  # equal ones: who runs, then who came first
+            num_left = [num for _, num in prompts]
+            cut = self._budget.cut_after(num_left, num_prefill, self.decoding.num_sequences)
+            left_out = [each for each, _ in prompts[cut:] if each.state is PREFILL]
+            if cut and (not left_out or (has_room and not self._deferred)):
+                return left_out, sum(num_left[:cut])
+        return self._to_defer(num_prefill), num_prefill
 
     def _to_defer(self, num_prefill: int) -> list[Sequence]:
         """Return the prompts to leave out of this step; none if the last one left any out."""
@@ -318,6 +333,10 @@ class StepScheduler:
         sequence.state = DONE
         del self.running[sequence]
         self.kv.release(sequence.block_table, sequence.num_computed // self._block_size)
+
+
+def _urgency_of_first(prompt: tuple[Sequence, int]) -> int:
+    return prompt[0].job.priority
 
 
 def _urgency(sequence: Sequence) -> int:

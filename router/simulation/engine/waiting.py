@@ -1,5 +1,7 @@
 """Which sequence is admitted next, and how many tokens do all that wait need?"""
 
+from itertools import islice
+
 from router.queueing.lazy_heap import Key, LazyHeap
 from router.simulation.engine.sequence import WAITING, Sequence
 
@@ -30,6 +32,11 @@ class WaitingSequences:
     def head(self) -> Sequence:
         """Return the sequence to admit next. There must be one."""
         return self._sequences[self._order.head()[1]]
+
+    def first(self, num_sequences: int) -> list[Sequence]:
+        """Return the next so many sequences, in order; all if there are fewer."""
+        ids = islice(self._order.in_order(), num_sequences)
+        return [self._sequences[each] for each in ids]
 
     def push(self, sequence: Sequence, key: Key) -> None:
         """Add a sequence."""

@@ -9,6 +9,7 @@ mixin.
 
 import time
 from collections import deque
+from itertools import islice
 from operator import attrgetter
 from typing import Any
 
@@ -16,12 +17,13 @@ from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.utils import compute_iteration_details
 
-from router.fleet.step_budget import StepBudget, gives_way, long_part_tokens
+from router.fleet.step_budget import MAX_AHEAD, StepBudget, gives_way, long_part_tokens
 from serving.engine.vllm.lifeline import AliveMixin
 
 PENDING = "headway_pending_prefill"  # {request id: tokens to compute}
@@ -173,10 +175,10 @@ class StepBudgetMixin:
 
     vLLM fills each step up to `max_num_batched_tokens`, which is its throughput's best and makes
     gaps between tokens as long as a full step takes. Here a step prefills what fits into the ITL
-    target (`router.fleet.step_budget`), by the times of the steps so far. Of what runs, those that
-    are being answered come first, which then always get their token, then prompts by their
-    deadlines. They give way to who waits and needs that step (`gives_way`), but never in two steps
-    in a row.
+    target (`router.fleet.step_budget`), by the times of the steps so far, and ends with the prompts
+    after which that is best (`cut_after`). Of what runs, those that are being answered come first,
+    which then always get their token, then prompts by their deadlines. They give way to who waits
+    and needs that step (`gives_way`), but never in two steps in a row.
     `max_num_batched_tokens` and `long_prefill_token_threshold` hold beside that.
     """
 
@@ -184,6 +186,7 @@ class StepBudgetMixin:
     waiting: Any
     max_num_scheduled_tokens: int
     max_num_running_reqs: int
+    policy: SchedulingPolicy
     num_spec_tokens: int
     scheduler_config: Any
     vllm_config: Any
@@ -207,7 +210,8 @@ class StepBudgetMixin:
         num_decoding = len(decoding)
         num_prefill = self._budget.prefill_tokens(num_decoding)
         self._part = long_part_tokens(num_prefill)
-        self._deferred = deferred = self._prompts_to_defer(prompts, num_prefill)
+        self._deferred, num_prefill = self._planned(prompts, num_prefill, num_decoding)
+        deferred = self._deferred
         if self._most_each and len(self.running) - len(deferred) + len(self.waiting) == 1:
             # vLLM lifts that cap from a prompt that is alone: who comes meanwhile waits for it.
             num_prefill = min(num_prefill, self._most_each)
@@ -227,6 +231,22 @@ class StepBudgetMixin:
             num_computing = sum(num > 0 for num in computed)
             self._steps.append((time.monotonic(), num_tokens - sum(computed), num_computing))
         return step
+
+    def _planned(
+        self, prompts: list[Request], num_prefill: int, num_decoding: int
+    ) -> tuple[list[Request], int]:
+        """Return the running prompts to leave out of this step, and the tokens it prefills."""
+        has_room = len(self.running) + len(self.waiting) <= self.max_num_running_reqs
+        if self.waiting and self.policy == SchedulingPolicy.PRIORITY:
+            order = [(each, each.num_tokens - each.num_computed_tokens) for each in prompts]
+            order += [(each, each.num_tokens) for each in islice(self.waiting, MAX_AHEAD)]
+            order.sort(key=_priority_of_first)  # equal ones: who runs, then who came first
+            num_left = [num for _, num in order]
+            cut = self._budget.cut_after(num_left, num_prefill, num_decoding)
+            left_out = [each for each, _ in order[cut:] if each.status == RequestStatus.RUNNING]
+            if cut and (not left_out or (has_room and not self._deferred)):
+                return left_out, sum(num_left[:cut])
+        return self._prompts_to_defer(prompts, num_prefill), num_prefill
 
     def _prompts_to_defer(self, prompts: list[Request], num_prefill: int) -> list[Request]:
         """Return the running prompts that this step leaves out."""
@@ -258,6 +278,10 @@ class StepBudgetMixin:
         if stats is not None:
             stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), PART: self._part}
         return stats
+
+
+def _priority_of_first(prompt: tuple[Request, int]) -> int:
+    return prompt[0].priority
 
 
 def _is_prompt(request: Request) -> bool:

@@ -5,7 +5,13 @@ from hypothesis import strategies as st
 from router.fleet.ledger import Ledger
 
 
-def book(ledger: Ledger, request_id: str, num_tokens: int = 10, now_s: float = 0.0) -> int:
+def book(
+    ledger: Ledger,
+    request_id: str,
+    num_tokens: int = 10,
+    now_s: float = 0.0,
+    edf_key_s: float = 0.0,
+) -> int:
     return ledger.book(
         request_id,
         num_prefill_tokens=num_tokens,
@@ -13,6 +19,7 @@ def book(ledger: Ledger, request_id: str, num_tokens: int = 10, now_s: float = 0
         num_kv_tokens=2 * num_tokens,
         num_own_kv_tokens=num_tokens,
         num_sequences=1,
+        edf_key_s=edf_key_s,
         now_s=now_s,
     )
 
@@ -105,3 +112,18 @@ def test_sums_are_those_of_what_is_open_and_return_to_zero(events):
     assert sums(ledger) == (0, 0, 0)
     assert ledger.num_acknowledged_own_kv_tokens == ledger.num_acknowledged_sequences == 0
     assert ledger.num_open == ledger.num_unacknowledged == 0
+
+
+def test_what_waits_is_what_is_due_last():
+    """An engine prefills in the order of keys: the last tokens are those of the highest ones."""
+    ledger = Ledger()
+    for request_id, num_tokens, edf_key_s in (("a", 100, 3.0), ("b", 50, 1.0), ("c", 10, 2.0)):
+        book(ledger, request_id, num_tokens, edf_key_s=edf_key_s)
+    assert ledger.waiting_keys_s(0) == []
+    assert ledger.waiting_keys_s(100) == [3.0]
+    assert ledger.waiting_keys_s(111) == [3.0, 2.0, 1.0]
+    ledger.end_prefill("a")
+    assert ledger.waiting_keys_s(5) == [2.0]
+    ledger.release("c")
+    ledger.release("b")
+    assert ledger.waiting_keys_s(5) == []

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.fleet.replica import Replica, peak_growth_tokens
+from router.fleet.ledger import peak_growth_tokens
+from router.fleet.replica import Replica
 from router.resilience.settings import BreakerSettings
 from tests.support.builders import busy, make_replica, req, snapshot, stepped
 
@@ -198,3 +199,34 @@ class TestLongPromptsAhead:
     def test_a_long_one_that_passes_delays_each_by_its_own_prefill(self, replica):
         replica.book(req("other", 500, edf_key_s=12.0), num_kv_tokens=500, now_s=0.0)
         assert replica.passing_s(300, 9.0) == pytest.approx(2 * 300 * replica.token_s)
+
+
+class TestPromptsThatWait:
+    """Where steps are limited as a whole, who is due sooner makes the others wait."""
+
+    @pytest.fixture
+    def replica(self):
+        replica = make_replica()
+        for request_id, num_tokens, edf_key_s in (("next", 50, 8.0), ("late", 200, 10.0)):
+            request = req(request_id, num_tokens, edf_key_s=edf_key_s)
+            replica.book(request, num_kv_tokens=num_tokens, now_s=0.0)
+        return replica
+
+    def test_it_delays_those_that_it_passes(self, replica):
+        pending = {"num_pending_prefill_tokens": 250, "num_step_demand_tokens": 25}
+        replica.receive(busy(last_booking=2, **pending), 0.0)
+        assert 50 < 250 - replica.chunk_tokens <= 200  # left after this step, of the late one
+        assert replica.passing_s(20, 11.0) == 0.0
+        assert replica.passing_s(20, 9.0) == pytest.approx(20 * replica.token_s)
+
+    def test_not_what_the_current_step_ends(self, replica):
+        pending = {"num_pending_prefill_tokens": 60, "num_step_demand_tokens": 15}
+        replica.receive(busy(last_booking=2, **pending), 0.0)
+        assert replica.chunk_tokens >= 60
+        assert replica.passing_s(20, 9.0) == 0.0
+
+    def test_nor_what_is_prefilled(self, replica):
+        pending = {"num_pending_prefill_tokens": 250, "num_step_demand_tokens": 25}
+        replica.receive(busy(last_booking=2, **pending), 0.0)
+        replica.end_prefill("late")
+        assert replica.passing_s(20, 9.0) == 0.0

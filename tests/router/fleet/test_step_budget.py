@@ -1,6 +1,12 @@
 import pytest
 
-from router.fleet.step_budget import StepBudget, gives_way, long_part_tokens, step_prefill_tokens
+from router.fleet.step_budget import (
+    StepBudget,
+    cut_after,
+    gives_way,
+    long_part_tokens,
+    step_prefill_tokens,
+)
 
 
 @pytest.mark.parametrize(
@@ -54,3 +60,29 @@ def test_a_step_that_compiled_for_seconds_is_outweighed() -> None:
         num_tokens = budget.prefill_tokens(20)
         budget.learn(0.01 + num_tokens * 20e-6, num_tokens, 20)
     assert budget.prefill_tokens(20) == pytest.approx(3250, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("num_left", "cut"),
+    [
+        ([400, 4000], 1),  # 2,600 more take 52 ms, a step of its own costs the long one 10
+        ([4000, 400], 0),  # the long one comes first: nothing ends before it
+        ([400, 500], 0),  # they wait no longer together than one after the other
+        ([400, 1000], 0),  # 20 ms are no more than the one and a newcomer would wait
+        ([400, 1200], 1),
+        ([400, 300, 4000], 2),
+        ([400, 4000, 4000, 4000, 4000, 4000, 4000], 0),  # six would wait for one
+        ([400, 300, 200, 4000, 4000, 4000, 4000, 4000, 4000], 3),
+        ([400], 0),
+        ([], 0),
+    ],
+)
+def test_a_step_is_cut_where_that_saves_more_waiting_than_it_costs(
+    num_left: list[int], cut: int
+) -> None:
+    """10 ms for a step, 20 µs for a token, 3,000 tokens in one step."""
+    assert cut_after(num_left, 3000, 0.01, 20e-6) == cut
+
+
+def test_a_step_without_a_target_is_filled() -> None:
+    assert StepBudget(0.0, 8192).cut_after([400, 8000], 8192, 0) == 0
