@@ -8,6 +8,7 @@ clairvoyant reference. Nothing is measured on hardware, and every figure says "s
 
 import argparse
 import csv
+import json
 import os
 import signal
 import sys
@@ -70,7 +71,14 @@ def main() -> int:
     promises = Promises(options.ttft_factor, options.tpot_factor)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end the processes of the sweep
     try:
-        with Sweep(bases, profile, promises, num_gateways=options.gateways, window=STEADY) as sweep:
+        with Sweep(
+            bases,
+            profile,
+            promises,
+            num_gateways=options.gateways,
+            window=STEADY,
+            num_processes=options.processes,
+        ) as sweep:
             knees = _knees(options, sweep, here)
             results, cpu_s = _run(sweep, list(_cases(options, knees)))
     except KeyboardInterrupt:
@@ -86,9 +94,7 @@ def main() -> int:
         "num_requests": {num: _num_requests(options, num) for num in options.engines},
         "num_repeats": {num: _num_repeats(options, num) for num in options.engines},
         "counted_part_of_each_run": STEADY,
-        "knees_requests_per_s": {
-            f"{place.name}, {place.num_engines} engines": knee for place, knee in knees.items()
-        },
+        "knees_requests_per_s": {_title(place): knee for place, knee in knees.items()},
         "workloads": {key: each.describe() for key, each in bases.items()},
         "wall_s": time.perf_counter() - started_s,
         "cpu_s_of_runs": cpu_s,
@@ -146,7 +152,11 @@ def _num_repeats(options: argparse.Namespace, num_engines: int) -> int:
 
 def _knees(options: argparse.Namespace, sweep: Sweep, here: Sequence[Place]) -> dict[Place, float]:
     """Return the rate at which waits become steep in each place, requests per second."""
-    found: dict[Place, float] = {}
+    known = {}
+    if options.knees is not None:
+        known = json.loads(options.knees.read_text())["config"]["knees_requests_per_s"]
+    found = {place: known[_title(place)] for place in here if _title(place) in known}
+    sought = [place for place in here if place not in found]
     wanted = [
         (
             place.name,
@@ -154,15 +164,19 @@ def _knees(options: argparse.Namespace, sweep: Sweep, here: Sequence[Place]) -> 
             _num_requests(options, place.num_engines) // 2,
             place.num_copies,
         )
-        for place in here
+        for place in sought
     ]
-    for place, knee in zip(here, sweep.knees(wanted), strict=True):
+    for place, knee in zip(sought, sweep.knees(wanted), strict=True):
         console.print(
             f"{place.name}, {place.num_engines} engines: waits are steep from {knee:.2f} "
             "requests/s on (simulated)"
         )
         found[place] = knee
     return found
+
+
+def _title(place: Place) -> str:
+    return f"{place.name}, {place.num_engines} engines"
 
 
 def _cases(options: argparse.Namespace, knees: dict[Place, float]) -> Iterator[Case]:
@@ -254,6 +268,10 @@ def _parse() -> argparse.Namespace:
         "--ttft-factor", type=float, default=5.0, help="promised: times that of an idle engine"
     )
     parser.add_argument("--tpot-factor", type=float, default=3.0, help="likewise, per token")
+    parser.add_argument(
+        "--knees", type=Path, metavar="JSON", help="a result whose knees are taken, not sought anew"
+    )
+    parser.add_argument("--processes", type=int, help="runs at the same time; default: all cores")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="sim", help="of the files in benchmarks/results")
     parser.add_argument("--dry", action="store_true", help="show the tables, write nothing")

@@ -1,9 +1,11 @@
 """What do the simulated runs show, and where does Headway lose?"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from statistics import fmean
+from statistics import fmean, stdev
+
+from scipy.stats import t as student
 
 from benchmarks.policies.simulated_grid import SHOWN_LOAD
 from benchmarks.report.report import Figure, Report
@@ -64,6 +66,17 @@ _WANTED = {
     "prefix_hit_share": 1.0,
 }
 _MORE_IS_BETTER = ("goodput", "prefix_hit_share")
+# Of one policy over another, run by run.
+_COMPARED = (
+    "ttft_p50_s",
+    "ttft_p99_s",
+    "short_ttft_p99_s",
+    "long_ttft_p99_s",
+    "itl_p99_s",
+    "e2e_mean_s",
+    "goodput",
+    "prefix_hit_share",
+)
 # Headway loses where another policy is better by more than this share.
 _NOISE = 0.05
 
@@ -97,6 +110,8 @@ class Tables:
                 self._add_loads(report, title, num_engines, loads)
         for row in self.ratios():
             report.add_row("Ours over the best rival on engines as vLLM comes (simulated)", **row)
+        for row in self.comparisons():
+            report.add_row("Ours over each of the others, run by run (simulated)", **row)
         for row in self.losses():
             report.add_row("Where headway loses (simulated), by more than 5 %", **row)
         report.add_note(
@@ -142,6 +157,34 @@ class Tables:
                     num_missed += ratio < wanted if is_more else ratio > wanted
                 if len(row) > 3:
                     yield {**row, "missed": num_missed}
+
+    def comparisons(self) -> Iterator[dict[str, Figure]]:
+        """Yield a row for each workload, fleet, load and other variant: ours over it, by figure.
+
+        Both had the same requests in each run, so it is the ratio of the two that is averaged:
+        geometric mean and its 95 % interval over the repeats (Student's t).
+        """
+        for (title, num_engines), loads in self._groups.items():
+            for load in loads:
+                ours = self._by_place.get((title, num_engines, load, OURS), [])
+                for variant in self._variants:
+                    others = self._by_place.get((title, num_engines, load, variant), [])
+                    if variant == OURS or len(others) != len(ours):
+                        continue
+                    row: dict[str, Figure] = {
+                        "workload": title,
+                        "engines": str(num_engines),
+                        "load": f"{load:.0%}",
+                        "over": variant,
+                    }
+                    for figure in _COMPARED:
+                        pairs = [
+                            (one.get(figure, 0.0), other.get(figure, 0.0))
+                            for one, other in zip(ours, others, strict=True)
+                        ]
+                        if ratio := _ratio(pairs):
+                            row[figure.removesuffix("_s")] = ratio
+                    yield row
 
     def losses(self) -> Iterator[dict[str, Figure]]:
         """Yield a row for each workload, fleet and figure in which another policy is better.
@@ -244,6 +287,19 @@ class Tables:
         if len(self._by_place[place]) < 2:
             return mean
         return f"{mean} [{self._interval(place, figure)}]"
+
+
+def _ratio(pairs: Sequence[tuple[float, float]]) -> str | None:
+    """Return the geometric mean of ratios and its 95 % interval; None if any is of nothing."""
+    if not all(one > 0.0 and other > 0.0 for one, other in pairs):
+        return None
+    logs = [math.log(one / other) for one, other in pairs]
+    mean = fmean(logs)
+    if len(logs) < 2:
+        return f"{math.exp(mean):.2f}"
+    error = stdev(logs) / math.sqrt(len(logs))
+    half = float(student.ppf(0.975, len(logs) - 1)) * error
+    return f"{math.exp(mean):.2f} [{math.exp(mean - half):.2f} to {math.exp(mean + half):.2f}]"
 
 
 def _is_rival(variant: str) -> bool:

@@ -28,6 +28,7 @@ from router.simulation.journal import Run
 from router.simulation.simulator import Simulation, can_do_without_snapshots
 from router.simulation.variant import SATURATING_POLICY, STOCK, on_stock, split
 from router.simulation.workload.workload import Workload
+from serving.gateway.intake.length.weights import shipped_lengths
 
 # The part of a run at whose start all requests are there. Before it the engines fill, and prefill
 # more than they decode; after it they run out of work.
@@ -78,7 +79,8 @@ def simulate(
 ) -> Run:
     """Simulate one run of the workload, unscaled. `settings`: of the router, but for its policy.
 
-    `make_lengths`: what each gateway asks for the lengths of answers, instead of what it has.
+    `make_lengths`: what each gateway asks for the lengths of answers, instead of what services
+    ask. Of texts that are there: simulated requests have none.
 
     Engines are set as Headway sets them, or as vLLM comes: first come, first served, prompts in
     chunks of a whole step.
@@ -124,9 +126,8 @@ def simulate(
             with contextlib.suppress(NeedsSnapshots):
                 return make(reports=False).run()
         simulation = make()
-        if make_lengths is not None:
-            for gateway in simulation.gateways:
-                gateway.router.use_lengths(make_lengths())
+        for gateway in simulation.gateways:
+            gateway.router.use_lengths((make_lengths or shipped_lengths)())
         return simulation.run()
     finally:
         if collects:
