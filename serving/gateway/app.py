@@ -40,9 +40,9 @@ from serving.gateway.observe.metrics.requests import Metrics
 from serving.gateway.observe.observer import Observer
 from serving.gateway.observe.page.assets import Assets
 from serving.gateway.observe.page.feed import Feed
+from serving.gateway.observe.peers.orders import OrderBook
+from serving.gateway.observe.peers.together import Together
 from serving.gateway.observe.state import GatewayState
-from serving.gateway.peers.orders import OrderBook
-from serving.gateway.peers.together import Together
 from serving.gateway.providers.calls import Providers
 from serving.gateway.providers.leases import Leases, SendUpdate
 from serving.gateway.request_path import RequestPath

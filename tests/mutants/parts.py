@@ -83,7 +83,6 @@ PARTS = (
         ("serving/gateway/driver.py",),
         (
             "tests/serving/gateway/driver",
-            "tests/serving/gateway/driver/test_driver_faults.py",
         ),
     ),
 )

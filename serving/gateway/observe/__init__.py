@@ -1,4 +1,5 @@
 """What can be seen of a gateway: its state, its metrics, a line per request, traces.
 
-Nothing is decided here. The driver and each call tell of what happens; people and programs ask.
+Of several gateways all are seen together, by `peers`. What admins order is agreed on there; nothing
+else is decided here. The driver and each call tell of what happens, people and programs ask.
 """

@@ -13,9 +13,9 @@ from serving.config.renamed import current_parts
 from serving.gateway.engines import Engines
 from serving.gateway.http.endpoints.bodies import read_json
 from serving.gateway.http.errors import ApiError
+from serving.gateway.observe.peers.orders import Orders
+from serving.gateway.observe.peers.together import Together, Usages, merged_usage
 from serving.gateway.observe.state import GatewayState, ServiceState
-from serving.gateway.peers.orders import Orders
-from serving.gateway.peers.together import Together, Usages, merged_usage
 from serving.gateway.tenants.tenants import Tenants
 
 audit = logging.getLogger("serving.audit")  # what admins change

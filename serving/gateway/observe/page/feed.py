@@ -15,9 +15,9 @@ from starlette.routing import Route
 
 from serving.gateway.http.errors import ApiError
 from serving.gateway.observe.page.latencies import LatencySamples, LatencyView, latency_views
+from serving.gateway.observe.peers.merge import merge
 from serving.gateway.observe.recent import RequestWay, newest
 from serving.gateway.observe.state import GatewayState
-from serving.gateway.peers.merge import merge
 
 # Of a fleet of hundreds a state takes tens of milliseconds: then frames come less often.
 PERIOD_S, MAX_PERIOD_S = 0.5, 5.0

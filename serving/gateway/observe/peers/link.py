@@ -5,7 +5,7 @@ import contextlib
 import time
 from collections.abc import Callable
 
-from serving.gateway.peers.frames import Ask, decode_answers
+from serving.gateway.observe.peers.frames import Ask, decode_answers
 from serving.stream.connection import FrameConnection
 from serving.stream.frames import Hello
 from serving.stream.tls import HANDSHAKE_TIMEOUT_S, trust_only

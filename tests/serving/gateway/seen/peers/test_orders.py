@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from serving.gateway.peers.orders import OrderBook, Orders
+from serving.gateway.observe.peers.orders import OrderBook, Orders
 
 CONFIGURED = ("headway", ())
 

@@ -5,7 +5,7 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 
-from serving.gateway.peers.frames import Answer, Ask, ToPeer, decode_to_peer
+from serving.gateway.observe.peers.frames import Answer, Ask, ToPeer, decode_to_peer
 from serving.stream.frames import Hello
 from serving.stream.strangers import StrangerConnection
 from serving.stream.tls import HANDSHAKE_TIMEOUT_S, make_certificate

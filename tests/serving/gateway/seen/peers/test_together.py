@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from serving.gateway.http.listener import Listener
+from serving.gateway.observe.peers import link as link_module
 from serving.gateway.observe.recent import RequestWay
 from serving.gateway.observe.state import GatewayState, ServiceState
-from serving.gateway.peers import link as link_module
 from serving.gateway.tenants.keys import KeysFile, make_key
 from tests.serving.gateway.seen.test_state import unlisted
 from tests.support.running_gateway import (

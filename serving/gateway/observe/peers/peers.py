@@ -11,8 +11,8 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple
 
-from serving.gateway.peers.link import NoAnswer, PeerLink
-from serving.gateway.peers.port import Answering, PeerPort
+from serving.gateway.observe.peers.link import NoAnswer, PeerLink
+from serving.gateway.observe.peers.port import Answering, PeerPort
 
 logger = logging.getLogger(__name__)
 

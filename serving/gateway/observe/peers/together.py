@@ -10,12 +10,12 @@ import msgspec
 from serving.file_watch import FileWatchState
 from serving.gateway.observe.page.feed import Part
 from serving.gateway.observe.page.latencies import latency_samples
+from serving.gateway.observe.peers.link import PeerLink
+from serving.gateway.observe.peers.merge import merge, merge_by_key
+from serving.gateway.observe.peers.orders import OrderBook, Orders
+from serving.gateway.observe.peers.peers import Peers
 from serving.gateway.observe.recent import Recent, RequestWay, newest
 from serving.gateway.observe.state import GatewayState, ServiceState
-from serving.gateway.peers.link import PeerLink
-from serving.gateway.peers.merge import merge, merge_by_key
-from serving.gateway.peers.orders import OrderBook, Orders
-from serving.gateway.peers.peers import Peers
 from serving.gateway.tenants.tenants import Consumption, Tenants
 
 logger = logging.getLogger(__name__)

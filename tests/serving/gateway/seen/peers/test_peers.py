@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from serving.gateway.peers import link as module
-from serving.gateway.peers.frames import Ask
-from serving.gateway.peers.link import NoAnswer, PeerLink
-from serving.gateway.peers.peers import Peers
+from serving.gateway.observe.peers import link as module
+from serving.gateway.observe.peers.frames import Ask
+from serving.gateway.observe.peers.link import NoAnswer, PeerLink
+from serving.gateway.observe.peers.peers import Peers
 from serving.stream.frames import Hello, encode
 
 TIMEOUT_S = 0.2

@@ -7,9 +7,9 @@ from router import Router
 from router.core.settings import RouterSettings
 from router.fleet.ledger import LedgerState
 from router.resilience.breaker import BreakerState
+from serving.gateway.observe.peers import merge as module
+from serving.gateway.observe.peers.merge import merge
 from serving.gateway.observe.state import GatewayState
-from serving.gateway.peers import merge as module
-from serving.gateway.peers.merge import merge
 from serving.gateway.tenants.tenants import Consumption
 from tests.support.running_gateway import CHAT, running_together
 
