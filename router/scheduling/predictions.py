@@ -96,7 +96,8 @@ class Predictions:
         if not usage.num_output_tokens:
             return
         request, first_s = attempt.request, attempt.first_token_s
-        self.lengths.learn(request, usage.num_output_tokens)
+        if self.lengths.wants(request, now_s):
+            self.lengths.learn(request, usage.num_output_tokens)
         self._accuracy["latency"].add(attempt.predicted_latency_s, now_s - attempt.placed_s)
         num_more = usage.num_output_tokens / request.num_sequences - 1.0
         if first_s is not None and first_s < now_s and num_more > 0.0:

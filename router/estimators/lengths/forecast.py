@@ -91,6 +91,10 @@ class Lengths:
         """Return what is to be expected; no more than the client's own limit."""
         raise NotImplementedError
 
+    def wants(self, request: Request, now_s: float) -> bool:
+        """Whether it has something to learn from an answer that ends now; asked once of each."""
+        return True
+
     def learn(self, request: Request, num_output_tokens: int) -> None:
         """Learn from the tokens of a complete answer, all its sequences together."""
         raise NotImplementedError

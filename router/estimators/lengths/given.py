@@ -30,5 +30,8 @@ class GivenLengths(Lengths):
             found = msgspec.structs.replace(found, num_booked_tokens=self._booked[number])
         return found
 
+    def wants(self, request: Request, now_s: float) -> bool:
+        return self._learned.wants(request, now_s)
+
     def learn(self, request: Request, num_output_tokens: int) -> None:
         self._learned.learn(request, num_output_tokens)

@@ -10,6 +10,7 @@ _SHRINKAGE = 8.0
 _SLOPE_SHRINKAGE = 40.0
 _SCORE_VARIANCE = 0.3  # of the wording's scores, usual
 _MEMORY_ANSWERS = 256.0
+_WELL_KNOWN = 64.0  # answers
 _MAX_GROUPS = 20_000
 
 Group = tuple[str | int | None, ...]
@@ -64,6 +65,11 @@ class GroupMeans:
             mean = (weight * here + _SHRINKAGE * mean) / (weight + _SHRINKAGE)
             spread = (weight * found.spread + _SHRINKAGE * spread) / (weight + _SHRINKAGE)
         return mean, spread
+
+    def knows_well(self, group: Group) -> bool:
+        """Whether a group's own answers say more than those of wider ones, by far."""
+        found = self.groups.get(group)
+        return found is not None and found.weight >= _WELL_KNOWN
 
     def learn(self, groups: tuple[Group, ...], length: float, score: float, error: float) -> None:
         """Count an answer of so many log(tokens), predicted with such an error."""

@@ -7,6 +7,7 @@ import msgspec
 from router.estimators.lengths.error_shape import ErrorShape, ErrorShapeState
 from router.estimators.lengths.forecast import Distribution, Forecast, Lengths
 from router.estimators.lengths.group_means import Group, GroupMean, GroupMeans
+from router.estimators.lengths.learning_share import LearningShare
 from router.estimators.lengths.text_model import TextModel
 from router.estimators.output_length import PRIOR_TOKENS
 from router.types import Request
@@ -41,6 +42,7 @@ class PredictedLengths(Lengths):
         self._prior = prior_log_tokens
         self._groups = GroupMeans()
         self._shapes: dict[str, ErrorShape] = {}
+        self._share = LearningShare()
 
     def forecast(self, request: Request) -> Forecast:
         score = self._text.score(request.wording)
@@ -50,6 +52,10 @@ class PredictedLengths(Lengths):
         return Distribution(
             mean, spread, self._shape(request.model).quantiles(), highest
         ).forecast()
+
+    def wants(self, request: Request, now_s: float) -> bool:
+        is_in_share = self._share.has(request.id, now_s)
+        return is_in_share or not self._groups.knows_well(_groups(request)[-1])
 
     def learn(self, request: Request, num_output_tokens: int) -> None:
         num_each = max(1.0, num_output_tokens / request.num_sequences)
