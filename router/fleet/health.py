@@ -24,6 +24,9 @@ _CHECK_PERIOD_S = 0.25
 # the same core, makes several of it. With both defaults a hang is seen within 5 s wherever
 # steps take up to 1.1 s.
 _HANG_STEPS = 4.0
+# Of somebody else's server neither the size of a step is known nor, at first, what it takes; and
+# whether it goes on is seen only now and then. So much longer it is waited for.
+_EXTERNAL_PATIENCE = 5.0
 # Lost engines whose breakers are remembered in case the same one connects again. One
 # that Ray started anew has another id, so most of these never come back.
 _MAX_LOST = 64
@@ -125,6 +128,7 @@ class Health:
         ):
             return TripReason.STALE
         waited_s, predicted_s = replica.step_wait_s(now_s)
-        if waited_s > max(settings.hang_s, _HANG_STEPS * predicted_s):
+        hang_s = settings.hang_s * (_EXTERNAL_PATIENCE if replica.info.is_external else 1.0)
+        if waited_s > max(hang_s, _HANG_STEPS * predicted_s):
             return TripReason.HUNG
         return None

@@ -24,6 +24,8 @@ _NAMES = {
     "vllm:num_preemptions_total": "num_preemptions",
     "vllm:iteration_tokens_total_count": "num_steps",
     "vllm:time_to_first_token_seconds_count": "num_first_tokens",
+    "vllm:request_prefill_time_seconds_sum": "prefill_s",
+    "vllm:request_prefill_kv_computed_tokens_sum": "num_prefilled_tokens",
 }
 # With the slash it is prometheus-client's application that answers; without it, another one.
 PATH = "/metrics/?" + "&".join(f"name[]={name}" for name in (*_NAMES, *_USAGE))
@@ -45,6 +47,13 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions: int = 0
     num_steps: int = 0
     num_first_tokens: int = 0
+    prefill_s: float = 0.0  # that the prompts of requests took which have ended
+    num_prefilled_tokens: int = 0  # of these prompts, not cached
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Its rate of prefill since its start, as one prompt sees it; 0: not known."""
+        return self.num_prefilled_tokens / self.prefill_s if self.prefill_s > 0.0 else 0.0
 
     @property
     def num_computed_tokens(self) -> int:
@@ -75,9 +84,10 @@ def read_metrics(text: str) -> Metrics | None:
             usages.append(_number(value))
     if not sums:
         return None
+    prefill_s = sums.pop("prefill_s", 0.0)
     numbers = {field: int(value) for field, value in sums.items()}
     usage = sum(usages) / len(usages) if usages else 0.0
-    return Metrics(kv_cache_usage=min(1.0, max(0.0, usage)), **numbers)
+    return Metrics(kv_cache_usage=min(1.0, max(0.0, usage)), prefill_s=prefill_s, **numbers)
 
 
 def read_cache_size(text: str) -> CacheSize | None:

@@ -16,6 +16,7 @@ from router import EngineInfo, EngineSnapshot
 from serving.engine.external.metrics import Metrics
 
 _MAX_PERIOD_S = 2.0  # after which steps are counted although prompts are being computed
+_MIN_STEPS = 5  # in it: else a step that it began or ended in weighs too much
 _BLIND_PREFILL_S = 1.0  # in which a request counts as prefilled where nothing tells
 
 
@@ -68,12 +69,11 @@ class StepPeriods:
             self._start = None if is_prefilling and not poll.was_busy else poll
             return Steps()
         span_s = poll.answered_s - start.answered_s
-        if is_prefilling and span_s < _MAX_PERIOD_S:
+        num_steps = poll.metrics.num_steps - start.metrics.num_steps
+        is_long = span_s >= _MAX_PERIOD_S and num_steps >= _MIN_STEPS
+        if not num_steps or (is_prefilling and not is_long):
             return Steps()
         self._start = poll
-        num_steps = poll.metrics.num_steps - start.metrics.num_steps
-        if not num_steps:
-            return Steps()
         num_computed = poll.metrics.num_computed_tokens - start.metrics.num_computed_tokens
         num_output = poll.metrics.num_output_tokens - start.metrics.num_output_tokens
         return Steps(
@@ -143,6 +143,7 @@ def make_snapshot(
         num_step_demand_tokens=num_pending,
         num_decoding_reqs=num_decoding + num_others_decoding,
         num_decode_context_tokens=num_context,
+        prefill_tokens_per_s=metrics.prefill_tokens_per_s,
         step_s=steps.step_s,
         step_num_prefill_tokens=steps.num_prefill_tokens,
         step_num_decode_reqs=steps.num_decode_reqs,

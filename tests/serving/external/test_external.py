@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from serving.config import ConfigError, parse
-from tests.serving.gateway.http.test_listener import Certificate
 from tests.serving.external.fake_vllm import FakeVllm, listening, prompt_ids, words
+from tests.serving.gateway.http.test_listener import Certificate
 from tests.support.running_gateway import System, free_port, running
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

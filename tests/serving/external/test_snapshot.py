@@ -123,3 +123,18 @@ def test_endless_prefill_is_counted_all_the_same():
     assert periods.add(poll(asked_s=2.9, num_steps=19), is_prefilling=True) == Steps()
     steps = periods.add(poll(asked_s=3.5, num_steps=25), is_prefilling=True)
     assert round(steps.step_s, 6) == 0.1
+
+
+def test_a_step_that_lasts_over_many_looks_counts_whole():
+    periods = StepPeriods()
+    periods.add(poll(asked_s=1.0), is_prefilling=False)
+    for asked_s in (2.0, 3.5, 5.0):
+        assert periods.add(poll(asked_s=asked_s), is_prefilling=True) == Steps()
+    end = poll(asked_s=7.0, num_steps=1, num_prompt_tokens=2000, num_output_tokens=2)
+    assert periods.add(end, is_prefilling=False) == Steps(6.0, 2000, 2)
+
+
+def test_a_server_that_has_worked_knows_its_rate():
+    look = poll(prefill_s=2.0, num_prefilled_tokens=1000)
+    assert snapshot([], look).prefill_tokens_per_s == 500.0
+    assert snapshot([], poll()).prefill_tokens_per_s == 0.0
