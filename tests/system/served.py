@@ -12,8 +12,8 @@ import msgspec
 
 from router.types import EngineSnapshot
 from serving.gateway.observe.state import GatewayState
+from tests.docs.documents import ROOT
 from tests.support.running_gateway import free_port
-from tests.system.documents import ROOT
 
 START_TIMEOUT_S = 240
 DOCUMENTED_PORT = 8000

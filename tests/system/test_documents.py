@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from tests.system.documents import ROOT, commands
+from tests.docs.documents import ROOT, commands
 
 PLAN = ".venv/bin/headway plan --model Qwen/Qwen3-8B"
 ELSEWHERE = {

@@ -20,8 +20,8 @@ from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 from benchmarks.systems.processes import engine_core
 from router.fleet.ledger import Ledger
 from serving.gateway.observe.state import GatewayState
+from tests.docs.documents import blocks
 from tests.support.tiny_model import tiny_model
-from tests.system.documents import blocks
 from tests.system.served import START_TIMEOUT_S, make_serve, start_headway
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]  # `make serve` compiles the core
