@@ -20,7 +20,7 @@ class ForecastState(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     num_expected_tokens: int  # of one sequence, the mean
     num_booked_tokens: int  # what KV room is kept for
-    quantiles: tuple[int, ...]  # at `router.estimators.lengths.forecast.LEVELS`
+    quantiles: tuple[int, ...]  # at `router.estimators.lengths.distribution.LEVELS`
     cut_share: float  # probability that it ends at the client's own limit
 
 

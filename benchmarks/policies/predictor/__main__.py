@@ -28,7 +28,8 @@ from benchmarks.policies.predictor.sources import (
 from benchmarks.policies.predictor.train import parse_traces
 from benchmarks.policies.predictor.training import train
 from benchmarks.report.report import Report
-from router.estimators.lengths.forecast import LEVELS, Forecast
+from router.estimators.lengths.distribution import LEVELS
+from router.estimators.lengths.forecast import Forecast
 from router.estimators.lengths.predicted import PredictedLengths
 from router.estimators.lengths.text_model import TextModel
 from serving.gateway.intake.length.cues import FIRST_WORD

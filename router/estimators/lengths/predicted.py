@@ -4,8 +4,9 @@ import math
 
 import msgspec
 
+from router.estimators.lengths.distribution import Distribution
 from router.estimators.lengths.error_shape import ErrorShape, ErrorShapeState
-from router.estimators.lengths.forecast import Distribution, Forecast, Lengths
+from router.estimators.lengths.forecast import Forecast, Lengths
 from router.estimators.lengths.group_means import Group, GroupMean, GroupMeans
 from router.estimators.lengths.learning_share import LearningShare
 from router.estimators.lengths.text_model import TextModel
@@ -49,9 +50,11 @@ class PredictedLengths(Lengths):
         mean, spread = self._predict(request, score)
         most = request.max_output_tokens
         highest = math.inf if most is None else float(most)
-        return Distribution(
-            mean, spread, self._shape(request.model).quantiles(), highest
-        ).forecast()
+        said = Distribution(mean, spread, self._shape(request.model).quantiles(), highest)
+        num_expected, num_booked = said.expected_and_booked()
+        return Forecast(
+            num_expected_tokens=num_expected, num_booked_tokens=num_booked, distribution=said
+        )
 
     def wants(self, request: Request, now_s: float) -> bool:
         is_in_share = self._share.has(request.id, now_s)

@@ -6,7 +6,8 @@ import random
 import msgspec
 import pytest
 
-from router.estimators.lengths.forecast import LEVELS, num_more_tokens
+from router.estimators.lengths.distribution import LEVELS
+from router.estimators.lengths.forecast import num_more_tokens
 from router.estimators.lengths.predicted import LearnedLengths, PredictedLengths
 from router.estimators.lengths.text_model import TextModel
 from router.types import Request
