@@ -181,13 +181,13 @@ class Failures:
         if num_output_tokens >= PROVEN_TOKENS or attempt.is_probe or self._is_late(attempt, now_s):
             return
         reason = attempt.replica.breaker.reason
-        # One that falls silent may have lost its network, and a server that somebody else runs
-        # is stopped and started without our knowing. Two under one request are too many.
-        is_theirs = reason is TripReason.LOST and attempt.replica.info.is_external
-        if is_theirs or reason is TripReason.STALE:
+        is_trouble = reason in (TripReason.LOST, TripReason.HUNG)
+        # One that falls silent may have lost its network, and a server that somebody else runs is
+        # stopped and started, or slow, without our knowing. Two under one request are too many.
+        if reason is TripReason.STALE or (is_trouble and attempt.replica.info.is_external):
             if not attempt.request.num_stuck:
                 return
-        elif reason not in (TripReason.LOST, TripReason.HUNG):
+        elif not is_trouble:
             return
         if attempt.is_alone and was_only_one:
             self._suspects.refuse(attempt.request, now_s)
