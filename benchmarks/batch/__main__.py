@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.batch.runs import FIGURES, PROMPTS, REPLIES, Figures, simulate
+from benchmarks.batch.runs import FIGURES, PROMPTS, REPLIES, Figures, capacity, simulate
 from benchmarks.report.report import Report, Spread
 from serving.capacity.profiles import ProfileError, load_profile
 from serving.config.batch import BatchConfig
@@ -44,9 +44,15 @@ def main() -> int:
     }
     report = Report(options.name, "simulated", options.seed, config)
     seeds = range(options.seed, options.seed + options.repeats)
-    jobs = [(options, load, slowdown, seed) for load, slowdown in cases for seed in seeds]
     found: dict[tuple[float, float | None], list[Figures]] = {}
     with get_context("forkserver").Pool(options.processes) as pool:
+        capacities = pool.map(capacity, [(options, seed) for seed in seeds])
+        report.config["capacity_requests_per_s"] = capacities
+        jobs = [
+            (options, load * capacities[seed - options.seed], slowdown, seed)
+            for load, slowdown in cases
+            for seed in seeds
+        ]
         results = pool.imap(simulate, jobs)
         for case in track(cases, "simulated runs", console=console):
             found[case] = [next(results) for _ in seeds]
@@ -101,8 +107,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--engines", type=int, default=4)
     parser.add_argument("--requests", type=int, default=10_000, help="interactive ones, per run")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.15, 0.3, 0.5])
-    parser.add_argument("--slowdowns", type=float, nargs="+", default=[0.05, 0.2])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--slowdowns", type=float, nargs="+", default=[0.05])
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="batch", help="of the file in benchmarks/results")

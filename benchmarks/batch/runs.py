@@ -8,6 +8,7 @@ import numpy as np
 
 from benchmarks.batch.beside import BesideBatch, Scenario
 from router import RequestClass
+from router.simulation.engine.profile import Profile
 from router.simulation.workload.lengths import LogNormal
 from router.simulation.workload.synthetic import poisson
 from router.simulation.workload.workload import Workload
@@ -22,11 +23,17 @@ FIGURES = ("ttft_s", "tpot_s", "e2e_s")
 Figures = dict[str, float]
 
 
-def interactive(name: str, load: float, num_requests: int, num_engines: int, seed: int) -> Workload:
-    """Return questions and documents of class interactive at a share of what engines carry."""
-    profile = load_profile(name)
+def capacity(job: tuple[argparse.Namespace, int]) -> float:
+    """Return how many requests per second engines carry. `job`: options and seed."""
+    options, seed = job
+    profile = load_profile(options.profile)
+    workload = poisson(options.requests, seed).fitted(profile.max_model_len)
+    return simulated_capacity(workload, Fleet(profile, options.engines), seed)
+
+
+def interactive(profile: Profile, rate: float, num_requests: int, seed: int) -> Workload:
+    """Return questions and documents of class interactive at a mean rate, requests per second."""
     workload = poisson(num_requests, seed).fitted(profile.max_model_len)
-    rate = load * simulated_capacity(workload, Fleet(profile, num_engines), seed)
     arrivals = (
         msgspec.structs.replace(each, priority_class=RequestClass.INTERACTIVE)
         for each in workload.at_rate(rate).arrivals
@@ -35,12 +42,11 @@ def interactive(name: str, load: float, num_requests: int, num_engines: int, see
 
 
 def simulate(job: tuple[argparse.Namespace, float, float | None, int]) -> Figures:
-    """Return the figures of one run. `job`: options, load, max_slowdown (None: no batch), seed."""
-    options, load, max_slowdown, seed = job
-    workload = interactive(options.profile, load, options.requests, options.engines, seed)
-    scenario = Scenario(
-        load_profile(options.profile), options.engines, max_slowdown, None, PROMPTS, REPLIES
-    )
+    """Return the figures of one run. `job`: options, rate, max_slowdown (None: no batch), seed."""
+    options, rate, max_slowdown, seed = job
+    profile = load_profile(options.profile)
+    workload = interactive(profile, rate, options.requests, seed)
+    scenario = Scenario(profile, options.engines, max_slowdown, None, PROMPTS, REPLIES)
     beside = BesideBatch(workload, scenario, seed)
     run = beside.run()
     is_interactive = run.priority_class == RequestClass.INTERACTIVE.value
