@@ -51,8 +51,8 @@ class NullHeadway(Service):
         if (state := self.find_state()) is None:
             return False
         gateways = state.gateways.values() or (state,)
-        know_all = [len(each.replicas) == self.num_engines for each in gateways]
-        return know_all == [True] * self._num_gateways and super()._is_ready()
+        know_all = all(len(each.replicas) == self.num_engines for each in gateways)
+        return know_all and len(gateways) >= self._num_gateways and super()._is_ready()
 
 
 class EmulatedHeadway(Service):
