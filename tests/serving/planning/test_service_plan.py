@@ -1,9 +1,12 @@
 """How several models share hardware that this machine need not have."""
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from serving.config import ConfigError, parse
 from serving.planning.hardware import Gpu, Hardware
@@ -199,6 +202,20 @@ class TestEdits:
             replan(before, h100s(), LARGE | {"replicas": 3}, SMALL | {"replicas": 2}, EMBED)
         after = replan(before, h100s(), LARGE | {"replicas": 3}, EMBED)
         assert numbers(after) == {"large": 3, "embed": 2}
+
+
+def test_the_documents_example_fits_eight_gpus() -> None:
+    """As `docs/models.md` has it, and what it says of one that does not fit."""
+    text = (Path(__file__).parents[3] / "docs/models.md").read_text()
+    block = re.search(r"```yaml\n(# Three models.*?)```", text, re.S)
+    assert block is not None
+    args = yaml.safe_load(block[1])["applications"][0]["args"]
+    planned = plan_service(parse(args), h100s())
+    assert numbers(planned) == {"large": 2, "small": 3, "embed": 1}
+    args["models"][2]["replicas"] = 5
+    with pytest.raises(ConfigError) as error:
+        plan_service(parse(args), h100s())
+    assert f"headway: {error.value}\n" in text
 
 
 def test_deployments_have_names_of_their_own() -> None:
