@@ -153,7 +153,7 @@ def main() -> int:
         "--gateways", nargs="+", type=int, metavar="N", help="so many that share the port, beside"
     )
     parser.add_argument(
-        "--seen", action="store_true", help="what the request log and traces add, only"
+        "--seen", action="store_true", help="what log, page and traces add, only"
     )
     parser.add_argument(
         "--checkout", type=Path, metavar="FOLDER", help="with --seen: another to compare with"

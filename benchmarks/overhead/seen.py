@@ -1,10 +1,11 @@
-"""What does a request cost more for being seen: with a line in the log, with a trace?
+"""What does a request cost more for being seen: in the log, on the live page, with a trace?
 
     python -m benchmarks.overhead --seen
 
 Gateways of one process each, without Ray, before the same null engine, asked in turns, the same
 rate of requests to each. CPU time is counted by process, so what others do to the machine counts
-for all alike. Spans go to a receiver here. `--checkout FOLDER` adds a gateway of another checkout:
+for all alike. Somebody looks at one gateway's page meanwhile, and its metrics are scraped every
+five seconds; spans go to a receiver here. `--checkout FOLDER` adds a gateway of another checkout:
 what counting costs shows against one from before it.
 """
 
@@ -17,10 +18,11 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import msgspec
 import psutil
 from aiohttp import web
@@ -39,7 +41,9 @@ _RATE = 250.0  # requests per second and gateway: what a slow machine carries
 _KINDS = {"short": 2, "streams of 50 tokens": 50}  # by the tokens of a reply
 _WARM_UP_S = 1.0
 _READY_S = 60.0
-_TARGETS = {"log": 1.03, "log and traces": 1.10}  # of what one costs that is not seen
+_LOG, _ALL, _TRACES = "log", "log, page and scrapes", "log and traces"
+_TARGETS = {_LOG: 1.03, _ALL: 1.03, _TRACES: 1.10}  # of what one costs that is not seen
+_SCRAPE_S = 5.0
 
 
 class _Gateway:
@@ -98,15 +102,18 @@ async def run(span_s: float, num_repeats: int, seed: int, checkout: Path | None)
                 log, tracing = {"log": {"dir": logs}}, {"tracing": {"endpoint": endpoint}}
                 for name, args in (
                     ("neither", {}),
-                    ("log", log),
-                    ("log and traces", {**log, **tracing}),
+                    (_LOG, log),
+                    (_ALL, log),
+                    (_TRACES, {**log, **tracing}),
                 ):
                     gateways.append(_Gateway(name, Path.cwd(), args, address))
                 if checkout is not None:
                     gateways.append(_Gateway(checkout.name, checkout, {}, address))
                 for gateway in gateways:
                     await gateway.wait()
-                await _measure(report, gateways, span_s, num_repeats, random.Random(seed))
+                [watched] = [each for each in gateways if each.name == _ALL]
+                async with _looking(watched):
+                    await _measure(report, gateways, span_s, num_repeats, random.Random(seed))
             finally:
                 for process in (engine, *(gateway.process for gateway in gateways)):
                     process.kill()
@@ -160,6 +167,38 @@ async def _cpu_us(gateway: _Gateway, num_tokens: int, span_s: float) -> float:
 
 def _arrivals(request: Any, span_s: float) -> Iterator[tuple[float, Any]]:
     return ((number / _RATE, request) for number in range(round(span_s * _RATE)))
+
+
+@contextlib.asynccontextmanager
+async def _looking(gateway: _Gateway) -> AsyncIterator[None]:
+    """Look at a gateway's live page and scrape its metrics, as a browser and Prometheus do."""
+    url = f"http://127.0.0.1:{gateway.port}"
+
+    async def look(session: aiohttp.ClientSession) -> None:
+        timeout = aiohttp.ClientTimeout(total=None)
+        async with session.get(f"{url}/headway/live", timeout=timeout) as page:
+            page.raise_for_status()
+            async for _ in page.content.iter_any():
+                pass
+
+    async def scrape(session: aiohttp.ClientSession) -> None:
+        while True:
+            async with session.get(f"{url}/metrics") as metrics:
+                metrics.raise_for_status()
+                await metrics.read()
+            await asyncio.sleep(_SCRAPE_S)
+
+    async with aiohttp.ClientSession() as session:
+        watching = [asyncio.create_task(each(session)) for each in (look, scrape)]
+        try:
+            yield
+            for task in watching:
+                if task.done():
+                    raise MeasureError(f"nobody looked: {task.exception()}")
+        finally:
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager
