@@ -71,7 +71,7 @@ bench-scaling: compile  ## autoscalers compared in simulation (an hour); HEADWAY
 
 .PHONY: bench-batch
 bench-batch: compile  ## what a batch does to interactive p99, and how many tokens it adds, simulated
-	$(BIN)/python -m benchmarks.batch $(ARGS)
+	$(BIN)/python -m benchmarks.policies.batch $(ARGS)
 
 bench-spill: compile  ## goodput and cost of a provider in a spike, simulated
 	$(BIN)/python -m benchmarks.policies.spillover $(ARGS)

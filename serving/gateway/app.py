@@ -15,9 +15,6 @@ from router import Router
 from serving.config import Config, read
 from serving.core_form import form
 from serving.file_watch import FileWatch, FileWatchState
-from serving.gateway.batch.batches import Batches
-from serving.gateway.batch.endpoints import BatchEndpoints
-from serving.gateway.batch.objects import BatchesState
 from serving.gateway.cache.response_cache import ResponseCache
 from serving.gateway.driver import Driver
 from serving.gateway.http.body_reader import BodyReader
@@ -25,6 +22,9 @@ from serving.gateway.http.connections import Connections, make_connections
 from serving.gateway.http.endpoint import is_loopback
 from serving.gateway.http.endpoints.admin import AdminEndpoints
 from serving.gateway.http.endpoints.answers import EngineEndpoints
+from serving.gateway.http.endpoints.batch.batches import Batches
+from serving.gateway.http.endpoints.batch.endpoints import BatchEndpoints
+from serving.gateway.http.endpoints.batch.objects import BatchesState
 from serving.gateway.http.endpoints.health import make_health
 from serving.gateway.http.endpoints.kept import KeptResponses
 from serving.gateway.http.endpoints.model_cards import make_cards

@@ -6,8 +6,8 @@ from router import RouterState
 from serving.core_form import Form
 from serving.engine.hardware_watch import HardwareState
 from serving.file_watch import FileWatchState
-from serving.gateway.batch.objects import BatchesState
 from serving.gateway.cache.response_store import ResponseCacheState
+from serving.gateway.http.endpoints.batch.objects import BatchesState
 from serving.gateway.tenants.tenants import TenantsState
 
 

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from serving.capacity.service import Service
-from tests.serving.gateway.batch.jobs import begin, content, ended, line
+from tests.serving.gateway.http.endpoints.batch.jobs import begin, content, ended, line
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 
 from serving.config.batch import BatchConfig
-from serving.gateway.batch.database import Database, batch_of
-from serving.gateway.batch.objects import OPEN, Batch, StoredFile
+from serving.gateway.http.endpoints.batch.database import Database, batch_of
+from serving.gateway.http.endpoints.batch.objects import OPEN, Batch, StoredFile
 
 OPEN_STATUSES = f"({', '.join(repr(status) for status in OPEN)})"
 _LEFT_OVER_S = 3600.0  # a file without a row is of a process that was killed

@@ -1,10 +1,10 @@
 """What do batches do to interactive requests, and how many tokens do they add? Simulated.
 
-    python -m benchmarks.batch
+    python -m benchmarks.policies.batch
 
 Interactive requests come at a steady mean rate, with and without a batch beside them that always
 has more lines; the same requests both times. How many lines are open is the deployed rule's to say
-(`serving.gateway.batch.pace`).
+(`serving.gateway.http.endpoints.batch.pace`).
 """
 
 import argparse
@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.batch.runs import FIGURES, PROMPTS, REPLIES, Figures, capacity, simulate
+from benchmarks.policies.batch.runs import FIGURES, PROMPTS, REPLIES, Figures, capacity, simulate
 from benchmarks.report.report import Report, Spread
 from serving.capacity.profiles import ProfileError, load_profile
 from serving.config.batch import BatchConfig

@@ -7,10 +7,10 @@ import pytest
 
 from serving.config import ConfigError
 from serving.config.batch import BatchConfig
-from serving.gateway.batch.database import Database
-from serving.gateway.batch.files import Files
-from serving.gateway.batch.objects import Batch, BatchError, BatchUsage, StoredFile
-from serving.gateway.batch.store import LEASE_S, BatchStore, Result, write_results
+from serving.gateway.http.endpoints.batch.database import Database
+from serving.gateway.http.endpoints.batch.files import Files
+from serving.gateway.http.endpoints.batch.objects import Batch, BatchError, BatchUsage, StoredFile
+from serving.gateway.http.endpoints.batch.store import LEASE_S, BatchStore, Result, write_results
 
 
 class Clock:

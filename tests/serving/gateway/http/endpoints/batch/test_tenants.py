@@ -4,7 +4,14 @@ import openai
 import pytest
 
 from serving.gateway.tenants.keys import KeysFile, make_key
-from tests.serving.gateway.batch.jobs import batches_running, begin, client_of, ended, line, upload
+from tests.serving.gateway.http.endpoints.batch.jobs import (
+    batches_running,
+    begin,
+    client_of,
+    ended,
+    line,
+    upload,
+)
 
 
 @pytest.fixture

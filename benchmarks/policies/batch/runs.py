@@ -6,7 +6,7 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 
-from benchmarks.batch.beside import BesideBatch, Scenario
+from benchmarks.policies.batch.beside import BesideBatch, Scenario
 from router import RequestClass
 from router.simulation.engine.profile import Profile
 from router.simulation.workload.lengths import LogNormal

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from serving.config import Config
-from serving.gateway.batch.database import Database
-from serving.gateway.batch.files import Files
-from serving.gateway.batch.lines import (
+from serving.gateway.http.endpoints.batch.database import Database
+from serving.gateway.http.endpoints.batch.files import Files
+from serving.gateway.http.endpoints.batch.lines import (
     Checked,
     answer_line,
     check_file,
@@ -25,10 +25,10 @@ from serving.gateway.batch.lines import (
     read_line,
     usage_of,
 )
-from serving.gateway.batch.objects import Batch, BatchError, BatchUsage
-from serving.gateway.batch.pace import Pace
-from serving.gateway.batch.sending import send_line
-from serving.gateway.batch.store import LEASE_S, BatchStore, Result, write_results
+from serving.gateway.http.endpoints.batch.objects import Batch, BatchError, BatchUsage
+from serving.gateway.http.endpoints.batch.pace import Pace
+from serving.gateway.http.endpoints.batch.sending import send_line
+from serving.gateway.http.endpoints.batch.store import LEASE_S, BatchStore, Result, write_results
 from serving.gateway.http.errors import ApiError
 from serving.gateway.request_path import RequestPath
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import openai
 
 from serving.stream.server import StreamServer
-from tests.serving.gateway.batch.jobs import answer_with, begin, content, ended, line
+from tests.serving.gateway.http.endpoints.batch.jobs import answer_with, begin, content, ended, line
 from tests.support.fakes import FakeEngine
 from tests.support.running_gateway import free_port
 

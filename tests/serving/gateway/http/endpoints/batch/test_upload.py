@@ -4,7 +4,13 @@ import asyncio
 
 import pytest
 
-from tests.serving.gateway.batch.jobs import batches_running, begin, ended, line, upload
+from tests.serving.gateway.http.endpoints.batch.jobs import (
+    batches_running,
+    begin,
+    ended,
+    line,
+    upload,
+)
 
 FILES = "/v1/files"
 SMALL = {"max_file_bytes": 100_000, "max_bytes": 2**20}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from serving.gateway.batch.objects import MAX_ERRORS, BatchError, BatchUsage
+from serving.gateway.http.endpoints.batch.objects import MAX_ERRORS, BatchError, BatchUsage
 from serving.gateway.intake.json_body import ENDPOINTS, with_fields
 
 _MAX_ID_LENGTH = 512  # a line's id is told again with its answer

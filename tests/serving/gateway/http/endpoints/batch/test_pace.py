@@ -7,7 +7,7 @@ import msgspec
 from router import RouterSettings
 from router.core.router import Router
 from router.types import EngineInfo, EngineSnapshot
-from serving.gateway.batch.pace import Pace
+from serving.gateway.http.endpoints.batch.pace import Pace
 
 INFO = EngineInfo(
     model="m",

@@ -14,10 +14,10 @@ from starlette.routing import Route
 
 from router import RequestClass
 from serving.config import Config
-from serving.gateway.batch.batches import Batches
-from serving.gateway.batch.lines import BATCH_ENDPOINTS
-from serving.gateway.batch.objects import Batch, StoredFile, read_metadata, window_s
-from serving.gateway.batch.upload import Upload, discard_rest
+from serving.gateway.http.endpoints.batch.batches import Batches
+from serving.gateway.http.endpoints.batch.lines import BATCH_ENDPOINTS
+from serving.gateway.http.endpoints.batch.objects import Batch, StoredFile, read_metadata, window_s
+from serving.gateway.http.endpoints.batch.upload import Upload, discard_rest
 from serving.gateway.http.endpoints.bodies import read_json
 from serving.gateway.http.errors import ApiError
 from serving.gateway.tenants.tenants import Tenants

@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import msgspec
 
 from serving.config import ConfigError
-from serving.gateway.batch.objects import Batch
+from serving.gateway.http.endpoints.batch.objects import Batch
 
 P = ParamSpec("P")
 T = TypeVar("T")

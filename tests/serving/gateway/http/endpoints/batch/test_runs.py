@@ -4,7 +4,7 @@ import asyncio
 import json
 
 from router import RequestClass
-from tests.serving.gateway.batch.jobs import (
+from tests.serving.gateway.http.endpoints.batch.jobs import (
     CHAT,
     answer_with,
     batches_running,

@@ -20,8 +20,8 @@ from router.simulation.journal import NOT_ENDED, Run
 from router.simulation.simulator import Simulation
 from router.simulation.workload.lengths import TokenCounts
 from router.simulation.workload.workload import Arrival, Workload
-from serving.gateway.batch.batches import PACE_S
-from serving.gateway.batch.pace import Pace
+from serving.gateway.http.endpoints.batch.batches import PACE_S
+from serving.gateway.http.endpoints.batch.pace import Pace
 
 _TICK_S = 0.005  # in which a line that has ended is followed by the next
 _NUM_LINES = 200_000  # more than any run takes

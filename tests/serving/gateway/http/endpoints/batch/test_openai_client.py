@@ -3,7 +3,7 @@
 import openai
 import pytest
 
-from tests.serving.gateway.batch.jobs import (
+from tests.serving.gateway.http.endpoints.batch.jobs import (
     ANSWER,
     CHAT,
     answer_with,

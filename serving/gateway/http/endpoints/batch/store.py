@@ -13,9 +13,15 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from serving.gateway.batch.database import Database, batch_of, connect
-from serving.gateway.batch.files import OPEN_STATUSES, Files, sync
-from serving.gateway.batch.objects import OPEN, Batch, BatchError, BatchUsage, StoredFile
+from serving.gateway.http.endpoints.batch.database import Database, batch_of, connect
+from serving.gateway.http.endpoints.batch.files import OPEN_STATUSES, Files, sync
+from serving.gateway.http.endpoints.batch.objects import (
+    OPEN,
+    Batch,
+    BatchError,
+    BatchUsage,
+    StoredFile,
+)
 
 # Longer than an event loop is ever busy; and after a gateway was killed its batches wait so long.
 LEASE_S = 6.0

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 from router import RequestClass
 from serving.config import Config
-from serving.gateway.batch.database import Database
-from serving.gateway.batch.files import Files
-from serving.gateway.batch.lines import Checked
-from serving.gateway.batch.objects import OPEN, Batch, BatchError, BatchesState
-from serving.gateway.batch.pace import Pace
-from serving.gateway.batch.run import BatchRun, Keeping
-from serving.gateway.batch.store import BatchStore
+from serving.gateway.http.endpoints.batch.database import Database
+from serving.gateway.http.endpoints.batch.files import Files
+from serving.gateway.http.endpoints.batch.lines import Checked
+from serving.gateway.http.endpoints.batch.objects import OPEN, Batch, BatchError, BatchesState
+from serving.gateway.http.endpoints.batch.pace import Pace
+from serving.gateway.http.endpoints.batch.run import BatchRun, Keeping
+from serving.gateway.http.endpoints.batch.store import BatchStore
 from serving.gateway.http.errors import ApiError
 from serving.gateway.request_path import RequestPath
 

@@ -5,7 +5,7 @@ import json
 import msgspec
 import pytest
 
-from serving.gateway.batch.lines import (
+from serving.gateway.http.endpoints.batch.lines import (
     answer_line,
     check_file,
     error_line,
@@ -13,7 +13,7 @@ from serving.gateway.batch.lines import (
     read_line,
     usage_of,
 )
-from tests.serving.gateway.batch.jobs import CHAT, jsonl, line
+from tests.serving.gateway.http.endpoints.batch.jobs import CHAT, jsonl, line
 
 
 def checked(tmp_path, content: bytes, endpoint: str = CHAT, max_lines: int = 10):
