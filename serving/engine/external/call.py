@@ -67,6 +67,8 @@ class CallHost(Protocol):
         """Return by which name the server knows a model, if by another one."""
         ...
 
+    def on_tokens(self, stream: int, prompt_ids: list[int]) -> None: ...
+    def last_block(self, token_ids: list[int]) -> int: ...
     def on_head(self, frame: Head) -> None: ...
     def on_data(self, frame: Data) -> None: ...
     def on_end(self, call: "ExternalCall", frame: End) -> None: ...
@@ -108,6 +110,7 @@ class ExternalCall:
         self._kept = bytearray()
         self._preamble: list[bytes] = []
         self._is_done = False
+        self._told_prompt = False
         self._usage: UsageFields | None = None
         self._recorder = Recorder()
         self._credit_bytes = host.window_bytes
@@ -289,6 +292,14 @@ class ExternalCall:
                 num_tokens += self._continuation.note(event)
                 passed.append(shown)
         self._pass(passed, num_tokens)
+        if not (self._told_prompt or self._is_over) and self._continuation.num_prompt_tokens:
+            self._told_prompt = True
+            self._later(self._tell_prompt)  # tokens first
+
+    def _tell_prompt(self) -> None:
+        prompt_ids = self._continuation.prompt_ids()
+        self.num_prompt_tokens = len(prompt_ids)
+        self._host.on_tokens(self.stream, prompt_ids)
 
     def _shown(self, raw: bytes, event: Event) -> bytes:
         """Return the event as the client is to see it, b"" if not at all."""
@@ -368,16 +379,20 @@ class ExternalCall:
     def _counted(self) -> Usage | None:
         """Return what the reply took, as far as it tells."""
         told, continuation = self._usage, self._continuation
+        ids = continuation.prompt_ids() + continuation.token_ids if continuation.has_ids else []
+        last_block = self._host.last_block(ids) if ids and self._told_prompt else 0
         if told is not None and self._rest_of is None:
             details = told.prompt_tokens_details
             return Usage(
                 num_prompt_tokens=told.prompt_tokens or told.input_tokens,
                 num_cached_tokens=(details.cached_tokens or 0) if details is not None else 0,
                 num_output_tokens=told.completion_tokens or told.output_tokens,
+                last_block=last_block,
             )
         if not continuation.num_prompt_tokens:
             return None
         return Usage(
             num_prompt_tokens=continuation.num_prompt_tokens,
             num_output_tokens=continuation.num_tokens,
+            last_block=last_block,
         )

@@ -120,6 +120,10 @@ class Continuation:
             return 0
         return self._prompt_ids.count(b",") + 1
 
+    def prompt_ids(self) -> list[int]:
+        """Return the ids of the prompt; none if they are not known."""
+        return [] if self._prompt_ids is None else msgspec.json.decode(self._prompt_ids)
+
     def note(self, event: Event) -> int:
         """Take in an event that the client gets. Return how many tokens it bears."""
         self.has_begun = True
@@ -176,7 +180,7 @@ class Continuation:
     def body_for_rest(self, path: str, body: dict[str, Any], max_model_len: int) -> bytes | None:
         """Return the completion that goes on after the tokens so far; None if none is left."""
         assert self._prompt_ids is not None
-        prompt = [*msgspec.json.decode(self._prompt_ids), *self.token_ids]
+        prompt = self.prompt_ids() + self.token_ids
         num_done = len(self.token_ids)
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
         if limit is None and path == COMPLETIONS:

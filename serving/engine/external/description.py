@@ -1,5 +1,7 @@
 """What kind of engine is a server? Asked once per connection, in the server's own words."""
 
+import asyncio
+import logging
 import os
 from typing import Any
 
@@ -16,7 +18,11 @@ from serving.engine.external.metrics import (
     read_cache_size,
 )
 
+logger = logging.getLogger(__name__)
+
 _TIMEOUT_S = 10.0  # per question
+_RETRY_S = (0.5, 1.0, 2.0, 5.0)  # between tries; the last one for ever
+_SAY_AGAIN_S = 60.0  # that a server is still away
 HEARTBEAT_S = 0.5  # between two looks at a server that is idle
 DEAD = (500, 502, 503, 504)  # of /health: vLLM answers so when its engine has died
 _ANY_LENGTH = 2**20  # tokens, of a server that does not say how long contexts may be
@@ -72,6 +78,27 @@ def read_key(config: ExternalConfig) -> str | None:
     if not (key := key.strip()) or not key.isascii() or not key.isprintable() or " " in key:
         raise ConfigError(f"{source} ({config.name}): there is no key in it, or more than one")
     return key
+
+
+async def describe_when_up(client: HttpClient, config: ExternalConfig) -> Described:
+    """Return what the server says of itself once it can be used; say why it cannot until then."""
+    loop = asyncio.get_running_loop()
+    said, said_s, num_tries = "", 0.0, 0
+    while True:
+        try:
+            described = await describe(client, config)
+        except Unusable as error:
+            why = str(error)
+        else:
+            info = described.info
+            names = ", ".join((info.model, *info.aliases))
+            logger.info("%s serves %s (%s)", config.url, names, info.engine)
+            return described
+        if why != said or loop.time() - said_s > _SAY_AGAIN_S:
+            logger.warning("%s cannot be used, and is tried again: %s", config.url, why)
+            said, said_s = why, loop.time()
+        await asyncio.sleep(_RETRY_S[min(num_tries, len(_RETRY_S) - 1)])
+        num_tries += 1
 
 
 async def describe(client: HttpClient, config: ExternalConfig) -> Described:

@@ -16,17 +16,16 @@ import contextlib
 import logging
 from typing import Protocol
 
-from router import EngineInfo, EngineSnapshot
 from router.types import SNAPSHOT_INTERVAL_S
 from serving.config.providers import ExternalConfig
+from serving.engine.external.blocks import GuessedBlocks
 from serving.engine.external.call import ExternalCall
 from serving.engine.external.continuation import Continuation
 from serving.engine.external.description import (
     DEAD,
     HEARTBEAT_S,
     Described,
-    Unusable,
-    describe,
+    describe_when_up,
     read_key,
 )
 from serving.engine.external.http_client import Answer, HttpClient, ask
@@ -38,28 +37,19 @@ from serving.engine.external.snapshot import (
     is_prefilled,
     make_snapshot,
 )
-from serving.stream.frames import Ack, Cancel, Data, End, Head, Submit, ToEngine
+from serving.stream.client import Connection, StreamEvents
+from serving.stream.frames import Ack, Cancel, Data, End, Head, Prompt, Submit, ToEngine
 
 logger = logging.getLogger(__name__)
 
-_RETRY_S = (0.5, 1.0, 2.0, 5.0)  # between tries to connect; the last one for ever
-_SAY_AGAIN_S = 60.0  # that a server is still away
 _HEALTH_TIMEOUT_S = 1.0  # for a server to show that it lives
 _POLL_TIMEOUT_S = 10.0  # by then the router has long found it silent
 
 
-class ExternalEvents(Protocol):
-    """What a server's events are told to, always on the event loop."""
+class ExternalEvents(StreamEvents, Protocol):
+    """What a server's events are told to: what those of our own engines are told to, and more."""
 
-    def on_received(self, client: "ExternalServer") -> None: ...
-    def on_all_told(self, client: "ExternalServer") -> None: ...
-    def on_welcome(self, client: "ExternalServer", info: EngineInfo) -> None: ...
-    def on_snapshot(self, client: "ExternalServer", snapshot: EngineSnapshot) -> None: ...
-    def on_head(self, client: "ExternalServer", frame: Head) -> None: ...
-    def on_data(self, client: "ExternalServer", frame: Data) -> None: ...
-    def on_end(self, client: "ExternalServer", frame: End) -> None: ...
-    def on_leaving(self, client: "ExternalServer", *, is_leaving: bool) -> None: ...
-    def on_lost(self, client: "ExternalServer") -> None: ...
+    def on_leaving(self, client: Connection, *, is_leaving: bool) -> None: ...
 
 
 class ExternalServer:
@@ -102,6 +92,7 @@ class ExternalServer:
         self._push_timer: asyncio.TimerHandle | None = None
         self._last_push_s = 0.0
         self._work = asyncio.Event()
+        self._blocks = GuessedBlocks(self._info.num_kv_tokens, self._info.block_size)
         self._got_on = False  # something of a reply has come
         self._polling: asyncio.Task[None] | None = None
 
@@ -120,26 +111,11 @@ class ExternalServer:
         cannot be read.
         """
         client = HttpClient(config, key=read_key(config))
-        loop = asyncio.get_running_loop()
-        said, said_s, num_tries = "", 0.0, 0
         try:
-            while True:
-                try:
-                    described = await describe(client, config)
-                    break
-                except Unusable as error:
-                    why = str(error)
-                if why != said or loop.time() - said_s > _SAY_AGAIN_S:
-                    logger.warning("%s cannot be used, and is tried again: %s", config.url, why)
-                    said, said_s = why, loop.time()
-                await asyncio.sleep(_RETRY_S[min(num_tries, len(_RETRY_S) - 1)])
-                num_tries += 1
+            described = await describe_when_up(client, config)
         except BaseException:
             client.close()
             raise
-        info = described.info
-        names = ", ".join((info.model, *info.aliases))
-        logger.info("%s serves %s (%s)", config.url, names, info.engine)
         return cls(replica_id, config, client, described, events, window_bytes)
 
     def start(self) -> None:
@@ -198,6 +174,22 @@ class ExternalServer:
         return theirs if name in (None, "", ours) else None
 
     # --- what calls say --------------------------------------------------------------
+
+    def on_tokens(self, stream: int, prompt_ids: list[int]) -> None:
+        """Tell of a prompt that was computed, and of what the prefix cache holds by that."""
+        hashes = self._blocks.hashes(prompt_ids)
+        self._events.on_prompt(self, Prompt(stream, len(prompt_ids), hashes))
+        self._use(hashes)
+
+    def last_block(self, token_ids: list[int]) -> int:
+        """Return the last block of a prompt and its answer, which are cached; 0 if none."""
+        hashes = self._blocks.hashes(token_ids)
+        self._use(hashes)
+        return hashes[-1] if hashes else 0
+
+    def _use(self, hashes: list[int]) -> None:
+        if (update := self._blocks.use(hashes)) is not None:
+            self._events.on_blocks(self, update)
 
     def on_head(self, frame: Head) -> None:
         self._events.on_head(self, frame)

@@ -386,6 +386,24 @@ async def test_tls(tmp_path, caplog):
             assert not infos(system)
 
 
+async def test_conversations_go_back_to_the_server_that_has_them():
+    one, two = FakeVllm(), FakeVllm()
+    async with attached(one, two) as system:
+        for number in range(6):  # each letter is a token of the fake's
+            messages = [{"role": "user", "content": f"{number} " + "some words " * 150}]
+            before = len(one.bodies), len(two.bodies)
+            for _ in range(3):
+                reply = await ask(system, messages=messages, max_tokens=40)
+                said = content(reply.text)
+                assert said == words(prompt_ids(messages), 40)
+                messages += [{"role": "assistant", "content": said}]
+                messages += [{"role": "user", "content": "and then? " * 10}]
+            grown = len(one.bodies) - before[0], len(two.bodies) - before[1]
+            assert sorted(grown) == [0, 3]
+        state = system.gateway.state()
+        assert all(each.num_cached_blocks > 0 for each in state.replicas.values())
+
+
 async def test_own_engines_beside():
     """Both serve what is theirs, and a server that is removed from the file drains."""
     server = FakeVllm()
