@@ -355,8 +355,7 @@ class Router:
     def set_policy(self, name: str, now_s: float, ablate: Collection[str] = ()) -> list[Decision]:
         """Choose by another policy from now on, without the parts named in `ablate`.
 
-        It may hold less than the former. Raises `ValueError` for a name that is
-        not in `POLICIES` and for a part that does not exist.
+        It may hold less. Raises `ValueError` for a name not in `POLICIES` and for an unknown part.
         """
         self.discipline.set_policy(name, ablate)
         return self._requests.place_held(now_s)
@@ -384,6 +383,7 @@ class Router:
             outcomes={outcome.value: self.outcomes[outcome] for outcome in Outcome},
             is_by_arrival=self._queue.by_arrival,
             accuracy=self._predictions.state(),
+            accuracy_by_model=self._predictions.state_by_model(),
             lengths=self._predictions.lengths_state(),
             fallback=self._spillover.state(now_s),
             hedges=self._hedging.state(),

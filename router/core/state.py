@@ -37,6 +37,7 @@ class RouterState(msgspec.Struct, frozen=True, kw_only=True):
     outcomes: dict[str, int]  # by `router.types.Outcome`, since the start
     is_by_arrival: bool  # whether the queue is in order of arrival
     accuracy: PredictionsState
+    accuracy_by_model: dict[str, PredictionsState]  # by its own name, aliases included
     lengths: LengthsState
     fallback: SpilloverState
     hedges: HedgingState

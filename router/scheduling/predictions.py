@@ -55,8 +55,8 @@ class Predictions:
     def restart(self) -> None:
         """Forget the errors so far: another policy places otherwise."""
         self._are_bad = False
-        # From placing: to the first token, per output token, to the end.
-        self._accuracy = {"ttft": Accuracy(), "tpot": Accuracy(), "latency": Accuracy()}
+        self._accuracy = _accuracies()
+        self._accuracy_by_model: dict[str, dict[str, Accuracy]] = {}
 
     @property
     def are_bad(self) -> bool:
@@ -87,7 +87,7 @@ class Predictions:
     def on_first_token(self, attempt: Attempt, now_s: float) -> None:
         """Compare a first token with its prediction; learn the overhead outside of steps."""
         ttft_s = now_s - attempt.placed_s
-        self._accuracy["ttft"].add(attempt.predicted_ttft_s, ttft_s)
+        self._compare("ttft", attempt, attempt.predicted_ttft_s, ttft_s)
         steps_s = attempt.predicted_ttft_s - attempt.overhead_s
         attempt.replica.request_overhead.learn(ttft_s - steps_s)
 
@@ -98,10 +98,20 @@ class Predictions:
         request, first_s = attempt.request, attempt.first_token_s
         if self.lengths.wants(request, now_s):
             self.lengths.learn(request, usage.num_output_tokens)
-        self._accuracy["latency"].add(attempt.predicted_latency_s, now_s - attempt.placed_s)
+        took_s = now_s - attempt.placed_s
+        self._compare("latency", attempt, attempt.predicted_latency_s, took_s)
         num_more = usage.num_output_tokens / request.num_sequences - 1.0
         if first_s is not None and first_s < now_s and num_more > 0.0:
-            self._accuracy["tpot"].add(attempt.predicted_tpot_s * num_more, now_s - first_s)
+            self._compare("tpot", attempt, attempt.predicted_tpot_s * num_more, now_s - first_s)
+
+    def _compare(self, kind: str, attempt: Attempt, predicted_s: float, took_s: float) -> None:
+        """Compare a predicted time with what it was, of all models and of the request's own."""
+        self._accuracy[kind].add(predicted_s, took_s)
+        model = attempt.replica.info.model
+        own = self._accuracy_by_model.get(model)
+        if own is None:
+            own = self._accuracy_by_model[model] = _accuracies()
+        own[kind].add(predicted_s, took_s)
 
     def lengths_state(self) -> LengthsState:
         """Return what was expected of the last requests, and how good that is."""
@@ -122,4 +132,19 @@ class Predictions:
 
     def state(self) -> PredictionsState:
         """Return the errors of each predicted time."""
-        return PredictionsState(**{name: each.state() for name, each in self._accuracy.items()})
+        return _state(self._accuracy)
+
+    def state_by_model(self) -> dict[str, PredictionsState]:
+        """Return the same of each model, by its own name."""
+        if len(self._accuracy_by_model) == 1:  # it costs as much again
+            return dict.fromkeys(self._accuracy_by_model, self.state())
+        return {model: _state(own) for model, own in self._accuracy_by_model.items()}
+
+
+def _accuracies() -> dict[str, Accuracy]:
+    """Return what compares: from placing to the first token, per output token, to the end."""
+    return {"ttft": Accuracy(), "tpot": Accuracy(), "latency": Accuracy()}
+
+
+def _state(accuracies: dict[str, Accuracy]) -> PredictionsState:
+    return PredictionsState(**{name: each.state() for name, each in accuracies.items()})

@@ -159,12 +159,36 @@ def _gateway_metrics(state: GatewayState) -> Iterable[Metric]:
             if share is not None:
                 error.add_metric([time, percentile], share)
     yield error
+    yield from _model_metrics(state)
     cache = CounterMetricFamily(
         "headway_cache_requests", "Requests by how the response cache took them", labels=["how"]
     )
     for verdict in ("hit", "miss", "join", "bypass"):
         cache.add_metric([verdict], getattr(state.cache, f"num_{verdict}"))
     yield cache
+
+
+def _model_metrics(state: GatewayState) -> Iterable[Metric]:
+    """Yield what waits for each model, and how far its predictions are off."""
+    held = GaugeMetricFamily(
+        "headway_model_held_prompt_tokens",
+        "Tokens of the prompts that wait for a model, by the name they ask for",
+        labels=["model"],
+    )
+    for model, num_tokens in state.held.num_tokens_by_model.items():
+        held.add_metric([model], num_tokens)
+    yield held
+    error = GaugeMetricFamily(
+        "headway_model_prediction_error_ratio",
+        "Absolute relative error of a model's predicted times, of its last 1,000 requests",
+        labels=["model", "time", "percentile"],
+    )
+    for model, accuracies in state.accuracy_by_model.items():
+        for time, accuracy in msgspec.structs.asdict(accuracies).items():
+            for percentile, share in (("50", accuracy.error_p50), ("90", accuracy.error_p90)):
+                if share is not None:
+                    error.add_metric([model, time, percentile], share)
+    yield error
 
 
 def _provider_metrics(fallback: SpilloverState) -> Iterable[Metric]:

@@ -52,6 +52,8 @@ async def test_what_waits_for_one_model_keeps_nobody_from_another():
         await system.until(lambda: system.gateway.state().held.num_requests == 4)
         held = system.gateway.state().held
         assert held.num_tokens_by_model == {"a": held.num_tokens}
+        metrics = (await system.client.get("/metrics")).text
+        assert re.search(r'headway_model_held_prompt_tokens{[^}]*model="a"} [1-9]', metrics)
         for _ in range(10):
             assert await asyncio.wait_for(ask(system, "b"), 1.0) == 200
         assert system.gateway.state().held.num_requests == 4
@@ -61,6 +63,8 @@ async def test_what_waits_for_one_model_keeps_nobody_from_another():
         done = re.findall(r'headway_requests_total\{(.*outcome="completed".*)\} (\S+)', text)
         numbers = {re.search(r'model="(\w+)"', labels)[1]: float(n) for labels, n in done}
         assert numbers == {"a": 5.0, "b": 10.0}
+        accuracies = system.gateway.state().accuracy_by_model
+        assert {name: each.ttft.num_compared for name, each in accuracies.items()} == numbers
         system.assert_empty()
 
 
