@@ -161,6 +161,8 @@ class ServiceWatch:
             if seen.num_ready != before:
                 self._num_ready[plan.deployment] = seen.num_ready
                 self._failed.pop(plan.deployment, None)
+                if seen.failure:
+                    self._failed[plan.deployment] = seen.failure
                 self._console.print(
                     f"{who}{seen.num_ready} of {plan.num_replicas} engines ready"
                     + (f": {seen.failure}" if seen.failure else "")
