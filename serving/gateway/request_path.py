@@ -394,5 +394,6 @@ class Call:
         if self._admitted is not None:
             self._path.tenants.end_request(self._admitted, exchange.usage_taken())
         if exchange.usage is not None:
-            tokens_per_byte = self._path.request_parser.tokens_per_byte
-            tokens_per_byte.learn(self._num_text_bytes, exchange.usage.num_prompt_tokens)
+            self._path.request_parser.learn_tokens(
+                exchange.request.model, self._num_text_bytes, exchange.usage.num_prompt_tokens
+            )

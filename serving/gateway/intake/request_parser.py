@@ -43,9 +43,18 @@ class RequestParser:
     """Reads what clients ask for, and refuses what no engine could answer."""
 
     def __init__(self, config: Config, served_models: ServedModels) -> None:
-        self.tokens_per_byte = TokensPerByte()
+        self.tokens_per_byte = TokensPerByte()  # of all models
+        self._tokens_per_byte: dict[str, TokensPerByte] = {}  # by model, once it has answered
         self._config = config
         self._served_models = served_models
+
+    def learn_tokens(self, model: str, num_text_bytes: int, num_tokens: int) -> None:
+        """Learn from how many tokens a prompt for a model really was; each has its tokenizer."""
+        own = self._tokens_per_byte.get(model)
+        if own is None:
+            own = self._tokens_per_byte[model] = TokensPerByte()
+        for ratio in (own, self.tokens_per_byte):
+            ratio.learn(num_text_bytes, num_tokens)
 
     def parse(
         self,
@@ -77,7 +86,8 @@ class RequestParser:
         # vLLM refuses longer prompts. Until it has counted them the
         # estimate must not exceed what the model accepts.
         context = math.inf if capacity is None else capacity.longest_context
-        size = self._measure_prompts(path, body, context)
+        ratio = self._tokens_per_byte.get(model, self.tokens_per_byte).ratio
+        size = self._measure_prompts(path, body, context, ratio)
         check_numbers(fields, size, capacity, max_sequences=gateway.max_sequences)
         added: dict[str, str | int] = {}
         most = check_logprobs(fields, size, capacity, max_entries=gateway.max_logprob_entries)
@@ -144,7 +154,9 @@ class RequestParser:
         most_s = self._config.router.ttft_target_batch_s
         return max(-most_s, min(most_s, priority * _S_PER_PRIORITY))
 
-    def _measure_prompts(self, path: str, body: JsonBody, max_tokens: float) -> PromptSize:
+    def _measure_prompts(
+        self, path: str, body: JsonBody, max_tokens: float, tokens_per_byte: float
+    ) -> PromptSize:
         """Return the size of all that is to be read. Raise `ApiError` 400 if that is nothing."""
         endpoint = ENDPOINTS[path]
         needed = endpoint.prompts[0]
@@ -165,7 +177,7 @@ class RequestParser:
             measure_prompt(
                 field,
                 prompt,
-                tokens_per_byte=self.tokens_per_byte.ratio,
+                tokens_per_byte=tokens_per_byte,
                 max_tokens=max_tokens,
                 max_prompts=self._config.gateway.max_sequences,
             )

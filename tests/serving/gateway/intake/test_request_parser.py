@@ -224,3 +224,23 @@ class TestPrefix:
         assert one.prefix_hashes[-1] != other.prefix_hashes[-1]
         assert request("a", metadata={"user_id": "u_session_1"}).session != 0
         assert request("a", metadata={"user_id": 7}).session == request("a").session == 0
+
+
+def test_each_model_has_its_own_tokens_per_byte():
+    """One that has answered nothing yet is taken to be like the others together."""
+    other = msgspec.structs.replace(SMALL, model="other")
+    third = msgspec.structs.replace(SMALL, model="third")
+    parser = make_parser(SMALL, other, third)
+
+    def size(model: str) -> int:
+        body = {"model": model, "prompt": "word " * 200}
+        return ask(COMPLETIONS, body, parser).request.num_prompt_tokens
+
+    before = size("fake-model")
+    assert size("other") == before
+    for _ in range(100):
+        parser.learn_tokens("fake-model", 1000, 500)
+        parser.learn_tokens("other", 1000, 100)
+    assert size("fake-model") > 1.8 * before
+    assert size("other") < 0.5 * before
+    assert size("other") < size("third") < size("fake-model")
