@@ -33,19 +33,19 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker(pytest.mark.xdist_group(group))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run the core's tests first and real engines last.
 
     In two processes one begins with the real engines, and the other takes a file at a time.
     """
     items.sort(key=_cost)  # stable: within a kind the order stays
-    if os.environ.get("PYTEST_XDIST_WORKER") is not None:
+    if _is_worker(config):
         items.sort(key=_is_large, reverse=True)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Fail unless xdist, which has added a test's group to its name, keeps to the groups."""
-    if os.environ.get("PYTEST_XDIST_WORKER") and not all("@" in i.nodeid for i in session.items):
+    if _is_worker(session.config) and not all("@" in item.nodeid for item in session.items):
         raise pytest.UsageError("tests of a group run apart: pytest-xdist does not fit this pytest")
 
 
@@ -69,6 +69,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             if name == "figures" and report.when == "call":
                 terminalreporter.section(report.nodeid.partition("::")[2])
                 terminalreporter.write_line(value)
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    """Whether xdist runs this process; not one that a test starts, which has its environment."""
+    return hasattr(config, "workerinput")
 
 
 def _is_large(item: pytest.Item) -> bool:
