@@ -3,60 +3,22 @@
 import asyncio
 import contextlib
 import json
-import logging
-import ssl
 
 import httpx
 import pytest
 
-from serving.config import ConfigError, parse
+from tests.serving.external.before_servers import (
+    BODY,
+    CHAT,
+    COMPLETIONS,
+    SAID,
+    ask,
+    attached,
+    content,
+    infos,
+)
 from tests.serving.external.fake_vllm import FakeVllm, listening, prompt_ids, words
-from tests.serving.gateway.http.test_listener import Certificate
-from tests.support.running_gateway import System, free_port, running
-
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-HELLO = [{"role": "user", "content": "hello"}]
-BODY = {"model": "tiny", "messages": HELLO, "stream": True, "max_tokens": 8}
-SAID = words(prompt_ids(HELLO), 8)
-
-
-@contextlib.asynccontextmanager
-async def attached(*servers: FakeVllm, settings=None, external=None, num_up: int | None = None):
-    """A gateway before these servers, up."""
-    async with contextlib.AsyncExitStack() as stack:
-        for server in servers:
-            await stack.enter_async_context(listening(server))
-        configs = [{"url": server.url, **(external or {})} for server in servers]
-        system = await stack.enter_async_context(running(0, external=configs, **(settings or {})))
-        count = len(servers) if num_up is None else num_up
-        await system.until(lambda: len(infos(system)) == count)
-        yield system
-
-
-def infos(system: System) -> dict:
-    return system.gateway.driver.engines.infos
-
-
-def content(text: str) -> str:
-    """What the events of a stream say, which ends as it should."""
-    events = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
-    assert events[-1] == "[DONE]", text
-    chunks = [json.loads(event) for event in events[:-1]]
-    assert len({chunk["id"] for chunk in chunks}) == 1
-    assert len({chunk["created"] for chunk in chunks}) == 1
-    choices = [choice for chunk in chunks for choice in chunk["choices"]]
-    assert not any(choice.get("token_ids") for choice in choices)
-    assert not any(chunk.get("prompt_token_ids") for chunk in chunks)
-    assert sum("role" in choice.get("delta", {}) for choice in choices) <= 1
-    assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]]
-    return "".join(
-        choice["delta"].get("content", "") if "delta" in choice else choice["text"]
-        for choice in choices
-    )
-
-
-async def ask(system: System, path: str = CHAT, **fields) -> httpx.Response:
-    return await system.client.post(path, json={**BODY, **fields})
+from tests.support.running_gateway import free_port, running
 
 
 async def test_streams_pass_as_the_server_sends_them():
@@ -269,121 +231,12 @@ async def test_priorities_stay_here():
         assert not any(name.lower() == "x-vllm-priority" for name in server.headers[-1])
 
 
-async def test_a_model_of_another_name():
-    server = FakeVllm(model="/models/llama")
-    async with attached(server, external={"model": "llama"}) as system:
-        assert content((await ask(system, model="llama")).text) == SAID
-        assert server.bodies[-1]["model"] == "/models/llama"
-        assert (await ask(system, model="/models/llama")).status_code == 404
-        names = [card["id"] for card in (await system.client.get("/v1/models")).json()["data"]]
-        assert names == ["llama"]
-
-
-async def test_servers_of_different_models():
-    one, two = FakeVllm(model="a"), FakeVllm(model="b")
-    async with attached(one, two) as system:
-        assert content((await ask(system, model="b")).text) == SAID
-        assert (len(one.bodies), len(two.bodies)) == (0, 1)
-
-
-async def test_keys_are_sent_and_never_told(monkeypatch, caplog):
-    monkeypatch.setenv("THEIR_KEY", "sk-very-secret")
-    server = FakeVllm(key="sk-very-secret")
-    async with attached(server, external={"key_env": "THEIR_KEY"}) as system:
-        assert content((await ask(system)).text) == SAID
-        state = (await system.client.get("/headway/state")).text
-        server.key = "sk-another"
-        reply = await ask(system)
-        assert reply.status_code == 502
-        told = state + reply.text + caplog.text
-        assert "its key is not accepted" in caplog.text
-        assert "very-secret" not in told
-    assert "very-secret" not in repr(
-        parse({"external": [{"url": "http://a", "key": "very-secret"}]})
-    )
-
-
-async def test_keys_that_cannot_be_read(monkeypatch):
-    monkeypatch.delenv("THEIR_KEY", raising=False)
-    with pytest.raises(ConfigError, match="key_env THEIR_KEY"):
-        async with running(0, external=[{"url": "http://a:1", "key_env": "THEIR_KEY"}]):
-            pass
-    with pytest.raises(ConfigError, match="only one"):
-        parse({"external": [{"url": "http://a", "key": "x", "key_env": "Y"}]})
-    with pytest.raises(ConfigError, match="once"):
-        parse({"external": [{"url": "http://a/v1"}, {"url": "http://a/"}]})
-
-
-@pytest.mark.parametrize(
-    ("server", "external", "words"),
-    [
-        (FakeVllm(key="k"), {}, "answers 401: set external.key"),
-        (FakeVllm(), {"url": "http://127.0.0.1:1"}, "no connection"),
-        (FakeVllm(), {"url": "{url}/somewhere"}, "answers 404: is external.url right?"),
-        (FakeVllm(), {"url": "https://{host}"}, "TLS"),
-        (FakeVllm(), {"url": "http://no-such-host.invalid"}, "its name is not known"),
-    ],
-)
-async def test_what_cannot_be_used_is_said_once_and_others_go_on(server, external, words, caplog):
-    good = FakeVllm()
-    async with listening(server), listening(good):
-        host = server.url.removeprefix("http://")
-        bad = {"url": server.url, **external}
-        bad["url"] = bad["url"].format(url=server.url, host=host)
-        with caplog.at_level(logging.WARNING, "serving"):
-            async with running(0, external=[bad, {"url": good.url}]) as system:
-                await system.until(lambda: words in caplog.text)
-                await system.until(lambda: len(infos(system)) == 1)
-                assert content((await ask(system)).text) == SAID
-                await asyncio.sleep(0.8)  # it is tried again meanwhile
-        assert caplog.text.count("cannot be used") == 1
-
-
-async def test_a_server_that_is_not_vllm(caplog):
-    """It tells neither metrics nor ids, and is not asked for what it may not know."""
-    server = FakeVllm(owned_by="someone", has_metrics=False, tells_ids=False)
-    async with attached(server) as system:
-        assert content((await ask(system)).text) == SAID
-        assert "return_token_ids" not in server.bodies[-1]
-        assert "tells no metrics" in caplog.text
-        name = server.url.removeprefix("http://")
-        await system.until(lambda: system.gateway.state().replicas[name].snapshot is not None)
-        assert infos(system)[name].engine == "OpenAI-compatible server, external"
-
-
-async def test_metrics_that_are_not_asked_for_by_name():
-    server = FakeVllm(knows_names=False, num_others=2)
-    async with attached(server) as system:
-        name = server.url.removeprefix("http://")
-        await system.until(
-            lambda: (
-                (each := system.gateway.state().replicas[name].snapshot) is not None
-                and each.num_inflight_reqs == 2
-            )
-        )
-
-
 async def test_questions_are_passed_on():
     server = FakeVllm()
     async with attached(server) as system:
         text = (await system.client.get("/metrics/engines")).text
         name = server.url.removeprefix("http://")
         assert f'vllm:num_requests_running{{engine="{name}",model_name="tiny"}} 0.0' in text
-
-
-async def test_tls(tmp_path, caplog):
-    certificate = Certificate(tmp_path, "server")
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificate.cert, certificate.key)
-    server = FakeVllm()
-    async with listening(server, ssl_context=context):
-        trusting = [{"url": server.url, "ca_file": str(certificate.cert)}]
-        async with running(0, external=trusting) as system:
-            await system.until(lambda: bool(infos(system)))
-            assert content((await ask(system)).text) == SAID
-        async with running(0, external=[{"url": server.url}]) as system:
-            await system.until(lambda: "its certificate is not trusted" in caplog.text)
-            assert not infos(system)
 
 
 async def test_conversations_go_back_to_the_server_that_has_them():
