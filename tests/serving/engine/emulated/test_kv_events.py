@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import zmq
 import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
 
 from benchmarks.peers.emulated_server import serve
 from router.simulation.engine.profile import Profile
@@ -98,15 +99,17 @@ async def followed(engine: EmulatedEngine) -> AsyncIterator[tuple[Follower, list
     engine.subscribe(publisher.on_step)
     context = zmq.asyncio.Context()
     subscriber = context.socket(zmq.SUB)
-    subscriber.connect(endpoints[0])
     subscriber.subscribe(b"kv-events")
+    monitor = subscriber.get_monitor_socket(zmq.Event.HANDSHAKE_SUCCEEDED)
+    subscriber.connect(endpoints[0])
     follower = Follower()
 
     async def hear() -> None:
         while await subscriber.poll(200):
             follower.read(await subscriber.recv_multipart())
 
-    await asyncio.sleep(0.2)  # a subscription is not acknowledged
+    await recv_monitor_message(monitor)
+    await asyncio.sleep(0.2)  # the subscription goes after it, and is not acknowledged
     try:
         yield follower, endpoints, hear
     finally:

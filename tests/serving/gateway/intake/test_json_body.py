@@ -81,10 +81,10 @@ class TestEncodings:
     def test_large_bodies_that_only_python_can_read_are_refused(self):
         """Nobody else would be answered while it reads."""
         text = b'{"prompt": [' + b"1," * 2**22 + b'1], "x": NaN}'
-        begin_s = time.perf_counter()
+        begin_s = time.thread_time()
         with pytest.raises(ApiError, match="not valid JSON"):
             read_json_body(COMPLETIONS, text)
-        assert time.perf_counter() - begin_s < 0.3
+        assert time.thread_time() - begin_s < 0.3
 
     @pytest.mark.parametrize("name", ["n", "logprob_token_ids", "priority_class", "unknown"])
     @pytest.mark.parametrize("item", ["1,", "{},", "[],"])
