@@ -86,9 +86,11 @@ class Tables:
 
     def __init__(self, results: Results) -> None:
         self._by_place: dict[tuple[str, int, float, str], list[Figures]] = {}
+        self._by_repeat: dict[tuple[str, int, float, str], dict[int, Figures]] = {}
         for case, figures in results.items():
             place = (case.workload.partition("/")[0], case.num_engines, case.load, case.variant)
             self._by_place.setdefault(place, []).append(figures)
+            self._by_repeat.setdefault(place, {})[case.repeat] = figures
 
     @cached_property
     def _groups(self) -> dict[tuple[str, int], list[float]]:
@@ -166,21 +168,23 @@ class Tables:
         """
         for (title, num_engines), loads in self._groups.items():
             for load in loads:
-                ours = self._by_place.get((title, num_engines, load, OURS), [])
+                ours = self._by_repeat.get((title, num_engines, load, OURS), {})
                 for variant in self._variants:
-                    others = self._by_place.get((title, num_engines, load, variant), [])
-                    if variant == OURS or len(others) != len(ours):
+                    others = self._by_repeat.get((title, num_engines, load, variant), {})
+                    both = [repeat for repeat in ours if repeat in others]
+                    if variant == OURS or not both:
                         continue
                     row: dict[str, Figure] = {
                         "workload": title,
                         "engines": str(num_engines),
                         "load": f"{load:.0%}",
                         "over": variant,
+                        "runs": len(both),
                     }
                     for figure in _COMPARED:
                         pairs = [
-                            (one.get(figure, 0.0), other.get(figure, 0.0))
-                            for one, other in zip(ours, others, strict=True)
+                            (ours[each].get(figure, 0.0), others[each].get(figure, 0.0))
+                            for each in both
                         ]
                         if ratio := _ratio(pairs):
                             row[figure.removesuffix("_s")] = ratio

@@ -52,7 +52,7 @@ def test_who_is_looked_at_at_one_load_only_is_in_the_details_only():
     missing = dict.fromkeys(names.split(), 0.0)
     report = Report("sim", "simulated", 0, {"promises": "none"})
     Tables({case: figures | missing for case, figures in found.items()}).fill(report)
-    details, curves, _ = report.tables.values()
+    details, curves, *_ = report.tables.values()
     assert "headway:hold" in [row["policy"] for row in details]
     assert "headway:hold" not in [row["policy"] for row in curves]
 
@@ -117,9 +117,25 @@ def test_the_report_has_details_curves_and_losses():
     missing = dict.fromkeys(names.split(), 0.0)
     changed = results(**{"headway_90%": {"ttft_p99_s": 3.0}})
     Tables({case: figures | missing for case, figures in changed.items()}).fill(report)
-    details, curves, ratios, losses = report.tables.values()
+    details, curves, ratios, compared, losses = report.tables.values()
+    assert {row["over"] for row in compared} == {row["policy"] for row in details} - {"headway"}
     assert [row["policy"] for row in details] == [row["policy"] for row in curves]
     assert curves[0]["knee"] == 0.5
     assert curves[1]["knee"] is None
     assert len(losses) == 1
     assert [row["ttft_p99"] for row in ratios] == [1.0, 3.0]
+
+
+def test_ratios_are_of_the_same_requests():
+    """Repeat by repeat, so that what all runs of a repeat have in common is none of a policy's."""
+    found = results()
+    for case in found:
+        slow = 3.0 if case.repeat else 1.0  # a repeat with more bursts
+        better = 0.5 if case.variant == "headway" else 1.0
+        found[case] = FIGURES | {"ttft_p99_s": better * slow}
+    rows = [row for row in Tables(found).comparisons() if row["over"] == "least_requests@stock"]
+    assert [row["runs"] for row in rows] == [2, 2]
+    assert {row["ttft_p99"] for row in rows} == {"0.50 [0.50 to 0.50]"}
+    one_missing = {case: each for case, each in found.items() if case.repeat or "@" in case.variant}
+    (row, _) = (r for r in Tables(one_missing).comparisons() if "@" in str(r["over"]))
+    assert (row["runs"], row["ttft_p99"]) == (1, "0.50")
