@@ -8,6 +8,7 @@ import yaml
 
 from benchmarks.peers.fleet import EmulatedFleet
 from benchmarks.peers.routers import PEERS
+from benchmarks.peers.routers.attached import Attached
 from benchmarks.peers.routers.haproxy import HAProxy
 from benchmarks.peers.routers.litellm import LiteLLM
 from benchmarks.peers.routers.nginx import Nginx
@@ -67,3 +68,9 @@ async def test_haproxy_in_front_of_emulated_servers() -> None:
             assert answers(peer.urls[0], "emulated")
         assert not answers(peer.urls[0], "emulated")
         assert fleet.num_late() == 0
+
+
+def test_attach_is_told_of_every_server(tmp_path: Path) -> None:
+    command = Attached("", URLS, "m").command(tmp_path, 7000)
+    assert command[-5:] == ["attach", *URLS, "--port", "7000"]
+    assert Attached("", URLS, "m").name == "headway attach"
