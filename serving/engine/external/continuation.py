@@ -102,7 +102,7 @@ class Continuation:
     """One reply as far as it has come, over all the servers that had it."""
 
     def __init__(self) -> None:
-        self.text = ""
+        self._pieces: list[str] = []
         self.token_ids: list[int] = []
         self.num_tokens = 0  # about, where no ids are told
         self.has_ids = True  # of all tokens so far
@@ -112,6 +112,11 @@ class Continuation:
         self._num_shown_ids = 0  # of the tokens whose text the client has
         self._prompt_ids: bytes | None = None  # JSON
         self._said: dict[str, Any] = {}  # by every event of the reply
+
+    @property
+    def text(self) -> str:
+        """What the client has."""
+        return "".join(self._pieces)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -145,7 +150,7 @@ class Continuation:
                 self.has_ids = False
                 num_new += 1
             if content:
-                self.text += content
+                self._pieces.append(content)
                 self._num_shown_ids = len(self.token_ids)
             if choice.finish_reason is not None:
                 self.is_finished = True
