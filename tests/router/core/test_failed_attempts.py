@@ -28,7 +28,7 @@ class TestFailedAttempt:
         router = make_router(engine=engine, ttft_target_s_per_token=1.0)
         router.on_snapshot("r0", snapshot(num_free_kv_tokens=400), 0.0)
         router.on_arrival(req("long", 500), 0.0)
-        assert router.on_arrival(req("short", 300, arrival_s=0.1), 0.1) == [Hold("short")]
+        assert router.on_arrival(req("short", 300, arrival_s=0.02), 0.02) == [Hold("short")]
         decisions = fail_attempt(router, "long", None, 0.2)
         assert decisions == [Hold("long"), Dispatch("short", "r0", 2)]
 
