@@ -61,7 +61,8 @@ def test_who_asks_for_less_than_a_share_hardly_waits():
     world.run(arrivals, 300.0)
     modest, greedy = sorted(world.waited_s["modest"]), sorted(world.waited_s["greedy"])
     assert len(modest) > 0.95 * sum(request.tenant == "modest" for request in arrivals)
-    assert modest[len(modest) * 99 // 100] < 2.0
+    # Inside an engine it passes only long prompts that came within 1.5 times their prefill.
+    assert modest[len(modest) * 99 // 100] < 2.5
     assert greedy[-1] > 50.0
 
 
