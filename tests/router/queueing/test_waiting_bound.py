@@ -136,7 +136,11 @@ def test_nobody_is_passed_any_more_past_the_deadline(gaps_and_sizes):
         arrivals.append(
             req(f"q{number}", size, arrival_s=now_s, priority_class=priority_class, tenant="t")
         )
-    router_settings = RouterSettings(max_hold_s=3600.0, ttft_target_batch_s=20.0)
+    # Targets below what prefill takes, so that who is due sooner is who goes first: above it, the
+    # order is by how fast engines are (`router.queueing.deadline`).
+    router_settings = RouterSettings(
+        max_hold_s=3600.0, ttft_target_batch_s=20.0, ttft_target_s_per_token=2e-4
+    )
     went_s = dispatched_s(arrivals, router_settings)
     due_s = {each.id: ttft_deadline_s(each, router_settings) for each in arrivals}
     for early in arrivals:
