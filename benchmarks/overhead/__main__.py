@@ -152,9 +152,7 @@ def main() -> int:
     parser.add_argument(
         "--gateways", nargs="+", type=int, metavar="N", help="so many that share the port, beside"
     )
-    parser.add_argument(
-        "--seen", action="store_true", help="what log, page and traces add, only"
-    )
+    parser.add_argument("--seen", action="store_true", help="what log, page and traces add, only")
     parser.add_argument(
         "--checkout", type=Path, metavar="FOLDER", help="with --seen: another to compare with"
     )

@@ -81,8 +81,6 @@ PARTS = (
     Part(
         "driver",
         ("serving/gateway/driver.py",),
-        (
-            "tests/serving/gateway/driver",
-        ),
+        ("tests/serving/gateway/driver",),
     ),
 )
