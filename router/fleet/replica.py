@@ -7,7 +7,7 @@ import msgspec
 
 from router.estimators.prefill_rate import PrefillRate
 from router.estimators.request_overhead import RequestOverhead
-from router.estimators.step_time import StepModel, StepModelState
+from router.estimators.step_time import LATE_SHARE, StepModel, StepModelState
 from router.fleet.ledger import Ledger, LedgerState, peak_growth_tokens
 from router.fleet.prefix_cache import PrefixCache
 from router.fleet.step_budget import step_prefill_tokens
@@ -40,10 +40,7 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Life(msgspec.Struct, eq=False, weakref=True):
-    """What a policy may keep weakly instead of a replica: it ends with it.
-
-    There are no weak references to objects of compiled classes.
-    """
+    """What a policy keeps weakly in place of a replica, of whose compiled class it cannot."""
 
 
 class Replica:
@@ -59,6 +56,7 @@ class Replica:
         "_is_at_work",
         "_is_backlogged",
         "_prefill_rate",
+        "_prefill_start_s",
         "_rest_tokens",
         "_short_ahead_tokens",
         "_step_end_s",
@@ -142,6 +140,7 @@ class Replica:
         self._is_at_work = False  # has something to run, as of the snapshot
         self._step_start_s = now_s  # when the current step began, if it is at work
         self._step_end_s = 0.0  # when the current step should end
+        self._prefill_start_s = math.inf  # when it began, if it has prefill
         self._derive_rates()
 
     @property
@@ -171,12 +170,12 @@ class Replica:
     def ttft_s(self, num_new_tokens: int, now_s: float, edf_key_s: float = -math.inf) -> float:
         """Return the predicted seconds until a prompt of so many new tokens is prefilled here.
 
-        The rest of the current step, which a newcomer cannot join, then whole
-        steps until what comes before it and its own tokens are prefilled
-        (formula: `router.estimators.step_time`). Before it comes all that is pending. Where engines
-        give a prompt a chunk of each step, and more than a step is pending, a short one passes the
-        long ones but for one chunk of lower EDF key, and a long one shares the steps of its chunks
-        with those before it. A wait for KV blocks is not included.
+        The rest of the current step, which a newcomer cannot join, then whole steps until what
+        comes before it and its own tokens are prefilled (formula: `router.estimators.step_time`,
+        with `LATE_SHARE` of a step that is late). Before it comes all that is pending. Where
+        engines give a prompt a chunk of each step, and more than a step is pending, a short one
+        passes the long ones but for one chunk of lower EDF key, and a long one shares the steps of
+        its chunks with those before it. A wait for KV blocks is not included.
         """
         # Read for every engine at every decision, hence no calls in here.
         chunk, num_tokens, num_chunks = self.max_prefill_chunk, self._rest_tokens, 0
@@ -199,6 +198,8 @@ class Replica:
             num_steps = num_chunks
         ttft_s = num_steps * self.chunk_overhead_s + num_tokens * self.token_s
         rest_s = self._step_end_s - now_s
+        late_s = (now_s - self._prefill_start_s) * LATE_SHARE
+        rest_s = rest_s if rest_s > late_s else late_s
         return ttft_s + rest_s if rest_s > 0.0 else ttft_s
 
     def passing_s(self, num_new_tokens: int, edf_key_s: float) -> float:
@@ -381,8 +382,7 @@ class Replica:
         self._is_at_work = bool(num_pending or num_scheduled)
         first = ledger.oldest_unacknowledged
         if self._is_at_work:
-            # What a prompt takes from others is its part of a step; limited as a whole, a step
-            # computes all that is pending, as far as it goes.
+            # Limited as a whole, a step computes all that is pending, as far as it goes.
             num_in_step = num_demand if self.max_prefill_chunk else num_pending
             step_tokens, step_start_s = min(num_in_step, chunk_tokens), self._step_start_s
         elif first is not None:
@@ -395,4 +395,5 @@ class Replica:
         # The demand in the snapshot is what the current step computes, up to its budget.
         num_left_over = max(0, num_demand - chunk_tokens)
         self._short_ahead_tokens = num_left_over + ledger.num_step_tokens
+        self._prefill_start_s = step_start_s if step_tokens else math.inf
         self._step_end_s = step_start_s + self.chunk_overhead_s + step_tokens * self.token_s

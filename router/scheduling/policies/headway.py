@@ -163,6 +163,10 @@ def costs_s(
     That its prefill also delays what decodes there is left out: it delays as many wherever and
     whenever it is done. Counting it would send a burst to the engine that decodes least, where
     the burst waits for itself and delays those few for long.
+
+    What others are delayed by everywhere alike is left out, too. It decides nothing, and where
+    answers are long it is far more than any wait for a first token, of which costs that count as
+    equal would then hide all.
     """
     base_s, decode_s, num_sequences = 1e-9, 0.0, 0  # a step takes some time
     for replica in replicas:
@@ -173,15 +177,18 @@ def costs_s(
     num_steps = num_outputs / math.sqrt(max(1.0, num_sequences / len(replicas)))
     factor_s = num_steps * decode_s  # out of the loop, which runs for every engine
     num_held, edf_key_s = load.num_held_per_engine, request.edf_key_s
-    costs = []
+    own_s: list[float] = []
+    all_others_s: list[float] = []
     for index, replica in enumerate(replicas):
         num_tokens = num_new[index]
         slowness = replica.chunk_overhead_s / (base_s + decode_s * replica.num_decoding)
         others_s = factor_s * slowness * replica.num_sequences
         others_s += num_tokens * replica.token_s * num_held
         others_s += replica.passing_s(num_tokens, edf_key_s)
-        costs.append(replica.ttft_s(num_tokens, now_s, edf_key_s) + others_s)
-    return costs
+        own_s.append(replica.ttft_s(num_tokens, now_s, edf_key_s))
+        all_others_s.append(others_s)
+    alike_s = min(all_others_s)
+    return [own_s[index] + others_s - alike_s for index, others_s in enumerate(all_others_s)]
 
 
 def own_costs_s(

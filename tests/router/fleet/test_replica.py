@@ -53,8 +53,22 @@ def test_ttft_waits_for_the_rest_of_the_current_step_then_for_all_before_it():
     # The step under way computes 100 tokens in 1.1 s; 50 + 40 + 10 fit one more.
     assert replica.ttft_s(10, now_s=10.0) == pytest.approx(1.1 + 1.1)
     assert replica.ttft_s(10, now_s=10.6) == pytest.approx(0.5 + 1.1)
-    assert replica.ttft_s(10, now_s=99.0) == pytest.approx(1.1)  # a late step is about to end
-    assert replica.ttft_s(11, now_s=99.0) == pytest.approx(2 * 0.1 + 1.01)  # one token too many
+    assert replica.ttft_s(11, now_s=10.6) == pytest.approx(0.5 + 2 * 0.1 + 1.01)  # one too many
+
+
+def test_a_step_that_lasts_longer_than_predicted_is_not_about_to_end():
+    """It lasts for a quarter more of what it has lasted, were it predicted to end before that."""
+    replica = known(make_replica())
+    replica.receive(busy(num_pending_prefill_tokens=100, num_decoding_reqs=0), 10.0)
+    assert replica.ttft_s(10, now_s=10.8) == pytest.approx(0.3 + 0.2)
+    assert replica.ttft_s(10, now_s=11.0) == pytest.approx(0.25 * 1.0 + 0.2)
+    assert replica.ttft_s(10, now_s=14.0) == pytest.approx(0.25 * 4.0 + 0.2)
+
+
+def test_a_step_without_prefill_may_end_at_any_moment():
+    replica = known(make_replica())
+    replica.receive(busy(num_decoding_reqs=1), 10.0)
+    assert replica.ttft_s(10, now_s=14.0) == pytest.approx(0.1 + 0.1, rel=0.05)
 
 
 def test_decoding_requests_take_their_share_of_each_step():
@@ -68,7 +82,7 @@ def test_an_idle_engine_began_with_the_first_request_it_got():
     replica.receive(snapshot(), 0.0)
     replica.book(req("a", 100), num_kv_tokens=100, now_s=5.0)
     assert replica.ttft_s(10, now_s=5.0) == pytest.approx(1.1 + 0.2)
-    assert replica.ttft_s(10, now_s=6.0) == pytest.approx(0.1 + 0.2)
+    assert replica.ttft_s(10, now_s=5.6) == pytest.approx(0.5 + 0.2)
 
 
 def test_a_snapshot_in_the_middle_of_a_step_does_not_begin_another():
