@@ -176,10 +176,10 @@ with run_folder() as folder:
             },
             "gateway": {"port": port}, **more,
         })._bound_deployment
-        args, engine, *names = gateway.init_args
+        args, (engine,), *names = gateway.init_args
         engine = engine._bound_deployment
         return gateway.bind(
-            args, engine.options(num_replicas=num_engines).bind(*engine.init_args), *names
+            args, (engine.options(num_replicas=num_engines).bind(*engine.init_args),), *names
         )
 
     with private_session(folder, 8, 0, {}, False):

@@ -144,7 +144,9 @@ def has_oom_order(processes: list[psutil.Process]) -> bool:
         if score != ("1000" if is_engine else others):
             print(f"{title}: {score}")
             return False
-    return any("EngineCore" in part for process in processes for part in process.cmdline())
+    titles = [" ".join(process.cmdline()) for process in processes]
+    print("\n".join(titles))
+    return any("EngineCore" in title for title in titles)
 
 
 def expected_code(target: str, signame: str) -> int:

@@ -369,6 +369,7 @@ PATCHES = (
                 Request="priority num_output_tokens num_tokens num_computed_tokens",
             ),
             *classes("vllm.v1.core.sched.request_queue", PriorityRequestQueue="peek_request"),
+            *classes("vllm.v1.core.sched.request_queue", SchedulingPolicy="PRIORITY"),
         ),
     ),
     Patch(
@@ -515,7 +516,7 @@ PATCHES = (
     ),
     Patch(
         how="read",
-        ours="serving.cli.progress:engine_phases",
+        ours="serving.cli.launching.progress:engine_phases",
         why="how far a start has come, and why it failed, is read off the core's title and log",
         guards=("test_the_title_of_the_engine_core",),
         shapes=(

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -164,6 +165,7 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path):
         (("http://a", "--key-env", "NOT_THERE_AT_ALL"), "key_env NOT_THERE_AT_ALL"),
     ):
         ended = CliRunner().invoke(main, ["attach", *args, "--port", str(free_port())])
+        logging.getLogger("serving").handlers.clear()  # its stderr is closed by now
         assert ended.exit_code == 2, ended.output
         assert words_ in ended.stderr, ended.output
         assert ended.stderr.count("\n") == 1, ended.output

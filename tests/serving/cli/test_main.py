@@ -30,6 +30,7 @@ from serving.cluster.ray_session import private_environment
 from serving.config import ConfigError
 from serving.core_form import form
 from serving.planning.hardware import Hardware
+from tests.support.running_gateway import free_port
 
 GIB = 1 << 30
 ROOT = Path(__file__).parents[3]
@@ -144,7 +145,8 @@ class TestMistakes:
                 with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port - 1)):
                     break
             options = (f"gateway.metrics_port={port - 1}", "gateway.replicas=2")
-            result = run("serve", *(part for option in options for part in ("--set", option)))
+            own = ("--port", str(free_port()))  # somebody may have that of the documents
+            result = run("serve", *own, *(part for option in options for part in ("--set", option)))
         assert result.exit_code == 1
         assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in result.stderr
         assert "choose another with gateway.metrics_port" in result.stderr

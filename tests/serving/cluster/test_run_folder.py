@@ -90,7 +90,7 @@ def test_a_clean_end_leaves_nothing_to_supervise(launcher: Callable) -> None:
     run.process.stdin.write("\n")
     run.process.stdin.flush()
     assert run.process.wait(10) == 0
-    assert run.left == []
+    assert run.is_clean(10)
 
 
 def test_a_killed_launcher_is_cleaned_up_after(launcher: Callable) -> None:

@@ -70,6 +70,9 @@ class FixedBudget:
     def prefill_tokens(self, num_decode_reqs: int) -> int:
         return self._num_tokens
 
+    def cut_after(self, num_left: list[int], num_prefill: int, num_decode_reqs: int) -> int:
+        return 0  # never
+
     def learn(self, *step: float) -> None:
         pass
 

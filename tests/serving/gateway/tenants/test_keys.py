@@ -144,8 +144,8 @@ def test_what_is_no_keys_file_is_refused(tmp_path, text):
 
 def _ready(**options) -> str:
     file = load_config_file(None, options)
-    plan = SimpleNamespace(served_model_name="m", num_replicas=1, device_name="CPU")
-    return _ready_text(file, plan, 1.0)
+    model = SimpleNamespace(served_model_name="m", num_replicas=1, device_name="CPU")
+    return _ready_text(file, SimpleNamespace(plans=[model]), 1.0, 0)
 
 
 def test_open_to_the_network_without_keys_is_a_warning(tmp_path):
