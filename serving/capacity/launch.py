@@ -71,8 +71,12 @@ class Launch:
 
     def refresh(self) -> None:
         """Find processes started since the last call; takes tens of milliseconds."""
-        for process in psutil.process_iter():
-            if process.pid != os.getpid():
+        candidates = [each for each in psutil.process_iter() if each.pid != os.getpid()]
+        num_before = -1
+        # Anew until there is no more: a child may have a lower id than its parent.
+        while len(self.processes) != num_before:
+            num_before = len(self.processes)
+            for process in candidates:
                 with contextlib.suppress(psutil.Error):
                     if self._is_ours(process):
                         self.processes[process] = None
