@@ -1,4 +1,3 @@
-import math
 import random
 from collections import Counter
 
@@ -6,7 +5,6 @@ import pytest
 
 from router.fleet.replica import Replica
 from router.scheduling.policies import POLICIES, Load, Policy, make_policy
-from router.scheduling.policies.headway import costs_s
 from router.scheduling.policies.least_kv_usage import kv_usage
 from router.scheduling.policies.least_response_time import LeastResponseTime
 from router.scheduling.prefix_index import PrefixIndex
@@ -78,31 +76,6 @@ def test_headway_counts_tokens_not_requests():
         make("least_requests").choose(req(), [one_document, many_questions], NOTHING_HELD, 0.0)
         is one_document
     )
-
-
-def test_headway_spares_those_who_decode():
-    quiet, crowded = replicas(2)
-    quiet.receive(busy(num_running_reqs=1, num_decoding_reqs=1), 0.0)
-    crowded.receive(busy(num_running_reqs=7, num_decoding_reqs=7), 0.0)
-    # What both have in common is left out. Of 128 tokens, those until engines of four sequences in
-    # the mean are alike again, for each of the six more.
-    delay_s = 6 * 128 / math.sqrt(4) * quiet.predictor.decode_s
-    costs = costs_s(req("a", 50), [quiet, crowded], [50, 50], NOTHING_HELD, 0.0)
-    assert costs[0] == pytest.approx(quiet.ttft_s(50, 0.0))
-    assert costs[1] == pytest.approx(crowded.ttft_s(50, 0.0) + delay_s)
-    assert make("headway").choose(req("a", 50), [crowded, quiet], NOTHING_HELD, 0.0) is quiet
-
-
-def test_headway_tells_first_tokens_apart_where_answers_are_long():
-    """By the costs in full they would be equal: five per cent of half a minute is a second."""
-    idle, at_work = replicas(2)
-    for replica in (idle, at_work):
-        replica.receive(busy(num_running_reqs=40, num_decoding_reqs=40), 0.0)
-    load(at_work, 200)
-    request = req("a", 50, num_expected_output_tokens=20_000)
-    policy = make("headway")
-    chosen = {policy.choose(request, [at_work, idle], NOTHING_HELD, 0.0).id for _ in range(30)}
-    assert chosen == {idle.id}
 
 
 def test_headway_heeds_no_noise_in_what_one_more_sequence_costs():

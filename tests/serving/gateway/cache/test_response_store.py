@@ -116,9 +116,11 @@ async def test_redis_holds_its_own_bound_under_a_flood(tmp_path):
                 await asyncio.gather(
                     *(ask(system, max_tokens=100, seed=start + n) for n in range(50))
                 )
+            async with asyncio.timeout(20):  # replies do not wait for what is stored
+                while not (await client.info("stats"))["evicted_keys"]:
+                    await asyncio.sleep(0.05)
             info = await client.info("memory")
             assert info["used_memory"] <= 1.1 * info["maxmemory"]
-            assert (await client.info("stats"))["evicted_keys"] > 0
             assert system.gateway.cache.state().num_store_errors == 0
         await client.aclose()
 
