@@ -1,5 +1,6 @@
 """What is in an upload? The few fields that the gateway reads; the bytes pass as they are."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import python_multipart
@@ -19,43 +20,35 @@ def read_form(
 
     Of several fields of a name the last one counts, as with vLLM's.
     """
-    media_type, options = parse_options_header(content_type)
-    boundary = options.get(b"boundary")
-    if media_type != b"multipart/form-data" or not boundary:
-        raise ApiError(
-            415,
-            "Unsupported Media Type: multipart/form-data with a boundary is needed here",
-            kind="Unsupported Media Type",
-        )
-    form = _Form(names, file_name)
-    parser = python_multipart.MultipartParser(boundary, form.callbacks())
-    try:
-        parser.write(data)
-        parser.finalize()
-    except FormParserError as error:
-        raise _wrong(str(error)) from None
-    if not form.is_over:
-        raise _wrong("its end is missing")
+    form = _Form(content_type, names, file_name)
+    form.feed(data)
+    form.finish()
     return form.fields, form.file
 
 
-class _Form:
-    """Collects, from what a parser finds, what we read."""
+class FormReader(ABC):
+    """Follows the parts of a multipart form as its bytes come; what is kept of them, others say.
 
-    def __init__(self, names: frozenset[str], file_name: str) -> None:
+    Raises `ApiError` 400 or 415.
+    """
+
+    def __init__(self, content_type: bytes | str, max_parts: int, error_kind: str) -> None:
+        media_type, options = parse_options_header(content_type)
+        boundary = options.get(b"boundary")
+        if media_type != b"multipart/form-data" or not boundary:
+            raise ApiError(
+                415,
+                "Unsupported Media Type: multipart/form-data with a boundary is needed here",
+                kind="Unsupported Media Type",
+            )
         self.fields: dict[str, str] = {}
-        self.file = b""
-        self.is_over = False
-        self._names = names
-        self._file_name = file_name
+        self._error_kind = error_kind
+        self._max_parts = max_parts
         self._num_parts = 0
+        self._is_over = False
         self._header = self._value = b""
-        self._name = ""
-        self._chunks: list[bytes] = []
-
-    def callbacks(self) -> Any:
-        """Return what the parser calls."""
-        return {
+        self._name = ""  # of the part that comes now
+        callbacks: Any = {
             "on_part_begin": self._begin_part,
             "on_part_data": self._add_data,
             "on_part_end": self._end_part,
@@ -64,12 +57,41 @@ class _Form:
             "on_header_end": self._end_header,
             "on_end": self._end,
         }
+        self._parser = python_multipart.MultipartParser(boundary, callbacks)
+
+    def feed(self, data: bytes) -> None:
+        """Read the next bytes."""
+        try:
+            self._parser.write(data)
+        except FormParserError as error:
+            raise self._wrong(str(error)) from None
+
+    def finish(self) -> None:
+        """There are no more bytes."""
+        try:
+            self._parser.finalize()
+        except FormParserError as error:
+            raise self._wrong(str(error)) from None
+        if not self._is_over:
+            raise self._wrong("its end is missing")
+
+    def _name_part(self, name: str, filename: str) -> None:
+        """A part says how it is called."""
+        self._name = name
+
+    @abstractmethod
+    def _add_data(self, data: bytes, start: int, end: int) -> None:
+        """Some of the content of the part that comes now."""
+
+    @abstractmethod
+    def _end_part(self) -> None:
+        """The part has come as a whole."""
 
     def _begin_part(self) -> None:
         self._num_parts += 1
-        if self._num_parts > _MAX_PARTS:
-            raise _wrong(f"it has more than {_MAX_PARTS} parts")
-        self._name, self._chunks = "", []
+        if self._num_parts > self._max_parts:
+            raise self._wrong(f"it has more than {self._max_parts} parts")
+        self._name = ""
 
     def _add_to_header(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
@@ -80,8 +102,31 @@ class _Form:
     def _end_header(self) -> None:
         if self._header.lower() == b"content-disposition":
             _, options = parse_options_header(self._value)
-            self._name = options.get(b"name", b"").decode(errors="replace")
+            name, filename = options.get(b"name", b""), options.get(b"filename", b"")
+            self._name_part(name.decode(errors="replace"), filename.decode(errors="replace"))
         self._header = self._value = b""
+
+    def _end(self) -> None:
+        self._is_over = True
+
+    def _wrong(self, why: str) -> ApiError:
+        message = f"The upload cannot be read: {why}"
+        return ApiError(400, message, kind=self._error_kind, param="body")
+
+
+class _Form(FormReader):
+    """Collects what we read."""
+
+    def __init__(self, content_type: bytes, names: frozenset[str], file_name: str) -> None:
+        super().__init__(content_type, _MAX_PARTS, "Bad Request")
+        self.file = b""
+        self._names = names
+        self._file_name = file_name
+        self._chunks: list[bytes] = []
+
+    def _begin_part(self) -> None:
+        super()._begin_part()
+        self._chunks = []
 
     def _add_data(self, data: bytes, start: int, end: int) -> None:
         if self._name == self._file_name or self._name in self._names:
@@ -93,12 +138,5 @@ class _Form:
             self.file = content
         elif self._name in self._names:
             if len(content) > _MAX_FIELD_BYTES:
-                raise _wrong(f"'{self._name}' is too long")
+                raise self._wrong(f"'{self._name}' is too long")
             self.fields[self._name] = content.decode(errors="replace")
-
-    def _end(self) -> None:
-        self.is_over = True
-
-
-def _wrong(why: str) -> ApiError:
-    return ApiError(400, f"The upload cannot be read: {why}", kind="Bad Request", param="body")

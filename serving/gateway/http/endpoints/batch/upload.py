@@ -4,14 +4,12 @@ import asyncio
 import contextlib
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import python_multipart
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from serving.gateway.http.errors import ApiError
+from serving.gateway.intake.multipart import FormReader
 
 _MAX_FIELD_BYTES = 1024
 _MAX_PARTS = 20
@@ -22,29 +20,17 @@ _WRITE_BYTES = 2**20  # at a time, in a thread
 _DISCARD_FACTOR = 2
 
 
-class Upload:
+class Upload(FormReader):
     """Fields and file of a form, as a parser finds them. Raises `ApiError` 400, 413 or 415."""
 
     def __init__(self, request: Request, max_bytes: int) -> None:
         """`max_bytes` of a file are taken."""
         content_type = request.headers.get("content-type", "")
-        media_type, options = parse_options_header(content_type)
-        boundary = options.get(b"boundary")
-        if media_type != b"multipart/form-data" or not boundary:
-            raise ApiError(
-                415,
-                "Unsupported Media Type: multipart/form-data with a boundary is needed here",
-                kind="Unsupported Media Type",
-            )
-        self.fields: dict[str, str] = {}
+        super().__init__(content_type, _MAX_PARTS, "invalid_request_error")
         self.filename: str | None = None  # None: no file has come
         self._request = request
         self._max_bytes = max_bytes
-        self._parser = python_multipart.MultipartParser(boundary, self._callbacks())
-        self._num_file_bytes = self._num_parts = 0
-        self._is_over = False
-        self._header = self._value = b""
-        self._name = self._part_filename = ""
+        self._num_file_bytes = 0
         self._field = b""
         self._chunks: list[bytes] = []  # of the file, yet to be written
 
@@ -57,18 +43,10 @@ class Upload:
                 num_bytes += len(chunk)
                 if num_bytes > most:
                     raise self._too_large()
-                try:
-                    self._parser.write(chunk)
-                except FormParserError as error:
-                    raise _wrong(str(error)) from None
+                self.feed(chunk)
                 if sum(map(len, self._chunks)) >= _WRITE_BYTES:
                     await asyncio.to_thread(self._write, file)
-            try:
-                self._parser.finalize()
-            except FormParserError as error:
-                raise _wrong(str(error)) from None
-            if not self._is_over:
-                raise _wrong("its end is missing")
+            self.finish()
             if self.filename is None:
                 raise ApiError(400, "'file' is missing", kind="invalid_request_error", param="file")
             if self._num_file_bytes > self._max_bytes:
@@ -91,39 +69,16 @@ class Upload:
 
     # --- what the parser finds ------------------------------------------------------
 
-    def _callbacks(self) -> Any:
-        return {
-            "on_part_begin": self._begin_part,
-            "on_part_data": self._add_data,
-            "on_part_end": self._end_part,
-            "on_header_field": self._add_to_header,
-            "on_header_value": self._add_to_value,
-            "on_header_end": self._end_header,
-            "on_end": self._end,
-        }
-
     def _begin_part(self) -> None:
-        self._num_parts += 1
-        if self._num_parts > _MAX_PARTS:
-            raise _wrong(f"it has more than {_MAX_PARTS} parts")
-        self._name, self._part_filename, self._field = "", "", b""
+        super()._begin_part()
+        self._field = b""
 
-    def _add_to_header(self, data: bytes, start: int, end: int) -> None:
-        self._header += data[start:end]
-
-    def _add_to_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def _end_header(self) -> None:
-        if self._header.lower() == b"content-disposition":
-            _, options = parse_options_header(self._value)
-            self._name = options.get(b"name", b"").decode(errors="replace")
-            self._part_filename = options.get(b"filename", b"").decode(errors="replace")
-            if self._name == "file":
-                if self.filename is not None:
-                    raise _wrong("it has several files")
-                self.filename = os.path.basename(self._part_filename)[:255] or "upload"
-        self._header = self._value = b""
+    def _name_part(self, name: str, filename: str) -> None:
+        super()._name_part(name, filename)
+        if name == "file":
+            if self.filename is not None:
+                raise self._wrong("it has several files")
+            self.filename = os.path.basename(filename)[:255] or "upload"
 
     def _add_data(self, data: bytes, start: int, end: int) -> None:
         if self._name == "file":
@@ -133,14 +88,11 @@ class Upload:
         else:
             self._field += data[start:end]
             if len(self._field) > _MAX_FIELD_BYTES:
-                raise _wrong(f"'{self._name}' is too long")
+                raise self._wrong(f"'{self._name}' is too long")
 
     def _end_part(self) -> None:
         if self._name and self._name != "file":
             self.fields[self._name] = self._field.decode(errors="replace")
-
-    def _end(self) -> None:
-        self._is_over = True
 
 
 async def discard_rest(request: Request, max_bytes: int) -> None:
@@ -156,9 +108,3 @@ async def discard_rest(request: Request, max_bytes: int) -> None:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _wrong(why: str) -> ApiError:
-    return ApiError(
-        400, f"The upload cannot be read: {why}", kind="invalid_request_error", param="body"
-    )
