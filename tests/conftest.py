@@ -7,6 +7,7 @@ The core runs as plain Python unless `HEADWAY_CORE` says otherwise; `test_compil
 `make test` runs files in two processes at a time, so no test may depend on being alone.
 """
 
+import logging
 import os
 from collections.abc import Generator
 from typing import Any
@@ -29,6 +30,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
     Two services beside each other would have half of a core each, and want the same port.
     """
+    if not item.config.pluginmanager.hasplugin("xdist"):
+        return
     group = "services" if _is_large(item) else item.nodeid.partition("::")[0]
     item.add_marker(pytest.mark.xdist_group(group))
 
@@ -47,6 +50,16 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Fail unless xdist, which has added a test's group to its name, keeps to the groups."""
     if _is_worker(session.config) and not all("@" in item.nodeid for item in session.items):
         raise pytest.UsageError("tests of a group run apart: pytest-xdist does not fit this pytest")
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_before() -> Generator[None]:
+    """Undo what a command that ran in this process has set up for its own log."""
+    ours = logging.getLogger("serving")
+    handlers, propagate, level = ours.handlers[:], ours.propagate, ours.level
+    yield
+    ours.handlers[:], ours.propagate = handlers, propagate
+    ours.setLevel(level)
 
 
 @pytest.hookimpl(wrapper=True)

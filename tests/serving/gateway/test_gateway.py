@@ -162,10 +162,8 @@ async def test_the_policy_can_be_switched_while_serving():
             assert "policy" in reply.json()["error"]["message"]
 
 
-async def test_an_old_name_of_a_part_is_taken_with_one_warning(caplog, monkeypatch):
+async def test_an_old_name_of_a_part_is_taken_with_one_warning(caplog):
     renamed._warn_once.cache_clear()
-    # Whatever other tests have left of the loggers.
-    monkeypatch.setattr(logging.getLogger("serving"), "propagate", True)
     caplog.set_level(logging.WARNING, renamed.__name__)
     old = {"policy": "headway", "ablate": ["order", "externality"]}
     async with running() as system:
