@@ -376,7 +376,7 @@ class Router:
             ablate=self._placer.policy.ablated,
             holds=self._placer.holds,
             replicas={replica.id: replica.state(now_s) for replica in self._fleet},
-            held=self._queue.state(),
+            held=self._queue.state(now_s),
             is_overloaded=self._load_shedder.is_overloaded_by_model(now_s),
             num_placed=len(self._attempts),
             prefix_memory=self._placer.prompts.state(),

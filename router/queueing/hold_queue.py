@@ -17,6 +17,7 @@ from router.core.settings import RouterSettings
 from router.queueing.bounds import QueueBounds
 from router.queueing.deadline import edf_key_s, ttft_deadline_s
 from router.queueing.fair_share import FairShare, charged_tokens, owed_tokens
+from router.queueing.held_classes import HeldClassState, held_classes
 from router.queueing.lazy_heap import Key, LazyHeap
 from router.queueing.model_queue import ModelQueue, queue_name
 from router.types import Request, RequestClass, Usage
@@ -31,6 +32,7 @@ class HoldQueueState(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int  # of their prompts
     num_bytes: int  # of their bodies
     num_tokens_by_model: dict[str, int]
+    by_class: dict[str, HeldClassState]  # of which something is held
 
 
 class HoldQueue:
@@ -289,13 +291,14 @@ class HoldQueue:
             expired.append(request)
         return expired
 
-    def state(self) -> HoldQueueState:
-        """Return how full it is."""
+    def state(self, now_s: float) -> HoldQueueState:
+        """Return how full it is, and of what."""
         return HoldQueueState(
             num_requests=len(self._held),
             num_tokens=self.num_tokens,
             num_bytes=self.num_bytes,
             num_tokens_by_model=dict(self.num_tokens_by_model),
+            by_class=held_classes(self._held.values(), self._settings, now_s),
         )
 
     def _update_virtual_times(self, tenant: str) -> None:

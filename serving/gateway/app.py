@@ -42,7 +42,7 @@ from serving.gateway.observe.page.assets import Assets
 from serving.gateway.observe.page.feed import Feed
 from serving.gateway.observe.peers.orders import OrderBook
 from serving.gateway.observe.peers.together import Together
-from serving.gateway.observe.state import GatewayState
+from serving.gateway.observe.state import GatewayState, ScalerState
 from serving.gateway.providers.calls import Providers
 from serving.gateway.providers.leases import Leases, SendUpdate
 from serving.gateway.request_path import RequestPath
@@ -123,6 +123,7 @@ class Gateway:
         if config.batch.dir is not None:
             self.batches = Batches(config, gateway_id, self.request_path, served_names)
         self.background: list[asyncio.Task[None]] = []  # that end with the gateway
+        self.scalers: dict[str, ScalerState] = {}  # by model, told by whoever scales
         self.started_s = int(time.time())  # seconds since the epoch
         self.metrics.export_state(self.state)
         self.together = self._make_together()
@@ -308,6 +309,7 @@ class Gateway:
             hardware=dict(self.driver.engines.hardware),
             files={name: watch.state() for name, watch in self.file_watches.items()},
             drained=sorted(self.driver.engines.drained),
+            scalers=dict(self.scalers),
             **msgspec.structs.asdict(self.router.state(now_s)),
         )
 

@@ -21,6 +21,7 @@ from router.scaling.demand import Demand
 from router.scaling.settings import ScalingSettings
 from serving.cluster.actors.scaling_keeper import Orders, ScalingKeeper
 from serving.gateway.app import Gateway
+from serving.gateway.observe.state import ScalerState
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,12 @@ async def follow_orders(gateway: Gateway, application: str, settings: dict[str, 
             answer = await actor.report.remote(gateway.gateway_id, demand)
             orders = msgspec.msgpack.decode(answer, type=Orders)
             gateway.driver.engines.follow(orders.emptying, orders.ready_in_s)
+            gateway.scalers[""] = ScalerState(
+                wanted=orders.wanted,
+                num_running=orders.num_running,
+                num_emptying=len(orders.emptying),
+                ready_in_s=orders.ready_in_s,
+            )
         except ray.exceptions.RayActorError:
             actor = None  # it has ended: the next report starts another
         except Exception:  # requests are served all the same

@@ -27,9 +27,8 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     """What gateways are told."""
 
     emptying: list[str] = []  # ids of engines that get no new work
-    num_wanted: int = 0  # engines
+    wanted: ScalingState = ScalingState()  # how many, and why
     num_running: int = 0
-    start_s: float = 0.0  # that one takes to start, usually
     ready_in_s: float | None = None  # until the next one should be ready; None: none starts
 
 
@@ -78,9 +77,8 @@ class ScalingKeeper:
         num_ready = len(running) - len(self._emptying)
         self._orders = Orders(
             emptying=list(self._emptying),
-            num_wanted=state.num_wanted,
+            wanted=state,
             num_running=len(running),
-            start_s=self.autoscaler.start_times.usual_s,
         )
         return max(state.num_wanted, num_ready) + len(self._emptying) - num_released
 

@@ -3,12 +3,22 @@
 import msgspec
 
 from router import RouterState
+from router.scaling.autoscaler import ScalingState
 from serving.core_form import Form
 from serving.engine.hardware_watch import HardwareState
 from serving.file_watch import FileWatchState
 from serving.gateway.cache.response_store import ResponseCacheState
 from serving.gateway.http.endpoints.batch.objects import BatchesState
 from serving.gateway.tenants.tenants import TenantsState
+
+
+class ScalerState(msgspec.Struct, frozen=True, kw_only=True):
+    """How many engines there are and should be, as the autoscaler has said last."""
+
+    wanted: ScalingState = ScalingState()  # and why
+    num_running: int = 0
+    num_emptying: int = 0  # of these, those that get nothing new and stop
+    ready_in_s: float | None = None  # until the next one should be; None: none starts
 
 
 class GatewayState(RouterState, frozen=True, kw_only=True):
@@ -29,6 +39,8 @@ class GatewayState(RouterState, frozen=True, kw_only=True):
     hardware: dict[str, HardwareState]  # by engine; one that has not told yet is not there
     files: dict[str, FileWatchState]  # by the setting that names them
     drained: list[str]  # engines that an admin wants to get no new work
+    # By model; by "" where there is one. Empty where nobody scales, and until it has been asked.
+    scalers: dict[str, ScalerState]
 
 
 class ServiceState(GatewayState, frozen=True, kw_only=True, omit_defaults=True):

@@ -14,7 +14,14 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from serving.gateway.http.errors import ApiError
-from serving.gateway.observe.page.latencies import LatencySamples, LatencyView, latency_views
+from serving.gateway.observe.page.latencies import (
+    EngineLatency,
+    EngineSamples,
+    LatencySamples,
+    LatencyView,
+    engine_latencies,
+    latency_views,
+)
 from serving.gateway.observe.peers.merge import merge
 from serving.gateway.observe.recent import RequestWay, newest
 from serving.gateway.observe.state import GatewayState
@@ -30,6 +37,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 
     state: GatewayState
     latencies: list[LatencySamples]
+    engines: dict[str, EngineSamples]
     requests: list[RequestWay]
     took_s: float  # of its core, to make it
 
@@ -54,6 +62,7 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     missing: dict[str, str]  # why others have not, by id
     num_gateways: int  # as configured, or 1
     latencies: list[LatencyView]  # of the last minute, by class
+    engines: dict[str, EngineLatency]  # likewise, by engine
     requests: list[RequestWay]  # the last ones, the newest first
     num_viewers: int
 
@@ -137,6 +146,7 @@ class Feed:
                 missing=missing,
                 num_gateways=self._num_gateways,
                 latencies=latency_views(each for part in parts for each in part.latencies),
+                engines=engine_latencies(part.engines for part in parts),
                 requests=newest([part.requests for part in parts]),
                 num_viewers=self._num_viewers,
             )

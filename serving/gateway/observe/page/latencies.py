@@ -1,4 +1,4 @@
-"""How long did the requests of the last minute take, by class?"""
+"""How long did the requests of the last minute take, by class and by engine?"""
 
 from collections.abc import Iterable
 
@@ -40,6 +40,59 @@ class LatencySamples(msgspec.Struct, frozen=True, kw_only=True):
     tpot_s: list[float]
     predicted_ttft_s: list[float]
     answered_in_s: list[float]
+
+
+class EngineSamples(msgspec.Struct, frozen=True, kw_only=True):
+    """First tokens of one engine to one gateway: seconds from when it was sent the requests."""
+
+    predicted_ttft_s: list[float]
+    answered_in_s: list[float]
+
+
+class EngineLatency(msgspec.Struct, frozen=True, kw_only=True):
+    """The same of all gateways' streams, summed up."""
+
+    num_streams: int
+    predicted_ttft_s: Quantiles
+    answered_in_s: Quantiles
+
+
+def engine_samples(
+    over: Iterable[tuple[Request, Journey, Usage | None]], now_s: float
+) -> dict[str, EngineSamples]:
+    """Return the samples of each engine, or provider, that gave a first token in the window."""
+    engines: dict[str, EngineSamples] = {}
+    for _, journey, _ in over:
+        if journey.over_s < now_s - WINDOW_S or not journey.predicted_ttft_s:
+            continue
+        if (took_s := journey.answered_in_s) is not None:
+            if (samples := engines.get(journey.answered_by)) is None:
+                samples = EngineSamples(predicted_ttft_s=[], answered_in_s=[])
+                engines[journey.answered_by] = samples
+            samples.predicted_ttft_s.append(journey.predicted_ttft_s)
+            samples.answered_in_s.append(took_s)
+    return engines
+
+
+def engine_latencies(gateways: Iterable[dict[str, EngineSamples]]) -> dict[str, EngineLatency]:
+    """Return the latencies of each engine, by its id, of the samples of all gateways."""
+    engines: dict[str, list[EngineSamples]] = {}
+    for each in gateways:
+        for engine, samples in each.items():
+            engines.setdefault(engine, []).append(samples)
+    return {engine: _engine(samples) for engine, samples in engines.items()}
+
+
+def _engine(samples: list[EngineSamples]) -> EngineLatency:
+    predicted = _quantiles([value for each in samples for value in each.predicted_ttft_s])
+    answered = _quantiles([value for each in samples for value in each.answered_in_s])
+    assert predicted is not None
+    assert answered is not None  # no samples are made without one
+    return EngineLatency(
+        num_streams=sum(len(each.answered_in_s) for each in samples),
+        predicted_ttft_s=predicted,
+        answered_in_s=answered,
+    )
 
 
 def latency_samples(

@@ -19,6 +19,7 @@ from router.fleet.ledger import LedgerState
 from router.fleet.prompt_blocks import PrefixMemoryState
 from router.fleet.replica import ReplicaState
 from router.providers.provider import KeyState, ProviderState
+from router.queueing.held_classes import HeldClassState
 from router.resilience.breaker import BreakerEvent, BreakerState, BreakerView
 from router.resilience.retry_budget import RetryBudgetState
 from router.resilience.suspects import SuspectsState
@@ -90,6 +91,10 @@ def _most(values: Sequence[Any]) -> Any:
     return max(values)
 
 
+def _least(values: Sequence[float | None]) -> float | None:
+    return min((each for each in values if each is not None), default=None)
+
+
 def _first_by_key(values: Sequence[dict]) -> dict:
     return _by_key(values, _first)
 
@@ -157,6 +162,9 @@ _RULES: dict[tuple[type, str], _Rule] = {
     (RouterState, "breaker_events"): _last_events,
     (GatewayState, "hardware"): _first_by_key,  # of the engine, whoever tells
     (GatewayState, "drained"): _all_items,
+    (GatewayState, "scalers"): _first_by_key,  # all are told the same
+    (HeldClassState, "oldest_s"): _most,
+    (HeldClassState, "due_in_s"): _least,
     (LengthsState, "recent"): _last_items,
     (PrefixMemoryState, "max_blocks"): _sum,
     (PrefixMemoryState, "max_bytes"): _sum,

@@ -9,7 +9,7 @@ import msgspec
 
 from serving.file_watch import FileWatchState
 from serving.gateway.observe.page.feed import Part
-from serving.gateway.observe.page.latencies import latency_samples
+from serving.gateway.observe.page.latencies import engine_samples, latency_samples
 from serving.gateway.observe.peers.link import PeerLink
 from serving.gateway.observe.peers.merge import merge, merge_by_key
 from serving.gateway.observe.peers.orders import OrderBook, Orders
@@ -147,10 +147,14 @@ class Together:
         """Return what this gateway puts into a frame of the live page."""
         began_s = time.thread_time()
         state = self.own_state()
-        latencies = latency_samples(self._recent.ended(), time.monotonic())
+        now_s = time.monotonic()
+        latencies = latency_samples(self._recent.ended(), now_s)
+        engines = engine_samples(self._recent.ended(), now_s)
         requests = self.own_requests()
         took_s = time.thread_time() - began_s
-        return Part(state=state, latencies=latencies, requests=requests, took_s=took_s)
+        return Part(
+            state=state, latencies=latencies, engines=engines, requests=requests, took_s=took_s
+        )
 
     async def own_parts(self) -> tuple[list[Part], dict[str, str]]:
         """Return what this gateway alone puts into a frame."""
