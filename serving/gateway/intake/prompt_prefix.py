@@ -9,7 +9,7 @@ gateway only. Prompts of different models or salts share nothing in an engine.
 import msgspec
 
 from router.types import PREFIX_BLOCK_TOKENS
-from serving.gateway.intake.tokens_per_byte import PRIOR_TOKENS_PER_BYTE
+from serving.gateway.intake.length.tokens_per_byte import PRIOR_TOKENS_PER_BYTE
 
 BLOCK_BYTES = round(PREFIX_BLOCK_TOKENS / PRIOR_TOKENS_PER_BYTE)
 # Longer text than the longest context is refused by vLLM, and need not be hashed. Eight bytes a

@@ -13,12 +13,12 @@ from serving.gateway.http.errors import ApiError
 from serving.gateway.intake.bounds import check_logprobs, check_numbers
 from serving.gateway.intake.fields import Fields
 from serving.gateway.intake.json_body import ENDPOINTS, JsonBody, read_body
+from serving.gateway.intake.length.tokens_per_byte import TokensPerByte
 from serving.gateway.intake.length.wording import NO_WORDING, read_wording
 from serving.gateway.intake.prompt_prefix import PromptPrefix, prompt_prefix
 from serving.gateway.intake.prompt_size import PromptSize, measure_prompt
 from serving.gateway.intake.request_headers import RequestHeaders
 from serving.gateway.intake.served_models import ServedModels
-from serving.gateway.intake.tokens_per_byte import TokensPerByte
 from serving.gateway.tenants.tenants import Tenant
 
 # vLLM serves lower numbers first, however long higher ones have to wait. Here each is due so much

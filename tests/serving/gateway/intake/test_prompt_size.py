@@ -6,8 +6,8 @@ import time
 import msgspec
 import pytest
 
+from serving.gateway.intake.length.tokens_per_byte import TokensPerByte
 from serving.gateway.intake.prompt_size import measure_prompt
-from serving.gateway.intake.tokens_per_byte import TokensPerByte
 from tests.serving.gateway.intake.asking import (
     CHAT,
     COMPLETIONS,
