@@ -29,7 +29,7 @@ from serving.cluster.ray_session import (
     private_environment,
     private_session,
 )
-from serving.cluster.run_folder import run_folder
+from serving.cluster.run.run_folder import run_folder
 from serving.config import Config
 from serving.gateway.http.endpoint import (
     StartError,

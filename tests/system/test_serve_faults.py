@@ -159,7 +159,7 @@ async def test_a_killed_gateway_takes_only_its_own_clients_with_it_and_sigterm_t
 DEPLOY = """
 import os, sys
 from serving.cluster.ray_session import private_environment, private_session
-from serving.cluster.run_folder import run_folder
+from serving.cluster.run.run_folder import run_folder
 
 port = int(sys.argv[1])
 with run_folder() as folder:

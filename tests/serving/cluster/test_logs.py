@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from serving.cluster.logs import keep_logs, logs_of, place_for_logs, use_log_level
-from serving.cluster.run_folder import run_folder
+from serving.cluster.run.run_folder import run_folder
 from serving.config import ConfigError, LogConfig
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from serving.cluster.processes import end_run
-from serving.cluster.supervisor import Supervisor, remove_folder
+from serving.cluster.run.supervisor import Supervisor, remove_folder
 
 _PREFIX = "headway-"
 _OWNER_FILE = "owner"  # holds pid and start time of the launcher

@@ -35,7 +35,7 @@ class Supervisor:
         path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
         # Its standard input ends when we do, its standard output when it does.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "serving.cluster.supervisor", str(self._folder)],
+            [sys.executable, "-m", "serving.cluster.run.supervisor", str(self._folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

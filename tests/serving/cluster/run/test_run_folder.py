@@ -12,13 +12,13 @@ import psutil
 import pytest
 
 from serving.cluster.processes import has_ended
-from serving.cluster.run_folder import run_folder
+from serving.cluster.run.run_folder import run_folder
 
 # As `launch`: the mark is set once there is a folder, and processes inherit it.
 LAUNCHER = """
 import os, subprocess, sys
 from serving.cluster.processes import RUN_VARIABLE
-from serving.cluster.run_folder import run_folder
+from serving.cluster.run.run_folder import run_folder
 
 with run_folder() as folder:
     os.environ[RUN_VARIABLE] = str(folder)
