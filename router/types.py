@@ -144,7 +144,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int = 0  # tokens; 0 = unknown
     aliases: tuple[str, ...] = ()  # further names of the model, LoRA adapters among them
     root: str = ""  # where the model was loaded from: Hugging Face id or folder
-    adapters: dict[str, str] = {}  # of LoRA: where each was loaded from, by name
+    adapters: dict[str, str] = {}  # of LoRA: where each is loaded from, by name; may change
+    max_loras: int = 0  # adapters that one step can use; 0: none
     routes: tuple[str, ...] = ()  # what its API answers, as "POST /v1/messages"; empty: unknown
     device: str = ""  # hardware, in words
     engine: str = ""  # engine and version; says "simulated" where it is
@@ -153,6 +154,21 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     # Somebody else's server: its state is looked at now and then, not pushed after each step, and
     # only others like it can go on with a reply that it has begun.
     is_external: bool = False
+
+    def with_adapters(self, paths: dict[str, str]) -> "EngineInfo":
+        """Return the description of the same engine, with these adapters and no others."""
+        names = [name for name in self.aliases if name not in self.adapters]
+        return msgspec.structs.replace(self, aliases=(*names, *paths), adapters=paths)
+
+
+class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
+    """Which LoRA adapters an engine has at hand, and which it is using. By their names."""
+
+    resident: list[str] = []  # where steps can use them, at most `max_loras`
+    cached: list[str] = []  # in its memory beside: no file is read for these
+    num_requests: dict[str, int] = {}  # that it has for each, running or waiting
+    load_s: dict[str, float] = {}  # what loading each took last, from its files; others unknown
+    swap_s: float = 0.0  # what it took last to make a cached one resident; 0: unknown
 
 
 class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -186,6 +202,10 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions_total: int = 0
     num_output_tokens_total: int = 0
     num_steps_total: int = 0
+    # Of LoRA, and only if it has changed since the snapshot before; None: it has not. The second
+    # is where each adapter that is served is loaded from, by name.
+    adapters: AdapterState | None = None
+    adapter_paths: dict[str, str] | None = None
 
 
 class BlockUpdate(msgspec.Struct, frozen=True, kw_only=True):

@@ -168,9 +168,8 @@ class Failures:
 
     def _is_late(self, attempt: Attempt, now_s: float) -> bool:
         """Whether a request came when the step had begun that never ended."""
-        at_work_s = attempt.replica.at_work_s(now_s)
-        is_hung = now_s - at_work_s > self._settings.hang_s
-        return is_hung and attempt.placed_s > at_work_s + _REPORT_S
+        waited_s, _ = attempt.replica.step_wait_s(now_s)  # since it last got on
+        return waited_s > self._settings.hang_s and attempt.placed_s > now_s - waited_s + _REPORT_S
 
     def _judge_loss(self, attempt: Attempt, num_output_tokens: int, now_s: float) -> None:
         """Suspect a request of the loss of its engine, or refuse it, if it may be why.

@@ -34,7 +34,7 @@ from router.core.settings import RouterSettings
 from router.core.state import RetriesState, RouterState
 from router.estimators.lengths.forecast import Lengths
 from router.fleet.fleet import Fleet
-from router.fleet.health import Health
+from router.fleet.health import Health, was_step_slow
 from router.fleet.replica import Replica
 from router.providers.calls import ProviderCalls
 from router.providers.spillover import Spillover
@@ -273,7 +273,7 @@ class Router:
         replica = self._fleet.get(replica_id)
         if replica is None:
             return []
-        was_slow = replica.was_step_slow(snapshot, self.settings.breaker)
+        was_slow = was_step_slow(replica, snapshot, self.settings.breaker)
         if not replica.receive(snapshot, now_s):
             return []
         self._fleet.refresh(replica)

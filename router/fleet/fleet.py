@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+from router.estimators.adapter_load import AdapterLoads
 from router.estimators.request_overhead import RequestOverhead
 from router.estimators.step_time import StepModel
 from router.fleet.admission import ANY, SHORT_ONLY, UNAVAILABLE, Admission, admission
@@ -17,12 +18,14 @@ class _Pool:
     __slots__ = (
         "accepting",
         "accepting_short_only",
+        "names",
         "num_pending_tokens",
         "tokens_per_s",
         "working",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, names: frozenset[str]) -> None:
+        self.names = names
         # All that may be sent work; of these, those that should be sent any now; and those that
         # should be sent what is short for them.
         self.working = Workforce()
@@ -102,10 +105,12 @@ class Fleet:
 
     An engine that has run few steps yet is judged by what others of its kind have learned:
     by a guess that is far too slow it would never be sent a request. The overhead of requests
-    outside of steps is learned from all engines of a kind together.
+    outside of steps, and what loading an adapter takes, are learned from all engines of a kind
+    together.
     """
 
     __slots__ = (
+        "_adapter_loads",
         "_cold",
         "_filed",
         "_overheads",
@@ -123,6 +128,7 @@ class Fleet:
         # The step model shared last, and from how many steps it had learned then.
         self._shared_models: dict[Kind, tuple[StepModel, int]] = {}
         self._overheads: dict[Kind, RequestOverhead] = {}
+        self._adapter_loads: dict[Kind, AdapterLoads] = {}
         self._cold: dict[Kind, dict[str, Replica]] = {}  # have run few steps yet, by id
 
     def __len__(self) -> int:
@@ -139,11 +145,8 @@ class Fleet:
 
     def add(self, replica: Replica) -> None:
         """Add a replica whose id is new."""
-        pool = self._pools.get(replica.names)
-        if pool is None:
-            pool = self._pools[replica.names] = _Pool()
-            for name in replica.names:
-                self._pools_by_name.setdefault(name, []).append(pool)
+        pool = self._pool(replica.names)
+        replica.names = pool.names  # the very same, to see at a glance that it has not changed
         self._filed[replica.id] = _Filed(replica, pool)
         self._cold.setdefault(replica.kind, {})[replica.id] = replica
         if (shared := self._shared_models.get(replica.kind)) is not None:
@@ -151,7 +154,37 @@ class Fleet:
         replica.request_overhead = self._overheads.setdefault(
             replica.kind, replica.request_overhead
         )
+        if (adapters := replica.adapters) is not None:
+            adapters.loads = self._adapter_loads.setdefault(replica.kind, adapters.loads)
         self.refresh(replica)
+
+    def _pool(self, names: frozenset[str]) -> _Pool:
+        """Return the pool of those that serve these names, a new one if there is none."""
+        pool = self._pools.get(names)
+        if pool is None:
+            pool = self._pools[names] = _Pool(names)
+            for name in names:
+                self._pools_by_name.setdefault(name, []).append(pool)
+        return pool
+
+    def _rename(self, filed: "_Filed") -> None:
+        """Have a replica among those that serve what it serves now; forget what nobody does."""
+        before = filed.pool
+        if filed.replica.names == before.names:
+            filed.replica.names = before.names
+            return
+        before.file(filed, UNAVAILABLE)
+        filed.pool = self._pool(filed.replica.names)
+        filed.replica.names = filed.pool.names
+        if any(other.pool is before for other in self._filed.values()):
+            return
+        del self._pools[before.names]
+        for name in before.names:
+            left = [pool for pool in self._pools_by_name[name] if pool is not before]
+            if left:
+                self._pools_by_name[name] = left
+            else:
+                del self._pools_by_name[name]
 
     def remove(self, replica_id: str) -> Replica | None:
         """Remove a replica and return it; None if there is none. Its names stay known."""
@@ -196,6 +229,8 @@ class Fleet:
         """File a replica by its present state; one that was removed changes nothing."""
         filed = self._filed.get(replica.id)
         if filed is not None and filed.replica is replica:
+            if filed.pool.names is not replica.names:
+                self._rename(filed)  # rare: its adapters have changed
             filed.pool.file(filed, admission(replica))
 
     def knows(self, model: str) -> bool:

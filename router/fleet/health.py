@@ -15,7 +15,8 @@ from router.fleet.admission import accepts_work
 from router.fleet.fleet import Fleet
 from router.fleet.replica import Replica
 from router.resilience.breaker import Breaker, BreakerLog, BreakerState, TripReason
-from router.types import EngineInfo, Evacuate
+from router.resilience.settings import BreakerSettings
+from router.types import EngineInfo, EngineSnapshot, Evacuate
 
 # Between two checks of all engines: finer than any setting that they are checked against.
 _CHECK_PERIOD_S = 0.25
@@ -128,7 +129,20 @@ class Health:
         ):
             return TripReason.STALE
         waited_s, predicted_s = replica.step_wait_s(now_s)
+        if replica.adapters is not None:
+            predicted_s += replica.adapters.loading_s()
         hang_s = settings.hang_s * (_EXTERNAL_PATIENCE if replica.info.is_external else 1.0)
         if waited_s > max(hang_s, _HANG_STEPS * predicted_s):
             return TripReason.HUNG
         return None
+
+
+def was_step_slow(replica: Replica, snapshot: EngineSnapshot, settings: BreakerSettings) -> bool:
+    """Whether a snapshot not yet received reports a step far longer than predicted."""
+    if snapshot.step_s <= settings.slow_floor_s:
+        return False
+    predicted_s = replica.predictor.step_s(
+        snapshot.step_num_prefill_tokens, snapshot.step_num_decode_reqs
+    )
+    is_new = snapshot.num_steps_total != replica.snapshot.num_steps_total
+    return is_new and settings.is_slow(snapshot.step_s, predicted_s)

@@ -5,6 +5,7 @@ import random
 
 import msgspec
 
+from router.estimators.adapter_load import Adapters
 from router.estimators.prefill_rate import PrefillRate
 from router.estimators.request_overhead import RequestOverhead
 from router.estimators.step_time import LATE_SHARE, StepModel, StepModelState
@@ -14,7 +15,7 @@ from router.fleet.step_budget import step_prefill_tokens
 from router.fleet.vital_signs import VitalSigns
 from router.resilience.breaker import Breaker, BreakerView
 from router.resilience.settings import BreakerSettings
-from router.types import EngineInfo, EngineSnapshot, Request
+from router.types import AdapterState, EngineInfo, EngineSnapshot, Request
 
 Kind = tuple[str, str, int]  # model, device, tokens in one step
 
@@ -37,6 +38,7 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
     path_s: float  # usual time of a request outside of steps
     prefill_tokens_per_s: float  # in full steps
     ttft_s: float  # predicted for the shortest prompt
+    adapters: AdapterState | None = None  # of LoRA; None where it takes none
 
 
 class Life(msgspec.Struct, eq=False, weakref=True):
@@ -62,6 +64,7 @@ class Replica:
         "_step_end_s",
         "_step_start_s",
         "_waiting_keys_s",
+        "adapters",
         "breaker",
         "chunk_overhead_s",
         "chunk_tokens",
@@ -113,6 +116,7 @@ class Replica:
         self._prefill_rate = PrefillRate()
         self.request_overhead = RequestOverhead()  # `Fleet` shares it by kind
         self.prefix_cache = PrefixCache()
+        self.adapters = Adapters(info.max_loras, info.adapters) if info.max_loras else None
         # EDF keys of the prompts sent here that one step cannot take and that are not prefilled
         # yet, by request id.
         self.long_edf_keys_s: dict[str, float] = {}
@@ -244,20 +248,6 @@ class Replica:
         waited_s = now_s - max(self._step_start_s, self.vital_signs.progress_s)
         return waited_s, self._step_end_s - self._step_start_s
 
-    def at_work_s(self, now_s: float) -> float:
-        """Return when it last got on: now, or when the step began that it has not ended."""
-        return now_s - self.step_wait_s(now_s)[0]
-
-    def was_step_slow(self, snapshot: EngineSnapshot, settings: BreakerSettings) -> bool:
-        """Whether a snapshot not yet received reports a step far longer than predicted."""
-        if snapshot.step_s <= settings.slow_floor_s:
-            return False
-        predicted_s = self.predictor.step_s(
-            snapshot.step_num_prefill_tokens, snapshot.step_num_decode_reqs
-        )
-        is_new = snapshot.num_steps_total != self.snapshot.num_steps_total
-        return is_new and settings.is_slow(snapshot.step_s, predicted_s)
-
     def receive(self, snapshot: EngineSnapshot, now_s: float) -> bool:
         """Install a newer snapshot. Return False if it was stale."""
         if snapshot.seq <= self.snapshot.seq:
@@ -272,6 +262,13 @@ class Replica:
         self.ledger.acknowledge(snapshot.last_booking)
         self.predictor.learn(snapshot)
         self._prefill_rate.record_total(snapshot.num_prefill_tokens_total, now_s)
+        if (paths := snapshot.adapter_paths) is not None:
+            self.info = self.info.with_adapters(paths)
+            self.names = frozenset((self.info.model, *self.info.aliases))
+            if self.adapters is not None:
+                self.adapters.use_paths(paths)
+        if snapshot.adapters is not None and self.adapters is not None:
+            self.adapters.learn(snapshot.adapters)
         self._derive_rates()
         return True
 
@@ -333,6 +330,7 @@ class Replica:
             path_s=self.request_overhead.usual_s,
             prefill_tokens_per_s=self.prefill_tokens_per_s,
             ttft_s=self.ttft_s(1, now_s),
+            adapters=self.adapters.state() if self.adapters is not None else None,
         )
 
     def _derive_rates(self) -> None:

@@ -143,6 +143,8 @@ class Attempts:
             del self._by_request[request.id]
         replica.breaker.release_permit(attempt.permit)  # if it had no verdict yet
         replica.release(request.id)
+        if replica.adapters is not None:
+            replica.adapters.release(request.model)
         if attempt.expects_prompt:
             replica.prefix_cache.confirm_prompt(request)
         if attempt.uses_prefix:

@@ -96,6 +96,8 @@ class Placer:
             replicas = self._with_room(request, need_tokens)
             if is_long and request.block_ends and request.block_ends[-1] >= self._worth_tokens:
                 replicas = self._beside_holders(request, replicas, need_tokens, now_s)
+            elif replicas and request.model != replicas[0].info.model:
+                replicas = self._beside_loaded(request, replicas, need_tokens)
         else:
             replicas = self._fleet.working(request.model)
         if request.only_at:
@@ -132,6 +134,10 @@ class Placer:
         overhead_s = replica.request_overhead.usual_s
         predicted_ttft_s = replica.ttft_s(num_new_tokens, now_s, request.edf_key_s) + overhead_s
         predicted_tpot_s = replica.tpot_s(request.num_sequences)
+        if (adapters := replica.adapters) is not None:
+            answer_s = request.num_expected_output_tokens * predicted_tpot_s
+            predicted_ttft_s += adapters.delay_s(request.model, answer_s)
+            adapters.book(request.model)
         uses_prefix = False
         if self.policy.wants_blocks:
             uses_prefix = request.num_prompt_tokens >= self._worth_tokens
@@ -331,6 +337,28 @@ class Placer:
         if holders and self._reservations:
             holders = self._reservations.available_to(request, holders)
         return [*replicas, *holders] if holders else replicas
+
+    def _beside_loaded(
+        self, request: Request, replicas: list[Replica], need_tokens: int
+    ) -> list[Replica]:
+        """Return these engines, and those with KV room that have the request's adapter at hand.
+
+        If these would all have to load it. It may be sooner to wait inside an engine that has
+        enough to prefill than to load it elsewhere, where everybody waits: the policy compares.
+        """
+        for replica in replicas:
+            if replica.adapters is None or not replica.adapters.load_s(request.model):
+                return replicas
+        loaded = [
+            each
+            for each in self._fleet.working(request.model)
+            if each.room_tokens >= need_tokens
+            and each.adapters is not None
+            and each.adapters.has_at_hand(request.model)
+        ]
+        if loaded and self._reservations:
+            loaded = self._reservations.available_to(request, loaded)
+        return [*replicas, *loaded] if loaded else replicas
 
     def _meeting_tpot_target(self, request: Request, replicas: list[Replica]) -> list[Replica]:
         """Return those that can take the request at its model's TPOT target; all if none can."""

@@ -33,7 +33,8 @@ class Headway(Policy):
     sum over all requests small and not just each one's own wait (marginal cost pricing,
     Pigou 1920). A prefix that an engine holds makes the request cheap there. When that
     engine is busy, another becomes cheaper, prefills the prefix anew and holds it, too,
-    from then on. So hot prefixes spread and conversations stay, without a threshold.
+    from then on. So hot prefixes spread and conversations stay, without a threshold. So do LoRA
+    adapters: what loading one takes is seconds like any others.
 
     Without the part `congestion_cost` only the request's own wait counts; without `prefix`
     no prompt is known to be cached.
@@ -44,7 +45,8 @@ class Headway(Policy):
 
     def __init__(self, rng: random.Random, ablated: Collection[str] = ()) -> None:
         super().__init__(rng, ablated)
-        self._costs_s = own_costs_s if "congestion_cost" in self.ablated else costs_s
+        self._counts_others = "congestion_cost" not in self.ablated
+        self._costs_s = costs_s if self._counts_others else own_costs_s
         self.wants_prefix = self.wants_blocks = "prefix" not in self.ablated
 
     def choose(
@@ -65,6 +67,8 @@ class Headway(Policy):
         """Return a replica of the lowest cost of these, all of which are compared."""
         num_new = num_new_tokens(request, replicas)
         costs = self._costs_s(request, replicas, num_new, load, now_s)
+        if request.model != replicas[0].info.model:  # an alias, or an adapter
+            costs = adapter_costs_s(request, replicas, costs, counts_others=self._counts_others)
         lowest_s = min(costs)
         limit_s = lowest_s * _TIE
         equals = [replicas[index] for index, cost in enumerate(costs) if cost <= limit_s]
@@ -189,6 +193,38 @@ def costs_s(
         all_others_s.append(others_s)
     alike_s = min(all_others_s)
     return [own_s[index] + others_s - alike_s for index, others_s in enumerate(all_others_s)]
+
+
+def adapter_costs_s(
+    request: Request, replicas: list[Replica], costs: list[float], *, counts_others: bool
+) -> list[float]:
+    """Return these costs with what the request's LoRA adapter adds to each, seconds.
+
+    Where it is not at hand it is loaded, which all there wait for, and the adapter that makes room
+    is to be loaded again. Where as many others are in use as can be, it waits for one of them.
+    An engine that has it is taken before others that seem less than `_CACHED_TIE` better: for them
+    the cost is then inf.
+    """
+    name = request.model
+    total_s: list[float] = []
+    at_hand: list[int] = []
+    for index, replica in enumerate(replicas):
+        cost_s, adapters = costs[index], replica.adapters
+        if adapters is not None and name in adapters.paths:
+            answer_s = request.num_expected_output_tokens * replica.tpot_s(1)
+            cost_s += adapters.delay_s(name, answer_s)
+            if counts_others and (load_s := adapters.load_s(name)) > 0.0:
+                cost_s += load_s * (replica.num_sequences + adapters.evicts(name))
+            if adapters.has_at_hand(name):
+                at_hand.append(index)
+        total_s.append(cost_s)
+    if at_hand and len(at_hand) < len(replicas):
+        limit_s = min(total_s) * _CACHED_TIE
+        if min([total_s[index] for index in at_hand]) <= limit_s:
+            return [
+                cost_s if index in at_hand else math.inf for index, cost_s in enumerate(total_s)
+            ]
+    return total_s
 
 
 def own_costs_s(

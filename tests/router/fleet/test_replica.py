@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.fleet.health import was_step_slow
 from router.fleet.ledger import peak_growth_tokens
 from router.fleet.replica import Replica
 from router.resilience.settings import BreakerSettings
@@ -117,9 +118,9 @@ def test_progress_is_a_step_while_there_is_work():
 def test_a_slow_step_is_one_far_beyond_what_it_should_have_taken():
     settings = BreakerSettings(slow_factor=5.0, slow_floor_s=0.1)
     replica = known(make_replica())
-    assert not replica.was_step_slow(stepped(1, 5.0, prefill=100), settings)  # 1.1 s expected
-    assert replica.was_step_slow(stepped(1, 6.0, prefill=100), settings)
-    assert not replica.was_step_slow(snapshot(1), settings)
+    assert not was_step_slow(replica, stepped(1, 5.0, prefill=100), settings)  # 1.1 s expected
+    assert was_step_slow(replica, stepped(1, 6.0, prefill=100), settings)
+    assert not was_step_slow(replica, snapshot(1), settings)
 
 
 def test_tpot_is_a_step_of_all_that_decode():
