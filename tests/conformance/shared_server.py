@@ -4,13 +4,17 @@ Loaded by name from this folder, as `tests` is vLLM's own package there.
 """
 
 import importlib.util
+import inspect
 import os
+import re
 import sys
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+
+_USES_A_SERVER = re.compile(r"(?!mock).*(server|client)")
 
 
 def _stand_in_for_tblib() -> None:
@@ -26,8 +30,11 @@ if importlib.util.find_spec("tblib") is None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have the class that starts servers start none."""
+    """Have the class that starts servers start none, and nothing be downloaded."""
     import tests.utils as utils
+    import vllm.tokenizers
+    import vllm.transformers_utils.repo_utils as repositories
+    from transformers import AutoConfig, AutoTokenizer
 
     class SharedServer(utils.RemoteOpenAIServer):  # type: ignore[misc, name-defined]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -40,11 +47,33 @@ def pytest_configure(config: pytest.Config) -> None:
             pass
 
     utils.RemoteOpenAIServer = SharedServer  # type: ignore[attr-defined]
+    # All names are names of the one model that is served: its tokenizer is that of all of them.
+    vllm.tokenizers.get_tokenizer = _of_the_model(vllm.tokenizers.get_tokenizer)
+    AutoTokenizer.from_pretrained = _of_the_model(AutoTokenizer.from_pretrained)
+    AutoConfig.from_pretrained = _of_the_model(AutoConfig.from_pretrained)
+    # Adapters are further names of that model, whose files nobody reads.
+    model = os.environ["CONFORMANCE_MODEL"]
+    repositories.hf_api = lambda: SimpleNamespace(snapshot_download=lambda **_: model)
 
 
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Have tests load the tokenizer of the model that is served, not that of their own."""
-    for item in items:
-        module = getattr(item, "module", None)
-        if isinstance(getattr(module, "MODEL_NAME", None), str):
-            module.MODEL_NAME = os.environ["CONFORMANCE_MODEL"]
+def _of_the_model(load: Callable[..., Any]) -> Callable[..., Any]:
+    def load_it(*_: Any, **kwargs: Any) -> Any:
+        kwargs.pop("tokenizer_name", None)
+        return load(os.environ["CONFORMANCE_MODEL"], **kwargs)
+
+    return load_it
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what talks to no server: it says nothing about the one that runs."""
+    talks = {item: _talks_to_a_server(item) for item in items}
+    config.hook.pytest_deselected(items=[item for item in items if not talks[item]])
+    items[:] = [item for item in items if talks[item]]
+
+
+def _talks_to_a_server(item: pytest.Item) -> bool:
+    fixtures: Sequence[str] = getattr(item, "fixturenames", ())
+    if any(_USES_A_SERVER.match(name) for name in fixtures):
+        return True
+    function = getattr(item, "function", None)
+    return function is not None and "RemoteOpenAIServer" in inspect.getsource(function)

@@ -1,0 +1,86 @@
+"""Do the clients that people have get what they ask a running service for?
+
+    python -m tests.conformance.clients URL [CLIENT ...] [--model NAME]
+
+Runs the scripts beside this file, each with the version of its client that it names, in an
+environment of its own that uv makes and keeps: they do not fit together in one. Prints a line for
+each, and ends with 1 if one failed. The service has to serve a chat model, with
+`enable_auto_tool_choice` and a `tool_call_parser` (any, as what they ask for has to be called):
+
+    headway serve --enable-auto-tool-choice --tool-call-parser hermes
+
+It is no test itself: it needs a service, and packages that are no part of `make install`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+_SCRIPTS = {path.stem: path for path in sorted(_HERE.glob("[!_]*.py"))}
+_IN_OURS = "vllm_bench"  # of what is installed here
+_TIMEOUT_S = 600.0  # of one, with what it has to install
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    url = options.url.rstrip("/").removesuffix("/v1")
+    model = options.model or _first_model(url)
+    failed = []
+    for name in options.clients or _SCRIPTS:
+        start_s = time.monotonic()
+        done, said = _run(name, url, model)
+        verdict = "ok" if done else "FAILED"
+        print(f"{name}: {verdict} in {time.monotonic() - start_s:.0f} s: {said}", flush=True)
+        failed += [] if done else [name]
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("url", help="where the service answers, as http://127.0.0.1:8000")
+    parser.add_argument(
+        "clients",
+        nargs="*",
+        choices=[[], *_SCRIPTS],
+        metavar="CLIENT",
+        help=f"of {', '.join(_SCRIPTS)}; default: all",
+    )
+    parser.add_argument("--model", help="default: the first that the service names")
+    return parser
+
+
+def _first_model(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as reply:
+        return json.load(reply)["data"][0]["id"]
+
+
+def _run(name: str, url: str, model: str) -> tuple[bool, str]:
+    """Return whether all was as it should be, and what was done or what was not."""
+    bin_ = Path(sys.executable).parent
+    how = (
+        [sys.executable]
+        if name == _IN_OURS
+        else [str(bin_ / "uv"), "run", "--quiet", "--python", sys.executable, "--script"]
+    )
+    try:
+        ended = subprocess.run(
+            [*how, str(_SCRIPTS[name]), url, model],
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"not done within {_TIMEOUT_S:.0f} s"
+    if ended.returncode == 0:
+        return True, "; ".join(ended.stdout.split("\n")).strip("; ")
+    return False, "\n".join(f"{ended.stdout}\n{ended.stderr}".strip().splitlines()[-15:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+# /// script
+# dependencies = ["langchain-openai==1.7.4"]
+# ///
+"""LangChain's client, as its agents use it."""
+
+import asyncio
+import sys
+from importlib.metadata import version
+from typing import Literal
+
+from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+from langchain_core.tools import tool
+from langchain_openai import ChatOpenAI
+from pydantic import BaseModel
+
+QUESTION = "What is the capital of France?"
+
+
+class Capital(BaseModel):
+    """The capital of a country."""
+
+    city: Literal["Paris", "Rome"]
+
+
+@tool
+def weather(city: Literal["Paris", "Rome"]) -> str:
+    """Tell the weather of a city."""
+    return f"It rains in {city}."
+
+
+def main(url: str, model: str) -> None:
+    print(f"langchain-openai {version('langchain-openai')}")
+    asked = {"base_url": f"{url}/v1", "api_key": "none", "model": model, "max_retries": 0}
+    chat = ChatOpenAI(**asked, temperature=0, max_tokens=32)
+    whole = chat.invoke(QUESTION)
+    assert whole.usage_metadata is not None
+    assert whole.usage_metadata["output_tokens"] > 0, whole
+    assert "".join(str(chunk.content) for chunk in chat.stream(QUESTION)) == whole.content
+    print("chat, whole and streamed")
+
+    async def ask() -> list[str]:
+        replies = await chat.abatch([QUESTION] * 4)
+        parts = [chunk.content async for chunk in chat.astream(QUESTION)]
+        return [*(reply.text for reply in replies), "".join(map(str, parts))]
+
+    assert asyncio.run(ask()) == [whole.content] * 5
+    print("the same from asyncio, several at once")
+    found = chat.with_structured_output(Capital, method="json_schema").invoke(QUESTION)
+    assert isinstance(found, Capital), found
+    print("structured output")
+    armed = chat.bind_tools([weather], tool_choice="weather")
+    called = armed.invoke(QUESTION)
+    assert isinstance(called, AIMessage)
+    [call] = called.tool_calls
+    assert weather.invoke(call["args"]).startswith("It rains in "), call
+    streamed = None
+    for chunk in armed.stream(QUESTION):
+        streamed = chunk if streamed is None else streamed + chunk  # type: ignore[operator]
+    assert streamed is not None
+    assert [each["args"] for each in streamed.tool_calls] == [call["args"]], streamed
+    result = ToolMessage(weather.invoke(call["args"]), tool_call_id=call["id"])
+    assert chat.invoke([HumanMessage(QUESTION), called, result]).content is not None
+    print("tools, whole and streamed, and their result")
+    responses = ChatOpenAI(**asked, use_responses_api=True, max_tokens=16)
+    assert responses.invoke(QUESTION).text
+    print("responses")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
