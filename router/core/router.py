@@ -205,7 +205,7 @@ class Router:
             attempt.replica.breaker.record_success(attempt.permit, now_s)
             if usage is not None:
                 self._predictions.on_finish(attempt, usage, now_s)
-                self._demand.record_usage(usage)
+                self._demand.record_usage(attempt.request.model, usage)
                 self._placer.learn_answer(attempt, usage)
         if self._suspects and self._suspects.acquit(attempt.request):
             self._requests.mark_alike(attempt.request, are_suspects=False)
@@ -360,13 +360,11 @@ class Router:
         self.discipline.set_policy(name, ablate)
         return self._requests.place_held(now_s)
 
-    def demand(self) -> Demand:
-        """Return how much work has come and what waits: for who decides how many engines."""
+    def demand(self, models: Collection[str] | None = None) -> Demand:
+        """Return how much work has come and waits, for the model of these names; None: for all."""
+        num_requests, num_tokens = self._queue.num_held_of(models)
         return self._demand.report(
-            self._fleet,
-            num_held_requests=len(self._queue),
-            num_held_tokens=self._queue.num_tokens,
-            num_placed=len(self._attempts),
+            self._fleet, models, num_held_requests=num_requests, num_held_tokens=num_tokens
         )
 
     def state(self, now_s: float) -> RouterState:

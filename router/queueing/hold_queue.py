@@ -253,6 +253,20 @@ class HoldQueue:
         model_queue = self._model_queues.get(model)
         return len(model_queue) if model_queue is not None else 0
 
+    def num_held_of(self, models: Collection[str] | None) -> tuple[int, int]:
+        """Return how many requests are held for any of these models, and their prompts' tokens.
+
+        None: of all. Those that wait for certain engines are among them.
+        """
+        if models is None:
+            return len(self._held), self.num_tokens
+        num_requests = num_tokens = 0
+        for name, model_queue in self._model_queues.items():
+            if self._held[model_queue.first_id()].model in models:
+                num_requests += len(model_queue)
+                num_tokens += self.num_tokens_by_model[name]
+        return num_requests, num_tokens
+
     def is_head(self, request: Request) -> bool:
         """Whether the request is held and the first of those for its model."""
         model_queue = self._model_queues.get(queue_name(request))

@@ -60,6 +60,7 @@ class Autoscaler:
         "_decode",
         "_expected",
         "_last",
+        "_last_arrival_s",
         "_last_request_s",
         "_num_ready",
         "_prefill",
@@ -82,7 +83,8 @@ class Autoscaler:
         self._context_tokens = 0.0
         self._last: Demand | None = None  # at the start of the bin
         self._bin_start_s = 0.0
-        self._last_request_s = -math.inf
+        self._last_arrival_s = -math.inf
+        self._last_request_s = -math.inf  # that has come, or was open
         self._num_ready = 0
         # Rates of the last bins, and those that were expected: due at which bin, and what.
         self._recent: deque[tuple[float, float]] = deque(maxlen=max(_WINDOW_BINS, _JUMP_BINS))
@@ -105,7 +107,7 @@ class Autoscaler:
             # Somebody has chosen how many there are at first; that nothing is known yet is no
             # reason for fewer.
             self._wanted.append((now_s, num_ready + num_starting))
-            self._last_request_s = now_s
+            self._last_arrival_s = self._last_request_s = now_s
         self._follow(demand, now_s)
         num_wanted, state = self._wanted_now(demand, num_ready, num_starting, now_s)
         self.state = msgspec.structs.replace(state, num_wanted=num_wanted)
@@ -119,7 +121,9 @@ class Autoscaler:
         if last is None or demand.num_requests_total < last.num_requests_total:
             self._last, self._bin_start_s = demand, now_s  # a gateway was replaced
             return
-        if demand.num_requests_total > last.num_requests_total or demand.num_open_requests:
+        if demand.num_requests_total > last.num_requests_total:
+            self._last_arrival_s = self._last_request_s = now_s
+        elif demand.num_open_requests:
             self._last_request_s = now_s
         bin_s = now_s - self._bin_start_s
         if bin_s < BIN_S * 0.99:
@@ -133,7 +137,7 @@ class Autoscaler:
             self._context_tokens += share * (context - self._context_tokens)
         self._last, self._bin_start_s = demand, now_s
         self._observe(num_prefill / bin_s, num_decode / bin_s)
-        if now_s - self._last_request_s >= min(_SILENCE_S, self.settings.zero_after_s):
+        if now_s - self._last_arrival_s >= min(_SILENCE_S, self.settings.zero_after_s):
             self._prefill.jump_to(0.0)
             self._decode.jump_to(0.0)
 

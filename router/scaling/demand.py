@@ -1,11 +1,13 @@
 """How much work has come, how much waits, and what does a token cost? As one gateway knows it.
 
+Of each model apart, by all of its names.
+
 Prefill and decode are counted apart, for they cost differently: an engine computes a prompt's
 tokens in a few steps, and each token of a reply in a step of its own. Totals only grow; who reads
 them takes differences, so that a report that is lost, or comes twice, changes nothing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import msgspec
 
@@ -40,47 +42,72 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     left_tokens: dict[str, int] = {}  # what each engine still holds: to prefill and to decode
 
 
-class DemandMeter:
-    """Counts what comes, and learns how much of prompts need not be computed."""
+class _Counts:
+    """What has come for one model, by the name that it was asked for."""
 
-    __slots__ = ("_cached_share", "_num_decode_tokens", "_num_prefill_tokens", "_num_requests")
+    __slots__ = ("cached_share", "num_decode_tokens", "num_prefill_tokens", "num_requests")
 
     def __init__(self) -> None:
-        self._cached_share = 0.0
-        self._num_requests = 0
-        self._num_prefill_tokens = 0.0
-        self._num_decode_tokens = 0.0
+        self.cached_share = 0.0  # of prompts
+        self.num_requests = 0
+        self.num_prefill_tokens = 0.0
+        self.num_decode_tokens = 0.0
+
+
+class DemandMeter:
+    """Counts what comes, by model, and learns how much of prompts need not be computed."""
+
+    __slots__ = ("_by_model",)
+
+    def __init__(self) -> None:
+        self._by_model: dict[str, _Counts] = {}
 
     def record_arrival(self, request: Request) -> None:
         """Count a request that has come, by its prompt and by the reply that is predicted."""
-        self._num_requests += 1
-        self._num_prefill_tokens += request.num_prompt_tokens * (1.0 - self._cached_share)
-        self._num_decode_tokens += request.num_sequences * request.num_expected_output_tokens
+        counts = self._by_model.get(request.model)
+        if counts is None:
+            counts = self._by_model[request.model] = _Counts()
+        counts.num_requests += 1
+        counts.num_prefill_tokens += request.num_prompt_tokens * (1.0 - counts.cached_share)
+        counts.num_decode_tokens += request.num_sequences * request.num_expected_output_tokens
 
-    def record_usage(self, usage: Usage) -> None:
+    def record_usage(self, model: str, usage: Usage) -> None:
         """Learn from a reply how much of its prompt was cached."""
-        if usage.num_prompt_tokens > 0:
+        counts = self._by_model.get(model)
+        if counts is not None and usage.num_prompt_tokens > 0:
             share = min(1.0, usage.num_cached_tokens / usage.num_prompt_tokens)
-            self._cached_share += (share - self._cached_share) / _MEMORY_REPLIES
+            counts.cached_share += (share - counts.cached_share) / _MEMORY_REPLIES
 
     def report(
         self,
         replicas: Iterable[Replica],
+        models: Collection[str] | None = None,
         *,
         num_held_requests: int,
         num_held_tokens: int,
-        num_placed: int,
     ) -> Demand:
-        """Return the totals so far, and how engines and queue are now."""
+        """Return the totals so far, and how engines and queue are now.
+
+        `models` are the names of one, and what is held is of these, too; None: of all there are.
+        """
         left: dict[str, int] = {}
         learned: list[Replica] = []
+        num_placed = 0
         for replica in replicas:
-            left[replica.id] = left_tokens(replica)
-            learned.append(replica)
+            if models is None or not replica.names.isdisjoint(models):
+                left[replica.id] = left_tokens(replica)
+                num_placed += replica.ledger.num_open
+                learned.append(replica)
+        num_requests, num_prefill, num_decode = 0, 0.0, 0.0
+        for name, counts in self._by_model.items():
+            if models is None or name in models:
+                num_requests += counts.num_requests
+                num_prefill += counts.num_prefill_tokens
+                num_decode += counts.num_decode_tokens
         return Demand(
-            num_requests_total=self._num_requests,
-            num_prefill_tokens_total=self._num_prefill_tokens,
-            num_decode_tokens_total=self._num_decode_tokens,
+            num_requests_total=num_requests,
+            num_prefill_tokens_total=num_prefill,
+            num_decode_tokens_total=num_decode,
             num_held_requests=num_held_requests,
             num_held_tokens=num_held_tokens,
             num_open_requests=num_held_requests + num_placed,

@@ -13,12 +13,13 @@ from typing import Any, NoReturn
 
 import msgspec
 from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from serving.cluster import discovery
+from serving.cluster.actors.application_scaling import ScaledModel
 from serving.cluster.actors.lease_actor import actor_sender
-from serving.cluster.actors.scaling_actor import follow_orders
+from serving.cluster.actors.scaling_actor import follow_orders, serve_options
 from serving.cluster.engine_deployment import EngineReplica, private_listener
 from serving.cluster.logs import use_log_level
 from serving.cluster.loop_thread import LoopThread
@@ -36,7 +37,12 @@ from serving.gateway.tenants.keys import read_keys
 from serving.planning.bundled_model import prepare_bundled_model
 from serving.planning.hardware import detect_hardware
 from serving.planning.plan import Plan
-from serving.planning.service.service_plan import ServicePlan, plan_service, served_names
+from serving.planning.service.service_plan import (
+    ServicePlan,
+    plan_service,
+    scaling_of,
+    served_names,
+)
 
 # The router decides on admission; Serve's own limit must never apply.
 _NO_LIMIT = 1_000_000
@@ -50,7 +56,7 @@ _MEET_S = 1.0  # for other gateways to tell what is in force
 _FAILURES_S = 3.0  # between two looks at what has become of models without an engine
 
 # Keys that gateways need not start anew for where there are several models.
-OF_MODELS = ("models", "engine", "replicas", "tensor_parallel_size")
+OF_MODELS = ("models", "engine", "replicas", "idle_sleep_s", "tensor_parallel_size")
 
 logger = logging.getLogger(__name__)
 
@@ -201,10 +207,8 @@ async def _make_gateway(
     discovery.engines.subscribe(
         lambda members: loop.call_soon_threadsafe(gateway.driver.engines.set_members, members)
     )
-    if config.scaling is not None:
-        settings = config.scaling.model_dump()
-        orders = loop.create_task(follow_orders(gateway, context.app_name, settings))
-        gateway.background.append(orders)
+    orders = loop.create_task(follow_orders(gateway, context.app_name))
+    gateway.background.append(orders)
     models = _Models(gateway, context.app_name)
     for handle in engines:
         models.follow(handle)
@@ -280,13 +284,15 @@ def plan_application(args: dict[str, Any]) -> ServicePlan:
 
 
 def make_application(
-    args: dict[str, Any], plan: ServicePlan, leaving: Sequence[tuple[Config, Plan]] = ()
+    args: dict[str, Any],
+    plan: ServicePlan,
+    leaving: Sequence[tuple[Config, Plan]] | None = None,
 ) -> serve.Application:
     """Return the application by a plan that was made for `args`.
 
     Deployed in the place of another, it restarts only what differs. Engines of the models that
     are `leaving` stay, though gateways know their models no more, so that what they have been
-    asked can be answered; once gateways have heard it, they can be left out.
+    asked can be answered; once gateways have heard it, they can be left out. None: it is the first.
     """
     config = parse(args)
     args = current_args(args)  # what is deployed need not warn again
@@ -305,14 +311,19 @@ def make_application(
     )
     # Gateways share limits by their number, which auto does not tell.
     args = {**args, "gateway": {**args.get("gateway", {}), "replicas": plan.num_gateways}}
-    engines = tuple(_engines(*each) for each in (*plan.models, *leaving))
+    engines = tuple(
+        _engines(*each, plan.num_shared_gpus, is_first=leaving is None)
+        for each in (*plan.models, *(leaving or ()))
+    )
     names = tuple(name for each in plan.models for name in served_names(*each))
     if not all(served_names(*each) for each in plan.models):
         names = ()  # some engines will tell
     return gateway.bind(args, engines, names)
 
 
-def _engines(config: Config, plan: Plan) -> serve.Application:
+def _engines(
+    config: Config, plan: Plan, num_shared_gpus: int, *, is_first: bool
+) -> serve.Application:
     """Return the engines of one model."""
     deployment = _deployment(
         plan.deployment,
@@ -325,7 +336,7 @@ def _engines(config: Config, plan: Plan) -> serve.Application:
             [plan.num_gpus_per_replica, plan.first_core],
         ],
         drain_timeout_s=config.engine.drain_timeout_s,
-        **_number_of_engines(config, plan),
+        **_number_of_engines(config, plan, num_shared_gpus, is_first=is_first),
         ray_actor_options=plan.engine_actor_options,
         health_check_period_s=2,
         health_check_timeout_s=15,  # then a stopped process is killed and started again
@@ -366,6 +377,7 @@ def _entry(config: Config, plan: Plan) -> ModelEntry:
         ttft_target_s_per_token=router.ttft_target_s_per_token,
         # Targets by name are the router's to look up.
         tpot_target_s=tpot_targets_s["*"] if list(tpot_targets_s) == ["*"] else None,
+        scales=scaling_of(config, plan) is not None,
     )
 
 
@@ -377,23 +389,16 @@ def _knowing_each_other(num_gateways: int) -> dict[str, Any]:
     return {"request_router_config": RequestRouterConfig(request_router_class=directory)}
 
 
-def _number_of_engines(config: Config, plan: Plan) -> dict[str, Any]:
+def _number_of_engines(
+    config: Config, plan: Plan, num_shared_gpus: int, *, is_first: bool
+) -> dict[str, Any]:
     """Return Serve's options of the number of engines: fixed, or by our policy."""
-    if config.scaling is None:
+    settings = scaling_of(config, plan)
+    if settings is None:
         return {"num_replicas": plan.num_replicas}
-    settings = config.scaling.model_dump()
-    return {
-        "autoscaling_config": AutoscalingConfig(
-            min_replicas=config.scaling.min,
-            max_replicas=config.scaling.max,
-            initial_replicas=config.scaling.num_initial,
-            # The policy has delays of its own.
-            upscale_delay_s=0.0,
-            downscale_delay_s=0.0,
-            downscale_to_zero_delay_s=0.0,
-            policy=AutoscalingPolicy(
-                policy_function="serving.cluster.actors.scaling_actor:AutoscalingPolicy",
-                policy_kwargs={"settings": settings},
-            ),
-        )
-    }
+    model = ScaledModel(
+        settings=settings.model_dump(),
+        num_gpus=plan.num_gpus_per_replica,
+        num_shared_gpus=num_shared_gpus if plan.num_gpus_per_replica else 0,
+    )
+    return serve_options(model, is_first=is_first)

@@ -36,6 +36,12 @@ class Config(Section):
         "auto",
         description="engine replicas: a number, auto, or {min, max, ...}: as many as are needed",
     )
+    idle_sleep_s: float | None = Field(
+        None,
+        gt=0,
+        description="after so long without a request, seconds, the engines stop, and the next one "
+        "starts them: as replicas `{min: 0, zero_after_s: …}` up to the number that they have else",
+    )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs per replica")
     models: tuple[ModelConfig, ...] = Field(
         (),
@@ -72,10 +78,22 @@ class Config(Section):
 
     @property
     def scaling(self) -> ScalingSettings | None:
-        """How many engines there may be; None where their number is fixed."""
-        if self.models:
-            return None
+        """How many engines of the only model there may be; None where their number is fixed."""
         return self.replicas if isinstance(self.replicas, ScalingSettings) else None
+
+    def scaled_up_to(self, num_engines: int) -> "Config":
+        """Return this, of one model, with what `idle_sleep_s` means in `replicas`.
+
+        `num_engines`: of them that were planned.
+        """
+        if self.idle_sleep_s is None:
+            return self
+        # They start with the service, and not with the first request.
+        asleep = {"min": 0, "zero_after_s": self.idle_sleep_s}
+        settings = self.scaling or ScalingSettings(max=num_engines, initial=num_engines)
+        if settings.initial is None:
+            asleep["initial"] = 1
+        return self.model_copy(update={"replicas": settings.model_copy(update=asleep)})
 
     @property
     def max_replicas(self) -> int | Literal["auto"]:
@@ -105,6 +123,7 @@ class Config(Section):
                 "model": model.model,
                 "served_model_name": model.served_names or None,
                 "replicas": self.replicas if model.replicas is None else model.replicas,
+                "idle_sleep_s": model.idle_sleep_s or self.idle_sleep_s,
                 "tensor_parallel_size": model.tensor_parallel_size or self.tensor_parallel_size,
                 "engine": model.engine_beside(self.engine),
                 "router": self.router.model_copy(update=targets),
@@ -125,11 +144,6 @@ class Config(Section):
         for index, model in enumerate(self.models):
             if model.aliases and not (model.served_model_name or model.model):
                 raise ValueError(f"models.{index}.aliases: set served_model_name beside them")
-            if isinstance(model.replicas or self.replicas, ScalingSettings):
-                raise ValueError(
-                    f"models.{index}.replicas: {{min, max}} is for a single model yet: "
-                    "set a number, or auto"
-                )
             for name in model.served_names or (model.model or "",):
                 if name in seen:
                     raise ValueError(
@@ -137,6 +151,25 @@ class Config(Section):
                         f"models.{seen[name]} already: set another served_model_name or alias"
                     )
                 seen[name] = index
+        return self
+
+    @model_validator(mode="after")
+    def _check_sleep(self) -> "Config":
+        for index, config in enumerate(self.by_model()):
+            key = f"models.{index}." if self.models else ""
+            scaling = config.scaling
+            if config.idle_sleep_s is None or scaling is None:
+                continue
+            if scaling.min > 0 and "min" in scaling.model_fields_set:
+                raise ValueError(
+                    f"{key}idle_sleep_s: lets no engine run, and replicas.min is {scaling.min}: "
+                    "remove one of them"
+                )
+            if "zero_after_s" in scaling.model_fields_set:
+                raise ValueError(
+                    f"{key}idle_sleep_s: is another name for replicas.zero_after_s, which is set, "
+                    "too: remove one of them"
+                )
         return self
 
     @field_validator("served_model_name")

@@ -24,6 +24,9 @@ class ModelConfig(Section):
     replicas: int | Literal["auto"] | ScalingSettings | None = Field(
         None, description="engines of this model; auto: a share of what other models leave"
     )
+    idle_sleep_s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="as the `idle_sleep_s` outside, for this model"
+    )
     tensor_parallel_size: int | None = Field(None, ge=1, description="GPUs per engine")
     engine: EngineConfig | None = Field(
         None,

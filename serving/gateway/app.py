@@ -115,6 +115,7 @@ class Gateway:
             self.cache,
             self.observer,
             kept,
+            self.served_models,
         )
         self._engine_endpoints = EngineEndpoints(
             self.driver.engines, self.tenants, self.body_reader, kept
@@ -350,7 +351,7 @@ class Gateway:
         health = make_health(
             self.router.state(time.monotonic()),
             self.providers.models,
-            starts_engines=self.config.scaling is not None,
+            starts_engines=bool(self.served_models.scaled),
             without_engine=self.served_models.without_engine(),
         )
         content = msgspec.to_builtins(health)

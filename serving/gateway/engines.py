@@ -72,8 +72,6 @@ class Engines:
         self._emptied: set[str] = set()  # of the members, those that get no new work
         self.drained: set[str] = set()  # that an admin wants to get none, here or not
         self._removed: Collection[str] = ()  # names of models that are served no more
-        self._scales = False  # somebody starts engines as they are needed
-        self._ready_s: float | None = None  # when the next engine should be; None: none starts
 
     # --- membership ------------------------------------------------------
 
@@ -126,15 +124,10 @@ class Engines:
         }
         self.set_members(ours)
 
-    def follow(self, emptying: Collection[str], ready_in_s: float | None) -> None:
-        """Send these replicas no new work, for they are to be stopped, and all others some.
-
-        `ready_in_s`: until the next engine should be ready; None if none is starting.
-        """
-        self._scales = True
-        self._ready_s = None if ready_in_s is None else time.monotonic() + ready_in_s
+    def empty(self, replica_ids: Collection[str]) -> None:
+        """Send these replicas no new work, for they are to be stopped, and all others some."""
         for replica_id in self._members.keys() & self.infos.keys():
-            drains = replica_id in emptying
+            drains = replica_id in replica_ids
             if drains != (replica_id in self._emptied):
                 (self._emptied.add if drains else self._emptied.discard)(replica_id)
                 self._drain_or_not(replica_id)
@@ -160,15 +153,6 @@ class Engines:
         self._events.execute(
             self._router.on_replica_draining(replica_id, now_s, is_draining=drains)
         )
-
-    def waits_for(self) -> str:
-        """Return what a request waits for until an engine starts, in words; "" if one is there."""
-        if self.infos or not self._scales:
-            return ""
-        if self._ready_s is None:
-            return "waiting for an engine to start"
-        left_s = max(1.0, self._ready_s - time.monotonic())
-        return f"waiting for an engine to start, about {left_s:.0f} s"
 
     async def _connect(self, replica_id: str, metadata: dict) -> None:
         """Connect, and again while Ray still names the replica."""

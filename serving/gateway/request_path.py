@@ -28,6 +28,7 @@ from serving.gateway.http.reply.client import Client, Source, send_error
 from serving.gateway.http.reply.keep_alive import KeepAlive, as_event, as_stream
 from serving.gateway.intake.fields import ResponseFields
 from serving.gateway.intake.request_parser import RequestParser
+from serving.gateway.intake.served_models import ServedModels
 from serving.gateway.observe.observer import Observer
 from serving.gateway.providers.calls import Providers
 from serving.gateway.tenants.tenants import AdmittedRequest, Caller, Tenant, Tenants
@@ -35,7 +36,7 @@ from serving.stream.frames import Headers
 
 logger = logging.getLogger(__name__)
 
-_START_COMMENT_S = 5.0  # between two comments that say that an engine is starting
+_COMMENT_S = 5.0  # between two comments that say that an engine is starting
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +52,7 @@ class RequestPath:
     cache: ResponseCache
     observer: Observer
     kept: KeptResponses
+    served_models: ServedModels
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request as an ASGI application does."""
@@ -236,13 +238,11 @@ class Call:
     def _read_from(self, source: Source) -> None:
         """Pass on what comes from there, and comments until something does."""
         self._source, source.on_readable = source, self.on_ready
-        assert self._exchange is not None
-        period_s = self._path.config.gateway.keepalive_s
-        if period_s is None and self._path.config.scaling and not self._path.driver.engines.infos:
-            period_s = _START_COMMENT_S
-        if period_s is not None and self._exchange.fields.is_stream and not self._is_over:
-            waits_for = self._path.driver.engines.waits_for
-            self._keep_alive = KeepAlive(period_s, self._client, self._headers, waits_for)
+        if (exchange := self._exchange) is None or not exchange.fields.is_stream or self._is_over:
+            return
+        waits_for = functools.partial(self._path.served_models.waits_for, exchange.request.model)
+        if every_s := self._path.config.gateway.keepalive_s or (_COMMENT_S if waits_for() else 0):
+            self._keep_alive = KeepAlive(every_s, self._client, self._headers, waits_for)
 
     # --- answering -----------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from serving.planning.plan import Plan
 from serving.planning.service.service_plan import ServicePlan, changes, plan_service
 
 # Keys of the file that are followed: models, and what they leave out.
-_FOLLOWED = ("models", "engine", "replicas", "tensor_parallel_size")
+_FOLLOWED = ("models", "engine", "replicas", "idle_sleep_s", "tensor_parallel_size")
 # From when Ray Serve has been told until it says what it does about gateways, seconds; and the
 # longest to wait for gateways.
 _TOLD_S = 2.0

@@ -21,7 +21,7 @@ from serving.cluster.processes import reap_children, run_processes
 from serving.cluster.ray_session import RaySession
 from serving.gateway.http.endpoint import StartError
 from serving.planning.plan import Plan
-from serving.planning.service.service_plan import ServicePlan
+from serving.planning.service.service_plan import ServicePlan, num_first
 
 _POLL_S = 0.5
 _WATCH_S = 5.0  # between two checks of running engines
@@ -72,9 +72,9 @@ class ServiceWatch:
             bool(self._failed)
             and state.of("Gateway").num_ready >= self._plan.num_gateways
             and all(
-                state.of(each.deployment).num_ready >= each.num_replicas
-                for each in self._plan.plans
-                if each.deployment not in self._failed
+                state.of(plan.deployment).num_ready >= num_first(config, plan)
+                for config, plan in self._plan.models
+                if plan.deployment not in self._failed
             )
         )
 
@@ -87,7 +87,8 @@ class ServiceWatch:
             raise StartError(f"cannot start: {engine_core_error(self._session.logs) or cause}")
         for config, plan in self._plan.models:
             seen = state.of(plan.deployment)
-            if plan.deployment in self._failed or seen.num_ready >= plan.num_replicas > 0:
+            number = num_first(config, plan)
+            if plan.deployment in self._failed or seen.num_ready >= number:
                 continue
             timeout_s = config.engine.start_timeout_s
             if seen.failure:
@@ -95,7 +96,7 @@ class ServiceWatch:
                 why = first or seen.failure
             elif waited_s > timeout_s:
                 why = (
-                    f"{seen.num_ready} of {plan.num_replicas} engines are ready after "
+                    f"{seen.num_ready} of {number} engines are ready after "
                     f"{timeout_s:.0f} s; raise engine.start_timeout_s"
                     + (f" (Ray Serve says: {state.message})" if state.message else "")
                 )
@@ -115,18 +116,18 @@ class ServiceWatch:
         folder = self._session.folder
         processes = run_processes(folder) if folder else []
         phases: dict[str, str] = {}
-        for plan in self._plan.plans:
-            number = plan.num_replicas
-            num_ready = state.of(plan.deployment).num_ready
+        for config, plan in self._plan.models:
+            number = num_first(config, plan)
+            num_ready = min(state.of(plan.deployment).num_ready, number)
             found = engine_phases(processes, self._app, plan.deployment, number, num_ready)
             if plan.deployment in self._failed and not num_ready:
                 found = [FAILED] * number
-            phases |= dict(zip(self._names(plan), found, strict=True))
+            phases |= dict(zip(self._names(plan, number), found, strict=True))
         return phases
 
-    def _names(self, plan: Plan) -> list[str]:
+    def _names(self, plan: Plan, num_engines: int) -> list[str]:
         of_model = "" if len(self._plan.plans) == 1 else f"{plan.served_model_name} "
-        return [f"{of_model}engine {number}" for number in range(1, plan.num_replicas + 1)]
+        return [f"{of_model}engine {number}" for number in range(1, num_engines + 1)]
 
     # --- while they serve --------------------------------------------------------
 

@@ -1,4 +1,4 @@
-r"""How many engines should Ray Serve run, and which of them get no new work? Of one application.
+r"""How many engines of a model should Ray Serve run, and which of them get no new work?
 
 Serve stops engines by an order of its own, on one node the newest first. So an engine is emptied
 before Serve hears of it:
@@ -8,8 +8,14 @@ before Serve hears of it:
        \------wanted after all-----------/
 
 Gateways send an emptying engine no new work. None is stopped that holds any, so none is aborted;
-and one that is still there costs no start. No clock and no Ray here: times are arguments.
+and one that is still there costs no start.
+
+An engine that is out of use, because an admin drained it or its hardware has a fault, is no
+capacity: another one is wanted in its place. It is kept, unless it is newer than one that is to
+stop, for Serve stops it before that one. No clock and no Ray here: times are arguments.
 """
+
+from collections.abc import Callable, Collection
 
 import msgspec
 
@@ -34,6 +40,7 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
 
 class _Report(msgspec.Struct):
     demand: Demand
+    out_of_use: frozenset[str]
     received_s: float
 
 
@@ -45,42 +52,62 @@ class ScalingKeeper:
         self._reports: dict[str, _Report] = {}  # by gateway; the totals of gone ones stay
         self._emptying: dict[str, float] = {}  # since when, by engine, oldest first
         self._order: dict[str, None] = {}  # engines as they came
+        self._out: set[str] = set()  # of these, those out of use that are not emptied anyhow
         self._orders = Orders()
-        self.last_call_s = 0.0
 
-    def report(self, gateway_id: str, demand: Demand, now_s: float) -> Orders:
-        """Take in what a gateway has seen; return what it is told."""
-        self._reports[gateway_id] = _Report(demand, now_s)
+    def use_settings(self, settings: ScalingSettings) -> None:
+        """Go by these from now on. What has been learned stays, unless seasons are others."""
+        if settings.season_s != self.autoscaler.settings.season_s:
+            self.autoscaler = Autoscaler(settings)
+        self.autoscaler.settings = settings
+
+    def report(
+        self, gateway_id: str, demand: Demand, now_s: float, out_of_use: Collection[str] = ()
+    ) -> Orders:
+        """Take in what a gateway has seen; return what it is told.
+
+        It sends nothing new to engines `out_of_use`, whatever it is told here.
+        """
+        self._reports[gateway_id] = _Report(demand, frozenset(out_of_use), now_s)
         ready_s = self.autoscaler.start_times.next_ready_s
         ready_in_s = None if ready_s is None else max(0.0, ready_s - now_s)
         return msgspec.structs.replace(self._orders, ready_in_s=ready_in_s)
 
-    def decide(self, running: list[str], num_target: int, now_s: float) -> int:
+    def decide(
+        self,
+        running: list[str],
+        num_target: int,
+        now_s: float,
+        granted: Callable[[int, int], int] | None = None,
+    ) -> int:
         """Return how many engines Serve should run.
 
         `running`: the ids of those that do. `num_target`: what was returned last, as Serve has it.
+        `granted` returns how many the model may have of so many that it wants, and has.
         """
-        self.last_call_s = now_s
         self._order = {each: None for each in self._order if each in running}
         self._order |= dict.fromkeys(running)
         self._emptying = {each: at for each, at in self._emptying.items() if each in running}
+        heard = [each for each in self._reports.values() if now_s - each.received_s <= _STALE_S]
+        drained = frozenset.intersection(*[each.out_of_use for each in heard]) if heard else set()
+        self._out = {each for each in running if each in drained and each not in self._emptying}
         demand = self._demand(now_s)
-        num_ready = len(running) - len(self._emptying)
+        num_starting = max(0, num_target - len(running))
         state = self.autoscaler.decide(
-            demand,
-            num_ready=num_ready,
-            num_starting=max(0, num_target - len(running)),
-            now_s=now_s,
+            demand, num_ready=self._num_serving, num_starting=num_starting, now_s=now_s
         )
-        self._mark(state.num_wanted, now_s)
-        num_released = self._num_released(demand, now_s)
-        num_ready = len(running) - len(self._emptying)
+        if granted is not None:
+            num = granted(state.num_wanted, self._num_serving + num_starting)
+            state = msgspec.structs.replace(state, num_wanted=num)
+        self._mark(state.num_wanted, drained, now_s)
+        num_released = self._num_released(demand, now_s) if heard else 0
         self._orders = Orders(
             emptying=list(self._emptying),
             wanted=state,
             num_running=len(running),
         )
-        return max(state.num_wanted, num_ready) + len(self._emptying) - num_released
+        num_others = len(running) - self._num_serving
+        return max(state.num_wanted, self._num_serving) + num_others - num_released
 
     @property
     def state(self) -> ScalingState:
@@ -103,24 +130,32 @@ class ScalingKeeper:
                 )
         return total(fresh)
 
-    def _mark(self, num_wanted: int, now_s: float) -> None:
+    @property
+    def _num_serving(self) -> int:
+        return len(self._order) - len(self._emptying) - len(self._out)
+
+    def _mark(self, num_wanted: int, drained: Collection[str], now_s: float) -> None:
         """Empty the newest of what is too much, or take back what is not."""
-        serving = [each for each in self._order if each not in self._emptying]
+        idle = self._emptying.keys() | self._out
+        serving = [each for each in self._order if each not in idle]
         while len(serving) > num_wanted:
             self._emptying[serving.pop()] = now_s
-        for _ in range(min(num_wanted - len(serving), len(self._emptying))):
-            # The oldest of them: Serve would stop it last.
-            self._emptying.pop(next(each for each in self._order if each in self._emptying))
+        # The oldest of them: Serve would stop it last.
+        usable = [each for each in self._order if each in self._emptying and each not in drained]
+        for engine in usable[: max(0, num_wanted - len(serving))]:
+            self._emptying.pop(engine)
 
     def _num_released(self, demand: Demand, now_s: float) -> int:
         """Return how many of the newest engines, in a row, are empty and stay so."""
-        num_released = 0
-        heard = [each for each in self._reports.values() if now_s - each.received_s <= _STALE_S]
+        num_released = num_in_the_way = 0
         for engine in reversed(self._order):
-            since_s = self._emptying.get(engine)
-            if since_s is None or now_s - since_s < _SETTLED_S:
+            if demand.left_tokens.get(engine, 0) > 0:
                 break
-            if not heard or demand.left_tokens.get(engine, 0) > 0:
+            if engine in self._out:
+                num_in_the_way += 1
+                continue
+            if now_s - self._emptying.get(engine, now_s) < _SETTLED_S:
                 break
-            num_released += 1
+            num_released += 1 + num_in_the_way
+            num_in_the_way = 0
         return num_released

@@ -1,6 +1,7 @@
 """Which model does a request mean, is there one for whoever asks, and what can it bear?"""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -33,6 +34,7 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     ttft_target_base_s: float | None = None
     ttft_target_s_per_token: float | None = None
     tpot_target_s: float | None = None
+    scales: bool = False  # its engines come and go as it is asked for: there may be none
 
 
 class ServedModels:
@@ -49,9 +51,11 @@ class ServedModels:
         self._infos: list[EngineInfo] | None = None
         self._capacities: dict[str, Capacity] = {}
         self._guesses: set[str] = set()
-        self._entries: dict[str, ModelEntry] = {}  # by name, as `use_entries` was told last
+        self._all: tuple[ModelEntry, ...] = ()  # as `use_entries` was told last
+        self._entries: dict[str, ModelEntry] = {}  # of these, by name
         self._removed: frozenset[str] = frozenset()  # names
         self._failed: dict[str, str] = {}  # deployments that cannot start, and why
+        self._ready_s: dict[str, float] = {}  # when an engine should be, by deployment
 
     @property
     def removed(self) -> frozenset[str]:
@@ -61,6 +65,7 @@ class ServedModels:
     def use_entries(self, entries: Sequence[ModelEntry]) -> None:
         """Go by these models from now on. Names of others are not served any more."""
         before = self._entries.keys()
+        self._all = tuple(entries)
         self._entries = {name: entry for entry in entries for name in entry.names}
         self._removed = (self._removed | before) - self._entries.keys()
         self._names = (*self._names, *self._entries)
@@ -85,6 +90,47 @@ class ServedModels:
     def entry(self, name: str) -> ModelEntry | None:
         """Return the model of this name; None if it is not in the configuration."""
         return self._entries.get(name)
+
+    @property
+    def scaled(self) -> dict[str, frozenset[str] | None]:
+        """The names of each model whose engines come and go, by deployment; None: any name."""
+        return {
+            entry.deployment: frozenset(entry.names).union(*self._names_of_engines(entry.names))
+            or None
+            for entry in self._all
+            if entry.scales
+        }
+
+    def name_of(self, deployment: str) -> str:
+        """Return what clients call a model; "" if it is the only one."""
+        if len(self._all) == 1:
+            return ""
+        return next((each.names[0] for each in self._all if each.deployment == deployment), "")
+
+    def expect_engine(self, deployment: str, ready_s: float | None) -> None:
+        """Note when the next engine of a model should be ready; None if none is starting."""
+        if ready_s is None:
+            self._ready_s.pop(deployment, None)
+        else:
+            self._ready_s[deployment] = ready_s
+
+    def waits_for(self, name: str) -> str:
+        """Return what a request waits for until an engine starts, in words; "" if one is there."""
+        for deployment, names in self.scaled.items():
+            if names is not None and name not in names:
+                continue
+            if any(names is None or info.model in names for info in self._engines.values()):
+                return ""
+            if (ready_s := self._ready_s.get(deployment)) is None:
+                return "waiting for an engine to start"
+            left_s = max(1.0, ready_s - time.monotonic())
+            return f"waiting for an engine to start, about {left_s:.0f} s"
+        return ""
+
+    def _names_of_engines(self, names: Collection[str]) -> list[tuple[str, ...]]:
+        """Return the names that each engine of a model serves, its adapters' among them."""
+        infos = self._engines.values()
+        return [(info.model, *info.aliases) for info in infos if info.model in names]
 
     def without_engine(self) -> dict[str, str]:
         """Return the models that have no engine, and why they cannot start; "" if they may."""

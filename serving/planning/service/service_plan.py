@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from router.scaling.settings import ScalingSettings
 from serving.config import Config, ConfigError
 from serving.planning.gateways import (
     CORE_ENGINES_PER_GATEWAY,
@@ -51,6 +52,8 @@ class ServicePlan:
     models: tuple[tuple[Config, Plan], ...]  # each with its keys as if it were the only one
     why: tuple[str, ...] = ()  # sentences about all of them
     warnings: tuple[str, ...] = ()  # likewise
+    # GPUs that models whose engines come and go leave to each other; 0: each has all it may have.
+    num_shared_gpus: int = 0
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -85,14 +88,15 @@ def plan_service(
         _model(index, each, hardware, sizes, running)
         for index, each in enumerate(config.by_model())
     ]
-    why = count_on_gpus([each for each in models if each.on_gpu], len(hardware.gpus))
+    on_gpu = [each for each in models if each.on_gpu]
+    num_shared_gpus, why = count_on_gpus(on_gpu, len(hardware.gpus))
     taken, more = count_on_cores([each for each in models if not each.on_gpu], hardware)
     why += more
     num_gateways, engine_cpus, gateway_cpus, more = _front(config, models, hardware, running)
     why += more
     planned: list[tuple[Config, Plan]] = []
     warnings: list[str] = []
-    gpus = _Gpus(hardware.gpus)
+    gpus = _Gpus(hardware.gpus, shared=num_shared_gpus > 0)
     cores = _Cores(models)
     for each in models:
         if each.running is not None:
@@ -115,6 +119,9 @@ def plan_service(
             deployment=deployment_name(plan.served_model_name),
             first_core=cores.take(each.number) if plan.device == "cpu" else 0,
         )
+        if each.scaling is not None:
+            number = f"{each.least} to {_engines(each.number)}, as many as are needed."
+            plan = replace(plan, why=(*plan.why, number))
         planned.append((each.config, plan))
     if len({gpu.name for gpu in hardware.gpus}) > 1 and len(models) > 1:
         warnings.append("The GPUs differ, and Ray chooses which of them an engine gets.")
@@ -127,7 +134,7 @@ def plan_service(
             "many times over; lower replicas, or serve fewer models."
         )
     _check_names(planned)
-    return ServicePlan(tuple(planned), tuple(why), tuple(warnings))
+    return ServicePlan(tuple(planned), tuple(why), tuple(warnings), num_shared_gpus=num_shared_gpus)
 
 
 def deployment_name(served_name: str) -> str:
@@ -150,6 +157,17 @@ def served_names(config: Config, plan: Plan) -> tuple[str, ...]:
     return (plan.served_model_name, *plan.aliases, *adapters)
 
 
+def scaling_of(config: Config, plan: Plan) -> ScalingSettings | None:
+    """Return by what a model's engines come and go; None if their number is fixed."""
+    return config.scaled_up_to(plan.num_replicas).scaling
+
+
+def num_first(config: Config, plan: Plan) -> int:
+    """Return how many engines a model has at the start."""
+    scaling = scaling_of(config, plan)
+    return plan.num_replicas if scaling is None else scaling.num_initial
+
+
 def changes(before: ServicePlan, after: ServicePlan) -> list[str]:
     """Return what an edit of the configuration changes, in sentences; nothing for nothing."""
     old = {plan.deployment: (config, plan) for config, plan in before.models}
@@ -158,13 +176,15 @@ def changes(before: ServicePlan, after: ServicePlan) -> list[str]:
     for deployment, (config, plan) in new.items():
         name = f"model {plan.served_model_name}"
         if deployment not in old:
-            said.append(f"{name} is added: {_engines(plan.num_replicas)} start.")
+            said.append(f"{name} is added: {_engines(num_first(config, plan))} start.")
             continue
         was_config, was = old[deployment]
         if not _is_same_engine(was_config, config):
             said.append(f"{name} has changed: its engines are replaced, one after the other.")
-        elif plan.num_replicas != was.num_replicas:
-            said.append(f"{name} is resized: from {was.num_replicas} to {plan.num_replicas}.")
+        elif (now := _range(config, plan)) != (earlier := _range(was_config, was)):
+            said.append(f"{name} is resized: from {earlier} to {now}.")
+        elif scaling_of(config, plan) != scaling_of(was_config, was):
+            said.append(f"{name} comes and goes by other settings.")
         elif was_config.router != config.router:
             said.append(f"{name} has other targets.")
     said += [
@@ -248,14 +268,16 @@ def _front(
 class _Gpus:
     """Hands out GPUs. Ray chooses which ones an engine gets: where they differ, the smallest."""
 
-    def __init__(self, gpus: Sequence[Gpu]) -> None:
-        self._differ = len({gpu.num_bytes for gpu in gpus}) > 1
-        self._gpus = sorted(gpus, key=lambda gpu: gpu.num_bytes) if self._differ else list(gpus)
+    def __init__(self, gpus: Sequence[Gpu], *, shared: bool) -> None:
+        """`shared`: models may have the same ones, at other times."""
+        differ = len({gpu.num_bytes for gpu in gpus}) > 1
+        self._any = differ or shared
+        self._gpus = sorted(gpus, key=lambda gpu: gpu.num_bytes) if differ else list(gpus)
 
     def take(self, number: int) -> tuple[Gpu, ...]:
         """Return so many GPUs to plan with."""
         taken = tuple(self._gpus[:number])
-        if not self._differ:
+        if not self._any:
             self._gpus = self._gpus[number:]
         return taken
 
@@ -303,6 +325,12 @@ def _adapter_name(module: Any) -> str:
     if isinstance(module, str):  # NAME=PATH, or JSON
         return module.partition("=")[0] if module[:1] != "{" else json.loads(module)["name"]
     return module["name"] if isinstance(module, dict) else module.name
+
+
+def _range(config: Config, plan: Plan) -> str:
+    """Return how many engines a model has, in words."""
+    scaling = scaling_of(config, plan)
+    return str(plan.num_replicas) if scaling is None else f"{scaling.min} to {scaling.max}"
 
 
 def _engines(number: int) -> str:

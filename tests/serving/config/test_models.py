@@ -75,7 +75,12 @@ def test_targets_are_a_models_own():
         ({"models": [{}, {}]}, "the name 'of the bundled model'"),
         ({"models": [{"model": "a", "served_model_name": ["b", "b"]}]}, "'b' is that of models.0"),
         ({"models": [{"aliases": ["a"]}]}, "models.0.aliases: set served_model_name"),
-        ({"models": [{"model": "a", "replicas": {"min": 0, "max": 2}}]}, "models.0.replicas: {min"),
+        ({"replicas": {"min": 1, "max": 2}, "idle_sleep_s": 9}, "idle_sleep_s: lets no engine run"),
+        (
+            {"models": [{"replicas": {"max": 2, "zero_after_s": 3}}], "idle_sleep_s": 9},
+            "models.0.idle_sleep_s: is another name for replicas.zero_after_s",
+        ),
+        ({"models": [{"model": "a", "idle_sleep_s": 0}]}, "models.0.idle_sleep_s: Input should"),
         ({"models": [{"model": "a", "gpus": 2}]}, "models.0.gpus: Extra inputs"),
         ({"models": [{"model": "a", "tensor_parallel_size": 0}]}, "models.0.tensor_parallel_size"),
     ],
@@ -93,3 +98,25 @@ def test_old_names_and_relative_paths_are_taken_in_a_model_too():
     [model] = parse(args).by_model()
     assert model.engine.is_emulated
     assert model.engine.step_log == Path("/etc/headway/steps")
+
+
+def test_a_model_that_sleeps_has_no_engine_while_nobody_asks():
+    """It is another name for a minimum of none, up to the number that there would be else."""
+    fixed, bounded, awake = each(
+        {"model": "a", "idle_sleep_s": 60},
+        {"model": "b", "replicas": {"max": 4, "goodput": 0.95}},
+        {"model": "c", "replicas": 2},
+        idle_sleep_s=600,
+        replicas=3,
+    )
+    scaling = fixed.scaled_up_to(3).scaling
+    assert scaling is not None
+    assert (scaling.min, scaling.max, scaling.num_initial, scaling.zero_after_s) == (0, 3, 3, 60)
+    scaling = bounded.scaled_up_to(4).scaling
+    assert scaling is not None
+    assert (scaling.min, scaling.max, scaling.num_initial, scaling.zero_after_s) == (0, 4, 1, 600)
+    assert scaling.goodput == 0.95
+    assert awake.scaled_up_to(2).scaling.zero_after_s == 600
+    [short] = each(idle_sleep_s=5)
+    assert short.scaled_up_to(2).scaling.max == 2
+    assert parse({"replicas": 2}).scaled_up_to(2).scaling is None

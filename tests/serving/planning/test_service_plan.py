@@ -110,6 +110,65 @@ class TestOnGpus:
             plan(h100s(), SMALL, {"served_model_name": "x"})
 
 
+class TestThoseThatComeAndGo:
+    def test_if_the_most_of_all_fits_nobody_shares(self) -> None:
+        planned = plan(
+            h100s(), LARGE | {"replicas": {"max": 2}}, SMALL | {"replicas": {"min": 0, "max": 4}}
+        )
+        assert numbers(planned) == {"large": 2, "org/small-8B": 4}
+        assert planned.num_shared_gpus == 0
+        assert planned.plans[0].why[0].endswith("models.0.replicas.max is set.")
+        assert planned.plans[1].why[-1] == "0 to 4 engines, as many as are needed."
+
+    def test_else_they_share_what_the_others_leave(self) -> None:
+        planned = plan(
+            h100s(),
+            LARGE | {"replicas": {"min": 1, "max": 3}},
+            SMALL | {"idle_sleep_s": 60, "replicas": 4},
+            EMBED | {"replicas": 2},
+        )
+        assert numbers(planned) == {"large": 3, "org/small-8B": 4, "embed": 2}
+        assert planned.num_shared_gpus == 6
+        assert planned.why[0] == (
+            "8 GPUs here, for 12 at most: large 1 to 3 × 2 GPUs, org/small-8B 0 to 4 × 1 GPU, "
+            "embed 2 × 1 GPU. What one model gives up another may take."
+        )
+
+    @pytest.mark.parametrize(
+        ("models", "line"),
+        [
+            (
+                (LARGE | {"replicas": {"max": 4}}, EMBED | {"replicas": 2}),
+                "models: large 1 to 4 × 2 GPUs, embed 2 × 1 GPU: beside what always runs this "
+                "node with 8 GPUs has room for 3 engines of large: lower models.0.replicas.max",
+            ),
+            (
+                (LARGE | {"replicas": {"min": 4, "max": 4}}, EMBED | {"replicas": 2}),
+                "models: large 4 × 2 GPUs, embed 2 × 1 GPU: what always runs needs 10 GPUs, this "
+                "node has 8: lower models.0.replicas.min",
+            ),
+        ],
+    )
+    def test_what_cannot_be_is_one_line_with_the_key(self, models: Any, line: str) -> None:
+        with pytest.raises(ConfigError) as error:
+            plan(h100s(), *models)
+        assert str(error.value) == line
+
+    def test_memory_has_to_hold_the_most_of_all(self) -> None:
+        config = parse({"models": [{}, TINY | {"replicas": {"max": 2}}]})
+        with pytest.raises(ConfigError, match=r"lower models.1.replicas.max$"):
+            plan_service(config, cores(num_free_gib=6), [None, TINY_SIZE])
+
+    def test_an_edit_of_the_bounds_is_said(self) -> None:
+        before = plan(cores(4, 64), {}, TINY | {"replicas": 2})
+        ranged = replan(before, cores(4, 64), {}, TINY | {"replicas": {"min": 0, "max": 2}})
+        assert changes(before, ranged) == ["model tiny is resized: from 2 to 0 to 2."]
+        bounds = {"min": 0, "max": 2, "goodput": 0.99}
+        other = replan(before, cores(4, 64), {}, TINY | {"replicas": bounds})
+        assert changes(ranged, other) == ["model tiny comes and goes by other settings."]
+        assert changes(other, other) == []
+
+
 class TestOnCores:
     def test_two_models_have_an_engine_and_a_core_each(self) -> None:
         planned = plan(cores(), {}, TINY)

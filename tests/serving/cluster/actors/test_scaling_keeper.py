@@ -22,6 +22,7 @@ class Application:
         self.num_requests = 0
         self.target = num_engines
         self.emptying = []
+        self.drained = []
 
     def run(self, duration_s, load, *, stops=True):
         for _ in range(duration_s):
@@ -37,6 +38,7 @@ class Application:
                     left_tokens={each: self.left.get(each, 0) for each in self.engines},
                 ),
                 self.now_s,
+                self.drained,
             )
             self.emptying = orders.emptying
             self.target = self.keeper.decide(self.engines, self.target, self.now_s)
@@ -91,3 +93,74 @@ def test_nothing_is_stopped_while_no_gateway_reports():
         app.now_s += 1.0
         app.target = app.keeper.decide(app.engines, app.target, app.now_s)
     assert app.target == 2
+
+
+def test_a_drained_engine_is_no_capacity():
+    """Another one is started for its work, as long as it is drained, and then there are two."""
+    app = Application(num_engines=1)
+    app.run(60, 0.3)
+    assert app.engines == ["e0"]
+    app.drained = ["e0"]
+    app.run(2, 0.3)
+    assert len(app.engines) == 2
+    assert app.emptying == []
+    app.drained = []
+    app.run(120, 0.3)
+    assert app.engines == ["e0"]
+
+
+def test_a_drained_engine_takes_one_of_those_that_there_may_be():
+    app = Application(num_engines=2, max=2)
+    app.drained = ["e0"]
+    app.run(60, 3.0)
+    assert app.keeper.state.num_wanted == 2
+    assert app.target == 3  # which Serve bounds
+    assert app.emptying == []
+
+
+def test_a_drained_engine_is_stopped_only_in_the_way_of_one_that_has_to_stop():
+    app = Application(num_engines=1)
+    app.drained = ["e0"]
+    app.run(200, 0.0)
+    assert app.engines[0] == "e0"
+    assert len(app.engines) == 2  # min: 1 serves
+    app = Application(num_engines=3, keep_s=5.0)
+    app.drained = ["e2"]
+    app.left = {"e2": 10}
+    app.run(20, 0.0)
+    assert app.engines == ["e0", "e1", "e2"]  # it has work, and Serve would stop it before e1
+    assert app.emptying == ["e1"]
+    app.left = {}
+    app.run(5, 0.0)
+    assert app.engines == ["e0"]
+
+
+def test_an_engine_that_is_emptied_and_drained_is_not_taken_back():
+    app = Application(num_engines=2, keep_s=5.0)
+    app.left = {"e1": 10}
+    app.run(20, 0.0)
+    assert app.emptying == ["e1"]
+    app.drained = ["e1"]
+    app.run(20, 0.9)
+    assert "e1" in app.emptying
+    assert len(app.engines) > 2
+
+
+def test_what_only_one_gateway_says_is_out_of_use_still_serves():
+    keeper = ScalingKeeper(ScalingSettings(min=1, max=3))
+    keeper.report("g", Demand(), 1.0, ["e0"])
+    keeper.report("h", Demand(), 1.0)
+    assert keeper.decide(["e0"], 1, 1.0) == 1
+    keeper.report("h", Demand(), 1.5, ["e0"])
+    assert keeper.decide(["e0"], 1, 2.0) == 2
+
+
+def test_other_bounds_hold_at_once_and_nothing_is_forgotten():
+    app = Application(num_engines=1)
+    app.run(60, 2.0)
+    load = app.keeper.state.recent_load
+    assert len(app.engines) > 3
+    app.keeper.use_settings(ScalingSettings(min=1, max=2, season_s=0.0, keep_s=20.0))
+    app.run(10, 2.0)
+    assert len(app.engines) == 2
+    assert app.keeper.state.recent_load == load

@@ -1,6 +1,7 @@
 """Which model is meant, before engines are up and after."""
 
 import asyncio
+import time
 
 import msgspec
 import pytest
@@ -132,6 +133,46 @@ class TestSeveralModels:
         models.use_entries([entry("b"), entry("a")])
         assert find(models, "a") == "a"
         assert "a" not in models.removed
+
+
+class TestEnginesThatComeAndGo:
+    def test_those_who_ask_for_a_model_without_one_are_told_when(self):
+        engines = {"r0": msgspec.structs.replace(SMALL, model="b", aliases=("bee", "adapter"))}
+        models = ServedModels(("a", "b"), engines)
+        entries = [entry("a", "alias", scales=True), entry("b", "bee", scales=True), entry("c")]
+        models.use_entries(entries)
+        assert models.scaled == {"Engine-a": {"a", "alias"}, "Engine-b": {"b", "bee", "adapter"}}
+        assert models.waits_for("alias") == "waiting for an engine to start"
+        models.expect_engine("Engine-a", time.monotonic() + 20.4)
+        assert models.waits_for("a") == "waiting for an engine to start, about 20 s"
+        assert models.waits_for("bee") == models.waits_for("c") == models.waits_for("x") == ""
+        models.expect_engine("Engine-a", time.monotonic() - 9.0)  # it takes longer than they do
+        assert models.waits_for("a").endswith("about 1 s")
+        engines["r1"] = msgspec.structs.replace(SMALL, model="a", aliases=("alias",))
+        assert models.waits_for("alias") == ""
+        assert [models.name_of(each) for each in ("Engine-a", "Engine-b")] == ["a", "b"]
+
+    def test_the_only_model_is_meant_by_any_name_if_only_its_engines_know_theirs(self):
+        engines = {}
+        models = ServedModels((), engines)
+        models.use_entries([ModelEntry(deployment="Engine", names=(), scales=True)])
+        assert models.scaled == {"Engine": None}
+        assert models.waits_for("any") == "waiting for an engine to start"
+        assert models.name_of("Engine") == ""
+        engines["r0"] = SMALL
+        assert models.waits_for("any") == ""
+
+    async def test_a_stream_is_told_what_it_waits_for(self):
+        async with running(num_engines=0, gateway={"keepalive_s": 0.05}) as system:
+            system.gateway.use_models([entry("other"), entry("fake-model", scales=True)])
+            assert (await system.client.get("/health")).status_code == 200
+            async with system.client.stream("POST", CHAT, json=system.chat(stream=True)) as reply:
+                lines = reply.aiter_lines()
+                assert await anext(lines) == ": keep-alive, waiting for an engine to start"
+                await system.add_engine()
+                rest = [line async for line in lines]
+            assert rest[-2] == "data: [DONE]"
+            system.assert_empty()
 
 
 async def test_unknown_models_are_refused_at_once_and_leave_nothing():
