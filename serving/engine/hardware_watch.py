@@ -18,7 +18,7 @@ import importlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -208,6 +208,19 @@ class HardwareWatch:
             except psutil.Error:  # it has ended
                 continue
         return total
+
+
+def unfit(states: Mapping[str, HardwareState], models: Mapping[str, str]) -> set[str]:
+    """Return the engines whose hardware has a fault, or is slow while that of others is not.
+
+    Of others of the same model: `models` has that of each engine.
+    """
+    well = {models[each] for each, state in states.items() if not (state.fault or state.slow)}
+    return {
+        each
+        for each, state in states.items()
+        if state.fault or (state.slow and models[each] in well)
+    }
 
 
 async def watch_hardware(tell: Callable[[HardwareState], object], *, has_gpus: bool) -> None:

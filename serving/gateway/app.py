@@ -20,6 +20,7 @@ from serving.gateway.driver import Driver
 from serving.gateway.http.body_reader import BodyReader
 from serving.gateway.http.connections import Connections, make_connections
 from serving.gateway.http.endpoint import is_loopback
+from serving.gateway.http.endpoints.adapters import LoraAdapters
 from serving.gateway.http.endpoints.admin import AdminEndpoints
 from serving.gateway.http.endpoints.answers import EngineEndpoints
 from serving.gateway.http.endpoints.batch.batches import Batches
@@ -117,9 +118,6 @@ class Gateway:
             kept,
             self.served_models,
         )
-        self._engine_endpoints = EngineEndpoints(
-            self.driver.engines, self.tenants, self.body_reader, kept
-        )
         self.batches: Batches | None = None
         if config.batch.dir is not None:
             self.batches = Batches(config, gateway_id, self.request_path, served_names)
@@ -128,6 +126,10 @@ class Gateway:
         self.started_s = int(time.time())  # seconds since the epoch
         self.metrics.export_state(self.state)
         self.together = self._make_together()
+        adapters = LoraAdapters(self.driver.engines, self.together)
+        self._engine_endpoints = EngineEndpoints(
+            self.driver.engines, self.tenants, self.body_reader, kept, adapters
+        )
         self._feeds: list[Feed] = []
         self._assets = Assets()
         self.connections = make_connections(config)

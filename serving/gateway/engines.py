@@ -8,7 +8,7 @@ named by Ray --connect--> up --not named any more--> draining --last attempt ove
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from router import BlockUpdate, Decision, Dispatch, EngineInfo, EngineSnapshot, Router
@@ -16,9 +16,10 @@ from router.resilience.resume import Resume
 from serving.config.providers import ExternalConfig
 from serving.engine.external.continuation import Continuation
 from serving.engine.external.server import ExternalServer
-from serving.engine.hardware_watch import HardwareState
+from serving.engine.hardware_watch import HardwareState, unfit
 from serving.gateway.exchange import Attempt, Exchange, Turn
 from serving.gateway.http.endpoints.questions import Question, Questions
+from serving.gateway.http.errors import UNLOADED
 from serving.stream.client import Connection, StreamClient
 from serving.stream.frames import (
     Ack,
@@ -50,7 +51,7 @@ class AttemptEvents(Protocol):
     def on_attempt_lost(self, attempt: Attempt) -> None: ...
     def break_off(self, exchange: Exchange, error: Exception) -> None: ...
     def on_replica_lost(self, replica_id: str) -> None: ...
-    def on_model_gone(self, names: Collection[str]) -> None: ...
+    def on_model_gone(self, names: Collection[str], why: str = ...) -> None: ...
 
 
 class Engines:
@@ -60,6 +61,7 @@ class Engines:
         self.infos: dict[str, EngineInfo] = {}  # of those that are up, by replica
         self.hardware: dict[str, HardwareState] = {}  # of those that are up and have told
         self.questions = Questions()
+        self.on_join: Callable[[str], None] = lambda _: None  # told of each engine that is up
         self._unfit: set[str] = set()  # of those, the ones that get no new work for it
         self._snapshots: dict[str, EngineSnapshot] = {}  # the last of each that is up
         self._router = router
@@ -282,6 +284,7 @@ class Engines:
                 client.replica_id, info, time.monotonic(), is_draining=drains
             )
         )
+        self.on_join(client.replica_id)
 
     def on_leaving(self, client: Connection, *, is_leaving: bool) -> None:
         """Send a server that takes no connections no new work, until it does."""
@@ -291,7 +294,14 @@ class Engines:
     def on_snapshot(self, client: Connection, snapshot: EngineSnapshot) -> None:
         self._snapshots[client.replica_id] = snapshot
         now_s = time.monotonic()
+        gone: set[str] = set()  # LoRA adapters that were unloaded from the last engine
+        if (paths := snapshot.adapter_paths) is not None:
+            info = self.infos[client.replica_id]
+            self.infos[client.replica_id] = info.with_adapters(paths)
+            gone = info.adapters.keys() - set().union(*(i.adapters for i in self.infos.values()))
         self._events.execute(self._router.on_snapshot(client.replica_id, snapshot, now_s))
+        if gone:
+            self._events.on_model_gone(gone, UNLOADED)
 
     def on_alive(self, client: Connection, frame: Alive) -> None:
         self._router.on_alive(
@@ -301,22 +311,14 @@ class Engines:
     def on_hardware(self, client: Connection, state: HardwareState) -> None:
         """Send no new work to hardware with a fault, nor to slow one if its model has better."""
         self.hardware[client.replica_id] = state
-        unfit = {each for each in self.hardware if self._is_unfit(each)}
-        for replica_id in unfit ^ self._unfit:
-            if replica_id in unfit:
+        now_unfit = unfit(self.hardware, {each: info.model for each, info in self.infos.items()})
+        for replica_id in now_unfit ^ self._unfit:
+            if replica_id in now_unfit:
                 hardware = self.hardware[replica_id]
                 reason = hardware.fault or hardware.slow
                 logger.warning("engine %s gets no new requests: %s", replica_id, reason)
-            (self._unfit.add if replica_id in unfit else self._unfit.discard)(replica_id)
+            (self._unfit.add if replica_id in now_unfit else self._unfit.discard)(replica_id)
             self._drain_or_not(replica_id)
-
-    def _is_unfit(self, replica_id: str) -> bool:
-        hardware, model = self.hardware[replica_id], self.infos[replica_id].model
-        if hardware.fault or not hardware.slow:
-            return bool(hardware.fault)
-        others = [each for each, info in self.infos.items() if info.model == model]
-        told = [self.hardware[each] for each in others if each in self.hardware]
-        return any(not each.fault and not each.slow for each in told)
 
     def on_blocks(self, client: Connection, update: BlockUpdate) -> None:
         if not self._router.on_blocks(client.replica_id, update):

@@ -7,7 +7,7 @@ import time
 
 import msgspec
 
-from router.types import HEARTBEAT_S, SNAPSHOT_INTERVAL_S
+from router.types import HEARTBEAT_S, SNAPSHOT_INTERVAL_S, AdapterState, EngineSnapshot
 from serving.engine.hardware_watch import HardwareState
 from serving.stream.accounting import RequestAccounting
 from serving.stream.call import AsgiCall
@@ -168,6 +168,9 @@ class GatewayConnection(StrangerConnection):
         self._calls: dict[int, AsgiCall] = {}
         self._snapshot_is_due = False
         self._block_position = 0  # what this gateway knows of the prefix cache
+        # And of LoRA adapters, as it was told last.
+        self._adapters: AdapterState | None = None
+        self._adapter_paths: dict[str, str] | None = None
         self._last_stream = 0
         self._token = ""  # for its other connection
 
@@ -194,10 +197,25 @@ class GatewayConnection(StrangerConnection):
                 frames.append(Blocks(update))
             accountings = list(server.accountings.values())
             snapshot = engine.snapshot(server.next_snapshot_seq(), accountings)
+            if snapshot.adapter_paths is not None:
+                snapshot = self._without_known_adapters(snapshot)
             frames.append(
                 Snapshot(msgspec.structs.replace(snapshot, last_booking=self._last_stream))
             )
         return frames
+
+    def _without_known_adapters(self, snapshot: EngineSnapshot) -> EngineSnapshot:
+        """Return the snapshot without what has not changed of adapters since the last one."""
+        adapters, paths = snapshot.adapters, snapshot.adapter_paths
+        if adapters == self._adapters:
+            adapters = None
+        else:
+            self._adapters = adapters
+        if paths == self._adapter_paths:
+            paths = None
+        else:
+            self._adapter_paths = paths
+        return msgspec.structs.replace(snapshot, adapters=adapters, adapter_paths=paths)
 
     def on_hello(self, hello: Hello) -> None:
         """Admit the gateway and welcome it. Raise `ValueError` if it does not know the secret."""

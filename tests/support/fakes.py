@@ -51,6 +51,7 @@ class FakeEngine:
         self.num_steps = 0
         self.num_cancelled = 0
         self.bodies: list[dict] = []
+        self.adapter_paths: dict[str, str] | None = None  # of LoRA, by name; None: it takes none
         self._on_step: Callable[[], None] = lambda: None
 
     @classmethod
@@ -67,6 +68,7 @@ class FakeEngine:
             num_inflight_reqs=len(accountings),
             num_free_kv_tokens=self.info.num_kv_tokens,
             num_steps_total=self.num_steps,
+            adapter_paths=self.adapter_paths,
         )
 
     def forget(self, accounting: RequestAccounting) -> None:

@@ -26,8 +26,13 @@ class System:
         self.servers: list[StreamServer] = []
         self.members: dict[str, dict] = {}
 
-    async def add_engine(self, chunk: bytes | None = None, info: EngineInfo = INFO) -> FakeEngine:
-        engine = FakeEngine(info)
+    async def add_engine(
+        self,
+        chunk: bytes | None = None,
+        info: EngineInfo = INFO,
+        engine: FakeEngine | None = None,
+    ) -> FakeEngine:
+        engine = engine or FakeEngine(info)
         engine.chunk = chunk or engine.chunk
         server = StreamServer(engine, self.gateway.config.gateway.stream_window_bytes)
         host, port = await server.listen("127.0.0.1")

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 from router import EngineInfo
 from router.fleet.step_budget import ITL_TARGET_S
 from serving.config import Config, ConfigError
+from serving.engine.adapter_watch import WORKER, AdapterWatch
 from serving.engine.vllm import patches
 from serving.engine.vllm.lifeline import Lifeline
 from serving.planning.plan import Plan
@@ -47,7 +48,7 @@ class VllmEngine:
         grammars: Any,
     ) -> None:
         self.app = app
-        self.info = info
+        self._info = info
         self.lifeline = lifeline
         self._llm = llm
         self.blocks = stats.blocks
@@ -111,6 +112,9 @@ class VllmEngine:
             llm = AsyncLLM.from_vllm_config(
                 vllm_config, stat_loggers=[lambda config, index: stats], disable_log_stats=True
             )
+        lora_config = vllm_config.lora_config
+        if lora_config and vllm_config.parallel_config.worker_extension_cls == WORKER:
+            stats.adapters = await AdapterWatch.start(llm, lora_config)
         tasks = await llm.get_supported_tasks()
         if "generate" in tasks and (plan.device != "cpu" or _has_compiler()):
             await _warm_up(llm)
@@ -127,6 +131,8 @@ class VllmEngine:
         with _keeping_log_level():
             app = build_app(args, tasks, llm.model_config)
         await init_app_state(llm, app.state, args, tasks)
+        if stats.adapters is not None:
+            await stats.adapters.attach(app, stats.tell)
         refuse_unreadable_bodies(app)
         # Set by vLLM's launcher, which we are in place of: whoever answers for a request that
         # failed also sees to it that the server ends where the engine is dead. Ours ends anyway.
@@ -136,7 +142,7 @@ class VllmEngine:
         resumer = Resumer(outputs.process_outputs, outputs.request_states)
         patches.patch_modules()
         patches.watch_requests(outputs, stats, resumer)
-        patches.admit_requests(llm, grammars)
+        patches.admit_requests(llm, grammars, stats.adapters)
         patches.keep_responses(app.state)
         names = args.served_model_name or [args.model]
         loras = {module.name: module.path for module in args.lora_modules or ()}
@@ -145,6 +151,7 @@ class VllmEngine:
             aliases=(*names[1:], *loras),
             root=args.model,
             adapters=loras,
+            max_loras=stats.adapters.max_loras if stats.adapters is not None else 0,
             routes=routes_of(app),
             tasks=tuple(tasks),
             max_model_len=llm.model_config.max_model_len,
@@ -160,6 +167,12 @@ class VllmEngine:
             engine=f"vllm {vllm.__version__}",
         )
         return cls(llm, app, stats, resumer, info, lifeline, grammars)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What it serves, with the adapters of now."""
+        adapters = self._stats.adapters
+        return self._info if adapters is None else self._info.with_adapters(adapters.paths)
 
     def forget(self, accounting: RequestAccounting) -> None:
         """Stop computing for a request that has ended, in whatever way."""
@@ -293,6 +306,8 @@ def vllm_arguments(plan: Plan) -> Any:
         from serving.engine.vllm.cpu_executor import CpuExecutor
 
         settings.setdefault("distributed_executor_backend", CpuExecutor)
+    if settings.get("enable_lora"):
+        settings.setdefault("worker_extension_cls", WORKER)
     for key, value in settings.items():
         if key not in known:
             raise ConfigError(f"engine.args.{key}: vLLM has no such engine argument")

@@ -27,6 +27,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from serving.config import ConfigError
+from serving.engine.adapter_watch import AdapterWatch
 from serving.engine.vllm.grammar_sandbox import SandboxEnded
 from serving.engine.vllm.grammars import GrammarRefused, Grammars, apply_verdict, check_length
 from serving.engine.vllm.shape import Patch, Shape, classes, resolve
@@ -53,6 +54,7 @@ _OUTPUTS = "vllm.v1.engine.output_processor"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _GRAMMARS = "vllm.v1.structured_output"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_MODELS = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
 _RESPONSES = "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
 
 # Responses that an engine keeps: at 16 KB of text and events each, 64 MB.
@@ -95,7 +97,7 @@ PATCHES = (
         "and what its grammar takes is known before anything is compiled here",
         guards=("test_what_the_core_cannot_be_told_is_refused", "test_a_grammar_that_is_too_much"),
         shapes=(
-            Shape(f"{_LLM}.add_request", has="request_id prompt params"),
+            Shape(f"{_LLM}.add_request", has="request_id prompt params lora_request"),
             Shape(f"{_LLM}.generate", uses="add_request VLLMClientError EngineGenerateError"),
             *classes("vllm.exceptions", VLLMClientError="", VLLMError="", RetryableRequestError=""),
         ),
@@ -309,7 +311,7 @@ PATCHES = (
             *classes(
                 "vllm.v1.request",
                 Request="request_id status num_tokens num_computed_tokens num_output_tokens "
-                "block_hashes",
+                "block_hashes lora_request",
                 RequestStatus="PREEMPTED",
             ),
             *classes(
@@ -445,6 +447,49 @@ PATCHES = (
                 "vllm.entrypoints.serve.exception_handling.handlers.exception:exception_handler",
                 "(req, exc)",
             ),
+        ),
+    ),
+    Patch(
+        how="subclassed",
+        ours="serving.engine.adapter_worker:AdapterWorker",
+        why="which LoRA adapters a worker has, and what loading each took, it tells nobody",
+        guards=("test_an_adapter_that_is_at_hand_is_preferred",),
+        shapes=(
+            Shape("vllm.config:ParallelConfig", has="worker_extension_cls"),
+            Shape(
+                "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager",
+                has="add_adapter list_adapters",
+            ),
+            Shape(
+                "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.create_lora_manager",
+                uses="_adapter_manager",
+            ),
+            Shape("vllm.lora.model_manager:LoRAModelManager.__init__", uses="lora_index_to_id"),
+            Shape(
+                "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.load_lora_model",
+                uses="lora_manager",
+            ),
+            Shape(f"{_LLM}.collective_rpc", "(self, method, timeout=None, args=(), kwargs=None)"),
+        ),
+    ),
+    Patch(
+        how="replaced",
+        ours="serving.engine.adapter_watch:AdapterWatch",
+        why="gateways hear of adapters that are loaded and unloaded while serving; one that "
+        "another engine has loaded is served here without loading it before it is asked for",
+        guards=("test_an_adapter_that_is_at_hand_is_preferred",),
+        shapes=(
+            Shape(f"{_MODELS}.load_lora_adapter", uses="add_lora lora_requests"),
+            Shape(f"{_MODELS}.unload_lora_adapter", uses="lora_requests"),
+            Shape(f"{_MODELS}._check_load_lora_adapter_request", "(self, request)"),
+            Shape(f"{_MODELS}.__init__", uses="lora_requests lora_id_counter lora_resolver_lock"),
+            Shape(
+                "vllm.lora.request:LoRARequest",
+                has="lora_name lora_int_id lora_path load_inplace is_3d_lora_weight adapter_id",
+            ),
+            Shape("vllm.lora.peft_helper:PEFTHelper", has="from_local_dir validate_legal"),
+            Shape("vllm.lora.utils:get_adapter_absolute_path", "(lora_path)"),
+            *classes("vllm.v1.engine.output_processor", RequestState="lora_name"),
         ),
     ),
     Patch(
@@ -628,7 +673,7 @@ def watch_requests(output_processor: Any, stats: "EngineStats", resumer: "Resume
     output_processor._update_stats_from_finished = update_stats_from_finished
 
 
-def admit_requests(llm: Any, grammars: Grammars) -> None:
+def admit_requests(llm: Any, grammars: Grammars, adapters: AdapterWatch | None = None) -> None:
     """Have an engine refuse, with the reason, the requests that must not reach its core or cannot.
 
     The same errors are a client's where vLLM meets them a moment earlier.
@@ -643,6 +688,8 @@ def admit_requests(llm: Any, grammars: Grammars) -> None:
         try:
             if (outputs := getattr(params, "structured_outputs", None)) is not None:
                 await grammars.check(outputs)
+            if adapters is not None and (lora := kwargs.get("lora_request")) is not None:
+                adapters.check_request(lora)
             return await add_request(request_id, prompt, params, *args, **kwargs)
         except VLLMError:
             raise

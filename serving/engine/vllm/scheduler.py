@@ -35,13 +35,16 @@ NEXT = "headway_next_step"  # launched before this one ended: tokens prefilled, 
 ITL_TARGET = "headway_itl_target_s"  # in vLLM's `additional_config`, seconds
 PART = "headway_part"  # tokens of the next step that a prompt takes from others if it needs several
 BLOCKS = "headway_blocks"  # [(hashes stored, hashes removed) | None = all cleared]
+ADAPTERS = "headway_adapters"  # names of the LoRA adapters that the step used
 
 
 class StatsMixin:
     """Attaches to each step's statistics what the gateway routes by."""
 
     running: list[Request]
+    requests: dict[str, Request]
     hash_block_size: int
+    lora_config: Any
     overlaps = False  # whether a step is launched before the one before has ended
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,6 +54,7 @@ class StatsMixin:
         self._last_ended: SchedulerOutput | None = None
         self._new_requests: list[Request] = []
         self._last_blocks: dict[str, int] = {}  # of requests that this step ends
+        self._adapters_used: list[str] = []  # by the step that ended last
         self._events = _KvEventTap(self.kv_event_publisher)  # type: ignore[has-type]
         self.kv_event_publisher = self._events
 
@@ -79,7 +83,15 @@ class StatsMixin:
                 del self._in_flight[: index + 1]
                 break
         self._last_ended = scheduler_output
+        if self.lora_config is not None:
+            self._adapters_used = self._adapters_of(scheduler_output)
         return super().update_from_output(scheduler_output, *args)  # type: ignore[misc]
+
+    def _adapters_of(self, step: SchedulerOutput) -> list[str]:
+        """Return the names of the adapters that a step uses, of requests that are still there."""
+        requests = map(self.requests.get, step.num_scheduled_tokens)
+        loras = [each.lora_request for each in requests if each is not None]
+        return sorted({lora.lora_name for lora in loras if lora is not None})
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
@@ -118,6 +130,9 @@ class StatsMixin:
         if self._last_blocks:
             reports[ANSWERS] = self._last_blocks
             self._last_blocks = {}
+        if self._adapters_used:
+            reports[ADAPTERS] = self._adapters_used
+            self._adapters_used = []
         if self._events.changes:
             reports[BLOCKS] = self._events.changes
             self._events.changes = []
@@ -190,6 +205,7 @@ class StepBudgetMixin:
     num_spec_tokens: int
     scheduler_config: Any
     vllm_config: Any
+    lora_config: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -211,6 +227,8 @@ class StepBudgetMixin:
         num_prefill = self._budget.prefill_tokens(num_decoding)
         self._part = long_part_tokens(num_prefill)
         self._deferred, num_prefill = self._planned(prompts, num_prefill, num_decoding)
+        if self._deferred and self.lora_config is not None:
+            self._deferred = self._keeping_adapters(self._deferred)
         deferred = self._deferred
         if self._most_each and len(self.running) - len(deferred) + len(self.waiting) == 1:
             # vLLM lifts that cap from a prompt that is alone: who comes meanwhile waits for it.
@@ -248,6 +266,16 @@ class StepBudgetMixin:
                 return left_out, sum(num_left[:cut])
         return self._prompts_to_defer(prompts, num_prefill), num_prefill
 
+    def _keeping_adapters(self, deferred: list[Request]) -> list[Request]:
+        """Return those of these prompts whose adapter the step uses all the same, or has none.
+
+        vLLM lets no more adapters run than can be resident. Those of a prompt that is left out it
+        does not see: another's would take the place, and once the prompt came back the core would
+        end, as there are too many.
+        """
+        kept = {_adapter(each) for each in self.running if each not in deferred}
+        return [each for each in deferred if not (name := _adapter(each)) or name in kept]
+
     def _prompts_to_defer(self, prompts: list[Request], num_prefill: int) -> list[Request]:
         """Return the running prompts that this step leaves out."""
         # Those left out come back: the batch must have room for all.
@@ -282,6 +310,11 @@ class StepBudgetMixin:
 
 def _priority_of_first(prompt: tuple[Request, int]) -> int:
     return prompt[0].priority
+
+
+def _adapter(request: Request) -> int:
+    """Return the number of a request's LoRA adapter; 0 if it has none."""
+    return request.lora_request.lora_int_id if request.lora_request is not None else 0
 
 
 def _is_prompt(request: Request) -> bool:

@@ -1,6 +1,7 @@
 """What does one vLLM engine have to do now, by its own statistics?"""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from vllm.config import VllmConfig
@@ -12,7 +13,9 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 from router import EngineSnapshot
 from router.fleet.block_log import BlockLog
 from router.types import PREFILL_RATE_FORGETTING
+from serving.engine.adapter_watch import AdapterWatch
 from serving.engine.vllm.scheduler import (
+    ADAPTERS,
     ANSWERS,
     BLOCKS,
     ENDED,
@@ -47,6 +50,7 @@ class EngineStats(StatLoggerBase):
         # was lost and it goes on here before what was lost has left.
         self._accountings: dict[str, RequestAccounting] = {}
         self._on_step: Callable[[], None] = lambda: None
+        self.adapters: AdapterWatch | None = None  # where the engine takes LoRA adapters
         self.reset_steps()
 
     def reset_steps(self) -> None:
@@ -105,6 +109,10 @@ class EngineStats(StatLoggerBase):
         """Have `on_step()` called on the event loop after every engine step."""
         self._on_step = on_step
 
+    def tell(self) -> None:
+        """Have a snapshot taken that no step gives occasion to."""
+        self._on_step()
+
     def log_engine_initialized(self) -> None:
         """Do nothing: part of vLLM's interface."""
 
@@ -151,6 +159,9 @@ class EngineStats(StatLoggerBase):
         # clock: a loop that reads a long prompt gets to several records at once, and
         # then a step of 6 ms would be one of 30, followed by some of none.
         now_s = reports.get(ENDED, time.monotonic())
+        if self.adapters is not None and self.adapters.on_step(reports.get(ADAPTERS, ())):
+            # What loading took is no part of what such a step takes.
+            self._last_step_s, self.step_s = None, 0.0
         if self._last_step_s is not None:
             step_s = now_s - self._last_step_s
             if step_s < _LONGEST_STEP_S:
@@ -205,6 +216,7 @@ class EngineStats(StatLoggerBase):
             else:
                 num_decoding += 1
                 num_context += state.prompt_len + state.stats.num_generation_tokens
+        adapters = self.adapters
         return EngineSnapshot(
             seq=seq,
             num_running_reqs=stats.num_running_reqs,
@@ -229,7 +241,13 @@ class EngineStats(StatLoggerBase):
             num_preemptions_total=self.num_preemptions_total,
             num_output_tokens_total=self.num_output_tokens_total,
             num_steps_total=self.num_steps_total,
+            adapters=adapters.state(self._num_by_adapter()) if adapters is not None else None,
+            adapter_paths=adapters.paths if adapters is not None else None,
         )
+
+    def _num_by_adapter(self) -> dict[str, int]:
+        """Return how many sequences the engine has for each LoRA adapter, running or waiting."""
+        return dict(Counter(name for each in self._live.values() if (name := each.lora_name)))
 
     @property
     def num_kv_tokens(self) -> int:

@@ -124,6 +124,7 @@ def model_not_found(name: str, usable: Sequence[str] = ()) -> ApiError:
 
 
 REMOVED = "was removed from the configuration, and its engines have ended"
+UNLOADED = "was unloaded"
 
 
 def model_gone(name: str, why: str, retry_after_s: float | None = None) -> ApiError:

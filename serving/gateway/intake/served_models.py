@@ -50,6 +50,7 @@ class ServedModels:
         # As they were when `_capacities` was made; None: it has to be made.
         self._infos: list[EngineInfo] | None = None
         self._capacities: dict[str, Capacity] = {}
+        self._adapters: dict[str, frozenset[str]] = {}  # of LoRA, as each engine served them then
         self._guesses: set[str] = set()
         self._all: tuple[ModelEntry, ...] = ()  # as `use_entries` was told last
         self._entries: dict[str, ModelEntry] = {}  # of these, by name
@@ -212,11 +213,22 @@ class ServedModels:
                     by_name.setdefault(name, []).append(info)
         self._removed |= adapters - by_name.keys()
         self._capacities = {name: _capacity(of_model) for name, of_model in by_name.items()}
+        unloaded = self._follow_adapters() - by_name.keys()
         # All may be gone later, and then these are known to come back.
         names = dict.fromkeys(
             (*(self.configured if len(self.configured) > 1 else ()), *by_name, *self._names)
         )
-        self._names = tuple(name for name in names if name not in self._removed)
+        gone = self._removed | unloaded
+        self._names = tuple(name for name in names if name not in gone)
+
+    def _follow_adapters(self) -> set[str]:
+        """Return the adapters that an engine serves no more, while it is up."""
+        before = self._adapters
+        self._adapters = {each: frozenset(info.adapters) for each, info in self._engines.items()}
+        unloaded: set[str] = set()
+        for replica_id, names in self._adapters.items():
+            unloaded |= before.get(replica_id, names) - names
+        return unloaded
 
 
 def _capacity(infos: Sequence[EngineInfo]) -> Capacity:

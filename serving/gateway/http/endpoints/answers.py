@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from serving.gateway.engines import Engines
 from serving.gateway.http.body_reader import BodyReader
+from serving.gateway.http.endpoints import adapters
 from serving.gateway.http.endpoints.kept import KeptResponses
 from serving.gateway.http.endpoints.questions import NotAnswered, Question
 from serving.gateway.http.endpoints.table import RULES, Kind, Rule
@@ -40,12 +41,18 @@ class EngineEndpoints:
     """Answers for the engines, or says why nobody does."""
 
     def __init__(
-        self, engines: Engines, tenants: Tenants, body_reader: BodyReader, kept: KeptResponses
+        self,
+        engines: Engines,
+        tenants: Tenants,
+        body_reader: BodyReader,
+        kept: KeptResponses,
+        lora_adapters: adapters.LoraAdapters,
     ) -> None:
         self._engines = engines
         self._tenants = tenants
         self._body_reader = body_reader
         self._kept = kept
+        self._adapters = lora_adapters
 
     def routes(self) -> list[Route]:
         """Return the endpoints of the table that neither run a model nor are the gateway's own."""
@@ -97,11 +104,15 @@ class EngineEndpoints:
         self._tenants.authorize_admin(request.headers.raw)
         body = await self._read_body(request)
         replica_ids = self._having(rule)
-        results = await asyncio.gather(
-            *(self._ask_one(each, request, body) for each in replica_ids)
-        )
-        status = max(result["status"] for result in results)
-        content = {"engines": dict(zip(replica_ids, results, strict=True))}
+        results = None
+        if rule.path in adapters.PATHS:
+            name = request.path_params.get("adapter_name")
+            results = await self._adapters.change(rule.path, body, name)
+        if results is None:
+            asked = [self._ask_one(each, request, body) for each in replica_ids]
+            results = dict(zip(replica_ids, await asyncio.gather(*asked), strict=True))
+        status = max(result["status"] for result in results.values())
+        content = {"engines": results}
         return Response(msgspec.json.encode(content), status, media_type="application/json")
 
     async def refuse(self, rule: Rule, request: Request) -> Response:

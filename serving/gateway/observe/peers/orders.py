@@ -1,4 +1,4 @@
-"""Which orders of admins are in force: the policy, and the engines that are drained?
+"""Which orders of admins are in force: the policy, the engines drained, the adapters loaded?
 
 Each order has a version, and the newer one holds, whichever gateway hears of it in which order: a
 gateway that starts later, or hung meanwhile, takes over what others have (a last-writer-wins
@@ -6,6 +6,7 @@ register; versions are Lamport's clock with the gateway's id, so no two are alik
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -30,11 +31,20 @@ class DrainOrder(msgspec.Struct, frozen=True):
     drains: bool
 
 
+class AdapterOrder(msgspec.Struct, frozen=True):
+    """Have a model's engines serve a LoRA adapter, or no longer."""
+
+    version: Version
+    model: str
+    load: dict[str, Any] | None  # what an engine is told to serve it; None: it is not to
+
+
 class Orders(msgspec.Struct):
     """All that is in force beside the configuration."""
 
     policy: PolicyOrder | None = None
     engines: dict[str, DrainOrder] = {}  # by engine, those that were taken back among them
+    adapters: dict[str, AdapterOrder] = {}  # by name, those that were unloaded among them
 
 
 class OrderBook:
@@ -67,6 +77,10 @@ class OrderBook:
         """Send an engine no new work from now on, or some again."""
         self.take(Orders(engines={engine: DrainOrder(self._next_version(), drains)}))
 
+    def order_adapter(self, name: str, model: str, load: dict[str, Any] | None) -> None:
+        """Have this adapter from now on, also on engines that join; with None no longer."""
+        self.take(Orders(adapters={name: AdapterOrder(self._next_version(), model, load)}))
+
     def take(self, orders: Orders) -> None:
         """Carry out what is newer than what is in force.
 
@@ -77,6 +91,10 @@ class OrderBook:
             if engine not in known or order.version > known[engine].version:
                 known[engine] = order
                 self._drain(engine, order.drains)
+        for name, adapter in orders.adapters.items():
+            before = self.orders.adapters.get(name)
+            if before is None or adapter.version > before.version:
+                self.orders.adapters[name] = adapter
         policy, now = orders.policy, self.orders.policy
         if policy is None or policy.configured != self._configured:
             return
@@ -86,6 +104,7 @@ class OrderBook:
 
     def _next_version(self) -> Version:
         known = [order.version[0] for order in self.orders.engines.values()]
+        known += [order.version[0] for order in self.orders.adapters.values()]
         if self.orders.policy is not None:
             known.append(self.orders.policy.version[0])
         return max(known, default=0) + 1, self._gateway_id
