@@ -40,9 +40,16 @@ class VllmScheduler:
         priority: bool,
         kind: type | None = None,
         itl_target_s: float | None = None,
+        max_loras: int = 0,
     ) -> None:
         import torch
-        from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+        from vllm.config import (
+            CacheConfig,
+            LoRAConfig,
+            ModelConfig,
+            SchedulerConfig,
+            VllmConfig,
+        )
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
         from vllm.v1.core.sched.scheduler import Scheduler
@@ -66,7 +73,10 @@ class VllmScheduler:
         )
         cache_config = CacheConfig(block_size=BLOCK, enable_prefix_caching=True)
         config = VllmConfig(
-            model_config=model_config, scheduler_config=scheduler_config, cache_config=cache_config
+            model_config=model_config,
+            scheduler_config=scheduler_config,
+            cache_config=cache_config,
+            lora_config=LoRAConfig(max_loras=max_loras) if max_loras else None,
         )
         set_itl_target(config, itl_target_s)
         num_blocks = profile.num_kv_blocks + 1  # one is vLLM's own
@@ -93,8 +103,10 @@ class VllmScheduler:
         self.num_wrong_tokens = self.num_preemptions = self.num_hits = 0
         self._num_added = 0
 
-    def add(self, job: Job, prompt: list[int]) -> None:
+    def add(self, job: Job, prompt: list[int], adapter: int = 0) -> None:
+        """Add a request, for an adapter of this number; 0: for none."""
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
         from vllm.v1.request import Request
 
         params = SamplingParams(max_tokens=job.num_output_tokens, ignore_eos=True)
@@ -107,6 +119,7 @@ class VllmScheduler:
             pooling_params=None,
             arrival_time=float(self._num_added),
             priority=job.priority,
+            lora_request=LoRARequest(f"a{adapter}", adapter, "/a") if adapter else None,
             block_hasher=self._hasher,
         )
         self.scheduler.add_request(request)

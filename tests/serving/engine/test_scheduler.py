@@ -102,6 +102,31 @@ def test_a_long_prompt_shares_with_sooner_ones() -> None:
     }
 
 
+def test_a_prompt_whose_adapter_nobody_else_uses_gives_no_way() -> None:
+    """Another's would be taken in its place, and the two together end vLLM's core."""
+    from serving.engine.vllm.scheduler import ADAPTERS, HeadwayScheduler
+
+    size = 40 * BLOCK
+    profile = make_profile(
+        num_kv_tokens=size, max_model_len=size, max_num_batched_tokens=10 * BLOCK
+    )
+    engine = VllmScheduler(
+        prepare_bundled_model(), profile, priority=True, kind=HeadwayScheduler, max_loras=1
+    )
+    engine.scheduler._budget = FixedBudget(4 * BLOCK)
+    engine.add(Job("long", 10 * BLOCK, 1, priority=1), list(range(10 * BLOCK)), adapter=1)
+    assert engine.step()[0] == {"long/0": 4 * BLOCK}
+    engine.add(Job("other", BLOCK, 1, priority=0), [7] * BLOCK, adapter=2)
+    assert engine.step()[0] == {"long/0": 4 * BLOCK}
+    engine.add(Job("same", BLOCK, 2, priority=0), [8] * BLOCK, adapter=1)
+    assert engine.step()[0] == {"long/0": 2 * BLOCK, "same/0": BLOCK}
+    engine.add(Job("base", 5 * BLOCK, 1, priority=2), list(range(5 * BLOCK)))
+    assert engine.step()[0] == {"same/0": 1, "base/0": 4 * BLOCK}
+    output = engine.schedule()
+    assert "other/0" in output.num_scheduled_tokens
+    assert engine.update(output).kv_connector_stats[ADAPTERS] == ["a2"]
+
+
 def test_who_is_being_answered_always_gets_a_token() -> None:
     """Though two long prompts that came before want all that a step may prefill, and more."""
     from serving.engine.vllm.scheduler import HeadwayScheduler
