@@ -96,7 +96,7 @@ def _type(annotation: Any) -> str:
         return " or ".join(_type(each) for each in typing.get_args(annotation))
     if typing.get_origin(annotation) is typing.Literal:
         return " or ".join(str(value) for value in typing.get_args(annotation))
-    if typing.get_origin(annotation) in (tuple, list):
+    if typing.get_origin(annotation) in (tuple, list, frozenset):
         return f"list of {_type(typing.get_args(annotation)[0])}"
     if typing.get_origin(annotation) is dict:
         key, value = typing.get_args(annotation)
@@ -112,7 +112,8 @@ def _default(field: FieldInfo) -> str:
         return "required"
     if default is None:
         return "unset"
-    if isinstance(default, BaseModel) or default in ((), {}):
+    first = default[0] if isinstance(default, tuple) and default else default
+    if isinstance(first, BaseModel) or default in ((), {}):
         return ""
     if isinstance(default, tuple):
         return "`" + ", ".join(str(each) for each in default) + "`"

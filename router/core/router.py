@@ -26,6 +26,7 @@ the queue's bounds.
 import random
 from collections.abc import Collection
 
+from router.core.choice.chooser import Chooser
 from router.core.discipline import Discipline
 from router.core.failures import Failures
 from router.core.lifecycle import OpenRequests
@@ -126,6 +127,7 @@ class Router:
             settings,
             rng,
         )
+        self.chooser = Chooser(self._fleet, self._queue, waits, self._predictions, settings, rng)
 
     # Requests
 

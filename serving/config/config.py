@@ -8,6 +8,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from router import RouterSettings
+from router.core.choice.settings import RouteSettings
 from router.providers.settings import FallbackSettings
 from router.scaling.settings import ScalingSettings
 from serving.config.access import AuthConfig, TenantConfig
@@ -53,6 +54,11 @@ class Config(Section):
     router: RouterSettings = RouterSettings()
     auth: AuthConfig = AuthConfig()
     tenants: dict[str, TenantConfig] = Field(
+    routes: dict[str, RouteSettings] = Field(
+        default_factory=dict,
+        description="names that clients ask for as if they were models, such as `auto`: the model "
+        "is chosen for each prompt",
+    )
         default_factory=dict,
         description="limits by tenant, as named by its keys; one that is not listed has none",
     )
@@ -71,8 +77,8 @@ class Config(Section):
     tracing: TracingConfig = TracingConfig()
     watch_file: AbsolutePath | None = Field(
         None,
-        description="config file whose `tenants`, `cache`, `providers`, `external` and `fallback` "
-        "gateways read again when it changes; "
+        description="config file whose `tenants`, `cache`, `providers`, `external`, `fallback` "
+        "and `routes` gateways read again when it changes; "
         "`headway serve CONFIG.yaml` sets it to that file, and starts and stops `models` by it",
     )
 
@@ -193,6 +199,16 @@ class Config(Section):
     def _check_names(cls, providers: tuple[ProviderConfig, ...]) -> tuple[ProviderConfig, ...]:
         names = [provider.name for provider in providers]
         if len(set(names)) < len(names):
+    @model_validator(mode="after")
+    def _check_routes(self) -> "Config":
+        names = {name for each in self.models for name in each.served_names or (each.model or "",)}
+        for name in self.routes:
+            if not name:
+                raise ValueError("routes: a route needs a name")
+            if name in names or name in self.served_names:
+                raise ValueError(f"routes.{name}: is the name of a model: give the route another")
+        return self
+
             raise ValueError("each provider needs a name of its own")
         return providers
 

@@ -28,13 +28,14 @@ from serving.gateway.http.endpoints.batch.endpoints import BatchEndpoints
 from serving.gateway.http.endpoints.batch.objects import BatchesState
 from serving.gateway.http.endpoints.health import make_health
 from serving.gateway.http.endpoints.kept import KeptResponses
-from serving.gateway.http.endpoints.model_cards import make_cards
+from serving.gateway.http.endpoints.model_cards import make_cards, make_route_cards
 from serving.gateway.http.endpoints.table import COMPUTED, is_for_anybody
 from serving.gateway.http.errors import model_not_found
 from serving.gateway.http.front import Front
 from serving.gateway.intake.length.memory import LengthMemory
 from serving.gateway.intake.length.weights import shipped_lengths
 from serving.gateway.intake.request_parser import RequestParser
+from serving.gateway.intake.routes import Routes
 from serving.gateway.intake.served_models import ModelEntry, ServedModels
 from serving.gateway.observe.metrics.engines import CONTENT_TYPE, engine_metrics
 from serving.gateway.observe.metrics.requests import Metrics
@@ -100,7 +101,13 @@ class Gateway:
         self.driver.use_providers(config)
         self._use_external(config)
         self.served_models = ServedModels(served_names, self.driver.engines.infos)
-        self.request_parser = RequestParser(config, self.served_models)
+        self.routes = Routes(
+            config.routes,
+            self.router.chooser,
+            self.served_models,
+            tells_client=config.gateway.reply_headers,
+        )
+        self.request_parser = RequestParser(config, self.served_models, self.routes)
         self.body_reader = BodyReader(config.gateway)
         self.cache = ResponseCache(config, self.driver)
         self.tenants = self._make_tenants()
@@ -207,6 +214,7 @@ class Gateway:
         self.driver.use_providers(config)
         self._use_external(config)
         self.tenants.use_configs(config.tenants)
+        self.routes.use_configs(config.routes)
 
     def _use_external(self, config: Config) -> None:
         """Have these servers that run already among the engines. Raise `ConfigError` for a key."""
@@ -306,6 +314,7 @@ class Gateway:
             num_record_bytes=self.driver.records.num_bytes,
             num_incoming_bytes=self.body_reader.num_bytes,
             tokens_per_byte=self.request_parser.tokens_per_byte.ratio,
+            num_chosen={name: dict(each) for name, each in self.routes.num_chosen.items()},
             tenants=self.tenants.state(now_s),
             cache=self.cache.state(),
             batches=self.batches.state() if self.batches is not None else BatchesState(),
@@ -332,13 +341,10 @@ class Gateway:
     def _cards_for(self, request: Request) -> dict[str, dict[str, Any]]:
         caller = self.tenants.authenticate(request.headers.raw)
         models = self.served_models
-        infos = [
-            info for info in self.driver.engines.infos.values() if info.model not in models.removed
-        ]
-        cards = make_cards(infos, self.providers.models, self.started_s, models.configured)
-        if caller is None:
-            return cards
-        return {name: card for name, card in cards.items() if caller.tenant.may_use((name,))}
+        cards = make_cards(models.listed, self.providers.models, self.started_s, models.configured)
+        if caller is not None:
+            cards = {name: card for name, card in cards.items() if caller.tenant.may_use((name,))}
+        return cards | make_route_cards(self.routes.configs, cards, self.started_s)
 
     async def get_liveness(self, request: Request) -> Response:
         """Answer 200: this gateway's event loop runs."""

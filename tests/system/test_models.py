@@ -3,6 +3,8 @@
 import asyncio
 import itertools
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,37 @@ async def ask_on(http: httpx.AsyncClient, model: str, num_words: int) -> None:
             await asyncio.sleep(0.2)
 
 
+ROUTES = {
+    "auto": {
+        "models": {"small": {"quality": 1, "cost": 1}, "large": {"quality": 3, "cost": 8}},
+        "rules": [
+            {"name": "code", "when": {"asks": ["code"]}, "models": ["large", "small"]},
+            {"prefer": "cheapest"},
+        ],
+    }
+}
+
+
+async def chosen(
+    http: httpx.AsyncClient, text: str, model: str = "auto"
+) -> tuple[str, str, httpx.Response]:
+    """Ask for a route. Return which model has answered, and why that one."""
+    messages = [{"role": "user", "content": text}]
+    body = {"model": model, "messages": messages, "max_tokens": 4}
+    reply = (await http.post(CHAT, json=body)).raise_for_status()
+    return reply.json()["model"], reply.headers.get("x-headway-why", ""), reply
+
+
+async def until_chosen(http: httpx.AsyncClient, text: str, model: str) -> str:
+    """Ask until this model answers. Return why it did."""
+    async with asyncio.timeout(60):
+        while True:
+            name, why, _ = await chosen(http, text)
+            if name == model:
+                return why
+            await asyncio.sleep(0.1)
+
+
 def emulated(name: str, **more: Any) -> dict[str, Any]:
     return {"served_model_name": name, "engine": SLOW, **more}
 
@@ -147,6 +180,32 @@ async def test_models_come_and_go_by_an_edit_and_nothing_is_dropped():
         assert (await ask(http, "c")).is_whole
 
 
+async def test_a_route_chooses_by_its_rules_and_does_without_a_model_whose_engine_has_died():
+    models = [emulated("small"), emulated("large")]
+    async with (
+        Models(2, models, routes=ROUTES) as service,
+        httpx.AsyncClient(base_url=service.urls[0], timeout=90) as http,
+    ):
+        await service.until_told("ready after")
+        assert await service.listed() == ["small", "large", "auto"]
+        name, why, reply = await chosen(http, "Write a python function")
+        assert (name, reply.headers["x-headway-model"]) == ("large", "large")
+        assert why.startswith("rule code (asks code): best of large, small; first token in ")
+        way = json.loads(await service.ask(f"/headway/requests?id={reply.headers['x-request-id']}"))
+        assert f"auto: {why}" in [event.get("why") for event in way["events"]]
+        name, why, _ = await chosen(http, "Hello")
+        assert (name, why.partition(";")[0]) == ("small", "rule 2: cheapest of small, large")
+        assert (await chosen(http, "Write a python function", "small"))[:2] == ("small", "")
+        [pid] = (await service.pids())["large"]
+        os.kill(pid, signal.SIGKILL)
+        why = await until_chosen(http, "Write a python function", "small")
+        assert "; not large: no live engine; " in why
+        await until_chosen(http, "Write a python function", "large")  # Ray has started another
+        counts = (await service.state()).num_chosen["auto"]
+        assert counts["large"] >= 2
+        assert counts["small"] >= 2
+
+
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 async def test_traffic_on_one_real_model_does_not_delay_another(tmp_path, record_property):
@@ -156,8 +215,10 @@ async def test_traffic_on_one_real_model_does_not_delay_another(tmp_path, record
         {"model": str(tiny_model(tmp_path / name, seed=seed)), "served_model_name": name}
         for seed, name in enumerate(("busy", "quiet"))
     ]
+    rules = [{"when": {"asks": ["code"]}, "models": ["busy"]}, {"models": ["quiet"]}]
+    route = {"models": {"busy": {}, "quiet": {}}, "rules": rules}
     async with (
-        Models(2, models, engine=small) as service,
+        Models(2, models, engine=small, routes={"auto": route}) as service,
         httpx.AsyncClient(base_url=service.urls[0], timeout=120) as http,
     ):
         await service.until_told("ready after", timeout_s=300.0)
@@ -167,6 +228,9 @@ async def test_traffic_on_one_real_model_does_not_delay_another(tmp_path, record
             reply = await http.post("/v1/completions", json=body)
             texts[name] = reply.json()["choices"][0]["text"]
         assert texts["busy"] != texts["quiet"]  # each is its own model
+        # By a route each is asked for by the wording alone.
+        assert (await chosen(http, "Write a python function"))[0] == "busy"
+        assert (await chosen(http, "Hello"))[0] == "quiet"
         alone = [(await ask(http, "quiet")).ttft_s for _ in range(12)]
         crowd = [asyncio.create_task(ask_on(http, "busy", 1800)) for _ in range(60)]
         async with asyncio.timeout(60):

@@ -9,6 +9,7 @@ from serving.gateway.observe.recent import Event, RequestWay
 
 _WORDS = {
     "arrived": "arrived",
+    "chosen": "model",
     "held": "held",
     "sent": "sent to",
     "first_token": "first token",

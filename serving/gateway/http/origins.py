@@ -24,7 +24,9 @@ _EXPOSED = (
     "x-headway-cache",
     "x-headway-engine",
     "x-headway-held-ms",
+    "x-headway-model",
     "x-headway-provider",
+    "x-headway-why",
     *(
         f"x-ratelimit-{what}-{of}"
         for what in ("limit", "remaining", "reset")

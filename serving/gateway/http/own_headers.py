@@ -43,6 +43,12 @@ def set_request_id(scope: Scope, request_id: str) -> None:
     scope["state"]["request_id"] = request_id
 
 
+def add_own_headers(scope: Scope, headers: Headers) -> None:
+    """Have every reply to this request bear these, too."""
+    state = scope["state"]
+    state["other_headers"] = [*state["other_headers"], *headers]
+
+
 def request_id_of(scope: Scope) -> str:
     """Return the id by which the request is known."""
     return scope["state"]["request_id"]

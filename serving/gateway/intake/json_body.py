@@ -171,7 +171,7 @@ def read_json_body(path: str, data: bytes) -> JsonBody:
     return JsonBody(data, fields, prompts)
 
 
-def with_fields(data: bytes, added: Mapping[str, str | int]) -> bytes:
+def with_fields(data: bytes, added: Mapping[str, Any]) -> bytes:
     """Return a JSON object, which is not empty, with some fields more; they win over its own.
 
     Of fields of the same name the last one counts, to Python's `json` and to ours alike. So the

@@ -3,21 +3,22 @@
 import functools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
-from router import Request
+from router import Request, RequestClass
 from serving.config import Config
 from serving.gateway.http.errors import ApiError
 from serving.gateway.intake.bounds import check_logprobs, check_numbers
 from serving.gateway.intake.fields import Fields
-from serving.gateway.intake.json_body import ENDPOINTS, JsonBody, read_body
+from serving.gateway.intake.json_body import ENDPOINTS, JsonBody, read_body, with_fields
 from serving.gateway.intake.length.tokens_per_byte import TokensPerByte
-from serving.gateway.intake.length.wording import NO_WORDING, read_wording
+from serving.gateway.intake.length.wording import NO_WORDING, Wording, read_wording
 from serving.gateway.intake.prompt_prefix import PromptPrefix, prompt_prefix
 from serving.gateway.intake.prompt_size import PromptSize, measure_prompt
 from serving.gateway.intake.request_headers import RequestHeaders
+from serving.gateway.intake.routes import Chosen, Routes
 from serving.gateway.intake.served_models import ServedModels
 from serving.gateway.tenants.tenants import Tenant
 
@@ -37,16 +38,25 @@ class Asked(msgspec.Struct, frozen=True):
     fields: Fields
     added: dict[str, str | int]  # fields that only an engine gets on top
     num_text_bytes: int  # of its prompt, from which its tokens were estimated; 0: of nothing
+    chosen: Chosen | None = None  # by a route; None: the client has named the model
 
 
 class RequestParser:
     """Reads what clients ask for, and refuses what no engine could answer."""
 
-    def __init__(self, config: Config, served_models: ServedModels) -> None:
+    def __init__(
+        self, config: Config, served_models: ServedModels, routes: Routes | None = None
+    ) -> None:
         self.tokens_per_byte = TokensPerByte()  # of all models
         self._tokens_per_byte: dict[str, TokensPerByte] = {}  # by model, once it has answered
         self._config = config
         self._served_models = served_models
+        self._routes = routes
+
+    @property
+    def route_names(self) -> Collection[str]:
+        """The names of routes, which are no models."""
+        return self._routes.configs.keys() if self._routes is not None else ()
 
     def learn_tokens(self, model: str, num_text_bytes: int, num_tokens: int) -> None:
         """Learn from how many tokens a prompt for a model really was; each has its tokenizer."""
@@ -78,11 +88,23 @@ class RequestParser:
             models_elsewhere = ()
         body = read_body(path, data, headers.content_type)
         fields = body.fields
-        may_use = tenant.may_use if tenant is not None else _may_use_all
-        model, capacity = self._served_models.find_model(
-            fields.model, endpoint.task, models_elsewhere, may_use, route=f"POST {path}"
-        )
         gateway, router = self._config.gateway, self._config.router
+        request_class = fields.request_class or headers.request_class
+        if request_class is None:
+            request_class = router.default_class
+            if tenant is not None:
+                request_class = tenant.default_class(request_class)
+        wording = _wording_of(body)
+        may_use = tenant.may_use if tenant is not None else _may_use_all
+        asked_model, chosen, routes = fields.model, None, self._routes
+        if routes is not None and asked_model is not None and asked_model in routes.configs:
+            draft = self._draft(path, body, wording, tenant, request_class, request_id, now_s)
+            chosen = routes.choose(asked_model, path, body, draft, may_use, models_elsewhere)
+            asked_model = chosen.model
+            body = msgspec.structs.replace(body, data=with_fields(body.data, chosen.fields))
+        model, capacity = self._served_models.find_model(
+            asked_model, endpoint.task, models_elsewhere, may_use, route=f"POST {path}"
+        )
         # vLLM refuses longer prompts. Until it has counted them the
         # estimate must not exceed what the model accepts.
         context = math.inf if capacity is None else capacity.longest_context
@@ -94,11 +116,6 @@ class RequestParser:
         name, limit = fields.output_limit
         if most is not None:
             limit = added[name] = most
-        request_class = fields.request_class or headers.request_class
-        if request_class is None:
-            request_class = router.default_class
-            if tenant is not None:
-                request_class = tenant.default_class(request_class)
         salt = fields.cache_salt or ""
         tenant_name = ""
         if tenant is not None:
@@ -108,8 +125,6 @@ class RequestParser:
                 salt = added["cache_salt"] = own
         if endpoint.is_form:
             added = {}  # an upload passes as it is; vLLM has no salt there
-        prompt = next(iter(body.prompts.values()))
-        wording = read_wording(body.data, prompt) if fields.generates else NO_WORDING
         prefix = _NO_PREFIX
         if wants_prefix:
             prefix = prompt_prefix(model, salt, _text_of(body, is_one=endpoint.is_one), context)
@@ -143,7 +158,35 @@ class RequestParser:
             wording=wording.features,
             system_prompt=wording.system_prompt,
         )
-        return Asked(request, body.data, fields, added, size.num_text_bytes)
+        return Asked(request, body.data, fields, added, size.num_text_bytes, chosen)
+
+    def _draft(
+        self,
+        path: str,
+        body: JsonBody,
+        wording: Wording,
+        tenant: Tenant | None,
+        request_class: RequestClass,
+        request_id: str,
+        now_s: float,
+    ) -> Request:
+        """Return what is known of a request before its model is."""
+        fields = body.fields
+        size = self._measure_prompts(path, body, math.inf, self.tokens_per_byte.ratio)
+        return Request(
+            id=request_id,
+            model="",
+            num_prompt_tokens=size.num_tokens,
+            max_output_tokens=fields.output_limit[1],
+            num_prompts=size.num_prompts,
+            num_sequences=size.num_prompts * fields.num_choices,
+            tenant=tenant.name if tenant is not None else "",
+            weight=tenant.config.weight if tenant is not None else 1.0,
+            priority_class=request_class,
+            arrival_s=now_s,
+            wording=wording.features,
+            system_prompt=wording.system_prompt,
+        )
 
     def _put_off_s(self, fields: Fields, headers: RequestHeaders) -> float:
         """Return by how much the client's own priority puts its request off, seconds.
@@ -206,6 +249,12 @@ def _text_of(body: JsonBody, *, is_one: bool) -> bytes:
     if is_one and len(body.prompts) > 1:
         return b"".join(reversed(body.prompts.values()))
     return next(iter(body.prompts.values()))
+
+
+def _wording_of(body: JsonBody) -> Wording:
+    if not (body.fields.generates and body.prompts):
+        return NO_WORDING
+    return read_wording(body.data, next(iter(body.prompts.values())))
 
 
 def _session_hash(tenant: str, session: str) -> int:

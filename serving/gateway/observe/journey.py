@@ -10,6 +10,8 @@ from router.fleet.replica import ReplicaState
 if TYPE_CHECKING:  # who does not trace does not need it
     from opentelemetry.trace import SpanContext
 
+    from serving.gateway.intake.routes import Chosen
+
 
 class Look(msgspec.Struct, frozen=True):
     """How a model's engines were at one moment, and how many requests were held then."""
@@ -39,6 +41,7 @@ class Journey:
     __slots__ = (
         "answered_by",
         "cache",
+        "chosen",
         "first_token_s",
         "held_by",
         "outcome",
@@ -51,6 +54,7 @@ class Journey:
 
     def __init__(self) -> None:
         self.places: list[tuple[str, float]] = []  # engines and providers, and when it was sent
+        self.chosen: Chosen | None = None  # by a route; None where the client named the model
         self.cache = ""  # how the response cache took it
         self.held_by: Look | None = None  # the first time that no engine had room for it
         self.answered_by = ""  # the place of the first token

@@ -95,6 +95,8 @@ class Observer:
             outcome=outcome,
             reason=reason,
             model=request.model,
+            route=journey.chosen.route if journey.chosen is not None else "",
+            why=journey.chosen.why if journey.chosen is not None else "",
             tenant=tenant,
             request_class=request.priority_class._value_,
             stream=is_stream,

@@ -32,9 +32,9 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """One thing that happened to a request."""
 
     after_s: float  # since it arrived, seconds
-    what: str  # arrived, held, sent, first_token, over
+    what: str  # arrived, chosen, held, sent, first_token, over
     why: str = ""  # in words
-    where: str = ""  # the engine or provider
+    where: str = ""  # the engine or provider; the model, where a route has chosen it
     predicted_ttft_s: float | None = None  # there, seconds from when it was sent there
 
 
@@ -200,6 +200,8 @@ def _events(kept: _Over, *, is_over: bool) -> list[Event]:
     request, journey = kept.request, kept.journey
     arrival_s = request.arrival_s
     events = [Event(0.0, "arrived")]
+    if (chosen := journey.chosen) is not None:
+        events.append(Event(0.0, "chosen", f"{chosen.route}: {chosen.why}", chosen.model))
     if journey.held_by is not None:
         events.append(Event(0.0, "held", why_held(request, journey.held_by)))
     for number, (place, sent_s) in enumerate(journey.places):

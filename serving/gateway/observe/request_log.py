@@ -34,6 +34,8 @@ class RequestLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     outcome: str  # completed, rejected, expired, reneged or failed
     reason: str = ""  # why it was not completed
     model: str = ""
+    route: str = ""  # that chose the model
+    why: str = ""  # it did
     tenant: str = ""
     request_class: str = msgspec.field(name="class", default="")
     stream: bool = False

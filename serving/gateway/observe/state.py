@@ -33,6 +33,7 @@ class GatewayState(RouterState, frozen=True, kw_only=True):
     num_record_bytes: int  # of the records of open requests: what engines have generated
     num_incoming_bytes: int  # received so far of incomplete bodies
     tokens_per_byte: float  # by which the sizes of prompts are estimated
+    num_chosen: dict[str, dict[str, int]]  # requests by route, and by what it has chosen
     tenants: TenantsState
     cache: ResponseCacheState
     batches: BatchesState

@@ -11,7 +11,12 @@ from serving.gateway.exchange import Exchange
 from serving.gateway.http.endpoints.kept import PATH as RESPONSES
 from serving.gateway.http.endpoints.kept import new_response_id
 from serving.gateway.http.endpoints.table import INVOCATIONS
-from serving.gateway.http.own_headers import new_id, request_id_of, set_request_id
+from serving.gateway.http.own_headers import (
+    add_own_headers,
+    new_id,
+    request_id_of,
+    set_request_id,
+)
 from serving.gateway.intake.json_body import ENDPOINTS, invoked_path
 from serving.gateway.intake.request_headers import read_headers
 from serving.gateway.intake.request_parser import RequestParser
@@ -73,4 +78,7 @@ def make_exchange(
         fields=asked.fields,
         added=added,
     )
+    if (chosen := asked.chosen) is not None:
+        exchange.journey.chosen = chosen
+        add_own_headers(scope, chosen.headers)
     return exchange, asked.num_text_bytes

@@ -1,10 +1,11 @@
 """What does `/v1/models` say? vLLM's cards, for the models of engines and of providers."""
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from router import EngineInfo
+from router.core.choice.settings import RouteSettings
 
 
 def make_cards(
@@ -29,12 +30,26 @@ def make_cards(
                 # Clients load the tokenizer from there, vLLM's own benchmark among them.
                 root=info.adapters[name] if is_adapter else info.root or info.model,
                 parent=info.model if is_adapter else None,
-                max_model_len=None if is_adapter else info.max_model_len,
+                max_model_len=None if is_adapter else info.max_model_len or None,
             )
     for name in sorted(models_elsewhere):
         if name not in cards:
             cards[name] = _card(name, created_s, owned_by="provider", root=name)
     return cards
+
+
+def make_route_cards(
+    routes: Mapping[str, RouteSettings], cards: Mapping[str, dict[str, Any]], created_s: int
+) -> dict[str, dict[str, Any]]:
+    """Return the cards of routes, by id, that can choose any of the models on `cards`."""
+    found = {}
+    for name, route in routes.items():
+        models = [cards[model] for model in route.model_names if model in cards]
+        if models:
+            contexts = [each["max_model_len"] for each in models if each["max_model_len"]]
+            longest = max(contexts, default=None)
+            found[name] = _card(name, created_s, root=name, max_model_len=longest)
+    return found
 
 
 def _card(name: str, created_s: int, *, owned_by: str = "headway", **fields: Any) -> dict[str, Any]:

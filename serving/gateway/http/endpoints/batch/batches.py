@@ -166,6 +166,7 @@ class Batches:
             return [BatchError("invalid_api_key", str(error))]
         if caller is not None:
             known = {name for name in known if caller.tenant.may_use((name,))}
+        known.update(self._path.request_parser.route_names)
         return [
             BatchError("model_not_found", f"The model '{model}' does not exist.", "model", line)
             for model, line in checked.models.items()
