@@ -56,6 +56,7 @@ class ServedModels:
         self._entries: dict[str, ModelEntry] = {}  # of these, by name
         self._removed: frozenset[str] = frozenset()  # names
         self._failed: dict[str, str] = {}  # deployments that cannot start, and why
+        self._last: dict[str, EngineInfo] = {}  # of an engine of each model, by its own name
         self._ready_s: dict[str, float] = {}  # when an engine should be, by deployment
 
     @property
@@ -102,6 +103,31 @@ class ServedModels:
             if entry.scales
         }
 
+    @property
+    def listed(self) -> list[EngineInfo]:
+        """What is served: by the engines that are up, and by those that a request would start.
+
+        Of a model that had no engine yet only the names are known.
+        """
+        self._follow_engines()
+        infos = [info for info in self._engines.values() if info.model not in self._removed]
+        there = {name for info in infos for name in (info.model, *info.aliases)}
+        asleep = [entry for entry in self._all if entry.scales and there.isdisjoint(entry.names)]
+        for entry in asleep:
+            infos += [self._last[name] for name in entry.names if name in self._last] or [
+                EngineInfo(
+                    model=name,
+                    tasks=(),
+                    max_model_len=0,
+                    max_num_seqs=0,
+                    max_num_batched_tokens=0,
+                    num_kv_tokens=0,
+                    block_size=0,
+                )
+                for name in entry.names
+            ]
+        return infos
+
     def name_of(self, deployment: str) -> str:
         """Return what clients call a model; "" if it is the only one."""
         if len(self._all) == 1:
@@ -117,20 +143,26 @@ class ServedModels:
 
     def waits_for(self, name: str) -> str:
         """Return what a request waits for until an engine starts, in words; "" if one is there."""
-        for deployment, names in self.scaled.items():
-            if names is not None and name not in names:
-                continue
-            if any(names is None or info.model in names for info in self._engines.values()):
-                return ""
-            if (ready_s := self._ready_s.get(deployment)) is None:
-                return "waiting for an engine to start"
-            left_s = max(1.0, ready_s - time.monotonic())
-            return f"waiting for an engine to start, about {left_s:.0f} s"
-        return ""
+        self._follow_engines()
+        if name in self._capacities or (entry := self._scaled_entry(name)) is None:
+            return ""
+        if (ready_s := self._ready_s.get(entry.deployment)) is None:
+            return "waiting for an engine to start"
+        left_s = max(1.0, ready_s - time.monotonic())
+        return f"waiting for an engine to start, about {left_s:.0f} s"
+
+    def _scaled_entry(self, name: str) -> ModelEntry | None:
+        """Return the model of a name of which no engine is up, if a request starts one."""
+        for entry in self._all:
+            if not entry.names and not self._engines:
+                return entry if entry.scales else None
+            if name in entry.names or any(name in of for of in self._names_of_engines(entry.names)):
+                return entry if entry.scales else None
+        return None
 
     def _names_of_engines(self, names: Collection[str]) -> list[tuple[str, ...]]:
-        """Return the names that each engine of a model serves, its adapters' among them."""
-        infos = self._engines.values()
+        """Return the names that each engine of a model serves, or did: adapters' among them."""
+        infos = [*self._engines.values(), *self._last.values()]
         return [(info.model, *info.aliases) for info in infos if info.model in names]
 
     def without_engine(self) -> dict[str, str]:
@@ -203,6 +235,7 @@ class ServedModels:
         if (infos := list(self._engines.values())) == self._infos:
             return
         self._infos = infos
+        self._last |= {info.model: info for info in infos}
         by_name: dict[str, list[EngineInfo]] = {}
         adapters: set[str] = set()  # and all else that engines serve which only finish
         for info in infos:

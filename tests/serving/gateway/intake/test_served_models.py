@@ -6,6 +6,7 @@ import time
 import msgspec
 import pytest
 
+from serving.gateway.http.endpoints.model_cards import make_cards
 from serving.gateway.http.errors import ApiError
 from serving.gateway.intake.served_models import ModelEntry, ServedModels
 from tests.serving.gateway.intake.asking import CHAT, SMALL
@@ -161,6 +162,21 @@ class TestEnginesThatComeAndGo:
         assert models.name_of("Engine") == ""
         engines["r0"] = SMALL
         assert models.waits_for("any") == ""
+
+    def test_a_model_without_an_engine_is_listed_all_the_same(self):
+        engines = {"r0": msgspec.structs.replace(SMALL, model="a", aliases=("adapter",), root="x")}
+        models = ServedModels(("a", "b", "c"), engines)
+        models.use_entries([entry("a", scales=True), entry("b", "bee", scales=True), entry("c")])
+        found = {info.model: info for info in models.listed}
+        assert found.keys() == {"a", "b", "bee"}  # c is starting
+        del engines["r0"]
+        assert {info.model for info in models.listed} == {"a", "b", "bee"}
+        assert "adapter" in models.scaled["Engine-a"]
+        assert models.waits_for("adapter") == "waiting for an engine to start"
+        asleep = make_cards(models.listed, (), 0, models.configured)
+        assert asleep.keys() == {"a", "adapter", "b", "bee"}
+        assert (asleep["a"]["root"], asleep["a"]["max_model_len"]) == ("x", SMALL.max_model_len)
+        assert asleep["b"]["max_model_len"] is None
 
     async def test_a_stream_is_told_what_it_waits_for(self):
         async with running(num_engines=0, gateway={"keepalive_s": 0.05}) as system:
