@@ -91,8 +91,10 @@ def main() -> int:
             port = free_port()
             start = _SERVERS[name]
             command = start(str(model), [str(model), *names], port, args, options.replicas)
+            known = _load(options.save)["plain"] | results["plain"] if options.passed else None
+            wanted = _passed(known) if name == "headway" and known is not None else None
             with _running(command, port):
-                results[name] = _run_tests(checkout, files, port, str(model), options.timeout_s)
+                results[name] = _run_tests(checkout, files, wanted, port, str(model), options)
             if options.save:
                 results = _save(results, options.save)
     return _report(results["plain"], results["headway"])
@@ -110,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--replicas", type=int, default=1, help="engines of Headway")
     parser.add_argument("--timeout-s", type=float, default=60.0, help="of each test")
     parser.add_argument("--only", choices=_SERVERS, help="one of the two, for a part of --save")
+    parser.add_argument("--passed", action="store_true", help="Headway: what passed on vLLM")
+    parser.add_argument("--limit-s", type=float, help="of all tests on one server; others wait")
     parser.add_argument("--save", type=Path, help="a file that results are added to")
     return parser
 
@@ -201,9 +205,14 @@ def _answers(port: int) -> bool:
 
 
 def _run_tests(
-    checkout: Path, files: list[Path], port: int, model: str, timeout_s: float
+    checkout: Path,
+    files: list[Path],
+    wanted: set[str] | None,
+    port: int,
+    model: str,
+    options: argparse.Namespace,
 ) -> Results:
-    """Run them against the server at this port."""
+    """Run them, or those wanted of them, against the server at this port."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         environment = {
@@ -213,18 +222,28 @@ def _run_tests(
             "CONFORMANCE_PORT": str(port),
             "CONFORMANCE_MODEL": model,
         }
-        subprocess.run(
+        if wanted is not None:
+            (Path(folder) / "wanted.json").write_text(json.dumps(sorted(wanted)))
+            environment["CONFORMANCE_WANTED"] = str(Path(folder) / "wanted.json")
+        process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "pytest", "-q", "-p", "shared_server", "--tb=line"),
                 *("-p", "no:cacheprovider", "-o", "addopts=", "--rootdir", str(checkout)),
-                *("--asyncio-mode=auto", f"--timeout={timeout_s}", f"--junitxml={report}"),
-                "--continue-on-collection-errors",
+                *("--asyncio-mode=auto", f"--timeout={options.timeout_s}"),
+                *(f"--junitxml={report}", "--continue-on-collection-errors"),
                 *map(str, files),
             ],
             cwd=checkout,
             env=environment,
-            check=False,
+            start_new_session=True,
         )
+        try:
+            process.wait(options.limit_s)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # it still reports what it has done
+            process.wait(60)
+        finally:
+            process.kill()
         if not report.exists():
             raise SystemExit("pytest wrote no report")
         return dict(_read_report(report))
@@ -238,18 +257,26 @@ def _read_report(report: Path) -> Iterator[tuple[str, tuple[str, str]]]:
         yield f"{case.get('classname')}::{case.get('name')}", (outcome, why[:160])
 
 
+def _load(file: Path | None) -> dict[str, Results]:
+    """Return the results in a file, none if there is none."""
+    kept = json.loads(file.read_text()) if file and file.exists() else {}
+    return {name: kept.get(name, {}) for name in _SERVERS}
+
+
 def _save(results: dict[str, Results], file: Path) -> dict[str, Results]:
     """Add results to those in the file, and return all."""
-    kept = json.loads(file.read_text()) if file.exists() else {}
-    every = {name: kept.get(name, {}) | of for name, of in results.items()}
+    every = {name: kept | results[name] for name, kept in _load(file).items()}
     file.write_text(json.dumps(every, indent=1))
     return every
 
 
+def _passed(results: Results) -> set[str]:
+    return {name for name, (outcome, _) in results.items() if outcome == "passed"}
+
+
 def _report(plain: Results, headway: Results) -> int:
     """Print what differs, and how much does not."""
-    passed_plain = {name for name, (outcome, _) in plain.items() if outcome == "passed"}
-    passed_headway = {name for name, (outcome, _) in headway.items() if outcome == "passed"}
+    passed_plain, passed_headway = _passed(plain), _passed(headway)
     only_plain, only_headway = passed_plain - passed_headway, passed_headway - passed_plain
     for name in sorted(only_plain):
         print(f"only plain vLLM: {name}: {headway.get(name, ('', 'did not run'))[1]}")

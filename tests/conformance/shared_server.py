@@ -3,16 +3,20 @@
 Loaded by name from this folder, as `tests` is vLLM's own package there.
 """
 
+import functools
 import importlib.util
 import inspect
+import json
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from _pytest.junitxml import mangle_test_address
 
 _USES_A_SERVER = re.compile(r"(?!mock).*(server|client)")
 
@@ -66,7 +70,11 @@ def _of_the_model(load: Callable[..., Any]) -> Callable[..., Any]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what talks to no server: it says nothing about the one that runs."""
-    talks = {item: _talks_to_a_server(item) for item in items}
+    talks = {item: _talks_to_a_server(item) and _is_wanted(item) for item in items}
+    for module in {getattr(item, "module", None) for item in items}:
+        # Some read the configuration of the model that they name.
+        if isinstance(getattr(module, "MODEL_NAME", None), str):
+            module.MODEL_NAME = os.environ["CONFORMANCE_MODEL"]
     config.hook.pytest_deselected(items=[item for item in items if not talks[item]])
     items[:] = [item for item in items if talks[item]]
 
@@ -77,3 +85,16 @@ def _talks_to_a_server(item: pytest.Item) -> bool:
         return True
     function = getattr(item, "function", None)
     return function is not None and "RemoteOpenAIServer" in inspect.getsource(function)
+
+
+def _is_wanted(item: pytest.Item) -> bool:
+    """Whether a test is one of those that are asked for by name, as reports have it."""
+    if "CONFORMANCE_WANTED" not in os.environ:
+        return True
+    names = mangle_test_address(item.nodeid)
+    return f"{'.'.join(names[:-1])}::{names[-1]}" in _wanted()
+
+
+@functools.cache
+def _wanted() -> frozenset[str]:
+    return frozenset(json.loads(Path(os.environ["CONFORMANCE_WANTED"]).read_text()))
