@@ -19,13 +19,14 @@ from rich.console import Console
 
 from serving.cli.config_file import ConfigFile, check_with_ray
 from serving.cli.interrupts import Interrupts, StopSignal
+from serving.cli.launching.joining import Joined, leave_cluster
 from serving.cli.launching.model_edits import ModelEdits
+from serving.cli.launching.node_watch import NodeWatch
 from serving.cli.launching.progress import ProgressDisplay, read_app_state
 from serving.cli.launching.service_watch import ServiceWatch
 from serving.cluster.logs import last_error, logs_of, place_for_logs
 from serving.cluster.ray_session import (
     RaySession,
-    joined_session,
     private_environment,
     private_session,
 )
@@ -39,6 +40,7 @@ from serving.gateway.http.endpoint import (
     wait_for_answer,
 )
 from serving.planning.hardware import Hardware
+from serving.planning.machine.nodes import this_machine
 from serving.planning.plan import Plan
 from serving.planning.service.service_plan import ServicePlan
 
@@ -55,7 +57,7 @@ def launch(
     hardware: Hardware,
     console: Console,
     *,
-    address: str | None = None,
+    joined: Joined | None = None,
     verbose: bool = False,
     build: Build | None = None,
     fetch: Callable[[], None] = lambda: None,
@@ -65,15 +67,15 @@ def launch(
 
     It is 0 after a drain, and 128 + signal if that came before anything was ready. Raise
     `ConfigError`, `BundledModelError` or `StartError` if the start fails; then nothing is left
-    running. With `address` join the Ray that runs there. `fetch` downloads the weights, and is
-    called where this machine's engines will load them. `reload` reads a file again whose `models`
-    may be edited while they are served. Tests replace what `serving.cluster.application` builds by
-    what `build` does.
+    running. With `joined` that Ray is used, for whose nodes `plan` is, and stays. `fetch` downloads
+    the weights, and is called where this machine's engines will load them. `reload` reads a file
+    again whose `models` may be edited while they are served. Tests replace what
+    `serving.cluster.application` builds by what `build` does.
     """
     start_s = time.monotonic()
     with Interrupts() as interrupts, contextlib.ExitStack() as stack:
         try:
-            if address is None:
+            if joined is None:
                 check_port_is_free(file.host, file.port)
                 if not file.haproxy:
                     stack.enter_context(port_reserved(file.host, file.port))
@@ -84,40 +86,37 @@ def launch(
                 console.print(_where_logs_are(file, folder))
                 variables = private_environment(folder, haproxy=file.haproxy, given=os.environ)
                 os.environ.update(variables)
-            else:
-                os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if file.haproxy else "0"
+                check_with_ray(file)
             os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the plan
-            check_with_ray(file)
             # Built before Ray starts: errors show at once, the plan that it makes
             # sees the same free memory as ours, and the bundled model is
             # fetched if it is needed.
             if build is None:
-                plan, application = _plan_and_build(file)
+                plan, application = _plan_and_build(file, joined)
             else:
                 application = build(file.application["args"])
-            runtime_env = file.application.get("runtime_env") or {}
-            if address is None:
+            if joined is None:
+                runtime_env = file.application.get("runtime_env") or {}
                 console.print("starting Ray …")
                 on_gpus = any(each.device == "cuda" for each in plan.plans)
                 num_gpus = len(hardware.gpus) if on_gpus else 0
-                ray = private_session(folder, len(hardware.cores), num_gpus, runtime_env, verbose)
-            else:
-                ray = joined_session(address, runtime_env, verbose)
-            session = stack.enter_context(ray)
-            interrupts.install_handlers()
-            edits = None
-            if reload is not None and file.config.models and file.config.watch_file is not None:
-                edits = ModelEdits(
-                    file,
-                    plan,
-                    hardware,
-                    console,
-                    reload=reload,
-                    deploy=functools.partial(_redeploy, file, session),
+                session = stack.enter_context(
+                    private_session(folder, len(hardware.cores), num_gpus, runtime_env, verbose)
                 )
+            else:
+                session = joined.session
+            interrupts.install_handlers()
+            edits: ModelEdits | NodeWatch | None = None
+            nodes = this_machine(hardware) if joined is None else joined.nodes
+            deploy = functools.partial(_redeploy, file, session)
+            if reload is not None and file.config.models and file.config.watch_file is not None:
+                edits = ModelEdits(file, plan, nodes, console, reload=reload, deploy=deploy)
+            elif joined is not None and build is None:
+                edits = NodeWatch(file, plan, nodes, console, look=joined.look, deploy=deploy)
             watch = ServiceWatch(file.name, plan, session, console)
+            url = file.url if joined is None else joined.url(file)
             return _serve(
-                file, plan, application, session, console, interrupts, start_s, watch, edits
+                file, plan, application, session, console, interrupts, start_s, watch, edits, url
             )
         except StopSignal as stop:
             console.print("stopped before anything was ready")
@@ -140,13 +139,14 @@ def _where_logs_are(file: ConfigFile, folder: Path) -> str:
     return f"{requests if file.config.log.requests else ''}{now}, at the end in {place}"
 
 
-def _plan_and_build(file: ConfigFile) -> tuple[ServicePlan, Any]:
+def _plan_and_build(file: ConfigFile, joined: Joined | None) -> tuple[ServicePlan, Any]:
     """Return the plan by what is free now, and the application by it."""
     # Late: Ray Serve reads the environment when imported.
-    from serving.cluster.application import make_application, plan_application
+    from serving.cluster.application import make_application
+    from serving.cluster.nodes.planned import plan_application
 
     args = file.application["args"]
-    plan = plan_application(args)
+    plan = plan_application(args, None if joined is None else joined.nodes)
     return plan, make_application(args, plan)
 
 
@@ -173,16 +173,18 @@ def _serve(
     interrupts: Interrupts,
     start_s: float,
     watch: ServiceWatch,
-    edits: ModelEdits | None,
+    edits: ModelEdits | NodeWatch | None,
+    url: str,
 ) -> int:
     with _removed_at_end(file, plan, session, console, interrupts) as removal:
         session.call(lambda: _deploy_application(file, application))
         display = ProgressDisplay(console)
         with display.shown():
             watch.wait_until_ready(display)
-        wait_for_answer(file.url)
+        wait_for_answer(url)
         try:
-            console.print(_ready_text(file, plan, time.monotonic() - start_s, watch.num_failed))
+            start_s = time.monotonic() - start_s
+            console.print(_ready_text(file, plan, url, start_s, watch.num_failed))
             watch.watch(edits)
         except StopSignal:
             removal.drains = True
@@ -223,10 +225,8 @@ def _removed_at_end(
             timeout_s = 0.0
         if removal.drains or not session.is_private:
             _delete_application(file, session, timeout_s + _DRAIN_MARGIN_S, interrupts)
-        if not session.is_private and not session.serve_was_running:
-            from ray import serve
-
-            serve.shutdown()
+        if not session.is_private:
+            leave_cluster(file.name, session)
 
 
 def _delete_application(
@@ -276,7 +276,9 @@ def _run_application(file: ConfigFile, application: Any) -> None:
     )
 
 
-def _ready_text(file: ConfigFile, plan: ServicePlan, start_s: float, num_failed: int) -> str:
+def _ready_text(
+    file: ConfigFile, plan: ServicePlan, url: str, start_s: float, num_failed: int
+) -> str:
     first = plan.plans[0]
     question = json.dumps(
         {
@@ -292,9 +294,9 @@ def _ready_text(file: ConfigFile, plan: ServicePlan, start_s: float, num_failed:
         for each in plan.plans
     )
     text = (
-        f"\nready after {start_s:.0f} s{failed}: {file.url}/v1\n"
+        f"\nready after {start_s:.0f} s{failed}: {url}/v1\n"
         f"{models}\n\n"
-        f"  curl {file.url}/v1/chat/completions -H 'Content-Type: application/json' "
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' "
         f"-d '{question}'\n\n"
     )
     if not is_loopback(file.host) and file.config.auth.keys_file is None:

@@ -17,7 +17,9 @@ from serving.config import ConfigError
 from serving.gateway.http.endpoint import check_is_guarded
 from serving.planning.hardware import Hardware, detect_hardware
 from serving.planning.hub import cached_models
-from serving.planning.service.service_plan import ServicePlan, plan_service
+from serving.planning.machine.nodes import Nodes, this_machine
+from serving.planning.service.over_nodes import plan_nodes
+from serving.planning.service.service_plan import ServicePlan
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -186,31 +188,41 @@ class Start:
     """What a launch begins with."""
 
     file: ConfigFile
-    hardware: Hardware
+    nodes: Nodes  # one: this machine, or one of which there is only a description
     plan: ServicePlan
     weights: tuple[Weights, ...]  # of each model
     notes: tuple[str, ...]  # sentences
 
 
 def load_and_plan(ctx: typer.Context, *, must_start: bool = False) -> Start:
-    """Return configuration, hardware and plan for the command's parameters.
+    """Return configuration, hardware and plan for the command's parameters, on this machine.
 
     Raise `ConfigError` if they cannot be, or, if it `must_start`, could not start.
     """
     file = load_file(ctx)
-    config = file.config
     hardware = detect_hardware()
     if must_start:
-        check_is_guarded(
-            file.host,
-            has_keys=config.auth.keys_file is not None,
-            insecure=config.gateway.insecure,
-        )
+        check_guarded(file)
         check_vllm_is_installed(file, hardware)
+    return plan_start(file, this_machine(hardware), must_start=must_start)
+
+
+def plan_start(file: ConfigFile, nodes: Nodes, *, must_start: bool = False) -> Start:
+    """Return what a launch on these nodes begins with. Raise `ConfigError` as `load_and_plan`."""
+    config = file.config
     weights = tuple(look_up(each, must_be_there=must_start) for each in config.by_model())
-    plan = plan_service(config, hardware, [each.size for each in weights])
+    plan = plan_nodes(config, nodes, [each.size for each in weights])
     notes = tuple(each.note for each in weights if each.note)
-    return Start(file, hardware, plan, weights, notes)
+    return Start(file, nodes, plan, weights, notes)
+
+
+def check_guarded(file: ConfigFile) -> None:
+    """Raise `ConfigError` if the service would be open to a network without keys."""
+    check_is_guarded(
+        file.host,
+        has_keys=file.config.auth.keys_file is not None,
+        insecure=file.config.gateway.insecure,
+    )
 
 
 def check_vllm_is_installed(file: ConfigFile, hardware: Hardware) -> None:

@@ -20,29 +20,21 @@ from serving.cluster import discovery
 from serving.cluster.actors.application_scaling import ScaledModel
 from serving.cluster.actors.lease_actor import actor_sender
 from serving.cluster.actors.scaling_actor import follow_orders, serve_options
-from serving.cluster.engine_deployment import EngineReplica, private_listener
+from serving.cluster.engine_deployment import EngineReplica
 from serving.cluster.logs import use_log_level
 from serving.cluster.loop_thread import LoopThread
+from serving.cluster.nodes.planned import plan_application
+from serving.cluster.nodes.private_network import private_network, shown_to
 from serving.cluster.processes import call_when_parent_ends
 from serving.config import Config, parse
 from serving.config.renamed import current_args
-from serving.engine.external.server import ExternalServer
 from serving.gateway.app import Gateway
-from serving.gateway.http.endpoint import check_is_guarded
 from serving.gateway.http.front import Front
-from serving.gateway.http.listener import Listener, make_tls_context
+from serving.gateway.http.listener import Listener
 from serving.gateway.intake.served_models import ModelEntry
-from serving.gateway.providers.credentials import read_api_keys
-from serving.gateway.tenants.keys import read_keys
 from serving.planning.bundled_model import prepare_bundled_model
-from serving.planning.hardware import detect_hardware
 from serving.planning.plan import Plan
-from serving.planning.service.service_plan import (
-    ServicePlan,
-    plan_service,
-    scaling_of,
-    served_names,
-)
+from serving.planning.service.service_plan import ServicePlan, scaling_of, served_names
 
 # The router decides on admission; Serve's own limit must never apply.
 _NO_LIMIT = 1_000_000
@@ -195,17 +187,22 @@ async def _make_gateway(
         local_rank=local_rank,
     )
     loop = asyncio.get_running_loop()
+    network = await asyncio.to_thread(private_network, config, context.app_name)
+    identity = network.identity()
     if (peers := gateway.together.peers) is not None:
-        host, use_tls = private_listener(config)
-        await peers.listen(host, tls=use_tls)
+        await peers.listen(network.host, tls=network.tls, clients=network.clients)
         discovery.gateways.subscribe(
-            lambda members: loop.call_soon_threadsafe(peers.set_members, members)
+            lambda members: loop.call_soon_threadsafe(
+                peers.set_members, shown_to(members, identity)
+            )
         )
         serve.get_deployment_handle(context.deployment, context.app_name, False)._init()
         # Before there are engines, for one of them may be drained.
         await peers.met(_MEET_S)
     discovery.engines.subscribe(
-        lambda members: loop.call_soon_threadsafe(gateway.driver.engines.set_members, members)
+        lambda members: loop.call_soon_threadsafe(
+            gateway.driver.engines.set_members, shown_to(members, identity)
+        )
     )
     orders = loop.create_task(follow_orders(gateway, context.app_name))
     gateway.background.append(orders)
@@ -259,28 +256,9 @@ def build(args: dict[str, Any]) -> serve.Application:
     """Return the application; `args` are those of `serving.config.Config`.
 
     Ray Serve calls this for `import_path: serving.cluster.application:build`. Raises
-    `ConfigError` for a configuration that cannot work on this machine.
+    `ConfigError` for a configuration that cannot work on the machines that are there.
     """
     return make_application(args, plan_application(args))
-
-
-def plan_application(args: dict[str, Any]) -> ServicePlan:
-    """Return which engines would run where. Raise `ConfigError` if they, or gateways, cannot."""
-    config = parse(args)
-    if config.gateway.front == "own":  # who else listens is not told here
-        check_is_guarded(
-            config.gateway.host,
-            has_keys=config.auth.keys_file is not None,
-            insecure=config.gateway.insecure,
-        )
-    make_tls_context(config.gateway)  # an error in it shows before engines start
-    if config.auth.keys_file is not None:
-        read_keys(config.auth.keys_file)
-    for provider in config.providers:
-        read_api_keys(provider)
-    for server in config.external:
-        ExternalServer.check(server)
-    return plan_service(config, detect_hardware())
 
 
 def make_application(
@@ -308,6 +286,7 @@ def make_application(
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
         **_knowing_each_other(plan.num_gateways),
+        **_spread_evenly(plan.max_gateways_per_node),
     )
     # Gateways share limits by their number, which auto does not tell.
     args = {**args, "gateway": {**args.get("gateway", {}), "replicas": plan.num_gateways}}
@@ -387,6 +366,11 @@ def _knowing_each_other(num_gateways: int) -> dict[str, Any]:
         return {}
     directory = "serving.cluster.discovery:GatewayDirectory"
     return {"request_router_config": RequestRouterConfig(request_router_class=directory)}
+
+
+def _spread_evenly(max_per_node: int) -> dict[str, Any]:
+    """Return Serve's options of gateways of which no node gets more than so many."""
+    return {"max_replicas_per_node": max_per_node} if max_per_node else {}
 
 
 def _number_of_engines(

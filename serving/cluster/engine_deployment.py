@@ -6,17 +6,16 @@ import importlib
 import logging
 import os
 
-import ray
 from ray import serve
 
 from serving.cluster.engine_watch import EngineWatch
 from serving.cluster.logs import use_log_level
 from serving.cluster.loop_thread import LoopThread
+from serving.cluster.nodes.private_network import private_network
 from serving.cluster.processes import prefer_for_oom_kill
 from serving.config import Config
 from serving.engine.hardware_watch import watch_hardware
 from serving.engine.step_log import StepLog
-from serving.gateway.http.endpoint import is_loopback
 from serving.planning.hardware import detect_hardware
 from serving.planning.memory import growth_allowed
 from serving.planning.plan import Plan
@@ -86,19 +85,13 @@ async def _start_server(
     factory: EngineFactory = getattr(importlib.import_module(module), name)
     engine = await factory.start(config, plan, local_rank)
     server = StreamServer(engine, config.gateway.stream_window_bytes)
-    host, use_tls = private_listener(config)
-    address = await server.listen(host, tls=use_tls)
+    application = serve.get_replica_context().app_name
+    network = await asyncio.to_thread(private_network, config, application)
+    address = await server.listen(network.host, tls=network.tls, clients=network.clients)
     if (folder := config.engine.step_log) is not None:
         log = StepLog(engine, folder / f"{os.getpid()}.jsonl", server.on_step)
         engine.subscribe(log.on_step)
     return server, address
-
-
-def private_listener(config: Config) -> tuple[str, bool]:
-    """Return on which address of this node our own listen to each other, and whether by TLS."""
-    host = ray.util.get_node_ip_address()
-    leaves_machine = not is_loopback(host)
-    return host, {"auto": leaves_machine, "on": True, "off": False}[config.engine.tls]
 
 
 async def _stop_server(server: StreamServer, timeout_s: float) -> None:

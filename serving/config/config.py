@@ -44,6 +44,11 @@ class Config(Section):
         "starts them: as replicas `{min: 0, zero_after_s: …}` up to the number that they have else",
     )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs per replica")
+    placement: Literal["spread", "pack"] = Field(
+        "spread",
+        description="over several nodes: spread puts each next engine where fewest are, so that a "
+        "lost node takes few; pack fills one node after the other and leaves the rest free",
+    )
     models: tuple[ModelConfig, ...] = Field(
         (),
         description="several models in one service, each with engines of its own; the keys "

@@ -26,6 +26,12 @@ class GatewayConfig(Section):
         description="gateways; on one node they share the port; auto: as many as the engines' "
         "tokens need, of the cores that engines leave (`headway plan` tells)",
     )
+    placement: Literal["head", "nodes"] = Field(
+        "head",
+        description="over several nodes, with the own front: head puts all gateways on Ray's head "
+        "node, whose address clients connect to; nodes puts `replicas` of them on every node, "
+        "each listening on its own node's address, for a load balancer in front",
+    )
     max_body_bytes: int = Field(
         16 * 2**20, ge=1024, description="a larger request body is answered 413"
     )

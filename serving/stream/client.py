@@ -67,14 +67,17 @@ class StreamClient(FrameConnection):
 
     @classmethod
     async def connect(cls, replica_id: str, metadata: dict, events: StreamEvents) -> "StreamClient":
-        """Connect to the address in a replica's metadata. Raise `OSError` if that fails."""
+        """Connect to the address in a replica's metadata. Raise `OSError` if that fails.
+
+        By the `identity` in it the replica knows us; this process adds it.
+        """
         loop = asyncio.get_running_loop()
         certificate = metadata.get("certificate")
         _, client = await loop.create_connection(
             lambda: cls(replica_id, metadata["secret"], events),
             metadata["host"],
             metadata["port"],
-            ssl=trust_only(certificate) if certificate else None,
+            ssl=trust_only(certificate, metadata.get("identity")) if certificate else None,
             ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if certificate else None,
         )
         return client

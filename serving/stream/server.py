@@ -55,11 +55,14 @@ class StreamServer:
         self._heartbeat_timer: asyncio.TimerHandle | None = None
         self._beat_timer: asyncio.TimerHandle | None = None
 
-    async def listen(self, host: str, *, tls: bool = False) -> tuple[str, int]:
-        """Start listening on a free TCP port of `host`; return host and port."""
+    async def listen(self, host: str, *, tls: bool = False, clients: str = "") -> tuple[str, int]:
+        """Start listening on a free TCP port of `host`; return host and port.
+
+        With `tls` only `clients` are let in, if given: the authority of their certificates, PEM.
+        """
         context = None
         if tls:
-            self.certificate, context = make_certificate()
+            self.certificate, context = make_certificate(clients)
         self._server = await asyncio.get_running_loop().create_server(
             lambda: GatewayConnection(self),
             host,

@@ -1,7 +1,7 @@
 """How do `headway serve`, `plan` and `profile` begin? With one configuration and one plan."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +14,7 @@ from serving.cli.config_file import check_with_ray
 from serving.cli.errors import errors_in_one_line
 from serving.cli.interrupts import run_until_stopped
 from serving.cli.launch import launch
+from serving.cli.launching.joining import join
 from serving.cli.options import (
     Device,
     Front,
@@ -31,11 +32,14 @@ from serving.cli.options import (
     Start,
     TensorParallelSize,
     What,
+    check_guarded,
     load_and_plan,
     load_file,
+    plan_start,
 )
 from serving.config import ConfigError
 from serving.core_form import form
+from serving.planning.machine.listed import listed_nodes
 from serving.planning.plan import Plan
 
 
@@ -68,11 +72,18 @@ def serve(
 ) -> None:
     """Start the engines and the endpoint, and serve until Ctrl-C."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    with errors_in_one_line(verbose=verbose):
-        start = load_and_plan(ctx, must_start=True)
+    with errors_in_one_line(verbose=verbose), contextlib.ExitStack() as stack:
+        joined = None
+        if address is None:
+            start = load_and_plan(ctx, must_start=True)
+        else:
+            file = load_file(ctx)
+            check_guarded(file)
+            joined = stack.enter_context(join(file, address, verbose=verbose))
+            start = plan_start(file, joined.nodes, must_start=True)
         plans = start.plan.plans
         for sentence in (
-            *start.plan.why[:1],
+            *start.plan.why[: None if len(start.nodes) > 1 else 1],
             *(_of_model(each, plans, each.why[0]) for each in plans if each.why),
             *start.notes,
             *start.plan.warnings,
@@ -84,9 +95,9 @@ def serve(
         code = launch(
             start.file,
             start.plan,
-            start.hardware,
+            start.nodes[0].hardware,
             console,
-            address=address,
+            joined=joined,
             verbose=verbose,
             fetch=lambda: _fetch(start, console),
             reload=lambda: load_file(ctx),
@@ -108,13 +119,24 @@ def plan(
     policy: Policy = None,
     set_: Set = None,
     insecure: Insecure = False,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            metavar="8xH100-80GB,4xA100-40GB",
+            help="Plan for these machines and not for this one: GPUs of each by number, name and "
+            "size, or 16xCPU-64GB. Cores and RAM beside GPUs are assumed.",
+        ),
+    ] = None,
 ) -> None:
     """Show which engines `headway serve` would start where, and why. Starts nothing."""
     with errors_in_one_line():
-        start = load_and_plan(ctx)
+        if hardware is None:
+            start = load_and_plan(ctx)
+        else:
+            start = plan_start(load_file(ctx), listed_nodes(hardware))
         check_with_ray(start.file)
         console = Console(highlight=False, markup=False)
-        print_plan(console, start.file, start.hardware, start.plan)
+        print_plan(console, start.file, start.nodes, start.plan)
         for sentence in start.notes:
             console.print(sentence)
 
@@ -154,7 +176,7 @@ def _of_model(plan: Plan, plans: Sequence[Plan], sentence: str) -> str:
     return sentence if len(plans) == 1 else f"{plan.served_model_name}: {sentence}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _missing_package_named() -> Iterator[None]:
     """Raise `ConfigError` if the block imports a package that only developers have."""
     try:

@@ -21,9 +21,10 @@ from serving.cli.config_file import ConfigFile
 from serving.cli.launching.progress import AppState
 from serving.config import Config, ConfigError, parse
 from serving.planning.bundled_model import BundledModelError
-from serving.planning.hardware import Hardware
+from serving.planning.machine.nodes import Nodes
 from serving.planning.plan import Plan
-from serving.planning.service.service_plan import ServicePlan, changes, plan_service
+from serving.planning.service.over_nodes import plan_nodes
+from serving.planning.service.service_plan import ServicePlan, changes
 
 # Keys of the file that are followed: models, and what they leave out.
 _FOLLOWED = ("models", "engine", "replicas", "idle_sleep_s", "tensor_parallel_size")
@@ -43,18 +44,18 @@ class ModelEdits:
         self,
         file: ConfigFile,
         plan: ServicePlan,
-        hardware: Hardware,
+        nodes: Nodes,
         console: Console,
         *,
         reload: Callable[[], ConfigFile],
         deploy: Deploy,
     ) -> None:
-        """`hardware` is as it was before the engines of `plan` were started."""
+        """`nodes` are as they were before the engines of `plan` were started."""
         assert file.config.watch_file is not None
         self.plan = plan
         self._path: Path = file.config.watch_file
         self._args: Mapping[str, Any] = file.application["args"]
-        self._hardware = hardware
+        self._nodes = nodes
         self._console = console
         self._reload = reload
         self._deploy = deploy
@@ -87,7 +88,7 @@ class ModelEdits:
         config = parse(args)
         found = [weights.look_up(each, must_be_there=True) for each in config.by_model()]
         sizes = [each.size for each in found]
-        plan = plan_service(config, self._hardware, sizes, running=self.plan)
+        plan = plan_nodes(config, self._nodes, sizes, running=self.plan)
         if not (said := changes(self.plan, plan)):
             return
         for sentence in (f"{self._path} has changed:", *said):

@@ -4,11 +4,11 @@ Where there are several models, one that cannot start is told of, and the others
 """
 
 import time
+from typing import Protocol
 
 from rich.console import Console
 
 from serving.cli.interrupts import StopSignal
-from serving.cli.launching.model_edits import ModelEdits
 from serving.cli.launching.progress import (
     FAILED,
     AppState,
@@ -25,7 +25,16 @@ from serving.planning.service.service_plan import ServicePlan, num_first
 
 _POLL_S = 0.5
 _WATCH_S = 5.0  # between two checks of running engines
-_EDIT_S = 1.0  # where models may be edited
+_CHANGE_S = 1.0  # where models may be edited, or nodes may come
+
+
+class Changes(Protocol):
+    """What changes the plan of a service while it runs: edits of models, nodes that come."""
+
+    plan: ServicePlan
+
+    def look(self, state: AppState) -> None:
+        """Do what is to be done now."""
 
 
 class ServiceWatch:
@@ -131,13 +140,13 @@ class ServiceWatch:
 
     # --- while they serve --------------------------------------------------------
 
-    def watch(self, edits: ModelEdits | None) -> None:
-        """Tell of engines that stop and come back, and follow edits, until `StopSignal`.
+    def watch(self, changes: Changes | None) -> None:
+        """Tell of engines that stop and come back, and follow changes, until `StopSignal`.
 
         Raise `StartError` if Ray or the application is gone.
         """
         while True:
-            self.pause(_WATCH_S if edits is None else _EDIT_S)
+            self.pause(_WATCH_S if changes is None else _CHANGE_S)
             reap_children()
             try:
                 state = self._session.call(lambda: read_app_state(self._app))
@@ -147,9 +156,9 @@ class ServiceWatch:
                 raise StartError(f"Ray is gone: {error}") from error
             if state is None:
                 raise StartError("the application was deleted by somebody else")
-            if edits is not None:
-                edits.look(state)
-                self._plan = edits.plan
+            if changes is not None:
+                changes.look(state)
+                self._plan = changes.plan
             self._tell(state)
 
     def _tell(self, state: AppState) -> None:

@@ -8,8 +8,8 @@ they have, whatever else is added, removed or resized.
 import json
 import re
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from router.scaling.settings import ScalingSettings
@@ -52,6 +52,9 @@ class ServicePlan:
     models: tuple[tuple[Config, Plan], ...]  # each with its keys as if it were the only one
     why: tuple[str, ...] = ()  # sentences about all of them
     warnings: tuple[str, ...] = ()  # likewise
+    # Over several nodes: engines by the name of their model, by node, if Ray follows the plan.
+    on_nodes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    max_gateways_per_node: int = 0  # 0: no bound of ours
     # GPUs that models whose engines come and go leave to each other; 0: each has all it may have.
     num_shared_gpus: int = 0
 
@@ -133,7 +136,7 @@ def plan_service(
             f"{num_core_engines} engines share {len(hardware.cores)} cores: steps will stretch "
             "many times over; lower replicas, or serve fewer models."
         )
-    _check_names(planned)
+    check_names(planned)
     return ServicePlan(tuple(planned), tuple(why), tuple(warnings), num_shared_gpus=num_shared_gpus)
 
 
@@ -179,7 +182,7 @@ def changes(before: ServicePlan, after: ServicePlan) -> list[str]:
             said.append(f"{name} is added: {_engines(num_first(config, plan))} start.")
             continue
         was_config, was = old[deployment]
-        if not _is_same_engine(was_config, config):
+        if not is_same_engine(was_config, config):
             said.append(f"{name} has changed: its engines are replaced, one after the other.")
         elif (now := _range(config, plan)) != (earlier := _range(was_config, was)):
             said.append(f"{name} is resized: from {earlier} to {now}.")
@@ -217,7 +220,7 @@ def _model(
             (
                 plan
                 for was, plan in (running.models if running is not None else ())
-                if _is_same_engine(was, config)
+                if is_same_engine(was, config)
             ),
             None,
         )
@@ -231,7 +234,7 @@ def _model(
         return model
 
 
-def _is_same_engine(was: Config, now: Config) -> bool:
+def is_same_engine(was: Config, now: Config) -> bool:
     """Whether a model's engines need not be started anew."""
     keys = ("model", "served_model_name", "tensor_parallel_size", "device", "engine")
     return all(getattr(was, key) == getattr(now, key) for key in keys)
@@ -308,7 +311,7 @@ def _resized(plan: Plan, number: int) -> Plan:
     return replace(plan, num_replicas=number, why=(why, *plan.why[1:]))
 
 
-def _check_names(planned: Sequence[tuple[Config, Plan]]) -> None:
+def check_names(planned: Sequence[tuple[Config, Plan]]) -> None:
     """Raise `ConfigError` if two models would answer to one name, by default or by an adapter."""
     seen: dict[str, int] = {}
     for index, (config, plan) in enumerate(planned):

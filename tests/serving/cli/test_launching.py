@@ -18,6 +18,7 @@ from serving.cli.launching.progress import AppState, DeploymentState, ProgressDi
 from serving.cli.launching.service_watch import ServiceWatch
 from serving.gateway.http.endpoint import StartError
 from serving.planning.hardware import Hardware
+from serving.planning.machine.nodes import this_machine
 from serving.planning.service.service_plan import ServicePlan, plan_service
 
 CORES = Hardware(tuple(range(4)), 16 << 30, 16 << 30, vllm_build="cpu")
@@ -55,7 +56,7 @@ class Edited:
         assert file.config.watch_file == path
         plan = plan_service(file.config, CORES)
         self.edits = ModelEdits(
-            file, plan, CORES, self.console, reload=self.load, deploy=self.deploy
+            file, plan, this_machine(CORES), self.console, reload=self.load, deploy=self.deploy
         )
 
     def load(self) -> ConfigFile:

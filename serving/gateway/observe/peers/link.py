@@ -40,7 +40,7 @@ class PeerLink(FrameConnection):
                 lambda: cls(metadata["secret"], on_lost),
                 metadata["host"],
                 metadata["port"],
-                ssl=trust_only(certificate) if certificate else None,
+                ssl=trust_only(certificate, metadata.get("identity")) if certificate else None,
                 ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if certificate else None,
             )
         return link

@@ -45,9 +45,9 @@ class Peers:
         self._connecting: dict[str, asyncio.Task[None]] = {}
         self._was_told = asyncio.Event()
 
-    async def listen(self, host: str, *, tls: bool = False) -> None:
-        """Let others ask, on a free port of `host`."""
-        self.metadata = await self._port.listen(host, tls=tls)
+    async def listen(self, host: str, *, tls: bool = False, clients: str = "") -> None:
+        """Let others ask, on a free port of `host`: with `tls` the authority `clients`' alone."""
+        self.metadata = await self._port.listen(host, tls=tls, clients=clients)
 
     def set_members(self, members: Mapping[str, dict]) -> None:
         """Go by these gateways, with the metadata of each; this one may be among them."""

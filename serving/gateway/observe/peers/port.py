@@ -26,9 +26,12 @@ class PeerPort:
         self._connections: set[_Asker] = set()
         self._server: asyncio.Server | None = None
 
-    async def listen(self, host: str, *, tls: bool = False) -> dict:
-        """Listen on a free TCP port of `host`. Return what `PeerLink.connect` needs."""
-        certificate, context = make_certificate() if tls else ("", None)
+    async def listen(self, host: str, *, tls: bool = False, clients: str = "") -> dict:
+        """Listen on a free TCP port of `host`. Return what `PeerLink.connect` needs.
+
+        With `tls` only gateways with a certificate of the authority `clients` are let in.
+        """
+        certificate, context = make_certificate(clients) if tls else ("", None)
         self._server = await asyncio.get_running_loop().create_server(
             lambda: _Asker(self),
             host,
