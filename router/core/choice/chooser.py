@@ -91,7 +91,9 @@ class _Look:
         self._passed += passed
         return left
 
-    def choose(self, candidates: list[Candidate], rng: random.Random) -> tuple[Candidate, str]:
+    def choose(
+        self, candidates: list[Candidate], rng: random.Random, kept: str
+    ) -> tuple[Candidate, str]:
         """Return the one that the rule prefers, and how it was found."""
         route, prefer = self._route, self._rule.prefer
         self._names = [each.name for each in candidates]
@@ -103,16 +105,18 @@ class _Look:
             candidates = sorted(candidates, key=lambda each: self.settings(each).cost)
         else:
             candidates = sorted(candidates, key=self._speed)
+        if kept:
+            candidates = sorted(candidates, key=lambda each: each.name != kept)
         latest: list[float] = []
         passed: list[str] = []
         for each in candidates:
-            outlook = self._outlook(each)
+            outlook, how = self._outlook(each), "kept" if each.name == kept else prefer
             if outlook is None:
-                return each, prefer  # nothing is known of it, nor of any
+                return each, how  # nothing is known of it, nor of any
             target_s = self._rule.max_ttft_s or outlook.target_s
             if outlook.ttft_s <= target_s:
                 self._passed += passed
-                return each, prefer
+                return each, how
             latest.append(outlook.ttft_s - target_s)
             passed.append(f"{each.name}: late by {latest[-1]:.2f} s")
         return candidates[latest.index(min(latest))], "none in time, the least late"
@@ -171,10 +175,12 @@ class Chooser:
         candidates: list[Candidate],
         request: Request,
         now_s: float,
+        kept: str = "",
     ) -> Choice | None:
         """Return the model for a request; None if no rule has one of the candidates.
 
-        `traits` are what its prompt asks for and has, by the words of `settings`.
+        `traits` are what its prompt asks for and has, by the words of `settings`. `kept` is what
+        was chosen for the last request of its session: it is preferred to others in time.
         """
         for number, rule in enumerate(route.rules, start=1):
             said = ""
@@ -184,7 +190,7 @@ class Chooser:
                     continue
             if allowed := _allowed(rule, candidates):
                 look = _Look(route, rule, request, now_s, self._outlooks)
-                chosen, how = look.choose(self._able(look, traits, allowed), self._rng)
+                chosen, how = look.choose(self._able(look, traits, allowed), self._rng, kept)
                 title = f"rule {rule.name or number}{f' ({said})' if said else ''}"
                 return Choice(chosen.name, chosen.model, f"{title}: {look.explain(chosen, how)}")
         return None

@@ -95,10 +95,16 @@ class RequestParser:
             if tenant is not None:
                 request_class = tenant.default_class(request_class)
         wording = _wording_of(body)
+        session_name = fields.session or headers.session
+        session = 0
+        if session_name:
+            session = _session_hash(tenant.name if tenant is not None else "", session_name)
         may_use = tenant.may_use if tenant is not None else _may_use_all
         asked_model, chosen, routes = fields.model, None, self._routes
         if routes is not None and asked_model is not None and asked_model in routes.configs:
             draft = self._draft(path, body, wording, tenant, request_class, request_id, now_s)
+            if session:
+                draft = msgspec.structs.replace(draft, session=session)
             chosen = routes.choose(asked_model, path, body, draft, may_use, models_elsewhere)
             asked_model = chosen.model
             body = msgspec.structs.replace(body, data=with_fields(body.data, chosen.fields))
@@ -128,7 +134,6 @@ class RequestParser:
         prefix = _NO_PREFIX
         if wants_prefix:
             prefix = prompt_prefix(model, salt, _text_of(body, is_one=endpoint.is_one), context)
-        session = fields.session or headers.session
         entry = self._served_models.entry(model)
         request = Request(
             id=request_id,
@@ -154,7 +159,7 @@ class RequestParser:
             end_hash=prefix.end_hash,
             answered_hash=prefix.answered_hash,
             answered_share=prefix.answered_share,
-            session=_session_hash(tenant_name, session) if session else 0,
+            session=session,
             wording=wording.features,
             system_prompt=wording.system_prompt,
         )

@@ -5,7 +5,7 @@ chooses by them. From then on the request is as if its client had named that mod
 """
 
 import logging
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +37,7 @@ _MEDIA = (
 # Where vLLM takes arguments of the chat template, and what says that the client has its own.
 _THINKING = frozenset(("/v1/chat/completions", "/v1/responses"))
 _OWN_THINKING = (b'"chat_template_kwargs"', b'effort"')
+_MAX_KEPT = 50_000  # sessions, some 200 bytes each
 
 
 class Chosen(msgspec.Struct, frozen=True):
@@ -64,6 +65,7 @@ class Routes:
         self._chooser = chooser
         self._models = models
         self._tells_client = tells_client
+        self._kept: OrderedDict[tuple[str, int], str] = OrderedDict()  # by route and session
         self._missing: set[str] = set()  # models that were not found
         self.num_chosen: dict[str, Counter[str]] = {}  # by route and model
         self.use_configs(configs)
@@ -93,9 +95,13 @@ class Routes:
             raise _name_a_model(name, "A response is kept by the model that gave it")
         candidates = self._candidates(route, path, may_use, models_elsewhere)
         traits = traits_of(request.wording, next(iter(body.prompts.values())))
-        choice = self._chooser.choose(route, traits, candidates, request, request.arrival_s)
+        session = (name, request.session)
+        kept = self._kept.get(session, "") if request.session else ""
+        choice = self._chooser.choose(route, traits, candidates, request, request.arrival_s, kept)
         if choice is None:
             raise model_not_found(name)
+        if request.session:
+            self._keep(session, choice.name)
         counts = self.num_chosen.setdefault(name, Counter())
         counts[choice.name] += 1
         headers: Headers = []
@@ -104,6 +110,13 @@ class Routes:
             headers.append((b"x-headway-why", choice.why.encode()))
         fields = {"model": choice.model} | _thinking(route.models[choice.name], path, body.data)
         return Chosen(name, choice.model, choice.why, fields, headers)
+
+    def _keep(self, session: tuple[str, int], chosen: str) -> None:
+        """Remember what was chosen for a session of a route last."""
+        self._kept[session] = chosen
+        self._kept.move_to_end(session)
+        if len(self._kept) > _MAX_KEPT:
+            self._kept.popitem(last=False)
 
     def _candidates(
         self, route: RouteSettings, path: str, may_use: MayUse, models_elsewhere: Sequence[str]

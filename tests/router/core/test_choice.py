@@ -43,6 +43,7 @@ def choose(
     contexts: dict[str, int] | None = None,
     elsewhere: tuple[str, ...] = (),
     num_tokens: int = 10,
+    kept: str = "",
     **fields: Any,
 ) -> Choice | None:
     found = [
@@ -55,7 +56,7 @@ def choose(
         for name in candidates
     ]
     request = req("a", num_tokens, **fields)
-    return router.chooser.choose(settings, frozenset(traits), found, request, 0.0)
+    return router.chooser.choose(settings, frozenset(traits), found, request, 0.0, kept)
 
 
 class TestRules:
@@ -190,6 +191,19 @@ class TestPreference:
         assert choice.name == "small"
         assert "; not large: late by " in choice.why
         assert choose(router, best).name == "large"  # a short one passes what waits
+
+    def test_a_session_keeps_its_model_while_the_rule_has_it_and_it_is_in_time(self):
+        router, best = router_of("small", "large"), route({"prefer": "best"})
+        choice = choose(router, best, kept="small")
+        assert choice.name == "small"
+        assert choice.why.startswith("rule 1: kept of small, large; first token in ")
+        assert choose(router, route({"models": ["large"]}), kept="small").name == "large"
+        load(router, "small", 5000)
+        choice = choose(router, best, kept="small")
+        assert choice.name == "large"
+        assert "rule 1: best of small, large; not small: late by " in choice.why
+        router.on_replica_down("small", 0.0)
+        assert choose(router, best, kept="small").name == "large"
 
     def test_a_share_goes_anywhere(self):
         router = router_of("small", "large")

@@ -161,6 +161,29 @@ async def test_how_much_to_think_is_a_choice_unless_the_client_says_it():
         assert said == [{"enable_thinking": True}, {"enable_thinking": False}, *own.values(), None]
 
 
+async def test_a_session_keeps_its_model_as_far_as_the_rules_have_it():
+    route = {**ROUTE, "rules": [ROUTE["rules"][0], {"prefer": "cheapest"}]}
+    async with two_models(route) as (system, _small, _large):
+        found = []
+        for text, fields in (
+            ("hi", {"session_id": "s"}),
+            (CODE, {"session_id": "t"}),
+            ("hi", {"session_id": "t"}),
+            ("hi", {}),
+            ("hi", {"session_id": "s"}),
+        ):
+            reply = await system.client.post(CHAT, json=body_of(system, text, **fields))
+            why = reply.headers["x-headway-why"].partition(";")[0]
+            found.append((reply.headers["x-headway-model"], why))
+        assert found == [
+            ("small", "rule 2: cheapest of small, large"),
+            ("large", "rule code (asks code): best of large, small"),
+            ("large", "rule 2: kept of small, large"),
+            ("small", "rule 2: cheapest of small, large"),
+            ("small", "rule 2: kept of small, large"),
+        ]
+
+
 async def test_replies_say_nothing_where_that_is_switched_off_and_routes_may_change():
     async with two_models(gateway={"reply_headers": False}) as (system, small, large):
         reply = await system.client.post(CHAT, json=body_of(system, CODE))
