@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from router import RouterSettings
 from router.core.choice.settings import RouteSettings
@@ -54,16 +55,16 @@ class Config(Section):
         description="several models in one service, each with engines of its own; the keys "
         "outside say what one leaves out. In place of `model` and `served_model_name`",
     )
-    engine: EngineConfig = EngineConfig()
-    gateway: GatewayConfig = GatewayConfig()
-    router: RouterSettings = RouterSettings()
-    auth: AuthConfig = AuthConfig()
-    tenants: dict[str, TenantConfig] = Field(
     routes: dict[str, RouteSettings] = Field(
         default_factory=dict,
         description="names that clients ask for as if they were models, such as `auto`: the model "
         "is chosen for each prompt",
     )
+    engine: EngineConfig = EngineConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    router: RouterSettings = RouterSettings()
+    auth: AuthConfig = AuthConfig()
+    tenants: dict[str, TenantConfig] = Field(
         default_factory=dict,
         description="limits by tenant, as named by its keys; one that is not listed has none",
     )
@@ -199,11 +200,6 @@ class Config(Section):
             raise ValueError("each server's url may be there once")
         return servers
 
-    @field_validator("providers")
-    @classmethod
-    def _check_names(cls, providers: tuple[ProviderConfig, ...]) -> tuple[ProviderConfig, ...]:
-        names = [provider.name for provider in providers]
-        if len(set(names)) < len(names):
     @model_validator(mode="after")
     def _check_routes(self) -> "Config":
         names = {name for each in self.models for name in each.served_names or (each.model or "",)}
@@ -214,6 +210,11 @@ class Config(Section):
                 raise ValueError(f"routes.{name}: is the name of a model: give the route another")
         return self
 
+    @field_validator("providers")
+    @classmethod
+    def _check_names(cls, providers: tuple[ProviderConfig, ...]) -> tuple[ProviderConfig, ...]:
+        names = [provider.name for provider in providers]
+        if len(set(names)) < len(names):
             raise ValueError("each provider needs a name of its own")
         return providers
 
@@ -300,13 +301,32 @@ def parse(args: dict[str, Any]) -> Config:
             "; ".join(
                 f"{_with_key(problem['loc'], problem['msg'])}"
                 + (" (unknown key)" if problem["type"] == "extra_forbidden" else "")
-                for problem in error.errors()
+                for problem in _errors_in_given_form(error)
             )
         ) from None
 
 
+def _errors_in_given_form(error: ValidationError) -> list[ErrorDetails]:
+    """Return what is wrong; where keys are given not that they are no number, and no word."""
+    problems = error.errors()
+    with_keys = {
+        each["loc"][:place]
+        for each in problems
+        for place, part in enumerate(each["loc"])
+        if str(part).startswith("function-")
+    }
+    return [
+        each
+        for each in problems
+        if not isinstance(each["input"], dict)
+        or each["type"] not in ("int_type", "literal_error")
+        or each["loc"][:-1] not in with_keys
+    ]
+
+
 def _with_key(path: tuple[int | str, ...], message: str) -> str:
     """Return the message behind the key that it is about; it names that itself where none is."""
-    if path:
-        return f"{'.'.join(map(str, path))}: {message}"
-    return message.removeprefix("Value error, ")
+    message = message.removeprefix("Value error, ")
+    # Pydantic has the forms that a value may have, as literal['auto'], in the path to it.
+    keys = [str(each) for each in path if each != "int" and "[" not in str(each)]
+    return f"{'.'.join(keys)}: {message}" if keys else message

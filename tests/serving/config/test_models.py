@@ -80,6 +80,11 @@ def test_targets_are_a_models_own():
             {"models": [{"replicas": {"max": 2, "zero_after_s": 3}}], "idle_sleep_s": 9},
             "models.0.idle_sleep_s: is another name for replicas.zero_after_s",
         ),
+        (
+            {"models": [{"model": "a", "replicas": {"min": 3, "max": 2}}]},
+            "models.0.replicas: min: 3 engines are more than max allows, 2",
+        ),
+        ({"models": [{"replicas": {"min": 0}}]}, "models.0.replicas.max: Field required"),
         ({"models": [{"model": "a", "idle_sleep_s": 0}]}, "models.0.idle_sleep_s: Input should"),
         ({"models": [{"model": "a", "gpus": 2}]}, "models.0.gpus: Extra inputs"),
         ({"models": [{"model": "a", "tensor_parallel_size": 0}]}, "models.0.tensor_parallel_size"),
@@ -89,7 +94,7 @@ def test_what_cannot_be_is_said_with_the_key(args, words):
     with pytest.raises(ConfigError) as error:
         parse(args)
     assert words in str(error.value)
-    assert "Value error" not in str(error.value)
+    assert not any(word in str(error.value) for word in ("Value error", "integer", "["))
 
 
 def test_old_names_and_relative_paths_are_taken_in_a_model_too():
