@@ -10,7 +10,7 @@ import pytest
 from serving.stream.client import StreamClient
 from serving.stream.frames import Submit
 from serving.stream.server import StreamServer
-from serving.stream.tls import make_certificate
+from serving.stream.tls import Authority, make_authority, make_certificate, make_identity
 from tests.serving.stream.test_stream import WINDOW_BYTES, Recorder
 from tests.support.fakes import FakeEngine
 
@@ -23,10 +23,10 @@ def submit() -> Submit:
 
 
 @contextlib.asynccontextmanager
-async def listening(*, tls: bool) -> AsyncIterator[tuple[StreamServer, dict]]:
+async def listening(*, tls: bool, clients: str = "") -> AsyncIterator[tuple[StreamServer, dict]]:
     """A server, and what Ray would tell of it."""
     server = StreamServer(FakeEngine(), WINDOW_BYTES)
-    host, port = await server.listen("127.0.0.1", tls=tls)
+    host, port = await server.listen("127.0.0.1", tls=tls, clients=clients)
     member = {"host": host, "port": port, "secret": server.secret}
     try:
         yield server, {**member, "certificate": server.certificate}
@@ -85,6 +85,32 @@ async def test_an_engine_that_should_encrypt_and_does_not_learns_no_secret():
         with pytest.raises(OSError):  # noqa: PT011  # the kind depends on the event loop
             await StreamClient.connect("r0", {**told, "certificate": certificate}, Recorder())
         assert server.secret.encode() not in heard
+
+
+async def is_welcome(member: dict, authority: Authority | None) -> bool:
+    """Whether an engine talks to a gateway of this authority, which knows its secret."""
+    identity = None if authority is None else make_identity(authority)
+    recorder = Recorder()
+    try:
+        client = await StreamClient.connect("r0", {**member, "identity": identity}, recorder)
+    except OSError:
+        return False
+    await recorder.until(lambda: recorder.info or recorder.lost)
+    client.close()
+    return recorder.info is not None
+
+
+async def test_only_gateways_of_the_application_are_heard_though_others_know_the_secret():
+    """In TLS 1.3 a client hears only after the handshake that it was refused."""
+    ours, theirs = make_authority(), make_authority()
+    async with listening(tls=True, clients=ours.certificate) as (server, member):
+        assert await is_welcome(member, ours)
+        assert not await is_welcome(member, theirs)
+        assert not await is_welcome(member, None)
+        assert await is_welcome(member, ours)
+        # Who shows what an engine shows, which all gateways know, is no gateway.
+        assert not await is_welcome(member, theirs._replace(certificate=member["certificate"]))
+        assert not server.strangers
 
 
 async def test_who_does_not_encrypt_is_not_heard():
