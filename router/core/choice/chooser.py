@@ -6,6 +6,7 @@ Each step leaves out what the next need not look at, unless nothing would be lef
 never refused here because no model suits it.
 """
 
+import math
 import random
 from collections.abc import Callable
 
@@ -36,7 +37,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     name: str  # in the route
     model: str
     longest_context: int | None = None  # tokens; None: no engine has told
-    is_elsewhere: bool = False  # a provider answers for it, too
+    is_elsewhere: bool = False  # a provider answers for it
+    has_engines: bool = True  # now, or it is to have some; else only providers have it
     # Its own targets, as in `Request`.
     ttft_target_base_s: float | None = None
     ttft_target_s_per_token: float | None = None
@@ -112,7 +114,7 @@ class _Look:
         for each in candidates:
             outlook, how = self._outlook(each), "kept" if each.name == kept else prefer
             if outlook is None:
-                return each, how  # nothing is known of it, nor of any
+                return each, how  # a provider's, or there is no engine yet
             target_s = self._rule.max_ttft_s or outlook.target_s
             if outlook.ttft_s <= target_s:
                 self._passed += passed
@@ -128,17 +130,17 @@ class _Look:
             words += f"; not {', '.join(self._passed)}"
         outlook = self._outlook(chosen)
         if outlook is None:
-            return f"{words}; no live engine yet" if not chosen.is_elsewhere else words
+            return f"{words}; {'by a provider' if chosen.is_elsewhere else 'no live engine yet'}"
         words += f"; first token in {outlook.ttft_s:.2f} s, end in {outlook.end_s:.2f} s"
         return words if outlook.is_measured else f"{words} (a guess: its speed is not measured yet)"
 
     def _speed(self, candidate: Candidate) -> tuple[bool, float]:
-        """Return what orders by speed: first those that nobody has measured.
+        """Return what orders by speed: first those that nobody has measured, providers last.
 
         One request tells; by a guess that is far too slow none would ever be sent there.
         """
         outlook = self._outlook(candidate)
-        return (False, 0.0) if outlook is None else (outlook.is_measured, outlook.end_s)
+        return (True, math.inf) if outlook is None else (outlook.is_measured, outlook.end_s)
 
     def _outlook(self, candidate: Candidate) -> Outlook | None:
         model = candidate.model
@@ -214,12 +216,15 @@ class Chooser:
         if fitting is candidates and len(candidates) > 1 and too_short(candidates[0]):
             longest = max(each.longest_context or 0 for each in candidates)
             fitting = [each for each in candidates if (each.longest_context or 0) == longest]
-        live = look.narrow(
-            fitting, lambda each: "" if self._outlooks.is_live(each.model) else "no live engine"
-        )
-        if live is fitting and len(live) > 1 and not self._outlooks.is_live(live[0].model):
+        live = look.narrow(fitting, self._why_not_live)
+        if live is fitting and len(live) > 1 and self._why_not_live(live[0]):
             return look.narrow(live, lambda each: "" if each.is_elsewhere else "no provider")
         return live
+
+    def _why_not_live(self, candidate: Candidate) -> str:
+        if not candidate.has_engines or self._outlooks.is_live(candidate.model):
+            return ""
+        return "no live engine"
 
 
 def matched(when: WhenSettings, traits: frozenset[str], request: Request) -> str:

@@ -122,6 +122,7 @@ class Routes:
         self, route: RouteSettings, path: str, may_use: MayUse, models_elsewhere: Sequence[str]
     ) -> list[Candidate]:
         """Return the models that whoever asks may use for this, and that there are or will be."""
+        is_for_all = ENDPOINTS[path].for_providers
         candidates = []
         for name, settings in route.models.items():
             model = settings.model or name
@@ -134,7 +135,7 @@ class Routes:
             except (
                 ApiError
             ) as error:  # it does not exist, could not be started, or does other things
-                if error.status == 404 and model not in self._missing:
+                if error.status == 404 and model not in self._missing and is_for_all:
                     self._missing.add(model)
                     logger.warning("routes: there is no model %r", model)
                 continue
@@ -145,6 +146,9 @@ class Routes:
                     model=model,
                     longest_context=None if capacity is None else capacity.longest_context,
                     is_elsewhere=model in models_elsewhere,
+                    has_engines=not (
+                        model in models_elsewhere and entry is None and capacity is None
+                    ),
                     ttft_target_base_s=None if entry is None else entry.ttft_target_base_s,
                     ttft_target_s_per_token=(
                         None if entry is None else entry.ttft_target_s_per_token

@@ -42,6 +42,7 @@ def choose(
     candidates: tuple[str, ...] = ("small", "large"),
     contexts: dict[str, int] | None = None,
     elsewhere: tuple[str, ...] = (),
+    bought: tuple[str, ...] = (),
     num_tokens: int = 10,
     kept: str = "",
     **fields: Any,
@@ -51,7 +52,8 @@ def choose(
             name=name,
             model=settings.models[name].model or name,
             longest_context=(contexts or {}).get(name),
-            is_elsewhere=name in elsewhere,
+            is_elsewhere=name in elsewhere or name in bought,
+            has_engines=name not in bought,
         )
         for name in candidates
     ]
@@ -237,7 +239,18 @@ class TestWhoCanAnswer:
         router = Router(RouterSettings())
         choice = choose(router, route({"prefer": "best"}), elsewhere=("small",))
         assert choice.name == "small"
-        assert choice.why == "rule 1: best of small; not large: no provider"
+        assert choice.why == "rule 1: best of small; not large: no provider; by a provider"
+
+    def test_a_model_that_only_providers_have_is_as_live_as_others_but_its_speed_unknown(self):
+        router = router_of("small")
+        choice = choose(router, route({"prefer": "best"}), bought=("large",))
+        assert choice.name == "large"
+        assert choice.why == "rule 1: best of small, large; by a provider"
+        assert choose(router, route({"prefer": "cheapest"}), bought=("large",)).name == "small"
+        fastest = route({"models": ["large", "small"], "prefer": "fastest"})
+        assert choose(router, fastest, bought=("large",)).name == "small"
+        router.on_replica_down("small", 0.0)
+        assert choose(router, fastest, bought=("large",)).name == "large"
 
     def test_a_prompt_goes_where_its_context_fits(self):
         router, cheapest = router_of("small", "large"), route({"prefer": "cheapest"})
