@@ -23,13 +23,15 @@ class Look(msgspec.Struct, frozen=True):
 class RequestSpan(NamedTuple):
     """A request's own span while it is open: `serving.gateway.observe.tracing`."""
 
-    context: "SpanContext"
-    parent: "SpanContext | None"
+    trace: int  # 128 bits
+    id: int  # 64 bits
+    is_sampled: bool
+    parent: "SpanContext | None"  # of the client
 
     @property
     def trace_id(self) -> str:
         """The id of its trace, as `traceparent` has it."""
-        return f"{self.context.trace_id:032x}"
+        return f"{self.trace:032x}"
 
 
 class Journey:

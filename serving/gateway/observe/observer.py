@@ -1,21 +1,40 @@
 """Who is told of each request when it is over? Metrics, the request log, the tracer."""
 
+import functools
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from starlette.types import Scope
 
-from router import Outcome
+from router import Outcome, Request, Usage
 from serving.config import Config, ConfigError, TracingConfig
 from serving.gateway.exchange import Exchange
 from serving.gateway.http.errors import ApiError
 from serving.gateway.http.own_headers import request_id_of
+from serving.gateway.observe.journey import Journey
 from serving.gateway.observe.metrics.requests import Metrics
 from serving.gateway.observe.request_log import Clock, RequestLine, RequestLog
 from serving.stream.frames import Headers
 
 if TYPE_CHECKING:
     from serving.gateway.observe.tracing import Tracing
+
+
+class _Over(NamedTuple):
+    """What is kept of a request that is over until its line is written: no body, unless wanted."""
+
+    time_s: float  # since the epoch
+    now_s: float  # at the same time, of the clock of its journey
+    id: str
+    path: str
+    tenant: str
+    status: int
+    reason: str  # why it was refused, if it was
+    request: Request | None  # None, as the next three, where it did not get that far
+    journey: Journey | None
+    usage: Usage | None
+    is_stream: bool
+    body: bytes
 
 
 class Observer:
@@ -52,36 +71,51 @@ class Observer:
         """
         self._metrics.observe_reply(status)
         if self._log is not None:
-            self._log.write(self._line(scope, exchange, tenant, status, error))
+            over = self._over(scope, exchange, tenant, status, reason_of(error))
+            self._log.write(functools.partial(self._line, over), len(over.body))
         if self._tracing is not None and exchange is not None and exchange.journey.span is not None:
-            outcome, reason = _end_of(exchange, status, error)
+            outcome, reason = _end_of(exchange.journey, status, reason_of(error))
             self._tracing.end(exchange.journey.span, exchange, status, outcome, reason)
 
-    def _line(
-        self,
-        scope: Scope,
-        exchange: Exchange | None,
-        tenant: str,
-        status: int,
-        error: Exception | None,
-    ) -> RequestLine:
-        now = self._clock.text(time.time())
+    def _over(
+        self, scope: Scope, exchange: Exchange | None, tenant: str, status: int, reason: str
+    ) -> _Over:
+        now_s, time_s, request_id = time.monotonic(), time.time(), request_id_of(scope)
         if exchange is None:
+            nothing = (None, None, None, False, b"")
+            return _Over(time_s, now_s, request_id, scope["path"], tenant, status, reason, *nothing)
+        return _Over(
+            time_s,
+            now_s,
+            request_id,
+            exchange.path,
+            tenant,
+            status,
+            reason,
+            exchange.request,
+            exchange.journey,
+            exchange.usage,
+            exchange.fields.is_stream,
+            exchange.body if self._has_bodies else b"",
+        )
+
+    def _line(self, over: _Over) -> RequestLine:
+        now = self._clock.text(over.time_s)
+        request, journey, usage = over.request, over.journey, over.usage
+        if request is None or journey is None:
             return RequestLine(
                 time=now,
                 gateway=self._rank,
-                id=request_id_of(scope),
-                path=scope["path"],
-                status=status,
-                outcome=_outcome_of_reply(status),
-                reason=reason_of(error),
-                tenant=tenant,
+                id=over.id,
+                path=over.path,
+                status=over.status,
+                outcome=_outcome_of_reply(over.status),
+                reason=over.reason,
+                tenant=over.tenant,
             )
-        request, journey, usage = exchange.request, exchange.journey, exchange.usage
         arrival_s = request.arrival_s
-        outcome, reason = _end_of(exchange, status, error)
-        is_stream = exchange.fields.is_stream
-        first_s = journey.first_token_s if is_stream else 0.0
+        outcome, reason = _end_of(journey, over.status, over.reason)
+        first_s = journey.first_token_s if over.is_stream else 0.0
         took_s = journey.answered_in_s if first_s else None
         tpot_s = None
         if first_s and usage is not None:
@@ -89,17 +123,17 @@ class Observer:
         return RequestLine(
             time=now,
             gateway=self._rank,
-            id=request_id_of(scope),
-            path=exchange.path,
-            status=status,
+            id=over.id,
+            path=over.path,
+            status=over.status,
             outcome=outcome,
             reason=reason,
             model=request.model,
             route=journey.chosen.route if journey.chosen is not None else "",
             why=journey.chosen.why if journey.chosen is not None else "",
-            tenant=tenant,
+            tenant=over.tenant,
             request_class=request.priority_class._value_,
-            stream=is_stream,
+            stream=over.is_stream,
             cache=journey.cache,
             engines=tuple(place for place, _ in journey.places),
             held_s=_rounded(journey.places[0][1] - arrival_s) if journey.places else None,
@@ -107,12 +141,12 @@ class Observer:
             answered_in_s=_rounded(took_s),
             ttft_s=_rounded(first_s - arrival_s) if first_s else None,
             tpot_s=_rounded(tpot_s),
-            total_s=_rounded((journey.over_s or time.monotonic()) - arrival_s),
+            total_s=_rounded((journey.over_s or over.now_s) - arrival_s),
             prompt_tokens=usage.num_prompt_tokens if usage is not None else None,
             cached_tokens=usage.num_cached_tokens if usage is not None else None,
             output_tokens=usage.num_output_tokens if usage is not None else None,
             trace_id=journey.span.trace_id if journey.span is not None else "",
-            body=exchange.body.decode(errors="replace") if self._has_bodies else "",
+            body=over.body.decode(errors="replace"),
         )
 
     def close(self) -> None:
@@ -135,12 +169,11 @@ def _make_tracing(config: TracingConfig, gateway_id: str, rank: int) -> "Tracing
     return Tracing(config, gateway_id, rank)
 
 
-def _end_of(exchange: Exchange, status: int, error: Exception | None) -> tuple[str, str]:
-    """Return how a request ended, and why if that was not well."""
-    journey = exchange.journey
+def _end_of(journey: Journey, status: int, reason: str) -> tuple[str, str]:
+    """Return how a request ended, and why if that was not well; `reason`: it was refused for."""
     outcome = journey.outcome
     said = outcome._value_ if outcome is not None else _outcome_of_reply(status)
-    return said, _without_details(journey.reason) if journey.reason else reason_of(error)
+    return said, _without_details(journey.reason) if journey.reason else reason
 
 
 def reason_of(error: Exception | None) -> str:

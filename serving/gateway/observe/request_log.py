@@ -1,13 +1,15 @@
 """What is logged of a request? One line, when it is over; its text only if that is asked for.
 
-Lines are collected for a second, or 64 KiB of them, and appended in one write: a gateway that is
-killed loses those of its last second. Writing happens on the event loop; a disk that stalls
-stalls it, which is why nothing is synced.
+Requests are collected for a second, or 64 of them; then their lines are made and appended in one
+write. A gateway that is killed loses those of its last second. A line takes 9 µs among others, and
+42 by itself, when all that makes it has left the processor's caches (Python 3.11, a Xeon). Writing
+happens on the event loop; a disk that stalls stalls it, which is why nothing is synced.
 """
 
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from logging.handlers import RotatingFileHandler
 
 import msgspec
@@ -17,7 +19,8 @@ from serving.config import LogConfig
 logger = logging.getLogger(__name__)
 
 _FLUSH_S = 1.0
-_FLUSH_BYTES = 1 << 16
+_FLUSH_LINES = 64
+_FLUSH_BYTES = 1 << 16  # of bodies
 
 
 class RequestLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -70,17 +73,23 @@ class RequestLog:
         self._max_bytes = config.max_bytes
         self._is_json = config.format == "json"
         self._encode = msgspec.json.Encoder().encode
-        self._lines: list[bytes] = []
-        self._num_bytes = 0
+        self._waiting: list[Callable[[], RequestLine]] = []
+        self._num_bytes = 0  # that they keep
         self._timer: asyncio.TimerHandle | None = None
         self._is_closing = False
 
-    def write(self, line: RequestLine) -> None:
-        """Add a line; it is in the file within a second."""
-        text = self._encode(line) if self._is_json else in_words(line).encode()
-        self._lines.append(text)
-        self._num_bytes += len(text) + 1
-        if self._num_bytes >= _FLUSH_BYTES or self._is_closing:
+    def write(self, line: Callable[[], RequestLine], num_bytes: int = 0) -> None:
+        """Add a line, made when it is written; it is in the file within a second.
+
+        `num_bytes`: of a body that is kept until then.
+        """
+        self._waiting.append(line)
+        self._num_bytes += num_bytes
+        if (
+            len(self._waiting) >= _FLUSH_LINES
+            or self._num_bytes >= _FLUSH_BYTES
+            or self._is_closing
+        ):
             self.flush()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_FLUSH_S, self.flush)
@@ -90,9 +99,10 @@ class RequestLog:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not self._lines:
+        if not self._waiting:
             return
-        lines, self._lines, self._num_bytes = self._lines, [], 0
+        waiting, self._waiting, self._num_bytes = self._waiting, [], 0
+        lines = [self._text(line()) for line in waiting]
         try:
             if self._file.stream is not None and self._file.stream.tell() >= self._max_bytes:
                 self._file.doRollover()
@@ -102,6 +112,9 @@ class RequestLog:
             stream.flush()
         except OSError as error:
             logger.error("%d lines of the request log are lost: %s", len(lines), error)
+
+    def _text(self, line: RequestLine) -> bytes:
+        return self._encode(line) if self._is_json else in_words(line).encode()
 
     def close(self) -> None:
         """Write what is left. What is open still may be over a little later: no line waits then."""

@@ -1,30 +1,32 @@
 """Which spans does a request have? Its own, the time it was held, and each engine that had it.
 
 By OpenTelemetry, in its conventions for generative AI. A request's ids are drawn when it arrives,
-so that engines and their spans know it for their parent; its spans are made when it is over, of
-what was noted of its way. They are plain tuples, which `serving.gateway.observe.otlp` encodes: a
-`Tracer` times and guards what it is told of, for three times as much. Of requests that are not
-sampled the ids are passed on.
+so that engines and their spans know it for their parent. When it is over what was noted of its way
+is queued, and spans are made of that in the thread that sends them: see
+`serving.gateway.observe.otlp`, which encodes them. They are plain tuples: a `Tracer` times and
+guards what it is told of, for three times as much. Of requests that are not sampled the ids are
+passed on.
 """
 
+import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as gen_ai
 from opentelemetry.semconv.attributes import error_attributes, http_attributes, url_attributes
 from opentelemetry.trace import SpanContext, SpanKind, TraceFlags, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from router import Outcome
+from router import Outcome, Request, Usage
 from serving.config import TracingConfig
 from serving.gateway.exchange import Exchange
-from serving.gateway.observe.journey import RequestSpan
+from serving.gateway.observe.journey import Journey, RequestSpan
 from serving.gateway.observe.otlp import Attributes, Exporter, SpanData
 from serving.stream.frames import Headers
 
@@ -38,10 +40,33 @@ _OPERATIONS = {  # by path; others are called by theirs
 _CONTEXT_HEADERS = (b"traceparent", b"tracestate")
 _HELD_S = 0.001  # a shorter time is that of deciding
 _END_S = 1.0  # for the last spans to be sent
-_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
-_NOT_SAMPLED = TraceFlags(TraceFlags.DEFAULT)
+# A processor asks no more of what it is given than whether this is sampled.
+_SAMPLED = SpanContext(1, 1, False, TraceFlags(TraceFlags.SAMPLED))
 _COMPLETED = Outcome.COMPLETED.value
 _propagator = TraceContextTextMapPropagator()
+_LIMIT = TraceIdRatioBased.TRACE_ID_LIMIT
+# Seeded by the system. An id of 0 would be none.
+_random_bits = random.Random().getrandbits
+
+
+class _Trace(NamedTuple):
+    """What the spans of a request that is over are made of: not its body."""
+
+    span: RequestSpan
+    request: Request
+    journey: Journey
+    usage: Usage | None
+    path: str
+    is_stream: bool
+    status: int
+    outcome: str
+    reason: str
+    over_s: float  # of the monotonic clock, as are all times of the journey
+    epoch_ns: int  # when that clock was at 0
+
+    @property
+    def context(self) -> SpanContext:
+        return _SAMPLED
 
 
 class Tracing:
@@ -55,117 +80,51 @@ class Tracing:
                 "headway.gateway": rank,
             }
         )
-        self._processor = BatchSpanProcessor(Exporter(OTLPSpanExporter(config.endpoint), resource))
-        # It asks no more of a span than whether it is sampled.
-        self._send: Callable[[SpanData], None] = self._processor.on_end  # type: ignore[assignment]
+        exporter = Exporter(OTLPSpanExporter(config.endpoint), resource, _spans_of)
+        self._processor = BatchSpanProcessor(exporter)
+        self._send: Callable[[_Trace], None] = self._processor.on_end  # type: ignore[assignment]
         self._sampled_below = TraceIdRatioBased.get_bound_for_rate(config.sample_ratio)
-        self._ids = RandomIdGenerator()
 
     def begin(self, exchange: Exchange, headers: Headers) -> RequestSpan:
         """Begin a request's span, under its client's if it names one. Engines are told of it."""
         parent = _parent_in(headers)
-        if parent is not None:
-            trace_id, state, flags = parent.trace_id, parent.trace_state, parent.trace_flags
+        if parent is None:
+            trace = _random_bits(128) or 1
+            is_sampled = trace & _LIMIT < self._sampled_below
+            flags = 1 if is_sampled else 0
         else:
-            trace_id, state = self._ids.generate_trace_id(), None
-            is_sampled = trace_id & TraceIdRatioBased.TRACE_ID_LIMIT < self._sampled_below
-            flags = _SAMPLED if is_sampled else _NOT_SAMPLED
-        context = SpanContext(trace_id, self._ids.generate_span_id(), False, flags, state)
-        if parent is not None:
+            trace, flags = parent.trace_id, parent.trace_flags
+            is_sampled = parent.trace_flags.sampled
             exchange.headers = [
                 each for each in exchange.headers if each[0] not in _CONTEXT_HEADERS
             ]
-            if state:
-                exchange.headers.append((b"tracestate", state.to_header().encode("latin-1")))
-        text = f"00-{trace_id:032x}-{context.span_id:016x}-{flags:02x}"
-        exchange.headers.append((b"traceparent", text.encode()))
-        return RequestSpan(context, parent)
+            if parent.trace_state:
+                state = parent.trace_state.to_header()
+                exchange.headers.append((b"tracestate", state.encode("latin-1")))
+        span = RequestSpan(trace, _random_bits(64) or 1, is_sampled, parent)
+        exchange.headers.append((b"traceparent", b"00-%032x-%016x-%02x" % (trace, span.id, flags)))
+        return span
 
     def end(
         self, span: RequestSpan, exchange: Exchange, status: int, outcome: str, reason: str
     ) -> None:
         """End a request's span, with those of its time held and of whoever had it."""
-        if not span.context.trace_flags.sampled:
+        if not span.is_sampled:
             return
-        journey, arrival_s = exchange.journey, exchange.request.arrival_s
-        over_s = journey.over_s or time.monotonic()
-        # All its times by one reading of both clocks.
-        epoch_ns = time.time_ns() - round(time.monotonic() * 1e9)
-        if journey.places:
-            sent_s = journey.places[0][1]
-            if sent_s - arrival_s >= _HELD_S:
-                self._send_child(span, "hold", SpanKind.INTERNAL, arrival_s, sent_s, epoch_ns, {})
-            self._send_places(span, exchange, over_s, epoch_ns)
-        attributes = _asked(exchange)
-        attributes[http_attributes.HTTP_RESPONSE_STATUS_CODE] = status
-        attributes["headway.outcome"] = outcome
-        if journey.cache:
-            attributes["headway.cache"] = journey.cache
-        if (usage := exchange.usage) is not None:
-            attributes[gen_ai.GEN_AI_USAGE_INPUT_TOKENS] = usage.num_prompt_tokens
-            attributes[gen_ai.GEN_AI_USAGE_OUTPUT_TOKENS] = usage.num_output_tokens
-            if usage.num_cached_tokens:
-                attributes[gen_ai.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS] = usage.num_cached_tokens
-        error: str | None = None
-        if outcome != _COMPLETED or status >= 500:
-            attributes[error_attributes.ERROR_TYPE] = reason or str(status)
-            if status == 0 or status >= 500:  # a client's own fault is no error of a server's span
-                error = reason
+        now_s = time.monotonic()
         self._send(
-            SpanData(
-                span.context,
-                span.parent,
-                f"{attributes[gen_ai.GEN_AI_OPERATION_NAME]} {exchange.request.model}",
-                SpanKind.SERVER,
-                epoch_ns + round(arrival_s * 1e9),
-                epoch_ns + round(over_s * 1e9),
-                attributes,
-                error=error,
-            )
-        )
-
-    def _send_places(
-        self, span: RequestSpan, exchange: Exchange, over_s: float, epoch_ns: int
-    ) -> None:
-        """Send a span for each engine or provider that had the request."""
-        journey = exchange.journey
-        ends = [sent_s for _, sent_s in journey.places[1:]]  # until another had it
-        for number, (place, sent_s) in enumerate(journey.places):
-            end_s = ends[number] if number < len(ends) else over_s
-            event = None
-            attributes: Attributes = {"headway.engine": place}
-            if place == journey.answered_by and sent_s <= journey.first_token_s <= end_s:
-                first_ns = epoch_ns + round(journey.first_token_s * 1e9)
-                event = ("gen_ai.first_token", first_ns)
-                if journey.predicted_ttft_s is not None:
-                    attributes["headway.predicted_time_to_first_token"] = journey.predicted_ttft_s
-            name = f"run {place}"
-            self._send_child(
-                span, name, SpanKind.CLIENT, sent_s, end_s, epoch_ns, attributes, event
-            )
-
-    def _send_child(
-        self,
-        span: RequestSpan,
-        name: str,
-        kind: SpanKind,
-        start_s: float,
-        end_s: float,
-        epoch_ns: int,
-        attributes: Attributes,
-        event: tuple[str, int] | None = None,
-    ) -> None:
-        of = span.context
-        self._send(
-            SpanData(
-                SpanContext(of.trace_id, self._ids.generate_span_id(), False, of.trace_flags),
-                of,
-                name,
-                kind,
-                epoch_ns + round(start_s * 1e9),
-                epoch_ns + round(end_s * 1e9),
-                attributes,
-                event,
+            _Trace(
+                span,
+                exchange.request,
+                exchange.journey,
+                exchange.usage,
+                exchange.path,
+                exchange.fields.is_stream,
+                status,
+                outcome,
+                reason,
+                exchange.journey.over_s or now_s,
+                time.time_ns() - round(now_s * 1e9),  # both clocks read once for all its times
             )
         )
 
@@ -192,19 +151,93 @@ def _parent_in(headers: Headers) -> SpanContext | None:
     return context if context.is_valid else None
 
 
+def _spans_of(trace: _Trace) -> Iterator[SpanData]:
+    """Yield the spans of a request: while it was held, of whoever had it, and its own."""
+    journey, arrival_s = trace.journey, trace.request.arrival_s
+    if journey.places:
+        sent_s = journey.places[0][1]
+        if sent_s - arrival_s >= _HELD_S:
+            yield _child(trace, "hold", SpanKind.INTERNAL, arrival_s, sent_s, {})
+        yield from _places(trace)
+    attributes = _attributes(trace)
+    error: str | None = None
+    if trace.outcome != _COMPLETED or trace.status >= 500:
+        attributes[error_attributes.ERROR_TYPE] = trace.reason or str(trace.status)
+        # A client's own fault is no error of a server's span.
+        if trace.status == 0 or trace.status >= 500:
+            error = trace.reason
+    span = trace.span
+    parent = span.parent
+    yield SpanData(
+        span.trace,
+        span.id,
+        None if parent is None else parent.span_id,
+        f"{attributes[gen_ai.GEN_AI_OPERATION_NAME]} {trace.request.model}",
+        SpanKind.SERVER,
+        trace.epoch_ns + round(arrival_s * 1e9),
+        trace.epoch_ns + round(trace.over_s * 1e9),
+        attributes,
+        error=error,
+        is_parent_remote=parent is not None,
+        state=None if parent is None else parent.trace_state,
+    )
+
+
+def _places(trace: _Trace) -> Iterator[SpanData]:
+    """Yield a span for each engine or provider that had the request."""
+    journey = trace.journey
+    ends = [sent_s for _, sent_s in journey.places[1:]]  # until another had it
+    for (place, sent_s), end_s in zip(journey.places, [*ends, trace.over_s], strict=True):
+        event = None
+        attributes: Attributes = {"headway.engine": place}
+        if place == journey.answered_by and sent_s <= journey.first_token_s <= end_s:
+            first_ns = trace.epoch_ns + round(journey.first_token_s * 1e9)
+            event = ("gen_ai.first_token", first_ns)
+            if journey.predicted_ttft_s is not None:
+                attributes["headway.predicted_time_to_first_token"] = journey.predicted_ttft_s
+        name = f"run {place}"
+        yield _child(trace, name, SpanKind.CLIENT, sent_s, end_s, attributes, event)
+
+
+def _child(
+    trace: _Trace,
+    name: str,
+    kind: SpanKind,
+    start_s: float,
+    end_s: float,
+    attributes: Attributes,
+    event: tuple[str, int] | None = None,
+) -> SpanData:
+    """Return a span under the request's own."""
+    return SpanData(
+        trace.span.trace,
+        _random_bits(64) or 1,
+        trace.span.id,
+        name,
+        kind,
+        trace.epoch_ns + round(start_s * 1e9),
+        trace.epoch_ns + round(end_s * 1e9),
+        attributes,
+        event,
+    )
+
+
 def _operation(path: str) -> str:
     return _OPERATIONS.get(path) or path.rpartition("/")[2]
 
 
-def _asked(exchange: Exchange) -> Attributes:
-    request = exchange.request
+def _attributes(trace: _Trace) -> Attributes:
+    """Return what a request's own span says of it."""
+    request = trace.request
     attributes: Attributes = {
-        gen_ai.GEN_AI_OPERATION_NAME: _operation(exchange.path),
+        gen_ai.GEN_AI_OPERATION_NAME: _operation(trace.path),
         gen_ai.GEN_AI_PROVIDER_NAME: "headway",
         gen_ai.GEN_AI_REQUEST_MODEL: request.model,
-        gen_ai.GEN_AI_REQUEST_STREAM: exchange.fields.is_stream,
-        url_attributes.URL_PATH: exchange.path,
+        gen_ai.GEN_AI_REQUEST_STREAM: trace.is_stream,
+        url_attributes.URL_PATH: trace.path,
         "headway.class": request.priority_class._value_,
+        http_attributes.HTTP_RESPONSE_STATUS_CODE: trace.status,
+        "headway.outcome": trace.outcome,
     }
     if request.max_output_tokens is not None:
         attributes[gen_ai.GEN_AI_REQUEST_MAX_TOKENS] = request.max_output_tokens
@@ -213,4 +246,11 @@ def _asked(exchange: Exchange) -> Attributes:
         attributes[gen_ai.GEN_AI_REQUEST_CHOICE_COUNT] = choices
     if request.tenant:
         attributes["headway.tenant"] = request.tenant
+    if trace.journey.cache:
+        attributes["headway.cache"] = trace.journey.cache
+    if (usage := trace.usage) is not None:
+        attributes[gen_ai.GEN_AI_USAGE_INPUT_TOKENS] = usage.num_prompt_tokens
+        attributes[gen_ai.GEN_AI_USAGE_OUTPUT_TOKENS] = usage.num_output_tokens
+        if usage.num_cached_tokens:
+            attributes[gen_ai.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS] = usage.num_cached_tokens
     return attributes

@@ -175,10 +175,10 @@ async def test_lines_are_put_aside_by_size_and_none_is_lost(tmp_path):
     config = LogConfig(dir=tmp_path / "new", max_bytes=4096, num_kept=2, format="text")
     log = RequestLog(config, 1)
     for _ in range(60):
-        log.write(LINE)
+        log.write(lambda: LINE)
         log.flush()
     log.close()
-    log.write(LINE)  # over while the gateway stops
+    log.write(lambda: LINE)  # over while the gateway stops
     paths = sorted((tmp_path / "new").iterdir())
     assert [path.name for path in paths] == [f"requests-1.log{end}" for end in ("", ".1", ".2")]
     texts = [path.read_text() for path in paths]
@@ -189,7 +189,7 @@ async def test_lines_are_put_aside_by_size_and_none_is_lost(tmp_path):
 
 async def test_lines_wait_for_a_second_at_most(tmp_path):
     log = RequestLog(LogConfig(dir=tmp_path), 0)
-    log.write(LINE)
+    log.write(lambda: LINE)
     assert lines(tmp_path) == []
     async with asyncio.timeout(5):
         while not lines(tmp_path):
@@ -204,7 +204,7 @@ async def test_a_disk_that_is_full_stops_nobody(tmp_path, caplog, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(log._file, "stream", SimpleNamespace(tell=lambda: 0, write=write))
-    log.write(LINE)
+    log.write(lambda: LINE)
     log.flush()
     assert "1 lines of the request log are lost: [Errno 28]" in caplog.text
 

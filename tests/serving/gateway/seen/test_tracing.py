@@ -203,10 +203,10 @@ async def test_a_share_is_sampled_by_the_trace_s_id():
     for _ in range(2000):
         exchange = SimpleNamespace(headers=[])
         span = tracing.begin(exchange, [])
-        by_library = TraceIdRatioBased(0.25).should_sample(None, span.context.trace_id, "")
-        assert span.context.trace_flags.sampled == by_library.decision.is_sampled()
-        assert exchange.headers[0][1].endswith(b"1" if span.context.trace_flags.sampled else b"0")
-        sampled += span.context.trace_flags.sampled
+        by_library = TraceIdRatioBased(0.25).should_sample(None, span.trace, "")
+        assert span.is_sampled == by_library.decision.is_sampled()
+        assert exchange.headers[0][1].endswith(b"1" if span.is_sampled else b"0")
+        sampled += span.is_sampled
     assert 400 < sampled < 600
     tracing.close()
 
