@@ -143,7 +143,9 @@ def _place(models: Sequence[PlacedModel], placing: Placing, num_nodes: int) -> l
     while growing:
         index = min(growing, key=lambda at: models[at].number * max(1, models[at].num_gpus))
         model = models[index]
-        is_enough = not model.on_gpu and model.number >= max(2, num_nodes)
+        # On cores one on each node that holds one, and two in all to show routing.
+        num_fit = sum(not placing.why_not(index, at, 1) for at in range(num_nodes))
+        is_enough = not model.on_gpu and model.number >= max(2, num_fit)
         if is_enough or placing.add(index, overfills=False):
             growing.remove(index)
     for index, model in enumerate(models):

@@ -108,6 +108,10 @@ class TestOnCores:
         planned = plan("8xCPU-16GB,4xCPU-8GB,4xCPU-8GB", model=None)
         assert numbers(planned) == {"a": 1, "b": 1, "c": 1}
 
+    def test_auto_leaves_out_what_holds_none(self) -> None:
+        planned = plan("8xCPU-16GB,4xCPU-2GB,4xCPU-8GB", model=None)
+        assert numbers(planned) == {"a": 1, "b": 0, "c": 1}
+
     def test_the_smallest_node_decides_on_memory(self) -> None:
         alone = plan_service(parse({"replicas": 2}), nodes("8xCPU-32GB")[0].hardware)
         planned = plan("8xCPU-32GB,4xCPU-4GB", model=None, replicas=2)
