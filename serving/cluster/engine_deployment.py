@@ -1,10 +1,12 @@
 """When does an engine's replica start, stop and get replaced? The Ray Serve deployment of one."""
 
 import asyncio
+import dataclasses
 import gc
 import importlib
 import logging
 import os
+from pathlib import Path
 
 from ray import serve
 
@@ -16,6 +18,7 @@ from serving.cluster.processes import prefer_for_oom_kill
 from serving.config import Config
 from serving.engine.hardware_watch import watch_hardware
 from serving.engine.step_log import StepLog
+from serving.planning.bundled_model import prepare_bundled_model
 from serving.planning.hardware import detect_hardware
 from serving.planning.memory import growth_allowed
 from serving.planning.plan import Plan
@@ -36,6 +39,7 @@ class EngineReplica:
         prefer_for_oom_kill()  # before gateways: their memory is bounded, and they serve everybody
         self._config = config
         use_log_level(self._config.log)
+        plan = await asyncio.to_thread(_with_model_here, plan)
         self._loop = LoopThread("engine")
         rank = serve.get_replica_context().rank
         self._server, address = await self._loop.run(
@@ -75,6 +79,13 @@ class EngineReplica:
             self._watch.cancel()
             self._hardware.cancel()
             await self._loop.run(_stop_server(self._server, self._config.engine.drain_timeout_s))
+
+
+def _with_model_here(plan: Plan) -> Plan:
+    """Return the plan with the bundled model on this node, which may be another than the plan's."""
+    if not plan.uses_bundled_model or plan.model is None or Path(plan.model).is_dir():
+        return plan
+    return dataclasses.replace(plan, model=str(prepare_bundled_model()))
 
 
 async def _start_server(
