@@ -331,9 +331,10 @@ def _body_for(config: ProviderConfig, exchange: Exchange) -> tuple[dict[str, Any
     # Fields that we know as vLLM takes them: what a service gets need not be as lax.
     said = {**read_object(exchange.body), **exchange.fields.given()}
     body: dict[str, Any] = {**config.defaults, **said}
-    body["model"] = config.models[exchange.request.model]
-    for field in _OURS:
+    chosen = exchange.journey.chosen
+    for field in (*_OURS, *(chosen.fields if chosen is not None else ())):
         body.pop(field, None)
+    body["model"] = config.models[exchange.request.model]
     hides_usage = False
     if config.asks_usage and body.get("stream") and exchange.path in _USAGE_ON_REQUEST:
         options = body.get("stream_options") or {}

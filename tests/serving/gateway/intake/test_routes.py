@@ -16,6 +16,7 @@ from serving.gateway.intake.length.cues import CUES, OPTIONS
 from serving.gateway.intake.routes import traits_of
 from tests.serving.gateway.tenants.office import Office
 from tests.support.fakes import INFO, FakeEngine
+from tests.support.provider_server import ProviderServer, configured, listening
 from tests.support.running_gateway import CHAT, System, running
 
 ROUTE = {
@@ -159,6 +160,24 @@ async def test_how_much_to_think_is_a_choice_unless_the_client_says_it():
             await system.client.post(CHAT, json=body_of(system, text, **fields))
         said = [body.get("chat_template_kwargs") for body in small.bodies]
         assert said == [{"enable_thinking": True}, {"enable_thinking": False}, *own.values(), None]
+
+
+async def test_a_providers_model_is_on_a_route_and_gets_the_clients_own_body():
+    models = {"small": {"quality": 1}, "far": {"quality": 9, "thinking": True}}
+    server = ProviderServer()
+    async with listening(server):
+        provider = configured(server, models={"far": "theirs"})
+        async with two_models({"models": models}, **provider) as (system, small, _large):
+            reply = await system.client.post(CHAT, json=body_of(system))
+            assert reply.status_code == 200
+            assert reply.headers["x-headway-model"] == "far"
+            assert reply.headers["x-headway-why"] == "rule 1: best of small, far; by a provider"
+            [body] = server.bodies
+            assert body["model"] == "theirs"
+            assert "chat_template_kwargs" not in body
+            assert small.num_started == 0
+            cards = (await system.client.get("/v1/models")).json()["data"]
+            assert [card["id"] for card in cards] == ["large", "small", "far", "auto"]
 
 
 async def test_a_session_keeps_its_model_as_far_as_the_rules_have_it():
