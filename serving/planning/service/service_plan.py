@@ -86,7 +86,7 @@ def plan_service(
     """
     if not config.models:
         size = sizes[0] if sizes else None
-        return ServicePlan(((config, make_plan(config, hardware, size)),))
+        return ServicePlan(((config, _with_range(config, make_plan(config, hardware, size))),))
     models = [
         _model(index, each, hardware, sizes, running)
         for index, each in enumerate(config.by_model())
@@ -122,10 +122,7 @@ def plan_service(
             deployment=deployment_name(plan.served_model_name),
             first_core=cores.take(each.number) if plan.device == "cpu" else 0,
         )
-        if each.scaling is not None:
-            number = f"{each.least} to {_engines(each.number)}, as many as are needed."
-            plan = replace(plan, why=(*plan.why, number))
-        planned.append((each.config, plan))
+        planned.append((each.config, _with_range(each.config, plan)))
     if len({gpu.name for gpu in hardware.gpus}) > 1 and len(models) > 1:
         warnings.append("The GPUs differ, and Ray chooses which of them an engine gets.")
     num_core_engines = sum(
@@ -328,6 +325,13 @@ def _adapter_name(module: Any) -> str:
     if isinstance(module, str):  # NAME=PATH, or JSON
         return module.partition("=")[0] if module[:1] != "{" else json.loads(module)["name"]
     return module["name"] if isinstance(module, dict) else module.name
+
+
+def _with_range(config: Config, plan: Plan) -> Plan:
+    """Return the plan with a sentence about how many of the engines run, if they come and go."""
+    if scaling_of(config, plan) is None:
+        return plan
+    return replace(plan, why=(*plan.why, f"{_range(config, plan)} of them, as many as are needed."))
 
 
 def _range(config: Config, plan: Plan) -> str:

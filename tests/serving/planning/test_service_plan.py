@@ -118,7 +118,7 @@ class TestThoseThatComeAndGo:
         assert numbers(planned) == {"large": 2, "org/small-8B": 4}
         assert planned.num_shared_gpus == 0
         assert planned.plans[0].why[0].endswith("models.0.replicas.max is set.")
-        assert planned.plans[1].why[-1] == "0 to 4 engines, as many as are needed."
+        assert planned.plans[1].why[-1] == "0 to 4 of them, as many as are needed."
 
     def test_else_they_share_what_the_others_leave(self) -> None:
         planned = plan(
@@ -153,6 +153,11 @@ class TestThoseThatComeAndGo:
         with pytest.raises(ConfigError) as error:
             plan(h100s(), *models)
         assert str(error.value) == line
+
+    def test_one_that_sleeps_is_planned_with_all_that_it_has_awake(self) -> None:
+        [planned] = plan_service(parse({"idle_sleep_s": 60}), cores(4, 64)).plans
+        assert planned.num_replicas == 2
+        assert planned.why[-1] == "0 to 2 of them, as many as are needed."
 
     def test_memory_has_to_hold_the_most_of_all(self) -> None:
         config = parse({"models": [{}, TINY | {"replicas": {"max": 2}}]})
