@@ -150,3 +150,11 @@ async def test_a_file_that_is_gone_fails_its_batch(tmp_path):
         batch = await ended(client, batch)
         assert batch.status == "failed"
         assert "gone" in batch.errors.data[0].message
+
+
+async def test_lines_may_be_for_a_route(tmp_path):
+    routes = {"auto": {"models": {"fake-model": {}}}}
+    async with batches_running(tmp_path, routes=routes) as (system, client):
+        batch = await ended(client, await begin(client, [line(1, model="auto")]))
+        assert (batch.status, batch.request_counts.completed) == ("completed", 1)
+        assert system.engines[0].bodies[0]["model"] == "fake-model"
