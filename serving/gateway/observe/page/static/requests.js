@@ -50,7 +50,7 @@ export function standing(request) {
   return "held";
 }
 
-const WORDS = { arrived: "arrived", held: "held", sent: "sent", first_token: "first token", over: "over" };
+const WORDS = { arrived: "arrived", chosen: "model", held: "held", sent: "sent", first_token: "first token", over: "over" };
 
 /** Return a request's way in time, as a list. */
 export function way(request) {
