@@ -57,7 +57,7 @@ export function way(request) {
   return element("ol", { class: "way" }, ...request.events.map((event) => element("li", {},
     element("time", {}, seconds(event.after_s ?? 0)), " ",
     element("strong", {}, WORDS[event.what] ?? event.what),
-    event.where ? ` ${event.what === "sent" ? "to" : "from"} ${event.where}` : "",
+    event.where ? ` ${{ sent: "to ", chosen: "" }[event.what] ?? "from "}${event.where}` : "",
     event.predicted_ttft_s ? `, first token predicted after ${seconds(event.predicted_ttft_s)}` : "",
     event.why ? `: ${event.why}` : "",
     event.what === "over" && request.outcome ? ` (${request.outcome})` : "",
