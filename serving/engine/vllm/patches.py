@@ -479,7 +479,7 @@ PATCHES = (
         "another engine has loaded is served here without loading it before it is asked for",
         guards=("test_an_adapter_that_is_at_hand_is_preferred",),
         shapes=(
-            Shape(f"{_MODELS}.load_lora_adapter", uses="add_lora lora_requests"),
+            Shape(f"{_MODELS}.load_lora_adapter", uses="lora_requests add_lora"),
             Shape(f"{_MODELS}.unload_lora_adapter", uses="lora_requests"),
             Shape(f"{_MODELS}._check_load_lora_adapter_request", "(self, request)"),
             Shape(f"{_MODELS}.__init__", uses="lora_requests lora_id_counter lora_resolver_lock"),
