@@ -30,6 +30,14 @@ serve-emulated: compile  ## eight emulated H100s behind the real gateway, in rea
 test: install  ## all tests, the fast ones first, two files at a time; ARGS="tests/router -n 0" some of them
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder --durations=20 $(ARGS)
 
+.PHONY: check-install
+check-install: install  ## does the wheel serve from a clean venv? ARGS=cpu (minutes, 3 GB), emulate or gpu (resolved only)
+	$(BIN)/python -m tests.deploy.clean_install $(or $(ARGS),emulate)
+
+.PHONY: pictures
+pictures: compile  ## the pictures of the live page in docs/images, by its tests
+	HEADWAY_PICTURES=docs/images $(BIN)/python -m pytest -q -n 0 tests/serving/gateway/seen/page/test_page.py
+
 .PHONY: mutants
 mutants: install  ## do tests notice wrong lines? what limits and resumes, mutated (an hour); ARGS="lease"
 	nice $(BIN)/python -m tests.mutants.run $(ARGS)

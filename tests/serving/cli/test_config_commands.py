@@ -135,6 +135,28 @@ class TestOpenHosts:
             build(args)
 
 
+@pytest.mark.parametrize(
+    ("torch", "vision", "is_wrong"),
+    [
+        ("2.13.0+cpu", "0.28.0", True),
+        ("2.13.0+cpu", "0.28.0+cpu", False),
+        ("2.13.0", "0.28.0", False),
+    ],
+)
+def test_a_torchvision_that_breaks_vllm_is_said_at_once(
+    monkeypatch: pytest.MonkeyPatch, torch: str, vision: str, is_wrong: bool
+) -> None:
+    """As `pip install headway[cpu]` may leave it."""
+    versions = {"torch": torch, "torchvision": vision}
+    monkeypatch.setattr(options, "version", versions.__getitem__)
+    if is_wrong:
+        code, _, said = run("serve", "--device", "cpu")
+        assert (code, len(said.splitlines())) == (2, 1)
+        assert "pip uninstall torchvision torchaudio torchcodec" in said
+    else:
+        options._check_torchvision_fits()
+
+
 def test_missing_vllm_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     hardware = Hardware(cores=(0,), num_ram_bytes=24 * GIB, num_free_ram_bytes=20 * GIB)
     monkeypatch.setattr(options, "detect_hardware", lambda: hardware)
