@@ -42,15 +42,17 @@ class EngineRow:
 def engine_rows(state: GatewayState, rates: Mapping[str, float]) -> list[EngineRow]:
     """Return a row for each engine; `rates` are their output tokens/s, as far as known."""
     return [
-        _engine_row(name, replica, rates.get(name))
+        _engine_row(name, replica, rates.get(name), is_drained=name in state.drained)
         for name, replica in sorted(state.replicas.items())
     ]
 
 
-def _engine_row(name: str, replica: ReplicaState, rate: float | None) -> EngineRow:
+def _engine_row(
+    name: str, replica: ReplicaState, rate: float | None, *, is_drained: bool
+) -> EngineRow:
     snapshot = replica.snapshot or EngineSnapshot(seq=0)
     told = replica.snapshot is not None
-    condition = condition_of(replica)
+    condition = condition_of(replica, is_drained=is_drained)
     cells = (
         name,
         condition,
@@ -65,10 +67,10 @@ def _engine_row(name: str, replica: ReplicaState, rate: float | None) -> EngineR
     return EngineRow(name, condition, cells)
 
 
-def condition_of(replica: ReplicaState) -> str:
-    """Return "ready", or why an engine takes nothing new."""
+def condition_of(replica: ReplicaState, *, is_drained: bool) -> str:
+    """Return "ready", or why an engine takes nothing new; `is_drained`: an admin wants that."""
     if replica.is_draining:
-        return "draining"
+        return "drained" if is_drained else "draining"
     if replica.breaker.state is BreakerState.OPEN:
         return "failing"
     if replica.is_mute:
@@ -93,6 +95,18 @@ def summary(state: ServiceState) -> list[tuple[str, str]]:
             ", ".join(f"{number:,} {name}" for name, number in state.outcomes.items() if number),
         ),
     ]
+    for name, each in held.by_class.items():
+        late = f", {each.num_late:,} past their promised first token" if each.num_late else ""
+        lines.append(
+            (f"held, {name}", f"{each.num_requests:,}, the oldest for {each.oldest_s:.1f} s{late}")
+        )
+    for name, scaler in state.scalers.items():
+        wanted = scaler.wanted
+        words = (
+            f"{scaler.num_running} there, {wanted.num_wanted} wanted: load "
+            f"{wanted.recent_load:.2f}, {wanted.expected_load:.2f} in {wanted.start_s:.0f} s"
+        )
+        lines.append((f"engines of {name}" if name else "engines", words))
     if overloaded := [model for model, is_so in state.is_overloaded.items() if is_so]:
         lines.append(("overloaded", ", ".join(overloaded)))
     for name, provider in state.fallback.providers.items():

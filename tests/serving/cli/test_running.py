@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -9,10 +10,12 @@ import pytest
 from textual.widgets import DataTable, Static
 from typer.testing import CliRunner
 
+from router.scaling.autoscaler import ScalingState
 from serving.cli.main import main
 from serving.cli.running.rows import TokenRates, engine_rows
 from serving.cli.running.service import RunningService
 from serving.cli.running.top import Top
+from serving.gateway.observe.state import ScalerState
 from serving.gateway.tenants.keys import KeysFile, make_key
 from tests.support.fakes import INFO
 from tests.support.running_gateway import CHAT, System, running, running_together
@@ -44,6 +47,23 @@ class TestStatus:
         assert "1 completed" in shown
         lines = [line.split() for line in shown.splitlines() if line.startswith("r")]
         assert [line[:2] for line in lines] == [["r0", "ready"], ["r1", "ready"]]
+
+    async def test_says_who_waits_and_what_the_autoscaler_wants(self) -> None:
+        async with running(num_engines=0) as system:
+            wanted = ScalingState(num_wanted=3, recent_load=1.25, expected_load=1.7, start_s=40.0)
+            system.gateway.scalers[""] = ScalerState(wanted=wanted, num_running=2)
+            engine = await system.add_engine(info=msgspec.structs.replace(INFO, max_num_seqs=1))
+            engine.gate.clear()
+            asked = [
+                asyncio.create_task(system.client.post(CHAT, json=system.chat(max_tokens=1)))
+                for _ in range(3)
+            ]
+            await system.until(lambda: system.gateway.state().held.num_requests == 2)
+            _, shown, _ = await run("status", "--url", url_of(system))
+            engine.gate.set()
+            await asyncio.gather(*asked)
+        assert re.search(r"^held, standard +2, the oldest for \d+\.\d s *$", shown, re.M)
+        assert re.search(r"^engines +2 there, 3 wanted: load 1\.25, 1\.70 in 40 s *$", shown, re.M)
 
     async def test_as_json_is_the_state(self, system: System) -> None:
         code, shown, _ = await run("status", "--url", url_of(system), "--json")
@@ -111,7 +131,7 @@ class TestDrain:
         waiting = asyncio.create_task(run("drain", "r0", "--wait", *url))
         await asyncio.sleep(0.3)
         assert not waiting.done()
-        assert "draining" in (await run("status", *url))[1]
+        assert "drained" in (await run("status", *url))[1]
         for engine in system.engines:
             engine.gate.set()
         code, shown, _ = await waiting
