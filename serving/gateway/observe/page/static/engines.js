@@ -5,14 +5,18 @@ import { element, show, count, seconds, share } from "./words.js";
 const KEPT_S = 60;
 const seen = new Map(); // by id: the last that was known, and when
 
-export function showEngines(rows, { replicas, drained }, nowS) {
+export function showEngines(rows, { state, engines, time_s: nowS }, orders) {
+  const { replicas, drained, hardware } = state;
   for (const [id, replica] of Object.entries(replicas)) seen.set(id, { replica, atS: nowS });
   for (const [id, { atS }] of seen) if (nowS - atS > KEPT_S) seen.delete(id);
   const sorted = [...seen].sort(([a], [b]) => a.localeCompare(b, "en", { numeric: true }));
-  show(rows, sorted.map(([id, { replica, atS }]) => row(id, replica, id in replicas, nowS - atS, drained.includes(id))));
+  show(rows, sorted.map(([id, { replica, atS }]) => row(id, replica, {
+    isThere: id in replicas, goneS: nowS - atS, isDrained: drained.includes(id),
+    latency: engines[id], hardware: hardware[id], orders,
+  })));
 }
 
-function row(id, replica, isThere, goneS, isDrained) {
+function row(id, replica, { isThere, goneS, isDrained, latency, hardware, orders }) {
   const [words, look] = isThere ? condition(replica, isDrained) : [`gone for ${seconds(goneS)}`, "bad"];
   const { info, snapshot } = replica;
   const kv = snapshot ? snapshot.kv_cache_usage : 0;
@@ -25,9 +29,29 @@ function row(id, replica, isThere, goneS, isDrained) {
     element("td", {}, snapshot ? count(snapshot.num_running_reqs) : "–"),
     element("td", {}, snapshot ? count(snapshot.num_waiting_reqs) : "–"),
     element("td", {}, seconds(replica.ttft_s)),
+    element("td", {}, latency ? `${seconds(latency.predicted_ttft_s.p50)} / ${seconds(latency.answered_in_s.p50)}` : "–"),
     element("td", {}, `${count(Math.round(replica.prefill_tokens_per_s))} tokens/s`),
-    element("td", {}, info.device),
+    element("td", {}, info.device, ...(hardware?.gpus ?? []).map((gpu) => element("div", {}, gpuNow(gpu))),
+      trouble(hardware)),
+    element("td", {}, isThere ? orders.button(id, isDrained) : ""),
   );
+}
+
+/** Return in words how a GPU is, as far as it tells. */
+function gpuNow(gpu) {
+  const gib = (bytes) => (bytes / 2 ** 30).toFixed(0);
+  return [
+    gpu.utilization === null ? "" : `${share(gpu.utilization)} busy`,
+    gpu.num_bytes && gpu.num_free_bytes !== null ? `${gib(gpu.num_bytes - gpu.num_free_bytes)} of ${gib(gpu.num_bytes)} GiB` : "",
+    gpu.power_w === null ? "" : `${count(Math.round(gpu.power_w))} W`,
+    gpu.temperature_c === null ? "" : `${gpu.temperature_c} °C`,
+    gpu.slowed_by.length ? `slowed by ${gpu.slowed_by.join(", ")}` : "",
+  ].filter(Boolean).join(", ");
+}
+
+function trouble(hardware) {
+  if (hardware?.fault) return element("div", { class: "state bad" }, hardware.fault);
+  return hardware?.slow ? element("div", { class: "state warn" }, hardware.slow) : "";
 }
 
 function bar(value, max, name) {

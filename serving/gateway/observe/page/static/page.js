@@ -2,6 +2,11 @@
 
 import { Charts } from "./charts.js";
 import { showEngines } from "./engines.js";
+import { showHeld } from "./held.js";
+import { showModels } from "./models.js";
+import { Orders } from "./orders.js";
+import { Pace } from "./pace.js";
+import { showScaling } from "./scaling.js";
 import { readFrames, Refused } from "./feed.js";
 import { showGateways } from "./gateways.js";
 import { Playground } from "./playground.js";
@@ -12,6 +17,8 @@ import { element, show, count, seconds } from "./words.js";
 const charts = new Charts(document.getElementById("charts"));
 const requests = new Requests();
 const playground = new Playground(headers);
+const orders = new Orders(headers, document.getElementById("order-said"));
+const pace = new Pace(showFrame);
 const link = document.getElementById("link");
 const keyForm = document.getElementById("key-form");
 const RETRY_MS = 1000;
@@ -38,10 +45,13 @@ function showFrame(frame) {
     ["connections", count(state.num_connections)],
   ].map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));
   showGateways(document.getElementById("gateways"), frame);
-  showEngines(document.getElementById("engine-rows"), state, frame.time_s);
+  showModels(document.getElementById("models"), state);
+  showEngines(document.getElementById("engine-rows"), frame, orders);
+  showHeld(document.getElementById("held-rows"), state);
+  showScaling(document.getElementById("scaling"), state);
   charts.add(frame);
   requests.show(frame.requests);
-  playground.useModels(state.replicas);
+  playground.show(frame);
   showOthers(document.getElementById("others"), state);
 }
 
@@ -56,7 +66,7 @@ async function run() {
       await readFrames("live", headers(), (frame) => {
         say("live", false);
         keyForm.hidden = true;
-        showFrame(frame);
+        pace.add(frame);
       });
       say("the gateway has ended the connection; asking again", true);
     } catch (error) {

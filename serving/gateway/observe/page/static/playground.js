@@ -7,6 +7,7 @@ import { element, show } from "./words.js";
 export class Playground {
   #headers;
   #models = [];
+  #id = null; // of the request whose answer is on its way
 
   constructor(headers) {
     this.#headers = headers;
@@ -16,8 +17,14 @@ export class Playground {
     });
   }
 
-  /** Offer the models that engines serve. */
-  useModels(replicas) {
+  /** Offer the models that engines serve, and show how far the request has come. */
+  show({ state, requests }) {
+    this.#useModels(state.replicas);
+    const mine = this.#id && requests.find((each) => each.id === this.#id);
+    if (mine) showWay(mine);
+  }
+
+  #useModels(replicas) {
     const models = [...new Set(Object.values(replicas).flatMap(({ info }) => [info.model, ...info.aliases]))];
     if (models.join() === this.#models.join()) return;
     this.#models = models;
@@ -29,6 +36,7 @@ export class Playground {
     const id = `play-${crypto.randomUUID?.() ?? Math.random().toString(36).slice(2)}`;
     show(answer, []);
     show(document.getElementById("play-way"), []);
+    this.#id = id;
     const reply = await fetch("../v1/chat/completions", {
       method: "POST",
       headers: {
@@ -51,11 +59,16 @@ export class Playground {
         answer.append(error ? `\n${error.message}` : choices?.[0]?.delta?.content ?? "");
       }
     }
-    await this.#showWay(id);
+    if (this.#id === id) this.#id = null; // unless another was sent meanwhile
+    await this.#showWhole(id);
   }
 
-  async #showWay(id) {
+  async #showWhole(id) {
     const reply = await fetch(`requests?id=${encodeURIComponent(id)}`, { headers: this.#headers() });
-    if (reply.ok) show(document.getElementById("play-way"), [element("h3", {}, "Its way"), way(await reply.json())]);
+    if (reply.ok) showWay(await reply.json());
   }
+}
+
+function showWay(request) {
+  show(document.getElementById("play-way"), [element("h3", {}, "Its way"), way(request)]);
 }

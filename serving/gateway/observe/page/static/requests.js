@@ -7,15 +7,17 @@ const SHOWN = 20;
 export class Requests {
   #chosen = null;
   #last = [];
+  #shown = "";
 
   show(requests) {
     this.#last = requests;
     const rows = document.getElementById("request-rows");
-    const focused = document.activeElement?.dataset?.request;
     show(rows, requests.slice(0, SHOWN).map((each) => this.#row(each)));
-    if (focused) rows.querySelector(`[data-request="${CSS.escape(focused)}"]`)?.focus();
     const chosen = requests.find((each) => each.id === this.#chosen);
-    if (chosen) show(document.getElementById("way"), [element("h3", {}, chosen.id), element("p", {}, `By gateway ${chosen.gateway}.`), way(chosen)]);
+    const shown = JSON.stringify([chosen?.id, chosen?.events]);
+    if (!chosen || shown === this.#shown) return; // said once, to whoever hears it
+    this.#shown = shown;
+    show(document.getElementById("way"), [element("h3", {}, chosen.id), element("p", {}, `By gateway ${chosen.gateway}.`), way(chosen)]);
   }
 
   #row(request) {
@@ -24,7 +26,7 @@ export class Requests {
     const first = find(request, "first_token");
     return element("tr", {},
       element("td", {}, element("button", {
-        class: "link", "data-request": request.id, onclick: () => { this.#chosen = request.id; this.show(this.#last); },
+        class: "link", "data-focus": request.id, onclick: () => { this.#chosen = request.id; this.show(this.#last); },
       }, request.id.slice(0, 18))),
       element("td", {}, request.request_class),
       element("td", {}, count(request.num_prompt_tokens)),

@@ -12,9 +12,11 @@ export function element(name, attributes, ...children) {
   return made;
 }
 
-/** Put these in place of what is there. */
+/** Put these in place of what is there; what has the focus keeps it, by its `data-focus`. */
 export function show(parent, children) {
+  const { focus } = parent.contains(document.activeElement) ? document.activeElement.dataset : {};
   parent.replaceChildren(...children);
+  if (focus) parent.querySelector(`[data-focus="${CSS.escape(focus)}"]`)?.focus({ preventScroll: true });
 }
 
 export function count(number) {

@@ -72,11 +72,12 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
     assert problems == []
 
 
-def picture(page: Page, name: str) -> None:
-    """Keep a picture of the page for the documents, where HEADWAY_PICTURES names a folder."""
+def picture(page: Page, name: str, part: str | None = None) -> None:
+    """Keep a picture of the page, or a part, for the documents: `make pictures` names a folder."""
     if folder := os.environ.get("HEADWAY_PICTURES"):
-        page.set_viewport_size({"width": 1280, "height": 1150})
-        page.screenshot(path=Path(folder) / name)
+        page.set_viewport_size({"width": 1280, "height": 1300})
+        shown = page if part is None else page.locator(part)
+        shown.screenshot(path=Path(folder) / name)
 
 
 def state(url: str) -> Any:
@@ -110,13 +111,17 @@ def _rank(gateway: Any) -> int:
     return gateway["rank"]
 
 
-def test_an_engine_that_an_admin_drains_says_so(page: Page, url: str) -> None:
+def test_an_engine_is_drained_and_taken_back_on_all_gateways(page: Page, url: str) -> None:
     engine = next(iter(state(url)["replicas"]))
     shown = page.locator(f'[data-engine="{engine}"] .state')
-    httpx.post(f"{url}/headway/engines/{engine}/drain").raise_for_status()
-    expect(shown).to_have_text("drained by an admin")
-    httpx.post(f"{url}/headway/engines/{engine}/undrain").raise_for_status()
-    expect(shown).to_have_text("ready")
+    for order, words, drained in (
+        ("Drain", "drained by an admin", [engine]),
+        ("Take back", "ready", []),
+    ):
+        page.get_by_role("button", name=f"{order} {engine}").click()
+        expect(shown).to_have_text(words)
+        gateways = state(url)["gateways"].values()
+        assert [each["drained"] for each in gateways] == [drained] * 2
 
 
 def test_a_request_is_sent_and_its_way_shown(page: Page) -> None:
@@ -150,8 +155,16 @@ def test_a_held_request_says_why(page: Page, url: str) -> None:
     clients.stdin.close()
     reason = page.locator("#request-rows td.words", has_text=f"of {NUM_ENGINES} engines").first
     expect(reason).to_be_visible(timeout=20_000)
+    expect(page.locator("#held-rows tr")).to_have_attribute("data-class", "standard")
     picture(page, "page.png")
     assert clients.wait(60) == 0
+    held = page.locator("#request-rows tr", has_text=f"of {NUM_ENGINES} engines").first
+    held.get_by_role("button").click()
+    way = page.locator("#way li")
+    for number, words in enumerate(("arrived", "held", "sent to", "first token from", "over")):
+        expect(way.nth(number)).to_contain_text(words)
+    expect(way.nth(2)).to_contain_text("first token predicted after")
+    picture(page, "request.png", "#requests")
 
 
 _SEND = """
