@@ -36,7 +36,7 @@ _MEDIA = (
 )
 # Where vLLM takes arguments of the chat template, and what says that the client has its own.
 _THINKING = frozenset(("/v1/chat/completions", "/v1/responses"))
-_OWN_THINKING = (b'"chat_template_kwargs"', b'effort"')
+_OWN_THINKING = (b'"chat_template_kwargs"', b'"reasoning_effort"', b'"effort"')
 _MAX_KEPT = 50_000  # sessions, some 200 bytes each
 
 

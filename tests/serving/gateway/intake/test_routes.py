@@ -153,7 +153,7 @@ async def test_how_much_to_think_is_a_choice_unless_the_client_says_it():
         own = {"chat_template_kwargs": {"enable_thinking": True}}
         for text, fields in (
             (CODE, {}),
-            ("hi", {}),
+            ("what is effort", {}),
             ("hi", own),
             ("hi", {"reasoning_effort": "low"}),
         ):
