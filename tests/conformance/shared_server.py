@@ -33,8 +33,12 @@ if importlib.util.find_spec("tblib") is None:
     _stand_in_for_tblib()  # that file is loaded before any hook is called
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Have the class that starts servers start none, and nothing be downloaded."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Have the class that starts servers start none, and nothing be downloaded.
+
+    Before any file of fixtures is loaded, which takes that class by its name.
+    """
     import tests.utils as utils
     import vllm.tokenizers
     import vllm.transformers_utils.repo_utils as repositories

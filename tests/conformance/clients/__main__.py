@@ -29,11 +29,15 @@ _TIMEOUT_S = 600.0  # of one, with what it has to install
 def main() -> int:
     options = _parser().parse_args()
     url = options.url.rstrip("/").removesuffix("/v1")
-    model = options.model or _first_model(url)
+    cards = _cards(url)
+    model = options.model or next(iter(cards))
+    if model not in cards:
+        raise SystemExit(f"{url} has no model {model}: {', '.join(cards)}")
+    tokenizer = options.tokenizer or cards[model]
     failed = []
     for name in options.clients or _SCRIPTS:
         start_s = time.monotonic()
-        done, said = _run(name, url, model)
+        done, said = _run(name, url, model, tokenizer)
         verdict = "ok" if done else "FAILED"
         print(f"{name}: {verdict} in {time.monotonic() - start_s:.0f} s: {said}", flush=True)
         failed += [] if done else [name]
@@ -51,15 +55,20 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(_SCRIPTS)}; default: all",
     )
     parser.add_argument("--model", help="default: the first that the service names")
+    parser.add_argument("--tokenizer", help="of benchmarks; default: the model's own folder")
     return parser
 
 
-def _first_model(url: str) -> str:
-    with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as reply:
-        return json.load(reply)["data"][0]["id"]
+def _cards(url: str) -> dict[str, str]:
+    """Return what the service names its models, and where their tokenizers are."""
+    try:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as reply:
+            return {card["id"]: card["root"] for card in json.load(reply)["data"]}
+    except OSError as error:
+        raise SystemExit(f"{url} does not answer: {error}") from None
 
 
-def _run(name: str, url: str, model: str) -> tuple[bool, str]:
+def _run(name: str, url: str, model: str, tokenizer: str) -> tuple[bool, str]:
     """Return whether all was as it should be, and what was done or what was not."""
     bin_ = Path(sys.executable).parent
     how = (
@@ -69,7 +78,7 @@ def _run(name: str, url: str, model: str) -> tuple[bool, str]:
     )
     try:
         ended = subprocess.run(
-            [*how, str(_SCRIPTS[name]), url, model],
+            [*how, str(_SCRIPTS[name]), url, model, tokenizer],
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_S,

@@ -13,7 +13,7 @@ from pathlib import Path
 NUM_REQUESTS, OUTPUT_LEN = 32, 16
 
 
-def main(url: str, model: str) -> None:
+def main(url: str, model: str, tokenizer: str) -> None:
     print(f"aiperf {version('aiperf')}")
     for endpoint in ("chat", "completions"):
         with tempfile.TemporaryDirectory() as folder:
@@ -21,7 +21,7 @@ def main(url: str, model: str) -> None:
                 "model": model,
                 "url": url,
                 "endpoint-type": endpoint,
-                "tokenizer": "builtin",  # of no network
+                "tokenizer": tokenizer,  # "builtin" downloads one
                 "synthetic-input-tokens-mean": 64,
                 "output-tokens-mean": OUTPUT_LEN,
                 "extra-inputs": "ignore_eos:true",
@@ -36,7 +36,7 @@ def main(url: str, model: str) -> None:
             command += [
                 part for key, value in arguments.items() for part in (f"--{key}", str(value))
             ]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(command, check=True, stdout=sys.stderr)
             [report] = Path(folder).rglob("profile_export_aiperf.json")
             result = json.loads(report.read_text())
         assert result["request_count"]["avg"] == NUM_REQUESTS, result
