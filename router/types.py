@@ -12,6 +12,8 @@ import msgspec
 # How often an engine sends its state, seconds. A snapshot is at most this old under load; more
 # often than the fastest engine steps (~5 ms) would only cost CPU.
 SNAPSHOT_INTERVAL_S = 0.010
+# With several gateways, what one has sent an engine is told to the others sooner: they go by it.
+BOOKING_INTERVAL_S = 0.001
 # An engine records nothing while idle; this tells the gateway that it lives.
 HEARTBEAT_S = 0.5
 # Share of the memory of `EngineSnapshot.prefill_tokens_per_s` that one prefill step replaces:
@@ -112,6 +114,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     block_ends: tuple[int, ...] = ()
     # Engines and provider keys that did not complete it, and when the last one gave up.
     tried: tuple[str, ...] = ()
+    num_bounces: int = 0  # engines that gave it back as busy: it is placed again, and no retry
     num_stuck: int = 0  # of these the last ones in a row that got its reply no further
     retried_s: float = float("-inf")
     # Of engines that failed under it alone: whose fault that was shows where it goes next.
@@ -125,6 +128,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     # provider, then only providers that say they can.
     has_begun: bool = False
     begun_externally: bool = False  # by an engine that `is_external`: others of them continue it
+
+    @property
+    def was_placed(self) -> bool:
+        """Whether it was at an engine or provider, so that no bound of the queue is for it."""
+        return bool(self.tried or self.num_bounces)
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -243,6 +251,9 @@ class Dispatch(msgspec.Struct, frozen=True):
     replica_id: str
     booking: int
     num_cached_tokens: int = 0  # of the prompt, expected in the engine's prefix cache
+    # With more to prefill already than so many tokens an engine of several gateways gives it back
+    # as busy: others have sent it something meanwhile. 0: never.
+    max_pending_tokens: int = 0
 
 
 class Withdraw(msgspec.Struct, frozen=True):

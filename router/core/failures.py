@@ -4,6 +4,7 @@ Providers are judged alike for what may be the request's fault, a 500: see `blam
 
 | what happens                                      | verdict on the engine | on the request     |
 |---------------------------------------------------|-----------------------|--------------------|
+| an engine gives it back as busy                   | none                  | none, and no retry |
 | 4xx                                               | none                  | it is answered     |
 | 5xx, or the reply breaks off; another one answers | a failure             | none               |
 | 5xx, or the reply breaks off; another one's, too  | none                  | it is at fault     |
@@ -93,6 +94,19 @@ class Failures:
             has_begun=has_begun,
             num_output_tokens=num_output_tokens,
         )
+
+    def on_refused_as_busy(self, request_id: str, replica_id: str, now_s: float) -> list[Decision]:
+        """Take back a request that an engine has not begun, as others had sent it work meanwhile.
+
+        No failure, and no retry. Call `Router.on_snapshot` first: with what the engine has now.
+        """
+        attempt = self._attempts.get(request_id, replica_id)
+        if attempt is None:
+            return []
+        if self._attempts.others(attempt):
+            self._hedging.end_in_favour(attempt)
+            return self._requests.place_held(now_s)
+        return self._requests.take_back(attempt, now_s)
 
     def on_error_reply(
         self,

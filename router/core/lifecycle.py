@@ -18,6 +18,7 @@ from collections import Counter
 import msgspec
 
 from router.core.settings import RouterSettings
+from router.core.state import RetriesState
 from router.fleet.fleet import Fleet
 from router.providers.spillover import Spillover
 from router.queueing.hold_queue import HoldQueue
@@ -53,6 +54,7 @@ class OpenRequests:
     ) -> None:
         self.outcomes: Counter[Outcome] = Counter()
         self.num_retries = 0  # resumptions included
+        self._num_bounced = 0  # given back by engines as busy
         self._retries = retries
         self._suspects = suspects
         self._settings = settings
@@ -99,7 +101,10 @@ class OpenRequests:
             decisions.append(self._reject(request, RejectReason.EXPIRED, None))
         elif self._is_hopeless(request, now_s):
             decisions.append(self._give_up(request, now_s))
-        elif (late_s := self._service_start_s(request, now_s) - expires_s) > 0.0:
+        elif (
+            not request.num_bounces
+            and (late_s := self._service_start_s(request, now_s) - expires_s) > 0.0
+        ):
             # Held, it would only take room until it expired. Once the queue is shorter by that
             # much, a request like it would be in time.
             decisions.append(self._turn_away(request, RejectReason.HOPELESS, late_s, now_s))
@@ -156,6 +161,23 @@ class OpenRequests:
             return [Fail(again.id), *self.close(Outcome.FAILED, now_s)]
         self.num_retries += 1
         return [*decisions, *self.place_held(now_s)]  # in the room that is free now
+
+    def take_back(self, attempt: Attempt, now_s: float) -> list[Decision]:
+        """Place or hold again a request that its engine gave back as busy.
+
+        It keeps its place in the order, and no bound of the queue is for it.
+        """
+        self._attempts.end(attempt, Usage())  # it is charged anew where it goes next
+        self._num_bounced += 1
+        num_bounces = attempt.request.num_bounces + 1
+        again = msgspec.structs.replace(attempt.request, num_bounces=num_bounces)
+        return [*self.enter(again, now_s), *self.place_held(now_s)]
+
+    def retries_state(self) -> RetriesState:
+        """Return how often requests were sent on."""
+        return RetriesState(
+            num_made=self.num_retries, budget=self._retries.state(), num_bounced=self._num_bounced
+        )
 
     def mark_alike(self, request: Request, *, are_suspects: bool) -> None:
         """Have what is held of a request's body wait for an engine of its own, or no longer."""

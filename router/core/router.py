@@ -32,7 +32,7 @@ from router.core.failures import Failures
 from router.core.lifecycle import OpenRequests
 from router.core.provider_events import ProviderEvents
 from router.core.settings import RouterSettings
-from router.core.state import RetriesState, RouterState
+from router.core.state import RouterState
 from router.estimators.lengths.forecast import Lengths
 from router.fleet.fleet import Fleet
 from router.fleet.health import Health, was_step_slow
@@ -388,7 +388,7 @@ class Router:
             fallback=self._spillover.state(now_s),
             hedges=self._hedging.state(),
             suspects=self._suspects.state(),
-            retries=RetriesState(num_made=self._requests.num_retries, budget=self._retries.state()),
+            retries=self._requests.retries_state(),
             breaker_events=list(self._health.log),
         )
 

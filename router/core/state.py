@@ -18,6 +18,7 @@ class RetriesState(msgspec.Struct, frozen=True, kw_only=True):
 
     num_made: int  # attempts beyond the first, resumptions included
     budget: RetryBudgetState
+    num_bounced: int  # given back by engines as busy, and placed again: none of these is a retry
 
 
 class RouterState(msgspec.Struct, frozen=True, kw_only=True):

@@ -72,7 +72,7 @@ class QueueBounds:
         tenant.weight = request.weight
         _take(self._taken, request, 1)
         _take(tenant.taken, request, 1)
-        if not request.tried:
+        if not request.was_placed:
             tenant.evictable[request.id] = request
 
     def remove(self, request: Request) -> None:

@@ -141,7 +141,7 @@ class HoldQueue:
         """
         if request.id in self._held:
             raise ValueError(f"request {request.id} is held already")
-        if not request.tried and not self._bounds.has_room(request):
+        if not request.was_placed and not self._bounds.has_room(request):
             return False
         self._held[request.id] = request
         self._bounds.add(request)

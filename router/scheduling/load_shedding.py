@@ -136,7 +136,7 @@ class LoadShedder:
         Return in how many seconds it is to come back, None if it is admitted.
         """
         max_late_s = self._settings.max_late_s
-        if max_late_s is None or request.tried:
+        if max_late_s is None or request.was_placed:
             return None
         model, tenant = request.model, request.tenant
         num_engines, tokens_per_s = self._fleet.prefill_rate(model)
@@ -166,7 +166,7 @@ class LoadShedder:
     def record_admitted(self, request: Request, now_s: float) -> None:
         """Count a request that is placed or held, with its prompt and its predicted output."""
         overload = self._by_model.get(request.model)
-        if overload is not None and overload.is_on(now_s) and not request.tried:
+        if overload is not None and overload.is_on(now_s) and not request.was_placed:
             num_outputs = request.num_sequences * request.num_expected_output_tokens
             num_tokens = request.num_prompt_tokens + num_outputs
             overload.share.record_admitted(request.tenant, request.weight, num_tokens, now_s)

@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from router.fleet.admission import kv_need_tokens, meets_tpot_target
+from router.fleet.admission import kv_need_tokens, max_known_tokens, meets_tpot_target
 from router.fleet.fleet import Fleet
 from router.fleet.prompt_blocks import PromptBlocks
 from router.fleet.replica import Replica
@@ -145,6 +145,8 @@ class Placer:
                 need_tokens -= min(need_tokens, replica.prefix_cache.num_used_tokens(request))
                 replica.prefix_cache.use_prompt(request)
             replica.prefix_cache.expect_prompt(request)
+        may_bounce = self.holds and len(replicas) > 1
+        max_pending_tokens = max_known_tokens(request, replica) if may_bounce else 0
         booking = replica.book(request, need_tokens, now_s, num_cached_tokens)
         is_probe = replica.breaker.status is _HALF_OPEN
         permit = replica.breaker.begin_call(now_s)
@@ -166,7 +168,7 @@ class Placer:
                 is_probe=is_probe,
             )
         )
-        return Dispatch(request.id, replica.id, booking, num_cached_tokens)
+        return Dispatch(request.id, replica.id, booking, num_cached_tokens, max_pending_tokens)
 
     def learn_prompt(
         self, request_id: str, replica_id: str, num_prompt_tokens: int, block_hashes: list[int]

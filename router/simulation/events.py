@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from heapq import heappush
 from typing import Any, Generic, TypeVar
 
-from router import Request, Router, RouterSettings
+from router import EngineSnapshot, Request, Router, RouterSettings
 from router.simulation.engine.sequence import Job, Progress
 from router.simulation.journal import Journal
 from router.simulation.provider import ProviderModel
 from router.simulation.workload.workload import Arrival, Workload
-from router.types import SNAPSHOT_INTERVAL_S
+from router.types import BOOKING_INTERVAL_S, SNAPSHOT_INTERVAL_S
 
 T = TypeVar("T")
 NodeT = TypeVar("NodeT")
@@ -31,11 +31,36 @@ class Network:
     submit_s: float = 0.0005  # from the decision to the engine's queue
     reply_s: float = 0.0005  # from the end of a step to the gateway
     snapshot_interval_s: float = SNAPSHOT_INTERVAL_S
+    booking_interval_s: float = BOOKING_INTERVAL_S  # of snapshots that tell other gateways of one
+    gate: bool = True  # with several gateways engines give back what they are too busy for
     snapshot_loss: float = 0.0  # share of snapshots that never arrive
 
 
 class NeedsSnapshots(Exception):
     """A run without snapshots has come to where they may change a decision."""
+
+
+class Exchange:
+    """One client's request and the jobs that engines run for it, until it ends."""
+
+    __slots__ = (
+        "awaits_first_token",
+        "has_begun",
+        "jobs",
+        "num_jobs",
+        "num_output_tokens",
+        "number",
+        "request",
+    )
+
+    def __init__(self, number: int, request: Request) -> None:
+        self.number = number  # of the arrival
+        self.request = request
+        self.jobs: dict[str, str] = {}  # by engine: one, or two while hedged
+        self.num_jobs = 0  # so far
+        self.num_output_tokens = 0  # sent by engines that then failed
+        self.has_begun = False  # its first token has come
+        self.awaits_first_token = True  # of the present attempt
 
 
 class Receiver(Generic[NodeT]):
@@ -56,6 +81,10 @@ class Receiver(Generic[NodeT]):
 
     def on_snapshot(self, node: NodeT, /) -> None:
         """Process a snapshot that has arrived while the gateway listens."""
+        raise NotImplementedError
+
+    def on_refused_as_busy(self, message: tuple[NodeT, str, EngineSnapshot]) -> None:
+        """Process that the node gives a job back, with what it has now."""
         raise NotImplementedError
 
     def on_replica_draining(self, node: NodeT) -> None:

@@ -11,6 +11,7 @@ import msgspec
 from router import (
     Decision,
     Dispatch,
+    EngineSnapshot,
     Evacuate,
     Fail,
     Fallback,
@@ -26,7 +27,7 @@ from router import (
 )
 from router.limits.rate_limit import RateReport
 from router.simulation.engine.sequence import Job, Progress
-from router.simulation.events import NeedsSnapshots, Receiver, World
+from router.simulation.events import Exchange, NeedsSnapshots, Receiver, World
 from router.simulation.node import Node, SnapshotMessage
 from router.types import HEARTBEAT_S, PREFIX_BLOCK_TOKENS
 
@@ -204,7 +205,7 @@ class Gateway(Receiver[Node]):
         for job_id, exchange in lost.items():
             self._fail_attempt(node, job_id, exchange)
 
-    def _fail_attempt(self, node: Node, job_id: str, exchange: "Exchange") -> None:
+    def _fail_attempt(self, node: Node, job_id: str, exchange: Exchange) -> None:
         """Report that an engine did not complete a request; another may continue it."""
         del exchange.jobs[node.id]
         num_output_tokens = 0
@@ -222,6 +223,20 @@ class Gateway(Receiver[Node]):
                 num_output_tokens=num_output_tokens,
             )
         )
+
+    def on_refused_as_busy(self, message: tuple[Node, str, EngineSnapshot]) -> None:
+        """Report what the engine has, then that it gives a job back: it has not begun it."""
+        node, job_id, snapshot = message
+        if not node.is_up:
+            return
+        self.deliver_snapshots()
+        now_s = self._simulation.now_s
+        self._execute(self.router.on_snapshot(node.id, snapshot, now_s))
+        if (exchange := self._streams[node.id].pop(job_id, None)) is None:
+            return  # cancelled while this was under way
+        del exchange.jobs[node.id]
+        request_id, failures = exchange.request.id, self.router.failures
+        self._execute(failures.on_refused_as_busy(request_id, node.id, now_s))
 
     # Decisions
 
@@ -286,7 +301,9 @@ class Gateway(Receiver[Node]):
         exchange.jobs[node.id] = job.id
         self._streams[node.id][job.id] = exchange
         arrive_s = simulation.now_s + simulation.network.submit_s
-        simulation.call_at(arrive_s, node.submit_job, (self, decision.booking, job))
+        simulation.call_at(
+            arrive_s, node.submit_job, (self, decision.booking, job, decision.max_pending_tokens)
+        )
 
     def withdraw(self, decision: Withdraw) -> None:
         exchange = self._exchanges[decision.request_id]
@@ -322,7 +339,7 @@ class Gateway(Receiver[Node]):
         arrive_s = simulation.now_s + simulation.network.submit_s
         simulation.call_at(arrive_s, self._call_provider, (decision, exchange))
 
-    def _call_provider(self, message: tuple[Fallback, "Exchange"]) -> None:
+    def _call_provider(self, message: tuple[Fallback, Exchange]) -> None:
         """Have a provider answer, or refuse, the request that has reached it."""
         decision, exchange = message
         simulation = self._simulation
@@ -343,14 +360,14 @@ class Gateway(Receiver[Node]):
         now_s = self._simulation.now_s
         self._execute(self.router.providers.on_refused(request_id, report, now_s))
 
-    def _on_provider_first_token(self, message: tuple["Exchange", RateReport]) -> None:
+    def _on_provider_first_token(self, message: tuple[Exchange, RateReport]) -> None:
         exchange, report = message
         now_s, request_id = self._simulation.now_s, exchange.request.id
         self._simulation.journal.first_s[exchange.number] = now_s
         self._execute(self.router.providers.on_answer(request_id, report, now_s))
         self._execute(self.router.on_first_token(request_id, now_s))
 
-    def _on_provider_finish(self, exchange: "Exchange") -> None:
+    def _on_provider_finish(self, exchange: Exchange) -> None:
         simulation, request_id = self._simulation, exchange.request.id
         arrival = simulation.workload.arrivals[exchange.number]
         usage = Usage(
@@ -366,26 +383,3 @@ class Gateway(Receiver[Node]):
             self._cancel_job(replica_id, job_id)
         self._simulation.num_open -= 1
         self._simulation.journal.record_outcome(exchange.number, outcome, self._simulation.now_s)
-
-
-class Exchange:
-    """One client's request and the jobs that engines run for it, until it ends."""
-
-    __slots__ = (
-        "awaits_first_token",
-        "has_begun",
-        "jobs",
-        "num_jobs",
-        "num_output_tokens",
-        "number",
-        "request",
-    )
-
-    def __init__(self, number: int, request: Request) -> None:
-        self.number = number  # of the arrival
-        self.request = request
-        self.jobs: dict[str, str] = {}  # by engine: one, or two while hedged
-        self.num_jobs = 0  # so far
-        self.num_output_tokens = 0  # sent by engines that then failed
-        self.has_begun = False  # its first token has come
-        self.awaits_first_token = True  # of the present attempt

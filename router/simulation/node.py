@@ -96,6 +96,10 @@ class Node:
         self._simulation = simulation
         self._reply_s = simulation.network.reply_s
         self._interval_s = simulation.network.snapshot_interval_s
+        self._gates = simulation.network.gate and len(simulation.gateways) > 1
+        self._booking_interval_s = self._interval_s
+        if len(simulation.gateways) > 1:
+            self._booking_interval_s = simulation.network.booking_interval_s
         self._loss = simulation.network.snapshot_loss
         self._blocks = engine.blocks
         self._reports = simulation.reports
@@ -121,18 +125,29 @@ class Node:
 
     # Messages from gateways
 
-    def submit_job(self, submission: "tuple[Receiver[Node], int, Job]") -> None:
-        """Add a gateway's job to the engine; the message holds the number of its booking."""
+    def submit_job(self, submission: "tuple[Receiver[Node], int, Job, int]") -> None:
+        """Add a gateway's job to the engine, or give it back as busy.
+
+        The message holds the number of its booking, and the most that may be pending before it.
+        """
         if not self.is_up:
             return
-        gateway, booking, job = submission
+        gateway, booking, job, max_pending_tokens = submission
         self._advance_to_now()
-        self._gateway_of[job.id] = gateway
         self.channels[gateway.number].last_booking = booking
+        if self._gates and max_pending_tokens:
+            snapshot = self.engine.snapshot(self._seq + 1, booking)
+            if snapshot.num_pending_prefill_tokens > max_pending_tokens:
+                self._seq += 1
+                arrive_s = self._simulation.now_s + self._reply_s
+                message = (self, job.id, snapshot)
+                self._simulation.call_at(arrive_s, gateway.on_refused_as_busy, message)
+                return
+        self._gateway_of[job.id] = gateway
         self.engine.add(job)
         if job.block_hashes and self._reports:
             self._new_jobs.append(job)
-        self._request_push()
+        self._request_push(self._booking_interval_s)
         if self._run_ends_s == math.inf:
             self._begin_run()
         else:
@@ -145,7 +160,7 @@ class Node:
             self.engine.abort(job_id)
             if self._run_ends_s < math.inf:
                 self._cut_run()
-            self._request_push()
+            self._request_push(self._interval_s)
 
     def resend_all_blocks(self, gateway: "Receiver[Node]") -> None:
         """Put all cached blocks into the next snapshot to a gateway that missed changes."""
@@ -205,7 +220,7 @@ class Node:
             self._report_results(progresses)
         # One write holds the step's results and the snapshot after it.
         self._run_ends_s = math.inf
-        self._request_push()
+        self._request_push(self._interval_s)
         self._begin_run()
         if self.is_draining and not self._gateway_of:
             simulation.call_at(now_s + self._reply_s, self._remove_if_empty, None)
@@ -271,17 +286,17 @@ class Node:
             self.push_due_snapshots(now_s)
         self.engine.advance_to(now_s)
 
-    def _request_push(self) -> None:
+    def _request_push(self, interval_s: float) -> None:
         """Push a snapshot of a change: now, or when the interval allows."""
         if not self._reports:
             return
         now_s = self._simulation.now_s
-        may_s = self._last_push_s + self._interval_s
+        may_s = self._last_push_s + interval_s
         if may_s <= now_s or not self._gateway_of:
             self.push_snapshot(now_s)
         else:
             self._has_unsent_change = True
-            self.next_push_s = may_s
+            self.next_push_s = min(self.next_push_s, may_s)
             if self._simulation.num_listening:
                 self.schedule_push()
 
