@@ -63,7 +63,7 @@ class AdapterWatch:
     def on_step(self, used: Iterable[str]) -> bool:
         """Take note of the adapters that a step used; return whether it, or its gap, loaded any."""
         was_loaded, self._was_loaded = self._was_loaded, False
-        if any(name not in self._held.resident for name in used):
+        if any(name in self.paths and name not in self._held.resident for name in used):
             self._ask_workers()
             return True
         return was_loaded

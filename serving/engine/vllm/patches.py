@@ -95,7 +95,11 @@ PATCHES = (
         why="what a request cannot be handed to the core with (a number beyond 64 bits, half a "
         "surrogate pair) is its own fault, where vLLM says that the engine failed, and not why; "
         "and what its grammar takes is known before anything is compiled here",
-        guards=("test_what_the_core_cannot_be_told_is_refused", "test_a_grammar_that_is_too_much"),
+        guards=(
+            "test_what_the_core_cannot_be_told_is_refused",
+            "test_a_grammar_that_is_too_much",
+            "test_one_whose_files_are_gone_ends_no_engine",
+        ),
         shapes=(
             Shape(f"{_LLM}.add_request", has="request_id prompt params lora_request"),
             Shape(f"{_LLM}.generate", uses="add_request VLLMClientError EngineGenerateError"),
@@ -355,7 +359,11 @@ PATCHES = (
         ours="serving.engine.vllm.scheduler:StepBudgetMixin",
         why="a step prefills no more than fits into the ITL target, and a prompt leaves room in it "
         "for sooner ones; vLLM's limits are fixed numbers of tokens",
-        guards=("test_a_long_prompt_shares_with_sooner_ones", "test_the_very_same_steps"),
+        guards=(
+            "test_a_long_prompt_shares_with_sooner_ones",
+            "test_the_very_same_steps",
+            "test_a_prompt_whose_adapter_nobody_else_uses_gives_no_way",
+        ),
         shapes=(
             Shape(
                 f"{_SCHEDULER}.schedule",
@@ -363,7 +371,7 @@ PATCHES = (
             ),
             Shape(
                 _SCHEDULER,
-                has="scheduler_config vllm_config num_spec_tokens running waiting",
+                has="scheduler_config vllm_config lora_config num_spec_tokens running waiting",
             ),
             *classes("vllm.config", VllmConfig="additional_config"),
             *classes(
