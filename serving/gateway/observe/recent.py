@@ -21,7 +21,7 @@ from serving.gateway.observe.journey import Journey, Look
 from serving.gateway.observe.observer import reason_of
 
 _MAX_KEPT = 1000  # some 2 KB each
-_MAX_LISTED = 100
+MAX_LISTED = 100
 # How the engines look is asked no more often, and not for more than this share of a core: of a
 # fleet of hundreds it takes tens of milliseconds.
 _LOOK_EVERY_S = 0.25
@@ -132,12 +132,12 @@ class Recent:
                 return _way_of(_still_open(exchange), is_over=False)
         return None
 
-    def last(self) -> list[RequestWay]:
+    def last(self, max_listed: int = MAX_LISTED) -> list[RequestWay]:
         """Return the last requests, the newest first, open ones before those that are over."""
         ways = [_way_of(_still_open(each), is_over=False) for each in self._open.values()]
-        ways = ways[-_MAX_LISTED:][::-1]
+        ways = ways[-max_listed:][::-1]
         for each in reversed(self._over):
-            if len(ways) >= _MAX_LISTED:
+            if len(ways) >= max_listed:
                 break
             ways.append(_way_of(each, is_over=True))
         return ways
@@ -149,7 +149,7 @@ def newest(ways: Sequence[list[RequestWay]]) -> list[RequestWay]:
         return ways[0]
     together = [way for each in ways for way in each]
     together.sort(key=lambda way: (way.is_over, -way.arrived.timestamp()))
-    return together[:_MAX_LISTED]
+    return together[:MAX_LISTED]
 
 
 def _looks(state: RouterState) -> dict[str, Look]:

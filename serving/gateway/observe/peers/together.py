@@ -9,12 +9,17 @@ import msgspec
 
 from serving.file_watch import FileWatchState
 from serving.gateway.observe.page.feed import Part
-from serving.gateway.observe.page.latencies import engine_samples, latency_samples
+from serving.gateway.observe.page.latencies import (
+    EngineSamples,
+    LatencySamples,
+    engine_samples,
+    latency_samples,
+)
 from serving.gateway.observe.peers.link import PeerLink
 from serving.gateway.observe.peers.merge import merge, merge_by_key
 from serving.gateway.observe.peers.orders import OrderBook, Orders
 from serving.gateway.observe.peers.peers import Peers
-from serving.gateway.observe.recent import Recent, RequestWay, newest
+from serving.gateway.observe.recent import MAX_LISTED, Recent, RequestWay, newest
 from serving.gateway.observe.state import GatewayState, ServiceState
 from serving.gateway.tenants.tenants import Consumption, Tenants
 
@@ -24,6 +29,10 @@ audit = logging.getLogger("serving.audit")  # what admins change
 Files = dict[str, FileWatchState]  # by the setting that names them
 Usages = dict[str, Consumption]  # by tenant
 _Said = TypeVar("_Said")
+
+# What a frame of the live page takes of a core is made, for all who look, twice a second.
+_LATENCIES_EVERY_S = 1.0  # they are of a minute
+_MAX_SHOWN = 40  # requests in a frame
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_state = msgspec.msgpack.Decoder(GatewayState).decode
@@ -68,6 +77,9 @@ class Together:
         self._recent = recent
         self._tenants = tenants
         self._reload = reload
+        self._latencies: list[LatencySamples] = []
+        self._engines: dict[str, EngineSamples] = {}
+        self._latencies_due_s = float("-inf")
         self.peers: Peers | None = None
         if num_gateways > 1:
             self.peers = Peers(gateway_id, self.answer, self._meet)
@@ -148,9 +160,12 @@ class Together:
         began_s = time.thread_time()
         state = self.own_state()
         now_s = time.monotonic()
-        latencies = latency_samples(self._recent.ended(), now_s)
-        engines = engine_samples(self._recent.ended(), now_s)
-        requests = self.own_requests()
+        if now_s >= self._latencies_due_s:
+            self._latencies = latency_samples(self._recent.ended(), now_s)
+            self._engines = engine_samples(self._recent.ended(), now_s)
+            self._latencies_due_s = now_s + _LATENCIES_EVERY_S
+        latencies, engines = self._latencies, self._engines
+        requests = self.own_requests(_MAX_SHOWN)
         took_s = time.thread_time() - began_s
         return Part(
             state=state, latencies=latencies, engines=engines, requests=requests, took_s=took_s
@@ -170,9 +185,9 @@ class Together:
         others, missing = await self._ask("usage", _decode_usage)
         return {self.gateway_id: self._tenants.usage(), **others}, missing
 
-    def own_requests(self) -> list[RequestWay]:
+    def own_requests(self, max_listed: int = MAX_LISTED) -> list[RequestWay]:
         """Return the last requests of this gateway, the newest first."""
-        return [self._here(way) for way in self._recent.last()]
+        return [self._here(way) for way in self._recent.last(max_listed)]
 
     async def requests(self) -> list[RequestWay]:
         """Return the last requests of all, the newest first."""

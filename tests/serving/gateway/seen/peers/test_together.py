@@ -278,11 +278,11 @@ class TestWhatIsOrdered:
 
     async def test_drains_by_admins_and_by_hardware_add_up(self, systems):
         engines = systems[0].gateway.driver.engines
-        engines.follow({"r0"}, None)
+        engines.empty({"r0"})
         await post(systems[0], "/headway/engines/r0/drain")
-        engines.follow(set(), None)
+        engines.empty(set())
         assert draining(systems[0]) == {"r0"}
-        engines.follow({"r0"}, None)
+        engines.empty({"r0"})
         await post(systems[0], "/headway/engines/r0/undrain")
         assert draining(systems[0]) == {"r0"}
 
