@@ -77,6 +77,10 @@ bench-cache: compile  ## what a reply from the response cache costs
 bench-scaling: compile  ## autoscalers compared in simulation (an hour); HEADWAY_TRACES=DIR
 	$(BIN)/python -m benchmarks.policies.scaling $(ARGS)
 
+.PHONY: bench-gateways
+bench-gateways: compile  ## what several gateways cost in time to first token, simulated
+	$(BIN)/python -m benchmarks.policies.scaling.gateways $(ARGS)
+
 .PHONY: bench-batch
 bench-batch: compile  ## what a batch does to interactive p99, and how many tokens it adds, simulated
 	$(BIN)/python -m benchmarks.policies.batch $(ARGS)
