@@ -100,7 +100,7 @@ ROUTES = {
         "models": {"small": {"quality": 1, "cost": 1}, "large": {"quality": 3, "cost": 8}},
         "rules": [
             {"name": "code", "when": {"asks": ["code"]}, "models": ["large", "small"]},
-            {"prefer": "cheapest"},
+            {"models": ["small", "large"], "prefer": "cheapest"},
         ],
     }
 }
