@@ -42,7 +42,7 @@ from serving.gateway.http.endpoint import (
 from serving.planning.hardware import Hardware
 from serving.planning.machine.nodes import this_machine
 from serving.planning.plan import Plan
-from serving.planning.service.service_plan import ServicePlan
+from serving.planning.service.service_plan import ServicePlan, range_of
 
 # For Serve's own steps before and after the drain. A gateway behind HAProxy cannot know when its
 # time is over: it ends its streams when Ray ends, before Serve would cut them (`build`).
@@ -288,10 +288,10 @@ def _ready_text(
     )
     failed = f", but for {num_failed} of {len(plan.plans)} models" if num_failed else ""
     models = "\n".join(
-        f"model {each.served_model_name}, {each.num_replicas} engine"
+        f"model {each.served_model_name}, {range_of(config, each)} engine"
         + ("s" if each.num_replicas > 1 else "")
         + f" on {each.device_name}"
-        for each in plan.plans
+        for config, each in plan.models
     )
     text = (
         f"\nready after {start_s:.0f} s{failed}: {url}/v1\n"

@@ -21,7 +21,7 @@ from serving.cluster.processes import reap_children, run_processes
 from serving.cluster.ray_session import RaySession
 from serving.gateway.http.endpoint import StartError
 from serving.planning.plan import Plan
-from serving.planning.service.service_plan import ServicePlan, num_first
+from serving.planning.service.service_plan import ServicePlan, num_first, range_of
 
 _POLL_S = 0.5
 _WATCH_S = 5.0  # between two checks of running engines
@@ -164,7 +164,7 @@ class ServiceWatch:
     def _tell(self, state: AppState) -> None:
         """Tell what is other than it was."""
         several = len(self._plan.plans) > 1 or len(self._num_ready) > 1
-        for plan in self._plan.plans:
+        for config, plan in self._plan.models:
             seen = state.of(plan.deployment)
             who = f"model {plan.served_model_name}: " if several else ""
             before = self._num_ready.get(plan.deployment, 0)
@@ -174,7 +174,7 @@ class ServiceWatch:
                 if seen.failure:
                     self._failed[plan.deployment] = seen.failure
                 self._console.print(
-                    f"{who}{seen.num_ready} of {plan.num_replicas} engines ready"
+                    f"{who}{seen.num_ready} of {range_of(config, plan)} engines ready"
                     + (f": {seen.failure}" if seen.failure else "")
                 )
             elif several and seen.failure and plan.deployment not in self._failed:

@@ -181,7 +181,7 @@ def changes(before: ServicePlan, after: ServicePlan) -> list[str]:
         was_config, was = old[deployment]
         if not is_same_engine(was_config, config):
             said.append(f"{name} has changed: its engines are replaced, one after the other.")
-        elif (now := _range(config, plan)) != (earlier := _range(was_config, was)):
+        elif (now := range_of(config, plan)) != (earlier := range_of(was_config, was)):
             said.append(f"{name} is resized: from {earlier} to {now}.")
         elif scaling_of(config, plan) != scaling_of(was_config, was):
             said.append(f"{name} comes and goes by other settings.")
@@ -331,11 +331,13 @@ def _with_range(config: Config, plan: Plan) -> Plan:
     """Return the plan with a sentence about how many of the engines run, if they come and go."""
     if scaling_of(config, plan) is None:
         return plan
-    return replace(plan, why=(*plan.why, f"{_range(config, plan)} of them, as many as are needed."))
+    return replace(
+        plan, why=(*plan.why, f"{range_of(config, plan)} of them, as many as are needed.")
+    )
 
 
-def _range(config: Config, plan: Plan) -> str:
-    """Return how many engines a model has, in words."""
+def range_of(config: Config, plan: Plan) -> str:
+    """Return how many engines a model has, in words: 2, or 0 to 2."""
     scaling = scaling_of(config, plan)
     return str(plan.num_replicas) if scaling is None else f"{scaling.min} to {scaling.max}"
 
