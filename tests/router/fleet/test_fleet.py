@@ -1,7 +1,7 @@
 import pytest
 
 from router.fleet.fleet import Fleet
-from tests.support.builders import make_replica, req, stepped
+from tests.support.builders import make_replica, req, snapshot, stepped
 
 
 def ids(replicas) -> list[str]:
@@ -20,6 +20,27 @@ def test_found_by_each_of_its_names():
     assert accepting(fleet) == ["r0", "r1"]
     assert accepting(fleet, "lora") == ["r1"]
     assert accepting(fleet, "other") == []
+
+
+def test_found_by_the_names_it_has_now():
+    """Adapters come and go; what no engine serves any more is not known either."""
+    fleet = Fleet()
+    replicas = [make_replica(f"r{index}", max_loras=1) for index in range(3)]
+    for replica in replicas:
+        fleet.add(replica)
+    for number, replica in enumerate(replicas[:2]):
+        replica.receive(snapshot(1, adapter_paths={"a": "/a"}), 1.0)
+        fleet.refresh(replica)
+        assert len(accepting(fleet, "a")) == number + 1
+    assert sorted(accepting(fleet)) == ["r0", "r1", "r2"]
+    assert fleet.prefill_rate("m")[0] == 3
+    fleet.remove("r0")
+    assert fleet.knows("a")
+    replicas[1].receive(snapshot(2, adapter_paths={}), 2.0)
+    fleet.refresh(replicas[1])
+    assert not fleet.knows("a")
+    assert sorted(accepting(fleet)) == ["r1", "r2"]
+    assert fleet.prefill_rate("m")[0] == 2
 
 
 def test_a_saturated_engine_works_but_accepts_nothing_now():

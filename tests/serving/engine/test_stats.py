@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from router.types import AdapterState
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 
@@ -49,6 +51,54 @@ def test_a_step_that_overlaps_the_next_has_half_of_eithers_tokens() -> None:
         engine_stats.record(stats, None)
         found.append((engine_stats.step_num_prefill_tokens, engine_stats.step_num_decode_reqs))
     assert found[1:] == [(128, 2), (128, 3), (0, 2)]
+
+
+async def test_what_loading_an_adapter_took_is_no_steps_time() -> None:
+    """Nor what an adapter took that was loaded between two steps; and workers are asked once."""
+    from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
+
+    from serving.engine.adapter_watch import AdapterWatch
+    from serving.engine.vllm.scheduler import ADAPTERS, ENDED
+    from serving.engine.vllm.stats import EngineStats
+
+    class Llm:
+        num_asked = 0
+
+        async def collective_rpc(self, method: str) -> list:
+            self.num_asked += 1
+            return [([1], [], [(1, 0.9)], 0.0)]
+
+    llm = Llm()
+    scheduler = SimpleNamespace(long_prefill_token_threshold=64, max_num_batched_tokens=512)
+    engine_stats = EngineStats(SimpleNamespace(scheduler_config=scheduler))
+    watch = engine_stats.adapters = AdapterWatch(llm, SimpleNamespace(max_loras=1))
+    router = SimpleNamespace(routes=[])
+    lora = SimpleNamespace(lora_path="/a", lora_int_id=1)
+    models = SimpleNamespace(lora_requests={})
+    state = SimpleNamespace(openai_serving_models=models)
+    await watch.attach(SimpleNamespace(state=state, router=router), engine_stats.tell)
+
+    def step(ended_s: float, *used: str) -> float:
+        reports = {ENDED: ended_s, ADAPTERS: list(used)}
+        stats = SchedulerStats(num_running_reqs=1, kv_connector_stats=reports)
+        stats.iteration_details = SchedulerIterationDetails(0, 0, 0, 1, 1, 0.0)
+        engine_stats.record(stats, None)
+        return engine_stats.step_s
+
+    step(100.0)
+    assert step(100.01) == pytest.approx(0.01)
+    watch._held = AdapterState()  # nothing is resident
+    models.lora_requests["a"] = lora
+    assert watch.paths == {"a": "/a"}
+    assert step(101.0) == 0.0
+    assert step(102.0, "a") == 0.0  # it was evicted meanwhile, for all that is known
+    await watch._asking
+    assert watch.state({}).resident == ["a"]
+    assert watch.state({}).load_s == {"a": 0.9}
+    num_asked = llm.num_asked
+    assert step(102.02, "a") == pytest.approx(0.02)
+    assert step(102.03, "another") == pytest.approx(0.01)  # that is not served by its name
+    assert llm.num_asked == num_asked
 
 
 def test_vllms_own_metrics_are_passed_on_under_the_engines_id(served):

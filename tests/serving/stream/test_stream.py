@@ -141,6 +141,19 @@ async def test_a_snapshot_acknowledges_the_bookings_read_before_it():
         assert numbers == sorted(set(numbers))
 
 
+async def test_adapters_are_told_of_only_when_they_have_changed():
+    async with connected() as (engine, server, _, recorder):
+        engine.adapter_paths = {"a": "/a"}
+        for paths in ({"a": "/a"}, {}):
+            engine.adapter_paths = paths
+            for _ in range(3):
+                count = len(recorder.snapshots)
+                server._push_snapshots()
+                await recorder.until(lambda count=count: len(recorder.snapshots) > count)
+        told = [each.adapter_paths for each in recorder.snapshots if each.adapter_paths is not None]
+        assert told == [{"a": "/a"}, {}]
+
+
 async def test_a_slow_reader_stops_its_own_stream_and_no_other():
     """Past the window a stream waits for acknowledgements; others go on."""
     async with connected() as (engine, _, client, recorder):

@@ -55,6 +55,20 @@ def test_each_hears_of_all_in_any_order_and_does_the_newest():
         assert third.done == before  # nothing is done twice
 
 
+def test_adapters_are_had_by_all_until_one_of_them_unloads_them():
+    giver, other = Obeyed("g0"), Obeyed("g1")
+    giver.book.order_adapter("a", "m", {"lora_name": "a"})
+    loaded = Orders(adapters=dict(giver.book.orders.adapters))
+    other.book.take(loaded)
+    other.book.drain("e0", drains=True)
+    other.book.order_adapter("a", "m", None)
+    for heard in itertools.permutations((loaded, other.book.orders)):
+        third = Obeyed("g2")
+        for orders in heard:
+            third.book.take(orders)
+        assert third.book.orders.adapters["a"].load is None
+
+
 def test_two_at_once_agree():
     one, other = Obeyed("g0"), Obeyed("g1")
     one.book.set_policy("round_robin", [])
