@@ -20,7 +20,7 @@ _ROUNDING_TOKENS = 32
 
 # Where an engine has so much more to prefill than its gateway knew, seconds, another one is worth
 # the way, 1 to 2 ms, and what may have come there too. Simulated, seeds 31 and 32: 10, 20 and 50 ms
-# do as well, with more bounces or later tails. After so many bounces an engine takes it in any case.
+# do as well, with more bounces or later tails. After so many bounces an engine takes it anyhow.
 _WORTH_BOUNCE_S = 0.03
 _MAX_BOUNCES = 2
 

@@ -24,6 +24,7 @@ from serving.stream.client import Connection, StreamClient
 from serving.stream.frames import (
     Ack,
     Alive,
+    Busy,
     Cancel,
     Data,
     End,
@@ -135,6 +136,12 @@ class Engines:
                 self._drain_or_not(replica_id)
 
     @property
+    def out_of_use(self) -> list[str]:
+        """The engines that get no new work though they need not stop: what an admin has drained,
+        or hardware with a fault."""
+        return list((self._unfit | self.drained) & self.infos.keys())
+
+    @property
     def known(self) -> set[str]:
         """The ids of all engines that are here, or should be."""
         return self._members.keys() | self.infos.keys()
@@ -210,6 +217,7 @@ class Engines:
             exchange.engine_body(),
             exchange.created_s,
             resume,
+            decision.max_pending_tokens,
         )
         if isinstance(attempt.connection, ExternalServer):
             is_new = resume is None and len(exchange.attempts) == 1  # a hedge shares it
@@ -304,9 +312,8 @@ class Engines:
             self._events.on_model_gone(gone, UNLOADED)
 
     def on_alive(self, client: Connection, frame: Alive) -> None:
-        self._router.on_alive(
-            client.replica_id, frame.num_steps_total, frame.num_requests, time.monotonic()
-        )
+        num_steps, now_s = frame.num_steps_total, time.monotonic()
+        self._router.on_alive(client.replica_id, num_steps, frame.num_requests, now_s)
 
     def on_hardware(self, client: Connection, state: HardwareState) -> None:
         """Send no new work to hardware with a fault, nor to slow one if its model has better."""
@@ -335,6 +342,14 @@ class Engines:
                 exchange.num_prompt_tokens = frame.num_tokens
             request_id = exchange.request.id
             self._router.on_prompt(request_id, replica_id, frame.num_tokens, frame.block_hashes)
+
+    def on_busy(self, client: Connection, frame: Busy) -> None:
+        if (attempt := self._attempts[client.replica_id].get(frame.stream)) is not None:
+            self.end(attempt)
+            exchange, now_s = attempt.exchange, time.monotonic()
+            exchange.journey.places.pop()
+            decide = self._router.failures.on_refused_as_busy
+            self._events.execute(decide(exchange.request.id, client.replica_id, now_s))
 
     def on_head(self, client: Connection, frame: Head) -> None:
         if frame.stream < 0:

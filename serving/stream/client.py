@@ -10,6 +10,7 @@ from serving.stream.connection import FrameConnection
 from serving.stream.frames import (
     Alive,
     Blocks,
+    Busy,
     Data,
     End,
     Hardware,
@@ -49,6 +50,7 @@ class StreamEvents(Protocol):
     def on_head(self, client: Connection, frame: Head) -> None: ...
     def on_data(self, client: Connection, frame: Data) -> None: ...
     def on_end(self, client: Connection, frame: End) -> None: ...
+    def on_busy(self, client: Connection, frame: Busy) -> None: ...
     def on_alive(self, client: Connection, frame: Alive) -> None: ...
     def on_hardware(self, client: Connection, state: HardwareState) -> None: ...
     def on_lost(self, client: Connection) -> None: ...
@@ -116,6 +118,8 @@ class StreamClient(FrameConnection):
                 events.on_blocks(self, frame.update)
             elif isinstance(frame, Prompt):
                 events.on_prompt(self, frame)
+            elif isinstance(frame, Busy):
+                events.on_busy(self, frame)
             elif isinstance(frame, Hardware):
                 events.on_hardware(self, frame.state)
             elif isinstance(frame, Welcome):

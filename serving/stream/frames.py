@@ -9,7 +9,7 @@ as head, data and end.
 | the gateway sends          | the engine answers                                          |
 |----------------------------|-------------------------------------------------------------|
 | `Hello`, first of all      | `Welcome`; it disconnects if the secret is wrong            |
-| `Submit`                   | `Prompt`, `Head`, any number of `Data`, `End`               |
+| `Submit`                   | `Prompt`, `Head`, any number of `Data`, `End`; or `Busy`    |
 | `Ack`                      | more `Data`, if the stream's window was used up             |
 | `Cancel`                   | `End`, if it had not sent that yet                          |
 | `Resync`                   | `Blocks` with all cached blocks                             |
@@ -61,6 +61,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=2):
     body: bytes
     created_s: int = 0  # seconds since the epoch: what the response says of its creation
     resume: Resume | None = None
+    max_pending_tokens: int = 0  # given back as `Busy` if more is to be prefilled; 0: never
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=3):
@@ -110,7 +111,7 @@ class End(msgspec.Struct, frozen=True, array_like=True, tag=8):
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag=9):
-    """The engine's state; last frame of its message."""
+    """The engine's state; after it in its message come only `Busy` frames."""
 
     snapshot: EngineSnapshot
 
@@ -133,6 +134,15 @@ class Resync(msgspec.Struct, frozen=True, array_like=True, tag=22):
     """Send all cached blocks: the gateway has missed an update."""
 
 
+class Busy(msgspec.Struct, frozen=True, array_like=True, tag=25):
+    """The stream was not begun: other gateways have sent the engine more than this one knew of.
+
+    Comes right after the `Snapshot` that says what the engine has.
+    """
+
+    stream: int
+
+
 class Alive(msgspec.Struct, frozen=True, array_like=True, tag=23):
     """What computes lives: its steps since its start, and the requests that it has."""
 
@@ -147,7 +157,7 @@ class Hardware(msgspec.Struct, frozen=True, array_like=True, tag=24):
 
 
 ToEngine = Hello | Submit | Cancel | Ack | Resync
-ToGateway = Welcome | Head | Data | End | Snapshot | Blocks | Prompt | Alive | Hardware
+ToGateway = Welcome | Head | Data | End | Snapshot | Blocks | Prompt | Alive | Hardware | Busy
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_engine = msgspec.msgpack.Decoder(list[ToEngine]).decode

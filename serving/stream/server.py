@@ -7,7 +7,13 @@ import time
 
 import msgspec
 
-from router.types import HEARTBEAT_S, SNAPSHOT_INTERVAL_S, AdapterState, EngineSnapshot
+from router.types import (
+    BOOKING_INTERVAL_S,
+    HEARTBEAT_S,
+    SNAPSHOT_INTERVAL_S,
+    AdapterState,
+    EngineSnapshot,
+)
 from serving.engine.hardware_watch import HardwareState
 from serving.stream.accounting import RequestAccounting
 from serving.stream.call import AsgiCall
@@ -15,6 +21,7 @@ from serving.stream.engine import Engine
 from serving.stream.frames import (
     Ack,
     Blocks,
+    Busy,
     Cancel,
     Hardware,
     Hello,
@@ -78,17 +85,34 @@ class StreamServer:
         return self._server.sockets[0].getsockname()[:2]
 
     @property
+    def has_several_gateways(self) -> bool:
+        return len(self._connections) > 1
+
+    def is_busy_for(self, submit: Submit) -> bool:
+        """Whether to give a request back: there is more to do before it than its gateway knew."""
+        if not (submit.max_pending_tokens and self.has_several_gateways):
+            return False
+        snapshot = self.engine.snapshot(0, list(self.accountings.values()))
+        return snapshot.num_pending_prefill_tokens > submit.max_pending_tokens
+
+    @property
     def num_streams(self) -> int:
         return len(self.accountings)
 
     def on_step(self) -> None:
         """Push snapshots, now or soon: a step is over, or a request has come or gone."""
+        self._push_within(SNAPSHOT_INTERVAL_S)
+
+    def _push_within(self, interval_s: float) -> None:
+        """Push snapshots once the last ones are so old, seconds; at once if no request is left."""
         loop = asyncio.get_running_loop()
-        due_s = self._last_push_s + SNAPSHOT_INTERVAL_S - loop.time()
-        if due_s <= 0 or not self.accountings:
+        due_s = self._last_push_s + interval_s
+        if due_s <= loop.time() or not self.accountings:
             self._push_snapshots()
-        elif self._push_timer is None:
-            self._push_timer = loop.call_later(due_s, self._push_snapshots)
+        elif self._push_timer is None or due_s < self._push_timer.when():
+            if self._push_timer is not None:
+                self._push_timer.cancel()
+            self._push_timer = loop.call_at(due_s, self._push_snapshots)
 
     def _push_snapshots(self) -> None:
         if self._push_timer is not None:
@@ -155,7 +179,7 @@ class StreamServer:
 
     def add_call(self, call: AsgiCall) -> None:
         self.accountings[call] = call.accounting
-        self.on_step()
+        self._push_within(BOOKING_INTERVAL_S if self.has_several_gateways else SNAPSHOT_INTERVAL_S)
 
     def remove_call(self, call: AsgiCall) -> None:
         self.engine.forget(self.accountings.pop(call))
@@ -175,6 +199,7 @@ class GatewayConnection(StrangerConnection):
         self._adapters: AdapterState | None = None
         self._adapter_paths: dict[str, str] | None = None
         self._last_stream = 0
+        self._given_back: list[Busy] = []  # to be sent after the next snapshot
         self._token = ""  # for its other connection
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -205,6 +230,8 @@ class GatewayConnection(StrangerConnection):
             frames.append(
                 Snapshot(msgspec.structs.replace(snapshot, last_booking=self._last_stream))
             )
+            frames += self._given_back
+            self._given_back.clear()
         return frames
 
     def _without_known_adapters(self, snapshot: EngineSnapshot) -> EngineSnapshot:
@@ -248,6 +275,11 @@ class GatewayConnection(StrangerConnection):
             self._block_position = -1
 
     def _start_call(self, submit: Submit) -> None:
+        if self._server.is_busy_for(submit):
+            self._last_stream = submit.stream  # the snapshot knows of it: it is not there
+            self._given_back.append(Busy(submit.stream))
+            self.push_snapshot()
+            return
         engine = self._server.engine
         call = AsgiCall(
             submit,
