@@ -73,6 +73,22 @@ def test_what_engines_serve_goes_before_what_is_configured():
         find(models, "other")
 
 
+def test_an_adapter_that_is_unloaded_is_unknown_and_one_whose_engine_is_away_is_not():
+    with_adapters = SMALL.with_adapters({"a": "/a", "b": "/b"})
+    engines = {"r0": with_adapters, "r1": with_adapters}
+    models = ServedModels((), engines)
+    assert find(models, "a") == "a"
+    engines["r0"] = SMALL.with_adapters({"b": "/b"})
+    assert find(models, "a") == "a"  # another one has it
+    del engines["r0"]
+    engines["r1"] = SMALL.with_adapters({"b": "/b"})
+    with pytest.raises(ApiError) as caught:
+        find(models, "a")
+    assert caught.value.status == 404
+    del engines["r1"]
+    assert find(models, "b") == "b"
+
+
 def test_what_engines_of_one_model_can_do_together():
     engines = {
         f"r{number}": msgspec.structs.replace(SMALL, max_model_len=length, tasks=(task,))
