@@ -2,6 +2,7 @@
 
 config.md   every key of the configuration, from the pydantic models
 cli.md      every command and option, from the command line itself
+http.md     endpoints, headers and errors: `docs.site.http_page`
 """
 
 import subprocess
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from docs.site.http_page import http_page
 from serving.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,7 +142,7 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-PAGES = {"config.md": config_page, "cli.md": cli_page}
+PAGES = {"config.md": config_page, "cli.md": cli_page, "http.md": http_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():
