@@ -7,12 +7,12 @@ import time
 
 import msgspec
 
+from router import EngineSnapshot
 from router.types import (
     BOOKING_INTERVAL_S,
     HEARTBEAT_S,
     SNAPSHOT_INTERVAL_S,
     AdapterState,
-    EngineSnapshot,
 )
 from serving.engine.hardware_watch import HardwareState
 from serving.stream.accounting import RequestAccounting
