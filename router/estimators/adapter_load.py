@@ -122,8 +122,11 @@ class Adapters:
 
     def loading_s(self) -> float:
         """Return what loading those takes that are needed and not resident, seconds."""
-        missing = [name for name in self._used if name not in self._state.resident]
-        return sum([self.loads.load_s(name) for name in missing])
+        loading_s = 0.0
+        for name in self._used:
+            if name not in self._state.resident:
+                loading_s += self.loads.load_s(name)
+        return loading_s
 
     def delay_s(self, name: str, answer_s: float) -> float:
         """Return what a request of this name waits for its adapter, seconds, loading included."""
