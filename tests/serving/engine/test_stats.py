@@ -53,6 +53,47 @@ def test_a_step_that_overlaps_the_next_has_half_of_eithers_tokens() -> None:
     assert found[1:] == [(128, 2), (128, 3), (0, 2)]
 
 
+def test_a_worker_tells_what_it_has_and_what_loading_took() -> None:
+    """Room for one that steps can use, and for one more in memory."""
+    from serving.engine.adapter_worker import AdapterWorker
+
+    class Manager:
+        """As vLLM's, with numbers for weights."""
+
+        def __init__(self) -> None:
+            self.cached: list[int] = []
+            self._adapter_manager = SimpleNamespace(lora_index_to_id=[None])
+
+        def list_adapters(self) -> set[int]:
+            return set(self.cached)
+
+        def add_adapter(self, request) -> bool:
+            number = request.adapter_id
+            if number not in self.cached:
+                self.cached = [*self.cached, number][-2:]
+            self._adapter_manager.lora_index_to_id = [number]
+            return True
+
+    manager = Manager()
+    worker = AdapterWorker()
+    worker.model_runner = SimpleNamespace(lora_manager=manager)
+    worker.watch_adapters()
+    assert worker.held_adapters() == ([], [], [], 0.0)
+
+    def add(number: int) -> None:
+        assert manager.add_adapter(SimpleNamespace(adapter_id=number, load_inplace=False))
+
+    add(1)
+    add(1)
+    add(2)
+    resident, cached, loads, swap_s = worker.held_adapters()
+    assert (resident, cached, swap_s) == ([2], [1], 0.0)
+    assert [number for number, took_s in loads if took_s > 0.0] == [1, 2]
+    add(1)  # from memory
+    assert worker.held_adapters()[3] > 0.0
+    assert worker.held_adapters()[2] == loads
+
+
 async def test_what_loading_an_adapter_took_is_no_steps_time() -> None:
     """Nor what an adapter took that was loaded between two steps; and workers are asked once."""
     from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
