@@ -86,9 +86,10 @@ class Engines:
         """
         members = {**members, **self._external}
         for replica_id in members.keys() - self._members.keys():
-            task = asyncio.get_running_loop().create_task(
-                self._connect(replica_id, members[replica_id]), name=replica_id
-            )
+            if replica_id in self.infos:  # Ray does not name it while its options change
+                self._drain_or_not(replica_id)
+            connecting = self._connect(replica_id, members[replica_id])
+            task = asyncio.create_task(connecting, name=replica_id)
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
         gone = self._members.keys() - members.keys()
@@ -137,8 +138,7 @@ class Engines:
 
     @property
     def out_of_use(self) -> list[str]:
-        """The engines that get no new work though they need not stop: what an admin has drained,
-        or hardware with a fault."""
+        """Engines that get no new work: an admin drained them, or their hardware has a fault."""
         return list((self._unfit | self.drained) & self.infos.keys())
 
     @property

@@ -27,6 +27,8 @@ from router.scaling.settings import ScalingSettings
 _STALE_S = 5.0
 # What was sent before the order to empty an engine has arrived, and been reported, by then.
 _SETTLED_S = 2.5
+# Serve does not name an engine while its options change, and then again: it is no newer for that.
+_AWAY_S = 60.0
 
 
 class Orders(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +53,8 @@ class ScalingKeeper:
         self.autoscaler = Autoscaler(settings)
         self._reports: dict[str, _Report] = {}  # by gateway; the totals of gone ones stay
         self._emptying: dict[str, float] = {}  # since when, by engine, oldest first
-        self._order: dict[str, None] = {}  # engines as they came
+        self._seen_s: dict[str, float] = {}  # when, by engine, in the order in which they came
+        self._order: dict[str, None] = {}  # of these, those that run
         self._out: set[str] = set()  # of these, those out of use that are not emptied anyhow
         self._orders = Orders()
 
@@ -85,8 +88,9 @@ class ScalingKeeper:
         `running`: the ids of those that do. `num_target`: what was returned last, as Serve has it.
         `granted` returns how many the model may have of so many that it wants, and has.
         """
-        self._order = {each: None for each in self._order if each in running}
-        self._order |= dict.fromkeys(running)
+        self._seen_s |= dict.fromkeys(running, now_s)
+        self._seen_s = {each: at for each, at in self._seen_s.items() if now_s - at < _AWAY_S}
+        self._order = dict.fromkeys(each for each in self._seen_s if each in running)
         self._emptying = {each: at for each, at in self._emptying.items() if each in running}
         heard = [each for each in self._reports.values() if now_s - each.received_s <= _STALE_S]
         drained = frozenset.intersection(*[each.out_of_use for each in heard]) if heard else set()

@@ -117,6 +117,23 @@ async def test_a_draining_engine_finishes_but_gets_no_more():
         await system.until(lambda: len(system.gateway.driver.engines.infos) == 1)
 
 
+async def test_an_engine_that_ray_names_again_gets_work_again():
+    """Ray Serve does not name it while it has its deployment's new options; its streams go on."""
+    async with running(num_engines=1) as system:
+        system.engines[0].gate.clear()
+        task = asyncio.create_task(system.client.post(CHAT, json=system.chat(max_tokens=3)))
+        await system.until(lambda: system.num_engine_streams == 1)
+        engines = system.gateway.driver.engines
+        engines.set_members({})
+        assert system.gateway.state().replicas["r0"].is_draining
+        engines.set_members(system.members)
+        assert not system.gateway.state().replicas["r0"].is_draining
+        system.engines[0].gate.set()
+        assert (await task).text.count("data: {}") == 3
+        assert (await system.client.post(CHAT, json=system.chat())).status_code == 200
+        system.assert_empty()
+
+
 async def test_a_slow_reader_is_bounded_and_stalls_nobody():
     window = 4096
     async with running(num_engines=1, gateway={"stream_window_bytes": window}) as system:

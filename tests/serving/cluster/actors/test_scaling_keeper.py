@@ -164,3 +164,15 @@ def test_other_bounds_hold_at_once_and_nothing_is_forgotten():
     app.run(10, 2.0)
     assert len(app.engines) == 2
     assert app.keeper.state.recent_load == load
+
+
+def test_an_engine_that_serve_did_not_name_for_a_while_is_no_newer_for_that():
+    """It does not while a deployment's options change, and stops the same ones first as before."""
+    app = Application(num_engines=2, keep_s=5.0)
+    app.left = {"e0": 10, "e1": 10}
+    app.run(2, 0.0)
+    app.engines = ["e1"]
+    app.run(1, 0.0, stops=False)
+    app.engines = ["e1", "e0"]
+    app.run(20, 0.0)
+    assert app.emptying == ["e1"]
