@@ -33,6 +33,8 @@ _MAX_LIST_BYTES = 2**16
 # `json` takes at most 50 ms for so much. Larger bodies that only it can read (NaN, half of a
 # surrogate pair) are refused: nothing else would be answered meanwhile.
 _MAX_ODD_BYTES = 2**20
+# What an error about fields says of them: vLLM's own bounds.
+_MAX_PROBLEMS, _MAX_INPUT_CHARS = 10, 200
 
 
 class Endpoint(NamedTuple):
@@ -242,14 +244,31 @@ def _not_json(why: str, param: str = "body") -> ApiError:
 
 
 def _wrong_fields(error: ValidationError) -> ApiError:
-    """Return what vLLM answers to fields that it cannot read."""
-    problems = error.errors(include_url=False, include_context=False)
-    lines = [
-        f"{'.'.join(map(str, ('body', *problem['loc'])))}: {problem['msg']}"
-        for problem in problems[:10]
-    ]
-    param = lines[0].partition(":")[0]
-    return ApiError(400, "; ".join(lines), kind="Bad Request", param=param)
+    """Return what vLLM answers to fields that it cannot read, in its form: programs look into it.
+
+    Of what was sent it says as little back as vLLM does, which is bounded.
+    """
+    problems = error.errors(include_url=False)
+    lines = [f"{len(problems)} validation error{'s' if len(problems) > 1 else ''}:"]
+    for problem in problems[:_MAX_PROBLEMS]:
+        said: dict[str, Any] = {**problem, "loc": _place(problem["loc"])}
+        said["input"] = _as_said_back(problem["input"])
+        lines.append(f"  {said}")
+    if (num_more := len(problems) - _MAX_PROBLEMS) > 0:
+        lines.append(f"  ...and {num_more} more errors")
+    param = _place(problems[0]["loc"])
+    return ApiError(400, "\n".join(lines), kind="Bad Request", param=param)
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, ("body", *loc)))
+
+
+def _as_said_back(value: Any) -> str:
+    if isinstance(value, (list, dict)):
+        return f"<{type(value).__name__} of {len(value)} items>"
+    text = str(value)
+    return text if len(text) <= _MAX_INPUT_CHARS else text[:_MAX_INPUT_CHARS] + "...[truncated]"
 
 
 _make_dict: Any = TypedDict  # by names that are known at run time

@@ -112,6 +112,28 @@ def test_what_cannot_work_is_refused_with_its_reason(path, body, status, words, 
     assert error["param"] == param
 
 
+def test_fields_that_cannot_be_read_are_refused_in_vllms_form():
+    """Its own tests look for pydantic's kind of error in the message."""
+    from vllm.entrypoints.serve.exception_handling.handlers.validation import _format_error
+
+    too_large = {
+        "type": "less_than_equal",
+        "loc": ("body", "seed"),
+        "msg": f"Input should be less than or equal to {2**63 - 1}",
+        "input": 2**63,
+        "ctx": {"le": 2**63 - 1},
+    }
+    with pytest.raises(ApiError) as caught:
+        ask(CHAT, chat(seed=2**63))
+    assert str(caught.value) == f"1 validation error:\n  {_format_error(too_large)}"
+    with pytest.raises(ApiError) as caught:
+        ask(CHAT, chat(seed="x" * 1000, n="y"))
+    head, *lines = str(caught.value).split("\n")
+    assert head == "2 validation errors:"
+    assert all("'int_parsing'" in line for line in lines)
+    assert max(map(len, lines)) < 500
+
+
 def test_an_embedding_model_takes_embeddings_and_no_chat():
     parser = make_parser(EMBEDDER)
     assert ask(EMBEDDINGS, {"input": "x"}, parser).request.num_prompt_tokens >= 1
