@@ -241,7 +241,7 @@ def _run_tests(
             process.wait(options.limit_s)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)  # it still reports what it has done
-            process.wait(60)
+            process.wait(180)
         finally:
             process.kill()
         if not report.exists():
@@ -251,6 +251,8 @@ def _run_tests(
 
 def _read_report(report: Path) -> Iterator[tuple[str, tuple[str, str]]]:
     for case in ET.parse(report).iter("testcase"):
+        if case.get("name") is None:  # pytest was interrupted
+            continue
         fault = next((each for each in case if each.tag in ("failure", "error", "skipped")), None)
         outcome = "passed" if fault is None else fault.tag
         why = "" if fault is None else (fault.get("message") or "").partition("\n")[0]

@@ -4,8 +4,8 @@
 
 Runs the scripts beside this file, each with the version of its client that it names, in an
 environment of its own that uv makes and keeps: they do not fit together in one. Prints a line for
-each, and ends with 1 if one failed. The service has to serve a chat model, with
-`enable_auto_tool_choice` and a `tool_call_parser` (any, as what they ask for has to be called):
+each, and ends with 1 if one failed. The service has to serve a chat model that ends the JSON that
+it is made to write, as the bundled one does and a random one does not, and know tools:
 
     headway serve --enable-auto-tool-choice --tool-call-parser hermes
 
@@ -30,9 +30,9 @@ def main() -> int:
     options = _parser().parse_args()
     url = options.url.rstrip("/").removesuffix("/v1")
     cards = _cards(url)
-    model = options.model or next(iter(cards))
+    model = options.model or next(iter(cards), "")
     if model not in cards:
-        raise SystemExit(f"{url} has no model {model}: {', '.join(cards)}")
+        raise SystemExit(f"{url} has no model {model}; it has: {', '.join(cards)}")
     tokenizer = options.tokenizer or cards[model]
     failed = []
     for name in options.clients or _SCRIPTS:

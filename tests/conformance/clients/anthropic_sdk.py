@@ -28,7 +28,7 @@ def main(url: str, model: str) -> None:
         asked["extra_body"] = {"temperature": 0}
         [block] = client.messages.create(**asked).content
         with client.messages.stream(**asked) as stream:
-            assert "".join(stream.text_stream) == block.text, block  # type: ignore[union-attr]
+            assert "".join(stream.text_stream) == block.text, block
         print("messages, whole and streamed")
         counted = client.messages.count_tokens(model=model, messages=ASKED)
         assert counted.input_tokens > 0, counted
