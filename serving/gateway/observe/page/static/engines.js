@@ -24,6 +24,7 @@ function row(id, replica, { isThere, goneS, isDrained, latency, hardware, orders
   return element("tr", { "data-engine": id, class: look === "bad" ? "bad" : undefined },
     element("th", { scope: "row", title: info.engine }, id),
     element("td", {}, element("span", { class: `state ${look}` }, words)),
+    element("td", {}, isThere ? orders.button(id, isDrained) : ""),
     element("td", {}, bar(kv, 1, `KV cache of ${id}`), ` ${share(kv)}`),
     element("td", {}, bar(pending, 2 * info.max_num_batched_tokens, `pending prefill of ${id}`), ` ${count(pending)}`),
     element("td", {}, snapshot ? count(snapshot.num_running_reqs) : "–"),
@@ -33,7 +34,6 @@ function row(id, replica, { isThere, goneS, isDrained, latency, hardware, orders
     element("td", {}, `${count(Math.round(replica.prefill_tokens_per_s))} tokens/s`),
     element("td", {}, info.device, ...(hardware?.gpus ?? []).map((gpu) => element("div", {}, gpuNow(gpu))),
       trouble(hardware)),
-    element("td", {}, isThere ? orders.button(id, isDrained) : ""),
   );
 }
 
