@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from router.estimators.adapter_load import AdapterLoads
+from router.estimators.prefix_reuse import PrefixReuse
 from router.estimators.request_overhead import RequestOverhead
 from router.estimators.step_time import StepModel
 from router.fleet.admission import ANY, SHORT_ONLY, UNAVAILABLE, Admission, admission
@@ -118,10 +119,12 @@ class Fleet:
         "_pools_by_name",
         "_shared_models",
         "expected",
+        "reuse",
     )
 
     def __init__(self) -> None:
         self.expected: frozenset[str] = frozenset()  # models that replicas will serve
+        self.reuse = PrefixReuse()
         self._filed: dict[str, _Filed] = {}  # by id
         self._pools: dict[frozenset[str], _Pool] = {}
         self._pools_by_name: dict[str, list[_Pool]] = {}
@@ -339,9 +342,11 @@ class Fleet:
     def time_to_prefill_s(self, model: str, num_tokens: int) -> float | None:
         """Return the predicted seconds until a model's engines have prefilled so many more tokens.
 
-        After what they have already. None if none of them takes work.
+        Of prompts, of which as much will be cached as lately was. After what they have already.
+        None if none of them takes work.
         """
-        any_works, num_pending_tokens, tokens_per_s = False, num_tokens, 0.0
+        num_pending_tokens = int(num_tokens * (1.0 - self.reuse.share(model)))
+        any_works, tokens_per_s = False, 0.0
         for pool in self._pools_by_name.get(model, ()):
             if len(pool.working):
                 any_works = True

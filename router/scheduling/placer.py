@@ -20,6 +20,7 @@ from router.resilience.breaker import BreakerState
 from router.scheduling.attempt import Attempt, Attempts
 from router.scheduling.backfill import Reservations
 from router.scheduling.policies import Load, Policy
+from router.scheduling.policies.headway import prefill_cost_s
 from router.scheduling.quarantine import Quarantine
 from router.types import Dispatch, Request, Usage
 
@@ -147,6 +148,7 @@ class Placer:
             replica.prefix_cache.expect_prompt(request)
         may_bounce = self.holds and len(replicas) > 1
         max_pending_tokens = max_known_tokens(request, replica) if may_bounce else 0
+        self._fleet.reuse.record_placed(request.model, request.num_prompt_tokens, num_cached_tokens)
         booking = replica.book(request, need_tokens, now_s, num_cached_tokens)
         is_probe = replica.breaker.status is _HALF_OPEN
         permit = replica.breaker.begin_call(now_s)
@@ -315,9 +317,10 @@ class Placer:
         which are then prefilled once more in turn. The policy compares the waits.
 
         What running requests hold of the prompt takes no more room. Where it is not enough yet,
-        the request waits inside the engine, if that is sooner than to begin anew elsewhere.
+        the request waits inside the engine, if that costs less than to begin anew elsewhere.
         """
         elsewhere_s = math.inf
+        reused = self._fleet.reuse.share(request.model)
         holders: list[Replica] = []
         for replica in self._fleet.working(request.model):
             cache = replica.prefix_cache
@@ -331,9 +334,11 @@ class Placer:
                 if not replicas:
                     continue
                 if elsewhere_s == math.inf:
-                    elsewhere_s = min([_ttft_s(request, each, now_s) for each in replicas])
+                    elsewhere_s = min(
+                        [prefill_cost_s(request, each, reused, now_s) for each in replicas]
+                    )
                 wait_s = _kv_wait_s(request, replica, num_missing)
-                if _ttft_s(request, replica, now_s) + wait_s >= elsewhere_s:
+                if prefill_cost_s(request, replica, reused, now_s) + wait_s >= elsewhere_s:
                     continue
             holders.append(replica)
         if holders and self._reservations:
@@ -378,11 +383,6 @@ class Placer:
         if blocks == request.block_hashes:
             return request
         return msgspec.structs.replace(request, block_hashes=blocks, block_ends=ends)
-
-
-def _ttft_s(request: Request, replica: Replica, now_s: float) -> float:
-    """Return the predicted time to the request's first token there, KV room aside, seconds."""
-    return replica.ttft_s(replica.num_new_tokens(request), now_s, request.edf_key_s)
 
 
 def _kv_wait_s(request: Request, replica: Replica, num_missing: float) -> float:

@@ -142,6 +142,20 @@ def num_new_tokens(request: Request, replicas: list[Replica]) -> list[int]:
     return num_new
 
 
+def prefill_cost_s(request: Request, replica: Replica, reused_share: float, now_s: float) -> float:
+    """Return how long a request waits for its first token there, and others for its prefill.
+
+    In seconds, KV room aside. What decodes there waits for its prefill. And what that takes the
+    cache's room of is asked for again, as often as prompts find their tokens cached
+    (`reused_share`), and is prefilled again in its turn. So it tells what a prefix is worth that
+    another engine would have to prefill once more.
+    """
+    num_tokens = replica.num_new_tokens(request)
+    num_delayed = replica.num_decoding + reused_share * (1 + replica.num_decoding)
+    own_s = replica.ttft_s(num_tokens, now_s, request.edf_key_s)
+    return own_s + num_tokens * replica.token_s * num_delayed
+
+
 def costs_s(
     request: Request,
     replicas: list[Replica],
@@ -151,7 +165,7 @@ def costs_s(
 ) -> list[float]:
     """Return how long the request waits for its first token, and others for it, per replica.
 
-    In seconds. Its own wait is the time to its first token there. It delays others in three ways:
+    In seconds. Its own wait is the time to its first token there. It delays others in four ways:
 
     - While it decodes, it makes each step of every other sequence there longer. Those still in
       prefill will be decoding by then, so they count, too. This lasts until later arrivals have
@@ -163,9 +177,10 @@ def costs_s(
       is computed for all engines together; how long a step takes is each engine's own.
     - Held requests that would have gone there wait for its prefill: `load.num_held_per_engine`.
     - So do the prompts there that it passes.
+    - What decodes there waits for what would be cached elsewhere, and need not be done at all.
 
-    That its prefill also delays what decodes there is left out: it delays as many wherever and
-    whenever it is done. Counting it would send a burst to the engine that decodes least, where
+    That its prefill delays what decodes there is left out but for that: it delays as many wherever
+    and whenever it is done. Counting it would send a burst to the engine that decodes least, where
     the burst waits for itself and delays those few for long.
 
     What others are delayed by everywhere alike is left out, too. It decides nothing, and where
@@ -181,6 +196,7 @@ def costs_s(
     num_steps = num_outputs / math.sqrt(max(1.0, num_sequences / len(replicas)))
     factor_s = num_steps * decode_s  # out of the loop, which runs for every engine
     num_held, edf_key_s = load.num_held_per_engine, request.edf_key_s
+    fewest = min(num_new)
     own_s: list[float] = []
     all_others_s: list[float] = []
     for index, replica in enumerate(replicas):
@@ -188,6 +204,7 @@ def costs_s(
         slowness = replica.chunk_overhead_s / (base_s + decode_s * replica.num_decoding)
         others_s = factor_s * slowness * replica.num_sequences
         others_s += num_tokens * replica.token_s * num_held
+        others_s += (num_tokens - fewest) * replica.token_s * replica.num_decoding
         others_s += replica.passing_s(num_tokens, edf_key_s)
         own_s.append(replica.ttft_s(num_tokens, now_s, edf_key_s))
         all_others_s.append(others_s)

@@ -147,3 +147,13 @@ def test_an_engine_that_comes_later_starts_from_what_is_known():
     fleet.remove("old")
     fleet.add(late)
     assert late.ttft_s(100, 9.0) == pytest.approx(old.ttft_s(100, 9.0))
+
+
+def test_of_what_waits_as_much_is_taken_to_be_cached_as_lately_was():
+    """By all of their tokens, coding agents would be refused that wait for a tenth of it."""
+    fleet = Fleet()
+    fleet.add(make_replica("r0"))
+    whole_s = fleet.time_to_prefill_s("m", 10_000)
+    for _ in range(300):
+        fleet.reuse.record_placed("m", 1000, 900)
+    assert fleet.time_to_prefill_s("m", 10_000) == pytest.approx(whole_s / 10, rel=0.02)

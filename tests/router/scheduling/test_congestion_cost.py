@@ -40,3 +40,15 @@ def test_headway_tells_first_tokens_apart_where_answers_are_long():
     policy = make_policy("headway", random.Random(0), ())
     chosen = {policy.choose(request, [at_work, idle], NOTHING_HELD, 0.0).id for _ in range(30)}
     assert chosen == {idle.id}
+
+
+def test_what_decodes_waits_for_what_another_engine_holds_and_for_nothing_else():
+    """What is prefilled in any case delays as many wherever it is done."""
+    holder, other = make_replica("r0"), make_replica("r1")
+    for replica in (holder, other):
+        replica.receive(busy(num_running_reqs=5, num_decoding_reqs=5), 0.0)
+    request = req("a", 1000)
+    costs = costs_s(request, [holder, other], [100, 1000], NOTHING_HELD, 0.0)
+    again_s = 900 * other.token_s
+    assert costs[0] == pytest.approx(holder.ttft_s(100, 0.0))
+    assert costs[1] == pytest.approx(other.ttft_s(1000, 0.0) + 5 * again_s)

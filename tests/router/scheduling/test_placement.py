@@ -4,8 +4,9 @@ import pytest
 
 from router.core.router import Router
 from router.resilience.breaker import Failure
+from router.scheduling.policies.headway import prefill_cost_s
 from router.types import Dispatch, Hold
-from tests.support.builders import busy, fail_attempt, info, make_router, req
+from tests.support.builders import busy, fail_attempt, info, make_replica, make_router, req
 
 WIDE = {"max_num_batched_tokens": 100_000, "num_kv_tokens": 10_000}
 
@@ -141,3 +142,14 @@ def test_what_one_engine_keeps_is_not_tried_elsewhere():
     router.on_arrival(req("pinned", 100, only_at="r1"), 0.0)
     again = fail_attempt(router, "pinned", Failure.ERROR, 0.1, can_retry=True)
     assert [each.replica_id for each in again if isinstance(each, Dispatch)] == ["r1"]
+
+
+def test_a_long_context_is_worth_what_others_would_wait_for_it_elsewhere():
+    """Its own prefill, that of what decodes there, and what it takes the cache's room of."""
+    replica = make_replica()
+    replica.receive(busy(num_running_reqs=4, num_decoding_reqs=4), 0.0)
+    prefill_s = 100 * replica.token_s
+    request = req("a", 100)
+    own_s = replica.ttft_s(100, 0.0)
+    assert prefill_cost_s(request, replica, 0.0, 0.0) == pytest.approx(own_s + 4 * prefill_s)
+    assert prefill_cost_s(request, replica, 0.8, 0.0) == pytest.approx(own_s + 8 * prefill_s)
