@@ -19,9 +19,9 @@ from serving.gateway.http.listener import Listener
 from serving.planning.hardware import detect_hardware
 from serving.planning.plan import make_plan
 from serving.stream.server import StreamServer
+from tests.serving.engine.api.tiny_adapter import RANK, tiny_adapter
 from tests.serving.engine.conftest import ARGS
 from tests.support.running_gateway import free_port
-from tests.support.tiny_adapter import RANK, tiny_adapter
 from tests.support.tiny_model import tiny_model
 
 pytestmark = [
