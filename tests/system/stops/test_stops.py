@@ -69,7 +69,10 @@ class Stopped(Service):
 
 
 def null_service(front: str = "own") -> Stopped:
-    engine = {"factory": "tests.system.stops.engine_with_core:EngineWithCore", "args": {"step_ms": 20}}
+    engine = {
+        "factory": "tests.system.stops.engine_with_core:EngineWithCore",
+        "args": {"step_ms": 20},
+    }
     return Stopped({"served_model_name": MODEL, "engine": engine}, 2, front)
 
 
