@@ -5,9 +5,10 @@
 Runs the scripts beside this file, each with the version of its client that it names, in an
 environment of its own that uv makes and keeps: they do not fit together in one. Prints a line for
 each, and ends with 1 if one failed. The service has to serve a chat model that ends the JSON that
-it is made to write, as the bundled one does and a random one does not, and know tools:
+it is made to write, as the bundled one does and a random one does not, and have it call tools as
+they are declared:
 
-    headway serve --enable-auto-tool-choice --tool-call-parser hermes
+    headway serve --enable-auto-tool-choice --tool-call-parser hermes --tool-strict-level parameter
 
 It is no test itself: it needs a service, and packages that are no part of `make install`.
 """

@@ -62,7 +62,7 @@ def ask_for_objects(url: str, model: str) -> None:
     found = chat.with_structured_output(Capital, method="json_schema").invoke(QUESTION)
     assert isinstance(found, Capital), found
     print("structured output")
-    armed = chat.bind_tools([weather], tool_choice="weather")
+    armed = chat.bind_tools([weather], tool_choice="weather", strict=True)
     called = armed.invoke(QUESTION)
     assert isinstance(called, AIMessage)
     [call] = called.tool_calls

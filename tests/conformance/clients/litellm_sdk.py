@@ -1,5 +1,5 @@
 # /// script
-# dependencies = ["litellm==1.106.2"]
+# dependencies = ["litellm[mcp]==1.106.2"]
 # ///
 """LiteLLM as a client. 1.107.0 was flagged as compromised: never that one."""
 
@@ -20,6 +20,10 @@ SCHEMA = {
     "properties": {"city": {"enum": ["Paris", "Rome"]}},
     "required": ["city"],
     "additionalProperties": False,
+}
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "strict": True, "parameters": SCHEMA},
 }
 
 
@@ -45,7 +49,7 @@ def main(url: str, model: str) -> None:
         assert json.loads(parsed.choices[0].message.content)["city"] in ("Paris", "Rome")
         called: Any = litellm.completion(
             **asked,
-            tools=[{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}],
+            tools=[TOOL],
             tool_choice={"type": "function", "function": {"name": "weather"}},
         )
         [call] = called.choices[0].message.tool_calls

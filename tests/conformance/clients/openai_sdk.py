@@ -16,6 +16,7 @@ TOOL: Any = {
     "type": "function",
     "function": {
         "name": "weather",
+        "strict": True,
         "parameters": {
             "type": "object",
             "properties": {"city": {"enum": ["Paris", "Rome"]}},
