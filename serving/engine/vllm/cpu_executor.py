@@ -2,7 +2,11 @@
 
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from serving.engine.vllm.patches import avoid_amx_attention, draw_only_for_whole_prompts
+from serving.engine.vllm.patches import (
+    avoid_amx_attention,
+    draw_only_for_whole_prompts,
+    leave_out_adapters_of_others,
+)
 
 
 class CpuExecutor(UniProcExecutor):
@@ -11,4 +15,5 @@ class CpuExecutor(UniProcExecutor):
     def _init_executor(self) -> None:
         avoid_amx_attention()
         draw_only_for_whole_prompts()
+        leave_out_adapters_of_others()
         super()._init_executor()

@@ -22,8 +22,8 @@ from starlette.types import ASGIApp
 from router import EngineInfo
 from router.fleet.step_budget import ITL_TARGET_S
 from serving.config import Config, ConfigError
-from serving.engine.adapter_watch import WORKER, AdapterWatch
 from serving.engine.vllm import patches
+from serving.engine.vllm.adapters.watch import WORKER, AdapterWatch
 from serving.engine.vllm.lifeline import Lifeline
 from serving.planning.plan import Plan
 from serving.stream.accounting import RequestAccounting
@@ -85,7 +85,7 @@ class VllmEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from serving.engine.vllm.grammars import Grammars
+        from serving.engine.vllm.grammar.grammars import Grammars
         from serving.engine.vllm.resume import Resumer
         from serving.engine.vllm.stats import EngineStats
 

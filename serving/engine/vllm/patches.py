@@ -27,9 +27,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from serving.config import ConfigError
-from serving.engine.adapter_watch import AdapterWatch
-from serving.engine.vllm.grammar_sandbox import SandboxEnded
-from serving.engine.vllm.grammars import GrammarRefused, Grammars, apply_verdict, check_length
+from serving.engine.vllm.adapters.watch import AdapterWatch
+from serving.engine.vllm.grammar.grammars import (
+    GrammarRefused,
+    Grammars,
+    apply_verdict,
+    check_length,
+)
+from serving.engine.vllm.grammar.sandbox import SandboxEnded
 from serving.engine.vllm.shape import Patch, Shape, classes, resolve
 from serving.engine.vllm.stable_ids import (
     DATED_MODULES,
@@ -55,6 +60,7 @@ _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _GRAMMARS = "vllm.v1.structured_output"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _MODELS = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
+_LORA_OPS = "vllm.lora.ops.torch_ops.lora_ops"
 _RESPONSES = "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
 
 # Responses that an engine keeps: at 16 KB of text and events each, 64 MB.
@@ -144,7 +150,7 @@ PATCHES = (
     ),
     Patch(
         how="called",
-        ours="serving.engine.vllm.grammar_sandbox:Sandbox",
+        ours="serving.engine.vllm.grammar.sandbox:Sandbox",
         why="grammars are compiled in a sandbox as the core will compile them",
         guards=("test_a_grammar_that_is_too_much", "test_what_the_core_could_not_compile"),
         shapes=(
@@ -459,7 +465,7 @@ PATCHES = (
     ),
     Patch(
         how="subclassed",
-        ours="serving.engine.adapter_worker:AdapterWorker",
+        ours="serving.engine.vllm.adapters.worker:AdapterWorker",
         why="which LoRA adapters a worker has, and what loading each took, it tells nobody",
         guards=("test_an_adapter_that_is_at_hand_is_preferred",),
         shapes=(
@@ -482,7 +488,7 @@ PATCHES = (
     ),
     Patch(
         how="replaced",
-        ours="serving.engine.adapter_watch:AdapterWatch",
+        ours="serving.engine.vllm.adapters.watch:AdapterWatch",
         why="gateways hear of adapters that are loaded and unloaded while serving; one that "
         "another engine has loaded is served here without loading it before it is asked for",
         guards=("test_an_adapter_that_is_at_hand_is_preferred",),
@@ -495,6 +501,7 @@ PATCHES = (
                 "vllm.lora.request:LoRARequest",
                 has="lora_name lora_int_id lora_path load_inplace is_3d_lora_weight adapter_id",
             ),
+            *classes("vllm.entrypoints.serve.lora.protocol", LoadLoRAAdapterRequest="model_fields"),
             Shape("vllm.lora.peft_helper:PEFTHelper", has="from_local_dir validate_legal"),
             Shape("vllm.lora.utils:get_adapter_absolute_path", "(lora_path)"),
             *classes("vllm.v1.engine.output_processor", RequestState="lora_name"),
@@ -540,6 +547,22 @@ PATCHES = (
             Shape(f"{_RUNNER}.sample_tokens", uses="_sample _bookkeeping_sync"),
             *classes("vllm.v1.worker.gpu_input_batch", InputBatch="generators num_reqs"),
             Shape("vllm.v1.worker.cpu_model_runner:CPUModelRunner"),
+        ),
+        versions=("0.32.0",),
+    ),
+    Patch(
+        how="replaced",
+        ours="serving.engine.vllm.patches:leave_out_adapters_of_others",
+        why="on a CPU who asks for no LoRA adapter gets another's text in a step beside requests "
+        "that do: -1, for none, is taken for the last one",
+        guards=("test_one_beyond_what_an_engine_has_room_for_waits_or_takes_a_place",),
+        shapes=(
+            Shape(
+                f"{_LORA_OPS}:bgmv_shrink",
+                "(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling=1.0)",
+            ),
+            Shape(f"{_LORA_OPS}:sgmv_shrink", uses="bgmv_shrink"),
+            Shape("vllm.lora.punica_wrapper.punica_cpu", has="bgmv_shrink sgmv_shrink"),
         ),
         versions=("0.32.0",),
     ),
@@ -654,6 +677,25 @@ def draw_only_for_whole_prompts() -> None:
 
     runner._sample = sample_without_partial_prompts
     runner._bookkeeping_sync = keep_books_and_put_back
+
+
+def leave_out_adapters_of_others() -> None:
+    """Have this process, an engine core on a CPU, compute nothing for tokens without an adapter.
+
+    All that an adapter adds goes through its first, narrow matrix. What comes out there is set to
+    zero for those that have none; vLLM multiplies them with the last adapter that is resident.
+    """
+    ops = resolve("vllm.lora.ops.torch_ops.lora_ops")
+    shrink = ops.bgmv_shrink
+
+    def shrink_those_with_one(
+        inputs: Any, weights: Any, outputs: Any, indices: Any, scaling: float = 1.0
+    ) -> None:
+        shrink(inputs, weights, outputs, indices, scaling)
+        outputs.masked_fill_((indices < 0).unsqueeze(1), 0.0)
+
+    ops.bgmv_shrink = shrink_those_with_one
+    resolve("vllm.lora.punica_wrapper.punica_cpu").bgmv_shrink = shrink_those_with_one
 
 
 def watch_requests(output_processor: Any, stats: "EngineStats", resumer: "Resumer") -> None:

@@ -13,7 +13,7 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 from router import EngineSnapshot
 from router.fleet.block_log import BlockLog
 from router.types import PREFILL_RATE_FORGETTING
-from serving.engine.adapter_watch import AdapterWatch
+from serving.engine.vllm.adapters.watch import AdapterWatch
 from serving.engine.vllm.scheduler import (
     ADAPTERS,
     ANSWERS,

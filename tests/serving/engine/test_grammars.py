@@ -10,7 +10,7 @@ import pytest
 
 from serving.cluster.engine_watch import anonymous_bytes
 from serving.config import EngineConfig
-from serving.engine.vllm.grammars import MAX_GRAMMAR_CHARS, is_small
+from serving.engine.vllm.grammar.grammars import MAX_GRAMMAR_CHARS, is_small
 from tests.serving.engine.conftest import Served
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]

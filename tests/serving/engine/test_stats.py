@@ -55,7 +55,7 @@ def test_a_step_that_overlaps_the_next_has_half_of_eithers_tokens() -> None:
 
 def test_a_worker_tells_what_it_has_and_what_loading_took() -> None:
     """Room for one that steps can use, and for one more in memory."""
-    from serving.engine.adapter_worker import AdapterWorker
+    from serving.engine.vllm.adapters.worker import AdapterWorker
 
     class Manager:
         """As vLLM's, with numbers for weights."""
@@ -98,7 +98,7 @@ async def test_what_loading_an_adapter_took_is_no_steps_time() -> None:
     """Nor what an adapter took that was loaded between two steps; and workers are asked once."""
     from vllm.v1.metrics.stats import SchedulerIterationDetails, SchedulerStats
 
-    from serving.engine.adapter_watch import AdapterWatch
+    from serving.engine.vllm.adapters.watch import AdapterWatch
     from serving.engine.vllm.scheduler import ADAPTERS, ENDED
     from serving.engine.vllm.stats import EngineStats
 

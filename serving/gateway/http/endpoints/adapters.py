@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from serving.engine.adapter_watch import REGISTER
+from serving.engine.vllm.adapters.watch import REGISTER
 from serving.gateway.engines import Engines
 from serving.gateway.http.endpoints.questions import NotAnswered
 from serving.gateway.http.errors import ApiError, model_not_found

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from serving.engine.adapter_watch import REGISTER
+from serving.engine.vllm.adapters.watch import REGISTER
 from serving.gateway.http.endpoints.adapters import LOAD, UNLOAD
 from tests.support.fakes import INFO, FakeEngine
 from tests.support.running_gateway import CHAT, System, running, running_together

@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 
 from serving.config import EngineConfig
-from serving.engine.vllm.grammar_sandbox import Limits, Sandbox, SandboxEnded, Verdict
+from serving.engine.vllm.grammar.sandbox import Limits, Sandbox, SandboxEnded, Verdict
 from serving.stream.accounting import current_accounting
 
 logger = logging.getLogger(__name__)

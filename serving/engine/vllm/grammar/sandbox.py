@@ -139,7 +139,7 @@ class Sandbox:
 def _start_process(theirs: socket.socket) -> subprocess.Popen:
     number = str(theirs.fileno())
     return subprocess.Popen(
-        [sys.executable, "-m", "serving.engine.vllm.grammar_sandbox", number, str(os.getpid())],
+        [sys.executable, "-m", "serving.engine.vllm.grammar.sandbox", number, str(os.getpid())],
         pass_fds=(theirs.fileno(),),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -20,7 +20,7 @@ from router.types import AdapterState
 
 logger = logging.getLogger(__name__)
 
-WORKER = "serving.engine.adapter_worker.AdapterWorker"
+WORKER = "serving.engine.vllm.adapters.worker.AdapterWorker"
 REGISTER = "/headway/adapters"  # of an engine; no client can reach it
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 
