@@ -7,9 +7,10 @@ The core runs as plain Python unless `HEADWAY_CORE` says otherwise; `test_compil
 `make test` runs files in two processes at a time, so no test may depend on being alone.
 """
 
+import asyncio
 import logging
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 os.environ.setdefault("HEADWAY_CORE", "plain")  # for processes that tests start, too
@@ -18,6 +19,7 @@ os.environ.setdefault("HEADWAY_CORE", "plain")  # for processes that tests start
 # failed, Python 3.11's parser then breaks off the whole report.
 import hypothesis.internal.observability  # noqa: F401
 import pytest
+import uvloop
 from hypothesis import settings
 
 import serving  # noqa: F401  before any test imports `router`
@@ -60,6 +62,11 @@ def _loggers_as_before() -> Generator[None]:
     yield
     ours.handlers[:], ours.propagate = handlers, propagate
     ours.setLevel(level)
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run tests on the event loop that gateways and engines are deployed on."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.hookimpl(wrapper=True)

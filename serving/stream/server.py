@@ -57,7 +57,8 @@ class StreamServer:
         self._connections: set[GatewayConnection] = set()
         self._server: asyncio.Server | None = None
         self._seq = 0
-        self._push_timer: asyncio.TimerHandle | None = None
+        self._push_timer: asyncio.Handle | None = None
+        self._push_due_s = 0.0  # when it fires; uvloop's handles do not tell
         self._last_push_s = 0.0
         self._heartbeat_timer: asyncio.TimerHandle | None = None
         self._beat_timer: asyncio.TimerHandle | None = None
@@ -109,9 +110,10 @@ class StreamServer:
         due_s = self._last_push_s + interval_s
         if due_s <= loop.time() or not self.accountings:
             self._push_snapshots()
-        elif self._push_timer is None or due_s < self._push_timer.when():
+        elif self._push_timer is None or due_s < self._push_due_s:
             if self._push_timer is not None:
                 self._push_timer.cancel()
+            self._push_due_s = due_s
             self._push_timer = loop.call_at(due_s, self._push_snapshots)
 
     def _push_snapshots(self) -> None:

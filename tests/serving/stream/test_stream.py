@@ -8,6 +8,7 @@ import socket
 import msgspec
 import pytest
 
+from router.types import SNAPSHOT_INTERVAL_S
 from serving.stream import strangers
 from serving.stream.client import StreamClient
 from serving.stream.frames import Ack, Alive, Cancel, Data, End, Head, Hello, Submit, encode
@@ -303,6 +304,18 @@ async def test_an_idle_engine_sends_heartbeats():
     async with connected() as (_, _, _, recorder):
         count = len(recorder.snapshots)
         await recorder.until(lambda: len(recorder.snapshots) >= count + 2, timeout_s=3)
+
+
+async def test_snapshots_are_pushed_at_once_where_they_are_all_but_due():
+    async with connected() as (engine, server, client, recorder):
+        engine.gate.clear()
+        client.post(submit(1, num_chunks=1))
+        await recorder.until(lambda: server.accountings)
+        num_before = len(recorder.snapshots)
+        for _ in range(3):  # steps that follow each other
+            server._last_push_s = asyncio.get_running_loop().time() - SNAPSHOT_INTERVAL_S + 1e-4
+            server.on_step()
+        await recorder.until(lambda: len(recorder.snapshots) > num_before, timeout_s=0.1)
 
 
 async def test_a_crash_in_the_engines_app_ends_the_stream_with_an_error():

@@ -91,13 +91,13 @@ async def test_neither_a_fault_nor_a_stop_ends_the_other_ones_drain() -> None:
     async with running(num_engines=3) as system:
         engines = system.gateway.driver.engines
         await tell(system, r0=FAULTY, r1=FAULTY)
-        engines.follow({"r1", "r2"}, None)
+        engines.empty({"r1", "r2"})
         assert draining(system) == {"r0", "r1", "r2"}
-        engines.follow({"r0"}, None)
+        engines.empty({"r0"})
         assert draining(system) == {"r0", "r1"}
         await tell(system, r0=GOOD, r1=GOOD)
         assert draining(system) == {"r0"}
-        engines.follow(set(), None)
+        engines.empty(set())
         assert draining(system) == set()
 
 

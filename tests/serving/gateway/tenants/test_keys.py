@@ -4,7 +4,6 @@ import datetime
 import hashlib
 import re
 import threading
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,8 @@ from serving.cli.launch import _ready_text
 from serving.cli.main import main
 from serving.config import ConfigError
 from serving.gateway.tenants.keys import KeyRing, KeysFile, make_key, read_keys
+from serving.planning.hardware import detect_hardware
+from serving.planning.service.service_plan import plan_service
 
 
 def run(*arguments: str) -> Any:
@@ -144,8 +145,8 @@ def test_what_is_no_keys_file_is_refused(tmp_path, text):
 
 def _ready(**options) -> str:
     file = load_config_file(None, options)
-    model = SimpleNamespace(served_model_name="m", num_replicas=1, device_name="CPU")
-    return _ready_text(file, SimpleNamespace(plans=[model]), 1.0, 0)
+    plan = plan_service(file.config, detect_hardware())
+    return _ready_text(file, plan, "http://127.0.0.1:8000", 1.0, 0)
 
 
 def test_open_to_the_network_without_keys_is_a_warning(tmp_path):
