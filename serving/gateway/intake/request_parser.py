@@ -215,7 +215,10 @@ class RequestParser:
             if not body.prompts[needed].startswith(b"["):
                 raise wrong(f"'{needed}' must be a list of messages")
         if not body.prompts:
-            raise ApiError(400, f"'{needed}' is missing or empty", param=needed)
+            why = f"'{needed}' is missing or empty"
+            if path == "/v1/completions":  # vLLM's words
+                why = "Either prompt or prompt_embeds must be provided and non-empty."
+            raise ApiError(400, why, param=needed)
         if endpoint.is_form:
             num_tokens = len(body.prompts[needed]) // _BYTES_PER_SPEECH_TOKEN
             return PromptSize(max(1, int(min(num_tokens, max_tokens))), 1, 0)

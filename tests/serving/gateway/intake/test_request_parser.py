@@ -98,7 +98,7 @@ def test_class_by_body_then_header_then_tenant():
         (CHAT, chat(max_tokens="many"), 400, "valid integer", "body.max_tokens"),
         (CHAT, chat(stream="maybe"), 400, "valid boolean", "body.stream"),
         (CHAT, chat(model="other"), 404, "`other` does not exist", "model"),
-        (COMPLETIONS, {"model": "fake-model"}, 400, "'prompt' is missing", "prompt"),
+        (COMPLETIONS, {"model": "fake-model"}, 400, "Either prompt or prompt_embeds", "prompt"),
         (CHAT, chat(cache_salt="a/b"), 400, "cache_salt", "body.cache_salt"),
         (CHAT, chat(cache_salt=""), 400, "cache_salt", "body.cache_salt"),
     ],
