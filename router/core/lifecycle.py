@@ -77,9 +77,7 @@ class OpenRequests:
 
     def admit(self, request: Request, now_s: float) -> list[Decision]:
         """Place, hold or reject a new request."""
-        # While no engine is there at all, any of them may be the one that is starting.
-        is_known = self._fleet.knows(request.model) or self._spillover.quotes.serves(request.model)
-        if len(self._fleet) and not is_known:
+        if self._is_unknown(request.model):
             return [self._reject(request, RejectReason.UNKNOWN_MODEL, None)]
         if self._suspects and self._suspects.is_suspect(request, now_s):
             if self._suspects.is_refused(request, now_s):
@@ -99,6 +97,8 @@ class OpenRequests:
         expires_s = self._queue.expires_s(request)
         if expires_s <= now_s:
             decisions.append(self._reject(request, RejectReason.EXPIRED, None))
+        elif self._is_unknown(request.model):  # unloaded while it was with an engine
+            decisions.append(self._reject(request, RejectReason.UNKNOWN_MODEL, None))
         elif self._is_hopeless(request, now_s):
             decisions.append(self._give_up(request, now_s))
         elif (
@@ -119,6 +119,15 @@ class OpenRequests:
         if request.id in self._queue:
             decisions.append(Hold(request.id))
         return decisions
+
+    def _is_unknown(self, model: str) -> bool:
+        """Whether nobody serves a model, and nobody who might is starting."""
+        # While no engine is there at all, any of them may be the one that is starting.
+        return bool(
+            len(self._fleet)
+            and not self._fleet.knows(model)
+            and not self._spillover.quotes.serves(model)
+        )
 
     # On
 

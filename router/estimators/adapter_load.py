@@ -7,6 +7,8 @@ used longest ago makes room. While requests use as many others as can be residen
 the engine until one of these has none left.
 """
 
+from collections.abc import Collection
+
 from router.types import AdapterState
 
 
@@ -24,9 +26,11 @@ class AdapterLoads:
         self._mean_s = 0.0
         self.swap_s = 0.0  # from the engine's memory
 
-    def learn(self, state: AdapterState) -> None:
-        """Take in what an engine has measured."""
-        self._by_name.update(state.load_s)
+    def learn(self, state: AdapterState, names: Collection[str]) -> None:
+        """Take in what an engine has measured of the adapters of these names."""
+        for name, load_s in state.load_s.items():
+            if name in names:
+                self._by_name[name] = load_s
         self._average()
         if state.swap_s > 0.0:
             self.swap_s = state.swap_s
@@ -63,7 +67,7 @@ class Adapters:
     def learn(self, state: AdapterState) -> None:
         """Install a newer state."""
         self._state = state
-        self.loads.learn(state)
+        self.loads.learn(state, self.paths)  # its workers may tell of one that is unloaded
         self._count_used()
 
     def use_paths(self, paths: dict[str, str]) -> None:

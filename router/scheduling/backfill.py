@@ -35,7 +35,8 @@ class Reservations:
         for replica_id, (_, holder_id) in self._reserved.items():
             if holder_id == head.id:
                 reserved = self._fleet.get(replica_id)
-                if reserved is not None and accepts_work(reserved):
+                # It may have unloaded the LoRA adapter that `head` asks for.
+                if reserved is not None and accepts_work(reserved) and head.model in reserved.names:
                     return
                 del self._reserved[replica_id]
                 break

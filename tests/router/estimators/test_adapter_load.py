@@ -33,6 +33,14 @@ def test_another_adapter_of_the_same_name_is_unknown():
     assert some.load_s("b") == some.load_s("a") == 0.2
 
 
+def test_what_workers_still_tell_of_an_unloaded_one_is_not_kept():
+    some = adapters()
+    some.use_paths({"a": "/a"})
+    some.learn(AdapterState(load_s={"a": 0.2, "b": 0.4}))
+    some.use_paths({"a": "/a", "b": "/another"})
+    assert some.load_s("b") == 0.2  # nothing is known of it: the mean
+
+
 def test_it_waits_while_as_many_others_are_in_use_as_can_be():
     some = adapters(resident=["a"], num_requests={"a": 1})
     assert some.wait_s("a", 10.0) == 0.0

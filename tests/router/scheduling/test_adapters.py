@@ -3,8 +3,8 @@
 import pytest
 
 from router.core.router import Router
-from router.types import AdapterState, Dispatch, Reject, RejectReason
-from tests.support.builders import make_router, req, snapshot
+from router.types import AdapterState, Dispatch, Hold, Reject, RejectReason
+from tests.support.builders import busy, make_router, req, snapshot
 
 PATHS = {"a": "/a", "b": "/b"}
 LORA = {"aliases": ("a", "b"), "adapters": PATHS, "max_loras": 1}
@@ -107,6 +107,35 @@ def test_an_adapter_comes_and_goes_while_its_engine_works():
     ]
     assert router.on_finish("one", None, 3.0) == []
     assert router.state(3.0).replicas["r1"].info.adapters == {}
+
+
+def test_what_comes_back_for_an_adapter_that_nobody_serves_any_more_is_not_held():
+    router = make_router(2, engine={"max_loras": 1})
+    tell(router, "r1", 1, {"a": "/a"}, resident=["a"])
+    assert placed(router, "busy", "a") == placed(router, "lost", "a") == "r1"
+    tell(router, "r1", 2, {})
+    gone = [Reject("busy", RejectReason.UNKNOWN_MODEL)]
+    assert router.failures.on_refused_as_busy("busy", "r1", 3.0) == gone
+    gone = [Reject("lost", RejectReason.UNKNOWN_MODEL)]
+    assert (
+        router.on_replica_down("r1", 3.0)
+        + router.failures.on_attempt_failed("lost", "r1", None, 3.0)
+        == gone
+    )
+
+
+def test_an_engine_that_unloads_what_it_is_reserved_for_is_free_for_others():
+    router = make_router(2, engine=LORA)
+    free = {"r0": 10, "r1": 600}  # tokens; `big` wants more
+    for replica_id, num_free in free.items():
+        router.on_snapshot(replica_id, busy(1, num_free_kv_tokens=num_free), 1.0)
+    assert router.on_arrival(req("big", 900, model="a"), 1.0) == [Hold("big")]
+    assert router.on_arrival(req("early", 150, arrival_s=1.0), 1.0) == [Hold("early")]
+    decisions = router.on_snapshot(
+        "r1", busy(2, num_free_kv_tokens=600, adapter_paths={"b": "/b"}), 2.0
+    )
+    [dispatch] = decisions  # r1 was reserved for what it can serve no more
+    assert (dispatch.request_id, dispatch.replica_id) == ("early", "r1")
 
 
 def test_the_state_shows_what_is_at_hand():
