@@ -95,7 +95,7 @@ async def test_one_that_hangs_costs_the_time_of_an_answer_once():
         for _ in range(20):
             said, missing = await a.peers.ask("state")
             assert (list(said), list(missing)) == (["c"], ["b"])
-        assert time.monotonic() - began_s < TIMEOUT_S
+        assert time.monotonic() - began_s < 5 * TIMEOUT_S  # each of them by itself would be 20
         # What it has to know it hears when it can; questions it was spared.
         _, missing = await a.peers.ask("orders", b"drain", insists=True)
         assert "hears of this when it can" in missing["b"]
