@@ -315,7 +315,7 @@ async def test_snapshots_are_pushed_at_once_where_they_are_all_but_due():
         for _ in range(3):  # steps that follow each other
             server._last_push_s = asyncio.get_running_loop().time() - SNAPSHOT_INTERVAL_S + 1e-4
             server.on_step()
-        await recorder.until(lambda: len(recorder.snapshots) > num_before, timeout_s=0.1)
+        await recorder.until(lambda: len(recorder.snapshots) > num_before)
 
 
 async def test_a_crash_in_the_engines_app_ends_the_stream_with_an_error():
