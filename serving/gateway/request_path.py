@@ -358,8 +358,8 @@ class Call:
             else:
                 own = own_headers(self._scope)
                 send_error(self._client, error, own, self._scope["path"])
-        except RuntimeError as contradiction:
-            self._client.break_off(contradiction)
+        except Exception as fault:  # of our own: at least nobody waits for it
+            self._client.break_off(fault)
 
     def _end(self) -> None:
         if not self._is_over:

@@ -26,10 +26,10 @@ class ApiError(Exception):
         retry_after_s: float | None = None,
         headers: Headers | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(_sayable(message))
         self.status = status
         self.kind = kind
-        self.param = param
+        self.param = None if param is None else _sayable(param)
         self.code = code if code is not None else status
         self.retry_after_s = retry_after_s
         self._headers = headers or []
@@ -66,6 +66,11 @@ class ApiError(Exception):
             # Whole seconds, rounded up: a client must not come back too early.
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s))))
         return headers
+
+
+def _sayable(text: str) -> str:
+    """Return what can be sent: it may quote half a pair of surrogates of the request's."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 # https://docs.anthropic.com/en/api/errors

@@ -30,6 +30,19 @@ async def test_unknown_fields_and_the_request_id_reach_the_engine():
         assert system.engines[0].bodies == [body]
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/messages"])
+async def test_a_model_that_no_reply_can_name_is_not_found(path):
+    """Half a pair of surrogates: JSON can bear it, UTF-8 cannot."""
+    body = b'{"model": "a\\ud800", "prompt": "x", "messages": [{"role": "user", "content": "x"}]}'
+    async with running(num_engines=1) as system:
+        reply = await system.client.post(
+            path, content=body, headers={"content-type": "application/json"}, timeout=5
+        )
+        assert reply.status_code == 404
+        assert "a\\ud800" in reply.json()["error"]["message"]
+        system.assert_empty()
+
+
 async def test_a_client_that_leaves_frees_its_engine():
     async with running() as system:
         for engine in system.engines:
