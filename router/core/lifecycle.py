@@ -123,8 +123,8 @@ class OpenRequests:
     def _is_unknown(self, model: str) -> bool:
         """Whether nobody serves a model, and nobody who might is starting."""
         # While no engine is there at all, any of them may be the one that is starting.
-        return bool(
-            len(self._fleet)
+        return (
+            len(self._fleet) > 0
             and not self._fleet.knows(model)
             and not self._spillover.quotes.serves(model)
         )

@@ -112,9 +112,9 @@ def test_makes_the_folder_that_vllm_loads(source: Source, tmp_path: Path) -> Non
 
 def test_a_cached_model_costs_next_to_nothing(source: Source, cache: Path) -> None:
     steps = Steps()
-    started_s = time.thread_time()
+    started_s = time.perf_counter()
     assert prepare_bundled_model(cache, steps, source=source) == cache / "tiny"
-    assert time.thread_time() - started_s < 0.05
+    assert time.perf_counter() - started_s < 0.05
     assert steps.seen == []
 
 

@@ -90,11 +90,11 @@ class TestEncodings:
     @pytest.mark.parametrize("item", ["1,", "{},", "[],"])
     def test_a_field_of_megabytes_is_not_taken_apart(self, name, item):
         text = f'{{"prompt": "hi", "{name}": [{item * 2**21}1]}}'.encode()
-        begin_s = time.thread_time()
+        begin_s = time.perf_counter()
         refused = name in ("n", "logprob_token_ids")
         with pytest.raises(ApiError) if refused else contextlib.nullcontext():
             read_json_body(COMPLETIONS, text)
-        assert time.thread_time() - begin_s < 0.3
+        assert time.perf_counter() - begin_s < 0.3
 
 
 class TestWithFields:

@@ -91,11 +91,11 @@ async def test_one_that_hangs_costs_the_time_of_an_answer_once():
         assert time.monotonic() - began_s < TIMEOUT_S + 0.5
         assert said == {"c": b"c on state"}
         assert missing["b"].startswith("it has not answered within")
-        began_s = time.monotonic()
         for _ in range(20):
+            began_s = time.monotonic()
             said, missing = await a.peers.ask("state")
+            assert time.monotonic() - began_s < TIMEOUT_S  # who waits for b takes that long
             assert (list(said), list(missing)) == (["c"], ["b"])
-        assert time.monotonic() - began_s < 5 * TIMEOUT_S  # each of them by itself would be 20
         # What it has to know it hears when it can; questions it was spared.
         _, missing = await a.peers.ask("orders", b"drain", insists=True)
         assert "hears of this when it can" in missing["b"]
