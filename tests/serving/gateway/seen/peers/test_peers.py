@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,6 +82,15 @@ async def test_what_cannot_be_answered_is_said():
         said, missing = await a.peers.ask("bad")
         assert (said, missing) == ({}, {"b": "ValueError: that is nonsense"})
         assert (await a.peers.ask("state")).said == {"b": b"b on state"}
+
+
+async def test_one_that_nobody_waits_for_any_more_is_late_by_any_clock(monkeypatch):
+    async with gateways("a", "b") as (a, b):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 100.0))
+        b.may_answer.clear()
+        for words in ("it has not answered within 0.2 s", "it has not answered for 0.2 s"):
+            with pytest.raises(NoAnswer, match=words):
+                await a.peers.ask_one("b", "state")
 
 
 async def test_one_that_hangs_costs_the_time_of_an_answer_once():
