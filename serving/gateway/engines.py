@@ -72,7 +72,9 @@ class Engines:
         self._connecting: set[asyncio.Task[None]] = set()
         self._connections: dict[str, Connection] = {}
         self._attempts: dict[str, dict[int, Attempt]] = {}  # by replica and booking
-        self._emptied: set[str] = set()  # of the members, those that get no new work
+        # Of the members, those that get no new work: they are to be stopped; take no connections.
+        self._emptied: set[str] = set()
+        self._leaving: set[str] = set()
         self.drained: set[str] = set()  # that an admin wants to get none, here or not
         self._removed: Collection[str] = ()  # names of models that are served no more
 
@@ -155,9 +157,10 @@ class Engines:
     def _drain_or_not(self, replica_id: str) -> None:
         """Send a replica no new work if anybody has a reason for that, else some.
 
-        It is to be stopped, its hardware is bad, or an admin wants it.
+        It is to be stopped, takes no connections, its hardware is bad, or an admin wants it.
         """
-        drains = any(replica_id in each for each in (self._emptied, self._unfit, self.drained))
+        reasons = (self._emptied, self._leaving, self._unfit, self.drained)
+        drains = any(replica_id in each for each in reasons)
         now_s = time.monotonic()
         self._events.execute(
             self._router.on_replica_draining(replica_id, now_s, is_draining=drains)
@@ -284,7 +287,8 @@ class Engines:
 
     def on_welcome(self, client: Connection, info: EngineInfo) -> None:
         self.infos[client.replica_id] = info
-        self._emptied.discard(client.replica_id)  # a new connection begins anew
+        for each in (self._emptied, self._leaving):  # a new connection begins anew
+            each.discard(client.replica_id)
         self._attempts[client.replica_id] = {}
         drains = client.replica_id in self.drained
         self._events.execute(
@@ -296,7 +300,7 @@ class Engines:
 
     def on_leaving(self, client: Connection, *, is_leaving: bool) -> None:
         """Send a server that takes no connections no new work, until it does."""
-        (self._emptied.add if is_leaving else self._emptied.discard)(client.replica_id)
+        (self._leaving.add if is_leaving else self._leaving.discard)(client.replica_id)
         self._drain_or_not(client.replica_id)
 
     def on_snapshot(self, client: Connection, snapshot: EngineSnapshot) -> None:
@@ -347,7 +351,7 @@ class Engines:
         if (attempt := self._attempts[client.replica_id].get(frame.stream)) is not None:
             self.end(attempt)
             exchange, now_s = attempt.exchange, time.monotonic()
-            exchange.journey.places.pop()
+            exchange.journey.forget_place(client.replica_id)
             decide = self._router.failures.on_refused_as_busy
             self._events.execute(decide(exchange.request.id, client.replica_id, now_s))
 

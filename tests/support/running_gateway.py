@@ -48,6 +48,13 @@ class System:
         await self.until(lambda: len(self.gateway.driver.engines.infos) == count)
         return engine
 
+    async def rename_engine(self, name: str) -> None:
+        """Give the last engine another name, as servers that already run have theirs."""
+        self.members[name] = self.members.popitem()[1]
+        engines = self.gateway.driver.engines
+        engines.set_members(self.members)
+        await self.until(lambda: engines.infos.keys() == self.members.keys())
+
     async def until(self, condition, timeout_s: float = 5.0) -> None:
         async with asyncio.timeout(timeout_s):
             while not condition():

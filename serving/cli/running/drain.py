@@ -47,7 +47,7 @@ def undrain(engine: Engine, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> N
 
 def _order(service: RunningService, engine: str, what: str) -> int:
     """Give the order, say who has heard of it, return the exit code. Raise `StartError`."""
-    reply = service.ask(f"/headway/engines/{quote(engine)}/{what}", method="POST")
+    reply = service.ask(f"/headway/engines/{quote(engine, safe='/:')}/{what}", method="POST")
     gateways = reply.get("gateways", {})
     deaf = {name: each["error"] for name, each in gateways.items() if "error" in each}
     says = "gets no new work" if reply["drains"] else "gets work again"

@@ -104,7 +104,9 @@ class ScalingKeeper:
             num = granted(state.num_wanted, self._num_serving + num_starting)
             state = msgspec.structs.replace(state, num_wanted=num)
         self._mark(state.num_wanted, drained, now_s)
-        num_released = self._num_released(demand, now_s) if heard else 0
+        # While others are to start Serve stops none, and would start fewer for one released.
+        is_lacking = self._num_serving < state.num_wanted
+        num_released = self._num_released(demand, now_s) if heard and not is_lacking else 0
         self._orders = Orders(
             emptying=list(self._emptying),
             wanted=state,

@@ -177,7 +177,14 @@ class ResponseCache:
                 break
         else:
             return None  # it is not known yet which engine would answer
-        scope = (request.tenant, self._config.revision, self._model_revision, info.engine)
+        adapter_path = info.adapters.get(request.model, "")
+        scope = (
+            request.tenant,
+            self._config.revision,
+            self._model_revision,
+            info.engine,
+            adapter_path,
+        )
         return cache_key(
             exchange.path,
             exchange.body,

@@ -67,6 +67,13 @@ class Journey:
         self.reason = ""  # why it was refused or failed
         self.span: RequestSpan | None = None  # of its trace, where there is one
 
+    def forget_place(self, place: str) -> None:
+        """Forget the last time that it was sent there: it was given back unread."""
+        for index in reversed(range(len(self.places))):
+            if self.places[index][0] == place:
+                del self.places[index]
+                return
+
     @property
     def sent_s(self) -> float:
         """When it was first sent to an engine or provider; 0 if it never was."""

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from logging.handlers import RotatingFileHandler
+from typing import TextIO
 
 import msgspec
 
@@ -102,19 +103,30 @@ class RequestLog:
         if not self._waiting:
             return
         waiting, self._waiting, self._num_bytes = self._waiting, [], 0
-        lines = [self._text(line()) for line in waiting]
+        lines = [text for line in waiting if (text := self._text(line)) is not None]
         try:
-            if self._file.stream is not None and self._file.stream.tell() >= self._max_bytes:
+            if self._stream().tell() >= self._max_bytes:
                 self._file.doRollover()
-            stream = self._file.stream
-            assert stream is not None  # until it is closed
+            stream = self._stream()
             stream.write(b"\n".join((*lines, b"")).decode())
             stream.flush()
         except OSError as error:
             logger.error("%d lines of the request log are lost: %s", len(lines), error)
 
-    def _text(self, line: RequestLine) -> bytes:
-        return self._encode(line) if self._is_json else in_words(line).encode()
+    def _stream(self) -> TextIO:
+        """Return the open file. Raise `OSError`."""
+        if self._file.stream is None:  # it could not be put aside
+            self._file.stream = self._file._open()
+        return self._file.stream
+
+    def _text(self, make_line: Callable[[], RequestLine]) -> bytes | None:
+        """Return the text of a line; None for one that cannot be made: others have theirs."""
+        try:
+            line = make_line()
+            return self._encode(line) if self._is_json else in_words(line).encode()
+        except Exception:
+            logger.exception("a line of the request log is lost")
+            return None
 
     def close(self) -> None:
         """Write what is left. What is open still may be over a little later: no line waits then."""

@@ -29,6 +29,7 @@ from serving.planning.service.counts import counted, named
 from serving.planning.service.placing import PlacedModel, Placing
 from serving.planning.service.service_plan import (
     ONLY,
+    Cores,
     ServicePlan,
     check_names,
     deployment_name,
@@ -60,11 +61,13 @@ def plan_nodes(
     models = list(_models(config, workers, sizes, running))
     placing = Placing(config, workers, models)
     warnings = _place(models, placing, len(workers))
-    cpus = _engine_cpus(config, workers, models)
-    num_gateways, gateway_options, why = _front(config, nodes, workers, models)
+    cpus = _engine_cpus(config, workers, models, running)
+    num_gateways, gateway_options, why = _front(config, nodes, workers, models, running)
     share = Share(num_gateways=num_gateways, engine_cpus=cpus, gateway_cpus=0.0)
     planned: list[tuple[Config, Plan]] = []
-    first_core = 0
+    cores = Cores(
+        (model.running, max(model.engines.values())) for model in models if not model.on_gpu
+    )
     for index, model in enumerate(models):
         refused = {
             node: reason
@@ -73,16 +76,16 @@ def plan_nodes(
         }
         with named(model.key):
             plan = _of_model(placing, models, index, workers, share, refused)
-        plan = replace(
-            plan,
-            gateway_actor_options=gateway_options,
-            deployment=deployment_name(plan.served_model_name) if config.models else ONLY,
-            first_core=first_core if config.models and not model.on_gpu else 0,
-        )
-        if not model.on_gpu:
-            first_core += max(model.engines.values())
         if model.running is not None:
             plan = replace(model.running, num_replicas=plan.num_replicas, why=plan.why)
+        else:
+            on_cores = config.models and not model.on_gpu
+            plan = replace(
+                plan,
+                gateway_actor_options=gateway_options,
+                deployment=deployment_name(plan.served_model_name) if config.models else ONLY,
+                first_core=cores.take(max(model.engines.values())) if on_cores else 0,
+            )
         selector = _selector(config, workers, model, refused)
         options = {**plan.engine_actor_options, **selector}
         planned.append((model.config, replace(plan, engine_actor_options=options)))
@@ -228,8 +231,13 @@ def _selector(
     return {"label_selector": rule} if rule else {}
 
 
-def _engine_cpus(config: Config, workers: Nodes, models: Sequence[PlacedModel]) -> float:
+def _engine_cpus(
+    config: Config, workers: Nodes, models: Sequence[PlacedModel], running: ServicePlan | None
+) -> float:
     """Return the logical CPUs of an engine: so many that every node can hold what it gets."""
+    if running is not None:
+        num_cpus: float = running.plans[0].engine_actor_options["num_cpus"]
+        return num_cpus
     shares = [1.0]
     for at, node in enumerate(workers):
         if number := sum(model.engines[at] for model in models):
@@ -254,9 +262,18 @@ def _gateway_cpus(workers: Nodes) -> float:
 
 
 def _front(
-    config: Config, nodes: Nodes, workers: Nodes, models: Sequence[PlacedModel]
+    config: Config,
+    nodes: Nodes,
+    workers: Nodes,
+    models: Sequence[PlacedModel],
+    running: ServicePlan | None,
 ) -> tuple[int, dict[str, Any], list[str]]:
-    """Return the number of gateways, Ray's options of each, and why, in sentences."""
+    """Return the number of gateways, Ray's options of each, and why, in sentences.
+
+    Those that are running stay as they are, whatever becomes of the engines.
+    """
+    if running is not None:
+        return running.num_gateways, running.plans[0].gateway_actor_options, []
     if config.gateway.front == "haproxy":
         options: dict[str, Any] = {"num_cpus": _gateway_cpus(workers)}
         said = "HAProxy is on every node, and finds gateways where Ray has them."

@@ -8,7 +8,7 @@ they have, whatever else is added, removed or resized.
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -100,7 +100,7 @@ def plan_service(
     planned: list[tuple[Config, Plan]] = []
     warnings: list[str] = []
     gpus = _Gpus(hardware.gpus, shared=num_shared_gpus > 0)
-    cores = _Cores(models)
+    cores = Cores((each.running, each.number) for each in models)
     for each in models:
         if each.running is not None:
             gpus.take(each.number * each.num_gpus)
@@ -282,15 +282,15 @@ class _Gpus:
         return taken
 
 
-class _Cores:
+class Cores:
     """Hands out cores in rows, which engines count off; those of running engines stay theirs."""
 
-    def __init__(self, models: Sequence[Candidate]) -> None:
+    def __init__(self, running: Iterable[tuple[Plan | None, int]]) -> None:
+        """`running`: the plan of each model that is, if it is, and how many engines it has now."""
         self._taken: set[int] = set()
-        for each in models:
-            if each.running is not None and each.running.device == "cpu":
-                first = each.running.first_core
-                self._taken.update(range(first, first + each.number))
+        for plan, number in running:
+            if plan is not None and plan.device == "cpu":
+                self._taken.update(range(plan.first_core, plan.first_core + number))
 
     def take(self, number: int) -> int:
         """Return the first core of a row of so many."""

@@ -140,6 +140,12 @@ class TestDrain:
         assert (await run("undrain", "r0", *url))[:2] == (0, "r0 gets work again\n")
         assert not system.gateway.state().replicas["r0"].is_draining
 
+    async def test_takes_a_server_by_its_address(self, system: System) -> None:
+        await system.rename_engine("127.0.0.1:8101")
+        code, shown, _ = await run("drain", "127.0.0.1:8101", "--url", url_of(system))
+        assert (code, shown) == (0, "127.0.0.1:8101 gets no new work\n")
+        assert system.gateway.state().replicas["127.0.0.1:8101"].is_draining
+
     async def test_says_which_engines_there_are(self, system: System) -> None:
         code, _, said = await run("drain", "r7", "--url", url_of(system))
         assert (code, len(said.splitlines())) == (1, 1)

@@ -133,6 +133,8 @@ class AdapterWatch:
         try:
             asked = LoadLoRAAdapterRequest.model_validate_json(await request.body())
             async with models.lora_resolver_lock[asked.lora_name]:
+                if self.paths.get(asked.lora_name) == asked.lora_path and asked.load_inplace:
+                    return _served(asked.lora_name)  # another gateway has told it
                 if (error := await models._check_load_lora_adapter_request(asked)) is not None:
                     return JSONResponse(error.model_dump(), error.error.code)
                 await asyncio.to_thread(self._check_files, asked.lora_path)
@@ -145,9 +147,7 @@ class AdapterWatch:
         except (ValueError, TypeError, OSError) as error:
             said = {"message": str(error), "type": "BadRequestError", "param": None, "code": 400}
             return JSONResponse({"error": said}, 400)
-        return Response(
-            f"LoRA adapter '{asked.lora_name}' is served, and loaded when it is needed."
-        )
+        return _served(asked.lora_name)
 
     def _check_files(self, path: str) -> None:
         """Raise what is wrong with an adapter's files, as far as can be seen without loading."""
@@ -156,7 +156,7 @@ class AdapterWatch:
 
         folder = get_adapter_absolute_path(path)
         PEFTHelper.from_local_dir(folder, None).validate_legal(self._lora_config)
-        if not any((Path(folder) / name).exists() for name in _WEIGHTS):
+        if not _has_weights(Path(folder)):
             raise FileNotFoundError(f"there is none of {', '.join(_WEIGHTS)} in {folder}")
 
     def check_request(self, lora: Any) -> None:
@@ -167,10 +167,20 @@ class AdapterWatch:
         if lora.lora_name in self._held.resident or lora.lora_name in self._held.cached:
             return
         folder = Path(lora.lora_path).expanduser()
-        if folder.is_absolute() and not (folder / "adapter_config.json").exists():
+        if folder.is_absolute() and not (
+            (folder / "adapter_config.json").exists() and _has_weights(folder)
+        ):
             raise ValueError(
                 f"The files of the LoRA adapter '{lora.lora_name}' are not in {folder} any more."
             )
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _WEIGHTS)
+
+
+def _served(name: str) -> Response:
+    return Response(f"LoRA adapter '{name}' is served, and loaded when it is needed.")
 
 
 class _Served(dict[str, Any]):
@@ -181,6 +191,9 @@ class _Served(dict[str, Any]):
         self._on_change = on_change
 
     def __setitem__(self, name: str, lora: Any) -> None:
+        # It has been loaded by now. Kept (vLLM 0.32), it would be read from its files in each step
+        # that uses it, and the engine's core would end when they are gone.
+        lora.load_inplace = False
         super().__setitem__(name, lora)
         self._on_change()
 

@@ -103,15 +103,16 @@ class EngineEndpoints:
         """Answer an admin with what each engine says; with the status of the worst."""
         self._tenants.authorize_admin(request.headers.raw)
         body = await self._read_body(request)
-        replica_ids = self._having(rule)
         results = None
         if rule.path in adapters.PATHS:
             name = request.path_params.get("adapter_name")
             results = await self._adapters.change(rule.path, body, name)
         if results is None:
+            replica_ids = self._having(rule)
             asked = [self._ask_one(each, request, body) for each in replica_ids]
             results = dict(zip(replica_ids, await asyncio.gather(*asked), strict=True))
-        status = max(result["status"] for result in results.values())
+        # None: an adapter is to be no more of which no engine is up.
+        status = max((result["status"] for result in results.values()), default=200)
         content = {"engines": results}
         return Response(msgspec.json.encode(content), status, media_type="application/json")
 

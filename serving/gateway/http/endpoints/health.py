@@ -38,17 +38,22 @@ def make_health(
 ) -> Health:
     """Return what the engines' breakers admit, and what providers stand in for.
 
-    `starts_engines`: where there is no engine, a request has one started, and is answered then.
+    `starts_engines`: where there is no engine, or those that are there are about to stop, a request
+    has one started or kept, and is answered then.
     `without_engine`: models beside those that have one, with why they cannot start, if so.
 
     A half-open breaker counts as ready: only a request shows whether its engine works again, so
     requests have to come. An engine that waits for a suspect's answer counts, too.
     """
     models: dict[str, ModelHealth] = {}
+    num_staying = 0
     for replica in state.replicas.values():
         health = models.setdefault(replica.info.model, ModelHealth())
         health.num_engines += 1
-        if not replica.is_draining and replica.breaker.state is not BreakerState.OPEN:
+        if replica.is_draining:
+            continue
+        num_staying += 1
+        if replica.breaker.state is not BreakerState.OPEN:
             health.num_ready += 1
             health.is_ready = True
     for name in provider_models:
@@ -60,7 +65,7 @@ def make_health(
             health.error = error
     num_engines = sum(health.num_engines for health in models.values())
     num_ready = sum(health.num_ready for health in models.values())
-    sleeps = starts_engines and not num_engines
+    sleeps = starts_engines and not num_staying
     is_ready = sleeps or any(health.is_ready for health in models.values())
     if num_ready:
         status = "ok"

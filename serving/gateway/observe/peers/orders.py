@@ -12,6 +12,10 @@ import msgspec
 
 Version = tuple[int, str]  # greater is newer; the gateway that gave the order
 
+# What was taken back is remembered, or a gateway that has not heard of it would have it again; but
+# not for ever, where adapters come and go by the thousand.
+_MAX_TAKEN_BACK = 1000
+
 
 class PolicyOrder(msgspec.Struct, frozen=True):
     """Choose by this policy, without these parts."""
@@ -95,6 +99,9 @@ class OrderBook:
             before = self.orders.adapters.get(name)
             if before is None or adapter.version > before.version:
                 self.orders.adapters[name] = adapter
+        _forget_oldest(known, [key for key, order in known.items() if not order.drains])
+        adapters = self.orders.adapters
+        _forget_oldest(adapters, [key for key, order in adapters.items() if order.load is None])
         policy, now = orders.policy, self.orders.policy
         if policy is None or policy.configured != self._configured:
             return
@@ -108,3 +115,11 @@ class OrderBook:
         if self.orders.policy is not None:
             known.append(self.orders.policy.version[0])
         return max(known, default=0) + 1, self._gateway_id
+
+
+def _forget_oldest(orders: dict[str, Any], taken_back: list[str]) -> None:
+    """Forget the oldest of those that were taken back, if they are too many."""
+    num_too_many = len(taken_back) - _MAX_TAKEN_BACK
+    if num_too_many > 0:
+        for key in sorted(taken_back, key=lambda each: orders[each].version)[:num_too_many]:
+            del orders[key]

@@ -146,6 +146,20 @@ def test_an_engine_that_is_emptied_and_drained_is_not_taken_back():
     assert len(app.engines) > 2
 
 
+def test_one_that_is_empty_and_drained_does_not_stand_in_for_one_that_is_wanted():
+    """It has nothing left, so Serve may stop it: but not while more are to run than do."""
+    app = Application(num_engines=2, keep_s=5.0)
+    app.left = {"e1": 10}
+    app.run(20, 0.0)
+    assert app.emptying == ["e1"]
+    app.drained = ["e1"]
+    app.left = {}
+    app.keeper.use_settings(ScalingSettings(min=2, max=5, season_s=0.0, keep_s=20.0))
+    app.run(20, 0.0)
+    assert app.engines[:2] == ["e0", "e1"]
+    assert len(app.engines) == 3
+
+
 def test_what_only_one_gateway_says_is_out_of_use_still_serves():
     keeper = ScalingKeeper(ScalingSettings(min=1, max=3))
     keeper.report("g", Demand(), 1.0, ["e0"])

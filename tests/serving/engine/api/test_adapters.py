@@ -204,6 +204,20 @@ async def test_one_whose_files_are_gone_ends_no_engine(pair: Pair) -> None:
     assert await pair.text(BASE)
 
 
+async def test_one_that_was_loaded_in_place_is_not_read_from_its_files_again(pair: Pair) -> None:
+    """In each step, as vLLM keeps it: without its files that would end an engine."""
+    alone = await pair.text(BLUE)
+    moved = tiny_adapter(pair.folder / "moved", seed=4)
+    body = {"lora_name": BLUE, "lora_path": str(moved), "load_inplace": True}
+    assert (await pair.http.post("/v1/load_lora_adapter", json=body)).status_code == 200
+    text = await pair.text(BLUE)
+    assert text != alone
+    shutil.move(moved, pair.folder / "away")
+    for _ in range(4):
+        assert await pair.text(BLUE) == text
+    assert len(pair.gateway.driver.engines.infos) == len(ENGINES)
+
+
 async def test_one_that_is_unloaded_is_unknown(pair: Pair) -> None:
     reply = await pair.http.post("/v1/unload_lora_adapter", json={"lora_name": BLUE})
     assert reply.status_code == 200

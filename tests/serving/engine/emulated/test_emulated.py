@@ -209,9 +209,9 @@ async def test_time_is_the_models(profile: str) -> None:
     loop = asyncio.get_running_loop()
     start_s = loop.time()
     await ask(engine, prompt="a " * 150, max_tokens=50)
-    elapsed_s = loop.time() - start_s
+    elapsed_ms = round((loop.time() - start_s) * 1e3)  # the loop's clock counts whole ones
     assert engine.model.num_steps_total == 150 // 64 + 1 + 49
-    assert elapsed_s >= 52 * 0.002
+    assert elapsed_ms >= 52 * 2
 
 
 async def test_metrics_by_vllms_names(profile: str) -> None:

@@ -5,11 +5,13 @@ import random
 import statistics
 import time
 
+import msgspec
 import pytest
 import yaml
 
 from serving.gateway.tenants.keys import KeysFile, make_key
 from tests.serving.gateway.cache.asking import ON, ask, num_started
+from tests.support.fakes import INFO
 from tests.support.running_gateway import running
 
 
@@ -41,6 +43,22 @@ async def test_what_is_not_deterministic_passes_by():
         replies = [await ask(system, temperature=1) for _ in range(2)]
         assert [reply.headers["x-headway-cache"] for reply in replies] == ["bypass"] * 2
         assert num_started(system) == 2
+
+
+async def test_another_adapter_of_the_same_name_is_another_model():
+    async with running(num_engines=0, cache=ON) as system:
+        info = msgspec.structs.replace(INFO, max_loras=1).with_adapters({"french": "/old"})
+        engine = await system.add_engine(info=info)
+
+        async def verdict() -> str:
+            return (await ask(system, model="french")).headers["x-headway-cache"]
+
+        assert [await verdict(), await verdict()] == ["miss", "hit"]
+        engine.adapter_paths = {"french": "/new"}
+        engine._on_step()
+        infos = system.gateway.driver.engines.infos
+        await system.until(lambda: infos["r0"].adapters == {"french": "/new"})
+        assert [await verdict(), await verdict()] == ["miss", "hit"]
 
 
 async def test_cache_control():

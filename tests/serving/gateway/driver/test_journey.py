@@ -18,6 +18,19 @@ async def test_a_request_that_is_answered(world):
     assert journey.answered_in_s is None
 
 
+async def test_what_is_given_back_was_not_there(world):
+    """Which may be the first of two that have it, or for the second time."""
+    exchange = world.exchange()
+    places = ("r0", "r1", "r0", "r2")
+    world.replies["router.on_arrival"] = [Dispatch("a", place, 1) for place in places]
+    world.driver.open(exchange)
+    exchange.journey.forget_place("r0")
+    assert [place for place, _ in exchange.journey.places] == ["r0", "r1", "r2"]
+    exchange.journey.forget_place("r0")
+    exchange.journey.forget_place("r0")
+    assert [place for place, _ in exchange.journey.places] == ["r1", "r2"]
+
+
 async def test_a_first_token_and_the_end(world):
     exchange = world.opened(num_attempts=1)
     [attempt] = exchange.attempts

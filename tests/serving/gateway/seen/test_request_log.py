@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import httpx
+import msgspec
 import pytest
 
 from serving.config import LogConfig
@@ -207,6 +208,37 @@ async def test_a_disk_that_is_full_stops_nobody(tmp_path, caplog, monkeypatch):
     log.write(lambda: LINE)
     log.flush()
     assert "1 lines of the request log are lost: [Errno 28]" in caplog.text
+
+
+async def test_a_line_that_cannot_be_made_costs_no_other(tmp_path, caplog):
+    def fails() -> RequestLine:
+        raise ValueError("no such line")
+
+    log = RequestLog(LogConfig(dir=tmp_path), 0)
+    for line in (fails, lambda: LINE, lambda: msgspec.structs.replace(LINE, model="\ud800")):
+        log.write(line)
+    log.flush()
+    assert [line["id"] for line in lines(tmp_path)] == [LINE.id]
+    assert caplog.text.count("a line of the request log is lost") == 2
+
+
+async def test_a_file_that_could_not_be_put_aside_is_later(tmp_path, caplog, monkeypatch):
+    log = RequestLog(LogConfig(dir=tmp_path, max_bytes=4096), 0)
+
+    def rename(source: str, target: str) -> None:
+        raise OSError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log._file, "rotate", rename)
+        for _ in range(60):
+            log.write(lambda: LINE)
+            log.flush()
+    assert "1 lines of the request log are lost: [Errno 13]" in caplog.text
+    for _ in range(2):
+        log.write(lambda: LINE)
+        log.flush()
+    assert len(lines(tmp_path)) == 2
+    assert (tmp_path / "requests-0.log.1").exists()
 
 
 def test_times_are_written_as_the_library_writes_them():

@@ -161,6 +161,36 @@ def test_a_single_node_is_planned_as_ever() -> None:
     assert plan_nodes(config, this_machine(hardware)) == plan_service(config, hardware)
 
 
+class TestEdits:
+    """What is planned beside engines that run."""
+
+    def of(self, *models: dict[str, Any], running: ServicePlan | None = None) -> ServicePlan:
+        config = parse({"models": list(models)})
+        return plan_nodes(config, nodes("8xcpu-64GB,8xcpu-64GB"), running=running)
+
+    def test_gateways_and_what_runs_stay_as_they_are(self) -> None:
+        one, other = ({"model": f"org/{name}", "replicas": 2} for name in ("one", "other"))
+        third = {"model": "org/third", "replicas": 12}
+        before = self.of(one, other)
+        after = self.of(other, third, running=before)
+        assert after.num_gateways == before.num_gateways
+        assert after.plans[0] == dataclasses.replace(before.plans[1], why=after.plans[0].why)
+        assert after.plans[1].gateway_actor_options == before.plans[0].gateway_actor_options
+        num_cpus = before.plans[0].engine_actor_options["num_cpus"]
+        assert after.plans[1].engine_actor_options["num_cpus"] == num_cpus
+
+    def test_a_new_model_takes_cores_that_nobody_has(self) -> None:
+        one, other, third = (
+            {"model": f"org/{name}", "replicas": 4} for name in ("one", "other", "third")
+        )
+        before = self.of(one, other)  # two on each node
+        assert [plan.first_core for plan in before.plans] == [0, 2]
+        after = self.of(other, third, running=before)
+        assert [plan.first_core for plan in after.plans] == [2, 0]
+        after = self.of(third, one, other, running=before)
+        assert [plan.first_core for plan in after.plans] == [4, 0, 2]
+
+
 class TestLists:
     def test_what_is_not_said_is_assumed(self) -> None:
         first, second = listed_nodes("8xH100-80GB, 16xcpu-64GB")

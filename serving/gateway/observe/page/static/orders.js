@@ -26,7 +26,9 @@ export class Orders {
   async #give(engine, what) {
     this.#asked.add(engine);
     try {
-      const reply = await fetch(`engines/${encodeURIComponent(engine)}/${what}`, { method: "POST", headers: this.#headers() });
+      // The listener takes no escaped slash, and servers that already run have a colon in their name.
+      const path = engine.split("/").map(encodeURIComponent).join("/").replaceAll("%3A", ":");
+      const reply = await fetch(`engines/${path}/${what}`, { method: "POST", headers: this.#headers() });
       this.#say(...(reply.ok ? outcome(engine, await reply.json()) : [await problem(reply), true]));
     } catch {
       this.#say(`${engine}: no connection to the gateway`, true);

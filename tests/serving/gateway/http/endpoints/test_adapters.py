@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from serving.engine.vllm.adapters.watch import REGISTER
 from serving.gateway.http.endpoints.adapters import LOAD, UNLOAD
+from serving.gateway.intake.served_models import ModelEntry
 from tests.support.fakes import INFO, FakeEngine
 from tests.support.running_gateway import CHAT, System, running, running_together
 
@@ -28,6 +29,9 @@ class Adapting:
         self.engine = engine
         self.told: list[tuple[str, str]] = []  # path and adapter
         self.refuses = False
+        self.tells = True  # what it serves, as engines of ours do
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
         self._run = engine.app
         engine.app = self  # type: ignore[assignment]
         engine.adapter_paths = dict(engine.info.adapters)
@@ -40,8 +44,10 @@ class Adapting:
         body = json.loads((await receive())["body"])
         name, paths = body["lora_name"], self.engine.adapter_paths
         self.told.append((path, name))
+        await self.may_answer.wait()
         status, said = 200, "Success"
-        if self.refuses or (name in paths) != (path == UNLOAD):
+        is_there = name in paths and not body.get("load_inplace")
+        if self.refuses or is_there != (path == UNLOAD):
             status, said = 404 if path == UNLOAD else 400, "no"
         elif path == UNLOAD:
             self.use({each: paths[each] for each in paths if each != name})
@@ -51,8 +57,9 @@ class Adapting:
         await send({"type": "http.response.body", "body": said.encode()})
 
     def use(self, paths: dict[str, str]) -> None:
-        self.engine.adapter_paths = paths
-        self.engine._on_step()
+        if self.tells:
+            self.engine.adapter_paths = paths
+            self.engine._on_step()
 
 
 async def add(system: System, *, refuses: bool = False, **fields) -> Adapting:
@@ -138,6 +145,51 @@ async def test_an_engine_that_comes_later_is_told():
         await system.until(lambda: infos["r1"].adapters.keys() == {"own", "french"})
 
 
+async def test_an_engine_that_comes_while_it_is_loaded_is_told():
+    async with running(num_engines=0) as system:
+        first = await add(system)
+        first.may_answer.clear()
+        loading = asyncio.ensure_future(load(system))
+        await system.until(lambda: bool(first.told))
+        late = await add(system)
+        assert late.told == []
+        first.may_answer.set()
+        assert (await loading).status_code == 200
+        await system.until(lambda: late.told == [(REGISTER, "french")])
+
+
+async def test_an_engine_that_comes_with_what_another_path_replaced_is_told():
+    async with running(num_engines=0) as system:
+        await add(system, adapters={"french": "/old", "own": "/own"})
+        assert (await load(system, lora_path="/new", load_inplace=True)).status_code == 200
+        late = await add(system, adapters={"french": "/old", "own": "/own"})
+        infos = system.gateway.driver.engines.infos
+        await system.until(lambda: infos["r1"].adapters == {"french": "/new", "own": "/own"})
+        assert late.told == [(REGISTER, "french")]
+
+
+async def test_one_can_be_unloaded_while_no_engine_tells_of_it():
+    """All are away; they are other people's, which tell nothing."""
+    async with running(num_engines=0) as system:
+        await add(system)
+        assert (await load(system)).status_code == 200
+        system.servers[0].close()
+        await system.until(lambda: not system.gateway.driver.engines.infos)
+        reply = await unload(system)
+        assert (reply.status_code, reply.json()) == (200, {"engines": {}})
+        assert (await unload(system)).status_code == 503  # no engine is up to ask
+        system.members.clear()
+        other = await add(system, is_external=True)
+        assert other.told == []
+        other.tells = False
+        assert (await load(system)).status_code == 200
+        reply = await unload(system)
+        assert list(reply.json()["engines"].values()) == [{"status": 404, "answer": "no"}]
+        assert [path for path, _ in other.told] == [LOAD, UNLOAD]
+        orders = system.gateway.together.orders.orders.adapters
+        assert orders["french"].load is None
+
+
 async def test_an_engine_that_cannot_have_it_is_not_sent_its_requests(caplog):
     async with running(num_engines=0) as system:
         await add(system)
@@ -196,6 +248,56 @@ async def test_several_models_are_told_apart():
             assert (reply.status_code, reply.json()["error"]["param"]) == (400, "lora_name")
         assert (await unload(system)).status_code == 200  # only one model has it
         assert other.told[-1] == (UNLOAD, "french")
+
+
+async def test_an_order_is_read_as_vllm_reads_it():
+    async with running(num_engines=0) as system:
+        one, other = await add(system), await add(system, model="other")
+        for fields in ({"model": None}, {"model": None, "load_inplace": 1}):
+            reply = await load(system, **fields)
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "model")
+        reply = await load(system, model=5)
+        assert "has to be a string" in reply.json()["error"]["message"]
+        assert one.told == other.told == []
+        body = {"src": 5, "load_inplace": "true", "is_3d_lora_weight": 0}
+        reply = await load(system, model="other", **body)
+        assert reply.status_code == 200, reply.text
+        assert one.told == []
+        order = system.gateway.together.orders.orders.adapters["french"].load
+        assert order == {
+            "lora_name": "french",
+            "lora_path": "/french",
+            "load_inplace": True,
+            "is_3d_lora_weight": False,
+        }
+
+
+async def test_names_of_what_has_no_engine_now_are_taken():
+    routes = {
+        "auto": {
+            "models": {"fake-model": {"cost": 1}, "asleep": {"cost": 2}},
+            "rules": [{"prefer": "cheapest"}],
+        }
+    }
+    async with running(num_engines=0, routes=routes) as system:
+        entries = [
+            ModelEntry(deployment="a", names=("fake-model", "own")),
+            ModelEntry(deployment="b", names=("asleep", "nap"), scales=True),
+        ]
+        system.gateway.served_models.use_entries(entries)
+        one = await add(system)
+        for name, owner in (("auto", "auto"), ("asleep", "asleep"), ("nap", "asleep")):
+            reply = await load(system, name)
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "lora_name")
+            assert f"'{owner}' has it" in reply.json()["error"]["message"]
+        assert one.told == []
+        assert (await load(system, "own")).status_code == 200  # an adapter of its own from before
+        other = await add(system, model="other")
+        system.servers[0].close()
+        await system.until(lambda: len(system.gateway.driver.engines.infos) == 1)
+        reply = await load(system, "own")
+        assert "'fake-model' has it" in reply.json()["error"]["message"]
+        assert other.told == []
 
 
 @pytest.mark.parametrize("loaded_by", [0, 1])

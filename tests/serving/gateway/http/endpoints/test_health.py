@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from router.resilience.breaker import BreakerState, TripReason
+from serving.gateway.intake.served_models import ModelEntry
 from serving.gateway.tenants.keys import KeysFile, make_key
 from tests.support.running_gateway import CHAT, running
 
@@ -67,6 +68,35 @@ async def test_the_only_engine_hangs_and_the_gateway_is_not_ready():
         assert health["models"][MODEL]["is_ready"] is False
         system.engines[0].gate.set()
         assert (await asking).status_code == 200
+
+
+async def test_while_the_last_engine_is_emptied_a_request_has_it_kept():
+    """Or another one started: the gateway is as ready as it will be without any."""
+    async with running(num_engines=1) as system:
+        engines = system.gateway.driver.engines
+        engines.empty(["r0"])
+        assert (await _health(system))[0] == 503  # nobody starts engines here
+        entry = ModelEntry(deployment="Engine", names=(MODEL,), scales=True)
+        system.gateway.served_models.use_entries([entry])
+        status, health = await _health(system)
+        assert (status, health["num_ready"]) == (200, 0)
+        assert health["status"] == "no engine: a request has one started"
+        engines.empty([])
+        [replica] = system.gateway.router._fleet
+        replica.breaker.trip(TripReason.HUNG, 1e9)
+        assert (await _health(system))[0] == 503
+
+
+async def test_a_server_that_takes_no_connections_is_not_taken_back_by_the_autoscaler():
+    async with running(num_engines=1) as system:
+        engines = system.gateway.driver.engines
+        [replica] = system.gateway.router._fleet
+        engines.on_leaving(engines._connections["r0"], is_leaving=True)
+        for emptied in (["r0"], []):
+            engines.empty(emptied)
+            assert replica.is_draining
+        engines.on_leaving(engines._connections["r0"], is_leaving=False)
+        assert not replica.is_draining
 
 
 async def test_a_half_open_breaker_lets_requests_come():

@@ -87,6 +87,14 @@ async def test_what_is_pressed_is_still_there_when_it_is_let_go():
         await expect(page.locator('[data-engine="r0"] .state')).to_have_text("drained by an admin")
 
 
+async def test_a_server_is_drained_by_its_address():
+    async with running(num_engines=1) as system, opened(system) as page:
+        await system.rename_engine("127.0.0.1:8101")
+        await page.get_by_role("button", name="Drain 127.0.0.1:8101").click()
+        row = page.locator('[data-engine="127.0.0.1:8101"]')
+        await expect(row.locator(".state")).to_have_text("drained by an admin")
+
+
 async def test_models_promises_scaler_and_gpus():
     async with running(num_engines=0) as system:
         one, other = (

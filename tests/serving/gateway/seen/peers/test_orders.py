@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from serving.gateway.observe.peers import orders as module
 from serving.gateway.observe.peers.orders import OrderBook, Orders
 
 CONFIGURED = ("headway", ())
@@ -67,6 +68,20 @@ def test_adapters_are_had_by_all_until_one_of_them_unloads_them():
         for orders in heard:
             third.book.take(orders)
         assert third.book.orders.adapters["a"].load is None
+
+
+def test_of_what_was_taken_back_the_newest_thousand_are_remembered(monkeypatch):
+    monkeypatch.setattr(module, "_MAX_TAKEN_BACK", 3)
+    book = Obeyed("g0").book
+    book.order_adapter("stays", "m", {"lora_name": "stays"})
+    book.drain("e", drains=True)
+    for number in range(6):
+        book.order_adapter(f"a{number}", "m", {"lora_name": f"a{number}"})
+        book.order_adapter(f"a{number}", "m", None)
+        book.drain(f"e{number}", drains=True)
+        book.drain(f"e{number}", drains=False)
+    assert list(book.orders.adapters) == ["stays", "a3", "a4", "a5"]
+    assert list(book.orders.engines) == ["e", "e3", "e4", "e5"]
 
 
 def test_two_at_once_agree():
