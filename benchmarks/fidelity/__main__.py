@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from benchmarks.fidelity.measured_runs import (
     MIX,
@@ -33,6 +32,7 @@ from benchmarks.fidelity.measured_runs import (
     read_requests,
     write,
 )
+from benchmarks.report.console import make_console
 from benchmarks.report.latency import Sample
 from benchmarks.report.report import Report
 from benchmarks.report.runner import run_to_the_end
@@ -58,7 +58,7 @@ def measured_profile() -> Profile:
     """Measure the profile of an engine here and now, and return it."""
     args = {"device": "cpu", "replicas": NUM_ENGINES}
     plan = make_plan(parse(args), detect_hardware())
-    console = Console(highlight=False)
+    console = make_console()
     return run_to_the_end(lambda: measure_profile(args, plan, "as-measured", console))
 
 

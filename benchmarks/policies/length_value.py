@@ -21,9 +21,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from scipy.stats import kendalltau
 
+from benchmarks.report.console import make_console
 from benchmarks.report.report import Report
 from router import Request
 from router.estimators.lengths.forecast import Lengths
@@ -54,7 +54,7 @@ _SHOWN = (
 _DRAINED = 32  # sequences of an engine that is to be drained
 _OUTPUT_PRICE = 4.0  # of a token, in prompt tokens: usual price lists
 
-console = Console()
+console = make_console()
 
 
 @dataclass(frozen=True)

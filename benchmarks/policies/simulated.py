@@ -18,7 +18,6 @@ from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from benchmarks.policies.simulated_grid import (
@@ -30,6 +29,7 @@ from benchmarks.policies.simulated_grid import (
     variants_at_shown_load,
 )
 from benchmarks.policies.simulated_tables import Results, Tables
+from benchmarks.report.console import make_console
 from benchmarks.report.plot_sweep import plot_sweep
 from benchmarks.report.report import RESULTS, Report
 from router.simulation import clairvoyant
@@ -54,7 +54,7 @@ TRACES = {
 }
 _SMALL_FLEET = 8
 
-console = Console(highlight=False)
+console = make_console()
 
 
 def main() -> int:

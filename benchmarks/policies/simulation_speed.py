@@ -18,9 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 import router
+from benchmarks.report.console import make_console
 from benchmarks.report.report import Figure, Report, Spread
 from router.simulation import gateway
 from router.simulation.variant import OURS
@@ -57,7 +56,7 @@ def main() -> int:
         for policy in options.policies:
             _measure(report, num_engines, policy, options)
     if options.dry:
-        report.show(Console())
+        report.show(make_console())
     else:
         report.finish()
     return 0

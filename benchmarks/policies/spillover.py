@@ -16,9 +16,9 @@ from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 
+from benchmarks.report.console import make_console
 from benchmarks.report.report import Report, Spread
 from router import RouterSettings
 from router.providers.settings import FallbackSettings, ProviderSettings
@@ -62,7 +62,7 @@ _TTFT_TARGET_S = 1.0
 _TTFT_TARGET = {"ttft_target_base_s": _TTFT_TARGET_S, "ttft_target_s_per_token": 0.0}
 _SLO = Slo(ttft_s=_TTFT_TARGET_S, tpot_s=1.0)
 
-console = Console(highlight=False)
+console = make_console()
 
 
 def spike_workload(sizes: str, num_requests: int, seed: int, profile: Profile) -> Workload:

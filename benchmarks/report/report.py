@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.report import provenance
+from benchmarks.report.console import make_console
 from router.simulation.figures import brief
 from serving.core_form import form
 
@@ -126,7 +127,7 @@ class Report:
 
     def show(self, console: Console | None = None) -> None:
         """Print the tables, the targets and the notes."""
-        console = console or Console()
+        console = console or make_console()
         for title, rows in self.tables.items():
             console.print(_table(title, rows))
         for target in self.targets:
@@ -158,7 +159,7 @@ class Report:
     def finish(self) -> None:
         """Show and write the report, when the benchmark has run to its end."""
         self.show()
-        Console().print(f"{self.kind}; written to {os.path.relpath(self.write())}")
+        make_console().print(f"{self.kind}; written to {os.path.relpath(self.write())}")
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -5,15 +5,14 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from rich.console import Console
-
+from benchmarks.report.console import make_console
 from benchmarks.report.report import Report
 from serving.capacity.launch import MeasureError
 from serving.cli.interrupts import run_until_stopped
 
 T = TypeVar("T")
 
-console = Console()
+console = make_console()
 
 
 def run_to_the_end(run: Callable[[], Awaitable[T]]) -> T:

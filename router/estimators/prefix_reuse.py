@@ -27,3 +27,8 @@ class PrefixReuse:
         """Return the share of prompt tokens that were cached lately, 0-1; 0 if nothing is known."""
         num_tokens = self._num_tokens.get(model, 0.0)
         return self._num_cached[model] / num_tokens if num_tokens > 0.0 else 0.0
+
+    def forget(self, model: str) -> None:
+        """Forget a name that no engine serves any more."""
+        self._num_tokens.pop(model, None)
+        self._num_cached.pop(model, None)

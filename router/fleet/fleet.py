@@ -188,6 +188,7 @@ class Fleet:
                 self._pools_by_name[name] = left
             else:
                 del self._pools_by_name[name]
+                self.reuse.forget(name)
 
     def remove(self, replica_id: str) -> Replica | None:
         """Remove a replica and return it; None if there is none. Its names stay known."""

@@ -273,22 +273,25 @@ class Replica:
         return True
 
     def book(
-        self, request: Request, num_kv_tokens: int, now_s: float, num_cached_tokens: int = 0
+        self,
+        request: Request,
+        num_kv_tokens: int,
+        now_s: float,
+        num_cached_tokens: int = 0,
+        num_used_tokens: int = 0,
     ) -> int:
         """Count a request here from now on. Return its booking number.
 
-        `num_cached_tokens` of its prompt are expected to be cached here. Cached blocks are part
-        of the free room until a request uses them again, so the request takes all of
-        `num_kv_tokens` of that room; once it runs, only the tokens that it does not share with
-        others make the cache grow.
+        Of its KV tokens so many are expected to be cached here, which is free room until it is
+        used, and so many of these are used by others. What was not cached makes the cache grow.
         """
         num_new_tokens = max(1, request.num_prompt_tokens - num_cached_tokens)
         number = self.ledger.book(
             request.id,
             num_prefill_tokens=num_new_tokens,
             num_step_tokens=min(num_new_tokens, self.max_prefill_chunk or num_new_tokens),
-            num_kv_tokens=num_kv_tokens,
-            num_own_kv_tokens=num_kv_tokens - num_cached_tokens,
+            num_kv_tokens=num_kv_tokens - num_used_tokens,
+            num_own_kv_tokens=max(0, num_kv_tokens - num_cached_tokens),
             num_sequences=request.num_sequences,
             edf_key_s=request.edf_key_s,
             now_s=now_s,

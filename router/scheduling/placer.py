@@ -139,17 +139,17 @@ class Placer:
             answer_s = request.num_expected_output_tokens * predicted_tpot_s
             predicted_ttft_s += adapters.delay_s(request.model, answer_s)
             adapters.book(request.model)
-        uses_prefix = False
+        uses_prefix, num_used_tokens = False, 0
         if self.policy.wants_blocks:
             uses_prefix = request.num_prompt_tokens >= self._worth_tokens
             if uses_prefix:
-                need_tokens -= min(need_tokens, replica.prefix_cache.num_used_tokens(request))
+                num_used_tokens = min(need_tokens, replica.prefix_cache.num_used_tokens(request))
                 replica.prefix_cache.use_prompt(request)
             replica.prefix_cache.expect_prompt(request)
         may_bounce = self.holds and len(replicas) > 1
         max_pending_tokens = max_known_tokens(request, replica) if may_bounce else 0
         self._fleet.reuse.record_placed(request.model, request.num_prompt_tokens, num_cached_tokens)
-        booking = replica.book(request, need_tokens, now_s, num_cached_tokens)
+        booking = replica.book(request, need_tokens, now_s, num_cached_tokens, num_used_tokens)
         is_probe = replica.breaker.status is _HALF_OPEN
         permit = replica.breaker.begin_call(now_s)
         self._fleet.refresh(replica)

@@ -133,7 +133,7 @@ class Gateway:
         self.started_s = int(time.time())  # seconds since the epoch
         self.metrics.export_state(self.state)
         self.together = self._make_together()
-        adapters = LoraAdapters(self.driver.engines, self.together, self._find_owner)
+        adapters = LoraAdapters(self.driver.engines, self.together, self.routes.find_owner)
         self._engine_endpoints = EngineEndpoints(
             self.driver.engines, self.tenants, self.body_reader, kept, adapters
         )
@@ -144,13 +144,6 @@ class Gateway:
         # For those who ask each gateway for itself: what answers on `metrics_port`.
         own_connections = Connections(_MAX_OWN_CONNECTIONS, max_per_client=None)
         self.own_app = Front(config, self._own_routes(alone=True), own_connections, {})
-
-    def _find_owner(self, name: str) -> str | None:
-        """Return the route or the model of the configuration that has this name; None: none has."""
-        entry = self.served_models.entry(name)
-        if name in self.routes.configs or entry is None:
-            return name if name in self.routes.configs else None
-        return entry.names[0]
 
     def _make_together(self) -> Together:
         router = self.config.router

@@ -159,8 +159,7 @@ class Engines:
 
         It is to be stopped, takes no connections, its hardware is bad, or an admin wants it.
         """
-        reasons = (self._emptied, self._leaving, self._unfit, self.drained)
-        drains = any(replica_id in each for each in reasons)
+        drains = replica_id in self._emptied | self._leaving | self._unfit | self.drained
         now_s = time.monotonic()
         self._events.execute(
             self._router.on_replica_draining(replica_id, now_s, is_draining=drains)
@@ -290,12 +289,9 @@ class Engines:
         for each in (self._emptied, self._leaving):  # a new connection begins anew
             each.discard(client.replica_id)
         self._attempts[client.replica_id] = {}
-        drains = client.replica_id in self.drained
-        self._events.execute(
-            self._router.on_replica_up(
-                client.replica_id, info, time.monotonic(), is_draining=drains
-            )
-        )
+        now_s, drains = time.monotonic(), client.replica_id in self.drained
+        up = self._router.on_replica_up(client.replica_id, info, now_s, is_draining=drains)
+        self._events.execute(up)
         self.on_join(client.replica_id)
 
     def on_leaving(self, client: Connection, *, is_leaving: bool) -> None:

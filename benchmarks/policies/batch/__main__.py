@@ -11,10 +11,10 @@ import argparse
 import sys
 from multiprocessing import get_context
 
-from rich.console import Console
 from rich.progress import track
 
 from benchmarks.policies.batch.runs import FIGURES, PROMPTS, REPLIES, Figures, capacity, simulate
+from benchmarks.report.console import make_console
 from benchmarks.report.report import Report, Spread
 from serving.capacity.profiles import ProfileError, load_profile
 from serving.config.batch import BatchConfig
@@ -24,7 +24,7 @@ _MAX_CHANGE = 5.0  # percent, of interactive p99
 
 def main() -> int:
     options = _parse()
-    console = Console(highlight=False)
+    console = make_console()
     try:
         profile = load_profile(options.profile)
     except ProfileError as error:

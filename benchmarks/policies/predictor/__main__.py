@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-from rich.console import Console
 from scipy.stats import kendalltau
 
 from benchmarks.policies.predictor.baselines import BASELINES
@@ -27,6 +26,7 @@ from benchmarks.policies.predictor.sources import (
 )
 from benchmarks.policies.predictor.train import parse_traces
 from benchmarks.policies.predictor.training import train
+from benchmarks.report.console import make_console
 from benchmarks.report.report import Report
 from router.estimators.lengths.distribution import LEVELS
 from router.estimators.lengths.forecast import Forecast
@@ -42,7 +42,7 @@ _COLD = (0, 25, 50, 100, 200, 500, 1000)
 _INTERVALS = {"50 %": (2, 4), "80 %": (1, 5), "95 %": (0, 6)}
 _MIDDLE = LEVELS.index(0.5)
 
-console = Console()
+console = make_console()
 
 
 def main() -> int:

@@ -14,8 +14,6 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from rich.console import Console
-
 from benchmarks.policies.scaling.runs import (
     CLAIRVOYANT,
     MAX_ENGINES,
@@ -30,13 +28,14 @@ from benchmarks.policies.scaling.runs import (
     simulate,
 )
 from benchmarks.policies.scaling.workloads import DAY_S
+from benchmarks.report.console import make_console
 from benchmarks.report.report import Report
 from router.simulation.engine.profile import StepTimeFactors
 from serving.capacity.profiles import ProfileError, load_profile
 
 _OWN = (OURS, OURS_ROOMY)
 
-console = Console(highlight=False)
+console = make_console()
 
 
 def main() -> int:

@@ -74,6 +74,13 @@ class Routes:
         """Choose by these from now on."""
         self.configs = configs
 
+    def find_owner(self, name: str) -> str | None:
+        """Return the route, or the model of the configuration, that has this name; or None."""
+        if name in self.configs:
+            return name
+        entry = self._models.entry(name)
+        return None if entry is None else entry.names[0]
+
     def choose(
         self,
         name: str,

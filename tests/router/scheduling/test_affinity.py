@@ -3,6 +3,7 @@
 import pytest
 
 from router.core.router import Router
+from router.fleet.admission import kv_need_tokens
 from router.types import BlockUpdate, Usage
 from tests.support.builders import fail_attempt, make_router, req, snapshot
 
@@ -66,6 +67,26 @@ def test_what_was_generated_makes_no_more_of_a_prompt_cached():
     router.on_prompt("first", "r0", 640, BLOCKS)
     [third] = router.on_arrival(turn("third", 14), 2.0)
     assert third.num_cached_tokens == 768
+
+
+def test_what_others_use_of_a_prompt_is_taken_off_once():
+    """It needs no room, and what it makes the cache grow by is what was not cached, not less."""
+    router = make_router(engine={"max_num_batched_tokens": 512})
+    blocks = list(range(640))
+    router.on_arrival(turn("first", 160), 0.0)
+    router.on_prompt("first", "r0", 10_240, blocks)
+    router.on_blocks("r0", BlockUpdate(since=0, until=640, stored=blocks))
+    router.on_snapshot("r0", snapshot(1, last_booking=1), 1.0)
+    ledger = router._fleet.get("r0").ledger
+    first = ledger.num_acknowledged_own_kv_tokens
+    second = turn("second", 164)
+    [dispatch] = router.on_arrival(second, 2.0)
+    assert dispatch.num_cached_tokens == 10_240
+    assert 0 < ledger.num_kv_tokens < kv_need_tokens(second) - 10_000
+    router.on_snapshot("r0", snapshot(2, last_booking=2), 3.0)
+    own = ledger.num_acknowledged_own_kv_tokens - first
+    assert own == kv_need_tokens(second) - 10_240
+    assert own > 256
 
 
 def test_without_the_prefix_it_goes_anywhere():

@@ -11,10 +11,10 @@ bookings only in the next snapshot.
 import argparse
 import sys
 
-from rich.console import Console
 from rich.progress import track
 
 from benchmarks.policies.scaling.gateways.runs import PROFILE, Case, run
+from benchmarks.report.console import make_console
 from benchmarks.report.report import Report, Spread
 
 _MAX_CHANGE = 10.0  # percent, of p99, of most gateways over one
@@ -32,7 +32,7 @@ _LARGE = (1000, 16, 40)  # engines, gateways, requests of each engine
 
 def main() -> int:
     options = _parse()
-    console = Console(highlight=False)
+    console = make_console()
     config = vars(options) | {"profile": PROFILE, "fleets": _FLEETS, "large": _LARGE}
     report = Report(options.name, "simulated", options.seeds[0], config)
     cases = []

@@ -10,6 +10,10 @@ so that with `n` of them there, each for `line_s`, in steps of `step_s`, they ta
 
     n * (decode_s / step_s + prompt_tokens * token_s / line_s)
 
+Whoever loses a share of the time is there for longer, and so are more of them, which makes steps
+longer again: what others lose at first grows, like a geometric series, by step_s / step_base_s. So
+much less is given to lines.
+
 What a step costs is learned by the router, what a line is like from those that have ended.
 """
 
@@ -86,4 +90,5 @@ class Pace:
         share = model.decode_s / step_s + self._num_tokens * model.token_s / max(
             step_s, self._line_s
         )
-        return self._max_slowdown / max(1e-9, share)
+        growth = step_s / max(1e-6, model.step_base_s)
+        return self._max_slowdown / max(1e-9, share * growth)

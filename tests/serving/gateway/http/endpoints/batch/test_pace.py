@@ -71,6 +71,17 @@ def test_beside_others_lines_take_their_share():
     assert few.limit == int(4 * 0.05 / share)
 
 
+def test_where_others_make_steps_long_lines_get_less():
+    """What those lose who are there makes them stay, and steps longer again."""
+    engines = replicas(num_decoding=200)
+    model = engines[0].step_model
+    step_s = model.step_base_s + 200 * model.decode_s
+    assert step_s > 1.2 * model.step_base_s
+    share = model.decode_s / step_s + 500.0 * model.token_s / 5.0
+    pace = looked(Pace(None, 0.2), engines, has_others=True)
+    assert pace.limit == int(4 * 0.2 / (share * step_s / model.step_base_s))
+
+
 def test_gateways_that_feed_the_same_engines_share():
     alone = looked(Pace(None, 0.5), replicas(), has_others=True).limit
     shared = looked(Pace(None, 0.5), replicas(), has_others=True, num_feeders=2).limit
