@@ -108,7 +108,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=10_000, help="interactive ones, per run")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.15, 0.3, 0.5])
     parser.add_argument("--slowdowns", type=float, nargs="+", default=[0.05])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="batch", help="of the file in benchmarks/results")
